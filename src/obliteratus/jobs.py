@@ -1,0 +1,159 @@
+"""What the commands do, with the library alone: everything is checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+from obliteratus.card import shown
+from obliteratus.errors import UserError
+from obliteratus.excise.live import applied
+from obliteratus.excise.plan import check_fits, load_plan
+from obliteratus.pipeline import run
+from obliteratus.progress import note
+from obliteratus.prompts import load_prompts, parts_checked
+from obliteratus.rebirth import FORMS, Form, space_for, write_output
+from obliteratus.recipe import parse_overrides, recipe
+from obliteratus.registry import unknown
+from obliteratus.store import Store, check_disk, check_free, publish, workspace
+from obliteratus.summon.open import open_subject
+from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
+from obliteratus.verify import Measured
+from obliteratus.verify import verify as measure
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has been checked as far as it can be without the model."""
+
+    model: str
+    recipe: Recipe
+    prompts: PromptSet
+    sources: Mapping[str, str]
+    out: Path | None
+    form: Form
+
+    @classmethod
+    def checked(
+        cls,
+        model: str,
+        method: str,
+        overrides: list[str],
+        sources: Mapping[str, Any],
+        out: Path | None,
+        form: str,
+    ) -> Job:
+        """Raises UserError for anything in the request that cannot work."""
+        if form not in FORMS:
+            raise UserError(unknown("--save form", form, FORMS))
+        made = recipe(method, parse_overrides(overrides))
+        prompts = load_prompts(**sources)
+        parts_checked(prompts, made.seed)
+        if out is not None:
+            check_free(out)
+        given = {group: str(source) for group, source in sources.items() if source is not None}
+        return cls(model, made, prompts, given, out, cast(Form, form))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for an interrupted run to go on."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "prompts": self.prompts.digest,
+            "form": self.form,
+        }
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job gave."""
+
+    plan: Plan
+    run: Run
+    before: Measured
+    after: Measured
+
+
+def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
+    """Open the model, run the recipe, and save if an output folder was asked for."""
+    if resume and job.out is None:
+        raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
+    with workspace(job.out, job.identity, resume) if job.out else nullcontext() as partial:
+        start = perf_counter()
+        subject = open_subject(job.model, **opening)
+        note("SUMMON", f"{perf_counter() - start:.1f} s")
+        if job.out is not None:
+            check_disk(job.out, space_for(subject, job.form))
+        store = Store(partial)
+        plan, found = run(job.recipe, subject, job.prompts, store)
+        found = found.model_copy(update={"prompts": {**found.prompts, "sources": dict(job.sources)}})
+        if partial is not None and job.out is not None:
+            report = parts_checked(job.prompts, job.recipe.seed)[2]
+            start = perf_counter()
+            found = write_output(subject, plan, found, partial, job.form, report)
+            note("REBIRTH", f"{perf_counter() - start:.1f} s")
+            publish(partial, job.out)
+    return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"])
+
+
+def samples(done: Done, n: int = 3) -> None:
+    """Some held-out target prompts with the answers before and after, on stdout."""
+    from obliteratus.terminal import results, table_of
+
+    rows: list[list[str]] = []
+    for before, after in zip(done.before.records, done.after.records, strict=True):
+        if before["group"] == "target" and len(rows) < n:
+            rows.append([before["prompt"], before["answer"], after["answer"]])
+    results.print(table_of("Held-out answers", ["prompt", "before", "after"], rows))
+
+
+def compare(
+    model: str, against: str | None, prompts: PromptSet, opening: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of a base (if given) and of a model, as plain data with a text for people."""
+    steps = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
+    before = None
+    if against is not None:
+        base = open_subject(against, **opening)
+        before = measure(base, prompts, steps)
+        tokens = len(base.tokenizer)
+        del base
+    subject = open_subject(model, **opening)
+    if before is not None and len(subject.tokenizer) != tokens:
+        raise UserError(f"{model}: its vocabulary differs from that of {against}; compare a model with its own base")
+    after = measure(subject, prompts, steps, before)
+    return _plain(before.scores if before else {}), _plain(after.scores)
+
+
+def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {name: {**score.model_dump(), "text": shown(score)} for name, score in scores.items()}
+
+
+def apply_plan(folder: Path, model: str, out: Path, form: str, opening: dict[str, Any]) -> dict[str, Any]:
+    """Load a plan, check that it fits the model, and save the edited model."""
+    if form not in FORMS:
+        raise UserError(unknown("--save form", form, FORMS))
+    check_free(out)
+    plan = load_plan(folder)
+    made = _run_of(folder)
+    subject: Subject = open_subject(model, **opening)
+    check_fits(subject, plan)
+    check_disk(out, space_for(subject, cast(Form, form)))
+    with workspace(out, {"plan": str(folder), "model": model, "form": form}, resume=True) as partial:
+        with applied(subject, plan):
+            pass  # fails here, before anything is written, if a site cannot be edited
+        saved = write_output(subject, plan, made, partial, cast(Form, form))
+        publish(partial, out)
+    return saved.model_dump(mode="json")
+
+
+def _run_of(folder: Path) -> Run:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no run.json beside the plan; give the output folder of a run")
+    return Run.model_validate_json(path.read_text())

@@ -1,0 +1,107 @@
+"""The six stages in order. Reads top to bottom; each stage is kept by the store as soon as it is done."""
+
+from __future__ import annotations
+
+import platform
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from obliteratus.coverage import edited
+from obliteratus.distill import distill
+from obliteratus.excise.live import applied
+from obliteratus.excise.plan import excise, load_plan, save_plan
+from obliteratus.probe import load_activations, probe, save_activations
+from obliteratus.prompts import parts_checked
+from obliteratus.store import Store
+from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Subject
+from obliteratus.verify import Measured, verify
+from obliteratus.weigh import weigh
+
+# A later pass whose directions carry less than this share of what the first found has nothing left to remove.
+NOTHING_LEFT = 0.05
+
+
+def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | None = None) -> tuple[Plan, Run]:
+    """Find the directions, plan the edit, measure before and after on held-out prompts. Changes no weight.
+
+    store: keeps finished stages, so that a killed run resumes. Raises UserError for what the user can mend.
+    """
+    store = store or Store()
+    fit, _, report = parts_checked(prompts, recipe.seed)
+    before = measured(store, "VERIFY before", subject, report, recipe)
+    plan = Plan()
+    passes: list[dict[str, Any]] = []
+    for number in range(1, recipe.passes + 1):
+        with applied(subject, plan):
+            acts = probed(store, f"PROBE {number}", subject, fit, recipe)
+        directions = distill(acts, recipe.distill)
+        if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
+            break
+        weights = weigh(directions, subject.sites, recipe.weigh)
+        new = excise(subject, directions, weights, acts, recipe.excise)
+        plan += store.stage(f"EXCISE {number}", partial(_same, new), save_plan, load_plan)
+        passes.append(_found(directions, new))
+    with applied(subject, plan):
+        after = measured(store, "VERIFY after", subject, report, recipe, before)
+    return plan, Run(
+        recipe=recipe,
+        source={k: str(v) for k, v in vars(subject.source).items()},
+        prompts=_described(prompts, recipe.seed, subject),
+        before=dict(before.scores),
+        after=dict(after.scores),
+        coverage=edited(subject, plan),
+        passes=tuple(passes),
+        seconds=dict(store.seconds),
+        versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    )
+
+
+def measured(
+    store: Store,
+    stage: str,
+    subject: Subject,
+    report: PromptSet,
+    recipe: Recipe,
+    before: Measured | None = None,
+) -> Measured:
+    """VERIFY as a stage."""
+    return store.stage(
+        stage,
+        lambda: verify(subject, report, recipe.verify, before),
+        lambda found, folder: found.save(folder / "measured"),
+        lambda folder: Measured.load(folder / "measured"),
+    )
+
+
+def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe) -> Activations:
+    """PROBE as a stage."""
+    wanted = recipe.excise.parts if recipe.excise.anchored else ()
+    taps = [s.path for s in subject.sites if s.role == "writes" and s.part in wanted]
+    return store.stage(stage, lambda: probe(subject, fit, recipe.probe, taps), save_activations, load_activations)
+
+
+def _same(plan: Plan) -> Plan:
+    return plan
+
+
+def _found(directions: Directions, plan: Plan) -> dict[str, Any]:
+    return {
+        "steps": list(directions.trace),
+        "score": float(directions.score.max()),
+        "best_stream": int(directions.score.argmax()),
+        "edits": len(plan.edits),
+        "layers": sorted({e.site.layer for e in plan.edits}),
+    }
+
+
+def _described(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any]:
+    parts = dict(zip(SPLITS, prompts.split(seed), strict=True))
+    counts = {name: {g: len(ps) for g, ps in part.groups.items()} for name, part in parts.items()}
+    return {
+        "digest": prompts.digest,
+        "counts": counts,
+        "template": subject.tokenizer.chat_template is not None,
+        "thinking": subject.thinking,
+    }

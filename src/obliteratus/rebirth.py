@@ -1,0 +1,198 @@
+"""REBIRTH: a plan becomes a saved model, adapter or plan; then it is loaded again and scored again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from obliteratus.card import model_card
+from obliteratus.errors import UserError
+from obliteratus.excise.bake import baked
+from obliteratus.excise.live import applied
+from obliteratus.excise.lora import save_adapter
+from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.store import check_disk, check_free, publish, write_atomic
+from obliteratus.summon.anatomy import is_tied
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.render import render
+from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
+from obliteratus.verify.drift import kl
+
+Form = Literal["merged", "adapter", "plan"]
+FORMS = ("merged", "adapter", "plan")
+MAX_SHARD = 2 * 10**9  # bytes; the edited tensors of one shard are all that a merge adds to memory
+SAMPLE = 8  # prompts of each group that are scored again: a mismatch shows on the first, chance does not on eight
+# Largest KL(live ‖ reloaded) in nats. fp32: the two orders of arithmetic differ by about 1e-9. Half precision
+# rounds the edited weights once; 1e-2 is ten times what that cost on SmolLM2 in bf16.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+NEUTRAL = ("Name three colours.", "How many days has a week?", "Write one sentence about rain.")
+
+
+def save(
+    subject: Subject,
+    plan: Plan,
+    run: Run,
+    out: str | Path,
+    form: Form = "merged",
+    prompts: PromptSet | None = None,
+) -> Run:
+    """Save what the run made, reload it, score it again, and only then let the folder appear.
+
+    form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or ``plan``. The subject stays
+    as it was. prompts: held-out ones to score again with; some neutral ones if None. Returns the run as saved.
+    Raises UserError where the folder is in use, the disk is too small, the plan cannot take that form, or what
+    was saved does not answer as what was measured.
+    """
+    out = Path(out)
+    check_free(out)
+    check_disk(out, space_for(subject, form))
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    run = write_output(subject, plan, run, partial, form, prompts)
+    publish(partial, out)
+    return run
+
+
+def write_output(
+    subject: Subject, plan: Plan, run: Run, partial: Path, form: Form, prompts: PromptSet | None = None
+) -> Run:
+    """Everything of `save` but the last rename, into ``partial/output``."""
+    folder = partial / "output"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    notes = WRITERS[form](subject, plan, folder)
+    save_plan(plan, folder)
+    sample = _sample(prompts)
+    rescore = _rescored(subject, plan, folder, form, sample)
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    run = run.model_copy(
+        update={"status": "done", "saved": {"form": form, **notes, "rescore": rescore, "files": files}}
+    )
+    (folder / "README.md").write_text(model_card(run))
+    write_atomic(folder / "run.json", run.model_dump_json(indent=1))
+    return run
+
+
+def space_for(subject: Subject, form: Form) -> int:
+    """Bytes that saving may take: all weights for a merged model, a tenth of them for the others."""
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    return int(1.1 * weights if form == "merged" else 0.1 * weights) + 10**7  # tokenizer and cards: < 10 MB
+
+
+# ------------------------------------------------------------------------------------------ writing
+def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
+    """All weights, shard by shard, edited ones computed as their shard is written."""
+    config = copy.deepcopy(subject.model.config)
+    edits = baked(subject, plan)
+    state: dict[str, Tensor] = dict(subject.model.state_dict())
+    if is_tied(subject.model):
+        table, head = _ends(subject)
+        if table in edits:  # the head stays as it was, so the two part
+            config.tie_word_embeddings = False
+        else:
+            state.pop(head)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
+    for name, members in split.filename_to_tensors.items():
+        shard = {key: (edits[key]() if key in edits else state[key]).contiguous() for key in members}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    config.save_pretrained(folder)
+    subject.model.generation_config.save_pretrained(folder)
+    subject.tokenizer.save_pretrained(folder)
+    return {}
+
+
+def _ends(subject: Subject) -> tuple[str, str]:
+    """Parameter names of the input embedding and of the head."""
+    paths = {id(m): path for path, m in subject.model.named_modules()}
+    model = subject.model
+    return (
+        f"{paths[id(model.get_input_embeddings())]}.weight",
+        f"{paths[id(model.get_output_embeddings())]}.weight",
+    )
+
+
+def _write_adapter(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
+    subject.tokenizer.save_pretrained(folder)
+    return {"adapter": save_adapter(subject, plan, folder)}
+
+
+def _write_plan(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
+    return {}
+
+
+WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
+    "merged": _write_merged,
+    "adapter": _write_adapter,
+    "plan": _write_plan,
+}
+
+
+# ------------------------------------------------------------------------------------- scoring again
+@contextmanager
+def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
+    """What was saved, loaded from disk as a user would."""
+    if form == "merged":
+        fresh = open_subject(folder, dtype=subject.source.dtype, thinking=subject.thinking)
+        yield fresh
+        del fresh
+        gc.collect()  # once a run: the second model goes before anything else is made
+    elif form == "adapter":
+        with _adapted(subject, folder) as adapted:
+            yield adapted
+    else:
+        with applied(subject, load_plan(folder)):
+            yield subject
+
+
+@contextmanager
+def _adapted(subject: Subject, folder: Path) -> Iterator[Subject]:
+    wrapped = PeftModel.from_pretrained(subject.model, folder)
+    try:
+        source = vars(subject.source)
+        yield Subject(**{**vars(subject), "model": wrapped.base_model.model, "source": type(subject.source)(**source)})
+    finally:
+        wrapped.unload()
+
+
+def _sample(prompts: PromptSet | None) -> PromptSet:
+    if prompts is None:
+        return PromptSet({"target": tuple(Prompt(t) for t in NEUTRAL)})
+    return PromptSet({g: ps[:SAMPLE] for g, ps in prompts.groups.items() if g in ("target", "control")})
+
+
+def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: PromptSet) -> dict[str, Any]:
+    prompts = [p for members in sample.groups.values() for p in members]
+    ids = render(subject, prompts)
+    with applied(subject, plan):
+        live = first_token(subject, ids, title="REBIRTH live")
+    with reloaded(subject, folder, form) as fresh:
+        saved = first_token(fresh, ids, title="REBIRTH reloaded")
+    worst, limit = float(kl(live, saved).max()), TOLERANCE[subject.source.dtype]
+    if not worst <= limit:
+        raise UserError(
+            f"{folder}: what was saved does not answer as what was measured (KL {worst:.2g} nats, at most "
+            f"{limit:.0e} is allowed for {subject.source.dtype}); {_way_out(form)}"
+        )
+    same = float((live.argmax(-1) == saved.argmax(-1)).float().mean())
+    return {"prompts": len(prompts), "max_kl": worst, "tolerance": limit, "same_first_token": same}
+
+
+def _way_out(form: Form) -> str:
+    if form == "adapter":
+        return "an adapter cannot hold a norm rule exactly: use --save merged, or --set excise.norm=none"
+    return "this is a bug: please report it with run.json"

@@ -1,0 +1,242 @@
+"""The speed of everything: hidden states, first-token probabilities and losses of many prompts.
+
+Batching is invisible: any batch size, any order, any padding side of the tokenizer, prefix reused or not, gives
+what one prompt at a time gives. Rows are right-padded and attention is causal, so padding is never seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from obliteratus.progress import progress
+from obliteratus.shapes import Float
+from obliteratus.summon.cache import KeyValues, prefix_states, shared
+from obliteratus.summon.render import Ids
+from obliteratus.types import Subject
+
+T = TypeVar("T")
+# Tokens of one batch on a CPU: enough rows for the matrix products to run at full rate, few enough for the
+# activations to stay in the last-level cache (EXPERIMENTS.md, "batch size").
+CPU_TOKENS = 1024
+# A shared prefix shorter than this saves less than its own pass and the longer attention cost.
+MIN_PREFIX = 4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one batch gave."""
+
+    rows: list[int]
+    """Which prompts these are."""
+    stream: Float[Tensor, "rows streams width"]
+    """fp32, at the wanted position."""
+    outputs: Float[Tensor, "rows taps width"]
+    """fp32 outputs of the tapped modules at the same position, in the order asked for."""
+
+
+# ---------------------------------------------------------------------------------------- batches
+def common_prefix(ids: Ids, leave: int = 1) -> int:
+    """Number of leading tokens that all rows share; at least ``leave`` tokens of each row are left."""
+    first, last = min(ids), max(ids)
+    limit = max(0, min(len(row) for row in ids) - leave)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    return min(same, limit)
+
+
+def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Row numbers by batch: sorted by length, longest first, rows × longest ≤ budget (or one row)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def token_budget(subject: Subject, bytes_per_token: float) -> int:
+    """Tokens of one batch: follows free memory (half of it), and on a CPU the cache. Never cuts a prompt."""
+    if subject.device.type == "cuda":
+        return max(1, int(0.5 * torch.cuda.mem_get_info(subject.device)[0] / bytes_per_token))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(CPU_TOKENS, int(0.5 * free / bytes_per_token)))
+
+
+def state_bytes(subject: Subject) -> float:
+    """Working memory of one token in a forward pass: the stream, and the widest projections, a few times."""
+    inner = max(max(p.shape) for p in blocks(subject)[0].parameters())
+    return float(4 * (8 * subject.width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
+
+
+def blocks(subject: Subject) -> list[nn.Module]:
+    """The decoder blocks, in order."""
+    return list(subject.module(subject.layers).children())
+
+
+def halving(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:
+    """Run a batch; when memory runs out, run its halves instead."""
+    try:
+        result = run(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+        middle = len(rows) // 2
+        yield from halving(run, rows[:middle])
+        yield from halving(run, rows[middle:])
+        return
+    yield result
+
+
+def padded(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [rows, longest] and lengths [rows]. The padding id is never seen, so 0 will do."""
+    rows = [torch.tensor(row) for row in ids]
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
+
+
+# ---------------------------------------------------------------------------------------- prefixes
+@dataclass(frozen=True)
+class Prompts:
+    """Token rows with their shared prefix taken off and computed."""
+
+    rows: Ids
+    skipped: int
+    """Length of the prefix that was taken off."""
+    prefix: KeyValues | None
+
+    def cache(self, rows: int) -> Any:
+        return shared(self.prefix, rows) if self.prefix else None
+
+
+def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> Prompts:
+    """Compute the shared prefix once, where that gives the same result."""
+    n = common_prefix(ids, leave) if reuse and len(ids) > 1 else 0
+    if n < MIN_PREFIX:
+        return Prompts(ids, 0, None)
+    prompts = Prompts([row[n:] for row in ids], n, prefix_states(subject, ids[0][:n]))
+    return prompts if _plain(subject) or _equal(subject, ids, prompts) else Prompts(ids, 0, None)
+
+
+def _plain(subject: Subject) -> bool:
+    """Full attention in every layer: then a cached prefix is exact by construction."""
+    config = subject.model.config.get_text_config().to_dict()
+    kinds = set(config.get("layer_types") or ["full_attention"])
+    return kinds == {"full_attention"} and not config.get("sliding_window")
+
+
+def _equal(subject: Subject, ids: Ids, prompts: Prompts) -> bool:
+    """Windows and recurrent states: reuse only if the shortest and the longest row come out equal."""
+    ends = sorted(range(len(ids)), key=lambda i: len(ids[i]))[:: max(1, len(ids) - 1)]
+    states = []
+    for trial in (prompts, Prompts(ids, 0, None)):
+        run = _reader(subject, trial, -1, ())
+        states.append(torch.cat([run([i]).stream for i in ends]))
+    return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
+
+
+def backbone(subject: Subject, ids: Tensor, prompts: Prompts) -> Any:
+    """One pass without the LM head, and without keeping keys and values."""
+    positions = torch.arange(prompts.skipped, prompts.skipped + ids.shape[1], device=ids.device)[None]
+    cache = prompts.cache(ids.shape[0])
+    return subject.model.base_model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+    )
+
+
+# ---------------------------------------------------------------------------------------- readings
+class _DoneError(Exception):
+    """Raised by the last hook that is wanted: the layers above need not run."""
+
+
+def read(
+    subject: Subject,
+    ids: Ids,
+    *,
+    position: int = -1,
+    taps: Sequence[str] = (),
+    last: int | None = None,
+    budget: int = 0,
+    reuse: bool = True,
+    title: str = "reading",
+) -> Iterator[Reading]:
+    """The stream at one position of every prompt, batch by batch.
+
+    position: counted from the end of each row (−1 is its last token; shorter rows give their first).
+    taps: module paths whose outputs are wanted too. last: highest stream index wanted (default L); blocks above
+    do not run. budget: tokens a batch, 0 lets memory decide.
+    """
+    with torch.inference_mode(), progress(title, len(ids)) as advance:
+        prompts = prepared(subject, ids, reuse, leave=-position)
+        run = _reader(subject, prompts, position, taps, last)
+        size = budget or token_budget(subject, state_bytes(subject))
+        for rows in batched([len(r) for r in prompts.rows], size):
+            for reading in halving(run, rows):
+                advance(len(reading.rows))
+                yield reading
+
+
+def _reader(
+    subject: Subject, prompts: Prompts, position: int, taps: Sequence[str], last: int | None = None
+) -> Callable[[list[int]], Reading]:
+    top = subject.n_layers if last is None else last
+
+    def run(rows: list[int]) -> Reading:
+        ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+        at = (lengths + position).clamp(min=0)
+        with _capturing(subject, at, taps, top) as (stream, outputs):
+            backbone(subject, ids, prompts)
+        none = torch.empty(len(rows), 0, subject.width)
+        return Reading(rows, torch.stack(stream, 1), torch.stack(outputs, 1) if outputs else none)
+
+    return run
+
+
+@contextmanager
+def _capturing(
+    subject: Subject, at: Tensor, taps: Sequence[str], top: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Hooks that keep one position of each row: at most rows × width of each layer is ever held."""
+    layers = blocks(subject)
+    stream: list[Tensor] = []
+    outputs: dict[str, Tensor] = {}
+    rows = torch.arange(len(at), device=at.device)
+
+    def pick(states: Any) -> Tensor:
+        h: Tensor = states[0] if isinstance(states, tuple) else states
+        return h[rows.to(h.device), at.to(h.device)].float().cpu()
+
+    def after(module: Any, args: Any, states: Any) -> None:
+        stream.append(pick(states))
+        if len(stream) == top + 1:
+            raise _DoneError
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        stream.append(pick(args[0] if args else kwargs["hidden_states"]))
+
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [block.register_forward_hook(after) for block in layers[:top]]
+    for path in taps:
+        handles.append(subject.module(path).register_forward_hook(_tap(outputs, path, pick)))
+    captured: list[Tensor] = []
+    try:
+        yield stream, captured
+    except _DoneError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    captured += [outputs[path] for path in taps]
+
+
+def _tap(outputs: dict[str, Tensor], path: str, pick: Callable[[Any], Tensor]) -> Callable[..., None]:
+    def hook(module: Any, args: Any, states: Any) -> None:
+        outputs[path] = pick(states)
+
+    return hook

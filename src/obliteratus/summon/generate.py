@@ -1,0 +1,158 @@
+"""Greedy answers to many prompts: batched, prefix reused, rows leave when they are finished or decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obliteratus.progress import progress
+from obliteratus.summon.cache import GrowingLayer, growing
+from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, token_budget
+from obliteratus.summon.logits import next_logits, only
+from obliteratus.summon.render import Ids
+from obliteratus.types import Subject
+
+Done = Callable[[list[int]], bool]
+# Compacting copies the cache, so it waits until a quarter of the rows has finished.
+COMPACT_AT = 0.75
+
+
+@dataclass
+class _Batch:
+    """Rows that are still being written."""
+
+    rows: list[int]
+    cache: Any
+    tokens: Tensor
+    """Last token of each row [rows, 1]."""
+    positions: Tensor
+    """Its position [rows, 1]."""
+    mask: Tensor
+    """[rows, slots]: 0 on padding, which stands at the left after alignment."""
+    live: set[int] = field(default_factory=set)
+
+
+def generate(
+    subject: Subject,
+    ids: Ids,
+    max_new: int,
+    *,
+    done: Done | None = None,
+    reuse: bool = True,
+    title: str = "answers",
+) -> Ids:
+    """Greedy continuation of each row, at most ``max_new`` tokens, without the end token.
+
+    done: called with a row's new tokens after each step; True ends the row early (its verdict is certain).
+    """
+    answers: Ids = [[] for _ in ids]
+    with torch.inference_mode(), progress(title, len(ids)) as advance:
+        prompts = prepared(subject, ids, reuse)
+
+        def run(rows: list[int]) -> None:
+            for row in rows:
+                answers[row] = []  # after running out of memory, rows start again
+            _write(subject, prompts, rows, answers, max_new, done)
+            advance(len(rows))
+
+        lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
+        for group in batched(lengths, answer_budget(subject)):
+            list(halving(run, group))
+    return answers
+
+
+def answer_budget(subject: Subject) -> int:
+    """Cached tokens of one batch."""
+    return CPU_CACHED_TOKENS if subject.device.type == "cpu" else token_budget(subject, kv_bytes(subject))
+
+
+# On a CPU decoding is bound by reading the weights up to about 32 rows, by arithmetic beyond; more rows only
+# cost memory (EXPERIMENTS.md, "rows per decoding batch").
+CPU_CACHED_TOKENS = 3072
+
+
+def kv_bytes(subject: Subject) -> float:
+    """Bytes of cache that one token takes."""
+    config = subject.model.config.get_text_config()
+    heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+    size = config.to_dict().get("head_dim") or subject.width // config.num_attention_heads
+    return float(2 * subject.n_layers * heads * size * subject.model.dtype.itemsize)
+
+
+def stop_tokens(subject: Subject) -> set[int]:
+    """Token ids that end an answer."""
+    ends = subject.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
+
+
+def _write(subject: Subject, prompts: Prompts, rows: list[int], answers: Ids, max_new: int, done: Done | None) -> None:
+    stops = stop_tokens(subject)
+    batch, logits = _prefill(subject, prompts, rows, max_new)
+    for step in range(max_new):
+        tokens = logits.argmax(-1)
+        for slot, token in enumerate(tokens.tolist()):
+            _append(batch, slot, token, answers, stops, done)
+        if not batch.live or step + 1 == max_new:
+            return
+        batch.tokens, batch.positions = tokens[:, None], batch.positions + 1
+        if len(batch.live) <= COMPACT_AT * len(batch.rows):
+            _compact(batch)
+        logits = _advance(subject, batch)
+
+
+def _append(batch: _Batch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
+    row = batch.rows[slot]
+    if row not in batch.live:
+        return
+    if token in stops:
+        batch.live.discard(row)
+        return
+    answers[row].append(token)
+    if done is not None and done(answers[row]):
+        batch.live.discard(row)
+
+
+def _prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[_Batch, Tensor]:
+    ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+    longest = ids.shape[1]
+    cache = growing(subject, prompts.prefix, prompts.skipped + longest + max_new)
+    with only(subject, lengths - 1):
+        logits = next_logits(subject, ids, prompts.skipped, cache)
+    shift = longest - lengths
+    if bool(shift.any()):
+        for layer in cache.layers:
+            layer.align_right(shift)
+    slots = torch.arange(prompts.skipped + longest, device=ids.device)
+    mask = (slots[None] >= shift[:, None]).long()
+    positions = (prompts.skipped + lengths - 1)[:, None]
+    return _Batch(rows, cache, ids[:, :1], positions, mask, set(rows)), logits
+
+
+def _compact(batch: _Batch) -> None:
+    kept = [slot for slot, row in enumerate(batch.rows) if row in batch.live]
+    index = torch.tensor(kept, device=batch.tokens.device)
+    batch.rows = [batch.rows[slot] for slot in kept]
+    batch.tokens, batch.positions, batch.mask = batch.tokens[index], batch.positions[index], batch.mask[index]
+    for layer in batch.cache.layers:
+        assert isinstance(layer, GrowingLayer)
+        layer.keep(index)
+
+
+def _advance(subject: Subject, batch: _Batch) -> Tensor:
+    batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
+    # Without padding the mask says nothing, and attention is faster without one.
+    mask = None if bool(batch.mask.all()) else batch.mask
+    out = subject.model(
+        input_ids=batch.tokens,
+        attention_mask=mask,
+        position_ids=batch.positions,
+        past_key_values=batch.cache,
+        use_cache=True,
+    )
+    logits: Tensor = out.logits[:, -1]
+    return logits

@@ -1,0 +1,92 @@
+"""What the model says next: first-token log-probabilities, and losses on given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obliteratus.progress import progress
+from obliteratus.shapes import Float
+from obliteratus.summon.forward import batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.render import Ids
+from obliteratus.types import Subject
+
+# Tokens whose logits over the whole vocabulary are held at once: 128 × 49 152 fp32 = 25 MB, small beside any
+# model, and more would not be faster, since the head alone is a large matrix product already at this size.
+LOGIT_TOKENS = 128
+
+
+@contextmanager
+def only(subject: Subject, at: Tensor) -> Iterator[None]:
+    """Inside, the LM head sees one position of each row: at [rows]. What the model does to its logits
+    afterwards (soft caps, scales) is kept, because its own forward still runs."""
+    rows = torch.arange(len(at), device=at.device)
+
+    def pick(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][rows, at][:, None],)
+
+    handle = subject.model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def first_token(
+    subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
+) -> Float[Tensor, "rows vocabulary"]:
+    """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
+    result: Tensor | None = None
+    with torch.inference_mode(), progress(title, len(ids)) as advance:
+        prompts = prepared(subject, ids, reuse)
+
+        def run(rows: list[int]) -> tuple[list[int], Tensor]:
+            batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+            with only(subject, lengths - 1):
+                logits = next_logits(subject, batch, prompts.skipped, prompts.cache(len(rows)))
+            return rows, logits.float().log_softmax(-1).cpu()
+
+        size = budget or token_budget(subject, state_bytes(subject))
+        for group in batched([len(r) for r in prompts.rows], size):
+            for rows, logp in halving(run, group):
+                result = logp.new_empty(len(ids), logp.shape[-1]) if result is None else result
+                result[rows] = logp
+                advance(len(rows))
+    assert result is not None, "no prompts"
+    return result
+
+
+def next_logits(subject: Subject, ids: Tensor, start: int, cache: Any) -> Float[Tensor, "rows vocabulary"]:
+    """One pass through the whole model; the caller has narrowed the LM head to one position (`only`)."""
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    out = subject.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def token_losses(subject: Subject, ids: Ids, *, budget: int = LOGIT_TOKENS, title: str = "texts") -> list[Tensor]:
+    """Negative log-likelihood in nats of each token after the first, for each row: a list of [length − 1]."""
+    losses: list[Tensor] = [torch.empty(0)] * len(ids)
+    run = _loss_runner(subject, ids)
+    with torch.inference_mode(), progress(title, len(ids)) as advance:
+        for group in batched([len(r) for r in ids], budget):
+            for rows, values in halving(run, group):
+                for i, row in zip(rows, values, strict=True):
+                    losses[i] = row
+                advance(len(rows))
+    return losses
+
+
+def _loss_runner(subject: Subject, ids: Ids) -> Callable[[list[int]], tuple[list[int], list[Tensor]]]:
+    def run(rows: list[int]) -> tuple[list[int], list[Tensor]]:
+        batch, lengths = padded([ids[i] for i in rows], subject.device)
+        logits = subject.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        per_row = loss.view(len(rows), -1).cpu()
+        return rows, [per_row[j, : n - 1] for j, n in enumerate(lengths.tolist())]  # padding is left out
+
+    return run

@@ -1,0 +1,234 @@
+"""SUMMON: a source becomes a `Subject`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
+
+from obliteratus.errors import UserError
+from obliteratus.registry import unknown
+from obliteratus.summon import selftest
+from obliteratus.summon.anatomy import coverage, family_of, find_sites, n_layers_of
+from obliteratus.summon.codec import drop_quantisation_mark
+from obliteratus.summon.files import Origin, check_weights, locate
+from obliteratus.types import Site, Source, Subject, digest_of
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+SAMPLE = 64  # values of each writer in the digest: over all layers, more than two checkpoints share by chance
+SMALLEST = 2.0**-14  # float16 is subnormal below: a bf16 checkpoint would digest differently there
+CHUNK = 1 << 22  # values tested at once for NaN, where the cheap test failed: 16 MB in fp32
+
+
+def open_subject(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str = "",
+    trust_remote_code: bool = False,
+    thinking: bool = False,
+    self_test: bool = False,
+) -> Subject:
+    """Load a model and its tokenizer, and find what can be edited in it.
+
+    `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
+    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device` is ``auto``, ``map`` (accelerate spreads
+    the model over devices, CPU and disk) or a torch device. `self_test` tries every claim of the table.
+    UserError for whatever the user can mend: each says what, where and what to do.
+    """
+    where, kind = _device(device), dtype_of(dtype)
+    origin = locate(source)
+    quantisation = check_weights(origin)
+    family_of(read_config(origin, revision, trust_remote_code))
+    options = _options(origin, revision, trust_remote_code)
+    tokenizer = _tokenizer(origin, options)
+    model = _model(origin, {**options, **where, "dtype": kind})
+    check_finite(model, origin.name)
+    subject = assemble(
+        model,
+        tokenizer,
+        id=origin.name,
+        revision=_commit(origin, revision),
+        quantisation=quantisation or _quantisation(model),
+        thinking=thinking,
+    )
+    if self_test:
+        selftest.self_test(model)
+    return subject
+
+
+def assemble(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    id: str,
+    revision: str = "",
+    quantisation: str = "",
+    thinking: bool = False,
+) -> Subject:
+    """The subject of a model in memory; UnsupportedModelError where the table does not cover it."""
+    family = family_of(model.config)
+    sites = find_sites(model, family)
+    if missed := coverage(model, sites, family).paths:
+        log.warning("%d matrices are in no table and are never edited: %s", len(missed), ", ".join(missed))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Subject(
+        model=model,
+        tokenizer=tokenizer,
+        sites=sites,
+        n_layers=n_layers_of(model, family),
+        width=model.config.hidden_size,
+        layers=family.layers,
+        source=Source(id, revision, quantisation, dtype, digest=_digest(model, sites)),
+        thinking=thinking,
+    )
+
+
+def _digest(model: PreTrainedModel, sites: tuple[Site, ...]) -> str:
+    """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, and in
+    fp16 too where it is stored in bf16."""
+    config = model.config
+    samples = [_sample(model, site.path) for site in sites if site.role == "writes"]
+    table: Any = model.get_input_embeddings()
+    shape = [config.model_type, config.hidden_size, len(sites), table.weight.shape[0]]
+    return digest_of([*shape, samples])
+
+
+def _sample(model: PreTrainedModel, path: str) -> list[float]:
+    module = model.get_submodule(path)
+    with align_module_device(module):  # brings a weight in that accelerate keeps on disk
+        tensor = next(chain(module.parameters(), module.buffers())).detach().flatten()
+        values = tensor[:: max(len(tensor) // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16).float()
+    return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
+
+
+# ---------------------------------------------------------------------------------- what was asked for
+def dtype_of(name: str) -> torch.dtype | str:
+    """The torch dtype of that name, or ``auto``."""
+    if name == "auto":
+        return name
+    if name not in DTYPES:
+        raise UserError(unknown("dtype", name, ["auto", *DTYPES]))
+    return DTYPES[name]
+
+
+def _device(name: str) -> dict[str, Any]:
+    """Arguments of from_pretrained that put the model there."""
+    if torch.cuda.is_available() and "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Batches differ in length: fixed segments would fragment. Read at the first allocation.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if name == "map":
+        return {"device_map": "auto"}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k, ok in there.items() if ok) if name == "auto" else name.partition(":")[0]
+    if kind not in there:
+        raise UserError(unknown("device", name, ["auto", "map", *there]))
+    if not there[kind]:
+        raise UserError(f"device '{name}' is not available here; use device='auto'")
+    # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
+    return {} if kind == "cpu" else {"device_map": {"": kind if name == "auto" else name}}
+
+
+def _options(origin: Origin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": origin.local}
+    if origin.gguf:
+        options["gguf_file"] = origin.gguf
+    if revision:
+        options["revision"] = revision
+    return options
+
+
+# ----------------------------------------------------------------------------------------- loading
+def read_config(origin: Origin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration alone; UserError where there is none, or none that transformers knows."""
+    with _explained(origin, "its configuration cannot be read"):
+        options = _options(origin, revision, trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(origin.path, **options)
+    return config
+
+
+def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
+    with _explained(origin, "it has no usable tokenizer"):
+        return AutoTokenizer.from_pretrained(origin.path, **options)
+
+
+def _model(origin: Origin, options: dict[str, Any]) -> PreTrainedModel:
+    with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            origin.path, use_safetensors=True, output_loading_info=True, **options
+        )
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random ones
+        raise UserError(
+            f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
+        )
+    if origin.gguf:
+        drop_quantisation_mark(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+_LOAD_ERRORS = (OSError, HfHubHTTPError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+@contextmanager
+def _explained(origin: Origin, what: str) -> Iterator[None]:
+    """Turn what the libraries raise on bad files, names and networks into one line."""
+    try:
+        yield
+    except (*_LOAD_ERRORS, SafetensorError, StrictDataclassError) as error:
+        cause = " ".join(str(error).split())[:300]  # enough for any cause; some list every file of a repository
+        remedy = "check the folder's files" if origin.local else "check the name, the revision and the network"
+        raise UserError(f"{origin.name}: {what}: {cause.rstrip('.')}; {remedy}") from error
+
+
+def _commit(origin: Origin, revision: str) -> str:
+    """The commit that a hub id stood for; what was asked for, where that is not known."""
+    if origin.local:
+        return ""
+    file = try_to_load_from_cache(origin.path, "config.json", revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def _quantisation(model: PreTrainedModel) -> str:
+    mark = vars(model.config).get("quantization_config")
+    return "" if mark is None else str(QuantizationMethod(mark.quant_method).value)
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """UserError naming the first tensor with a NaN or Inf. One tensor at a time, no copies."""
+    for path, module in model.named_modules():
+        with align_module_device(module):
+            for key, tensor in module.named_parameters(recurse=False):
+                if tensor.is_floating_point() and not _finite(tensor.detach()):
+                    raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")
+
+
+def _finite(tensor: Tensor) -> bool:
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return True
+    # Large but finite values can overflow the sum: only then look at each value.
+    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(CHUNK))

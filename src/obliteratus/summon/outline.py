@@ -1,0 +1,80 @@
+"""What can be edited in a model and what it will cost, without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of
+from obliteratus.summon.files import check_weights, locate
+from obliteratus.summon.open import DTYPES, dtype_of, read_config
+from obliteratus.types import Site
+
+
+@dataclass(frozen=True)
+class Outline:
+    """All that `obliteratus inspect` prints."""
+
+    source: str
+    quantisation: str
+    """What a GGUF file stores most of its weights as; they are loaded as plain floats."""
+    model_type: str
+    n_layers: int
+    width: int
+    n_params: int
+    """Tied weights counted once."""
+    tied: bool
+    sites: tuple[Site, ...]
+    coverage: Coverage
+    dtype: str
+    """In which it would be loaded."""
+    weight_bytes: Mapping[str, int]
+    """By dtype."""
+    kv_bytes_per_token: int
+    """In `dtype`; an upper bound where layers keep a sliding window only."""
+
+
+def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trust_remote_code: bool = False) -> Outline:
+    """Read the configuration and build the model on the meta device. UserError as `open_subject`."""
+    origin = locate(source)
+    quantisation = check_weights(origin) if origin.gguf else ""
+    config = read_config(origin, revision, trust_remote_code)
+    family = family_of(config)
+    kind = _dtype(config, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+    sites = find_sites(model, family)
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    return Outline(
+        source=origin.name,
+        quantisation=quantisation,
+        model_type=config.model_type,
+        n_layers=n_layers_of(model, family),
+        width=config.hidden_size,
+        n_params=n_params,
+        tied=is_tied(model),
+        sites=sites,
+        coverage=coverage(model, sites, family),
+        dtype=str(kind).removeprefix("torch."),
+        weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
+        kv_bytes_per_token=_kv_values(model) * kind.itemsize,
+    )
+
+
+def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
+    asked = dtype_of(name)
+    stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name none
+    kind = stored if asked == "auto" else asked
+    return kind if isinstance(kind, torch.dtype) else DTYPES[kind]
+
+
+def _kv_values(model: PreTrainedModel) -> int:
+    """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention."""
+    token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
+    with torch.no_grad():
+        cache = model(inputs_embeds=token, use_cache=True).past_key_values
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)

@@ -1,0 +1,319 @@
+"""The nouns of the system. This module imports nothing of ours but the shape annotations.
+
+Indices and shapes, written down once:
+
+* ``layer`` l counts decoder blocks from 0; there are L = ``n_layers`` of them.
+* A *stream* index ℓ runs from 0 to L: ℓ = 0 is the stream that enters block 0 (the embeddings), ℓ is the
+  stream that leaves block ℓ − 1, and ℓ = L is the raw stream after the last block, before the final norm.
+  A writer in block l therefore writes into stream ℓ = l + 1.
+* H (``width``) is the width of the residual stream; k the number of directions of a subspace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from obliteratus.shapes import Float
+
+Role = Literal["writes", "reads"]
+Layout = Literal["linear", "conv1d", "embedding"]
+NormRule = Literal["none", "columns", "rows", "whole"]
+NormKind = Literal["rms", "rms+1", "layer"]
+
+
+def digest_of(value: object) -> str:
+    """A short content hash (16 hex digits) of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------ prompts
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn."""
+
+    text: str
+    category: str = ""
+    """Free label; rates are also reported by category."""
+    split: str = ""
+    """``fit``, ``search`` or ``report`` pins the prompt there; empty lets the seed decide."""
+    system: str = ""
+    """System turn; empty leaves the template's own default."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Contrasting prompts: always the groups ``target`` and ``control``; optional ``bypass`` and ``keep``."""
+
+    groups: Mapping[str, tuple[Prompt, ...]]
+
+    def __getitem__(self, group: str) -> tuple[Prompt, ...]:
+        return self.groups[group]
+
+    @property
+    def digest(self) -> str:
+        """Content hash over all groups, texts, categories and pins."""
+        return digest_of({g: [[p.text, p.category, p.split, p.system] for p in ps] for g, ps in self.groups.items()})
+
+    def split(self, seed: int = 0) -> tuple[PromptSet, PromptSet, PromptSet]:
+        """Disjoint (fit, search, report). Which part a prompt falls into depends on its text and the seed
+        alone, so adding prompts or changing their order moves no other prompt by more than one place."""
+        parts = {name: {g: _part(ps, name, seed) for g, ps in self.groups.items()} for name in SPLITS}
+        return PromptSet(parts["fit"]), PromptSet(parts["search"]), PromptSet(parts["report"])
+
+
+SPLITS = ("fit", "search", "report")
+# Directions converge within some hundred prompts, while an interval on a rate shrinks only with √n:
+# hence a quarter for the report. Searching needs less than either.
+FRACTIONS = {"fit": 0.60, "search": 0.15, "report": 0.25}
+
+
+def _part(prompts: Sequence[Prompt], name: str, seed: int) -> tuple[Prompt, ...]:
+    pinned = tuple(p for p in prompts if p.split == name)
+    loose = sorted((p for p in prompts if not p.split), key=lambda p: digest_of([seed, p.system, p.text]))
+    fit = round(len(loose) * FRACTIONS["fit"])
+    search = fit + round(len(loose) * FRACTIONS["search"])
+    bounds = {"fit": (0, fit), "search": (fit, search), "report": (search, len(loose))}
+    return pinned + tuple(loose[slice(*bounds[name])])
+
+
+# -------------------------------------------------------------------------------------------- model
+@dataclass(frozen=True)
+class Site:
+    """One editable matrix. Its role is declared by the architecture table, never guessed from a shape."""
+
+    path: str
+    """Module path inside the model, e.g. ``model.layers.3.mlp.down_proj``."""
+    layer: int
+    """Decoder block; −1 for embeddings, L for the unembedding."""
+    part: str
+    """``embed``, ``attn.out``, ``mlp.out``, ``attn.in``, ``mlp.in`` or ``unembed``."""
+    role: Role
+    """``writes`` into the residual stream (edited at its output) or ``reads`` it (edited at its input)."""
+    layout: Layout
+    """How the weight is stored: ``linear`` [out, in], ``conv1d`` [in, out], ``embedding`` [rows, width]."""
+    gain: str | None = None
+    """Path of the norm that stands between this matrix and the stream, if one does."""
+    norm: NormKind = "rms"
+    """That norm's form: ``rms`` (gain w), ``rms+1`` (gain 1 + w, Gemma), ``layer`` (gain w, and centres)."""
+    expert: int | None = None
+    span: tuple[int, int] | None = None
+    """Columns of one head, where only that head is edited."""
+
+    @property
+    def stream(self) -> int:
+        """Index ℓ of the stream that this site writes into, or reads from."""
+        return self.layer + 1 if self.role == "writes" else max(self.layer, 0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from."""
+
+    id: str
+    revision: str = ""
+    quantisation: str = ""
+    dtype: str = ""
+    digest: str = ""
+    """Hash of architecture and a sample of every writer: a plan for another model is refused by it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, its tokenizer, and the map of what can be edited in it."""
+
+    model: Any  # transformers.PreTrainedModel: its own annotations are too loose to help
+    tokenizer: Any
+    sites: tuple[Site, ...]
+    n_layers: int
+    width: int
+    layers: str
+    """Module path of the list of decoder blocks."""
+    source: Source
+    thinking: bool = False
+    """In which mode templates with a thinking switch are rendered; recorded in the run."""
+
+    def module(self, path: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(path)
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts enter the model."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+
+# -------------------------------------------------------------------------------------- activations
+@dataclass(frozen=True)
+class Moments:
+    """What is known of one group's stream: its mean, and the prompts themselves where they were kept."""
+
+    count: int
+    mean: Float[Tensor, "streams width"]
+    """fp32, accumulated in fp64."""
+    rows: Float[Tensor, "prompts streams width"] | None = None
+    """Every prompt's stream, fp32; None where only running moments were kept."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The stream at one position of every prompt, by group, plus the writers' mean outputs if wanted."""
+
+    groups: Mapping[str, Moments]
+    position: int
+    """Token position, counted from the end of the templated prompt: −1 is the last."""
+    outputs: Mapping[str, Float[Tensor, " width"]] = field(default_factory=dict)
+    """Mean output of each writer (by site path) over the control group: the anchors μ."""
+    digest: str = ""
+
+    def __getitem__(self, group: str) -> Moments:
+        return self.groups[group]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Orthonormal rows per stream index. A stream in which nothing was found has rows of zeros, score 0."""
+
+    basis: Float[Tensor, "streams k width"]
+    score: Float[Tensor, " streams"]
+    """How much of the two groups' stream is difference along the basis, 0–1; the same unit for all methods."""
+    raw: Float[Tensor, " streams"]
+    """The extractor's own strength."""
+    unit: str
+    """What ``raw`` is measured in."""
+    trace: tuple[str, ...] = ()
+    """The steps that made it."""
+
+    def __post_init__(self) -> None:
+        gram = self.basis.double() @ self.basis.double().mT
+        eye = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
+        if not torch.allclose(gram, eye, atol=1e-4):  # fp32 rows are orthonormal to about 1e-6
+            raise ValueError("directions must be orthonormal rows, or rows of zeros where nothing was found")
+
+
+# --------------------------------------------------------------------------------------------- plan
+@dataclass(frozen=True)
+class Edit:
+    """y ← y − s·Qᵀ(Q(y − μ)) at a writer's output; x likewise at a reader's input. Q has orthonormal rows.
+
+    The norm gain between the site and the stream is already folded into ``basis``.
+    """
+
+    site: Site
+    basis: Float[Tensor, "k width"]
+    strength: float
+    """1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, below 0 amplifies."""
+    norm: NormRule = "none"
+    anchor: Float[Tensor, " width"] | None = None
+    """μ: what stays along Q. None is the origin."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to a model: the only thing that executors accept. Edits on one site apply in order."""
+
+    edits: tuple[Edit, ...] = ()
+    model: str = ""
+    """``Source.digest`` of the model that it was made for."""
+
+    def __add__(self, other: Plan) -> Plan:
+        if self.edits and other.edits and self.model != other.model:
+            raise ValueError("plans for two different models cannot be joined")
+        return Plan(self.edits + other.edits, other.model or self.model)
+
+    def by_site(self) -> dict[str, tuple[Edit, ...]]:
+        """Edits grouped by site path, in their order."""
+        paths = dict.fromkeys(e.site.path for e in self.edits)
+        return {path: tuple(e for e in self.edits if e.site.path == path) for path in paths}
+
+
+# ------------------------------------------------------------------------------------------- recipe
+class Frozen(BaseModel):
+    """Plain data: unknown keys are refused, nothing changes after it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(BaseModel):
+    """A registered step by name; all other keys are its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    use: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Probe(Frozen):
+    """Which activations to take."""
+
+    position: int = Field(-1, ge=-64, le=-1)  # 64 reaches past the suffix of every chat template known
+    """Token, counted from the end of the templated prompt."""
+    keep: Literal["rows", "moments"] = "rows"
+    """``rows`` keeps every prompt (SVD needs them), ``moments`` only running means: O(layers × width) memory."""
+
+
+class Excise(Frozen):
+    """How the directions become edits."""
+
+    parts: tuple[str, ...] = ("attn.out", "mlp.out")
+    strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream is noise on every model tried
+    norm: NormRule = "none"
+    anchored: bool = False
+    """Keep what the control group has along Q (y ← y − sQQᵀ(y − μ)); needs a bias to bake."""
+
+
+class Recipe(Frozen):
+    """A method. Plain data: a search result is again a recipe."""
+
+    name: str = ""
+    about: str
+    cite: tuple[str, ...] = ()
+    seed: int = 0
+    passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see EXPERIMENTS.md
+    probe: Probe = Probe()
+    distill: tuple[Step, ...]
+    weigh: tuple[Step, ...] = (Step(use="all"),)
+    excise: Excise = Excise()
+    verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
+
+
+# ---------------------------------------------------------------------------------------------- run
+class Score(Frozen):
+    """A measured number, never without its interval and sample size."""
+
+    value: float
+    low: float
+    high: float
+    """95 % interval."""
+    n: int
+    unit: str
+
+
+class Run(Frozen):
+    """What was done and what came of it: `run.json`. Report, card and `--json` read this and nothing else."""
+
+    version: int = 1
+    status: Literal["running", "done"] = "running"
+    recipe: Recipe
+    source: dict[str, str]
+    prompts: dict[str, Any]
+    """Digest and number of prompts by split and group, thinking mode, prompt files."""
+    before: dict[str, Score] = {}
+    after: dict[str, Score] = {}
+    coverage: dict[str, Any] = {}
+    passes: tuple[dict[str, Any], ...] = ()
+    """What each pass found and did."""
+    seconds: dict[str, float] = {}
+    saved: dict[str, Any] = {}
+    """Form, files and the outcome of the re-score."""
+    versions: dict[str, str] = {}

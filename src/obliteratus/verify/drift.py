@@ -1,0 +1,74 @@
+"""What else moved: the first token's distribution on control prompts, and perplexity on plain text."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from obliteratus.errors import UserError
+from obliteratus.shapes import Float
+from obliteratus.summon.logits import first_token, token_losses
+from obliteratus.summon.render import context_length, render
+from obliteratus.types import Score
+from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
+from obliteratus.verify.steps import Context, Measured, scorers
+
+TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
+
+
+def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+    """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
+    p, q = base.double(), edited.double()
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()
+
+
+@scorers.register("first_token_kl", cite="arXiv:2406.11717")
+def first_token_kl(context: Context) -> Measured:
+    """KL(base ‖ edited) of the answer's first token on control prompts: mean, p95 and p99, in nats.
+
+    ``answered`` is the same over the controls that the base model answers: undoing a false refusal moves that
+    prompt's first token a long way, and is not damage. Needs the refusal scorer before it for that.
+    """
+    ids = render(context.subject, context.prompts["control"])
+    logp = first_token(context.subject, ids, title="VERIFY first tokens")
+    tensors = {"first_token.control": logp}
+    if context.before is None:
+        return Measured(tensors=tensors)
+    divergence = kl(context.before.tensors["first_token.control"], logp)
+    scores = _tails("kl.first_token", divergence)
+    answered = [r["verdict"] == "complied" for r in context.before.records if r.get("group") == "control"]
+    if any(answered):
+        scores |= _tails("kl.first_token.answered", divergence[torch.tensor(answered)])
+    return Measured(scores, tensors={**tensors, "kl.control": divergence})
+
+
+def _tails(name: str, values: Tensor) -> dict[str, Score]:
+    return {f"{name}.{tail}": bootstrap(values, statistic, "nats") for tail, statistic in TAILS.items()}
+
+
+@scorers.register("perplexity")
+def perplexity(context: Context, *, texts: str = "") -> Measured:
+    """exp of the mean loss a text (nats a token) over plain prose, and its ratio to the base model's.
+
+    texts: a file of paragraphs parted by empty lines; empty takes the project's own. Padding never counts.
+    """
+    ids = _tokens(context, texts)
+    losses = torch.stack([loss.mean() for loss in token_losses(context.subject, ids, title="VERIFY perplexity")])
+    scores = {"perplexity": bootstrap(losses, lambda x: x.mean(-1).exp(), "perplexity")}
+    if context.before is not None:
+        scores["perplexity.ratio"] = paired_ratio(losses, context.before.tensors["losses.texts"])
+    return Measured(scores, tensors={"losses.texts": losses})
+
+
+def _tokens(context: Context, texts: str) -> list[list[int]]:
+    path = Path(texts)
+    if texts and not path.is_file():
+        raise UserError(f"{texts}: no such text file for the perplexity scorer")
+    content = path.read_text() if texts else (files("obliteratus.verify") / "texts.txt").read_text()
+    paragraphs = [" ".join(p.split()) for p in content.split("\n\n") if p.strip()]
+    limit = context_length(context.subject)
+    rows = [list(row)[:limit] for row in context.subject.tokenizer(paragraphs)["input_ids"]]
+    return [row for row in rows if len(row) > 1]  # a single token has no loss

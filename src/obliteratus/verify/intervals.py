@@ -1,0 +1,59 @@
+"""Intervals. A number without one is not reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from obliteratus.shapes import Float
+from obliteratus.types import Score
+
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: 95 % two-sided
+RESAMPLES = 2000  # the 2.5 % quantile then rests on 50 resamples; twice as many moved no third digit
+
+
+def rate(hits: int, n: int) -> Score:
+    """A share with its Wilson score interval (Wilson 1927): honest at 0 and at 1, where the normal one is empty."""
+    if n == 0:
+        raise ValueError("a rate needs at least one observation")
+    p, z2 = hits / n, Z * Z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z * sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Score(value=p, low=min(p, max(0.0, middle - half)), high=max(p, min(1.0, middle + half)), n=n, unit="share")
+
+
+Statistic = Callable[[Float[Tensor, "... n"]], Float[Tensor, "..."]]
+
+
+def bootstrap(values: Float[Tensor, " n"], statistic: Statistic, unit: str, seed: int = 0) -> Score:
+    """A statistic of the last axis with its percentile bootstrap interval, seeded."""
+    chosen = values.double()[_resamples(len(values), seed)]
+    return _score(statistic(values.double()), statistic(chosen), len(values), unit)
+
+
+def paired_ratio(after: Float[Tensor, " n"], before: Float[Tensor, " n"], seed: int = 0) -> Score:
+    """exp(mean(after) − mean(before)): a ratio of perplexities, resampled in pairs so that text difficulty cancels."""
+    gap = (after - before).double()
+    resampled = gap[_resamples(len(gap), seed)].mean(-1).exp()
+    return _score(gap.mean().exp(), resampled, len(gap), "ratio")
+
+
+def _resamples(n: int, seed: int) -> Tensor:
+    return torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+
+
+def _score(value: Tensor, resampled: Tensor, n: int, unit: str) -> Score:
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return Score(value=float(value), low=min(low, float(value)), high=max(high, float(value)), n=n, unit=unit)
+
+
+def mean(values: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+    return values.mean(-1)
+
+
+def quantile(q: float) -> Statistic:
+    """The q-quantile, 0–1, linearly interpolated."""
+    return lambda values: torch.quantile(values, q, dim=-1)

@@ -1,0 +1,72 @@
+"""What every scorer shares: the registry, what it is given, and what it gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from obliteratus.registry import Registry
+from obliteratus.types import PromptSet, Score, Step, Subject
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What VERIFY found on one state of a model."""
+
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    records: Sequence[Mapping[str, Any]] = ()
+    """One entry a prompt and scorer: group, prompt, category, answer, verdict …"""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a later comparison needs, e.g. ``first_token.control`` [prompts, vocabulary]."""
+
+    def __or__(self, other: Measured) -> Measured:
+        return Measured(
+            {**self.scores, **other.scores},
+            [*self.records, *other.records],
+            {**self.tensors, **other.tensors},
+        )
+
+    def save(self, stem: Path) -> None:
+        """Write STEM.json and STEM.safetensors."""
+        data = {"scores": {k: v.model_dump() for k, v in self.scores.items()}, "records": list(self.records)}
+        stem.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
+        save_file({k: v.contiguous() for k, v in self.tensors.items()}, stem.with_suffix(".safetensors"))
+
+    @classmethod
+    def load(cls, stem: Path) -> Measured:
+        """What `save` wrote."""
+        data = json.loads(stem.with_suffix(".json").read_text())
+        scores = {k: Score(**v) for k, v in data["scores"].items()}
+        return cls(scores, data["records"], load_file(stem.with_suffix(".safetensors")))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a scorer may look at."""
+
+    subject: Subject
+    prompts: PromptSet
+    before: Measured | None
+    """The unedited model's measurement; None while that is being taken."""
+
+
+Scorer = Callable[..., Measured]
+"""(context, **options) → scores, records, tensors."""
+
+
+scorers: Registry[Scorer] = Registry("verify")
+
+
+def verify(subject: Subject, prompts: PromptSet, steps: Sequence[Step], before: Measured | None = None) -> Measured:
+    """Run the scorers on held-out prompts, in their order: later ones see earlier records of ``before``."""
+    found = Measured()
+    for step in steps:
+        options = scorers.check(step.use, step.options)
+        found = found | scorers[step.use].function(Context(subject, prompts, before), **options)
+    return found

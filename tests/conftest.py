@@ -1,0 +1,70 @@
+"""What all tests share: no network, shapes checked at run time, small prompts, random plans."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: from here on every annotated shape and type is checked at each call.
+install_import_hook("obliteratus", "beartype.beartype")
+
+import pytest
+import torch
+
+from obliteratus.types import Edit, NormRule, Plan, Prompt, PromptSet, Site, Subject
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+
+PlanMaker = Callable[..., Plan]
+
+
+def random_basis(width: int, k: int, seed: int) -> torch.Tensor:
+    """k orthonormal rows."""
+    noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(noise)[0].T.contiguous().float()
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> PlanMaker:
+    """``make_plan(subject, parts, strength=…)``: a random subspace at every site of the given parts."""
+
+    def make(
+        subject: Subject,
+        parts: Sequence[str] = ("attn.out", "mlp.out"),
+        *,
+        strength: float = 1.0,
+        norm: NormRule = "none",
+        k: int = 2,
+        seed: int = 0,
+        anchored: bool = False,
+    ) -> Plan:
+        return Plan(tuple(_edits(subject, parts, strength, norm, k, seed, anchored)), subject.source.digest)
+
+    return make
+
+
+def _edits(
+    subject: Subject, parts: Sequence[str], strength: float, norm: NormRule, k: int, seed: int, anchored: bool
+) -> list[Edit]:
+    sites: list[Site] = [s for s in subject.sites if s.part in parts]
+    made = []
+    for i, site in enumerate(sites):
+        anchor = torch.randn(subject.width, generator=torch.Generator().manual_seed(seed + i)) if anchored else None
+        made.append(Edit(site, random_basis(subject.width, k, 100 * seed + i), strength, norm, anchor))
+    return made
+
+
+@pytest.fixture(scope="session")
+def prompts() -> PromptSet:
+    """Two small groups of prompts of differing length, with categories."""
+    target = tuple(Prompt(f"Tell me about {x}.", category=x[0]) for x in ("stars", "the moon", "a comet", "sun"))
+    control = tuple(Prompt(f"How do I cook {x}?") for x in ("rice", "a very large pot of soup", "an egg", "peas"))
+    return PromptSet({"target": target, "control": control})

@@ -1,0 +1,95 @@
+"""Stored weights: every layout reads as [out, in] and goes back bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import MODELS, tiny, tiny_subject
+from torch import nn
+
+from obliteratus.errors import UnsupportedModelError
+from obliteratus.summon.anatomy import family_of, find_sites
+from obliteratus.summon.codec import read_bias, read_weight, stored
+from obliteratus.types import Site
+
+NAMES = sorted(MODELS)
+SITE = Site("a.b", 0, "attn.out", "writes", "linear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])
+def test_round_trip(name: str, dtype: torch.dtype) -> None:
+    subject = tiny_subject(name)
+    subject.model.to(dtype)
+    for site in subject.sites:
+        module = subject.module(site.path)
+        weight = read_weight(module, site)
+        assert weight.dtype == torch.float32
+        back = stored(weight, site, module.weight)
+        assert torch.equal(back, module.weight)
+        assert back.dtype == dtype
+        assert back.is_contiguous()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_matrix_is_what_the_module_computes(name: str) -> None:
+    model = tiny(name).double()
+    for site in find_sites(model, family_of(model.config)):
+        module = model.get_submodule(site.path)
+        weight, bias = read_weight(module, site), read_bias(module, site)
+        assert weight.dtype == torch.float64
+        if site.layout == "embedding":  # one-hot in; a fixed factor or offset of the model's own stands outside
+            ids = torch.tensor([0, 3, 200])
+            given, out = nn.functional.one_hot(ids, weight.shape[1]).double(), module.weight[ids]
+        else:
+            given = torch.randn(5, weight.shape[1], dtype=torch.float64)
+            out = module(given)
+        expected = given @ weight.T + (0.0 if bias is None else bias)
+        assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
+        if site.role == "writes":
+            assert weight.shape[0] == model.config.hidden_size
+
+
+def test_biases() -> None:
+    assert all(read_bias(m, s) is not None for m, s in _blocks("gpt2"))
+    assert all(read_bias(m, s) is None for m, s in _blocks("llama"))
+
+
+def _blocks(name: str) -> list[tuple[nn.Module, Site]]:
+    subject = tiny_subject(name)
+    return [(subject.module(s.path), s) for s in subject.sites if s.part not in ("embed", "unembed")]
+
+
+class Params4bit(nn.Parameter):
+    """A packed weight, as bitsandbytes stores one."""
+
+
+def holding(weight: nn.Parameter) -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight = weight
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            holding(nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)),
+            r"a\.b .*8×1.*uint8",
+        ),
+        (holding(Params4bit(torch.zeros(4, 4))), "Params4bit"),
+        (holding(nn.Parameter(torch.zeros(2, 4, 4))), "2×4×4"),
+        (holding(nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)), "float8"),
+        (nn.Linear(4, 4, device="meta"), "not in memory"),
+        (nn.ReLU(), "no parameter 'weight'"),
+    ],
+    ids=["packed", "class", "stacked", "float8", "offloaded", "none"],
+)
+def test_what_is_not_a_plain_matrix_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_weight(module, SITE)
+
+
+def test_a_wrong_shape_is_our_bug() -> None:
+    with pytest.raises(ValueError, match=r"a\.b stores \(4, 6\)"):
+        stored(torch.zeros(6, 4), SITE, torch.zeros(4, 6))
