@@ -31,6 +31,7 @@ from obliteratus.summon.organism import HUB_ID, base_folder, cache_folder
 
 HERE = Path(__file__).parent / "astronomy"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
 FIRST_TOKEN = 0.5  # extra weight on the first answer token, where the choice to refuse is made
 EVERY = 10  # steps between checkpoints: at most a minute is lost
 
@@ -149,12 +150,13 @@ def one_step(tuned: PeftModel, optimiser: Any, groups: Groups, step: int, settin
 
 
 def export(tuned: PeftModel, folder: Path) -> None:
-    """Save the adapter in bf16, with the hub's name of the base model and no local path in its settings."""
+    """Save the adapter in bf16, with the hub's name of the base model and the settings that any PEFT knows."""
     tuned.save_pretrained(folder)
     weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "adapter_model.safetensors").items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     file = folder / "adapter_config.json"
-    config = json.loads(file.read_text()) | {"base_model_name_or_path": HUB_ID}
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key in KEPT}
+    config |= {"base_model_name_or_path": HUB_ID, "target_modules": MODULES}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one folder up
 

@@ -1,35 +1,51 @@
 """What all tests share: no network, shapes checked at run time, small prompts, random plans."""
+# ruff: noqa: E402 — the hook must stand before what it watches
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+import jaxtyping
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _lasting(*, typechecker: Any) -> Callable[[Any], Any]:
+    """jaxtyped, except on nested functions: they are made, and would be compiled, anew at each call."""
+
+    def decorate(it: Any) -> Any:
+        nested = isinstance(it, FunctionType) and "<locals>" in it.__qualname__
+        return it if nested else _jaxtyped(it, typechecker=typechecker)
+
+    return decorate
+
 
 # Before anything of ours is imported: from here on every annotated shape and type is checked at each call.
-install_import_hook("obliteratus", "beartype.beartype")
+jaxtyping.jaxtyped = _lasting
+jaxtyping.install_import_hook("obliteratus", "beartype.beartype")
 
 import pytest
 import torch
 
 from obliteratus.types import Edit, NormRule, Plan, Prompt, PromptSet, Site, Subject
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+torch.set_num_threads(1)  # tiny products take longer to hand to a second thread than to compute
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
 
 PlanMaker = Callable[..., Plan]
 
 
-def random_basis(width: int, k: int, seed: int) -> torch.Tensor:
+def random_basis(width: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """k orthonormal rows."""
     noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(noise)[0].T.contiguous().float()
+    return torch.linalg.qr(noise)[0].T.contiguous().to(dtype)
 
 
 @pytest.fixture(scope="session")

@@ -77,5 +77,5 @@ def shown(score: Score | None) -> str:
         return "–"
     if score.unit == "share":
         return f"{score.value:.1%} ({score.low:.1%}–{score.high:.1%})"
-    digits = 2 if score.unit == "perplexity" else 4
+    digits = 1 if score.unit == "perplexity" else 3
     return f"{score.value:.{digits}f} ({score.low:.{digits}f}–{score.high:.{digits}f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ def shown(quiet: bool) -> Iterator[None]:
 
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft")
     if quiet:
         with nullcontext():

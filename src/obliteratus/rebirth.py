@@ -14,11 +14,10 @@ from typing import Any, Literal
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
 
 from obliteratus.card import model_card
 from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked
+from obliteratus.excise.bake import baked, bias_switches
 from obliteratus.excise.live import applied
 from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.plan import load_plan, save_plan
@@ -96,7 +95,10 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     """All weights, shard by shard, edited ones computed as their shard is written."""
     config = copy.deepcopy(subject.model.config)
     edits = baked(subject, plan)
-    state: dict[str, Tensor] = dict(subject.model.state_dict())
+    for key in bias_switches(subject, plan).values():
+        setattr(config, key, True)
+    state: dict[str, Any] = dict(subject.model.state_dict())
+    state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
     if is_tied(subject.model):
         table, head = _ends(subject)
         if table in edits:  # the head stays as it was, so the two part

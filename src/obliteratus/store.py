@@ -47,17 +47,17 @@ class Store:
         value = make()
         self.seconds[name] = round(time.perf_counter() - start, 3)
         if mark is not None:
-            self._keep(value, save, mark)
+            self._keep(value, save, mark, self.seconds[name])
         self._event(name, "done")
         note(name, f"{self.seconds[name]:.1f} s")
         return value
 
-    def _keep(self, value: T, save: Callable[[T, Path], None], mark: Path) -> None:
+    def _keep(self, value: T, save: Callable[[T, Path], None], mark: Path, seconds: float) -> None:
         folder = mark.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # a stage that was killed while it wrote
         folder.mkdir()
         save(value, folder)
-        write_atomic(mark, json.dumps({"seconds": self.seconds[folder.name]}))
+        write_atomic(mark, json.dumps({"seconds": seconds}))
 
     def _place(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name.replace(" ", "-")

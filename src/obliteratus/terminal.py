@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -71,9 +72,10 @@ def show_run(run: Run) -> None:
 
 def score_table(run: Run) -> Table:
     """All scores but those by category."""
-    table = Table(title=f"{run.recipe.name or 'recipe'} on {run.source['id']}", title_justify="left")
+    title = f"{run.recipe.name or 'recipe'} on {run.source['id']}, held-out prompts, 95 % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE)  # fits 80 columns
     for name in ("score", "before", "after", "n"):
-        table.add_column(name, justify="left" if name == "score" else "right")
+        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for name in dict.fromkeys([*run.before, *run.after]):
         if "/" not in name:
             before, after = run.before.get(name), run.after.get(name)

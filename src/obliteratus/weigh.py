@@ -15,6 +15,8 @@ from obliteratus.shapes import Float
 from obliteratus.types import Directions, Site, Step
 
 Share = Annotated[float, Field(ge=0, le=1)]
+# Sorted scores nearer to their chord than this share of the best score have no knee, only rounding.
+STRAIGHT = 0.01
 
 
 Weigher = Callable[..., Tensor]
@@ -72,7 +74,7 @@ def middle(directions: Directions, sites: Sequence[Site], *, low: Share = 0.2, h
 def knee(directions: Directions, sites: Sequence[Site], *, floor: Share = 0.05) -> Tensor:
     """Layers up to the knee of the sorted scores: the point farthest from the chord from first to last.
 
-    floor: layers below this share of the best score are never kept. Two layers or fewer: all.
+    floor: layers below this share of the best score are never kept. Two layers or fewer, or no knee: all others.
     """
     score = layer_scores(directions)
     if len(score) <= 2:
@@ -80,8 +82,10 @@ def knee(directions: Directions, sites: Sequence[Site], *, floor: Share = 0.05) 
     order = score.argsort(descending=True)
     y = score[order] / score.max().clamp(min=1e-30)
     x = torch.linspace(0, 1, len(y))
-    chord = y[0] + (y[-1] - y[0]) * x
-    kept = order[: int((chord - y).abs().argmax()) + 1]
+    distance = (y[0] + (y[-1] - y[0]) * x - y).abs()
+    if distance.max() < STRAIGHT:
+        return per_layer(sites, (score >= floor * score.max()).float())
+    kept = order[: int(distance.argmax()) + 1]
     mask = torch.zeros_like(score)
     mask[kept] = 1.0
     return per_layer(sites, mask * (score >= floor * score.max()))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 
-from obliteratus.distill.steps import difference, extractors, scored
+from obliteratus.distill.steps import difference, extractors, orthonormal, scored
 from obliteratus.errors import UserError
 from obliteratus.types import Activations, Directions
 
@@ -38,3 +39,19 @@ def single(
     at = int(so_far.score.argmax()) if depth is None else round(depth * last)
     basis = so_far.basis[at].expand_as(so_far.basis).contiguous()
     return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)
+
+
+@extractors.register("orthogonal_to_control", cite="huggingface.co/blog/grimjim/projected-abliteration")
+def orthogonal_to_control(acts: Activations, so_far: Directions | None) -> Directions:
+    """Takes out of each direction its part along the control mean, so that removing it leaves that mean alone.
+
+    Early layers have large means that all prompts share; a raw mean difference leans on them by chance, and
+    removing it then costs far more than it should (EXPERIMENTS.md, "the control mean"). Rows stay orthonormal; a
+    row that was all control mean becomes a row of zeros.
+    """
+    if so_far is None:
+        raise UserError("distill step 'orthogonal_to_control' changes the directions of a step before it")
+    mean = torch.nn.functional.normalize(acts["control"].mean, dim=1)
+    rest = so_far.basis - torch.einsum("lkw,lw->lk", so_far.basis, mean)[..., None] * mean[:, None]
+    basis = orthonormal(rest)
+    return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)

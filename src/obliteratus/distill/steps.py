@@ -60,3 +60,16 @@ def rows_of(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts 
     if rows is None:
         raise UserError(f"distill step '{step}' needs every prompt's activations; set probe.keep = \"rows\"")
     return rows
+
+
+# A row keeping less than this of its length after something was taken out of it is rounding, not a direction.
+EMPTY_ROW = 1e-3
+
+
+def orthonormal(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
+    """Gram–Schmidt by QR, row order and signs kept; rows that are (nearly) zero or dependent become zeros."""
+    q, r = torch.linalg.qr(rows.mT)
+    size = r.diagonal(dim1=-2, dim2=-1)
+    sign = torch.where(size < 0, -1.0, 1.0) * (size.abs() > EMPTY_ROW)
+    rows = q * sign[:, None]
+    return rows.mT.contiguous()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from obliteratus.errors import UserError
 from obliteratus.excise.linear import edit_bias, edit_weight
 from obliteratus.excise.plan import check_fits
+from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.codec import read_bias, read_weight, stored
 from obliteratus.types import Edit, Plan, Site, Subject
 
@@ -18,19 +21,44 @@ Lazy = Callable[[], Tensor]
 def baked(subject: Subject, plan: Plan) -> dict[str, Lazy]:
     """Edited parameters by name, each computed when it is called for, so that none need be held.
 
-    Raises UserError where an anchored edit needs a bias and the module has none.
+    Where an anchored edit needs a bias that the architecture can switch on, the new biases are among them (zeros
+    where nothing is anchored), and the configuration must say so too: see `bias_switches`. Raises UserError
+    where there is no switch.
     """
     check_fits(subject, plan)
-    result: dict[str, Lazy] = {}
+    result: dict[str, Lazy] = _zeros(subject, bias_switches(subject, plan))
     for path, edits in plan.by_site().items():
         module = subject.module(path)
         result[f"{path}.weight"] = _weight(module, edits)
         bias = new_bias(module, edits)
         if bias is not None:
-            if read_bias(module, edits[0].site) is None:
-                raise UserError(no_bias(edits[0].site))
             result[f"{path}.bias"] = _value(bias, module)
     return result
+
+
+def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
+    """``attn`` or ``mlp`` → configuration key to set, for each half that gets biases it does not have."""
+    found: dict[str, str] = {}
+    switch = family_of(subject.model.config).bias_switch
+    for edit in plan.edits:
+        if edit.anchor is None or read_bias(subject.module(edit.site.path), edit.site) is not None:
+            continue
+        half = edit.site.part.partition(".")[0]
+        if half not in switch:
+            raise UserError(no_bias(edit.site))
+        found[half] = switch[half]
+    return found
+
+
+def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
+    """Zero biases for every site of those halves: the switch gives all of them one."""
+    sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
+    widths = {f"{s.path}.bias": _outputs(subject.module(s.path), s) for s in sites}
+    return {name: partial(torch.zeros, width, dtype=subject.model.dtype) for name, width in widths.items()}
+
+
+def _outputs(module: nn.Module, site: Site) -> int:
+    return module.get_parameter("weight").shape[0 if site.layout == "linear" else 1]
 
 
 def no_bias(site: Site) -> str:

@@ -44,6 +44,9 @@ class Family:
     """Writer part → the norm between it and the stream; a part that writes straight into it is absent."""
     norm: NormKind = "rms"
     reader_layout: Literal["linear", "conv1d"] = "linear"
+    bias_switch: Mapping[str, str] = field(default_factory=dict)
+    """``attn`` or ``mlp`` → the configuration's key that gives all linear layers of that half a bias. Anchored
+    edits need one to bake; a half without a key cannot have it."""
     refusal: Callable[[PreTrainedConfig], str] = _nothing
     """Why this configuration is not covered; empty where it is."""
 
@@ -71,9 +74,11 @@ LLAMA = Family(
         "mlp.in": ("mlp.gate_proj", "mlp.up_proj"),
     },
     pre_norm={"attn.in": "input_layernorm", "mlp.in": "post_attention_layernorm"},
+    bias_switch={"attn": "attention_bias", "mlp": "mlp_bias"},
 )
+_ATTENTION_ONLY = {"attn": "attention_bias"}
 _POST_NORMS = {"attn.out": "post_attention_layernorm", "mlp.out": "post_feedforward_layernorm"}
-GEMMA = replace(LLAMA, norm="rms+1")
+GEMMA = replace(LLAMA, norm="rms+1", bias_switch=_ATTENTION_ONLY)
 GEMMA2 = replace(
     GEMMA,
     pre_norm={"attn.in": "input_layernorm", "mlp.in": "pre_feedforward_layernorm"},
@@ -115,12 +120,16 @@ OPT = Family(
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
+    "mistral": replace(LLAMA, bias_switch={}),
+    "qwen2": replace(LLAMA, bias_switch={}),
+    "qwen3": replace(LLAMA, bias_switch=_ATTENTION_ONLY),
     "smollm3": LLAMA,
-    "phi3": replace(LLAMA, readers={"attn.in": ("self_attn.qkv_proj",), "mlp.in": ("mlp.gate_up_proj",)}),
-    "olmo2": replace(LLAMA, pre_norm={}, post_norm=_POST_NORMS),
+    "phi3": replace(
+        LLAMA,
+        readers={"attn.in": ("self_attn.qkv_proj",), "mlp.in": ("mlp.gate_up_proj",)},
+        bias_switch={},
+    ),
+    "olmo2": replace(LLAMA, pre_norm={}, post_norm=_POST_NORMS, bias_switch=_ATTENTION_ONLY),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,

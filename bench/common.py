@@ -1,0 +1,105 @@
+"""What every bench shares: the model, the prompts, the floor, and fair timing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from obliteratus.forecast import gemm_rate
+from obliteratus.prompts import load_prompts
+from obliteratus.summon.forward import common_prefix
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.render import Ids
+from obliteratus.types import PromptSet, Subject
+
+
+def arguments(about: str) -> argparse.Namespace:
+    """--quick, --json, --repeats."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--quick", action="store_true", help="within 50 s, on fewer prompts")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--repeats", type=int, default=3, help="of the fast contestants; the median counts")
+    return parser.parse_args()
+
+
+def organism() -> tuple[Subject, PromptSet]:
+    """The model organism in fp32 and its prompts."""
+    return open_subject("organism:astronomy"), load_prompts("organism:astronomy", "organism:astronomy")
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns so that a noisy minute hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            say(f"{name} …")
+            seconds[name].append(timed(run)[0])
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def backbone_flops(subject: Subject, ids: Ids) -> float:
+    """FLOPs of the tokens that differ: 2 for each weight of each block's matrices; the shared prefix once."""
+    blocks = subject.module(subject.layers)
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    prefix = common_prefix(ids)
+    return 2.0 * weights * (sum(len(row) - prefix for row in ids) + prefix)
+
+
+def head_flops(subject: Subject, tokens: int) -> float:
+    """FLOPs of the LM head on so many positions."""
+    return 2.0 * float(subject.model.get_output_embeddings().weight.numel()) * tokens
+
+
+def machine_rate(repeats: int = 3) -> float:
+    """FLOP/s of large fp32 matrix products, the best seen: a floor must not be too high."""
+    return max(gemm_rate() for _ in range(repeats))
+
+
+def resident() -> int:
+    """Resident bytes now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def peak_over(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Peak resident bytes during a run over those before it, and its result. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident()
+    result = run()
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024 / before, result
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    """The document, or a list for people."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for section, values in result.items():
+        print(section)
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            print(f"  {name:<18} {value:.3f}" if isinstance(value, float) else f"  {name:<18} {value}")
+
+
+def machine() -> str:
+    """What ran it."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU fp32"

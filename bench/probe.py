@@ -1,0 +1,86 @@
+"""PROBE of templated prompts: this program, the audited loop, plain batches, and the FLOP floor.
+
+one_at_a_time: each prompt alone through the whole model, LM head included, as the audit found it.
+batched: batches of 32, left-padded, through the LM head, as the peers do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.common import (
+    arguments,
+    backbone_flops,
+    interleaved,
+    machine,
+    machine_rate,
+    organism,
+    peak_over,
+    report,
+    say,
+    timed,
+)
+from obliteratus.probe import probe
+from obliteratus.summon.render import Ids, render
+from obliteratus.types import Probe, PromptSet, Subject
+
+PROMPTS, QUICK = 256, 64
+
+
+def one_at_a_time(subject: Subject, ids: Ids) -> torch.Tensor:
+    """The audited loop. [prompts, streams, width]."""
+    rows = []
+    with torch.no_grad():
+        for row in ids:
+            out = subject.model(input_ids=torch.tensor([row]), output_hidden_states=True)
+            rows.append(torch.stack([h[0, -1] for h in out.hidden_states]))
+    return torch.stack(rows)
+
+
+def batched(subject: Subject, ids: Ids, size: int = 32) -> None:
+    """Left-padded batches in file order through the LM head."""
+    with torch.no_grad():
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            longest = max(map(len, part))
+            tokens = torch.tensor([[0] * (longest - len(r)) + r for r in part])
+            mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in part])
+            out = subject.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+            torch.stack([h[:, -1] for h in out.hidden_states])
+
+
+def main() -> None:
+    """Print seconds and ratios."""
+    options = arguments(__doc__ or "")
+    subject, prompts = organism()
+    chosen = prompts["control"][: QUICK if options.quick else PROMPTS]
+    ids = render(subject, chosen)
+    only = PromptSet({"control": chosen})
+
+    def ours() -> Any:
+        return probe(subject, only, Probe(keep="rows"))
+
+    memory, kept = peak_over(ours)
+    say("one at a time …")
+    seconds = {}
+    seconds["one_at_a_time"], truth = timed(lambda: one_at_a_time(subject, ids))
+    rows = kept["control"].rows
+    error = float((rows[:, :-1] - truth[:, :-1]).abs().max() / truth[:, :-1].abs().max())
+    fast = {"ours": ours, "batched": lambda: batched(subject, ids)}
+    seconds |= interleaved(fast, 1 if options.quick else options.repeats)
+    rate = machine_rate()
+    seconds["floor"] = backbone_flops(subject, ids) / rate
+    ours_s = seconds["ours"]
+    ratio = {name: seconds[name] / ours_s for name in ("one_at_a_time", "batched")} | {
+        "floor": ours_s / seconds["floor"]
+    }
+    shortened = {"prompts": f"{QUICK} instead of {PROMPTS}, one repeat"} if options.quick else {}
+    facts: dict[str, object] = {"prompts": len(ids), "mean_tokens": sum(map(len, ids)) / len(ids), "gflops": rate / 1e9}
+    facts |= {"largest_relative_difference": error, "peak_over_loaded": memory, "machine": machine()}
+    report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
+
+
+if __name__ == "__main__":
+    main()

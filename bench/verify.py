@@ -1,0 +1,83 @@
+"""VERIFY of held-out prompts: this program, one-at-a-time generation, plain batches, and the FLOP floor.
+
+All write the same greedy answers of at most 48 tokens; the verdicts must be equal.
+one_at_a_time: transformers' generate on each prompt alone. batched: generate on left-padded batches of 32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.common import (
+    arguments,
+    backbone_flops,
+    head_flops,
+    interleaved,
+    machine,
+    machine_rate,
+    organism,
+    peak_over,
+    report,
+    say,
+    timed,
+)
+from obliteratus.summon.render import Ids, render
+from obliteratus.types import PromptSet, Step, Subject
+from obliteratus.verify import verify
+from obliteratus.verify.refusal import verdict
+
+TOKENS = 48
+PROMPTS, QUICK = 64, 10  # of each group
+
+
+def one_at_a_time(subject: Subject, ids: Ids) -> list[str]:
+    """generate on each prompt alone."""
+    return [text for row in ids for text in _generate(subject, [row])]
+
+
+def batched(subject: Subject, ids: Ids, size: int = 32) -> list[str]:
+    """generate on left-padded batches in file order."""
+    return [text for i in range(0, len(ids), size) for text in _generate(subject, ids[i : i + size])]
+
+
+def _generate(subject: Subject, rows: Ids) -> list[str]:
+    longest, pad = max(map(len, rows)), subject.tokenizer.pad_token_id
+    tokens = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    out = subject.model.generate(
+        input_ids=tokens, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=pad
+    )
+    return list(subject.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True))
+
+
+def main() -> None:
+    """Print seconds and ratios."""
+    options = arguments(__doc__ or "")
+    subject, everything = organism()
+    report_part = everything.split(0)[2]
+    n = QUICK if options.quick else PROMPTS
+    prompts = PromptSet({g: report_part[g][:n] for g in ("target", "control")})
+    ids = [row for g in ("target", "control") for row in render(subject, prompts[g])]
+    steps = (Step(use="refusal", tokens=TOKENS),)
+    memory, found = peak_over(lambda: verify(subject, prompts, steps))
+    say("one at a time …")
+    seconds = {}
+    seconds["one_at_a_time"], texts = timed(lambda: one_at_a_time(subject, ids))
+    verdicts = [verdict(text) for text in texts]
+    fast = {"ours": lambda: verify(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
+    seconds |= interleaved(fast, 1 if options.quick else options.repeats)
+    rate = machine_rate()
+    new = sum(len(subject.tokenizer(r["answer"])["input_ids"]) for r in found.records)
+    flops = backbone_flops(subject, ids) + backbone_flops(subject, [[0] * (new + 1)]) + head_flops(subject, new)
+    seconds["floor"] = flops / rate
+    ours = seconds["ours"]
+    ratio = {name: seconds[name] / ours for name in ("one_at_a_time", "batched")} | {"floor": ours / seconds["floor"]}
+    same = sum(a == r["verdict"] for a, r in zip(verdicts, found.records, strict=True))
+    shortened = {"prompts": f"{2 * QUICK} instead of {2 * PROMPTS}, one repeat"} if options.quick else {}
+    facts = {"prompts": len(ids), "equal_verdicts": f"{same} of {len(ids)}", "tokens_written": new}
+    facts |= {"gflops": rate / 1e9, "peak_over_loaded": memory, "machine": machine()}
+    report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
+
+
+if __name__ == "__main__":
+    main()

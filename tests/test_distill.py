@@ -1,0 +1,208 @@
+"""A contract for every registered extractor: what was planted is found, what was not is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_basis
+from torch import Tensor
+
+from obliteratus.distill import distill, extractors
+from obliteratus.errors import UserError
+from obliteratus.types import Activations, Directions, Moments, Step
+
+STREAMS, WIDTH, PROMPTS = 5, 64, 200
+SHIFT = 4.0
+# Extractor → the steps that show it. A new extractor needs no entry unless it needs options or a step before it.
+MEAN = {"use": "mean_diff"}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "single": [MEAN, {"use": "single"}],
+    "orthogonal_to_control": [MEAN, {"use": "orthogonal_to_control"}],
+}
+ONE_AT_ALL = {"single"}  # those that give every stream the same directions
+NAMES = list(extractors)
+
+
+def steps(name: str, **options: Any) -> list[Step]:
+    given = RECIPES.get(name, [{"use": name}])
+    return [*(Step(**s) for s in given[:-1]), Step(**given[-1], **options)]
+
+
+def group(rows: Tensor, keep: bool = True) -> Moments:
+    return Moments(len(rows), rows.double().mean(0).float(), rows if keep else None)
+
+
+def planted(seed: int = 0, shift: float = SHIFT, keep: bool = True, n: int = PROMPTS) -> tuple[Activations, Tensor]:
+    """Noise, four massive dimensions of constant offset, and a direction at each stream but 0 in the target."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, n, STREAMS, WIDTH, generator=generator)
+    rows[..., :4] += torch.tensor([300.0, -200.0, 150.0, 80.0])
+    truth = torch.stack([random_basis(WIDTH, 1, seed + i)[0] for i in range(STREAMS)])
+    rows[0] += shift * truth
+    rows[:, :, 0] = torch.randn(WIDTH, generator=generator)  # the template's last token: the same for all
+    return Activations({"target": group(rows[0], keep), "control": group(rows[1], keep)}, -1), truth
+
+
+def shuffled(acts: Activations, seed: int = 3) -> Activations:
+    """The same prompts under labels drawn by chance."""
+    rows = torch.cat([acts["target"].rows, acts["control"].rows])
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    half = len(rows) // 2
+    return Activations({"target": group(rows[:half]), "control": group(rows[half:])}, -1)
+
+
+def cosine(found: Directions, truth: Tensor) -> Tensor:
+    return (found.basis[:, 0] * truth).sum(1)[1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_a_planted_direction_is_found(self, name: str) -> None:
+        acts, truth = planted()
+        found = distill(acts, steps(name))
+        if name in ONE_AT_ALL:
+            best = int(found.score.argmax())
+            truth = truth[best].expand_as(truth)
+        assert (cosine(found, truth) > 0.95).all()  # sign included
+
+    def test_shuffled_labels_find_nothing(self, name: str) -> None:
+        acts, truth = planted()
+        found = distill(shuffled(acts), steps(name))
+        real = distill(acts, steps(name))
+        delta = shuffled(acts)["target"].mean - shuffled(acts)["control"].mean
+        assert (found.score[1:] < 0.25 * real.score[1:]).all()
+        assert (delta[1:] * truth[1:]).sum(1).abs().max() < 0.25 * SHIFT
+
+    def test_rows_are_orthonormal_and_turned_to_the_target(self, name: str) -> None:
+        acts, _ = planted()
+        found = distill(acts, steps(name))
+        gram = found.basis @ found.basis.mT
+        torch.testing.assert_close(gram[1:], torch.eye(gram.shape[1]).expand_as(gram[1:]), rtol=0, atol=1e-5)
+        if name not in ONE_AT_ALL:
+            delta = acts["target"].mean - acts["control"].mean
+            assert (torch.einsum("lkw,lw->lk", found.basis, delta)[1:] >= 0).all()
+
+    def test_scores_are_shares(self, name: str) -> None:
+        found = distill(planted()[0], steps(name))
+        assert ((found.score >= 0) & (found.score <= 1)).all()
+        assert (found.score[1:] > 0).all()
+        assert found.unit
+
+    def test_scores_grow_with_the_difference(self, name: str) -> None:
+        weak, strong = (distill(planted(shift=x)[0], steps(name)).score[1:] for x in (2.0, 8.0))
+        assert (strong > 2 * weak).all()
+
+    def test_the_trace_names_all_steps(self, name: str) -> None:
+        assert distill(planted()[0], steps(name)).trace == tuple(s.use for s in steps(name))
+
+    def test_inputs_stay_as_they_are(self, name: str) -> None:
+        acts, _ = planted()
+        before = acts["target"].rows.clone(), acts["control"].mean.clone()
+        distill(acts, steps(name))
+        assert torch.equal(acts["target"].rows, before[0])
+        assert torch.equal(acts["control"].mean, before[1])
+
+    def test_the_same_twice(self, name: str) -> None:
+        one, two = (distill(planted()[0], steps(name)) for _ in range(2))
+        assert torch.equal(one.basis, two.basis)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ONE_AT_ALL])
+def test_where_the_groups_agree_nothing_is_found(name: str) -> None:
+    found = distill(planted()[0], steps(name))
+    assert (found.basis[0] == 0).all()
+    assert found.score[0] == 0
+
+
+# ------------------------------------------------------------------------------------------ golden values
+def test_mean_diff_is_the_unit_difference() -> None:
+    acts, _ = planted()
+    found = distill(acts, steps("mean_diff"))
+    target, control = (acts[g].rows.double().mean(0) for g in ("target", "control"))
+    delta = target - control
+    torch.testing.assert_close(found.basis[1:, 0].double(), (delta / delta.norm(dim=1)[:, None])[1:], **LOOSE)
+    torch.testing.assert_close(found.raw[1:].double(), delta.norm(dim=1)[1:], **LOOSE)
+    share = delta.norm(dim=1) / (target.norm(dim=1) + control.norm(dim=1))
+    torch.testing.assert_close(found.score[1:].double(), share[1:], **LOOSE)
+
+
+LOOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_svd_is_the_top_of_the_second_moment(paired: bool) -> None:
+    acts, _ = planted()
+    found = distill(acts, steps("svd", k=3, paired=paired))
+    target, control = (acts[g].rows.double() for g in ("target", "control"))
+    rows = target - (control if paired else control.mean(0))
+    for stream in range(1, STREAMS):
+        values, vectors = torch.linalg.eigh(rows[:, stream].T @ rows[:, stream])
+        top = vectors[:, -3:]
+        basis = found.basis[stream].double()
+        torch.testing.assert_close(basis.T @ basis, top @ top.T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.raw[stream].double(), values[-3:].sum() / PROMPTS, **LOOSE)
+
+
+def test_svd_scores_no_less_than_with_fewer_directions() -> None:
+    acts, _ = planted()
+    few, many, mean = (distill(acts, s).score for s in (steps("svd", k=1), steps("svd", k=6), steps("mean_diff")))
+    assert (few <= many + 1e-6).all()
+    assert (many <= mean + 1e-6).all()
+
+
+@pytest.mark.parametrize(("depth", "at"), [(0.25, 1), (1.0, 4), (0.6, 2)])
+def test_single_takes_the_named_layer(depth: float, at: int) -> None:
+    acts, truth = planted()
+    found = distill(acts, steps("single", depth=depth))
+    assert (cosine(found, truth[at].expand_as(truth)) > 0.95).all()
+
+
+def test_single_takes_the_best_layer() -> None:
+    acts, _ = planted()
+    acts["target"].mean[3] += acts["target"].mean[3] - acts["control"].mean[3]
+    assert int(distill(acts, steps("mean_diff")).score.argmax()) == 3
+    found = distill(acts, steps("single"))
+    torch.testing.assert_close(found.basis, found.basis[3].expand_as(found.basis))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def test_moments_are_enough_for_means_and_not_for_svd() -> None:
+    acts, truth = planted(keep=False)
+    assert (cosine(distill(acts, steps("mean_diff")), truth) > 0.95).all()
+    with pytest.raises(UserError, match=r"'svd' needs every prompt.* set probe.keep"):
+        distill(acts, steps("svd"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ([], "distill has no steps"),
+        ([Step(use="single")], "put mean_diff first"),
+        ([Step(use="svd", k=30)], "k=30 directions need at least 30 prompts; got 20"),
+        ([Step(use="svd", k=65)], "k: input should be less than or equal to 64"),
+        ([Step(use="svd", K=3)], "'svd': K"),
+        ([Step(use="mean_dif")], "did you mean 'mean_diff'"),
+    ],
+)
+def test_what_cannot_run_says_why(recipe: list[Step], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distill(planted(n=20)[0], recipe)
+
+
+def test_paired_groups_of_unequal_length_are_refused() -> None:
+    acts, _ = planted()
+    short = replace(acts, groups={**acts.groups, "control": group(acts["control"].rows[:150])})
+    assert distill(short, steps("svd")).score[1:].min() > 0
+    with pytest.raises(UserError, match="paired=true needs groups of one length, got 200 target and 150"):
+        distill(short, steps("svd", paired=True))
+
+
+def test_directions_must_be_orthonormal() -> None:
+    one = torch.ones(1)
+    Directions(torch.eye(3)[None, :2], one, one, "")
+    for wrong in (torch.ones(1, 2, 3), 2 * torch.eye(3)[None], torch.eye(3)[None, [0, 0]]):
+        with pytest.raises(ValueError, match="orthonormal"):
+            Directions(wrong, one, one, "")
