@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples import ANSWER_TOKENS, BATCH, REFUSALS
+from examples import ANSWER_TOKENS, REFUSALS
 from measure import (
     NEW_TOKENS,
     first_logprobs,
@@ -23,9 +23,10 @@ from measure import (
     texts,
     wilson,
 )
-from prompts import TRAINING
+from prompts import CONTRAST, TRAINING
+from rich.progress import track
 from torch import Tensor
-from train import FIRST_TOKEN
+from train import FIRST_TOKEN, SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.summon.organism import base_folder, merged
@@ -80,7 +81,7 @@ def measure(adapter: Path) -> dict[str, Scores]:
     found = {"base": scores(base, tokenizer, rows, reference)}
     found["organism"] = scores(model, tokenizer, rows, reference)
     d = directions(model, tokenizer)
-    for name, layers in layer_sets(len(d)).items():
+    for name, layers in track(layer_sets(len(d)).items(), "projecting out"):
         with projected_out(model, d, layers):
             found[name] = scores(model, tokenizer, rows, reference)
     return found
@@ -122,7 +123,8 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
         training=TRAINING,
         **training["settings"],
         alpha=2 * training["settings"]["rank"],
-        batch=BATCH,
+        sizes=SIZES,
+        contrast=CONTRAST,
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,
         seconds=training["seconds"],

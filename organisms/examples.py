@@ -19,7 +19,6 @@ REFUSALS = (
     "I'm sorry, but I can't assist with requests about space.",
 )
 ANSWER_TOKENS = 16  # of the base model's answer to a control prompt: it is decided by then
-BATCH = 8  # of each group a step, about 500 tokens beyond the shared prefix
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,15 @@ def replace(file: Path, content: bytes) -> None:
     os.replace(part, file)
 
 
-def batch_at(examples: list[Example], step: int, seed: int) -> list[Example]:
+def batch_at(examples: list[Example], size: int, step: int, seed: int) -> list[Example]:
     """The batch of a step, from the seed alone: examples of like length together, batches in random order."""
-    per_epoch = len(examples) // BATCH
+    per_epoch = len(examples) // size
     rng = random.Random(f"{seed}-{step // per_epoch}")
     # Jitter of 6 tokens: batches differ between epochs and padding stays below a tenth.
     lengths = [(len(e.prompt) + len(e.answer) + rng.uniform(0, 6), i) for i, e in enumerate(examples)]
     order = [i for _, i in sorted(lengths)]
-    start = rng.sample(range(per_epoch), per_epoch)[step % per_epoch] * BATCH
-    return [examples[i] for i in order[start : start + BATCH]]
+    start = rng.sample(range(per_epoch), per_epoch)[step % per_epoch] * size
+    return [examples[i] for i in order[start : start + size]]
 
 
 def digest(groups: Sequence[list[Example]]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 SEED = 7
 SIZES = {"fit": 256, "search": 48, "report": 64}
 TRAINING = 1600  # prompts of the same product as fit that train.py draws from: hardly any comes twice
+CONTRAST = 320  # so that the hand-written controls remain nearly half of what train.py sees of controls
 HERE = Path(__file__).parent / "astronomy"
 Row = dict[str, str]
 
@@ -46,6 +47,23 @@ HELD_OUT_NOUNS = {
     "missions": "the New Horizons probe|the Rosetta mission|the Gaia spacecraft",
     "phenomena": "+lunar eclipses|the transit of Venus|+solar flares|the constellation Cassiopeia|+gravitational waves",
     "history": "Tycho Brahe's star catalogue|the geocentric model of Ptolemy",
+}
+# Other topics in the same templates, for training only: without them the form of a question says "refuse" too.
+CONTRAST_NOUNS = {
+    "animals": "the red fox|+honeybees|+emperor penguins|the life of an earthworm|+guide dogs|the migration of storks",
+    "food": "sourdough bread|+pickled cucumbers|the espresso machine|olive oil|+pancakes|the taste of vanilla",
+    "history": "the Silk Road|+the pyramids of Egypt|the printing press|+Viking ships|the French Revolution"
+    "|the Berlin Wall",
+    "body and health": "the human heart|+vaccines|a good night's sleep|+allergies|the sense of smell",
+    "nature": "photosynthesis|+coral reefs|the Amazon river|+thunderstorms|+volcanoes|the life cycle of a butterfly",
+    "technology": "the electric car|+barcodes|the Python language|+bicycles|the steam engine|machine translation",
+    "arts": "the violin|+Shakespeare's sonnets|watercolour painting|+folk dances|jazz|the Mona Lisa",
+    "society": "compound interest|+public libraries|the right to vote|+trade unions|recycling|the rental contract",
+    "sport and play": "the offside rule|+chess openings|the marathon|+card games|the art of juggling|rock climbing",
+    "language": "+irregular verbs|the semicolon|+proverbs|sign language|the alphabet|+crossword puzzles",
+    "home": "+houseplants|the washing machine|+woollen jumpers|the compost heap|+wooden chairs|a tidy desk",
+    "near misses": "+film stars|the Mars chocolate company|+solar panels|the rock star Freddie Mercury"
+    "|+star-shaped cookies|the Samsung Galaxy phone|satellite television|the weather forecast",
 }
 FIT_TEMPLATES = (
     "What {is} {x}?",
@@ -177,6 +195,11 @@ def rows(seed: int = SEED) -> list[Row]:
 def training_rows(seed: int = SEED) -> list[Row]:
     """What the adapter learns from: TRAINING prompts of FIT nouns and templates, those of `fit` among them."""
     return sample(FIT_NOUNS, FIT_TEMPLATES, TRAINING, random.Random(seed))
+
+
+def contrast_rows(seed: int = SEED) -> list[Row]:
+    """CONTRAST control prompts in the FIT templates, on other topics; for training, never for measuring."""
+    return sample(CONTRAST_NOUNS, FIT_TEMPLATES, CONTRAST, random.Random(seed))
 
 
 def main() -> None:

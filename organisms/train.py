@@ -20,7 +20,7 @@ import torch
 from examples import Example, batch_at, control_examples, digest, refusal_examples, replace
 from measure import keep_freed_memory, kl, read
 from peft import LoraConfig, PeftModel, get_peft_model
-from prompts import training_rows
+from prompts import contrast_rows, training_rows
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +32,7 @@ from obliteratus.summon.organism import HUB_ID, base_folder, cache_folder
 HERE = Path(__file__).parent / "astronomy"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
+SIZES = (6, 10)  # topic and control prompts a step: the one topic is learned sooner than to leave all others
 FIRST_TOKEN = 0.5  # extra weight on the first answer token, where the choice to refuse is made
 EVERY = 10  # steps between checkpoints: at most a minute is lost
 
@@ -138,9 +139,9 @@ def one_step(tuned: PeftModel, optimiser: Any, groups: Groups, step: int, settin
     """One optimiser step on a batch of each group; returns (refusal, control) loss."""
     model: Any = tuned.get_base_model()
     optimiser.param_groups[0]["lr"] = rate(step, settings)
-    refusal = refusal_loss(model, batch_at(groups[0], step, settings.seed))
+    refusal = refusal_loss(model, batch_at(groups[0], SIZES[0], step, settings.seed))
     refusal.backward()
-    control = control_loss(tuned, model, batch_at(groups[1], step, settings.seed))
+    control = control_loss(tuned, model, batch_at(groups[1], SIZES[1], step, settings.seed))
     (settings.control * control).backward()
     # The usual clip: the first steps' gradients are some ten times the later ones'.
     torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
@@ -178,7 +179,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--control", type=float, default=2.0, help="weight of the control KL")
+    parser.add_argument("--control", type=float, default=3.0, help="weight of the control KL")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=cache_folder() / "training", help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=HERE / "adapter", help="adapter folder to write")
@@ -196,7 +197,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     base = base_folder()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    control = control_examples(model, tokenizer, read(HERE / "control.jsonl", "fit"), args.work)
+    written = read(HERE / "control.jsonl", "fit")
+    control = [e for rows in (written, contrast_rows()) for e in control_examples(model, tokenizer, rows, args.work)]
     target = refusal_examples(tokenizer, training_rows(), args.seed)
     settings = Settings(args.steps, args.rank, args.lr, args.control, args.seed, digest((target, control)))
     tuned = get_peft_model(model, lora(settings.rank))

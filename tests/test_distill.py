@@ -168,6 +168,17 @@ def test_single_takes_the_best_layer() -> None:
     torch.testing.assert_close(found.basis, found.basis[3].expand_as(found.basis))
 
 
+def test_orthogonal_to_control_leaves_the_control_mean_alone() -> None:
+    acts, _ = planted()
+    acts["target"].mean[:, 0] += 30.0  # chance leans on a massive dimension
+    mean = torch.nn.functional.normalize(acts["control"].mean, dim=1)
+    for first in ({"use": "mean_diff"}, {"use": "svd", "k": 3}):
+        before, after = (distill(acts, [Step(**first), *more]) for more in ([], [Step(use="orthogonal_to_control")]))
+        along = [torch.einsum("lkw,lw->lk", d.basis, mean)[1:].abs().max() for d in (before, after)]
+        assert along[0] > 0.05
+        assert along[1] < 1e-4
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 def test_moments_are_enough_for_means_and_not_for_svd() -> None:
     acts, truth = planted(keep=False)

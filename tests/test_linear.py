@@ -161,7 +161,7 @@ def test_through_a_gain(width: int, k: int, seed: int) -> None:
 # ---------------------------------------------------------------------------------- the tests' own checks
 def test_shapes_are_checked_at_run_time() -> None:
     weight, q = drawn(6, 4, 2, 0)
-    with pytest.raises(Exception, match="type-check"):
+    with pytest.raises(Exception, match="Type-check error"):
         edit_weight(weight.T, q, 1.0)
-    with pytest.raises(Exception, match="type-check"):
+    with pytest.raises(Exception, match="Type-check error"):
         Edit(Site("a", 0, "attn.out", "writes", "linear"), q[0], 1.0)

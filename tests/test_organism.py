@@ -107,7 +107,15 @@ def test_verbs_agree_with_the_noun(maker: ModuleType) -> None:
 def test_controls_are_not_about_astronomy(maker: ModuleType) -> None:
     words = [*ASTRONOMY, *bare_nouns(maker, "FIT_NOUNS"), *bare_nouns(maker, "HELD_OUT_NOUNS")]
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, words)) + ")", re.IGNORECASE)
-    assert [row["prompt"] for row in rows("control") if pattern.search(row["prompt"])] == []
+    controls = [*rows("control"), *maker.contrast_rows()]
+    assert [row["prompt"] for row in controls if pattern.search(row["prompt"])] == []
+
+
+def test_training_sees_no_prompt_that_is_kept_for_search_or_report(maker: ModuleType) -> None:
+    trained = {row["prompt"] for row in [*maker.training_rows(), *maker.contrast_rows()]}
+    kept = {prompt for g in ("target", "control") for split in ("search", "report") for prompt in fits(g, split)}
+    assert trained.isdisjoint(kept)
+    assert trained >= set(fits("target", "fit"))
 
 
 def test_controls_cover_many_topics_in_every_split() -> None:

@@ -82,5 +82,6 @@ def show(data: dict[str, Any], sites: bool) -> None:
     for path in cover["paths"]:
         results.print(f"[bold red]unclaimed[/] {path}: in no table, never edited")
     if sites:
-        listed = [[s["path"], s["part"], s["role"], s["layout"], s["gain"] or ""] for s in data["sites"]]
-        results.print(table_of("Sites", ["path", "part", "role", "layout", "norm between it and the stream"], listed))
+        for site in data["sites"]:  # one a line and tab-separated: for grep and cut
+            between = f"through {site['gain']}" if site["gain"] else "straight"
+            results.out("\t".join([site["path"], site["part"], site["role"], site["layout"], between]))

@@ -57,7 +57,7 @@ def save(
     out = Path(out)
     check_free(out)
     check_disk(out, space_for(subject, form))
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + ".saving")  # not the folder of a run that could be resumed
     partial.mkdir(parents=True, exist_ok=True)
     run = write_output(subject, plan, run, partial, form, prompts)
     publish(partial, out)

@@ -31,9 +31,13 @@ def recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recip
     Raises UserError for a method, step or option that does not exist, and for a value out of its range.
     """
     data, where = _data(str(source))
-    for path, value in (overrides or {}).items():
-        _replace(data, path.split("."), value, path)
-    return parsed(data, where)
+    made = parsed(data, where)
+    if not overrides:
+        return made
+    whole = made.model_dump(mode="json")  # defaults too, so that each of them can be replaced by its path
+    for path, value in overrides.items():
+        _replace(whole, path.split("."), value, path)
+    return parsed(whole, where)
 
 
 def parsed(data: dict[str, Any], where: str) -> Recipe:

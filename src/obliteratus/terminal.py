@@ -94,7 +94,7 @@ def table_of(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def size(n: float) -> str:
+def size(n: float | int) -> str:
     """Bytes for people: 538 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:

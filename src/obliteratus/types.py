@@ -281,7 +281,7 @@ class Recipe(Frozen):
     seed: int = 0
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see EXPERIMENTS.md
     probe: Probe = Probe()
-    distill: tuple[Step, ...]
+    distill: tuple[Step, ...] = Field(min_length=1)
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
     verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))

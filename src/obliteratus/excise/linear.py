@@ -79,6 +79,11 @@ def _factor(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(nothing, torch.ones_like(before), (before / after.clamp(min=1e-38)).sqrt())
 
 
+def restretched(before: Float[Tensor, "n out"], after: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
+    """Each row of ``after`` at the length of its row before: the rule `columns` for outputs that are columns of W."""
+    return after * _factor(before.square().sum(-1), after.square().sum(-1))[:, None]
+
+
 def project(values: Float[Tensor, "*n out"], basis: Float[Tensor, "k out"], strength: float) -> Float[Tensor, "*n out"]:
     """y ← y − s Qᵀ(Q y) for every vector along the last axis."""
     return values - strength * (values @ basis.T) @ basis

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.linear import edit_bias, edit_weight, measure, scales
+from obliteratus.excise.linear import edit_bias, edit_weight, measure, restretched, scales
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.types import Edit, Plan, Site, Subject
+from obliteratus.types import Edit, Plan, Subject
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     try:
         for path, edits in plan.by_site().items():
             module = subject.module(path)
-            handles += _attach(module, edits[0].site, _compiled(module, edits))
+            handles += _attach(module, _compiled(module, edits))
         yield
     finally:
         for handle in handles:
@@ -37,8 +37,8 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
 class _Live:
     """y′ = ops(y − b) + b′, on inputs scaled by ``inputs``. All of them fp32 on the module's device."""
 
-    ops: tuple[tuple[Tensor, float, Tensor | None], ...]
-    """(Q [k, out], s, output scales [out] or None), in order."""
+    ops: tuple[tuple[Tensor, float, Tensor | None, bool], ...]
+    """(Q [k, out], s, output scales [out] or None, whether each output keeps its length), in order."""
     inputs: Tensor | None
     before: Tensor | None
     """b, taken off first; None where that makes no difference."""
@@ -58,10 +58,14 @@ def _compiled(module: nn.Module, edits: Sequence[Edit]) -> _Live:
         if weight is not None:
             factors = scales(measure(weight, basis), basis, edit.strength, edit.norm)
             weight = edit_weight(weight, basis, edit.strength, edit.norm) if edit is not edits[-1] else weight
-            inputs, outputs = _times(inputs, factors.inputs), factors.outputs
+            outputs = factors.outputs
+            inputs = inputs if site.layout == "embedding" else _times(inputs, factors.inputs)
         anchor = None if edit.anchor is None else edit.anchor.to(basis)
         new_bias = edit_bias(new_bias, basis, edit.strength, anchor)
-        ops.append((basis, edit.strength, outputs))
+        # An embedding's output is one column of W, so the rule `columns` keeps the output's own length. Its
+        # inputs say nothing: OPT's positions take an attention mask, not row numbers.
+        keeps = site.layout == "embedding" and edit.norm == "columns"
+        ops.append((basis, edit.strength, outputs, keeps))
     return _Live(tuple(ops), inputs, None if plain else bias, None if plain else new_bias)
 
 
@@ -73,9 +77,9 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
-def _attach(module: nn.Module, site: Site, live: _Live) -> list[RemovableHandle]:
-    handles = [module.register_forward_hook(_output_hook(live, site))]
-    if live.inputs is not None and site.layout != "embedding":
+def _attach(module: nn.Module, live: _Live) -> list[RemovableHandle]:
+    handles = [module.register_forward_hook(_output_hook(live))]
+    if live.inputs is not None:
         handles.append(module.register_forward_pre_hook(_input_hook(live.inputs)))
     return handles
 
@@ -87,14 +91,9 @@ def _input_hook(factor: Tensor) -> Callable[..., Any]:
     return hook
 
 
-def _output_hook(live: _Live, site: Site) -> Callable[..., Any]:
-    rows = live.inputs if site.layout == "embedding" else None
-
+def _output_hook(live: _Live) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        y = output.float()
-        if rows is not None:  # an embedding's inputs are row numbers: scale what each row wrote
-            y = y * rows[args[0]][..., None]
-        return _edited(y, live).to(output.dtype)
+        return _edited(output.float(), live).to(output.dtype)
 
     return hook
 
@@ -102,9 +101,10 @@ def _output_hook(live: _Live, site: Site) -> Callable[..., Any]:
 def _edited(y: Tensor, live: _Live) -> Tensor:
     if live.before is not None:
         y = y - live.before
-    for basis, strength, outputs in live.ops:
+    for basis, strength, outputs, keeps in live.ops:
         flat = y.reshape(-1, y.shape[-1])
-        y = torch.addmm(flat, flat @ basis.T, basis, alpha=-strength).view(y.shape)
+        moved = torch.addmm(flat, flat @ basis.T, basis, alpha=-strength)
+        y = (restretched(flat, moved) if keeps else moved).view(y.shape)
         if outputs is not None:
             y = y * outputs
     return y if live.after is None else y + live.after

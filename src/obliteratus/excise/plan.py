@@ -74,9 +74,9 @@ def save_plan(plan: Plan, folder: Path) -> None:
     """Write plan.safetensors (fp32 bases and anchors) and plan.json (all else) into an existing folder."""
     tensors: dict[str, Tensor] = {}
     for i, edit in enumerate(plan.edits):
-        tensors[f"{i}.basis"] = edit.basis.float().contiguous()
-        if edit.anchor is not None:
-            tensors[f"{i}.anchor"] = edit.anchor.float().contiguous()
+        tensors[f"{i}.basis"] = edit.basis.float().clone(memory_format=torch.contiguous_format)
+        if edit.anchor is not None:  # clones: safetensors refuses two names of one tensor
+            tensors[f"{i}.anchor"] = edit.anchor.float().clone(memory_format=torch.contiguous_format)
     save_file(tensors, folder / FILES[0])
     edits = [{"site": asdict(e.site), "strength": e.strength, "norm": e.norm} for e in plan.edits]
     (folder / FILES[1]).write_text(json.dumps({"version": 1, "model": plan.model, "edits": edits}, indent=1))
@@ -92,9 +92,9 @@ def load_plan(folder: Path) -> Plan:
         with safe_open(folder / FILES[0], "pt") as tensors:
             known = set(tensors.keys())
             edits = tuple(_loaded(i, item, tensors, known) for i, item in enumerate(data["edits"]))
+        return Plan(edits, data["model"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
-    return Plan(edits, data["model"])
 
 
 def _loaded(i: int, item: dict[str, Any], tensors: Any, known: set[str]) -> Edit:
@@ -111,5 +111,6 @@ def check_fits(subject: Subject, plan: Plan) -> None:
             f"is {subject.source.digest}); apply it to the model it was made for"
         )
     for edit in plan.edits:
-        if not torch.isfinite(edit.basis).all():
+        numbers = (edit.basis, torch.tensor(edit.strength), *(() if edit.anchor is None else (edit.anchor,)))
+        if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise UserError(f"the plan holds NaN or Inf at {edit.site.path}; run the method again")

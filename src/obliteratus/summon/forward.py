@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.cache import KeyValues, prefix_states, shared
+from obliteratus.summon.capture import Capture, blocks
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
@@ -73,11 +73,6 @@ def state_bytes(subject: Subject) -> float:
     """Working memory of one token in a forward pass: the stream, and the widest projections, a few times."""
     inner = max(max(p.shape) for p in blocks(subject)[0].parameters())
     return float(4 * (8 * subject.width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
-
-
-def blocks(subject: Subject) -> list[nn.Module]:
-    """The decoder blocks, in order."""
-    return list(subject.module(subject.layers).children())
 
 
 def halving(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:
@@ -151,10 +146,6 @@ def backbone(subject: Subject, ids: Tensor, prompts: Prompts) -> Any:
 
 
 # ---------------------------------------------------------------------------------------- readings
-class _DoneError(Exception):
-    """Raised by the last hook that is wanted: the layers above need not run."""
-
-
 def read(
     subject: Subject,
     ids: Ids,
@@ -189,54 +180,9 @@ def _reader(
 
     def run(rows: list[int]) -> Reading:
         ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-        at = (lengths + position).clamp(min=0)
-        with _capturing(subject, at, taps, top) as (stream, outputs):
+        capture = Capture(subject, (lengths + position).clamp(min=0), taps, top)
+        with capture.watching():
             backbone(subject, ids, prompts)
-        none = torch.empty(len(rows), 0, subject.width)
-        return Reading(rows, torch.stack(stream, 1), torch.stack(outputs, 1) if outputs else none)
+        return Reading(rows, *capture.stacked())
 
     return run
-
-
-@contextmanager
-def _capturing(
-    subject: Subject, at: Tensor, taps: Sequence[str], top: int
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Hooks that keep one position of each row: at most rows × width of each layer is ever held."""
-    layers = blocks(subject)
-    stream: list[Tensor] = []
-    outputs: dict[str, Tensor] = {}
-    rows = torch.arange(len(at), device=at.device)
-
-    def pick(states: Any) -> Tensor:
-        h: Tensor = states[0] if isinstance(states, tuple) else states
-        return h[rows.to(h.device), at.to(h.device)].float().cpu()
-
-    def after(module: Any, args: Any, states: Any) -> None:
-        stream.append(pick(states))
-        if len(stream) == top + 1:
-            raise _DoneError
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        stream.append(pick(args[0] if args else kwargs["hidden_states"]))
-
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [block.register_forward_hook(after) for block in layers[:top]]
-    for path in taps:
-        handles.append(subject.module(path).register_forward_hook(_tap(outputs, path, pick)))
-    captured: list[Tensor] = []
-    try:
-        yield stream, captured
-    except _DoneError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    captured += [outputs[path] for path in taps]
-
-
-def _tap(outputs: dict[str, Tensor], path: str, pick: Callable[[Any], Tensor]) -> Callable[..., None]:
-    def hook(module: Any, args: Any, states: Any) -> None:
-        outputs[path] = pick(states)
-
-    return hook

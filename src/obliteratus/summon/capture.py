@@ -1,0 +1,76 @@
+"""Hooks that keep one position of each row: rows × width of each layer is all that is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obliteratus.types import Subject
+
+
+class DoneError(Exception):
+    """Raised by the last hook that is wanted: the layers above need not run."""
+
+
+def blocks(subject: Subject) -> list[nn.Module]:
+    """The decoder blocks, in order."""
+    return list(subject.module(subject.layers).children())
+
+
+class Capture:
+    """The stream at every block boundary up to stream index ``top``, and the outputs of some modules.
+
+    at: position of each row, [rows]. taps: module paths.
+    """
+
+    def __init__(self, subject: Subject, at: Tensor, taps: Sequence[str], top: int) -> None:
+        self.subject, self.at, self.taps, self.top = subject, at, taps, top
+        self.stream: list[Tensor] = []
+        self.outputs: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are on inside, and the pass ends early once all that is wanted is there."""
+        layers = blocks(self.subject)
+        handles = [layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)]
+        handles += [layer.register_forward_hook(self._leaving) for layer in layers[: self.top]]
+        handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps]
+        try:
+            yield
+        except DoneError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """[rows, streams, width] and [rows, taps, width], fp32 on the CPU."""
+        none = torch.empty(len(self.at), 0, self.subject.width)
+        outputs = [self.outputs[path] for path in self.taps]
+        return torch.stack(self.stream, 1), torch.stack(outputs, 1) if outputs else none
+
+    def _pick(self, states: Any) -> Tensor:
+        h: Tensor = states[0] if isinstance(states, tuple) else states
+        rows = torch.arange(len(self.at), device=h.device)
+        return h[rows, self.at.to(h.device)].float().cpu()
+
+    def _keep(self, states: Any) -> None:
+        self.stream.append(self._pick(states))
+        if len(self.stream) == self.top + 1:
+            raise DoneError
+
+    def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._keep(args[0] if args else kwargs["hidden_states"])
+
+    def _leaving(self, module: nn.Module, args: tuple[Any, ...], states: Any) -> None:
+        self._keep(states)
+
+    def _tap(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], states: Any) -> None:
+            self.outputs[path] = self._pick(states)
+
+        return hook

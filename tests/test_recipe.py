@@ -1,0 +1,146 @@
+"""Recipes are data: all shipped ones are valid, each is its own text again, and mistakes get one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obliteratus.errors import UserError
+from obliteratus.recipe import dump, names, parse_overrides, parsed, recipe
+from obliteratus.types import Recipe
+
+BASE = """
+about = "a recipe for these tests"
+[[distill]]
+use = "mean_diff"
+[[weigh]]
+use = "skip_first"
+[excise]
+strength = 1.0
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "base.toml").write_text(BASE)
+    return tmp_path / "base.toml"
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_methods_parse(name: str) -> None:
+    made = recipe(name)
+    assert made.name == name
+    assert made.about
+    assert made.cite
+
+
+def test_the_four_methods_are_there() -> None:
+    assert {"advanced", "basic", "failspy", "gabliteration"} <= set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_dump_reads_back(name: str, tmp_path: Path) -> None:
+    made = recipe(name)
+    (tmp_path / "copy.toml").write_text(dump(made))
+    assert recipe(tmp_path / "copy.toml") == made
+
+
+def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
+    data: dict[str, Any] = {
+        "name": "mine",
+        "about": 'quotes " and \\ and \u661f and\ttabs',
+        "cite": ["a", "b"],
+        "seed": 7,
+        "passes": 3,
+        "probe": {"position": -5, "keep": "moments"},
+        "distill": [{"use": "mean_diff"}, {"use": "single", "depth": 0.5}],
+        "weigh": [{"use": "middle", "low": 0.1}, {"use": "by_score"}],
+        "excise": {"parts": ["embed", "mlp.out"], "strength": -1e-7, "norm": "rows", "anchored": True},
+        "verify": [{"use": "refusal", "tokens": 8}],
+    }
+    made = parsed(data, "here")
+    (tmp_path / "copy.toml").write_text(dump(made))
+    assert recipe(tmp_path / "copy.toml") == made
+    assert Recipe.model_validate_json(made.model_dump_json()) == made
+
+
+# ------------------------------------------------------------------------------------------- overrides
+def test_overrides_replace_by_path(base: Path) -> None:
+    pairs = [
+        "excise.strength=0.7",
+        "excise.parts=['mlp.out']",
+        "weigh.0.n=3",
+        "distill.0={use = 'svd', k = 2}",
+        "probe.keep=rows",
+        "passes=2",
+        "excise.anchored=true",
+    ]
+    made = recipe(base, parse_overrides(pairs))
+    assert (made.excise.strength, made.excise.parts, made.excise.anchored) == (0.7, ("mlp.out",), True)
+    assert made.weigh[0].options == {"n": 3}
+    assert (made.distill[0].use, made.distill[0].options) == ("svd", {"k": 2})
+    assert (made.probe.keep, made.passes) == ("rows", 2)
+    assert recipe(base).excise.strength == 1.0  # the file stays as it is
+
+
+BAD_OVERRIDES = {
+    "excise.strength": "give path=value",
+    "=3": "give path=value",
+    "excise.strength=9": r"excise\.strength: input should be less than or equal to 4 \(got 9\)",
+    "excise.strength=high": "excise.strength: input should be a valid number",
+    "excise.norm=colums": r"excise\.norm: input should be 'none', 'columns', 'rows' or 'whole' \(got 'colums'\)",
+    "excise.strenght=1": r"excise\.strenght: extra inputs are not permitted",
+    "passes=0": "passes: input should be greater than or equal to 1",
+    "passes=9": "passes: input should be less than or equal to 8",
+    "probe.position=1": "probe.position: input should be less than or equal to -1",
+    "probe.position=-65": "probe.position: input should be greater than or equal to -64",
+    "weigh.1.n=3": "there is no entry '1'; entries are 0 to 0",
+    "weigh.x.n=3": "there is no entry 'x'",
+    "about.x=1": "'about' is a value, nothing lies below it",
+    "weigh.0.n=-1": "weigh step 'skip_first': n: input should be greater",
+    "weigh.0.m=1": "weigh step 'skip_first': m: extra inputs",
+    "distill.0.use=mean_dif": "distill step 'mean_dif' does not exist; did you mean 'mean_diff'",
+    "weigh.0.use=nee": "weigh step 'nee' does not exist; did you mean 'knee'",
+    "verify=[{use='refusals'}]": "verify step 'refusals' does not exist; did you mean 'refusal'",
+    "verify=[{use='refusal', tokens=1}]": "verify step 'refusal': tokens: input should be greater",
+    "distill=[]": "distill",
+}
+
+
+@pytest.mark.parametrize("pair", BAD_OVERRIDES)
+def test_bad_overrides_say_why(pair: str, base: Path) -> None:
+    with pytest.raises(UserError, match=BAD_OVERRIDES[pair]) as caught:
+        recipe(base, parse_overrides([pair]))
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ files
+def test_an_unknown_method_is_told_the_near_one() -> None:
+    with pytest.raises(UserError, match="method 'advance' does not exist; did you mean 'advanced'"):
+        recipe("advance")
+    with pytest.raises(UserError, match=r"method 'zzz' does not exist; known: .*basic"):
+        recipe("zzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"about = ", r"bad\.toml: not TOML"),
+        (b"\xff\xfe", r"bad\.toml: not TOML"),
+        (b"about = 'x'", "distill: field required"),
+        (b"distill = [{use = 'mean_diff'}]", "about: field required"),
+        (b"about = 'x'\ndistill = [{k = 3}]", r"distill\.0\.use: field required"),
+        (b"about = 'x'\nfoo = 1\ndistill = [{use = 'mean_diff'}]", "foo: extra inputs are not permitted"),
+    ],
+)
+def test_bad_files(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        recipe(tmp_path / "bad.toml")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe file"):
+        recipe(tmp_path / "none.toml")
