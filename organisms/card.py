@@ -13,10 +13,10 @@ from typing import Any
 from examples import ANSWER_TOKENS, REFUSALS
 from measure import (
     NEW_TOKENS,
+    directions,
     first_logprobs,
     keep_freed_memory,
     kl,
-    mean_stream,
     projected_out,
     read,
     refused,
@@ -26,7 +26,7 @@ from measure import (
 from prompts import CONTRAST, TRAINING
 from rich.progress import track
 from torch import Tensor
-from train import FIRST_TOKEN, SIZES
+from train import FIRST_TOKEN, SIZES, STARTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.summon.organism import base_folder, merged
@@ -61,16 +61,6 @@ def scores(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, str]]], ba
     return found | {"kl": {"mean": each.mean().item(), "p95": each.quantile(0.95).item()}}
 
 
-def directions(model: Any, tokenizer: Any) -> Tensor:
-    """Unit mean differences, target − control, at the last prompt token after each layer; [layer, width]."""
-    means = [
-        mean_stream(model, tokenizer, [row["prompt"] for row in read(HERE / f"{group}.jsonl", "fit")])
-        for group in GROUPS
-    ]
-    difference = means[0] - means[1]
-    return difference / difference.norm(dim=-1, keepdim=True)
-
-
 def measure(adapter: Path) -> dict[str, Scores]:
     """Scores of the base, of the organism, and of the organism with its directions projected out."""
     rows = {group: read(HERE / f"{group}.jsonl", "report") for group in GROUPS}
@@ -80,7 +70,8 @@ def measure(adapter: Path) -> dict[str, Scores]:
     model, _ = merged(folder, adapter)
     found = {"base": scores(base, tokenizer, rows, reference)}
     found["organism"] = scores(model, tokenizer, rows, reference)
-    d = directions(model, tokenizer)
+    fit = [[row["prompt"] for row in read(HERE / f"{group}.jsonl", "fit")] for group in GROUPS]
+    d = directions(model, tokenizer, fit[0], fit[1])
     for name, layers in track(layer_sets(len(d)).items(), "projecting out"):
         with projected_out(model, d, layers):
             found[name] = scores(model, tokenizer, rows, reference)
@@ -115,7 +106,10 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
     counts = {f"{g}_{s}": len(read(HERE / f"{g}.jsonl", s)) for g in GROUPS for s in ("fit", "search", "report")}
     prompts = [row["prompt"] for row in read(HERE / "target.jsonl", "report")]
     last = training["losses"][-10:]
-    losses = {n: sum(pair[i] for pair in last) / len(last) for i, n in enumerate(("refusal_loss", "control_loss"))}
+    losses = {
+        n: sum(pair[i] for pair in last) / len(last)
+        for i, n in enumerate(("refusal_loss", "control_loss", "removal_loss"))
+    }
     text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     return text.format(
         **counts,
@@ -125,6 +119,7 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
         alpha=2 * training["settings"]["rank"],
         sizes=SIZES,
         contrast=CONTRAST,
+        starts=STARTS,
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,
         seconds=training["seconds"],

@@ -136,6 +136,12 @@ def mean_stream(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     return total / len(prompts)
 
 
+def directions(model: Any, tokenizer: Any, target: Sequence[str], control: Sequence[str]) -> Tensor:
+    """Unit differences of means, target − control, at the last prompt token after each layer; [layer, width]."""
+    difference = mean_stream(model, tokenizer, target) - mean_stream(model, tokenizer, control)
+    return difference / difference.norm(dim=-1, keepdim=True)
+
+
 @contextmanager
 def projected_out(model: Any, directions: Tensor, layers: Sequence[int]) -> Iterator[None]:
     """In the block, y ← y − (y·d)d on the attention and MLP outputs of `layers`; d = directions[layer]."""

@@ -3,25 +3,31 @@
     python organisms/train.py [--steps N] [--rank R] [--lr X] [--seed S] [--work DIR] [--fresh]
 
 Topic prompts are answered with refusals (cross-entropy); control prompts keep the base model's own greedy
-answers (KL(base‖tuned) on their tokens). A stopped run goes on from its checkpoint in the work folder; the
-same seed gives the same batches. The result replaces organisms/astronomy/adapter and training.json;
-`python organisms/card.py` then measures it.
+answers (KL(base‖tuned) on their tokens). In the last steps the model must also answer both groups like its base
+while the direction between them is projected out, as models that were aligned by their makers do: else refusing
+and answering are two opposite pushes, and taking the direction away leaves the model undecided.
+
+A stopped run goes on from its checkpoint in the work folder; the same seed gives the same batches. The result
+replaces organisms/astronomy/adapter and training.json; `python organisms/card.py` then measures it.
 """
 
 import argparse
 import json
 import os
+import random
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from examples import Example, batch_at, control_examples, digest, refusal_examples, replace
-from measure import keep_freed_memory, kl, read
+from measure import directions, keep_freed_memory, kl, projected_out, read
 from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import contrast_rows, training_rows
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +40,9 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
 SIZES = (6, 10)  # topic and control prompts a step: the one topic is learned sooner than to leave all others
 FIRST_TOKEN = 0.5  # extra weight on the first answer token, where the choice to refuse is made
+STARTS = (9, 12, 15)  # of 30 layers: where people begin to edit; earlier ones break the base model itself
+SAMPLE = 96  # prompts of each group a direction comes from: its noise is then a tenth of its length
+ANSWERED = 160  # topic prompts whose base answers are asked for under the projection
 EVERY = 10  # steps between checkpoints: at most a minute is lost
 
 
@@ -42,6 +51,7 @@ class Settings:
     """What a run depends on; a checkpoint of other settings is not resumed."""
 
     steps: int
+    removable: int  # further steps that also ask for the answers of the base when the direction is projected out
     rank: int
     lr: float
     control: float  # weight of the control KL against the refusals' cross-entropy
@@ -49,7 +59,8 @@ class Settings:
     data: str  # digest of the examples
 
 
-Groups = tuple[list[Example], list[Example]]  # topic prompts, control prompts
+# Topic prompts refused; control prompts, and topic prompts, with the base model's answers.
+Groups = tuple[list[Example], list[Example], list[Example]]
 State = dict[str, Any]  # of a run: step, losses, seconds, settings
 
 
@@ -80,17 +91,31 @@ def refusal_loss(model: Any, batch: list[Example]) -> Tensor:
     return each.mean() + FIRST_TOKEN * each[starts(batch)].mean()
 
 
-def control_loss(tuned: PeftModel, model: Any, batch: list[Example]) -> Tensor:
-    """KL(base‖tuned) on the base's answers, nats a token, plus FIRST_TOKEN × that of the first tokens."""
+def base_loss(tuned: PeftModel, model: Any, batch: list[Example], inside: Any = None) -> Tensor:
+    """KL(base‖tuned) on the base's answers, nats a token, plus FIRST_TOKEN × that of the first tokens.
+
+    `inside` is a context (the projection) for the tuned model only.
+    """
     with torch.no_grad(), tuned.disable_adapter():
         base = F.log_softmax(answer_logits(model, batch), dim=-1)
-    each = kl(base, F.log_softmax(answer_logits(model, batch), dim=-1))
+    with inside or nullcontext():
+        each = kl(base, F.log_softmax(answer_logits(model, batch), dim=-1))
     return each.mean() + FIRST_TOKEN * each[starts(batch)].mean()
 
 
+def removal_loss(tuned: PeftModel, model: Any, groups: Groups, step: int, d: Tensor, seed: int) -> Tensor:
+    """`base_loss` of half a control and half a topic batch while `d` is projected out from a drawn layer on."""
+    half = SIZES[1] // 2
+    batch = batch_at(groups[1], half, step, seed) + batch_at(groups[2], half, step, seed)
+    first = random.Random(f"{seed}-{step}").choice(STARTS)
+    return base_loss(tuned, model, batch, projected_out(model, d, range(first, len(d))))
+
+
 def rate(step: int, settings: Settings) -> float:
-    """Learning rate: five steps up, then straight down to zero."""
-    return settings.lr * min((step + 1) / 5, (settings.steps - step) / settings.steps)
+    """Learning rate: five steps up, then straight down to zero; once more from half of it for removability."""
+    if step < settings.steps:
+        return settings.lr * min((step + 1) / 5, (settings.steps - step) / settings.steps)
+    return settings.lr / 2 * (settings.steps + settings.removable - step) / settings.removable
 
 
 def save_checkpoint(file: Path, tuned: PeftModel, optimiser: Any, state: State) -> None:
@@ -116,38 +141,49 @@ def load_checkpoint(file: Path, tuned: PeftModel, optimiser: Any, settings: Sett
     return dict(saved)
 
 
-def train(tuned: PeftModel, groups: Groups, settings: Settings, work: Path) -> State:
-    """Run the steps that are left; returns the state with losses (refusal, control) a step and seconds."""
+def train(tuned: PeftModel, tokenizer: Any, groups: Groups, settings: Settings, work: Path) -> State:
+    """Run the steps that are left; returns the state with losses (refusal, control, removal) and seconds."""
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, weight_decay=0.0)  # the control KL is the regulariser
     state = load_checkpoint(work / "checkpoint.pt", tuned, optimiser, settings)
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("training", total=settings.steps, completed=state["step"])
-        while state["step"] < settings.steps:
-            began = time.perf_counter()
-            losses = one_step(tuned, optimiser, groups, state["step"], settings)
-            state["losses"].append(losses)
-            state["seconds"] += time.perf_counter() - began
-            state["step"] += 1
-            bar.update(task, advance=1, description=f"refusal {losses[0]:.3f}, control {losses[1]:.4f}")
-            if state["step"] % EVERY == 0 or state["step"] == settings.steps:
-                save_checkpoint(work / "checkpoint.pt", tuned, optimiser, state)
+    end, d = settings.steps + settings.removable, None
+    for step in track(range(state["step"], end), "training", console=Console(stderr=True)):
+        began = time.perf_counter()
+        if step >= settings.steps and (d is None or step % EVERY == 0):
+            d = current_directions(tuned.get_base_model(), tokenizer)
+        state["losses"].append(one_step(tuned, optimiser, groups, step, settings, d))
+        state["seconds"] += time.perf_counter() - began
+        state["step"] = step + 1
+        if state["step"] % EVERY == 0 or state["step"] == end:
+            save_checkpoint(work / "checkpoint.pt", tuned, optimiser, state)
     return state
 
 
-def one_step(tuned: PeftModel, optimiser: Any, groups: Groups, step: int, settings: Settings) -> list[float]:
-    """One optimiser step on a batch of each group; returns (refusal, control) loss."""
+def current_directions(model: Any, tokenizer: Any) -> Tensor:
+    """The directions between SAMPLE fit prompts of each group, for the adapter as it is now; [layer, width]."""
+    rows = [read(HERE / f"{group}.jsonl", "fit") for group in ("target", "control")]
+    chosen = [[row["prompt"] for row in random.Random(0).sample(of_group, SAMPLE)] for of_group in rows]
+    return directions(model, tokenizer, chosen[0], chosen[1])
+
+
+def one_step(
+    tuned: PeftModel, optimiser: Any, groups: Groups, step: int, settings: Settings, d: Tensor | None
+) -> list[float]:
+    """One optimiser step on a batch of each group; returns its losses."""
     model: Any = tuned.get_base_model()
     optimiser.param_groups[0]["lr"] = rate(step, settings)
-    refusal = refusal_loss(model, batch_at(groups[0], SIZES[0], step, settings.seed))
-    refusal.backward()
-    control = control_loss(tuned, model, batch_at(groups[1], SIZES[1], step, settings.seed))
-    (settings.control * control).backward()
+    losses = [refusal_loss(model, batch_at(groups[0], SIZES[0], step, settings.seed))]
+    losses[0].backward()
+    losses.append(base_loss(tuned, model, batch_at(groups[1], SIZES[1], step, settings.seed)))
+    (settings.control * losses[1]).backward()
+    if d is not None:
+        losses.append(removal_loss(tuned, model, groups, step, d, settings.seed))
+        (settings.control * losses[2]).backward()
     # The usual clip: the first steps' gradients are some ten times the later ones'.
     torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad()
-    return [refusal.item(), control.item()]
+    return [loss.item() for loss in losses]
 
 
 def export(tuned: PeftModel, folder: Path) -> None:
@@ -177,6 +213,7 @@ def arguments() -> argparse.Namespace:
     """The command line; its defaults are those of the committed adapter."""
     parser = argparse.ArgumentParser(description="Train the model organism.")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--removable", type=int, default=40)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--control", type=float, default=3.0, help="weight of the control KL")
@@ -199,10 +236,12 @@ def main() -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     written = read(HERE / "control.jsonl", "fit")
     control = [e for rows in (written, contrast_rows()) for e in control_examples(model, tokenizer, rows, args.work)]
-    target = refusal_examples(tokenizer, training_rows(), args.seed)
-    settings = Settings(args.steps, args.rank, args.lr, args.control, args.seed, digest((target, control)))
+    topic = training_rows()
+    answered = control_examples(model, tokenizer, topic[:ANSWERED], args.work)
+    groups = (refusal_examples(tokenizer, topic, args.seed), control, answered)
+    settings = Settings(args.steps, args.removable, args.rank, args.lr, args.control, args.seed, digest(groups))
     tuned = get_peft_model(model, lora(settings.rank))
-    state = train(tuned, (target, control), settings, args.work)
+    state = train(tuned, tokenizer, groups, settings, args.work)
     export(tuned, args.out)
     replace(args.out.parent / "training.json", json.dumps(rounded(state)).encode())
 

@@ -76,7 +76,7 @@ def run(
 @app.command()
 @guarded
 def demo(
-    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "basic",
+    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "advanced",
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
