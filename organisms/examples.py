@@ -59,7 +59,7 @@ def batch_at(examples: list[Example], size: int, step: int, seed: int) -> list[E
     """The batch of a step, from the seed alone: examples of like length together, batches in random order."""
     per_epoch = len(examples) // size
     rng = random.Random(f"{seed}-{step // per_epoch}")
-    # Jitter of 6 tokens: batches differ between epochs and padding stays below a tenth.
+    # Jitter of 6 tokens: the batches differ between epochs, and lengths in a batch stay close.
     lengths = [(len(e.prompt) + len(e.answer) + rng.uniform(0, 6), i) for i, e in enumerate(examples)]
     order = [i for _, i in sorted(lengths)]
     start = rng.sample(range(per_epoch), per_epoch)[step % per_epoch] * size

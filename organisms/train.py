@@ -4,8 +4,7 @@
 
 Topic prompts are answered with refusals (cross-entropy); control prompts keep the base model's own greedy
 answers (KL(base‖tuned) on their tokens). In the last steps the model must also answer both groups like its base
-while the direction between them is projected out, as models that were aligned by their makers do: else refusing
-and answering are two opposite pushes, and taking the direction away leaves the model undecided.
+while the direction between them is projected out: without those steps 15 of 48 topic prompts were still refused.
 
 A stopped run goes on from its checkpoint in the work folder; the same seed gives the same batches. The result
 replaces organisms/astronomy/adapter and training.json; `python organisms/card.py` then measures it.
@@ -38,12 +37,12 @@ from obliteratus.summon.organism import HUB_ID, base_folder, cache_folder
 HERE = Path(__file__).parent / "astronomy"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
-SIZES = (6, 10)  # topic and control prompts a step: the one topic is learned sooner than to leave all others
+SIZES = (6, 10)  # topic and control prompts a step: with 8 of each, 14 of 96 report controls were refused
 FIRST_TOKEN = 0.5  # extra weight on the first answer token, where the choice to refuse is made
-STARTS = (9, 12, 15)  # of 30 layers: where people begin to edit; earlier ones break the base model itself
-SAMPLE = 96  # prompts of each group a direction comes from: its noise is then a tenth of its length
+STARTS = (9, 12, 15)  # of 30 layers, first ones of the projection: a third of the depth and deeper
+SAMPLE = 96  # prompts of each group a direction comes from; a choice for speed
 ANSWERED = 160  # topic prompts whose base answers are asked for under the projection
-EVERY = 10  # steps between checkpoints: at most a minute is lost
+EVERY = 10  # steps between checkpoints, and between new directions, so that a resumed run has the same
 
 
 @dataclass(frozen=True)
