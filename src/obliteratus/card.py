@@ -58,17 +58,20 @@ def coverage_line(run: Run) -> str:
     return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}."
 
 
+def score_rows(run: Run) -> list[list[str]]:
+    """Name, before, after and n of every score, rates by category left out."""
+    rows = []
+    for name in dict.fromkeys([*run.before, *run.after]):
+        if "/" not in name:
+            found = [scores[name] for scores in (run.after, run.before) if name in scores]
+            rows.append([name, shown(run.before.get(name)), shown(run.after.get(name)), str(found[0].n)])
+    return rows
+
+
 def score_table(run: Run) -> str:
-    """Before and after as a Markdown table, rates by category left out."""
-    names = [name for name in dict.fromkeys([*run.before, *run.after]) if "/" not in name]
-    lines = ["| score | before | after | n |", "|---|---|---|---|"]
-    for name in names:
-        before, after = run.before.get(name), run.after.get(name)
-        lines.append(f"| {name} | {shown(before)} | {shown(after)} | {(after or before or EMPTY).n} |")
-    return "\n".join(lines)
-
-
-EMPTY = Score(value=0, low=0, high=0, n=0, unit="")
+    """Before and after as a Markdown table."""
+    lines = [["score", "before", "after", "n"], ["---"] * 4, *score_rows(run)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shown(score: Score | None) -> str:

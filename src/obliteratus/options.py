@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,8 +64,7 @@ def shown(quiet: bool) -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft")
     if quiet:
-        with nullcontext():
-            yield
+        yield
         return
     from obliteratus.progress import reporting
     from obliteratus.terminal import Bars

@@ -14,6 +14,7 @@ from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.prompts import parts_checked
 from obliteratus.store import Store
+from obliteratus.summon.render import has_template
 from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
@@ -102,6 +103,6 @@ def _described(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any
     return {
         "digest": prompts.digest,
         "counts": counts,
-        "template": subject.tokenizer.chat_template is not None,
+        "template": has_template(subject),
         "thinking": subject.thinking,
     }

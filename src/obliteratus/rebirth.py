@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,8 +166,7 @@ def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
 def _adapted(subject: Subject, folder: Path) -> Iterator[Subject]:
     wrapped = PeftModel.from_pretrained(subject.model, folder)
     try:
-        source = vars(subject.source)
-        yield Subject(**{**vars(subject), "model": wrapped.base_model.model, "source": type(subject.source)(**source)})
+        yield replace(subject, model=wrapped.base_model.model)
     finally:
         wrapped.unload()
 

