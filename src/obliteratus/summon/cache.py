@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,53 +39,68 @@ class PrefixLayer(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Rows that grow in place inside a buffer made once: no concatenation per token."""
+    """Rows that are filled part by part, then grow in place together inside one buffer, all ending at one slot.
 
-    def __init__(self, capacity: int, prefix: tuple[Tensor, Tensor] | None) -> None:
+    The buffer is not cleared: memory that no token has reached yet is never touched, so it costs nothing.
+    """
+
+    def __init__(self, rows: int, slots: int, capacity: int, prefix: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity, self.prefix, self.length = capacity, prefix, 0
+        self.rows, self.slots, self.capacity, self.prefix = rows, slots, capacity, prefix
+        self.filling: Filling | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.buffers = [_buffer(x, self.capacity) for x in (key_states, value_states)]
-        if self.prefix is not None:
-            self._append(*(x.expand(key_states.shape[0], -1, -1, -1) for x in self.prefix))
-
-    def _append(self, *states: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + states[0].shape[-2]
-        for buffer, new in zip(self.buffers, states, strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        keys, values = (b[:, :, :end] for b in self.buffers)
-        self.keys, self.values = keys, values
-        return keys, values
+        pair = (key_states, value_states)
+        self.buffers = [x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in pair]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._append(key_states, value_states)
+        if self.filling is not None:
+            return self._fill(self.filling, key_states, value_states)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.slots : self.slots + new.shape[-2]] = new
+        self.slots += key_states.shape[-2]
+        keys, values = (b[:, :, : self.slots] for b in self.buffers)
+        return keys, values
+
+    def _fill(self, filling: Filling, *states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prefix is not None:
+            states = tuple(_after(p, x) for p, x in zip(self.prefix, states, strict=True))
+        n = states[0].shape[-2]
+        slots = torch.arange(n, device=self.device)[None] - filling.shift[:, None]
+        index = slots.clamp(min=0)[:, None, :, None]
+        for buffer, x in zip(self.buffers, states, strict=True):
+            aligned = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+            buffer[filling.rows, :, : self.slots - n] = 0  # what never was written may be NaN, masked or not
+            buffer[filling.rows, :, self.slots - n : self.slots] = aligned
+        keys, values = states
+        return keys, values
 
     def get_seq_length(self) -> int:
-        prefix = self.prefix[0].shape[-2] if self.prefix is not None and not self.is_initialized else 0
-        return self.length or prefix
+        if self.filling is None:
+            return self.slots
+        return self.prefix[0].shape[-2] if self.prefix is not None else 0
 
-    def align_right(self, shift: Tensor) -> None:
-        """Move row i right by shift[i] slots, so that all rows end at the same slot. shift: [rows]."""
-        slots = torch.arange(self.length, device=self.device)[None] - shift[:, None]
-        index = slots.clamp(min=0)[:, None, :, None]
+    def keep(self, target: Tensor, source: Tensor, rows: int) -> None:
+        """Move the rows ``source`` into the places ``target`` and drop all beyond the first ``rows``."""
         for buffer in self.buffers:
-            view = buffer[:, :, : self.length]
-            view.copy_(view.gather(2, index.expand(-1, view.shape[1], -1, view.shape[3])))
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these. rows: indices."""
-        self.buffers = [b[rows] for b in self.buffers]
-        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
+            buffer[target, :, : self.slots] = buffer[source, :, : self.slots]
+        self.buffers = [buffer[:rows] for buffer in self.buffers]
 
 
-def _buffer(like: Tensor, capacity: int) -> Tensor:
-    rows, heads, _, size = like.shape
-    return like.new_zeros(rows, heads, capacity, size)
+@dataclass(frozen=True)
+class Filling:
+    """Which rows a pass over prompts fills, and how far each must move right to end where all end."""
+
+    rows: slice
+    shift: Tensor
+    """[rows], in slots."""
+
+
+def _after(prefix: Tensor, states: Tensor) -> Tensor:
+    return torch.cat([prefix.expand(states.shape[0], -1, -1, -1), states], dim=-2)
 
 
 def shared(prefix: KeyValues, rows: int) -> Cache:
@@ -90,7 +108,19 @@ def shared(prefix: KeyValues, rows: int) -> Cache:
     return Cache(layers=[PrefixLayer(k, v, rows) for k, v in prefix])
 
 
-def growing(subject: Subject, prefix: KeyValues | None, capacity: int) -> Any:
-    """A cache for generation, for rows of at most ``capacity`` tokens, prefix included."""
+def growing(subject: Subject, prefix: KeyValues | None, rows: int, slots: int, room: int) -> Any:
+    """A cache for the answers of ``rows`` prompts of at most ``slots`` tokens, prefix included, and ``room`` more."""
     states: list[tuple[Tensor, Tensor] | None] = list(prefix) if prefix else [None] * subject.n_layers
-    return Cache(layers=[GrowingLayer(capacity, state) for state in states])
+    return Cache(layers=[GrowingLayer(rows, slots, slots + room, state) for state in states])
+
+
+@contextmanager
+def filling(cache: Any, part: Filling) -> Iterator[None]:
+    """Inside, passes write the keys and values of these rows; outside, of the next token of every row."""
+    for layer in cache.layers:
+        layer.filling = part
+    try:
+        yield
+    finally:
+        for layer in cache.layers:
+            layer.filling = None

@@ -7,6 +7,7 @@ what one prompt at a time gives. Rows are right-padded and attention is causal, 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from obliteratus.types import Subject
 T = TypeVar("T")
 # Tokens of one batch on a CPU: enough rows for the matrix products to run at full rate, few enough for the
 # activations to stay in the last-level cache (EXPERIMENTS.md, "batch size").
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 # A shared prefix shorter than this saves less than its own pass and the longer attention cost.
 MIN_PREFIX = 4
 
@@ -50,23 +51,28 @@ def common_prefix(ids: Ids, leave: int = 1) -> int:
     return min(same, limit)
 
 
-def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row numbers by batch: sorted by length, longest first, rows × longest ≤ budget (or one row)."""
+def batched(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> list[list[int]]:
+    """Row numbers by batch: longest first, at most ``most`` rows and rows × longest ≤ budget (or one row)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget and len(batches[-1]) < most:
             batches[-1].append(i)
         else:
             batches.append([i])
     return batches
 
 
+def free_memory(subject: Subject) -> int:
+    """Bytes free on the model's device."""
+    if subject.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(subject.device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def token_budget(subject: Subject, bytes_per_token: float) -> int:
     """Tokens of one batch: follows free memory (half of it), and on a CPU the cache. Never cuts a prompt."""
-    if subject.device.type == "cuda":
-        return max(1, int(0.5 * torch.cuda.mem_get_info(subject.device)[0] / bytes_per_token))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(CPU_TOKENS, int(0.5 * free / bytes_per_token)))
+    fit = max(1, int(0.5 * free_memory(subject) / bytes_per_token))
+    return fit if subject.device.type == "cuda" else min(CPU_TOKENS, fit)
 
 
 def state_bytes(subject: Subject) -> float:

@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 
 from obliteratus.progress import progress
-from obliteratus.summon.cache import GrowingLayer, growing
-from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, token_budget
+from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing
+from obliteratus.summon.forward import (
+    Prompts,
+    batched,
+    free_memory,
+    halving,
+    padded,
+    prepared,
+    state_bytes,
+    token_budget,
+)
 from obliteratus.summon.logits import next_logits, only
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
 Done = Callable[[list[int]], bool]
-# Compacting copies the cache, so it waits until a quarter of the rows has finished.
-COMPACT_AT = 0.75
+# Compacting moves one row for each finished one, so a few may wait: an eighth of the rows.
+COMPACT_AT = 0.875
 
 
 @dataclass
@@ -60,19 +69,19 @@ def generate(
             advance(len(rows))
 
         lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
-        for group in batched(lengths, answer_budget(subject)):
+        for group in batched(lengths, answer_budget(subject), MAX_ROWS):
             list(halving(run, group))
     return answers
 
 
+# On a CPU one more row costs a token's arithmetic, a step its reading of all weights: 42 ms + 1.25 ms a row on
+# SmolLM2 (EXPERIMENTS.md, "rows per decoding batch"). At this many rows the reading is an eighth of the step.
+MAX_ROWS = 256
+
+
 def answer_budget(subject: Subject) -> int:
-    """Cached tokens of one batch."""
-    return CPU_CACHED_TOKENS if subject.device.type == "cpu" else token_budget(subject, kv_bytes(subject))
-
-
-# On a CPU decoding is bound by reading the weights up to about 32 rows, by arithmetic beyond; more rows only
-# cost memory (EXPERIMENTS.md, "rows per decoding batch").
-CPU_CACHED_TOKENS = 3072
+    """Cached tokens of one batch: half of the free memory."""
+    return max(1, int(0.5 * free_memory(subject) / kv_bytes(subject)))
 
 
 def kv_bytes(subject: Subject) -> float:
@@ -118,29 +127,35 @@ def _append(batch: _Batch, slot: int, token: int, answers: Ids, stops: set[int],
 
 
 def _prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[_Batch, Tensor]:
-    ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-    longest = ids.shape[1]
-    cache = growing(subject, prompts.prefix, prompts.skipped + longest + max_new)
-    with only(subject, lengths - 1):
-        logits = next_logits(subject, ids, prompts.skipped, cache)
-    shift = longest - lengths
-    if bool(shift.any()):
-        for layer in cache.layers:
-            layer.align_right(shift)
-    slots = torch.arange(prompts.skipped + longest, device=ids.device)
-    mask = (slots[None] >= shift[:, None]).long()
+    """Prompts pass in small batches, as in PROBE; their keys and values land side by side, ending together."""
+    lengths = torch.tensor([len(prompts.rows[i]) for i in rows], device=subject.device)
+    longest = int(lengths.max())
+    slots = prompts.skipped + longest
+    cache = growing(subject, prompts.prefix, len(rows), slots, max_new)
+    logits, first = [], 0
+    for part in batched(lengths.tolist(), token_budget(subject, state_bytes(subject))):
+        ids, own = padded([prompts.rows[rows[k]] for k in part], subject.device)
+        with filling(cache, Filling(slice(first, first + len(part)), ids.shape[1] - own)), only(subject, own - 1):
+            logits.append(next_logits(subject, ids, prompts.skipped, cache))
+        first += len(part)
+    mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
     positions = (prompts.skipped + lengths - 1)[:, None]
-    return _Batch(rows, cache, ids[:, :1], positions, mask, set(rows)), logits
+    return _Batch(rows, cache, positions, positions, mask, set(rows)), torch.cat(logits)
 
 
 def _compact(batch: _Batch) -> None:
-    kept = [slot for slot, row in enumerate(batch.rows) if row in batch.live]
-    index = torch.tensor(kept, device=batch.tokens.device)
-    batch.rows = [batch.rows[slot] for slot in kept]
+    """The last live rows move into the places of finished ones."""
+    n = len(batch.live)
+    free = [slot for slot, row in enumerate(batch.rows[:n]) if row not in batch.live]
+    moved = [slot for slot, row in enumerate(batch.rows) if slot >= n and row in batch.live]
+    index = torch.arange(n, device=batch.tokens.device)
+    target, source = (torch.tensor(x, dtype=torch.long, device=index.device) for x in (free, moved))
+    index[target] = source
+    batch.rows = [batch.rows[slot] for slot in index.tolist()]
     batch.tokens, batch.positions, batch.mask = batch.tokens[index], batch.positions[index], batch.mask[index]
     for layer in batch.cache.layers:
         assert isinstance(layer, GrowingLayer)
-        layer.keep(index)
+        layer.keep(target, source, n)
 
 
 def _advance(subject: Subject, batch: _Batch) -> Tensor:

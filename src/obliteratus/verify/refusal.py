@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.types import Score, Subject
+from obliteratus.types import Prompt, Score, Subject
 from obliteratus.verify.intervals import rate
 from obliteratus.verify.steps import Context, Measured, scorers
 
@@ -67,30 +68,32 @@ def refusal(context: Context, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 
 
     tokens: greedy answer length. A row stops as soon as it has refused, since nothing after that can undo it.
     """
-    found = Measured()
-    for group in GROUPS:
-        if group in context.prompts.groups:
-            found = found | _group(context, group, tokens)
-    return found
+    present = [group for group in GROUPS if group in context.prompts.groups]
+    asked = [(group, prompt) for group in present for prompt in context.prompts[group]]
+    texts = _answers(context.subject, [prompt for _, prompt in asked], tokens)
+    records = [_record(group, prompt, text) for (group, prompt), text in zip(asked, texts, strict=True)]
+    scores: dict[str, Score] = {}
+    for group in present:
+        scores |= _scores(group, [r for r in records if r["group"] == group])
+    return Measured(scores, records)
 
 
-def _group(context: Context, group: str, tokens: int) -> Measured:
-    subject, prompts = context.subject, context.prompts[group]
+def _answers(subject: Subject, prompts: Sequence[Prompt], tokens: int) -> list[str]:
+    """All groups in one go: the more rows a step has, the less each costs."""
     ids = render(subject, prompts, reserve=tokens)
-    answers = generate(subject, ids, tokens, done=lambda new: _refused(subject, new), title=f"VERIFY {group} answers")
-    texts = [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
-    records = [
-        {
-            "scorer": "refusal",
-            "group": group,
-            "prompt": p.text,
-            "category": p.category,
-            "answer": t,
-            "verdict": verdict(t),
-        }
-        for p, t in zip(prompts, texts, strict=True)
-    ]
-    return Measured(_scores(group, records), records)
+    answers = generate(subject, ids, tokens, done=lambda new: _refused(subject, new), title="VERIFY answers")
+    return [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+
+
+def _record(group: str, prompt: Prompt, answer: str) -> dict[str, Any]:
+    return {
+        "scorer": "refusal",
+        "group": group,
+        "prompt": prompt.text,
+        "category": prompt.category,
+        "answer": answer,
+        "verdict": verdict(answer),
+    }
 
 
 def _refused(subject: Subject, new: list[int]) -> bool:
@@ -98,7 +101,7 @@ def _refused(subject: Subject, new: list[int]) -> bool:
     return refuses(normalised(answer_of(text)))
 
 
-def _scores(group: str, records: list[dict[str, str]]) -> dict[str, Score]:
+def _scores(group: str, records: list[dict[str, Any]]) -> dict[str, Score]:
     verdicts = [r["verdict"] for r in records]
     scores = {
         f"refusal.{group}": rate(verdicts.count("refused"), len(verdicts)),
