@@ -75,13 +75,19 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def peak_over(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Peak resident bytes during a run over those before it, and its result. Linux only."""
+def with_peak(run: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Resident bytes before a run, the peak during it, and its result. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident()
     result = run()
     status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("VmHWM:") + 1]) * 1024 / before, result
+    return before, int(status[status.index("VmHWM:") + 1]) * 1024, result
+
+
+def memory(before: int, peak: int, kept: float) -> dict[str, float]:
+    """The peak over the loaded process plus the activations that must be kept, and the three in MB."""
+    megabytes = {"loaded_MB": before / 1e6, "kept_MB": kept / 1e6, "peak_MB": peak / 1e6}
+    return {"peak_over_loaded": peak / (before + kept), **megabytes}
 
 
 def say(text: str) -> None:

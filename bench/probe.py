@@ -16,11 +16,12 @@ from bench.common import (
     interleaved,
     machine,
     machine_rate,
+    memory,
     organism,
-    peak_over,
     report,
     say,
     timed,
+    with_peak,
 )
 from obliteratus.probe import probe
 from obliteratus.summon.render import Ids, render
@@ -62,7 +63,7 @@ def main() -> None:
     def ours() -> Any:
         return probe(subject, only, Probe(keep="rows"))
 
-    memory, kept = peak_over(ours)
+    before, peak, kept = with_peak(ours)
     say("one at a time …")
     seconds = {}
     seconds["one_at_a_time"], truth = timed(lambda: one_at_a_time(subject, ids))
@@ -78,7 +79,7 @@ def main() -> None:
     }
     shortened = {"prompts": f"{QUICK} instead of {PROMPTS}, one repeat"} if options.quick else {}
     facts: dict[str, object] = {"prompts": len(ids), "mean_tokens": sum(map(len, ids)) / len(ids), "gflops": rate / 1e9}
-    facts |= {"largest_relative_difference": error, "peak_over_loaded": memory, "machine": machine()}
+    facts |= {"largest_relative_difference": error, **memory(before, peak, rows.nbytes), "machine": machine()}
     report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
 
 

@@ -15,19 +15,21 @@ from bench.common import (
     interleaved,
     machine,
     machine_rate,
+    memory,
     organism,
-    peak_over,
     report,
     say,
     timed,
+    with_peak,
 )
+from obliteratus.summon.generate import kv_bytes
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import PromptSet, Step, Subject
 from obliteratus.verify import verify
 from obliteratus.verify.refusal import verdict
 
 TOKENS = 48
-PROMPTS, QUICK = 64, 10  # of each group
+QUICK = 10  # prompts of each group; otherwise all that are held out for the report
 
 
 def one_at_a_time(subject: Subject, ids: Ids) -> list[str]:
@@ -50,16 +52,23 @@ def _generate(subject: Subject, rows: Ids) -> list[str]:
     return list(subject.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True))
 
 
+def cached(subject: Subject, ids: Ids, written: list[int]) -> float:
+    """Most bytes of keys and values that rows being written held at once: they end together, padded at the left."""
+    longest = max(map(len, ids))
+    slots = [sum(n >= step for n in written) * (longest + step) for step in range(TOKENS)]
+    return max(slots) * kv_bytes(subject)
+
+
 def main() -> None:
     """Print seconds and ratios."""
     options = arguments(__doc__ or "")
     subject, everything = organism()
     report_part = everything.split(0)[2]
-    n = QUICK if options.quick else PROMPTS
+    n = QUICK if options.quick else None
     prompts = PromptSet({g: report_part[g][:n] for g in ("target", "control")})
     ids = [row for g in ("target", "control") for row in render(subject, prompts[g])]
     steps = (Step(use="refusal", tokens=TOKENS),)
-    memory, found = peak_over(lambda: verify(subject, prompts, steps))
+    loaded, peak, found = with_peak(lambda: verify(subject, prompts, steps))
     say("one at a time …")
     seconds = {}
     seconds["one_at_a_time"], texts = timed(lambda: one_at_a_time(subject, ids))
@@ -67,15 +76,16 @@ def main() -> None:
     fast = {"ours": lambda: verify(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
     seconds |= interleaved(fast, 1 if options.quick else options.repeats)
     rate = machine_rate()
-    new = sum(len(subject.tokenizer(r["answer"])["input_ids"]) for r in found.records)
+    written = [len(subject.tokenizer(r["answer"])["input_ids"]) for r in found.records]
+    new = sum(written)
     flops = backbone_flops(subject, ids) + backbone_flops(subject, [[0] * (new + 1)]) + head_flops(subject, new)
     seconds["floor"] = flops / rate
     ours = seconds["ours"]
     ratio = {name: seconds[name] / ours for name in ("one_at_a_time", "batched")} | {"floor": ours / seconds["floor"]}
     same = sum(a == r["verdict"] for a, r in zip(verdicts, found.records, strict=True))
-    shortened = {"prompts": f"{2 * QUICK} instead of {2 * PROMPTS}, one repeat"} if options.quick else {}
-    facts = {"prompts": len(ids), "equal_verdicts": f"{same} of {len(ids)}", "tokens_written": new}
-    facts |= {"gflops": rate / 1e9, "peak_over_loaded": memory, "machine": machine()}
+    shortened = {"prompts": f"{QUICK} of each group, one repeat"} if options.quick else {}
+    facts: dict[str, object] = {"prompts": len(ids), "equal_verdicts": f"{same} of {len(ids)}", "tokens_written": new}
+    facts |= {"gflops": rate / 1e9, **memory(loaded, peak, cached(subject, ids, written)), "machine": machine()}
     report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
 
 

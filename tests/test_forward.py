@@ -17,6 +17,7 @@ from torch import Tensor
 
 from obliteratus.excise.live import applied
 from obliteratus.summon import forward
+from obliteratus.summon import generate as generation
 from obliteratus.summon.forward import batched, blocks, common_prefix, prepared, read
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token, token_losses
@@ -178,11 +179,26 @@ def test_losses_are_one_at_a_time(subject: Subject, budget: int) -> None:
 
 # --------------------------------------------------------------------------------------------- answers
 @pytest.mark.parametrize("reuse", [True, False])
-def test_answers_are_one_at_a_time(subject: Subject, reuse: bool) -> None:
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 256), (30, 4), (10_000, 256)])
+def test_answers_are_one_at_a_time(
+    subject: Subject, reuse: bool, tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part of the prompts passes at once, and however many rows are written together."""
+    monkeypatch.setattr(forward, "CPU_TOKENS", tokens)
+    monkeypatch.setattr(generation, "MAX_ROWS", rows)
     ids = rows_of()
     expected = [plain_answer(subject, row, 12) for row in ids]
     assert generate(subject, ids, 12, reuse=reuse) == expected
     assert generate(subject, ids[::-1], 12, reuse=reuse) == expected[::-1]
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])
+def test_first_logits_come_with_the_answers(subject: Subject, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "CPU_TOKENS", tokens)
+    ids, seen = rows_of(), {}
+    generate(subject, ids, 2, first=lambda rows, logits: seen.update(zip(rows, logits, strict=True)))
+    found = torch.stack([seen[i] for i in range(len(ids))]).log_softmax(-1)
+    torch.testing.assert_close(found, first_token(subject, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_answers_end_at_the_end_token() -> None:

@@ -278,6 +278,13 @@ def test_every_score_has_its_interval(subject: Subject, prompts: PromptSet) -> N
     assert all(s.low <= s.value <= s.high and s.n > 0 and s.unit for s in after.scores.values())
 
 
+def test_first_tokens_are_the_same_with_and_without_answers(subject: Subject, prompts: PromptSet) -> None:
+    alone = verify(subject, prompts, STEPS[1:2]).tensors["first_token.control"]
+    shared = verify(subject, prompts, STEPS[:2]).tensors["first_token.control"]
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-4)  # a row in another's place would be seen
+
+
 def test_what_was_measured_saves_and_loads(subject: Subject, prompts: PromptSet, tmp_path: Path) -> None:
     before = verify(subject, prompts, STEPS)
     before.save(tmp_path / "measured")

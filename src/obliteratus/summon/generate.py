@@ -26,6 +26,7 @@ from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
 Done = Callable[[list[int]], bool]
+First = Callable[[list[int], Tensor], None]
 # Compacting moves one row for each finished one, so a few may wait: an eighth of the rows.
 COMPACT_AT = 0.875
 
@@ -51,12 +52,14 @@ def generate(
     max_new: int,
     *,
     done: Done | None = None,
+    first: First | None = None,
     reuse: bool = True,
     title: str = "answers",
 ) -> Ids:
     """Greedy continuation of each row, at most ``max_new`` tokens, without the end token.
 
     done: called with a row's new tokens after each step; True ends the row early (its verdict is certain).
+    first: called with row numbers and the logits of their first tokens [rows, vocabulary], for all rows in parts.
     """
     answers: Ids = [[] for _ in ids]
     with torch.inference_mode(), progress(title, len(ids)) as advance:
@@ -65,7 +68,10 @@ def generate(
         def run(rows: list[int]) -> None:
             for row in rows:
                 answers[row] = []  # after running out of memory, rows start again
-            _write(subject, prompts, rows, answers, max_new, done)
+            batch, logits = _prefill(subject, prompts, rows, max_new)
+            if first is not None:
+                first(rows, logits)
+            _write(subject, batch, logits, answers, max_new, done)
             advance(len(rows))
 
         lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
@@ -99,9 +105,8 @@ def stop_tokens(subject: Subject) -> set[int]:
     return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
 
 
-def _write(subject: Subject, prompts: Prompts, rows: list[int], answers: Ids, max_new: int, done: Done | None) -> None:
+def _write(subject: Subject, batch: _Batch, logits: Tensor, answers: Ids, max_new: int, done: Done | None) -> None:
     stops = stop_tokens(subject)
-    batch, logits = _prefill(subject, prompts, rows, max_new)
     for step in range(max_new):
         tokens = logits.argmax(-1)
         for slot, token in enumerate(tokens.tolist()):

@@ -30,10 +30,13 @@ def first_token_kl(context: Context) -> Measured:
     """KL(base ‖ edited) of the answer's first token on control prompts: mean, p95 and p99, in nats.
 
     ``answered`` is the same over the controls that the base model answers: undoing a false refusal moves that
-    prompt's first token a long way, and is not damage. Needs the refusal scorer before it for that.
+    prompt's first token a long way, and is not damage. Needs the refusal scorer before it for that, which has
+    then passed the same prompts through the model already: its first tokens are taken.
     """
-    ids = render(context.subject, context.prompts["control"])
-    logp = first_token(context.subject, ids, title="VERIFY first tokens")
+    logp = context.found.tensors.get("first_token.control")
+    if logp is None:
+        ids = render(context.subject, context.prompts["control"])
+        logp = first_token(context.subject, ids, title="VERIFY first tokens")
     tensors = {"first_token.control": logp}
     if context.before is None:
         return Measured(tensors=tensors)

@@ -10,7 +10,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
@@ -70,19 +72,32 @@ def refusal(context: Context, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 
     """
     present = [group for group in GROUPS if group in context.prompts.groups]
     asked = [(group, prompt) for group in present for prompt in context.prompts[group]]
-    texts = _answers(context.subject, [prompt for _, prompt in asked], tokens)
+    controls = [i for i, (group, _) in enumerate(asked) if group == "control"]
+    texts, first = _answers(context.subject, [prompt for _, prompt in asked], tokens, controls)
     records = [_record(group, prompt, text) for (group, prompt), text in zip(asked, texts, strict=True)]
     scores: dict[str, Score] = {}
     for group in present:
         scores |= _scores(group, [r for r in records if r["group"] == group])
-    return Measured(scores, records)
+    return Measured(scores, records, {"first_token.control": first} if controls else {})
 
 
-def _answers(subject: Subject, prompts: Sequence[Prompt], tokens: int) -> list[str]:
-    """All groups in one go: the more rows a step has, the less each costs."""
+def _answers(
+    subject: Subject, prompts: Sequence[Prompt], tokens: int, wanted: Sequence[int]
+) -> tuple[list[str], Tensor]:
+    """All groups in one go, since the more rows a step has, the less each costs; and the first token's
+    log-probabilities of the wanted ones."""
     ids = render(subject, prompts, reserve=tokens)
-    answers = generate(subject, ids, tokens, done=lambda new: _refused(subject, new), title="VERIFY answers")
-    return [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+    first: dict[int, Tensor] = {}
+
+    def keep(rows: list[int], logits: Tensor) -> None:
+        here = {row: k for k, row in enumerate(rows)}
+        first.update({row: logits[here[row]].float().log_softmax(-1).cpu() for row in wanted if row in here})
+
+    answers = generate(
+        subject, ids, tokens, done=lambda new: _refused(subject, new), first=keep, title="VERIFY answers"
+    )
+    texts = [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+    return texts, torch.stack([first[row] for row in wanted]) if wanted else torch.empty(0)
 
 
 def _record(group: str, prompt: Prompt, answer: str) -> dict[str, Any]:

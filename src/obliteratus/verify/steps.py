@@ -54,6 +54,8 @@ class Context:
     prompts: PromptSet
     before: Measured | None
     """The unedited model's measurement; None while that is being taken."""
+    found: Measured = field(default_factory=Measured)
+    """What the scorers before this one found on the same model."""
 
 
 Scorer = Callable[..., Measured]
@@ -64,9 +66,9 @@ scorers: Registry[Scorer] = Registry("verify")
 
 
 def verify(subject: Subject, prompts: PromptSet, steps: Sequence[Step], before: Measured | None = None) -> Measured:
-    """Run the scorers on held-out prompts, in their order: later ones see earlier records of ``before``."""
+    """Run the scorers on held-out prompts, in their order: later ones see what earlier ones found."""
     found = Measured()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        found = found | scorers[step.use].function(Context(subject, prompts, before), **options)
+        found = found | scorers[step.use].function(Context(subject, prompts, before, found), **options)
     return found
