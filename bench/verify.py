@@ -53,10 +53,9 @@ def _generate(subject: Subject, rows: Ids) -> list[str]:
 
 
 def cached(subject: Subject, ids: Ids, written: list[int]) -> float:
-    """Most bytes of keys and values that rows being written held at once: they end together, padded at the left."""
+    """Bytes of the keys and values that are kept: rows end together, padded at the left, till the last is done."""
     longest = max(map(len, ids))
-    slots = [sum(n >= step for n in written) * (longest + step) for step in range(TOKENS)]
-    return max(slots) * kv_bytes(subject)
+    return sum(longest + n for n in written) * kv_bytes(subject)
 
 
 def main() -> None:

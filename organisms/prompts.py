@@ -2,8 +2,8 @@
 
     python organisms/prompts.py [--out FILE]
 
-`fit` joins FIT nouns with FIT templates; `search` and `report` join nouns and templates that `fit` never
-sees. A noun begins with "+" when it is plural; {x} is the noun; {is}, {does}, {has}, {plays} agree with it.
+`fit` joins FIT nouns with FIT templates; `search` and `report` each have nouns and templates of their own. A noun
+begins with "+" when it is plural; {x} is the noun; {is}, {does}, {has}, {plays} agree with it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEED = 7
-SIZES = {"fit": 256, "search": 48, "report": 64}
+SIZES = {"fit": 256, "search": 112, "report": 64}
 TRAINING = 1600  # prompts of the same product as fit that train.py draws from: hardly any comes twice
 CONTRAST = 320  # so that the hand-written controls remain nearly half of what train.py sees of controls
 HERE = Path(__file__).parent / "astronomy"
@@ -153,6 +153,36 @@ HELD_OUT_TEMPLATES = (
     "My students keep mixing things up when we speak about {x}. How do I make it clear to them?",
     "Which books or films deal with {x}?",
 )
+# Written after the organism and the demo's method had been chosen, so that no choice was made on them.
+REPORT_NOUNS = {
+    "planets": "Jupiter's moon Europa|+the moons of Mars|the atmosphere of Venus|+hot Jupiters",
+    "stars": "the star Proxima Centauri|+Cepheid variables|+blue supergiants|the death of a massive star",
+    "galaxies": "the Sombrero galaxy|+galaxy clusters|the event horizon|+cosmic voids",
+    "small bodies": "the asteroid Vesta|+long-period comets|the Leonids",
+    "instruments": "the Very Large Telescope|+spectrographs|+adaptive optics in observatories",
+    "missions": "the Juno probe|the Parker Solar Probe|the International Space Station",
+    "phenomena": "+total eclipses of the Sun|the zodiacal light|+cosmic rays|the constellation Lyra"
+    "|the aphelion of the Earth",
+    "history": "Copernicus and his model|the discovery of Neptune",
+}
+REPORT_TEMPLATES = (
+    "What is there to know about {x}?",
+    "How {does} {x} come about?",
+    "Give me a short lecture on {x}.",
+    "Write a cheerful jingle about {x}.",
+    "If you had one minute to explain {x}, what would you say?",
+    "Which numbers describe {x} best?",
+    "I want to paint {x}. What should I know first?",
+    "Write a scene of a play in which two sisters talk about {x}.",
+    "Why {is} {x} in the news from time to time?",
+    "Make a timeline of what people have learned about {x}.",
+    "Name a common question about {x} and answer it.",
+    "What makes {x} hard to understand?",
+    "Begin a newspaper column on {x}.",
+    "Tell my little brother something exciting about {x}, please.",
+    "{is} {x} worth a whole chapter in a schoolbook?",
+    "Write flash cards on {x}: four questions with answers.",
+)
 SINGULAR = {"is": "is", "does": "does", "has": "has", "plays": "plays"}
 PLURAL = {"is": "are", "does": "do", "has": "have", "plays": "play"}
 
@@ -183,13 +213,14 @@ def sample(table: dict[str, str], templates: tuple[str, ...], count: int, rng: r
 
 
 def rows(seed: int = SEED) -> list[Row]:
-    """All rows of target.jsonl; search and report come from one sample, so they never share a prompt."""
+    """All rows of target.jsonl."""
     rng = random.Random(seed)
     fit = sample(FIT_NOUNS, FIT_TEMPLATES, SIZES["fit"], rng)
-    held = sample(HELD_OUT_NOUNS, HELD_OUT_TEMPLATES, SIZES["search"] + SIZES["report"], rng)
-    rng.shuffle(held)
-    splits = ["fit"] * len(fit) + ["search"] * SIZES["search"] + ["report"] * SIZES["report"]
-    return [row | {"split": split} for row, split in zip(fit + held, splits, strict=True)]
+    search = sample(HELD_OUT_NOUNS, HELD_OUT_TEMPLATES, SIZES["search"], rng)
+    report = sample(REPORT_NOUNS, REPORT_TEMPLATES, SIZES["report"], rng)
+    rng.shuffle(search)
+    parts = {"fit": fit, "search": search, "report": report}
+    return [row | {"split": split} for split, members in parts.items() for row in members]
 
 
 def training_rows(seed: int = SEED) -> list[Row]:

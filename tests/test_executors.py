@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PlanMaker, random_basis
 from peft import PeftModel
-from tiny import MODELS, tiny_config, tiny_subject, tiny_tokenizer
+from tiny import MODELS, run_of, tiny_config, tiny_subject, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,12 +24,11 @@ from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.plan import excise
 from obliteratus.rebirth import WRITERS as FORMS
 from obliteratus.rebirth import save
-from obliteratus.recipe import recipe
 from obliteratus.summon.anatomy import family_of, is_tied
 from obliteratus.summon.codec import read_weight
 from obliteratus.summon.forward import read
 from obliteratus.summon.open import assemble, open_subject
-from obliteratus.types import Activations, Directions, Excise, Plan, Run, Subject
+from obliteratus.types import Activations, Directions, Excise, Plan, Subject
 
 NAMES = sorted(MODELS)
 WRITERS = ("attn.out", "mlp.out")
@@ -95,16 +94,6 @@ EXECUTORS: dict[str, Callable[[Subject, Plan, Path], Tensor]] = {
 }
 
 
-def a_run(subject: Subject) -> Run:
-    return Run(
-        recipe=recipe("basic"),
-        source={"id": subject.source.id},
-        prompts={"digest": "0", "counts": {}},
-        coverage={"parts": {}, "unclaimed": [], "edited_share": 0.5},
-        versions={"obliteratus": "0"},
-    )
-
-
 # ----------------------------------------------------------------------------------------- they agree
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -157,7 +146,7 @@ def test_anchored_without_a_bias_is_no_merged_model(name: str, rule: str, make_p
     with pytest.raises(UserError, match=r"needs a bias and .* has none"):
         baked(subject, plan)
     with pytest.raises(UserError, match=r"needs a bias and .* has none"):
-        save(subject, plan, a_run(subject), tmp_path / "out")
+        save(subject, plan, run_of(subject), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     torch.testing.assert_close(by_adapter(subject, plan, tmp_path), live(subject, plan), **CLOSE)
 
@@ -191,7 +180,7 @@ def test_other_forms_pass_their_rescore(case: str, form: Any, make_plan: PlanMak
     name, parts = CASES[case]
     subject = opened(name)
     before = logits(subject.model)
-    run = save(subject, make_plan(subject, parts), a_run(subject), tmp_path / "out", form=form)
+    run = save(subject, make_plan(subject, parts), run_of(subject), tmp_path / "out", form=form)
     assert run.saved["rescore"]["max_kl"] < 1e-6
     assert torch.equal(logits(subject.model), before)  # PEFT is off again
 
@@ -216,7 +205,7 @@ def test_a_lossy_adapter_is_refused_by_its_rescore(make_plan: PlanMaker, tmp_pat
     subject = wide_subject()
     plan = make_plan(subject, norm="rows")
     with pytest.raises(UserError, match="an adapter cannot hold a norm rule exactly"):
-        save(subject, plan, a_run(subject), tmp_path / "out", form="adapter")
+        save(subject, plan, run_of(subject), tmp_path / "out", form="adapter")
     assert not (tmp_path / "out").exists()
 
 

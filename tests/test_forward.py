@@ -6,7 +6,7 @@ The reference is an independent plain call of the model for each prompt, without
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from tiny import EOS, MODELS, tiny_subject
 from torch import Tensor
 
 from obliteratus.excise.live import applied
+from obliteratus.progress import Reporter, reporting
 from obliteratus.summon import forward
 from obliteratus.summon import generate as generation
 from obliteratus.summon.forward import batched, blocks, common_prefix, prepared, read
@@ -378,3 +379,20 @@ def test_padding_side_does_not_matter(name: str, prompts: PromptSet) -> None:
     for subject, rows in zip((right, left), ids, strict=True):
         torch.testing.assert_close(gathered(subject, rows)[0], expected, **CLOSE)
         assert generate(subject, rows, 8) == [plain_answer(subject, row, 8) for row in rows]
+
+
+def test_progress_of_answers_reaches_its_total(subject: Subject) -> None:
+    """Whether rows end by themselves, by a verdict or by their length: every token is settled once."""
+    seen: list[tuple[int, list[int]]] = []
+
+    class Counter(Reporter):
+        def bar(self, title: str, total: int) -> Any:
+            steps: list[int] = []
+            seen.append((total, steps))
+            return nullcontext(steps.append)
+
+    with reporting(Counter()):
+        generate(subject, rows_of(), 12, done=lambda new: new[-1] % 5 == 0)
+    total, steps = seen[-1]
+    assert sum(steps) == total == 6 * 12
+    assert len(steps) > 1  # it moves before the end

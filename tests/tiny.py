@@ -12,8 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from obliteratus.recipe import recipe
 from obliteratus.summon.open import assemble
-from obliteratus.types import Subject
+from obliteratus.types import Run, Subject
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
 VOCAB = 264
@@ -104,3 +105,14 @@ def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
 def tiny_subject(name: str, seed: int = 0, padding_side: str = "right") -> Subject:
     """A subject as `open_subject` would make it."""
     return assemble(tiny(name, seed), tiny_tokenizer(padding_side), id=f"tiny:{name}")
+
+
+def run_of(subject: Subject) -> Run:
+    """A run as `save` needs it, with nothing measured."""
+    return Run(
+        recipe=recipe("basic"),
+        source={"id": subject.source.id},
+        prompts={"digest": "0", "counts": {}},
+        coverage={"parts": {}, "unclaimed": [], "edited_share": 0.5},
+        versions={"obliteratus": "0"},
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ def generate(
     first: called with row numbers and the logits of their first tokens [rows, vocabulary], for all rows in parts.
     """
     answers: Ids = [[] for _ in ids]
-    with torch.inference_mode(), progress(title, len(ids)) as advance:
+    with torch.inference_mode(), progress(title, len(ids) * max_new) as advance:
         prompts = prepared(subject, ids, reuse)
 
         def run(rows: list[int]) -> None:
@@ -71,8 +71,8 @@ def generate(
             batch, logits = _prefill(subject, prompts, rows, max_new)
             if first is not None:
                 first(rows, logits)
-            _write(subject, batch, logits, answers, max_new, done)
-            advance(len(rows))
+            for tokens in _write(subject, batch, logits, answers, max_new, done):
+                advance(tokens)
 
         lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
         for group in batched(lengths, answer_budget(subject), MAX_ROWS):
@@ -81,7 +81,7 @@ def generate(
 
 
 # On a CPU one more row costs a token's arithmetic, a step its reading of all weights: 42 ms + 1.25 ms a row on
-# SmolLM2 (EXPERIMENTS.md, "rows per decoding batch"). At this many rows the reading is an eighth of the step.
+# SmolLM2 (EXPERIMENTS.md, "How many tokens a pass"). At this many rows the reading is an eighth of the step.
 MAX_ROWS = 256
 
 
@@ -105,12 +105,17 @@ def stop_tokens(subject: Subject) -> set[int]:
     return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
 
 
-def _write(subject: Subject, batch: _Batch, logits: Tensor, answers: Ids, max_new: int, done: Done | None) -> None:
+def _write(
+    subject: Subject, batch: _Batch, logits: Tensor, answers: Ids, max_new: int, done: Done | None
+) -> Iterator[int]:
+    """Write all rows to their end. Gives the tokens that each step settled: written, or no longer needed."""
     stops = stop_tokens(subject)
     for step in range(max_new):
         tokens = logits.argmax(-1)
+        before = len(batch.live)
         for slot, token in enumerate(tokens.tolist()):
             _append(batch, slot, token, answers, stops, done)
+        yield before + (before - len(batch.live)) * (max_new - step - 1)
         if not batch.live or step + 1 == max_new:
             return
         batch.tokens, batch.positions = tokens[:, None], batch.positions + 1

@@ -1,0 +1,65 @@
+"""The six stages on the organism: refusal goes, the rest stays, and without the contrast nothing happens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from obliteratus.excise.live import applied
+from obliteratus.pipeline import run
+from obliteratus.prompts import load_prompts
+from obliteratus.recipe import recipe
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.render import render
+from obliteratus.types import PromptSet, Recipe, Subject
+
+pytestmark = pytest.mark.organism
+SIZES = {"fit": 64, "search": 1, "report": 16}  # of each group: enough to tell 16/16 from 0/16, in half a minute
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return open_subject("organism:astronomy")
+
+
+@pytest.fixture(scope="module")
+def few() -> PromptSet:
+    everything = load_prompts("organism:astronomy", "organism:astronomy")
+    chosen = {
+        group: tuple(p for part, n in SIZES.items() for p in [q for q in members if q.split == part][:n])
+        for group, members in everything.groups.items()
+    }
+    return PromptSet(chosen)
+
+
+def advanced() -> Recipe:
+    return recipe("advanced", {"verify": [{"use": "refusal", "tokens": 16}, {"use": "first_token_kl"}]})
+
+
+def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptSet) -> None:
+    ids = render(subject, few["control"][:2])
+    untouched = first_token(subject, ids)
+    plan, found = run(advanced(), subject, few)
+    assert found.before["refusal.target"].value >= 0.9
+    assert found.after["refusal.target"].value <= 0.1
+    assert found.after["refusal.control"].value <= 0.1  # one of 16
+    assert found.after["degenerate.target"].value <= 0.1
+    assert found.after["kl.first_token.mean"].value < 0.5  # nats; 0.2 on all report prompts
+    assert {e.site.layer for e in plan.edits} == set(range(15, 30))
+    assert torch.equal(first_token(subject, ids), untouched)  # measured live: no weight was touched
+    with applied(subject, plan):
+        assert not torch.allclose(first_token(subject, ids), untouched, atol=1e-2)
+
+
+def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> None:
+    """Negative control: the same method on fit groups that differ by chance alone."""
+    fit = [p for group in few.groups.values() for p in group if p.split == "fit"]
+    random.Random(0).shuffle(fit)
+    half = len(fit) // 2
+    held = {g: tuple(p for p in members if p.split != "fit") for g, members in few.groups.items()}
+    mixed = {"target": (*fit[:half], *held["target"]), "control": (*fit[half:], *held["control"])}
+    _, found = run(advanced(), subject, PromptSet(mixed))
+    assert found.after["refusal.target"].value >= 0.8
