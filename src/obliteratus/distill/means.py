@@ -7,8 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from obliteratus.distill.steps import difference, extractors, orthonormal, scored
-from obliteratus.errors import UserError
+from obliteratus.distill.steps import before, difference, extractors, orthonormal, scored
 from obliteratus.types import Activations, Directions
 
 
@@ -33,8 +32,7 @@ def single(
 
     depth: stream index as a share of L, 0–1; None takes the stream with the highest score.
     """
-    if so_far is None:
-        raise UserError("distill step 'single' spreads the directions of a step before it; put mean_diff first")
+    so_far = before(so_far, "single")
     last = len(so_far.score) - 1
     at = int(so_far.score.argmax()) if depth is None else round(depth * last)
     basis = so_far.basis[at].expand_as(so_far.basis).contiguous()
@@ -49,8 +47,7 @@ def orthogonal_to_control(acts: Activations, so_far: Directions | None) -> Direc
     removing it then costs far more than it should (EXPERIMENTS.md, "the control mean"). Rows stay orthonormal; a
     row that was all control mean becomes a row of zeros.
     """
-    if so_far is None:
-        raise UserError("distill step 'orthogonal_to_control' changes the directions of a step before it")
+    so_far = before(so_far, "orthogonal_to_control")
     mean = torch.nn.functional.normalize(acts["control"].mean, dim=1)
     rest = so_far.basis - torch.einsum("lkw,lw->lk", so_far.basis, mean)[..., None] * mean[:, None]
     basis = orthonormal(rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from obliteratus.registry import Registry
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions, Step
 
-Extractor = Callable[..., Directions]
-"""(activations, directions of the step before or None, **options) → directions."""
+Extractor = Callable[..., Directions | Activations]
+"""(activations, directions of the step before or None, **options) → directions, or activations for later steps."""
 
 
 extractors: Registry[Extractor] = Registry("distill")
@@ -27,12 +28,21 @@ def distill(acts: Activations, steps: Sequence[Step]) -> Directions:
     """Fold the steps over the activations. Raises UserError where a step cannot run."""
     found: Directions | None = None
     for step in steps:
-        entry = extractors[step.use]
-        found = entry.function(acts, found, **extractors.check(step.use, step.options))
-        found = Directions(found.basis, found.score, found.raw, found.unit, (*found.trace, step.use))
+        made = extractors[step.use].function(acts, found, **extractors.check(step.use, step.options))
+        if isinstance(made, Activations):
+            acts = made
+        else:
+            found = made
     if found is None:
-        raise UserError("recipe: distill has no steps; give at least one, e.g. mean_diff")
-    return found
+        raise UserError("recipe: distill has no step that finds directions; give at least one, e.g. mean_diff")
+    return replace(found, trace=tuple(step.use for step in steps))
+
+
+def before(so_far: Directions | None, step: str) -> Directions:
+    """The directions that a step changes. Raises UserError where none were found yet."""
+    if so_far is None:
+        raise UserError(f"distill step '{step}' changes the directions of a step before it; put e.g. mean_diff first")
+    return so_far
 
 
 def difference(acts: Activations) -> Float[Tensor, "streams width"]:
