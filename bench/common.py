@@ -24,7 +24,7 @@ from obliteratus.types import PromptSet, Subject
 def arguments(about: str) -> argparse.Namespace:
     """--quick, --json, --repeats."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--quick", action="store_true", help="within 50 s, on fewer prompts")
+    parser.add_argument("--quick", action="store_true", help="within 50 s: the slow contestants on a sample")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--repeats", type=int, default=3, help="of the fast contestants; the median counts")
     return parser.parse_args()
@@ -42,6 +42,16 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def scaled(run: Callable[[Ids], Any], ids: Ids, every: int) -> tuple[float, Any]:
+    """Seconds for all rows, from a run over every so-many-th one, and that run's result.
+
+    Fair for those that take each prompt or batch by itself; ``every`` = 1 measures all.
+    """
+    sample = ids[::every]
+    seconds, result = timed(lambda: run(sample))
+    return seconds * len(ids) / len(sample), result
+
+
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, taken in turns so that a noisy minute hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -50,6 +60,13 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
             say(f"{name} …")
             seconds[name].append(timed(run)[0])
     return {name: median(values) for name, values in seconds.items()}
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Theirs over ours; ours over the floor."""
+    ours = seconds["ours"]
+    theirs = {name: value / ours for name, value in seconds.items() if name not in ("ours", "floor")}
+    return theirs | {"floor": ours / seconds["floor"]}
 
 
 def backbone_flops(subject: Subject, ids: Ids) -> float:

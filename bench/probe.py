@@ -18,16 +18,17 @@ from bench.common import (
     machine_rate,
     memory,
     organism,
+    ratios,
     report,
     say,
-    timed,
+    scaled,
     with_peak,
 )
 from obliteratus.probe import probe
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import Probe, PromptSet, Subject
 
-PROMPTS, QUICK = 256, 64
+PROMPTS, QUICK = 256, 4  # with --quick the others take every 4th prompt
 
 
 def one_at_a_time(subject: Subject, ids: Ids) -> torch.Tensor:
@@ -56,7 +57,8 @@ def main() -> None:
     """Print seconds and ratios."""
     options = arguments(__doc__ or "")
     subject, prompts = organism()
-    chosen = prompts["control"][: QUICK if options.quick else PROMPTS]
+    chosen = prompts["control"][:PROMPTS]
+    every = QUICK if options.quick else 1
     ids = render(subject, chosen)
     only = PromptSet({"control": chosen})
 
@@ -66,18 +68,19 @@ def main() -> None:
     before, peak, kept = with_peak(ours)
     say("one at a time …")
     seconds = {}
-    seconds["one_at_a_time"], truth = timed(lambda: one_at_a_time(subject, ids))
+    seconds["one_at_a_time"], truth = scaled(lambda rows: one_at_a_time(subject, rows), ids, every)
     rows = kept["control"].rows
-    error = float((rows[:, :-1] - truth[:, :-1]).abs().max() / truth[:, :-1].abs().max())
-    fast = {"ours": ours, "batched": lambda: batched(subject, ids)}
-    seconds |= interleaved(fast, 1 if options.quick else options.repeats)
+    error = float((rows[::every, :-1] - truth[:, :-1]).abs().max() / truth[:, :-1].abs().max())
+    sample = ids[::every]
+    repeats = 1 if options.quick else options.repeats
+    seconds |= interleaved({"ours": ours, "batched": lambda: batched(subject, sample)}, repeats)
+    seconds["batched"] *= len(ids) / len(sample)
     rate = machine_rate()
     seconds["floor"] = backbone_flops(subject, ids) / rate
-    ours_s = seconds["ours"]
-    ratio = {name: seconds[name] / ours_s for name in ("one_at_a_time", "batched")} | {
-        "floor": ours_s / seconds["floor"]
-    }
-    shortened = {"prompts": f"{QUICK} instead of {PROMPTS}, one repeat"} if options.quick else {}
+    ratio = ratios(seconds)
+    shortened = (
+        dict.fromkeys(("one_at_a_time", "batched"), f"every {every}th prompt, scaled to all") if every > 1 else {}
+    )
     facts: dict[str, object] = {"prompts": len(ids), "mean_tokens": sum(map(len, ids)) / len(ids), "gflops": rate / 1e9}
     facts |= {"largest_relative_difference": error, **memory(before, peak, rows.nbytes), "machine": machine()}
     report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)

@@ -1,6 +1,6 @@
 """VERIFY of held-out prompts: this program, one-at-a-time generation, plain batches, and the FLOP floor.
 
-All write the same greedy answers of at most 48 tokens; the verdicts must be equal.
+All write greedy answers of at most 48 tokens to all held-out prompts; the verdicts must be equal.
 one_at_a_time: transformers' generate on each prompt alone. batched: generate on left-padded batches of 32.
 """
 
@@ -17,8 +17,10 @@ from bench.common import (
     machine_rate,
     memory,
     organism,
+    ratios,
     report,
     say,
+    scaled,
     timed,
     with_peak,
 )
@@ -29,7 +31,7 @@ from obliteratus.verify import verify
 from obliteratus.verify.refusal import verdict
 
 TOKENS = 48
-QUICK = 10  # prompts of each group; otherwise all that are held out for the report
+QUICK = {"one_at_a_time": 16, "batched": 5}  # every so-many-th prompt: 10 of 160, and one batch of 32
 
 
 def one_at_a_time(subject: Subject, ids: Ids) -> list[str]:
@@ -63,27 +65,33 @@ def main() -> None:
     options = arguments(__doc__ or "")
     subject, everything = organism()
     report_part = everything.split(0)[2]
-    n = QUICK if options.quick else None
-    prompts = PromptSet({g: report_part[g][:n] for g in ("target", "control")})
+    prompts = PromptSet({g: report_part[g] for g in ("target", "control")})
     ids = [row for g in ("target", "control") for row in render(subject, prompts[g])]
+    every = QUICK if options.quick else dict.fromkeys(QUICK, 1)
     steps = (Step(use="refusal", tokens=TOKENS),)
-    loaded, peak, found = with_peak(lambda: verify(subject, prompts, steps))
-    say("one at a time …")
     seconds = {}
-    seconds["one_at_a_time"], texts = timed(lambda: one_at_a_time(subject, ids))
-    verdicts = [verdict(text) for text in texts]
-    fast = {"ours": lambda: verify(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
-    seconds |= interleaved(fast, 1 if options.quick else options.repeats)
+    loaded, peak, (seconds["ours"], found) = with_peak(lambda: timed(lambda: verify(subject, prompts, steps)))
+    say("one at a time …")
+    seconds["one_at_a_time"], texts = scaled(lambda rows: one_at_a_time(subject, rows), ids, every["one_at_a_time"])
+    say("batched …")
+    seconds["batched"], _ = scaled(lambda rows: batched(subject, rows), ids, every["batched"])
+    if not options.quick:
+        fast = {"ours": lambda: verify(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
+        seconds |= interleaved(fast, options.repeats)
     rate = machine_rate()
     written = [len(subject.tokenizer(r["answer"])["input_ids"]) for r in found.records]
     new = sum(written)
     flops = backbone_flops(subject, ids) + backbone_flops(subject, [[0] * (new + 1)]) + head_flops(subject, new)
     seconds["floor"] = flops / rate
-    ours = seconds["ours"]
-    ratio = {name: seconds[name] / ours for name in ("one_at_a_time", "batched")} | {"floor": ours / seconds["floor"]}
-    same = sum(a == r["verdict"] for a, r in zip(verdicts, found.records, strict=True))
-    shortened = {"prompts": f"{QUICK} of each group, one repeat"} if options.quick else {}
-    facts: dict[str, object] = {"prompts": len(ids), "equal_verdicts": f"{same} of {len(ids)}", "tokens_written": new}
+    ratio = ratios(seconds)
+    verdicts = [r["verdict"] for r in found.records][:: every["one_at_a_time"]]
+    same = sum(verdict(text) == ours for text, ours in zip(texts, verdicts, strict=True))
+    shortened = {n: f"every {k}th prompt, scaled to all" for n, k in every.items()} if options.quick else {}
+    facts: dict[str, object] = {
+        "prompts": len(ids),
+        "equal_verdicts": f"{same} of {len(verdicts)}",
+        "tokens_written": new,
+    }
     facts |= {"gflops": rate / 1e9, **memory(loaded, peak, cached(subject, ids, written)), "machine": machine()}
     report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
 
