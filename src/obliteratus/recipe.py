@@ -123,4 +123,6 @@ def _is_table(value: Any) -> bool:
 
 def _value(value: Any) -> str:
     """TOML and JSON write numbers, booleans, strings and lists of them in the same way."""
+    if isinstance(value, dict):  # a step that is another's option
+        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

@@ -24,6 +24,8 @@ class Entry(Generic[F]):
     cite: str
     options: type[BaseModel]
     """Built from the keyword-only parameters; validates and fills defaults."""
+    needs: tuple[str, ...] = ()
+    """What it cannot run without: ``rows`` (every prompt's activations), or a group of prompts by name."""
 
     @property
     def about(self) -> str:
@@ -38,13 +40,16 @@ class Registry(Generic[F]):
         self.kind = kind
         self._entries: dict[str, Entry[F]] = {}
 
-    def register(self, name: str, *, cite: str = "") -> Callable[[F], F]:
-        """Decorator. The keyword-only parameters of the function become the step's options."""
+    def register(self, name: str, *, cite: str = "", needs: tuple[str, ...] = ()) -> Callable[[F], F]:
+        """Decorator. The keyword-only parameters of the function become the step's options.
+
+        needs: what the step cannot run without, so that a recipe can be refused before weights are loaded.
+        """
 
         def add(function: F) -> F:
             if name in self._entries:
                 raise ValueError(f"{self.kind} step '{name}' is registered twice")
-            self._entries[name] = Entry(name, function, cite, _options(function))
+            self._entries[name] = Entry(name, function, cite, _options(function), needs)
             return function
 
         return add

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.registry import Registry
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Step
+from obliteratus.types import Activations, Directions, Moments, Step
 
 Extractor = Callable[..., Directions | Activations]
 """(activations, directions of the step before or None, **options) → directions, or activations for later steps."""
@@ -38,6 +38,28 @@ def distill(acts: Activations, steps: Sequence[Step]) -> Directions:
     return replace(found, trace=tuple(step.use for step in steps))
 
 
+def check_needs(steps: Sequence[Step], groups: Collection[str], keep_rows: bool) -> None:
+    """Refuse, before weights are loaded, steps that will lack prompts or their rows.
+
+    groups: the groups of prompts that were given; keep_rows: whether PROBE keeps every prompt (``probe.keep``).
+    Raises UserError, the same as the step would later.
+    """
+    for step in _flat(steps):
+        for need in extractors[step.use].needs:
+            if need == "rows" and not keep_rows:
+                raise _no_rows(step.use)
+            if need != "rows" and need not in groups:
+                raise _no_group(need, step.use)
+
+
+def _flat(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, and those that are options of others."""
+    for step in steps:
+        yield step
+        options = extractors.check(step.use, step.options).values()
+        yield from _flat([option for option in options if isinstance(option, Step)])
+
+
 def before(so_far: Directions | None, step: str) -> Directions:
     """The directions that a step changes. Raises UserError where none were found yet."""
     if so_far is None:
@@ -45,10 +67,11 @@ def before(so_far: Directions | None, step: str) -> Directions:
     return so_far
 
 
-def difference(acts: Activations) -> Float[Tensor, "streams width"]:
-    """μ_target − μ_control, with streams in which it is rounding set to zero."""
-    delta = acts["target"].mean - acts["control"].mean
-    return torch.where((share(acts, delta.norm(dim=1)) > NOTHING)[:, None], delta, torch.zeros_like(delta))
+def difference(acts: Activations, group: str = "target", other: str = "control") -> Float[Tensor, "streams width"]:
+    """μ_group − μ_other, with streams in which it is rounding set to zero."""
+    one, two = acts[group].mean, acts[other].mean
+    delta, size = one - two, one.norm(dim=1) + two.norm(dim=1)
+    return torch.where((delta.norm(dim=1) > NOTHING * size)[:, None], delta, torch.zeros_like(delta))
 
 
 def share(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
@@ -64,12 +87,35 @@ def scored(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[
     return share(acts, along.norm(dim=1)).clamp(0, 1)
 
 
+def group_of(acts: Activations, group: str, step: str) -> Moments:
+    """What is known of an optional group. Raises UserError where it has no prompts."""
+    if group not in acts.groups:
+        raise _no_group(group, step)
+    return acts[group]
+
+
 def rows_of(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
-    """A group's kept rows. Raises UserError where the recipe kept only moments."""
-    rows = acts[group].rows
+    """A group's kept rows. Raises UserError where the recipe kept only moments, or the group has no prompts."""
+    rows = group_of(acts, group, step).rows
     if rows is None:
-        raise UserError(f"distill step '{step}' needs every prompt's activations; set probe.keep = \"rows\"")
+        raise _no_rows(step)
     return rows
+
+
+def _no_rows(step: str) -> UserError:
+    return UserError(f"distill step '{step}' needs every prompt's activations; set probe.keep = \"rows\"")
+
+
+def _no_group(group: str, step: str) -> UserError:
+    return UserError(f"distill step '{step}' needs the group '{group}', which has no prompts; give them with --{group}")
+
+
+def aligned(
+    basis: Float[Tensor, "streams k width"], delta: Float[Tensor, "streams width"]
+) -> Float[Tensor, "streams k width"]:
+    """Each row turned so that its product with the mean difference is not negative: SVD leaves signs open."""
+    sign = torch.einsum("lkw,lw->lk", basis, delta).sign()
+    return basis * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None]
 
 
 # A row keeping less than this of its length after something was taken out of it is rounding, not a direction.
@@ -77,9 +123,16 @@ EMPTY_ROW = 1e-3
 
 
 def orthonormal(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
-    """Gram–Schmidt by QR, row order and signs kept; rows that are (nearly) zero or dependent become zeros."""
-    q, r = torch.linalg.qr(rows.mT)
-    size = r.diagonal(dim1=-2, dim2=-1)
-    sign = torch.where(size < 0, -1.0, 1.0) * (size.abs() > EMPTY_ROW)
-    rows = q * sign[:, None]
-    return rows.mT.contiguous()
+    """Gram–Schmidt, row order and signs kept; rows that are (nearly) zero or dependent become zeros.
+
+    Not QR: that puts some other unit vector in a dependent row's place, and takes it out of all rows that follow.
+    Lengths count: give rows of length one, or what is left of such rows.
+    """
+    done = torch.zeros_like(rows)
+    for i in range(rows.shape[1]):
+        row = rows[:, i]
+        for _ in range(2):  # a second time takes out what rounding left of the first
+            row = row - torch.einsum("lk,lkw->lw", torch.einsum("lkw,lw->lk", done, row), done)
+        length = row.norm(dim=1, keepdim=True)
+        done[:, i] = torch.where(length > EMPTY_ROW, row / length.clamp(min=EMPTY_ROW), torch.zeros_like(row))
+    return done

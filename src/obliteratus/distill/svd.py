@@ -8,34 +8,41 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.distill.steps import difference, extractors, rows_of, scored
+from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored
 from obliteratus.errors import UserError
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
 
 
-@extractors.register("svd", cite="arXiv:2512.18901")
+@extractors.register("svd", cite="arXiv:2512.18901", needs=("rows",))
 def svd(
     acts: Activations,
     so_far: Directions | None,
     *,
     k: Annotated[int, Field(ge=1, le=64)] = 4,
     paired: bool = False,
+    centred: bool = False,
 ) -> Directions:
     """Top k right singular vectors of the differences, at each stream index.
 
     paired: subtract control prompt i from target prompt i (the groups must be matched one to one); otherwise
     subtract the control mean from every target prompt. Each row is turned to point from control to target.
-    raw: Σσ² over the k rows and the prompts' number, in squared stream units. Needs rows; k ≤ prompts.
+    centred: subtract the mean of the differences first, so that the singular vectors are spread alone and do not
+    mix with the shift; row 0 is then the mean difference, and the k − 1 rows of most spread follow, clear of it.
+    raw: Σσ² over the k rows and the prompts' number, in squared stream units (‖Δμ‖² stands for σ₀²/n where
+    centred). Needs rows; k ≤ prompts.
     """
     rows = _differences(acts, paired)
     if min(rows.shape[0], rows.shape[2]) < k:
         raise UserError(f"distill step 'svd': k={k} directions need at least {k} prompts; got {rows.shape[0]}")
-    _, sigma, v = torch.linalg.svd(rows.transpose(0, 1), full_matrices=False)
+    mean = rows.mean(0) if centred else torch.zeros_like(rows[0])
+    _, sigma, v = torch.linalg.svd((rows - mean).transpose(0, 1), full_matrices=False)
     delta = difference(acts)
-    basis = aligned(v[:, :k], delta)
+    unit = torch.nn.functional.normalize(delta, dim=1)[:, None]
+    basis = orthonormal(torch.cat([unit, v[:, : k - 1]], 1)) if centred else v[:, :k]
+    basis = aligned(basis, delta)
     basis = basis * (delta.norm(dim=1) > 0)[:, None, None]  # no mean difference: nothing was found here
-    raw = sigma[:, :k].square().sum(1) / rows.shape[0]
+    raw = sigma[:, : k - 1 if centred else k].square().sum(1) / rows.shape[0] + mean.square().sum(1)
     return Directions(basis.contiguous(), scored(acts, basis), raw, "Σσ²/n")
 
 
@@ -50,11 +57,3 @@ def _differences(acts: Activations, paired: bool) -> Float[Tensor, "prompts stre
             f"{len(control)} control prompts; give matched files or set paired=false"
         )
     return target - control
-
-
-def aligned(
-    basis: Float[Tensor, "streams k width"], delta: Float[Tensor, "streams width"]
-) -> Float[Tensor, "streams k width"]:
-    """Each row turned so that its product with the mean difference is not negative: SVD leaves signs open."""
-    sign = torch.einsum("lkw,lw->lk", basis, delta).sign()
-    return basis * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None]
