@@ -73,6 +73,7 @@ DATA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no edits": lambda data: data.pop("edits"),
     "no model": lambda data: data.pop("model"),
     "an unknown site field": _unknown_field,
+    "a span of three": lambda data: data["edits"][0]["site"].update(span=[0, 8, 16]),
     "more edits than tensors": lambda data: data["edits"].append(data["edits"][0]),
 }
 

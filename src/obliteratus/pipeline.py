@@ -39,7 +39,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         directions = distill(acts, recipe.distill)
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
-        weights = weigh(directions, subject.sites, recipe.weigh)
+        weights = weigh(directions, subject.sites, acts, recipe.weigh)
         new = excise(subject, directions, weights, acts, recipe.excise)
         plan += store.stage(f"EXCISE {number}", partial(_same, new), save_plan, load_plan)
         passes.append(_found(directions, new))

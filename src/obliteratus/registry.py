@@ -90,6 +90,8 @@ def explain(error: ValidationError) -> str:
 
     def one(item: Any) -> str:
         where = ".".join(str(x) for x in item["loc"])
+        if item["type"] == "value_error":  # a rule of our own about several values: its text says what was given
+            return f"{where}: {item['ctx']['error']}"
         given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
         return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}{given}"
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from obliteratus.shapes import Float
@@ -105,7 +105,7 @@ class Site:
     """That norm's form: ``rms`` (gain w), ``rms+1`` (gain 1 + w, Gemma), ``layer`` (gain w, and centres)."""
     expert: int | None = None
     span: tuple[int, int] | None = None
-    """Columns of one head, where only that head is edited."""
+    """Columns (start, stop) of W as [out, in], where only what these inputs write is edited: those of one head."""
 
     @property
     def stream(self) -> int:
@@ -270,6 +270,17 @@ class Excise(Frozen):
     norm: NormRule = "none"
     anchored: bool = False
     """Keep what the control group has along Q (y ← y − sQQᵀ(y − μ)); needs a bias to bake."""
+    heads: float | None = Field(None, gt=0, le=1)
+    """Edit only this share of each layer's attention heads (at least one), those that write most along Q, and leave
+    attention's bias alone; None edits all of attention's output. Other parts are edited whole."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Excise:
+        if self.heads is not None and "attn.out" not in self.parts:
+            raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
+        if self.heads is not None and self.anchored:
+            raise ValueError("heads and anchored exclude each other, an anchor being no head's; set only one")
+        return self
 
 
 class Recipe(Frozen):

@@ -74,16 +74,16 @@ def _weight(module: nn.Module, edits: Sequence[Edit]) -> Lazy:
         weight = read_weight(module, edits[0].site)
         for edit in edits:
             basis = edit.basis.to(weight)
-            weight = edit_weight(weight, basis, edit.strength, edit.norm)
+            weight = edit_weight(weight, basis, edit.strength, edit.norm, edit.site.span)
         return stored(weight, edits[0].site, module.get_parameter("weight"))
 
     return compute
 
 
 def new_bias(module: nn.Module, edits: Sequence[Edit]) -> Tensor | None:
-    """The bias after all edits, fp32; None where there is none and none is needed."""
+    """The bias after all edits, fp32; None where there is none and none is needed. It is no head's: spans keep it."""
     bias = read_bias(module, edits[0].site)
-    for edit in edits:
+    for edit in (e for e in edits if e.site.span is None):
         basis = edit.basis.to(module.get_parameter("weight").device)
         anchor = None if edit.anchor is None else edit.anchor.to(basis)
         bias = edit_bias(bias, basis, edit.strength, anchor)

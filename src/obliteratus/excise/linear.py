@@ -90,9 +90,20 @@ def project(values: Float[Tensor, "*n out"], basis: Float[Tensor, "k out"], stre
 
 
 def edit_weight(
-    weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], strength: float, rule: NormRule = "none"
+    weight: Float[Tensor, "out in"],
+    basis: Float[Tensor, "k out"],
+    strength: float,
+    rule: NormRule = "none",
+    span: tuple[int, int] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W′, in one pass over the weight and one temporary of its size."""
+    """W′, in one pass over the weight and one temporary of its size.
+
+    span: only columns start … stop − 1 are edited, and norm rules look at them alone; all others keep every bit.
+    """
+    if span is not None:
+        edited, columns = weight.clone(), slice(*span)
+        edited[:, columns] = edit_weight(weight[:, columns], basis, strength, rule)
+        return edited
     m = measure(weight, basis)
     factors = scales(m, basis, strength, rule)
     edited = torch.addmm(weight, basis.T, m.along, alpha=-strength)

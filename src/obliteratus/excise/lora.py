@@ -55,11 +55,20 @@ def factors(module: nn.Module, edits: Sequence[Edit], max_rank: int | None) -> t
     for edit in edits:
         basis = edit.basis.to(weight)
         outs.append(-edit.strength * basis.T)
-        ins.append(basis @ weight)
-        weight = edit_weight(weight, basis, edit.strength, edit.norm)
+        ins.append(_within(basis @ weight, edit.site.span))
+        weight = edit_weight(weight, basis, edit.strength, edit.norm, edit.site.span)
     if all(e.norm == "none" for e in edits):
         return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
     return _nearest(weight - original, max_rank)
+
+
+def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:
+    """V with all columns outside the span set to zero."""
+    if span is None:
+        return along
+    inside = torch.zeros_like(along)
+    inside[:, slice(*span)] = along[:, slice(*span)]
+    return inside
 
 
 def _nearest(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Factors, float]:

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError, UserError
+from obliteratus.excise.heads import on_heads
 from obliteratus.excise.linear import through_gain
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
+from obliteratus.summon.codec import columns
 from obliteratus.types import Activations, Directions, Edit, Excise, Plan, Site, Subject
 
 FILES = ("plan.safetensors", "plan.json")
@@ -30,6 +32,8 @@ def excise(
     options: Excise,
 ) -> Plan:
     """One edit for each wanted site with a direction and a weight. Raises NothingMatchedError if there is none.
+
+    With ``options.heads`` the edit of an attention output becomes one for each head that is kept.
 
     weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``.
     """
@@ -45,7 +49,7 @@ def excise(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    return Plan(found, subject.source.digest)
+    return Plan(found if options.heads is None else on_heads(subject, found, options.heads), subject.source.digest)
 
 
 def _check_parts(sites: Sequence[Site], parts: Sequence[str]) -> None:
@@ -93,18 +97,19 @@ def load_plan(folder: Path) -> Plan:
             known = set(tensors.keys())
             edits = tuple(_loaded(i, item, tensors, known) for i, item in enumerate(data["edits"]))
         return Plan(edits, data["model"])
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
 
 
 def _loaded(i: int, item: dict[str, Any], tensors: Any, known: set[str]) -> Edit:
-    site = item["site"] | {"span": tuple(item["site"]["span"]) if item["site"]["span"] else None}
+    start, stop = item["site"]["span"] or (None, None)
+    site = item["site"] | {"span": None if start is None else (start, stop)}
     anchor = tensors.get_tensor(f"{i}.anchor") if f"{i}.anchor" in known else None
     return Edit(Site(**site), tensors.get_tensor(f"{i}.basis"), item["strength"], item["norm"], anchor)
 
 
 def check_fits(subject: Subject, plan: Plan) -> None:
-    """Raises UserError unless the plan was made for this model, and all its numbers are finite."""
+    """Raises UserError unless the plan was made for this model, all its numbers are finite, and its spans exist."""
     if plan.model != subject.source.digest:
         raise UserError(
             f"the plan was made for another model (its digest is {plan.model}, that of {subject.source.id} "
@@ -114,3 +119,16 @@ def check_fits(subject: Subject, plan: Plan) -> None:
         numbers = (edit.basis, torch.tensor(edit.strength), *(() if edit.anchor is None else (edit.anchor,)))
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise UserError(f"the plan holds NaN or Inf at {edit.site.path}; run the method again")
+        if edit.site.span is not None:
+            _check_span(subject, edit, edit.site.span)
+
+
+def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:
+    site = edit.site
+    n = 0 if site.layout == "embedding" else columns(subject.module(site.path), site)  # a table has no heads
+    if not 0 <= span[0] < span[1] <= n:
+        raise UserError(f"the plan edits inputs {list(span)} of {site.path}, which has {n}; run the method again")
+    if edit.anchor is not None:
+        raise UserError(
+            f"the plan anchors a single head at {site.path}; an anchor needs the whole; set only one"
+        )

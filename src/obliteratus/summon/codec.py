@@ -31,6 +31,11 @@ def read_bias(module: nn.Module, site: Site) -> Float[Tensor, " out"] | None:
     return None if bias is None else bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
 
 
+def columns(module: nn.Module, site: Site) -> int:
+    """How many inputs W has: its columns as `read_weight` gives it."""
+    return _plain(module, site).shape[1 if site.layout == "linear" else 0]
+
+
 def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
     """`weight` in the layout, dtype and device of `like`, the stored tensor. ValueError on another shape."""
     matrix = weight if site.layout == "linear" else weight.mT
