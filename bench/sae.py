@@ -48,7 +48,10 @@ def main() -> None:
         facts[f"{name}_explained"] = float(fitted.explained[0])
         facts[f"{name}_epochs"], facts[f"{name}_dead"] = int(fitted.epochs[0]), int(fitted.dead[0])
     shortened = {"repeats": "one"} if options.quick else {}
-    report({"seconds": seconds, "ratio": ratio, "facts": facts | {"machine": machine()}, "shortened": shortened}, options.json)
+    report(
+        {"seconds": seconds, "ratio": ratio, "facts": facts | {"machine": machine()}, "shortened": shortened},
+        options.json,
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ MEAN = {"use": "mean_diff"}
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "single": [MEAN, {"use": "single"}],
     "orthogonal_to_control": [MEAN, {"use": "orthogonal_to_control"}],
+    "sae": [{"use": "sae", "features": 1, "streams": "all"}],  # one was planted: a second would be a row of zeros
 }
 ONE_AT_ALL = {"single"}  # those that give every stream the same directions
 NAMES = list(extractors)

@@ -185,7 +185,7 @@ def test_what_was_trained_is_reported() -> None:
     with reporting(notes):
         found(acts_of(sparse_rows(100)[0]), device="cpu", training={"max_epochs": 2})
     assert len(notes.texts) == 1
-    for part in ("1 streams of 64 features", "% of held-out rows explained, 2 epochs", "never fire", "on cpu (as asked)"):
+    for part in ("1 streams of 64 features", "% of held-out rows explained, 2 epochs", "on cpu (as asked)"):
         assert part in notes.texts[0]
 
 
@@ -259,12 +259,11 @@ def test_what_cannot_run_says_why(options: dict[str, Any], message: str) -> None
         found(acts_of(sparse_rows(60)[0]), **options)
 
 
-def test_too_few_prompts_and_groups_that_agree_are_refused() -> None:
+def test_too_few_prompts_are_refused_and_groups_that_agree_give_nothing() -> None:
     with pytest.raises(UserError, match="40 prompts are too few to train on; give 50 or more"):
         found(acts_of(sparse_rows(40)[0]))
     same = sparse_rows(60)[0][:30]
-    with pytest.raises(UserError, match="the groups do not differ"):
-        found(acts_of(torch.cat([same, same])))
+    assert (found(acts_of(torch.cat([same, same]))).basis == 0).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -65,23 +65,22 @@ def sae(
     else:
         at = _chosen(acts, streams)
         rows = _scaled(_rows(acts, at))
+        if not at:
+            return _directions(acts, at, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
         coder = trained(torch.cat(list(rows.values()), 1), training, device)
     return _directions(acts, at, *separating(coder, rows["target"], rows["control"], features))
 
 
 # ------------------------------------------------------------------------------------------------------- input
 def _chosen(acts: Activations, streams: str | tuple[float, ...]) -> list[int]:
-    """Stream indices, ascending; never one whose mean difference is nothing. Raises UserError where none is left."""
+    """Stream indices, ascending; never one whose mean difference is nothing."""
     score = share(acts, difference(acts).norm(dim=1))
     last = len(score) - 1
     if isinstance(streams, tuple):
         wanted = {round(depth * last) for depth in streams}
     else:
         wanted = set(score.topk(min(BEST, last + 1)).indices.tolist() if streams == "best" else range(last + 1))
-    at = sorted(i for i in wanted if score[i] > 0)
-    if not at:
-        raise UserError(f"distill step 'sae': the groups do not differ at streams={streams}; choose others, or prompts")
-    return at
+    return sorted(i for i in wanted if score[i] > 0)
 
 
 def _given(acts: Activations, stream: int | None) -> int:
