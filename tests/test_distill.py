@@ -23,6 +23,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "blend": [MEAN, {"use": "blend"}],
     "interpolate": [MEAN, {"use": "interpolate", "at": 0.75}],
     "keep_out": [MEAN, {"use": "keep_out", "k": 2}],
+    "sae": [{"use": "sae", "features": 1, "streams": "all"}],  # one was planted: a second would be a row of zeros
 }
 # Those that give every stream the same directions → the stream that they come from; None is the best one.
 ONE_AT_ALL = {"single": None, "interpolate": 3}
