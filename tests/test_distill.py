@@ -27,7 +27,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 }
 # Those that give every stream the same directions → the stream that they come from; None is the best one.
 ONE_AT_ALL = {"single": None, "interpolate": 3}
-NAMES = list(extractors)
+NAMES = [name for name in extractors if "model" not in extractors[name].needs]  # those have tests of their own
 
 
 def steps(name: str, **options: Any) -> list[Step]:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from obliteratus.card import shown
+from obliteratus.distill import check_needs
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import check_fits, load_plan
@@ -53,6 +54,7 @@ class Job:
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
         parts_checked(prompts, made.seed)
+        check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}

@@ -9,6 +9,7 @@ from typing import Any
 
 from obliteratus.coverage import edited
 from obliteratus.distill import distill
+from obliteratus.distill.lab import Lab
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
@@ -36,7 +37,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     for number in range(1, recipe.passes + 1):
         with applied(subject, plan):
             acts = probed(store, f"PROBE {number}", subject, fit, recipe)
-        directions = distill(acts, recipe.distill)
+            directions = distill(acts, recipe.distill, Lab(subject, fit))
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
         weights = weigh(directions, subject.sites, acts, recipe.weigh)

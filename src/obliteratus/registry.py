@@ -25,7 +25,7 @@ class Entry(Generic[F]):
     options: type[BaseModel]
     """Built from the keyword-only parameters; validates and fills defaults."""
     needs: tuple[str, ...] = ()
-    """What it cannot run without: ``rows`` (every prompt's activations), or a group of prompts by name."""
+    """What it cannot run without: ``rows`` (every prompt's activations), ``model``, or a group of prompts by name."""
 
     @property
     def about(self) -> str:

@@ -1,4 +1,4 @@
-"""Refusal direction optimisation: a direction fitted by gradients through the model, as Wollschläger et al. define it."""
+"""Refusal direction optimisation: a direction fitted by gradients through the model, as published."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def rdo(
     batch: Annotated[int, Field(ge=1, le=64)] = 8,
     tokens: Annotated[int, Field(ge=2, le=128)] = 16,
     patience: Annotated[int, Field(ge=1)] = 20,
-    seed: int = 0,
 ) -> Directions:
     """One direction for the whole model, by gradient: refusals go when it is ablated, come when it is added, and
     control prompts keep their answers' distribution when it is ablated.
@@ -66,7 +65,7 @@ def rdo(
         raise UserError("distill step 'rdo': the step before found no direction to start from")
     size = float(difference(acts)[stream].norm())
     material = _material(lab, start, stream, size, tokens)
-    best, loss, used = _fitted(lab, material, start, (stream, size), (steps, lr, batch, patience, seed))
+    best, loss, used = _fitted(lab, material, start, (stream, size), (steps, lr, batch, patience))
     note("rdo", f"{used} of {steps} steps, loss {loss:.3f}, cosine to the start {float(best @ start):.3f}")
     basis = best.expand(len(found.score), 1, -1).contiguous()
     return Directions(basis, scored(acts, basis), torch.full_like(found.raw, loss), "nats")
@@ -93,24 +92,26 @@ def _fitted(
     material: Material,
     start: Float[Tensor, " width"],
     place: tuple[int, float],
-    settings: tuple[int, float, int, int, int],
+    settings: tuple[int, float, int, int],
 ) -> tuple[Float[Tensor, " width"], float, int]:
     """The unit direction with the least smoothed loss, that loss, and the steps used."""
-    steps, lr, batch, patience, seed = settings
+    steps, lr, batch, patience = settings
     d = start.to(lab.subject.device).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([d], lr=lr)
-    smooth, best, best_d, still = None, float("inf"), start, 0
+    smooth: float | None = None
+    best, best_d, still = float("inf"), start, 0
     with progress("DISTILL rdo", steps) as advance:
         for step in range(steps):
-            loss = rdo_loss(lab, d / d.norm(), place, _batch(material, batch, step, seed))
-            smooth = float(loss) if smooth is None else MEMORY * smooth + (1 - MEMORY) * float(loss)
+            loss = rdo_loss(lab, d / d.norm(), place, _batch(material, batch, step))
+            now = float(loss.detach())
+            smooth = now if smooth is None else MEMORY * smooth + (1 - MEMORY) * now
             still = 0 if smooth < best - FALLING else still + 1
             if smooth < best:
                 best, best_d = smooth, (d / d.norm()).detach().cpu()
             if still >= patience:
                 break
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             advance(1)
     return best_d, best, step + 1
@@ -136,8 +137,8 @@ def rdo_loss(
     return ABLATION * answered + ADDITION * refused + RETAIN * kept
 
 
-def _batch(material: Material, size: int, step: int, seed: int) -> Material:
-    rng = random.Random(f"{seed}-{step}")
+def _batch(material: Material, size: int, step: int) -> Material:
+    rng = random.Random(step)  # the same batches in every run
 
     def some(pairs: Sequence[Pair]) -> list[Pair]:
         return rng.sample(list(pairs), min(size, len(pairs)))

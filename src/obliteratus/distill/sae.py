@@ -10,8 +10,7 @@ from torch import Tensor
 
 from obliteratus.distill.pretrained import load_coder
 from obliteratus.distill.sparse import Coder, Training, trained
-from obliteratus.distill.steps import difference, extractors, orthonormal, rows_of, scored, share
-from obliteratus.distill.svd import aligned
+from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored, share
 from obliteratus.errors import UserError
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions

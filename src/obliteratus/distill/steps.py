@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from obliteratus.distill.lab import Lab
 from obliteratus.errors import UserError
 from obliteratus.registry import Registry
 from obliteratus.shapes import Float
@@ -19,16 +20,24 @@ Extractor = Callable[..., Directions | Activations]
 
 extractors: Registry[Extractor] = Registry("distill")
 
+MODEL = "model"  # the need of steps that take a `Lab`: (activations, directions so far, lab, **options)
+
 # A mean difference this small beside the means is rounding: at stream 0 the last token of a template is the same
 # for all prompts, and its difference is exactly this kind of nothing. fp32 means carry about 1e-7.
 NOTHING = 1e-5
 
 
-def distill(acts: Activations, steps: Sequence[Step]) -> Directions:
-    """Fold the steps over the activations. Raises UserError where a step cannot run."""
+def distill(acts: Activations, steps: Sequence[Step], lab: Lab | None = None) -> Directions:
+    """Fold the steps over the activations. Raises UserError where a step cannot run.
+
+    lab: the model and the fit prompts, for steps that need the model ("model" among their needs).
+    """
     found: Directions | None = None
     for step in steps:
-        made = extractors[step.use].function(acts, found, **extractors.check(step.use, step.options))
+        entry, options = extractors[step.use], extractors.check(step.use, step.options)
+        if MODEL in entry.needs and lab is None:
+            raise ValueError(f"distill step '{step.use}' asks the model: distill must be given a lab")
+        made = entry.function(acts, found, *([lab] if MODEL in entry.needs else []), **options)
         if isinstance(made, Activations):
             acts = made
         else:
@@ -48,7 +57,7 @@ def check_needs(steps: Sequence[Step], groups: Collection[str], keep_rows: bool)
         for need in extractors[step.use].needs:
             if need == "rows" and not keep_rows:
                 raise _no_rows(step.use)
-            if need != "rows" and need not in groups:
+            if need not in ("rows", MODEL, *groups):
                 raise _no_group(need, step.use)
 
 
