@@ -168,7 +168,7 @@ class _Loop:
         """One step of Adam, then decoder rows back to length 1."""
         gradients = slopes(x, Coder(*self.parts), self.how.sparsity)
         rate = TURN / x.shape[2] ** 0.5
-        moments = (self.first, self.second, [], self.steps)
+        moments: list[list[Tensor]] = [self.first, self.second, [], self.steps]
         # The numbers are Adam's own.
         adam(
             self.parts,
