@@ -24,6 +24,7 @@ fix: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m bench.probe
 	$(BIN)/python -m bench.verify
+	$(BIN)/python -m bench.sae
 
 .venv/ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

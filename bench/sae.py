@@ -12,12 +12,12 @@ from torch import Tensor
 from bench.common import arguments, interleaved, machine, report, say
 from obliteratus.distill.sparse import Fitted, Training, fit
 
-PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 200, 8
+PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
 EPOCHS = 30  # what the audit found fixed
 
 
 def planted(seed: int = 0) -> Tensor:
-    """Rows [1, prompts, width], centred, of root mean square length 1: each a sum of about 8 of 200 features."""
+    """Rows [1, prompts, width], centred, of root mean square length 1: each a sum of about 4 of 40 features."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
     on = torch.rand(PROMPTS, FEATURES, generator=generator) < ACTIVE / FEATURES

@@ -17,7 +17,7 @@ from obliteratus.errors import UserError
 from obliteratus.progress import Reporter, reporting
 from obliteratus.types import Activations, Directions, Moments, Step
 
-WIDTH, FEATURES, ROWS = 32, 10, 400
+WIDTH, FEATURES, ROWS = 48, 10, 400
 ALL: dict[str, Any] = {"streams": "all"}
 
 
@@ -32,7 +32,7 @@ def sparse_rows(n: int, seed: int = 0, streams: int = 1) -> tuple[Tensor, Tensor
     """
     generator = torch.Generator().manual_seed(seed)
     truth = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
-    on = torch.rand(n, streams, FEATURES, generator=generator) < 0.2
+    on = torch.rand(n, streams, FEATURES, generator=generator) < 0.1
     on[:, :, 0] = torch.rand(n, streams, generator=generator) < 0.9
     on[n // 2 :, :, 0] = False
     size = 1 + torch.rand(n, streams, FEATURES, generator=generator)
@@ -185,7 +185,7 @@ def test_what_was_trained_is_reported() -> None:
     with reporting(notes):
         found(acts_of(sparse_rows(100)[0]), device="cpu", training={"max_epochs": 2})
     assert len(notes.texts) == 1
-    for part in ("1 streams of 64 features", "% of held-out rows explained, 2 epochs", "on cpu (as asked)"):
+    for part in ("1 streams of 96 features", "% of held-out rows explained, 2 epochs", "on cpu (as asked)"):
         assert part in notes.texts[0]
 
 
@@ -225,7 +225,7 @@ def test_the_decoder_bias_is_taken_off_unless_the_config_says_no(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "config", "message"),
     [
-        ({"W_dec": torch.ones(FEATURES, 48), "W_enc": torch.ones(48, FEATURES)}, {}, r"is 48 wide .* stream is 32"),
+        ({"W_dec": torch.ones(FEATURES, 64), "W_enc": torch.ones(64, FEATURES)}, {}, r"is 64 wide .* stream is 48"),
         ({"W_enc": None, "b_enc": None}, {}, "has no W_enc, b_enc; it needs W_enc, b_enc, W_dec, b_dec"),
         ({"b_enc": torch.ones(3)}, {}, r"b_enc is \[3\], not \[10\]"),
         ({}, {"architecture": "topk"}, "architecture 'topk' is not supported; use one of standard, jumprelu"),
