@@ -51,7 +51,7 @@ def whitened_svd(
     if min(len(target), target.shape[2]) < k:
         raise UserError(f"distill step 'whitened_svd': k={k} directions need at least {k} prompts; got {len(target)}")
     delta = difference(acts)
-    basis, raw = torch.zeros(len(delta), k, delta.shape[1]), torch.zeros(len(delta))
+    basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found
         mean = acts["control"].mean[stream]
         rows = Spread(control[:, stream] - mean, shrinkage).half(target[:, stream] - mean)
@@ -78,7 +78,7 @@ def discriminant(
     """
     delta = difference(acts)
     groups = ("target", "control") if within == "both" else ("control",)
-    basis, raw = torch.zeros_like(delta)[:, None], torch.zeros(len(delta))
+    basis, raw = torch.zeros_like(delta)[:, None], delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():
         rows = [rows_of(acts, g, "discriminant")[:, stream] - acts[g].mean[stream] for g in groups]
         found = Spread(torch.cat(rows), shrinkage, len(groups)).inverse(delta[stream])
