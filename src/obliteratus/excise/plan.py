@@ -129,6 +129,4 @@ def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:
     if not 0 <= span[0] < span[1] <= n:
         raise UserError(f"the plan edits inputs {list(span)} of {site.path}, which has {n}; run the method again")
     if edit.anchor is not None:
-        raise UserError(
-            f"the plan anchors a single head at {site.path}; an anchor needs the whole; set only one"
-        )
+        raise UserError(f"the plan anchors a single head at {site.path}; an anchor needs the whole; set only one")
