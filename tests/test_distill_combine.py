@@ -306,7 +306,7 @@ def test_keep_out_wants_rows_only_for_spread() -> None:
         distill(acts, [MEAN, Step(use="keep_out", k=1)])
 
 
-@pytest.mark.parametrize("name", list(extractors))
+@pytest.mark.parametrize("name", [n for n in extractors if "model" not in extractors[n].needs])
 def test_what_a_step_declares_is_what_it_needs(name: str) -> None:
     """With rows and groups taken away that it does not declare, a step still runs."""
     needs = extractors[name].needs

@@ -17,6 +17,7 @@ LEVELS = [
     ["registry"],
     ["prompts", "summon", "excise.linear"],
     ["probe", "distill", "weigh", "excise", "verify"],
+    ["tune"],
     ["recipe", "coverage", "store"],
     ["card"],
     ["pipeline", "search", "study", "analyze", "advise", "rebirth", "report"],

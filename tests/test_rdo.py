@@ -9,11 +9,12 @@ import torch
 from tiny import tiny_subject
 from torch.nn import functional as F
 
-from obliteratus.distill import distill, rdo
-from obliteratus.distill.lab import Lab, ablating, adding, answer_logits
-from obliteratus.distill.rdo import Material, rdo_loss
+from obliteratus.distill import distill
 from obliteratus.probe import probe
 from obliteratus.summon.capture import blocks
+from obliteratus.tune import rdo
+from obliteratus.tune.lab import Lab, ablating, adding, answer_logits
+from obliteratus.tune.rdo import Material, rdo_loss
 from obliteratus.types import PromptSet, Step, Subject
 
 PAIRS = [([1, 2, 3, 4], [5, 6, 7]), ([1, 2, 9], [8]), ([1, 2, 3, 9, 4, 7], [3, 3])]

@@ -9,13 +9,13 @@ from typing import Any
 
 from obliteratus.coverage import edited
 from obliteratus.distill import distill
-from obliteratus.distill.lab import Lab
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.prompts import parts_checked
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
+from obliteratus.tune import Lab
 from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from obliteratus.distill import extractors
 from obliteratus.errors import UserError
 from obliteratus.registry import explain, unknown
+from obliteratus.tune import extractors
 from obliteratus.types import Recipe
 from obliteratus.verify import scorers
 from obliteratus.weigh import weighers

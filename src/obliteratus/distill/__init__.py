@@ -1,6 +1,6 @@
 """DISTILL: activations to directions. Each step is one small function over tensors; importing registers them."""
 
-from obliteratus.distill import combine, means, rdo, robust, sae, svd, whiten
+from obliteratus.distill import combine, means, robust, sae, svd, whiten
 from obliteratus.distill.steps import check_needs, distill, extractors
 
-__all__ = ["check_needs", "combine", "distill", "extractors", "means", "rdo", "robust", "sae", "svd", "whiten"]
+__all__ = ["check_needs", "combine", "distill", "extractors", "means", "robust", "sae", "svd", "whiten"]

@@ -32,7 +32,7 @@ Groups = dict[str, Tensor]
 """[streams, prompts, width] by group."""
 
 
-@extractors.register("sae", cite="arXiv:2309.08600")
+@extractors.register("sae", cite="arXiv:2309.08600", needs=("rows",))
 def sae(
     acts: Activations,
     so_far: Directions | None,

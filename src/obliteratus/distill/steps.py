@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from obliteratus.distill.lab import Lab
 from obliteratus.errors import UserError
 from obliteratus.registry import Registry
 from obliteratus.shapes import Float
@@ -20,17 +19,17 @@ Extractor = Callable[..., Directions | Activations]
 
 extractors: Registry[Extractor] = Registry("distill")
 
-MODEL = "model"  # the need of steps that take a `Lab`: (activations, directions so far, lab, **options)
+MODEL = "model"  # the need of steps that take a `tune.Lab`: (activations, directions so far, lab, **options)
 
 # A mean difference this small beside the means is rounding: at stream 0 the last token of a template is the same
 # for all prompts, and its difference is exactly this kind of nothing. fp32 means carry about 1e-7.
 NOTHING = 1e-5
 
 
-def distill(acts: Activations, steps: Sequence[Step], lab: Lab | None = None) -> Directions:
+def distill(acts: Activations, steps: Sequence[Step], lab: object = None) -> Directions:
     """Fold the steps over the activations. Raises UserError where a step cannot run.
 
-    lab: the model and the fit prompts, for steps that need the model ("model" among their needs).
+    lab: a `tune.Lab`, the model and the fit prompts, for steps that need the model ("model" among their needs).
     """
     found: Directions | None = None
     for step in steps:

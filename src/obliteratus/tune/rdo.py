@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from obliteratus.distill.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
 from obliteratus.distill.steps import before, difference, extractors, scored
 from obliteratus.errors import UserError
 from obliteratus.progress import note, progress
 from obliteratus.shapes import Float
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
+from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
 from obliteratus.types import Activations, Directions
 
 ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
@@ -51,9 +51,10 @@ def rdo(
     tokens: Annotated[int, Field(ge=2, le=128)] = 16,
     patience: Annotated[int, Field(ge=1)] = 20,
 ) -> Directions:
-    """One direction for the whole model, by gradient: refusals go when it is ablated, come when it is added, and
-    control prompts keep their answers' distribution when it is ablated.
+    """One direction for the whole model, fitted by gradients through it.
 
+    Refusals go when it is ablated, come when it is added, and control prompts keep their answers' distribution when
+    it is ablated: cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
     Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps; it stops earlier
     once the smoothed loss has stood still for ``patience`` steps. batch: prompts of each loss. tokens: of each
     answer. raw: the smoothed loss reached, in nats (lower is better, unlike elsewhere).
