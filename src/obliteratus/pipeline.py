@@ -16,12 +16,15 @@ from obliteratus.prompts import parts_checked
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
-from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Subject
+from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Step, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
 
 # A later pass whose directions carry less than this share of what the first found has nothing left to remove.
 NOTHING_LEFT = 0.05
+# Before a later pass, so many search prompts are answered with so many tokens: enough to see a refusal begin, and
+# to tell 5 % from 20 %. At ENOUGH or below there is nothing to refine.
+CHECKED, CHECK_TOKENS, ENOUGH = 48, 16, 0.05
 
 
 def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | None = None) -> tuple[Plan, Run]:
@@ -30,11 +33,13 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     store: keeps finished stages, so that a killed run resumes. Raises UserError for what the user can mend.
     """
     store = store or Store()
-    fit, _, report = parts_checked(prompts, recipe.seed)
+    fit, search, report = parts_checked(prompts, recipe.seed)
     before = measured(store, "VERIFY before", subject, report, recipe)
     plan = Plan()
     passes: list[dict[str, Any]] = []
     for number in range(1, recipe.passes + 1):
+        if number > 1 and still_refused(store, number, subject, plan, search) <= ENOUGH:
+            break
         with applied(subject, plan):
             acts = probed(store, f"PROBE {number}", subject, fit, recipe)
             directions = distill(acts, recipe.distill, Lab(subject, fit))
@@ -75,6 +80,21 @@ def measured(
         lambda found, folder: found.save(folder / "measured"),
         lambda folder: Measured.load(folder / "measured"),
     )
+
+
+def still_refused(store: Store, number: int, subject: Subject, plan: Plan, search: PromptSet) -> float:
+    """Share of search target prompts that the model refuses after the passes so far; 1 if there are none."""
+    few = PromptSet({"target": search["target"][:CHECKED]})
+    if not few["target"]:
+        return 1.0
+    with applied(subject, plan):
+        found = store.stage(
+            f"CHECK {number}",
+            lambda: verify(subject, few, (Step(use="refusal", tokens=CHECK_TOKENS),)),
+            lambda measured, folder: measured.save(folder / "measured"),
+            lambda folder: Measured.load(folder / "measured"),
+        )
+    return found.scores["refusal.target"].value
 
 
 def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe) -> Activations:
