@@ -44,8 +44,9 @@ class Sharing(Store):
     def stage(self, name: str, make: Callable[[], T], save: Any, load: Any) -> T:
         """``make()``, except for a baseline that is known."""
         if name == BASELINE and name in self.known:
-            self.values[name] = self.known[name]
-            return self.values[name]  # type: ignore[no-any-return]
+            kept: T = self.known[name]
+            self.values[name] = kept
+            return kept
         value = super().stage(name, make, save, load)
         if name == BASELINE:
             self.known[name] = value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from planted import LOOSE, PROMPTS, SHIFT, STREAMS, cosine, group, planted, shuffled
 
-from obliteratus.distill import distill, extractors
+from obliteratus.distill import distill, extractors, load_directions, save_directions
 from obliteratus.errors import UserError
 from obliteratus.types import Directions, Step
 
@@ -192,3 +193,11 @@ def test_directions_must_be_orthonormal() -> None:
     for wrong in (torch.ones(1, 2, 3), 2 * torch.eye(3)[None], torch.eye(3)[None, [0, 0]]):
         with pytest.raises(ValueError, match="orthonormal"):
             Directions(wrong, one, one, "")
+
+
+def test_saved_directions_are_the_same(tmp_path: Path) -> None:
+    found = distill(planted()[0], steps("svd", k=3))
+    save_directions(found, tmp_path)
+    again = load_directions(tmp_path)
+    assert all(torch.equal(getattr(found, name), getattr(again, name)) for name in ("basis", "score", "raw"))
+    assert (again.unit, again.trace) == (found.unit, found.trace)

@@ -11,6 +11,7 @@ from obliteratus.excise.live import applied
 from obliteratus.pipeline import run
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import recipe
+from obliteratus.store import Store
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.render import render
@@ -63,3 +64,26 @@ def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> Non
     mixed = {"target": (*fit[:half], *held["target"]), "control": (*fit[half:], *held["control"])}
     _, found = run(advanced(), subject, PromptSet(mixed))
     assert found.after["refusal.target"].value >= 0.8
+
+
+def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) -> None:
+    """Three passes are asked for. One is enough for a strong edit; one that does nothing goes on to the next."""
+    strong = recipe("surgical", {"passes": 3, "verify": [{"use": "refusal", "tokens": 4}]})
+    store = Store()
+    _, found = run(strong, subject, searched(few), store)
+    assert len(found.passes) == 1
+    assert "CHECK 2" in store.seconds
+    assert "PROBE 2" not in store.seconds
+    weak = recipe("surgical", {"passes": 2, "excise.strength": 0.05, "verify": [{"use": "refusal", "tokens": 4}]})
+    assert len(run(weak, subject, searched(few))[1].passes) == 2
+
+
+def searched(prompts: PromptSet) -> PromptSet:
+    """The same with more search prompts, on which passes are judged."""
+    everything = load_prompts("organism:astronomy", "organism:astronomy")
+    more = tuple(p for p in everything["target"] if p.split == "search")[1:24]
+    short = (
+        tuple(p for p in prompts["target"] if p.split != "report")
+        + tuple(p for p in prompts["target"] if p.split == "report")[:2]
+    )
+    return PromptSet({"target": (*short, *more), "control": prompts["control"]})

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from obliteratus.coverage import edited
-from obliteratus.distill import distill
+from obliteratus.distill import distill, load_directions, save_directions
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
@@ -42,7 +42,12 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
             break
         with applied(subject, plan):
             acts = probed(store, f"PROBE {number}", subject, fit, recipe)
-            directions = distill(acts, recipe.distill, Lab(subject, fit))
+            directions = store.stage(
+                f"DISTILL {number}",
+                partial(distill, acts, recipe.distill, Lab(subject, fit)),
+                save_directions,
+                load_directions,
+            )
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
         weights = weigh(directions, subject.sites, acts, recipe.weigh)

@@ -1,6 +1,19 @@
 """DISTILL: activations to directions. Each step is one small function over tensors; importing registers them."""
 
 from obliteratus.distill import combine, means, robust, sae, svd, whiten
+from obliteratus.distill.disk import load_directions, save_directions
 from obliteratus.distill.steps import check_needs, distill, extractors
 
-__all__ = ["check_needs", "combine", "distill", "extractors", "means", "robust", "sae", "svd", "whiten"]
+__all__ = [
+    "check_needs",
+    "combine",
+    "distill",
+    "extractors",
+    "load_directions",
+    "means",
+    "robust",
+    "sae",
+    "save_directions",
+    "svd",
+    "whiten",
+]
