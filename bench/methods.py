@@ -47,7 +47,7 @@ class Sharing(Store):
             kept: T = self.known[name]
             self.values[name] = kept
             return kept
-        value = super().stage(name, make, save, load)
+        value: T = super().stage(name, make, save, load)
         if name == BASELINE:
             self.known[name] = value
         return value
