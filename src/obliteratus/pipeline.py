@@ -40,14 +40,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     for number in range(1, recipe.passes + 1):
         if number > 1 and still_refused(store, number, subject, plan, search) <= ENOUGH:
             break
-        with applied(subject, plan):
-            acts = probed(store, f"PROBE {number}", subject, fit, recipe)
-            directions = store.stage(
-                f"DISTILL {number}",
-                partial(distill, acts, recipe.distill, Lab(subject, fit)),
-                save_directions,
-                load_directions,
-            )
+        acts, directions = searched(store, number, subject, plan, fit, recipe)
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
         weights = weigh(directions, subject.sites, acts, recipe.weigh)
@@ -85,6 +78,21 @@ def measured(
         lambda found, folder: found.save(folder / "measured"),
         lambda folder: Measured.load(folder / "measured"),
     )
+
+
+def searched(
+    store: Store, number: int, subject: Subject, plan: Plan, fit: PromptSet, recipe: Recipe
+) -> tuple[Activations, Directions]:
+    """PROBE and DISTILL as stages, on the model as the passes so far left it."""
+    with applied(subject, plan):
+        acts = probed(store, f"PROBE {number}", subject, fit, recipe)
+        directions = store.stage(
+            f"DISTILL {number}",
+            partial(distill, acts, recipe.distill, Lab(subject, fit)),
+            save_directions,
+            load_directions,
+        )
+    return acts, directions
 
 
 def still_refused(store: Store, number: int, subject: Subject, plan: Plan, search: PromptSet) -> float:
