@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from obliteratus.pipeline import measured, probed, run
 from obliteratus.recipe import names, recipe
 from obliteratus.store import Store
 from obliteratus.types import PromptSet, Recipe, Score, Subject
+from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 
 T = TypeVar("T")
@@ -65,15 +66,15 @@ def halved(prompts: PromptSet) -> PromptSet:
 def one(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> dict[str, Any]:
     """One method's row, or why it was refused."""
     try:
-        check_needs(made.distill, prompts.groups, keep_rows=True)
+        check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
     except UserError as error:
         return {"refused": str(error)}
     _, peak, (_, found) = with_peak(lambda: run(made, subject, prompts, Sharing(known)))
-    return row(dict(found.before), dict(found.after), dict(found.seconds), peak, len(found.passes))
+    return row(found.before, found.after, found.seconds, peak, len(found.passes))
 
 
 def row(
-    before: dict[str, Score], after: dict[str, Score], seconds: dict[str, float], peak: int, passes: int
+    before: Mapping[str, Score], after: Mapping[str, Score], seconds: Mapping[str, float], peak: int, passes: int
 ) -> dict[str, Any]:
     """What the document holds of a method."""
     scores = [{k: v.model_dump() for k, v in s.items() if "/" not in k} for s in (before, after)]
@@ -85,15 +86,19 @@ def chance(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, 
     """A recipe with random directions of the same rank in place of those it finds: the control row."""
     fit, _, report = prompts.split(made.seed)
     store = Sharing(known)
-    acts = probed(store, "PROBE", subject, fit, made)
-    found = distill(acts, made.distill)
-    noise = torch.randn(found.basis.shape, generator=torch.Generator().manual_seed(0))
-    drawn = replace(found, basis=orthonormal(noise * (found.basis.norm(dim=-1, keepdim=True) > 0)))
-    plan = excise(subject, drawn, weigh(drawn, subject.sites, acts, made.weigh), acts, made.excise)
-    before = measured(store, BASELINE, subject, report, made)
-    with applied(subject, plan):
-        after = measured(store, "VERIFY after", subject, report, made, before)
-    return row(dict(before.scores), dict(after.scores), store.seconds, 0, 1)
+
+    def measure() -> tuple[Measured, Measured]:
+        acts = probed(store, "PROBE", subject, fit, made)
+        found = distill(acts, made.distill)
+        noise = torch.randn(found.basis.shape, generator=torch.Generator().manual_seed(0))
+        drawn = replace(found, basis=orthonormal(noise * (found.basis.norm(dim=-1, keepdim=True) > 0)))
+        plan = excise(subject, drawn, weigh(drawn, subject.sites, acts, made.weigh), acts, made.excise)
+        before = measured(store, BASELINE, subject, report, made.verify)
+        with applied(subject, plan):
+            return before, measured(store, "VERIFY after", subject, report, made.verify, before)
+
+    _, peak, (before, after) = with_peak(measure)
+    return row(before.scores, after.scores, store.seconds, peak, 1)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

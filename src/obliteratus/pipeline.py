@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -34,7 +35,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     """
     store = store or Store()
     fit, search, report = parts_checked(prompts, recipe.seed)
-    before = measured(store, "VERIFY before", subject, report, recipe)
+    before = measured(store, "VERIFY before", subject, report, recipe.verify)
     plan = Plan()
     passes: list[dict[str, Any]] = []
     for number in range(1, recipe.passes + 1):
@@ -48,7 +49,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         plan += store.stage(f"EXCISE {number}", partial(_same, new), save_plan, load_plan)
         passes.append(_found(directions, new))
     with applied(subject, plan):
-        after = measured(store, "VERIFY after", subject, report, recipe, before)
+        after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
     return plan, Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
@@ -67,14 +68,14 @@ def measured(
     store: Store,
     stage: str,
     subject: Subject,
-    report: PromptSet,
-    recipe: Recipe,
+    prompts: PromptSet,
+    steps: Sequence[Step],
     before: Measured | None = None,
 ) -> Measured:
     """VERIFY as a stage."""
     return store.stage(
         stage,
-        lambda: verify(subject, report, recipe.verify, before),
+        lambda: verify(subject, prompts, steps, before),
         lambda found, folder: found.save(folder / "measured"),
         lambda folder: Measured.load(folder / "measured"),
     )
@@ -101,12 +102,7 @@ def still_refused(store: Store, number: int, subject: Subject, plan: Plan, searc
     if not few["target"]:
         return 1.0
     with applied(subject, plan):
-        found = store.stage(
-            f"CHECK {number}",
-            lambda: verify(subject, few, (Step(use="refusal", tokens=CHECK_TOKENS),)),
-            lambda measured, folder: measured.save(folder / "measured"),
-            lambda folder: Measured.load(folder / "measured"),
-        )
+        found = measured(store, f"CHECK {number}", subject, few, (Step(use="refusal", tokens=CHECK_TOKENS),))
     return found.scores["refusal.target"].value
 
 

@@ -71,7 +71,7 @@ def generate(
             batch, logits = _prefill(subject, prompts, rows, max_new)
             if first is not None:
                 first(rows, logits)
-            for tokens in _write(subject, batch, logits, answers, max_new, done):
+            for tokens in _write(subject, batch, answers, max_new, done):
                 advance(tokens)
 
         lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
@@ -105,23 +105,19 @@ def stop_tokens(subject: Subject) -> set[int]:
     return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
 
 
-def _write(
-    subject: Subject, batch: _Batch, logits: Tensor, answers: Ids, max_new: int, done: Done | None
-) -> Iterator[int]:
+def _write(subject: Subject, batch: _Batch, answers: Ids, max_new: int, done: Done | None) -> Iterator[int]:
     """Write all rows to their end. Gives the tokens that each step settled: written, or no longer needed."""
     stops = stop_tokens(subject)
     for step in range(max_new):
-        tokens = logits.argmax(-1)
         before = len(batch.live)
-        for slot, token in enumerate(tokens.tolist()):
+        for slot, token in enumerate(batch.tokens[:, 0].tolist()):
             _append(batch, slot, token, answers, stops, done)
         yield before + (before - len(batch.live)) * (max_new - step - 1)
         if not batch.live or step + 1 == max_new:
             return
-        batch.tokens, batch.positions = tokens[:, None], batch.positions + 1
         if len(batch.live) <= COMPACT_AT * len(batch.rows):
             _compact(batch)
-        logits = _advance(subject, batch)
+        _advance(subject, batch)
 
 
 def _append(batch: _Batch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
@@ -142,15 +138,16 @@ def _prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) 
     longest = int(lengths.max())
     slots = prompts.skipped + longest
     cache = growing(subject, prompts.prefix, len(rows), slots, max_new)
-    logits, first = [], 0
+    parts, first = [], 0
     for part in batched(lengths.tolist(), token_budget(subject, state_bytes(subject))):
         ids, own = padded([prompts.rows[rows[k]] for k in part], subject.device)
         with filling(cache, Filling(slice(first, first + len(part)), ids.shape[1] - own)), only(subject, own - 1):
-            logits.append(next_logits(subject, ids, prompts.skipped, cache))
+            parts.append(next_logits(subject, ids, prompts.skipped, cache))
         first += len(part)
     mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
-    positions = (prompts.skipped + lengths - 1)[:, None]
-    return _Batch(rows, cache, positions, positions, mask, set(rows)), torch.cat(logits)
+    logits = torch.cat(parts)
+    tokens, positions = logits.argmax(-1, keepdim=True), (prompts.skipped + lengths)[:, None]
+    return _Batch(rows, cache, tokens, positions, mask, set(rows)), logits
 
 
 def _compact(batch: _Batch) -> None:
@@ -168,7 +165,8 @@ def _compact(batch: _Batch) -> None:
         layer.keep(target, source, n)
 
 
-def _advance(subject: Subject, batch: _Batch) -> Tensor:
+def _advance(subject: Subject, batch: _Batch) -> None:
+    """Pass each row's last token, and take the one after it."""
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
     # Without padding the mask says nothing, and attention is faster without one.
     mask = None if bool(batch.mask.all()) else batch.mask
@@ -179,5 +177,4 @@ def _advance(subject: Subject, batch: _Batch) -> Tensor:
         past_key_values=batch.cache,
         use_cache=True,
     )
-    logits: Tensor = out.logits[:, -1]
-    return logits
+    batch.tokens, batch.positions = out.logits[:, -1].argmax(-1, keepdim=True), batch.positions + 1

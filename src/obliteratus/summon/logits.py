@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,19 +21,21 @@ LOGIT_TOKENS = 128
 
 
 @contextmanager
-def only(subject: Subject, at: Tensor) -> Iterator[None]:
-    """Inside, the LM head sees one position of each row: at [rows]. What the model does to its logits
+def narrowed(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the LM head sees ``pick`` of its input [rows, tokens, width]. What the model does to its logits
     afterwards (soft caps, scales) is kept, because its own forward still runs."""
-    rows = torch.arange(len(at), device=at.device)
-
-    def pick(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][rows, at][:, None],)
-
-    handle = subject.model.get_output_embeddings().register_forward_pre_hook(pick)
+    head = subject.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (pick(args[0]),))
     try:
         yield
     finally:
         handle.remove()
+
+
+def only(subject: Subject, at: Tensor) -> AbstractContextManager[None]:
+    """Inside, the LM head sees one position of each row: at [rows]."""
+    rows = torch.arange(len(at), device=at.device)
+    return narrowed(subject, lambda states: states[rows, at][:, None])
 
 
 def first_token(

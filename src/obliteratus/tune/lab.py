@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from obliteratus.excise.linear import through_gain
+from obliteratus.excise.live import applied
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.capture import blocks
-from obliteratus.types import PromptSet, Subject
+from obliteratus.summon.forward import padded
+from obliteratus.summon.logits import narrowed
+from obliteratus.types import Edit, Plan, PromptSet, Site, Subject
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a templated prompt and of an answer to it."""
@@ -27,30 +32,18 @@ class Lab:
     prompts: PromptSet
 
 
-@contextmanager
-def ablating(subject: Subject, direction: Float[Tensor, " width"]) -> Iterator[None]:
+def ablating(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:
     """Inside, nothing along the direction is written into the stream, by any writer. Gradients reach it.
 
     Behind a norm with gain γ the writer loses γ⊙d instead, so that what passes the norm is free of d.
     """
-    handles = []
-    for site in subject.sites:
-        if site.role == "writes":
-            gain = gain_of(subject, site)
-            along = direction if gain is None else gain.to(direction) * direction
-            handles.append(subject.module(site.path).register_forward_hook(_without(along / along.norm())))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    edits = [Edit(s, _folded(subject, s, direction), 1.0) for s in subject.sites if s.role == "writes"]
+    return applied(subject, Plan(tuple(edits), subject.source.digest))
 
 
-def _without(unit: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output - (output @ unit.to(output.dtype))[..., None] * unit.to(output.dtype)
-
-    return hook
+def _folded(subject: Subject, site: Site, direction: Float[Tensor, " width"]) -> Float[Tensor, "1 width"]:
+    gain, row = gain_of(subject, site), normalize(direction, dim=0)[None]
+    return row if gain is None else through_gain(row, gain.to(row))
 
 
 @contextmanager
@@ -74,19 +67,11 @@ def answer_logits(subject: Subject, pairs: Sequence[Pair]) -> Float[Tensor, "tok
 
     Right padding under the causal mask is never seen by what is kept. The head runs on the kept positions only.
     """
-    rows = [torch.tensor(prompt + answer) for prompt, answer in pairs]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(subject.device)
+    ids, _ = padded([prompt + answer for prompt, answer in pairs], subject.device)
     kept = [(i, len(p) - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
     row, column = torch.tensor(kept, device=ids.device).T
-
-    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][row, column][None],)
-
-    handle = subject.model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
+    with narrowed(subject, lambda states: states[row, column][None]):
         logits: Tensor = subject.model(input_ids=ids, use_cache=False).logits[0].float()
-    finally:
-        handle.remove()
     return logits
 
 

@@ -59,8 +59,7 @@ def knee(directions: Directions, sites: Sequence[Site], acts: Activations, *, fl
     if distance.max() < STRAIGHT:
         return per_layer(sites, (score >= floor * score.max()).float())
     kept = order[: int(distance.argmax()) + 1]
-    mask = torch.zeros_like(score)
-    mask[kept] = 1.0
+    mask = torch.zeros_like(score).index_fill(0, kept, 1.0)
     return per_layer(sites, mask * (score >= floor * score.max()))
 
 

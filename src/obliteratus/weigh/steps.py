@@ -59,6 +59,4 @@ def depths(directions: Directions) -> Float[Tensor, " layers"]:
 def best(values: Float[Tensor, " layers"], share: float) -> Float[Tensor, " layers"]:
     """1 at the ``share`` of layers with the highest values (at least one; of equals the earlier), else 0."""
     kept = values.argsort(descending=True, stable=True)[: max(1, round(share * len(values)))]
-    mask = torch.zeros_like(values)
-    mask[kept] = 1.0
-    return mask
+    return torch.zeros_like(values).index_fill(0, kept, 1.0)
