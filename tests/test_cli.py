@@ -107,7 +107,7 @@ def test_bad_prompt_files(model: Path, files: dict[str, Path], tmp_path: Path, c
         (["--set", "excise.nrom=rows"], "nrom"),
         (["--set", "distill.7.k=1"], "no entry '7'"),
         (["--set", "nonsense"], "path=value"),
-        (["--set", "excise.parts=['mlp.up']"], "names no writer"),
+        (["--set", "excise.parts=['mlp.up']"], "names no part"),
         (["--save", "mergedd"], "did you mean 'merged'?"),
         (["--dtype", "float31"], "float32"),
         (["--resume"], "--out"),

@@ -19,6 +19,7 @@ from obliteratus.excise.live import applied
 from obliteratus.progress import Reporter, reporting
 from obliteratus.summon import forward
 from obliteratus.summon import generate as generation
+from obliteratus.summon.capture import Taps
 from obliteratus.summon.forward import batched, blocks, common_prefix, prepared, read
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token, token_losses
@@ -150,7 +151,7 @@ def test_last_stops_early(subject: Subject, last: int) -> None:
 def test_taps_are_the_modules_outputs(subject: Subject) -> None:
     ids = rows_of(tails=(1, 9, 4))
     taps = [s.path for s in subject.sites if s.part == "attn.out"]
-    _, found = gathered(subject, ids, taps=taps, budget=60)
+    _, found = gathered(subject, ids, taps=Taps(taps), budget=60)
     for j, path in enumerate(taps):
         for i, row in enumerate(ids):
             with recorded(subject.module(path)) as seen:

@@ -8,20 +8,26 @@ from typing import Any
 
 from obliteratus.summon.anatomy import coverage, family_of
 from obliteratus.summon.codec import columns
-from obliteratus.types import Edit, Plan, Site, Subject
+from obliteratus.types import Change, Edit, Mask, Plan, Site, Subject
 
 
 def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
-    """Writers found, edited and skipped by part, the share of writing parameters edited, and what is unclaimed."""
+    """Sites found, edited and skipped by part, the share of writing parameters edited, and what is unclaimed."""
     touched = plan.by_site()
     parts: dict[str, dict[str, Any]] = defaultdict(lambda: {"found": 0, "edited": 0, "skipped_layers": []})
     total, reached = 0, 0.0
-    for site in (s for s in subject.sites if s.role == "writes"):
-        size, hit = _size(subject, site), site.path in touched
+    read = {c.site.part for c in plan.edits if c.site.role == "reads"}
+    for site in subject.sites:
+        if site.role == "reads" and site.part not in read:  # readers are edited only where that was asked for
+            continue
+        hit = site.path in touched
         parts[site.part]["found"] += 1
         parts[site.part]["edited"] += hit
         if not hit:
             parts[site.part]["skipped_layers"].append(site.layer)
+        if site.role == "reads":
+            continue
+        size = _size(subject, site)
         total, reached = total + size, reached + size * _share(subject, site, touched.get(site.path, ()))
     known = coverage(subject.model, subject.sites, family_of(subject.model.config))
     return {
@@ -32,11 +38,16 @@ def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _share(subject: Subject, site: Site, edits: Sequence[Edit]) -> float:
-    """Share of the matrix that the edits reach: all of it, or the columns of some heads."""
-    if any(e.site.span is None for e in edits):
-        return 1.0
-    reached = {column for e in edits if e.site.span is not None for column in range(*e.site.span)}
+def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
+    """Share of the matrix that the changes reach: all of it, or the columns of some heads or neurons."""
+    reached: set[int] = set()
+    for change in changes:
+        if isinstance(change, Mask):
+            reached |= set(change.neurons.tolist())
+        elif isinstance(change, Edit) and change.site.span is None:
+            return 1.0
+        elif isinstance(change, Edit) and change.site.span is not None:
+            reached |= set(range(*change.site.span))
     return len(reached) / columns(subject.module(site.path), site) if reached else 0.0
 
 

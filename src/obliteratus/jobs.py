@@ -53,7 +53,7 @@ class Job:
             raise UserError(unknown("--save form", form, FORMS))
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
-        parts_checked(prompts, made.seed)
+        parts_checked(prompts, made.seed, searched=made.excise.kl_budget is not None)
         check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
         if out is not None:
             check_free(out)

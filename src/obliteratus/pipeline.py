@@ -17,7 +17,8 @@ from obliteratus.prompts import parts_checked
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
-from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Recipe, Run, Step, Subject
+from obliteratus.tune.budget import within_budget
+from obliteratus.types import SPLITS, Activations, Directions, Excise, Plan, PromptSet, Recipe, Run, Step, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
 
@@ -28,13 +29,17 @@ NOTHING_LEFT = 0.05
 CHECKED, CHECK_TOKENS, ENOUGH = 48, 16, 0.05
 
 
+# Masks and steering act once: their scores and their vector are of the model before any removal.
+FIRST_ONLY: dict[str, object] = {"neurons": None, "steer": 0.0}
+
+
 def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | None = None) -> tuple[Plan, Run]:
     """Find the directions, plan the edit, measure before and after on held-out prompts. Changes no weight.
 
     store: keeps finished stages, so that a killed run resumes. Raises UserError for what the user can mend.
     """
     store = store or Store()
-    fit, search, report = parts_checked(prompts, recipe.seed)
+    fit, search, report = parts_checked(prompts, recipe.seed, searched=recipe.excise.kl_budget is not None)
     before = measured(store, "VERIFY before", subject, report, recipe.verify)
     plan = Plan()
     passes: list[dict[str, Any]] = []
@@ -45,8 +50,12 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
         weights = weigh(directions, subject.sites, acts, recipe.weigh)
-        new = excise(subject, directions, weights, acts, recipe.excise)
-        plan += store.stage(f"EXCISE {number}", partial(_same, new), save_plan, load_plan)
+        wanted = recipe.excise if number == 1 else recipe.excise.model_copy(update=FIRST_ONLY)
+        new = excise(subject, directions, weights, acts, wanted)
+        new = store.stage(
+            f"EXCISE {number}", partial(afforded, subject, plan, new, search, wanted), save_plan, load_plan
+        )
+        plan += new
         passes.append(_found(directions, new))
     with applied(subject, plan):
         after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
@@ -108,13 +117,20 @@ def still_refused(store: Store, number: int, subject: Subject, plan: Plan, searc
 
 def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe) -> Activations:
     """PROBE as a stage."""
-    wanted = recipe.excise.parts if recipe.excise.anchored else ()
-    taps = [s.path for s in subject.sites if s.role == "writes" and s.part in wanted]
-    return store.stage(stage, lambda: probe(subject, fit, recipe.probe, taps), save_activations, load_activations)
+    anchored = recipe.excise.parts if recipe.excise.anchored else ()
+    taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
+    wanted = ("mlp.out",) if recipe.excise.neurons is not None else ()
+    feeds = [s.path for s in subject.sites if s.part in wanted]
+    return store.stage(
+        stage, lambda: probe(subject, fit, recipe.probe, taps, feeds), save_activations, load_activations
+    )
 
 
-def _same(plan: Plan) -> Plan:
-    return plan
+def afforded(subject: Subject, done: Plan, new: Plan, search: PromptSet, options: Excise) -> Plan:
+    """The new edits, weakened if there is a budget that they would exceed."""
+    if options.kl_budget is None:
+        return new
+    return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
 
 
 def _found(directions: Directions, plan: Plan) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.summon.capture import Taps
 from obliteratus.summon.forward import Reading, read
 from obliteratus.summon.render import render
 from obliteratus.types import Activations, Moments, Probe, Prompt, PromptSet, Subject, digest_of
@@ -24,38 +25,44 @@ def probe(
     prompts: PromptSet,
     options: Probe = DEFAULT,
     taps: Sequence[str] = (),
+    feeds: Sequence[str] = (),
 ) -> Activations:
     """The residual stream at one position of every prompt, for each group.
 
     taps: module paths whose mean output over the control group is wanted too (the anchors of anchored edits).
+    feeds: module paths whose mean input is wanted too, of every group.
     Raises UserError if any activation is NaN or Inf.
     """
     groups: dict[str, Moments] = {}
     outputs: dict[str, Tensor] = {}
+    inputs: dict[str, dict[str, Tensor]] = {}
     for group, members in prompts.groups.items():
         wanted = taps if group == ANCHOR_GROUP else ()
-        groups[group], means = _group(subject, group, members, options, wanted)
+        groups[group], means, inputs[group] = _group(subject, group, members, options, Taps(wanted, feeds))
         outputs |= dict(zip(wanted, means, strict=True))
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    return Activations(groups, options.position, outputs, digest)
+    return Activations(groups, options.position, outputs, inputs, digest)
 
 
 def _group(
-    subject: Subject, group: str, prompts: Sequence[Prompt], options: Probe, taps: Sequence[str]
-) -> tuple[Moments, Tensor]:
+    subject: Subject, group: str, prompts: Sequence[Prompt], options: Probe, taps: Taps
+) -> tuple[Moments, Tensor, dict[str, Tensor]]:
     streams = subject.n_layers + 1
     total = torch.zeros(streams, subject.width, dtype=torch.float64)
-    tapped = torch.zeros(len(taps), subject.width, dtype=torch.float64)
+    tapped = torch.zeros(len(taps.outputs), subject.width, dtype=torch.float64)
+    fed: dict[str, Tensor] = {path: torch.zeros(1, dtype=torch.float64) for path in taps.inputs}
     rows = torch.empty(len(prompts), streams, subject.width) if options.keep == "rows" else None
     ids = render(subject, prompts)
     for reading in read(subject, ids, position=options.position, taps=taps, title=f"PROBE {group}"):
         _check_finite(reading, group)
         total += reading.stream.double().sum(0)
         tapped += reading.outputs.double().sum(0)
+        fed = {path: fed[path] + reading.inputs[path].double().sum(0) for path in taps.inputs}
         if rows is not None:
             rows[reading.rows] = reading.stream
     n = len(prompts)
-    return Moments(n, (total / n).float(), rows), (tapped / n).float()
+    means = {path: (summed / n).float() for path, summed in fed.items()}
+    return Moments(n, (total / n).float(), rows), (tapped / n).float(), means
 
 
 def _check_finite(reading: Reading, group: str) -> None:
@@ -72,6 +79,7 @@ def _check_finite(reading: Reading, group: str) -> None:
 def save_activations(acts: Activations, folder: Path) -> None:
     """Write activations.safetensors and activations.json into an existing folder."""
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
+    tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
     for group, moments in acts.groups.items():
         tensors[f"mean/{group}"] = moments.mean
         if moments.rows is not None:
@@ -88,4 +96,8 @@ def load_activations(folder: Path) -> Activations:
     tensors = load_file(folder / "activations.safetensors")
     groups = {g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}")) for g, n in data["counts"].items()}
     outputs = {k.removeprefix("output/"): v for k, v in tensors.items() if k.startswith("output/")}
-    return Activations(groups, data["position"], outputs, data["digest"])
+    inputs: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+    for name in (k for k in tensors if k.startswith("input/")):
+        _, group, path = name.split("/")
+        inputs[group][path] = tensors[name]
+    return Activations(groups, data["position"], outputs, inputs, data["digest"])

@@ -52,12 +52,12 @@ def checked(prompts: PromptSet, names: Mapping[str, str] | None = None) -> Promp
     return prompts
 
 
-def parts_checked(prompts: PromptSet, seed: int) -> tuple[PromptSet, PromptSet, PromptSet]:
-    """fit, search, report; UserError where fit or report has an empty group."""
+def parts_checked(prompts: PromptSet, seed: int, searched: bool = False) -> tuple[PromptSet, PromptSet, PromptSet]:
+    """fit, search, report; UserError where fit or report (and search, if it is ``searched``) has an empty group."""
     parts = prompts.split(seed)
     for name, part in zip(SPLITS, parts, strict=True):
         for group, members in part.groups.items():
-            if not members and name != "search":
+            if not members and (searched or name != "search"):
                 raise UserError(
                     f"prompts: the group '{group}' leaves no prompt for the {name} part "
                     f"({len(prompts[group])} in all); give more, at least 8"

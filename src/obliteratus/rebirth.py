@@ -102,7 +102,7 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
     if is_tied(subject.model):
         table, head = _ends(subject)
-        if table in edits:  # the head stays as it was, so the two part
+        if table in edits or head in edits:  # the other stays as it was, so the two part
             config.tie_word_embeddings = False
         else:
             state.pop(head)

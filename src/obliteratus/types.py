@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from obliteratus.shapes import Float
+from obliteratus.shapes import Float, Int
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding"]
@@ -172,6 +172,8 @@ class Activations:
     """Token position, counted from the end of the templated prompt: −1 is the last."""
     outputs: Mapping[str, Float[Tensor, " width"]] = field(default_factory=dict)
     """Mean output of each writer (by site path) over the control group: the anchors μ."""
+    inputs: Mapping[str, Mapping[str, Float[Tensor, " in"]]] = field(default_factory=dict)
+    """Group → site path → mean input of that writer: how active each of its neurons is."""
     digest: str = ""
 
     def __getitem__(self, group: str) -> Moments:
@@ -191,36 +193,72 @@ class Directions:
     """What ``raw`` is measured in."""
     trace: tuple[str, ...] = ()
     """The steps that made it."""
+    covectors: Float[Tensor, "streams k width"] | None = None
+    """What is measured of a stream along each row, where that is not the row itself: A with A·basisᵀ = I. The edit
+    x ← x − s·basisᵀ(A x) is then an oblique projection (LEACE); None is the orthogonal one."""
 
     def __post_init__(self) -> None:
         gram = self.basis.double() @ self.basis.double().mT
         eye = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
         if not torch.allclose(gram, eye, atol=1e-4):  # fp32 rows are orthonormal to about 1e-6
             raise ValueError("directions must be orthonormal rows, or rows of zeros where nothing was found")
+        if self.covectors is not None and not torch.allclose(
+            self.covectors.double() @ self.basis.double().mT, eye, atol=1e-3
+        ):  # covectors are long where groups spread much, and rounding grows with them
+            raise ValueError("covectors must give 1 on their own direction and 0 on the others")
 
 
 # --------------------------------------------------------------------------------------------- plan
 @dataclass(frozen=True)
 class Edit:
-    """y ← y − s·Qᵀ(Q(y − μ)) at a writer's output; x likewise at a reader's input. Q has orthonormal rows.
+    """y ← y − s·Bᵀ(A(y − μ)) at a writer's output, x likewise at a reader's input. A is B unless given.
 
-    The norm gain between the site and the stream is already folded into ``basis``.
+    Along a subspace B has orthonormal rows. Norm gains between the site and the stream are already folded in.
     """
 
     site: Site
     basis: Float[Tensor, "k width"]
+    """B: what is taken off."""
     strength: float
     """1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, below 0 amplifies."""
     norm: NormRule = "none"
+    """For writers only: what a matrix reads has no length that its rules would keep."""
     anchor: Float[Tensor, " width"] | None = None
-    """μ: what stays along Q. None is the origin."""
+    """μ: what stays along B. None is the origin."""
+    covectors: Float[Tensor, "k width"] | None = None
+    """A: by what it is measured, with A Bᵀ = I. None is B: an orthogonal projection."""
+
+    @property
+    def along(self) -> Float[Tensor, "k width"]:
+        """A."""
+        return self.basis if self.covectors is None else self.covectors
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Some inputs of a writer silenced: x_j ← 0, for neurons of the MLP."""
+
+    site: Site
+    neurons: Int[Tensor, " n"]
+    """Columns of W as [out, in]."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """y ← y + v at a writer's output, for every token: permanent steering."""
+
+    site: Site
+    vector: Float[Tensor, " width"]
+
+
+Change = Edit | Mask | Shift
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to a model: the only thing that executors accept. Edits on one site apply in order."""
+    """What to do to a model: the only thing that executors accept. Changes of one site apply in order."""
 
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[Change, ...] = ()
     model: str = ""
     """``Source.digest`` of the model that it was made for."""
 
@@ -229,8 +267,8 @@ class Plan:
             raise ValueError("plans for two different models cannot be joined")
         return Plan(self.edits + other.edits, other.model or self.model)
 
-    def by_site(self) -> dict[str, tuple[Edit, ...]]:
-        """Edits grouped by site path, in their order."""
+    def by_site(self) -> dict[str, tuple[Change, ...]]:
+        """Changes grouped by site path, in their order."""
         paths = dict.fromkeys(e.site.path for e in self.edits)
         return {path: tuple(e for e in self.edits if e.site.path == path) for path in paths}
 
@@ -262,10 +300,14 @@ class Probe(Frozen):
     """``rows`` keeps every prompt (SVD needs them), ``moments`` only running means: O(layers × width) memory."""
 
 
+READERS = frozenset({"attn.in", "mlp.in", "unembed"})
+
+
 class Excise(Frozen):
     """How the directions become edits."""
 
     parts: tuple[str, ...] = ("attn.out", "mlp.out")
+    """Writers (attn.out, mlp.out, embed) and, if wanted, readers (attn.in, mlp.in, unembed)."""
     strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream is noise on every model tried
     norm: NormRule = "none"
     anchored: bool = False
@@ -273,13 +315,30 @@ class Excise(Frozen):
     heads: float | None = Field(None, gt=0, le=1)
     """Edit only this share of each layer's attention heads (at least one), those that write most along Q, and leave
     attention's bias alone; None edits all of attention's output. Other parts are edited whole."""
+    neurons: float | None = Field(None, gt=0, le=0.2)  # a fifth of an MLP is no longer a few neurons
+    """Silence at most this share of each layer's MLP neurons: those that write most of the groups' difference,
+    scored on the model before any removal. First pass only."""
+    steer: float = Field(0.0, ge=-4.0, le=4.0)
+    """Add −steer × the groups' difference along Q at the clearest layer that is edited, for every token; below 0 it
+    adds the behaviour. In lengths of that difference. First pass only; needs a bias to bake."""
+    kl_budget: float | None = Field(None, gt=0)
+    """Weaken the whole plan until the first answer token's mean KL on search control prompts is at most this, nats."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Excise:
+    def _fit_together(self) -> Excise:
+        reads = READERS & set(self.parts)
+        writes = set(self.parts) - READERS
         if self.heads is not None and "attn.out" not in self.parts:
             raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
         if self.heads is not None and self.anchored:
             raise ValueError("heads and anchored exclude each other, an anchor being no head's; set only one")
+        if (self.neurons is not None or self.steer) and "mlp.out" not in self.parts:
+            raise ValueError("neurons and steer need the part mlp.out, which parts leaves out; add it")
+        if self.strength > 1 and reads and writes:
+            raise ValueError(
+                "a strength above 1 on writers and readers is a change of basis that undoes itself; "
+                "keep only the writers, or a strength of at most 1"
+            )
         return self
 
 
@@ -296,6 +355,12 @@ class Recipe(Frozen):
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
     verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
+
+    @model_validator(mode="after")
+    def _reflects_once(self) -> Recipe:
+        if self.passes > 1 and self.excise.strength > 1:
+            raise ValueError("a strength above 1 in a second pass turns the first one's reflection back; set passes=1")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- run

@@ -1,6 +1,6 @@
 """DISTILL: activations to directions. Each step is one small function over tensors; importing registers them."""
 
-from obliteratus.distill import combine, means, robust, sae, svd, whiten
+from obliteratus.distill import combine, leace, means, robust, sae, svd, whiten
 from obliteratus.distill.disk import load_directions, save_directions
 from obliteratus.distill.steps import check_needs, distill, extractors
 
@@ -9,6 +9,7 @@ __all__ = [
     "combine",
     "distill",
     "extractors",
+    "leace",
     "load_directions",
     "means",
     "robust",

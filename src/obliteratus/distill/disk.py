@@ -13,6 +13,8 @@ from obliteratus.types import Directions
 def save_directions(found: Directions, folder: Path) -> None:
     """Write directions.safetensors and directions.json into an existing folder."""
     tensors = {"basis": found.basis, "score": found.score, "raw": found.raw}
+    if found.covectors is not None:
+        tensors["covectors"] = found.covectors
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "directions.safetensors")
     (folder / "directions.json").write_text(json.dumps({"unit": found.unit, "trace": found.trace}))
 

@@ -69,9 +69,11 @@ def _flat(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def before(so_far: Directions | None, step: str) -> Directions:
-    """The directions that a step changes. Raises UserError where none were found yet."""
+    """The directions that a step changes. Raises UserError where none were found yet, or oblique ones."""
     if so_far is None:
         raise UserError(f"distill step '{step}' changes the directions of a step before it; put e.g. mean_diff first")
+    if so_far.covectors is not None:
+        raise UserError(f"distill step '{step}' changes directions, and oblique ones (leace) cannot be; put leace last")
     return so_far
 
 

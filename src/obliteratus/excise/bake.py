@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.errors import UserError
-from obliteratus.excise.linear import edit_bias, edit_weight
+from obliteratus.excise.change import needs_bias, new_bias, new_weight
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.anatomy import family_of
-from obliteratus.summon.codec import read_bias, read_weight, stored
-from obliteratus.types import Edit, Plan, Site, Subject
+from obliteratus.summon.codec import read_bias, stored
+from obliteratus.types import Change, Plan, Shift, Site, Subject
 
 Lazy = Callable[[], Tensor]
 
@@ -41,11 +41,11 @@ def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     switch = family_of(subject.model.config).bias_switch
     for edit in plan.edits:
-        if edit.anchor is None or read_bias(subject.module(edit.site.path), edit.site) is not None:
+        if not needs_bias(edit) or read_bias(subject.module(edit.site.path), edit.site) is not None:
             continue
         half = edit.site.part.partition(".")[0]
         if half not in switch:
-            raise UserError(no_bias(edit.site))
+            raise UserError(no_bias(edit))
         found[half] = switch[half]
     return found
 
@@ -61,33 +61,17 @@ def _outputs(module: nn.Module, site: Site) -> int:
     return module.get_parameter("weight").shape[0 if site.layout == "linear" else 1]
 
 
-def no_bias(site: Site) -> str:
-    """Why an anchored plan cannot be merged, and what can be done."""
+def no_bias(change: Change) -> str:
+    """Why a plan cannot be merged, and what can be done."""
+    what, option = ("steering", "steer=0") if isinstance(change, Shift) else ("an anchored edit", "anchored=false")
     return (
-        f"an anchored edit needs a bias and {site.path} has none: the plan can only run live; "
-        "save it with --save plan or --save adapter, or set excise.anchored=false"
+        f"{what} needs a bias and {change.site.path} has none: the plan can only run live; "
+        f"save it with --save plan or --save adapter, or set excise.{option}"
     )
 
 
-def _weight(module: nn.Module, edits: Sequence[Edit]) -> Lazy:
-    def compute() -> Tensor:
-        weight = read_weight(module, edits[0].site)
-        for edit in edits:
-            basis = edit.basis.to(weight)
-            weight = edit_weight(weight, basis, edit.strength, edit.norm, edit.site.span)
-        return stored(weight, edits[0].site, module.get_parameter("weight"))
-
-    return compute
-
-
-def new_bias(module: nn.Module, edits: Sequence[Edit]) -> Tensor | None:
-    """The bias after all edits, fp32; None where there is none and none is needed. It is no head's: spans keep it."""
-    bias = read_bias(module, edits[0].site)
-    for edit in (e for e in edits if e.site.span is None):
-        basis = edit.basis.to(module.get_parameter("weight").device)
-        anchor = None if edit.anchor is None else edit.anchor.to(basis)
-        bias = edit_bias(bias, basis, edit.strength, anchor)
-    return bias
+def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
+    return lambda: stored(new_weight(module, changes), changes[0].site, module.get_parameter("weight"))
 
 
 def _value(bias: Tensor, module: nn.Module) -> Lazy:

@@ -42,6 +42,6 @@ def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
         raise UnsupportedModelError(
             f"{edit.site.path} has {weight.shape[1]} inputs, which {heads} heads cannot share; leave excise.heads out"
         )
-    order = attribution(weight, edit.basis.to(weight), heads).argsort(descending=True, stable=True)
+    order = attribution(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
     kept = sorted(order[: max(1, round(share * heads))].tolist())
     return tuple(replace(edit, site=replace(edit.site, span=(h * size, (h + 1) * size))) for h in kept)

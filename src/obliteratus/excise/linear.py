@@ -1,6 +1,7 @@
-"""The mathematics of an edit on bare tensors. W is [out, in], Q [k, out] with orthonormal rows, s the strength.
+"""The mathematics of an edit on bare tensors. W is [out, in], B [k, out] the directions, s the strength.
 
-The edit is P W with P = I − s QᵀQ; a norm rule then rescales the result:
+The edit of a writer is P W with P = I − s BᵀA. A is B with orthonormal rows (then called Q) for an orthogonal
+projection; for an oblique one A [k, out] is given apart, with A Bᵀ = I. A norm rule then rescales the result:
 
 =========  ==========================================  =====================================
 rule       what keeps its length                       Q W′ = 0 at s = 1?
@@ -32,9 +33,11 @@ class Measured:
     """Taken from W once; every further strength then costs O(k · width)."""
 
     along: Float[Tensor, "k in"]
-    """V = Q W."""
+    """V = A W."""
     spread: Float[Tensor, "out k"]
     """W Vᵀ."""
+    own: Float[Tensor, "k in"]
+    """B W, which is V where the projection is orthogonal."""
     columns: Float[Tensor, " in"]
     """Squared length of each column."""
     rows: Float[Tensor, " out"]
@@ -49,28 +52,31 @@ class Scales:
     outputs: Float[Tensor, " out"] | None = None
 
 
-def measure(weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"]) -> Measured:
-    """One pass over the weight."""
-    along = basis @ weight
-    return Measured(along, weight @ along.T, weight.square().sum(0), weight.square().sum(1))
+def measure(
+    weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], covectors: Float[Tensor, "k out"] | None = None
+) -> Measured:
+    """One pass over the weight; two where covectors make the projection oblique."""
+    along = (basis if covectors is None else covectors) @ weight
+    own = along if covectors is None else basis @ weight
+    return Measured(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
 
 
 def scales(m: Measured, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
     """The factors that a norm rule asks for, in closed form.
 
-    ‖P w‖² = ‖w‖² − s(2 − s)‖Q w‖² for a column w. A row i of P W is W_i − s q_i V, with q_i the i-th column of Q.
+    ‖P w‖² = ‖w‖² − 2s (Bw)·(Aw) + s² (Aw)ᵀBBᵀ(Aw) for a column w; with A = B = Q that is ‖w‖² − s(2 − s)‖Qw‖².
+    A row i of P W is W_i − s b_i V, with b_i the i-th column of B.
     """
-    lost = strength * (2 - strength)
-    if rule == "columns":
-        return Scales(inputs=_factor(m.columns, m.columns - lost * m.along.square().sum(0)))
     if rule == "rows":
         cross = (m.spread * basis.T).sum(1)
         inner = ((basis.T @ (m.along @ m.along.T)) * basis.T).sum(1)
         return Scales(outputs=_factor(m.rows, m.rows - 2 * strength * cross + strength**2 * inner))
+    squared = ((basis @ basis.T) @ m.along * m.along).sum(0)
+    after = m.columns - 2 * strength * (m.own * m.along).sum(0) + strength**2 * squared
+    if rule == "columns":
+        return Scales(inputs=_factor(m.columns, after))
     if rule == "whole":
-        total = m.columns.sum()
-        factor = _factor(total, total - lost * m.along.square().sum())
-        return Scales(outputs=factor.expand(len(m.rows)))
+        return Scales(outputs=_factor(m.columns.sum(), after.sum()).expand(len(m.rows)))
     return Scales()
 
 
@@ -84,9 +90,14 @@ def restretched(before: Float[Tensor, "n out"], after: Float[Tensor, "n out"]) -
     return after * _factor(before.square().sum(-1), after.square().sum(-1))[:, None]
 
 
-def project(values: Float[Tensor, "*n out"], basis: Float[Tensor, "k out"], strength: float) -> Float[Tensor, "*n out"]:
-    """y ← y − s Qᵀ(Q y) for every vector along the last axis."""
-    return values - strength * (values @ basis.T) @ basis
+def project(
+    values: Float[Tensor, "*n out"],
+    basis: Float[Tensor, "k out"],
+    strength: float,
+    covectors: Float[Tensor, "k out"] | None = None,
+) -> Float[Tensor, "*n out"]:
+    """y ← y − s Bᵀ(A y) for every vector along the last axis."""
+    return values - strength * (values @ (basis if covectors is None else covectors).T) @ basis
 
 
 def edit_weight(
@@ -95,16 +106,17 @@ def edit_weight(
     strength: float,
     rule: NormRule = "none",
     span: tuple[int, int] | None = None,
+    covectors: Float[Tensor, "k out"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W′, in one pass over the weight and one temporary of its size.
+    """W′ of a writer, in one pass over the weight and one temporary of its size.
 
     span: only columns start … stop − 1 are edited, and norm rules look at them alone; all others keep every bit.
     """
     if span is not None:
         edited, columns = weight.clone(), slice(*span)
-        edited[:, columns] = edit_weight(weight[:, columns], basis, strength, rule)
+        edited[:, columns] = edit_weight(weight[:, columns], basis, strength, rule, None, covectors)
         return edited
-    m = measure(weight, basis)
+    m = measure(weight, basis, covectors)
     factors = scales(m, basis, strength, rule)
     edited = torch.addmm(weight, basis.T, m.along, alpha=-strength)
     if factors.inputs is not None:
@@ -114,17 +126,29 @@ def edit_weight(
     return edited
 
 
+def edit_reader(
+    weight: Float[Tensor, "out in"],
+    basis: Float[Tensor, "k in"],
+    strength: float,
+    covectors: Float[Tensor, "k in"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """W′ = W (I − s BᵀA): what W would read of an input that has lost s Bᵀ(A x)."""
+    along = basis if covectors is None else covectors
+    return torch.addmm(weight, weight @ basis.T, along, alpha=-strength)
+
+
 def edit_bias(
     bias: Float[Tensor, " out"] | None,
     basis: Float[Tensor, "k out"],
     strength: float,
     anchor: Float[Tensor, " out"] | None,
+    covectors: Float[Tensor, "k out"] | None = None,
 ) -> Float[Tensor, " out"] | None:
-    """b′ = P b + s QᵀQ μ. Norm rules are about weights: they leave the bias alone."""
-    edited = None if bias is None else project(bias, basis, strength)
+    """b′ = P b + s BᵀA μ. Norm rules are about weights: they leave the bias alone."""
+    edited = None if bias is None else project(bias, basis, strength, covectors)
     if anchor is None:
         return edited
-    kept = strength * (anchor @ basis.T) @ basis
+    kept = strength * (anchor @ (basis if covectors is None else covectors).T) @ basis
     return kept if edited is None else edited + kept
 
 
@@ -135,3 +159,35 @@ def through_gain(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> 
     """
     q: Tensor = torch.linalg.qr((basis * gain).T)[0]
     return q.T.contiguous()
+
+
+# A gain smaller than this share of the largest hides its coordinate from what reads behind it: dividing by it would
+# blow up rounding, and nothing is lost by leaving the coordinate out.
+BLIND = 1e-6
+
+
+def past_gain(
+    along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
+) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
+    """(A ⊘ γ, γ ⊙ B): the projection x̂ ← x̂ − BᵀA x̂ as it acts on γ ⊙ x̂, which is what a reader is given."""
+    seen = gain.abs() > BLIND * gain.abs().max()
+    return torch.where(seen, along / torch.where(seen, gain, 1.0), 0.0), basis * gain
+
+
+def before_gain(
+    along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
+) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
+    """(γ ⊙ A, B ⊘ γ): the projection as it must act on y, so that γ ⊙ y loses Bᵀ A(γ ⊙ y). Oblique edits of writers."""
+    outer, inner = past_gain(basis, along, gain)
+    return inner, outer
+
+
+def centred(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
+    """Orthonormal rows of mean zero that span what is left of these after their mean: what a LayerNorm lets through.
+
+    Rows that were all mean are left out.
+    """
+    rest = basis - basis.mean(1, keepdim=True)
+    _, size, v = torch.linalg.svd(rest, full_matrices=False)
+    kept: Tensor = v[size > NOTHING_LEFT**0.5]
+    return kept.contiguous()

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.linear import Scales, edit_bias, edit_weight, measure, restretched, scales
+from obliteratus.excise.change import changed, new_bias
+from obliteratus.excise.linear import Scales, measure, restretched, scales
 from obliteratus.excise.plan import check_fits
-from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.types import Edit, Plan, Subject
+from obliteratus.summon.codec import columns, read_bias, read_weight
+from obliteratus.types import Change, Edit, Mask, Plan, Shift, Subject
 
 
 @contextmanager
@@ -37,14 +39,15 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
 
 
 Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
-"""(output so far [tokens, out], the module's arguments) → output; fp32. Only edits of one head look at arguments."""
+"""(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head look at arguments."""
 
 
 @dataclass(frozen=True)
 class _Live:
-    """y′ = ops(y − b) + b′, on inputs scaled by ``inputs``. All of them fp32 on the module's device."""
+    """y′ = ops(y − b) + b′, on inputs that ``feeds`` changed and ``inputs`` scaled. All fp32 on the module's device."""
 
     ops: tuple[Op, ...]
+    feeds: tuple[Op, ...]
     inputs: Tensor | None
     before: Tensor | None
     """b, taken off first; None where that makes no difference."""
@@ -52,36 +55,84 @@ class _Live:
     """b′, added last."""
 
 
-def _compiled(module: nn.Module, edits: Sequence[Edit]) -> _Live:
+def _compiled(module: nn.Module, changes: Sequence[Change]) -> _Live:
     """The weight is read only where a norm rule needs its lengths, or a head its columns; one matrix at a time."""
-    site, bias = edits[0].site, read_bias(module, edits[0].site)
-    plain = all(e.site.span is not None or (e.norm == "none" and e.anchor is None) for e in edits)
-    unread = all(e.site.span is None and e.norm == "none" for e in edits)
-    weight = None if unread else read_weight(module, site).float()
-    ops, inputs, new_bias = [], None, bias
-    for edit in edits:
-        basis = edit.basis.to(_device(module), torch.float32)
-        if edit.site.span is not None and weight is not None:
-            ops.append(_columns(edit, edit.site.span, basis, weight, inputs))
-        else:
-            op, factor = _whole(edit, basis, weight)
-            ops.append(op)
-            inputs = _times(inputs, factor)
-            new_bias = edit_bias(new_bias, basis, edit.strength, None if edit.anchor is None else edit.anchor.to(basis))
-        if weight is not None and edit is not edits[-1]:
-            weight = edit_weight(weight, basis, edit.strength, edit.norm, edit.site.span)
-    return _Live(tuple(ops), inputs, None if plain else bias, None if plain else new_bias)
+    site = changes[0].site
+    if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
+        return _Live((), tuple(_reading(c, _device(module)) for c in reversed(changes)), None, None, None)
+    bias = read_bias(module, site)
+    weight = None if all(_plain(c) for c in changes) else read_weight(module, site).float()
+    ops: list[Op] = []
+    inputs = None
+    for change in changes:
+        op, factor = _compiling(change, module, weight, inputs)
+        ops += [] if op is None else [op]
+        inputs = _times(inputs, factor)
+        if weight is not None and change is not changes[-1]:
+            weight = changed(change, weight)
+    after = new_bias(module, changes)
+    apart = any(_moves_bias(c) for c in changes)
+    return _Live(tuple(ops), (), inputs, bias if apart else None, after if apart else None)
+
+
+def _plain(change: Change) -> bool:
+    """Whether the change is made without a look at the weight."""
+    return not isinstance(change, Edit) or (change.site.span is None and change.norm == "none")
+
+
+def _moves_bias(change: Change) -> bool:
+    """Whether the bias must be changed apart from the rest of the output."""
+    if isinstance(change, Edit):
+        return change.site.span is None and (change.norm != "none" or change.anchor is not None)
+    return isinstance(change, Shift)
+
+
+def _reading(change: Change, device: torch.device) -> Op:
+    """An edit of what a reader is given: x ← x − s((x − μ) Aᵀ)B."""
+    assert isinstance(change, Edit), "masks and shifts are for writers"
+    basis, along = (x.to(device, torch.float32) for x in (change.basis, change.along))
+    anchor = None if change.anchor is None else change.anchor.to(device, torch.float32)
+
+    def op(x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        from_here = x if anchor is None else x - anchor
+        return torch.addmm(x, from_here @ along.T, basis, alpha=-change.strength)
+
+    return op
+
+
+@singledispatch
+def _compiling(
+    change: Change, module: nn.Module, weight: Tensor | None, inputs: Tensor | None
+) -> tuple[Op | None, Tensor | None]:
+    """A change of a writer as what it does to the output, and what it scales the inputs by. A shift is all bias."""
+    return None, None
+
+
+@_compiling.register
+def _(change: Edit, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[Op, Tensor | None]:
+    basis = change.basis.to(_device(module), torch.float32)
+    if change.site.span is not None and weight is not None:
+        return _columns(change, change.site.span, basis, weight, inputs), None
+    return _whole(change, basis, weight)
+
+
+@_compiling.register
+def _(change: Mask, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[None, Tensor]:
+    whole = torch.ones(columns(module, change.site), device=_device(module))
+    return None, whole.index_fill(0, change.neurons.to(whole.device), 0.0)
 
 
 def _whole(edit: Edit, basis: Tensor, weight: Tensor | None) -> tuple[Op, Tensor | None]:
     """An edit of all columns, and what it scales the inputs by."""
-    factors = Scales() if weight is None else scales(measure(weight, basis), basis, edit.strength, edit.norm)
+    oblique = None if edit.covectors is None else edit.covectors.to(basis)
+    along = basis if oblique is None else oblique
+    factors = Scales() if weight is None else scales(measure(weight, basis, oblique), basis, edit.strength, edit.norm)
     # An embedding's output is one column of W, so the rule `columns` keeps the output's own length. Its
     # inputs say nothing: OPT's positions take an attention mask, not row numbers.
     keeps = edit.site.layout == "embedding" and edit.norm == "columns"
 
     def op(y: Tensor, args: tuple[Any, ...]) -> Tensor:
-        moved = torch.addmm(y, y @ basis.T, basis, alpha=-edit.strength)
+        moved = torch.addmm(y, y @ along.T, basis, alpha=-edit.strength)
         y = restretched(y, moved) if keeps else moved
         return y if factors.outputs is None else y * factors.outputs
 
@@ -89,21 +140,21 @@ def _whole(edit: Edit, basis: Tensor, weight: Tensor | None) -> tuple[Op, Tensor
 
 
 def _columns(edit: Edit, span: tuple[int, int], basis: Tensor, weight: Tensor, inputs: Tensor | None) -> Op:
-    """An edit of one head: y ← y − s(x Vᵀ)Q with V = Q W of its columns; under a norm rule y ← y + x(W′ − W)ᵀ.
+    """An edit of one head: y ← y − s(x Vᵀ)B with V = A W of its columns; under a norm rule y ← y + x(W′ − W)ᵀ.
 
     The input arrives with all factors of whole edits in it; ``weight`` holds those of the edits before this one, so
     these ``inputs`` are divided out.
     """
-    columns = slice(*span)
-    part = weight[:, columns]
+    taken_at = slice(*span)
+    part = weight[:, taken_at]
     if edit.norm == "none":
-        down, up = basis @ part, -edit.strength * basis
+        down, up = edit.along.to(part) @ part, -edit.strength * basis
     else:
-        down, up = edit_weight(part, basis, edit.strength, edit.norm) - part, None
-    down = down if inputs is None else down / inputs[columns]
+        down, up = changed(edit, weight)[:, taken_at] - part, None
+    down = down if inputs is None else down / inputs[taken_at]
 
     def op(y: Tensor, args: tuple[Any, ...]) -> Tensor:
-        taken = args[0][..., columns].float().reshape(len(y), -1)
+        taken = args[0][..., taken_at].float().reshape(len(y), -1)
         written: Tensor = taken @ down.T
         return y + (written if up is None else written @ up)
 
@@ -119,15 +170,23 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _attach(module: nn.Module, live: _Live) -> list[RemovableHandle]:
-    handles = [module.register_forward_hook(_output_hook(live))]
-    if live.inputs is not None:
-        handles.append(module.register_forward_pre_hook(_input_hook(live.inputs)))
+    handles = [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
+    if live.inputs is not None or live.feeds:
+        handles.append(module.register_forward_pre_hook(_input_hook(live)))
     return handles
 
 
-def _input_hook(factor: Tensor) -> Callable[..., Any]:
+def _input_hook(live: _Live) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * factor.to(args[0].dtype), *args[1:])
+        x = args[0]
+        if live.inputs is not None:
+            x = x * live.inputs.to(x.dtype)
+        if live.feeds:
+            flat = x.float().reshape(-1, x.shape[-1])
+            for op in live.feeds:
+                flat = op(flat, args)
+            x = flat.view(x.shape).to(x.dtype)
+        return (x, *args[1:])
 
     return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import singledispatch
 from pathlib import Path
 
 import torch
@@ -10,12 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obliteratus.excise.bake import new_bias
-from obliteratus.excise.linear import edit_weight
+from obliteratus.excise.change import bias_change, changed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float
-from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.types import Edit, Plan, Subject
+from obliteratus.summon.codec import read_weight
+from obliteratus.types import Change, Edit, Mask, Plan, Subject
 
 # With a norm rule the change has full rank, and its tail is small but long: 32 holds the directions of every
 # recipe (k ≤ 8, passes ≤ 3) and the head of the rest. What is missing is measured and reported.
@@ -48,18 +48,37 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     return {"rank": float(rank), "error": max(errors)}
 
 
-def factors(module: nn.Module, edits: Sequence[Edit], max_rank: int | None) -> tuple[Factors, float]:
+def factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
     """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
-    original = read_weight(module, edits[0].site)
-    weight, outs, ins = original, [], []
-    for edit in edits:
-        basis = edit.basis.to(weight)
-        outs.append(-edit.strength * basis.T)
-        ins.append(_within(basis @ weight, edit.site.span))
-        weight = edit_weight(weight, basis, edit.strength, edit.norm, edit.site.span)
-    if all(e.norm == "none" for e in edits):
+    original = read_weight(module, changes[0].site)
+    weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]
+    for change in changes:
+        b, a = _exact(change, weight)
+        outs, ins = [*outs, b], [*ins, a]
+        weight = changed(change, weight)
+    if all(not isinstance(c, Edit) or c.norm == "none" for c in changes):
         return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
     return _nearest(weight - original, max_rank)
+
+
+@singledispatch
+def _exact(change: Change, weight: Float[Tensor, "out in"]) -> Factors:
+    """The change of W, without a norm rule, as a product."""
+    return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+
+
+@_exact.register
+def _(change: Edit, weight: Float[Tensor, "out in"]) -> Factors:
+    basis, along = change.basis.to(weight), change.along.to(weight)
+    if change.site.role == "reads":
+        return -change.strength * weight @ basis.T, along
+    return -change.strength * basis.T, _within(along @ weight, change.site.span)
+
+
+@_exact.register
+def _(change: Mask, weight: Float[Tensor, "out in"]) -> Factors:
+    neurons = change.neurons.to(weight.device)
+    return -weight[:, neurons], torch.eye(weight.shape[1]).to(weight)[neurons]
 
 
 def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:
@@ -76,12 +95,6 @@ def _nearest(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Fac
     rank = len(s) if max_rank is None else min(max_rank, len(s))
     lost = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=1e-30))
     return (u[:, :rank] * s[:rank], v[:rank]), lost
-
-
-def bias_change(module: nn.Module, edits: Sequence[Edit]) -> Tensor | None:
-    """What the adapter must add to the output, fp32 [out]; None where nothing."""
-    after, before = new_bias(module, edits), read_bias(module, edits[0].site)
-    return after if after is None or before is None else after - before
 
 
 def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:

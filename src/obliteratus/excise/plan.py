@@ -15,11 +15,13 @@ from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.heads import on_heads
-from obliteratus.excise.linear import through_gain
+from obliteratus.excise.linear import before_gain, centred, past_gain, through_gain
+from obliteratus.excise.neurons import masks
+from obliteratus.excise.steer import steering
 from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.summon.codec import columns
-from obliteratus.types import Activations, Directions, Edit, Excise, Plan, Site, Subject
+from obliteratus.summon.anatomy import gain_of, norm_bias_of
+from obliteratus.summon.codec import columns, read_bias
+from obliteratus.types import Activations, Change, Directions, Edit, Excise, Mask, Plan, Shift, Site, Subject
 
 FILES = ("plan.safetensors", "plan.json")
 
@@ -33,7 +35,8 @@ def excise(
 ) -> Plan:
     """One edit for each wanted site with a direction and a weight. Raises NothingMatchedError if there is none.
 
-    With ``options.heads`` the edit of an attention output becomes one for each head that is kept.
+    With ``options.heads`` the edit of an attention output becomes one for each head that is kept; ``neurons`` and
+    ``steer`` add masks and a shift.
 
     weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``.
     """
@@ -49,78 +52,143 @@ def excise(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    return Plan(found if options.heads is None else on_heads(subject, found, options.heads), subject.source.digest)
+    more: list[Change] = [] if options.neurons is None else masks(subject, found, directions, acts, options.neurons)
+    more += [steering(subject, found, directions, acts, options.steer)] if options.steer else []
+    edited = found if options.heads is None else on_heads(subject, found, options.heads)
+    return Plan((*edited, *more), subject.source.digest)
 
 
 def _check_parts(sites: Sequence[Site], parts: Sequence[str]) -> None:
-    writers = {s.part for s in sites if s.role == "writes"}
+    there = {s.part for s in sites}
     for part in parts:
-        if part not in writers:
-            known = ", ".join(sorted(writers))
-            raise NothingMatchedError(f"excise.parts: '{part}' names no writer of this model; it has {known}")
+        if part not in there:
+            known = ", ".join(sorted(there))
+            raise NothingMatchedError(f"excise.parts: '{part}' names no part of this model; it has {known}")
 
 
 def _edit(
     subject: Subject, site: Site, directions: Directions, strength: float, acts: Activations, options: Excise
 ) -> Edit | None:
     rows = directions.basis[site.stream]
-    rows = rows[rows.norm(dim=1) > 0.5]  # rows are of length 1, or 0 where nothing was found
-    if not len(rows):
+    there = rows.norm(dim=1) > 0.5  # rows are of length 1, or 0 where nothing was found
+    if not there.any():
         return None
-    gain = gain_of(subject, site)
-    basis = rows if gain is None else through_gain(rows, gain.to(rows))
+    oblique = None if directions.covectors is None else directions.covectors[site.stream][there]
+    if site.role == "reads":
+        return _reader(subject, site, rows[there], oblique, strength)
+    basis, along = _writer(subject, site, rows[there], oblique)
     anchor = acts.outputs[site.path] if options.anchored else None
-    return Edit(site, basis.contiguous(), strength, options.norm, anchor)
+    return Edit(site, basis.contiguous(), strength, options.norm, anchor, along)
+
+
+def _writer(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Basis and covectors with the gain between the site and the stream folded in."""
+    gain = gain_of(subject, site)
+    if gain is None:
+        return rows, oblique
+    if oblique is None:
+        return through_gain(rows, gain.to(rows)), None
+    along, basis = before_gain(oblique, rows, gain.to(rows))
+    return basis, along
+
+
+def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> Edit | None:
+    """What the site is given after its norm loses what the stream held along the rows.
+
+    A LayerNorm's own bias stays where the reader has a bias that can make up for it; else it is cut along them too.
+    """
+    if site.norm == "layer" and site.gain is not None:
+        if oblique is not None:
+            raise UserError(f"oblique directions do not pass the LayerNorm before {site.path}; leave readers out")
+        rows = centred(rows)
+    gain = gain_of(subject, site)
+    if gain is None or not len(rows):
+        return Edit(site, rows.contiguous(), strength, covectors=oblique) if len(rows) else None
+    along, basis = past_gain(rows if oblique is None else oblique, rows, gain.to(rows))
+    biased = read_bias(subject.module(site.path), site) is not None
+    anchor = norm_bias_of(subject, site) if biased else None
+    return Edit(site, basis.contiguous(), strength, anchor=anchor, covectors=along.contiguous())
 
 
 # ------------------------------------------------------------------------------------------ on disk
+KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift}
+
+
 def save_plan(plan: Plan, folder: Path) -> None:
-    """Write plan.safetensors (fp32 bases and anchors) and plan.json (all else) into an existing folder."""
+    """Write plan.safetensors (fp32 bases, anchors …) and plan.json (all else) into an existing folder."""
     tensors: dict[str, Tensor] = {}
-    for i, edit in enumerate(plan.edits):
-        tensors[f"{i}.basis"] = edit.basis.float().clone(memory_format=torch.contiguous_format)
-        if edit.anchor is not None:  # clones: safetensors refuses two names of one tensor
-            tensors[f"{i}.anchor"] = edit.anchor.float().clone(memory_format=torch.contiguous_format)
+    edits = []
+    for i, change in enumerate(plan.edits):
+        fields = vars(change)
+        held = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        for name, value in held.items():  # clones: safetensors refuses two names of one tensor
+            exact = value if not value.is_floating_point() else value.float()
+            tensors[f"{i}.{name}"] = exact.clone(memory_format=torch.contiguous_format)
+        kind = next(name for name, known in KINDS.items() if type(change) is known)
+        rest = {name: value for name, value in fields.items() if name not in held and value is not None}
+        edits.append({"kind": kind, **rest, "site": asdict(change.site)})
     save_file(tensors, folder / FILES[0])
-    edits = [{"site": asdict(e.site), "strength": e.strength, "norm": e.norm} for e in plan.edits]
-    (folder / FILES[1]).write_text(json.dumps({"version": 1, "model": plan.model, "edits": edits}, indent=1))
+    (folder / FILES[1]).write_text(json.dumps({"version": 2, "model": plan.model, "edits": edits}, indent=1))
 
 
 def load_plan(folder: Path) -> Plan:
-    """The plan in a folder. Raises UserError where there is none, or where its two files disagree."""
+    """The plan in a folder. Raises UserError where there is none, where it cannot be read or contradicts itself."""
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in this folder; give the output folder of a run, or of --save plan")
     try:
         data = json.loads((folder / FILES[1]).read_text())
         with safe_open(folder / FILES[0], "pt") as tensors:
-            known = set(tensors.keys())
-            edits = tuple(_loaded(i, item, tensors, known) for i, item in enumerate(data["edits"]))
-        return Plan(edits, data["model"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            known = [name.partition(".") for name in tensors.keys()]  # noqa: SIM118 — no mapping
+            held: list[dict[str, Tensor]] = [{} for _ in data["edits"]]
+            for number, _, name in known:
+                held[int(number)][name] = tensors.get_tensor(f"{number}.{name}")
+        plan = Plan(tuple(_loaded(item, own) for item, own in zip(data["edits"], held, strict=True)), data["model"])
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
+    _check_rules(plan, folder)
+    return plan
 
 
-def _loaded(i: int, item: dict[str, Any], tensors: Any, known: set[str]) -> Edit:
+def _loaded(item: dict[str, Any], held: dict[str, Tensor]) -> Change:
     start, stop = item["site"]["span"] or (None, None)
-    site = item["site"] | {"span": None if start is None else (start, stop)}
-    anchor = tensors.get_tensor(f"{i}.anchor") if f"{i}.anchor" in known else None
-    return Edit(Site(**site), tensors.get_tensor(f"{i}.basis"), item["strength"], item["norm"], anchor)
+    site = Site(**item["site"] | {"span": None if start is None else (start, stop)})
+    rest = {name: value for name, value in item.items() if name not in ("kind", "site")} | held
+    return KINDS[item.get("kind", "edit")](site=site, **rest)
+
+
+def _check_rules(plan: Plan, folder: Path) -> None:
+    for path, changes in plan.by_site().items():
+        rules = {c.norm for c in changes if isinstance(c, Edit)}
+        if len(rules) > 1:
+            raise UserError(f"{folder}: two norm rules ({', '.join(sorted(rules))}) on {path}; a site has one")
 
 
 def check_fits(subject: Subject, plan: Plan) -> None:
-    """Raises UserError unless the plan was made for this model, all its numbers are finite, and its spans exist."""
+    """Raises UserError unless the plan was made for this model, its numbers are finite, and its places exist."""
     if plan.model != subject.source.digest:
         raise UserError(
             f"the plan was made for another model (its digest is {plan.model}, that of {subject.source.id} "
             f"is {subject.source.digest}); apply it to the model it was made for"
         )
-    for edit in plan.edits:
-        numbers = (edit.basis, torch.tensor(edit.strength), *(() if edit.anchor is None else (edit.anchor,)))
+    for change in plan.edits:
+        numbers = [torch.as_tensor(x) for x in vars(change).values() if isinstance(x, float | Tensor)]
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
-            raise UserError(f"the plan holds NaN or Inf at {edit.site.path}; run the method again")
-        if edit.site.span is not None:
-            _check_span(subject, edit, edit.site.span)
+            raise UserError(f"the plan holds NaN or Inf at {change.site.path}; run the method again")
+        _check_place(subject, change)
+
+
+def _check_place(subject: Subject, change: Change) -> None:
+    """Heads and neurons lie inside the matrix; what only writers can have is on a writer."""
+    site = change.site
+    if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or site.span is not None):
+        raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
+    if isinstance(change, Mask):
+        n = columns(subject.module(site.path), site)
+        if site.part != "mlp.out" or not bool(((change.neurons >= 0) & (change.neurons < n)).all()):
+            raise UserError(f"the plan silences neurons that {site.path} has not; run the method again")
+    if isinstance(change, Edit) and site.span is not None:
+        _check_span(subject, change, site.span)
 
 
 def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:

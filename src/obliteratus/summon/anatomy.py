@@ -237,6 +237,14 @@ def gain_in(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | Non
     return 1.0 + gain if site.norm == "rms+1" else gain
 
 
+def norm_bias_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
+    """β, fp32: what the LayerNorm between this site and the stream adds; None where nothing does."""
+    if site.gain is None:
+        return None
+    own = dict(subject.module(site.gain).named_parameters(recurse=False))
+    return own["bias"].detach().float() if "bias" in own else None
+
+
 # ---------------------------------------------------------------------------------------- coverage
 @dataclass(frozen=True)
 class Coverage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +22,25 @@ def blocks(subject: Subject) -> list[nn.Module]:
     return list(subject.module(subject.layers).children())
 
 
-class Capture:
-    """The stream at every block boundary up to stream index ``top``, and the outputs of some modules.
+@dataclass(frozen=True)
+class Taps:
+    """Module paths of which more than the stream is wanted."""
 
-    at: position of each row, [rows]. taps: module paths.
+    outputs: Sequence[str] = ()
+    inputs: Sequence[str] = ()
+
+
+class Capture:
+    """The stream at every block boundary up to stream index ``top``, and the outputs and inputs of some modules.
+
+    at: position of each row, [rows].
     """
 
-    def __init__(self, subject: Subject, at: Tensor, taps: Sequence[str], top: int) -> None:
+    def __init__(self, subject: Subject, at: Tensor, taps: Taps, top: int) -> None:
         self.subject, self.at, self.taps, self.top = subject, at, taps, top
         self.stream: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -38,7 +48,8 @@ class Capture:
         layers = blocks(self.subject)
         handles = [layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)]
         handles += [layer.register_forward_hook(self._leaving) for layer in layers[: self.top]]
-        handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps]
+        handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps.outputs]
+        handles += [self.subject.module(path).register_forward_pre_hook(self._feed(path)) for path in self.taps.inputs]
         try:
             yield
         except DoneError:
@@ -50,7 +61,7 @@ class Capture:
     def stacked(self) -> tuple[Tensor, Tensor]:
         """[rows, streams, width] and [rows, taps, width], fp32 on the CPU."""
         none = torch.empty(len(self.at), 0, self.subject.width)
-        outputs = [self.outputs[path] for path in self.taps]
+        outputs = [self.outputs[path] for path in self.taps.outputs]
         return torch.stack(self.stream, 1), torch.stack(outputs, 1) if outputs else none
 
     def _pick(self, states: Any) -> Tensor:
@@ -72,5 +83,11 @@ class Capture:
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], states: Any) -> None:
             self.outputs[path] = self._pick(states)
+
+        return hook
+
+    def _feed(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inputs[path] = self._pick(args)
 
         return hook

@@ -18,7 +18,7 @@ from torch import Tensor
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.cache import KeyValues, prefix_states, shared
-from obliteratus.summon.capture import Capture, blocks
+from obliteratus.summon.capture import Capture, Taps, blocks
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 CPU_TOKENS = 512
 # A shared prefix shorter than this saves less than its own pass and the longer attention cost.
 MIN_PREFIX = 4
+NO_TAPS = Taps()
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Reading:
     """fp32, at the wanted position."""
     outputs: Float[Tensor, "rows taps width"]
     """fp32 outputs of the tapped modules at the same position, in the order asked for."""
+    inputs: dict[str, Tensor]
+    """Module path → fp32 input at the same position [rows, in]."""
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -137,7 +140,7 @@ def _equal(subject: Subject, ids: Ids, prompts: Prompts) -> bool:
     ends = sorted(range(len(ids)), key=lambda i: len(ids[i]))[:: max(1, len(ids) - 1)]
     states = []
     for trial in (prompts, Prompts(ids, 0, None)):
-        run = _reader(subject, trial, -1, ())
+        run = _reader(subject, trial, -1, NO_TAPS)
         states.append(torch.cat([run([i]).stream for i in ends]))
     return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
 
@@ -157,7 +160,7 @@ def read(
     ids: Ids,
     *,
     position: int = -1,
-    taps: Sequence[str] = (),
+    taps: Taps = NO_TAPS,
     last: int | None = None,
     budget: int = 0,
     reuse: bool = True,
@@ -166,8 +169,8 @@ def read(
     """The stream at one position of every prompt, batch by batch.
 
     position: counted from the end of each row (−1 is its last token; shorter rows give their first).
-    taps: module paths whose outputs are wanted too. last: highest stream index wanted (default L); blocks above
-    do not run. budget: tokens a batch, 0 lets memory decide.
+    taps: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
+    above do not run. budget: tokens a batch, 0 lets memory decide.
     """
     with torch.inference_mode(), progress(title, len(ids)) as advance:
         prompts = prepared(subject, ids, reuse, leave=-position)
@@ -180,7 +183,7 @@ def read(
 
 
 def _reader(
-    subject: Subject, prompts: Prompts, position: int, taps: Sequence[str], last: int | None = None
+    subject: Subject, prompts: Prompts, position: int, taps: Taps, last: int | None = None
 ) -> Callable[[list[int]], Reading]:
     top = subject.n_layers if last is None else last
 
@@ -189,6 +192,6 @@ def _reader(
         capture = Capture(subject, (lengths + position).clamp(min=0), taps, top)
         with capture.watching():
             backbone(subject, ids, prompts)
-        return Reading(rows, *capture.stacked())
+        return Reading(rows, *capture.stacked(), capture.inputs)
 
     return run

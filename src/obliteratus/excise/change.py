@@ -1,0 +1,112 @@
+"""What one change of a plan does to a matrix and its bias: all that baking, adapters and live hooks agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
+from obliteratus.shapes import Float
+from obliteratus.summon.codec import read_bias, read_weight
+from obliteratus.types import Change, Edit, Mask, Shift
+
+Matrix = Float[Tensor, "out in"]
+Bias = Float[Tensor, " out"]
+
+
+@singledispatch
+def changed(change: Change, weight: Matrix) -> Matrix:
+    """W′, in the dtype and on the device of W [out, in]; W itself is left alone."""
+    raise TypeError(f"{type(change).__name__} is no change of a plan")
+
+
+@changed.register
+def _(change: Edit, weight: Matrix) -> Matrix:
+    basis, along = change.basis.to(weight), None if change.covectors is None else change.covectors.to(weight)
+    if change.site.role == "reads":
+        return edit_reader(weight, basis, change.strength, along)
+    return edit_weight(weight, basis, change.strength, change.norm, change.site.span, along)
+
+
+@changed.register
+def _(change: Mask, weight: Matrix) -> Matrix:
+    return weight.index_fill(1, change.neurons.to(weight.device), 0.0)
+
+
+@changed.register
+def _(change: Shift, weight: Matrix) -> Matrix:
+    return weight
+
+
+@singledispatch
+def shifted(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    """b′; None where there is none and none is needed. weight: W before this change; only anchored readers look."""
+    raise TypeError(f"{type(change).__name__} is no change of a plan")
+
+
+@shifted.register
+def _(change: Edit, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    site, anchor = change.site, change.anchor
+    if site.role == "reads":
+        return bias if anchor is None or weight is None else _read_anchor(change, anchor, bias, weight)
+    if site.span is not None:  # a bias is no head's
+        return bias
+    like = bias if bias is not None else anchor if anchor is not None else change.basis
+    basis, along = change.basis.to(like), None if change.covectors is None else change.covectors.to(like)
+    return edit_bias(bias, basis, change.strength, None if anchor is None else anchor.to(like), along)
+
+
+@shifted.register
+def _(change: Mask, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    return bias
+
+
+@shifted.register
+def _(change: Shift, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    return change.vector if bias is None else bias + change.vector.to(bias)
+
+
+def _read_anchor(change: Edit, anchor: Tensor, bias: Bias | None, weight: Matrix) -> Bias:
+    """x ← x − s Bᵀ(A(x − μ)) adds s W Bᵀ(A μ) to what W puts out."""
+    kept = change.strength * (weight @ change.basis.to(weight).T) @ (change.along @ anchor.to(change.basis)).to(weight)
+    return kept if bias is None else bias + kept.to(bias)
+
+
+def needs_weight(changes: Sequence[Change]) -> bool:
+    """Whether the new bias depends on the weight: only where a reader keeps an anchor."""
+    return any(isinstance(c, Edit) and c.site.role == "reads" and c.anchor is not None for c in changes)
+
+
+def needs_bias(change: Change) -> bool:
+    """Whether a module without a bias must get one for this change to be baked."""
+    return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
+
+
+def new_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
+    """The matrix after all changes, fp32 (fp64 where stored so)."""
+    weight = read_weight(module, changes[0].site)
+    for change in changes:
+        weight = changed(change, weight)
+    return weight
+
+
+def new_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
+    """The bias after all changes, fp32; None where there is none and none is needed."""
+    bias = read_bias(module, changes[0].site)
+    weight = read_weight(module, changes[0].site) if needs_weight(changes) else None
+    device = next(module.parameters()).device
+    for change in changes:
+        bias = shifted(change, bias, weight)
+        weight = None if weight is None else changed(change, weight)
+    return None if bias is None else bias.to(device)
+
+
+def bias_change(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
+    """What an adapter must add to the output, fp32 [out]; None where nothing."""
+    after, before = new_bias(module, changes), read_bias(module, changes[0].site)
+    if after is None or before is None:
+        return after
+    return None if torch.equal(after, before) else after - before

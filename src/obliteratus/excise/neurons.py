@@ -1,0 +1,58 @@
+"""Neuron surgery: MLP neurons that write most of the groups' difference along the directions, silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from obliteratus.shapes import Float
+from obliteratus.summon.codec import read_weight
+from obliteratus.types import Activations, Change, Directions, Edit, Mask, Subject
+
+# A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
+# two do by chance. The cap on their number comes on top.
+OUTLIER = 3.0
+
+
+def attribution(
+    weight: Float[Tensor, "out in"], along: Float[Tensor, "k out"], active: Float[Tensor, " in"]
+) -> Float[Tensor, " in"]:
+    """What each neuron adds to the groups' difference along the directions, in the stream's own unit.
+
+    Neuron j writes Δa_j · A W_j, a vector of k numbers; its share is that vector's part along the sum over all
+    neurons, which is the difference that the layer writes. Positive shares make the difference, negative ones
+    work against it. active: Δa, the mean activation on target prompts less that on control prompts.
+    """
+    written = (along @ weight) * active
+    whole = torch.nn.functional.normalize(written.sum(1), dim=0)
+    share: Tensor = whole @ written
+    return share
+
+
+def chosen(share: Float[Tensor, " in"], most: float) -> Tensor:
+    """Neurons that stand out, at most this share of all, in order. Integers [n], n may be 0."""
+    cap = int(most * len(share))
+    z = (share - share.mean()) / share.std().clamp(min=1e-30)
+    order = z.argsort(descending=True, stable=True)[:cap]
+    return order[z[order] > OUTLIER].sort().values
+
+
+def masks(
+    subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, most: float
+) -> list[Change]:
+    """A mask for each edited MLP that has neurons which stand out. Scored on the model's own weights and activations.
+
+    After a removal the same score is rounding, and choosing by it deletes neurons by chance: hence before it, once.
+    """
+    found: list[Change] = []
+    for edit in edits:
+        if edit.site.part != "mlp.out":
+            continue
+        weight = read_weight(subject.module(edit.site.path), edit.site)
+        active = acts.inputs["target"][edit.site.path] - acts.inputs["control"][edit.site.path]
+        neurons = chosen(attribution(weight, edit.along.to(weight), active.to(weight)), most)
+        if len(neurons):
+            found.append(Mask(edit.site, neurons.cpu()))
+    return found
