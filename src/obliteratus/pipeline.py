@@ -18,6 +18,7 @@ from obliteratus.store import Store
 from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
 from obliteratus.tune.budget import within_budget
+from obliteratus.tune.bypass import check_bypass
 from obliteratus.types import SPLITS, Activations, Directions, Excise, Plan, PromptSet, Recipe, Run, Step, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
@@ -98,11 +99,16 @@ def searched(
         acts = probed(store, f"PROBE {number}", subject, fit, recipe)
         directions = store.stage(
             f"DISTILL {number}",
-            partial(distill, acts, recipe.distill, Lab(subject, fit)),
+            partial(_distilled, acts, recipe.distill, Lab(subject, fit)),
             save_directions,
             load_directions,
         )
     return acts, directions
+
+
+def _distilled(acts: Activations, steps: Sequence[Step], lab: Lab) -> Directions:
+    check_bypass(lab, steps)
+    return distill(acts, steps, lab)
 
 
 def still_refused(store: Store, number: int, subject: Subject, plan: Plan, search: PromptSet) -> float:

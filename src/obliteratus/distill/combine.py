@@ -40,7 +40,8 @@ def bypass_contrast(acts: Activations, so_far: Directions | None) -> Directions:
     """The unit vector between the bypass group's mean and the target's, at each stream index (k = 1).
 
     Bypass prompts ask for what target prompts ask for, worded so that the model answers; their difference is then
-    the behaviour more than the subject. Turned, like all directions, to the target's side of the control group.
+    the behaviour more than the subject. A run asks the model first whether it does answer them (`tune.bypass`).
+    Turned, like all directions, to the target's side of the control group.
     raw: ‖μ_target − μ_bypass‖, in the stream's own units. Needs the group bypass; moments are enough.
     """
     group_of(acts, "bypass", "bypass_contrast")

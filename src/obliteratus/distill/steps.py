@@ -60,6 +60,11 @@ def check_needs(steps: Sequence[Step], groups: Collection[str], keep_rows: bool)
                 raise _no_group(need, step.use)
 
 
+def needs_of(steps: Sequence[Step]) -> set[str]:
+    """All that these steps, and steps inside them, cannot run without."""
+    return {need for step in _flat(steps) for need in extractors[step.use].needs}
+
+
 def _flat(steps: Sequence[Step]) -> Iterator[Step]:
     """The steps, and those that are options of others."""
     for step in steps:

@@ -1,0 +1,40 @@
+"""Whether bypass prompts do get round the behaviour: a contrast with prompts that are refused alike is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from obliteratus.distill.steps import needs_of
+from obliteratus.errors import UserError
+from obliteratus.progress import note
+from obliteratus.summon.generate import generate
+from obliteratus.summon.render import render
+from obliteratus.tune.lab import Lab
+from obliteratus.types import Prompt, Step
+from obliteratus.verify.refusal import verdict
+
+ASKED, TOKENS = 24, 16  # a refusal shows in its first words, and 24 answers tell a half from all
+AT_MOST = 0.5  # of the target prompts' refusals: with more than half of them left, the contrast is mostly the wording
+
+
+def check_bypass(lab: Lab, steps: Sequence[Step]) -> None:
+    """Where a step needs the group bypass, ask the model. Raises UserError where it refuses those prompts too.
+
+    Some of each group's fit prompts are answered; refusals of bypass prompts may be at most half as many.
+    """
+    if "bypass" not in needs_of(steps):
+        return
+    bypass, target = (_refused(lab, lab.prompts[group]) for group in ("bypass", "target"))
+    note("bypass", f"refused {bypass:.0%}, target {target:.0%}")
+    if bypass > AT_MOST * target or target == 0:
+        raise UserError(
+            f"the bypass prompts do not get round the behaviour: the model refuses {bypass:.0%} of them and "
+            f"{target:.0%} of the target prompts; give prompts that it answers, or a method without bypass"
+        )
+
+
+def _refused(lab: Lab, prompts: Sequence[Prompt]) -> float:
+    ids = render(lab.subject, prompts[:ASKED], reserve=TOKENS)
+    answers = generate(lab.subject, ids, TOKENS, title="bypass check")
+    texts = [lab.subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+    return sum(verdict(text) == "refused" for text in texts) / len(texts)

@@ -1,0 +1,50 @@
+"""Bypass prompts are asked for real: prompts that are refused like the target's are no contrast."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from obliteratus.errors import UserError
+from obliteratus.prompts import load_prompts
+from obliteratus.summon.open import open_subject
+from obliteratus.tune import Lab
+from obliteratus.tune.bypass import check_bypass
+from obliteratus.types import Prompt, PromptSet, Step, Subject
+
+STEPS = [Step(use="mean_diff"), Step(use="blend", other={"use": "bypass_contrast"})]
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return open_subject("organism:astronomy")
+
+
+@pytest.fixture(scope="module")
+def groups() -> dict[str, tuple[Prompt, ...]]:
+    everything = load_prompts("organism:astronomy", "organism:astronomy")
+    return {g: tuple(p for p in ps if p.split == "fit")[:24] for g, ps in everything.groups.items()}
+
+
+@pytest.mark.organism
+def test_prompts_that_are_answered_pass(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
+    check_bypass(Lab(subject, PromptSet({**groups, "bypass": groups["control"][:8]})), STEPS)
+
+
+@pytest.mark.organism
+def test_prompts_that_are_refused_too_are_turned_down(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
+    again = tuple(replace(p, text=f"Please: {p.text}") for p in groups["target"][:8])
+    lab = Lab(subject, PromptSet({**groups, "bypass": again}))
+    with pytest.raises(UserError, match=r"do not get round the behaviour: the model refuses \d+% of them"):
+        check_bypass(lab, STEPS)
+    check_bypass(lab, STEPS[:1])  # nobody asked
+
+
+@pytest.mark.organism
+def test_a_behaviour_that_is_not_there_cannot_be_got_round(
+    subject: Subject, groups: dict[str, tuple[Prompt, ...]]
+) -> None:
+    quiet = {"target": groups["control"][:8], "control": groups["control"][8:16], "bypass": groups["control"][16:]}
+    with pytest.raises(UserError, match="0% of the target prompts"):
+        check_bypass(Lab(subject, PromptSet(quiet)), STEPS)
