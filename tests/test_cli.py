@@ -117,6 +117,37 @@ def test_bad_options(model: Path, files: dict[str, Path], options: list[str], sa
     assert said in one_line(run(model, files, *options))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "distill=[{use='svd', k=40}]"], "k=40 directions need at least 40 target prompts; got 7"),
+        (["--set", "distill=[{use='svd', k=2, paired=true}]"], ""),
+        (
+            ["--set", "distill=[{use='mean_diff'}, {use='union', other={use='whitened_svd', k=9}}]"],
+            "'whitened_svd': k=9",
+        ),
+        (["--set", "distill=[{use='bypass_contrast'}]"], "--bypass"),
+        (["--set", "distill=[{use='sae'}]"], "prompts are too few to train on"),
+        (["--set", "distill=[{use='sae', stream=1, pretrained='WIDER'}]"], "is 48 wide and this model's stream is 32"),
+        (["--set", "excise.parts=['mlp.up']"], "names no part"),
+        (["--set", "excise.norm=['rows', 'columns']"], "excise.norm"),
+        (["--method", "inverted", "--set", "passes=2"], "turns the first one's reflection back"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    model: Path, files: dict[str, Path], tmp_path: Path, options: list[str], said: str
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((model / name).read_bytes())
+    shapes = {"W_enc": (48, 5), "b_enc": (5,), "W_dec": (5, 48), "b_dec": (48,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "wider.safetensors")
+    options = [o.replace("WIDER", str(tmp_path / "wider.safetensors")) for o in options]
+    line = one_line(run(bare, files, *options))
+    assert said in line if said else "weights" in line  # the one that could work gets as far as the weights
+
+
 def test_output_folder_in_use(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")

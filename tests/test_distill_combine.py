@@ -261,7 +261,7 @@ def test_keep_out_of_all_leaves_zeros() -> None:
         ([MEAN, Step(use="blend", other={"use": "winsorise"})], "has no step that finds directions"),
         ([MEAN, Step(use="blend", share=1.5)], "'blend': share"),
         ([MEAN, Step(use="interpolate", at=2)], "'interpolate': at"),
-        ([MEAN, Step(use="keep_out", k=20)], "'keep_out': k=20 needs more than 20 keep prompts; got 20"),
+        ([MEAN, Step(use="keep_out", k=20)], "'keep_out': k=20 directions need at least 21 keep prompts; got 20"),
     ],
 )
 def test_what_cannot_run_says_why(recipe: list[Step], message: str) -> None:

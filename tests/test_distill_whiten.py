@@ -182,7 +182,7 @@ def test_shrinkage_has_a_range(use: str, s: float) -> None:
 
 
 def test_too_few_prompts_for_k_are_refused() -> None:
-    with pytest.raises(UserError, match="'whitened_svd': k=9 directions need at least 9 prompts; got 8"):
+    with pytest.raises(UserError, match="'whitened_svd': k=9 directions need at least 9 target prompts; got 8"):
         distill(planted(n=8)[0], [Step(use="whitened_svd", k=9)])
     for use in BOTH:
         with pytest.raises(UserError, match=f"'{use}' needs every prompt's activations"):

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from obliteratus.card import shown
-from obliteratus.distill import check_needs
+from obliteratus.distill import check_needs, check_sizes
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import check_fits, load_plan
@@ -19,9 +19,9 @@ from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
 from obliteratus.rebirth import FORMS, Form, space_for, write_output
 from obliteratus.recipe import parse_overrides, recipe
-from obliteratus.registry import unknown
+from obliteratus.registry import Given, unknown
 from obliteratus.store import Store, check_disk, check_free, publish, workspace
-from obliteratus.summon.open import open_subject
+from obliteratus.summon.open import open_subject, width_of
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
 from obliteratus.verify import Measured
 from obliteratus.verify import verify as measure
@@ -53,8 +53,10 @@ class Job:
             raise UserError(unknown("--save form", form, FORMS))
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
-        parts_checked(prompts, made.seed, searched=made.excise.kl_budget is not None)
+        fit, _, _ = parts_checked(prompts, made.seed, searched=made.excise.kl_budget is not None)
         check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
+        counts = {group: len(members) for group, members in fit.groups.items()}
+        check_sizes(made.distill, Given(counts, lambda: width_of(model)))
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}

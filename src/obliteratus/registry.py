@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -13,6 +13,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from obliteratus.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a run before any weight is loaded."""
+
+    counts: Mapping[str, int]
+    """Fit prompts by group."""
+    width: Callable[[], int]
+    """Of the model's stream; asked for only where a step must know, since it reads the model's configuration."""
+
+
+Fits = Callable[[Mapping[str, Any], Given], None]
+"""(a step's options, filled with their defaults; what it will be given) → UserError where it cannot work."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Entry(Generic[F]):
     """Built from the keyword-only parameters; validates and fills defaults."""
     needs: tuple[str, ...] = ()
     """What it cannot run without: ``rows`` (every prompt's activations), ``model``, or a group of prompts by name."""
+    fits: Fits = lambda options, given: None
 
     @property
     def about(self) -> str:
@@ -40,16 +55,19 @@ class Registry(Generic[F]):
         self.kind = kind
         self._entries: dict[str, Entry[F]] = {}
 
-    def register(self, name: str, *, cite: str = "", needs: tuple[str, ...] = ()) -> Callable[[F], F]:
+    def register(
+        self, name: str, *, cite: str = "", needs: tuple[str, ...] = (), fits: Fits = lambda options, given: None
+    ) -> Callable[[F], F]:
         """Decorator. The keyword-only parameters of the function become the step's options.
 
         needs: what the step cannot run without, so that a recipe can be refused before weights are loaded.
+        fits: a check, for the same purpose, of its options against numbers of prompts and the model's width.
         """
 
         def add(function: F) -> F:
             if name in self._entries:
                 raise ValueError(f"{self.kind} step '{name}' is registered twice")
-            self._entries[name] = Entry(name, function, cite, _options(function), needs)
+            self._entries[name] = Entry(name, function, cite, _options(function), needs, fits)
             return function
 
         return add

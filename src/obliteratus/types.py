@@ -300,7 +300,8 @@ class Probe(Frozen):
     """``rows`` keeps every prompt (SVD needs them), ``moments`` only running means: O(layers × width) memory."""
 
 
-READERS = frozenset({"attn.in", "mlp.in", "unembed"})
+WRITERS = frozenset({"embed", "attn.out", "mlp.out", "expert.out"})
+READERS = frozenset({"attn.in", "mlp.in", "router", "unembed"})
 
 
 class Excise(Frozen):
@@ -326,6 +327,8 @@ class Excise(Frozen):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Excise:
+        if unknown := set(self.parts) - WRITERS - READERS:
+            raise ValueError(f"'{min(unknown)}' names no part; known: {', '.join(sorted(WRITERS | READERS))}")
         reads = READERS & set(self.parts)
         writes = set(self.parts) - READERS
         if self.heads is not None and "attn.out" not in self.parts:

@@ -2,10 +2,11 @@
 
 from obliteratus.distill import combine, leace, means, robust, sae, svd, whiten
 from obliteratus.distill.disk import load_directions, save_directions
-from obliteratus.distill.steps import check_needs, distill, extractors
+from obliteratus.distill.steps import check_needs, check_sizes, distill, extractors
 
 __all__ = [
     "check_needs",
+    "check_sizes",
     "combine",
     "distill",
     "extractors",

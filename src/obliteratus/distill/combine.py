@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
@@ -14,13 +15,14 @@ from obliteratus.distill.steps import (
     before,
     difference,
     distill,
+    enough,
     extractors,
     group_of,
     orthonormal,
     rows_of,
     scored,
 )
-from obliteratus.errors import UserError
+from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions, Step
 
@@ -103,7 +105,12 @@ def interpolate(
     return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)
 
 
-@extractors.register("keep_out", needs=("keep",))
+def _fits(options: Mapping[str, Any], given: Given) -> None:
+    if options["k"]:
+        enough("keep_out", options["k"], given.counts["keep"], "keep", spare=1)  # one is lost to their mean
+
+
+@extractors.register("keep_out", needs=("keep",), fits=_fits)
 def keep_out(acts: Activations, so_far: Directions | None, *, k: Annotated[int, Field(ge=0, le=64)] = 0) -> Directions:
     """Takes out of each direction what the group keep lives on, so that removing it leaves those prompts alone.
 
@@ -123,8 +130,7 @@ def keep_out(acts: Activations, so_far: Directions | None, *, k: Annotated[int, 
 
 def _spread(acts: Activations, k: int) -> Float[Tensor, "streams k width"]:
     rows = rows_of(acts, "keep", "keep_out")
-    if min(len(rows) - 1, rows.shape[2]) < k:
-        raise UserError(f"distill step 'keep_out': k={k} needs more than {k} keep prompts; got {len(rows)}")
+    enough("keep_out", k, min(len(rows), rows.shape[2] + 1), "keep", spare=1)
     _, _, v = torch.linalg.svd((rows - acts["keep"].mean).transpose(0, 1), full_matrices=False)
     top: Tensor = v[:, :k]
     return top

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.errors import UserError
-from obliteratus.registry import Registry
+from obliteratus.registry import Given, Registry
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions, Moments, Step
 
@@ -58,6 +58,20 @@ def check_needs(steps: Sequence[Step], groups: Collection[str], keep_rows: bool)
                 raise _no_rows(step.use)
             if need not in ("rows", MODEL, *groups):
                 raise _no_group(need, step.use)
+
+
+def check_sizes(steps: Sequence[Step], given: Given) -> None:
+    """Refuse, before weights are loaded, steps whose options do not go with the prompts or the model's width."""
+    for step in _flat(steps):
+        extractors[step.use].fits(extractors.check(step.use, step.options), given)
+
+
+def enough(step: str, k: int, prompts: int, group: str = "target", spare: int = 0) -> None:
+    """UserError unless there are at least k prompts for k directions, and ``spare`` more."""
+    if prompts < k + spare:
+        raise UserError(
+            f"distill step '{step}': k={k} directions need at least {k + spare} {group} prompts; got {prompts}"
+        )
 
 
 def needs_of(steps: Sequence[Step]) -> set[str]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored
+from obliteratus.distill.steps import aligned, difference, enough, extractors, orthonormal, rows_of, scored
 from obliteratus.errors import UserError
+from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
 
 
-@extractors.register("svd", cite="arXiv:2512.18901", needs=("rows",))
+def _fits(options: Mapping[str, Any], given: Given) -> None:
+    enough("svd", options["k"], given.counts["target"])
+    if options["paired"]:
+        _matched(given.counts["target"], given.counts["control"])
+
+
+@extractors.register("svd", cite="arXiv:2512.18901", needs=("rows",), fits=_fits)
 def svd(
     acts: Activations,
     so_far: Directions | None,
@@ -33,8 +41,7 @@ def svd(
     centred). Needs rows; k ≤ prompts.
     """
     rows = _differences(acts, paired)
-    if min(rows.shape[0], rows.shape[2]) < k:
-        raise UserError(f"distill step 'svd': k={k} directions need at least {k} prompts; got {rows.shape[0]}")
+    enough("svd", k, min(rows.shape[0], rows.shape[2]))
     mean = rows.mean(0) if centred else torch.zeros_like(rows[0])
     _, sigma, v = torch.linalg.svd((rows - mean).transpose(0, 1), full_matrices=False)
     delta = difference(acts)
@@ -51,9 +58,13 @@ def _differences(acts: Activations, paired: bool) -> Float[Tensor, "prompts stre
     if not paired:
         return target - acts["control"].mean
     control = rows_of(acts, "control", "svd")
-    if len(target) != len(control):
-        raise UserError(
-            f"distill step 'svd': paired=true needs groups of one length, got {len(target)} target and "
-            f"{len(control)} control prompts; give matched files or set paired=false"
-        )
+    _matched(len(target), len(control))
     return target - control
+
+
+def _matched(target: int, control: int) -> None:
+    if target != control:
+        raise UserError(
+            f"distill step 'svd': paired=true needs groups of one length, got {target} target and "
+            f"{control} control prompts; give matched files or set paired=false"
+        )

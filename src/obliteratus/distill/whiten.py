@@ -9,14 +9,15 @@ target does well only where massive directions lie along single dimensions (0.04
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.distill.steps import aligned, difference, extractors, rows_of, scored
-from obliteratus.errors import UserError
+from obliteratus.distill.steps import aligned, difference, enough, extractors, rows_of, scored
+from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
 
@@ -31,7 +32,11 @@ SHRINKAGE = 0.5
 TINY = 1e-12
 
 
-@extractors.register("whitened_svd", cite="arXiv:1512.00809", needs=("rows",))
+def _fits(options: Mapping[str, Any], given: Given) -> None:
+    enough("whitened_svd", options["k"], given.counts["target"])
+
+
+@extractors.register("whitened_svd", cite="arXiv:1512.00809", needs=("rows",), fits=_fits)
 def whitened_svd(
     acts: Activations,
     so_far: Directions | None,
@@ -48,8 +53,7 @@ def whitened_svd(
     and the prompts' number, in units of Σ. Needs rows; k ≤ prompts.
     """
     target, control = (rows_of(acts, group, "whitened_svd") for group in ("target", "control"))
-    if min(len(target), target.shape[2]) < k:
-        raise UserError(f"distill step 'whitened_svd': k={k} directions need at least {k} prompts; got {len(target)}")
+    enough("whitened_svd", k, min(len(target), target.shape[2]))
     delta = difference(acts)
     basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found

@@ -170,6 +170,11 @@ def read_config(origin: Origin, revision: str = "", trust_remote_code: bool = Fa
     return config
 
 
+def width_of(source: str | Path) -> int:
+    """Width of the residual stream, from the configuration alone. UserError as `open_subject`."""
+    return int(read_config(locate(source)).get_text_config().hidden_size)
+
+
 def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
     with _explained(origin, "it has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **options)
