@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from obliteratus.errors import UserError
+from obliteratus.work import FREE, Cost
 
 F = TypeVar("F", bound=Callable[..., Any])
+Costing = Callable[[Mapping[str, Any]], Cost]
+"""A step's options, filled with their defaults → what one call of it asks of the model."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Entry(Generic[F]):
     """Built from the keyword-only parameters; validates and fills defaults."""
     needs: tuple[str, ...] = ()
     """What it cannot run without: ``rows`` (every prompt's activations), ``model``, or a group of prompts by name."""
+    cost: Costing = lambda options: FREE
 
     @property
     def about(self) -> str:
@@ -40,16 +44,19 @@ class Registry(Generic[F]):
         self.kind = kind
         self._entries: dict[str, Entry[F]] = {}
 
-    def register(self, name: str, *, cite: str = "", needs: tuple[str, ...] = ()) -> Callable[[F], F]:
+    def register(
+        self, name: str, *, cite: str = "", needs: tuple[str, ...] = (), cost: Costing = lambda options: FREE
+    ) -> Callable[[F], F]:
         """Decorator. The keyword-only parameters of the function become the step's options.
 
         needs: what the step cannot run without, so that a recipe can be refused before weights are loaded.
+        cost: what it asks of the model, from its options; a step over tensors asks nothing.
         """
 
         def add(function: F) -> F:
             if name in self._entries:
                 raise ValueError(f"{self.kind} step '{name}' is registered twice")
-            self._entries[name] = Entry(name, function, cite, _options(function), needs)
+            self._entries[name] = Entry(name, function, cite, _options(function), needs, cost)
             return function
 
         return add
