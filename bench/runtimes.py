@@ -122,18 +122,20 @@ def seconds(
     no other shares, and of a paragraph."""
     spent = own * speed["token"] * cost.forwards.of(values)
     spent += text * (speed["token"] + speed["head"]) * cost.texts.of(values)
-    for length, amount in cost.answers.items():
-        rows = amount.of(values)
-        spent += rows * own * speed["token"] + length * (ceil(rows / MAX_ROWS) * speed["step"] + rows * speed["row"])
+    for answers in cost.answers:
+        rows = answers.prompts.of(values)
+        written = answers.tokens * (ceil(rows / MAX_ROWS) * speed["step"] + rows * speed["row"])
+        spent += answers.times * (rows * own * speed["token"] + written)
     return spent + sum(t.steps * t.prompts * (SHARED + own + t.tokens) * speed["gradient"] for t in cost.training)
 
 
 def clock(value: float) -> str:
-    """Seconds for people."""
+    """Seconds for people, two digits: a forecast has no more."""
+    rounded = float(f"{value:.2g}")
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if value >= 2 * size:
-            return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
-    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+            return f"{float(f'{value / size:.2g}'):g} {unit}"
+    return f"{rounded:g} s"
 
 
 def plain(rates: Rates) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -13,7 +14,7 @@ from obliteratus.registry import Registry
 from obliteratus.tune import extractors
 from obliteratus.types import Excise, Recipe, Step
 from obliteratus.verify import scorers
-from obliteratus.work import FREE, Cost, Values, n_of
+from obliteratus.work import FREE, Answers, Cost, Values, n_of
 
 # What the classes, and the forecasts in docs/runtimes.md, are reckoned with: the organism's prompts to within a few.
 REFERENCE: Values = {
@@ -44,7 +45,7 @@ def stages(made: Recipe) -> dict[str, Cost]:
         "PROBE": Cost(n_of("fit")) * made.passes,
         "DISTILL": _steps(extractors, made.distill) * made.passes,
         "EXCISE": _excise(made.excise) * made.passes,
-        "CHECK": Cost(answers={CHECK_TOKENS: n_of("search", "target", CHECKED)}) * (made.passes - 1),
+        "CHECK": Cost(answers=(Answers(CHECK_TOKENS, n_of("search", "target", CHECKED)),)) * (made.passes - 1),
         "SEARCH": _search(made),
         "VERIFY": _steps(scorers, made.verify) * 2,  # before and after
     }
@@ -68,8 +69,8 @@ def _excise(excise: Excise) -> Cost:
 
 def _search(made: Recipe) -> Cost:
     """Every trial answers all search prompts: the most, for a cheaper look may spare most of it."""
-    tokens = [n for step in made.verify if step.use == "refusal" for n in _steps(scorers, [step]).answers]
-    each = Cost(answers={n: n_of("search") for n in tokens})
+    written = tuple(a for step in made.verify for a in _steps(scorers, [step]).answers)
+    each = Cost(answers=tuple(replace(a, prompts=n_of("search")) for a in written))
     return each * (made.search.trials if made.search else 0)
 
 
@@ -87,7 +88,7 @@ def formula(made: Recipe) -> str:
 def tokens(cost: Cost, values: Values = REFERENCE) -> float:
     """Tokens that pass through the model; one with gradients counts twice, for the way back."""
     count = OWN * cost.forwards.of(values) + TEXT * cost.texts.of(values)
-    count += sum((OWN + n) * rows.of(values) for n, rows in cost.answers.items())
+    count += sum((OWN + a.tokens) * a.times * a.prompts.of(values) for a in cost.answers)
     return count + sum(2 * t.steps * t.prompts * (SHARED + OWN + t.tokens) for t in cost.training)
 
 

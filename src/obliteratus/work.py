@@ -71,6 +71,17 @@ def n_of(part: str, group: str = "", most: int = 0) -> Amount:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Prompts that are answered together, so many times. Each prompt is passed once as well."""
+
+    tokens: int
+    """Of each answer, at most."""
+    prompts: Amount
+    """Of one time."""
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Training:
     """Gradient steps. Weights are frozen, so a prompt costs one pass forward and one back."""
 
@@ -84,12 +95,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is asked of the model. All parts are zero for steps over tensors."""
+    """What is asked of the model. All parts are empty for steps over tensors."""
 
     forwards: Amount = Amount()
     """Prompts passed once."""
-    answers: Mapping[int, Amount] = field(default_factory=dict)
-    """By answer length in tokens: prompts that are answered. Each is passed once as well."""
+    answers: tuple[Answers, ...] = ()
     texts: Amount = Amount()
     """Paragraphs of prose passed once, LM head and all."""
     training: tuple[Training, ...] = ()
@@ -97,22 +107,20 @@ class Cost:
     """The step whose passes this one takes over, and then costs nothing."""
 
     def __add__(self, other: Cost) -> Cost:
-        lengths = dict.fromkeys([*self.answers, *other.answers])
-        answers = {n: self.answers.get(n, Amount()) + other.answers.get(n, Amount()) for n in lengths}
-        training = self.training + other.training
+        answers, training = self.answers + other.answers, self.training + other.training
         return Cost(self.forwards + other.forwards, answers, self.texts + other.texts, training)
 
     def __mul__(self, times: int) -> Cost:
-        answers = {n: rows * times for n, rows in self.answers.items()}
-        training = tuple(replace(t, steps=t.steps * times) for t in self.training)
+        answers = tuple(replace(a, times=a.times * times) for a in self.answers if times)
+        training = tuple(replace(t, steps=t.steps * times) for t in self.training if times)
         return Cost(self.forwards * times, answers, self.texts * times, training)
 
     def __bool__(self) -> bool:
-        return bool(self.forwards or self.texts or self.training or any(self.answers.values()))
+        return bool(self.forwards or self.answers or self.texts or self.training)
 
     def __str__(self) -> str:
         parts = [f"{_bracketed(self.forwards)} forwards"] * bool(self.forwards)
-        parts += [f"{_bracketed(rows)} × {n} tokens" for n, rows in self.answers.items() if rows]
+        parts += [f"{_bracketed(a.prompts * a.times)} × {a.tokens} tokens" for a in self.answers]
         parts += [f"{t.steps} gradient steps × {t.prompts} prompts" for t in self.training]
         parts += [f"{_bracketed(self.texts)} texts"] * bool(self.texts)
         return " + ".join(parts) or "nothing"

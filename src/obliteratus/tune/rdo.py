@@ -21,7 +21,7 @@ from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
 from obliteratus.types import Activations, Directions
-from obliteratus.work import Cost, Training, n_of, number
+from obliteratus.work import Answers, Cost, Training, n_of, number
 
 ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
 FALLING = 1e-4  # a smoothed loss that fell by less than this counts as standing still
@@ -75,8 +75,8 @@ def rdo(
 
 def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
     """Answers for the three losses; at each step three batches with gradients, and one without."""
-    written = n_of("fit", "target") + 2 * n_of("fit", "control")
-    return Cost(number(steps * batch), {tokens: written}, training=(Training(steps, 3 * batch, tokens),))
+    written = (Answers(tokens, n_of("fit", "target")), Answers(tokens, n_of("fit", "control"), 2))
+    return Cost(number(steps * batch), written, training=(Training(steps, 3 * batch, tokens),))
 
 
 def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:
