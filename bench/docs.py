@@ -67,8 +67,8 @@ Forecasts for one machine ({rates.machine}), weights in fp32.
 They follow from the [formulas](methods.md), from
 {_reference()},
 and from the rates below. They count every pass, answer token and gradient step that a run may take, so most runs end
-sooner; searches are forecast as if every trial answered every search prompt. Nothing above {MEASURED.name} was run: those
-columns are extrapolated, and suppose that the weights fit into memory. Arithmetic over tensors is left out.
+sooner; searches are forecast as if every trial answered every search prompt. Nothing above {MEASURED.name} was run:
+those columns are extrapolated, and suppose that the weights fit into memory. Arithmetic over tensors is left out.
 
 {_forecasts(made, rates)}
 

@@ -126,7 +126,7 @@ def test_methods_that_wait_are_refused_before_any_weight_is_looked_for(
     files: dict[str, Path], tmp_path: Path, method: str, lacks: str
 ) -> None:
     nowhere = tmp_path / "no-such-model"
-    assert "no-such-model" in one_line(run(nowhere, files, "--out", tmp_path / "out"))  # what is said of it else
+    assert "no-such-model" in one_line(run(nowhere, files))  # what is said of it else
     said = one_line(run(nowhere, files, "--method", method, "--out", tmp_path / "out"))
     assert f"method '{method}' needs {lacks}, still being built" in said
     assert "--method" in said
