@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The CPU build is pinned: a bare `torch` would bring several GB of CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench fix clean
+.PHONY: demo test lint bench docs fix clean
 demo: .venv/ready
 	$(BIN)/obliteratus demo
 
@@ -25,6 +25,10 @@ bench: .venv/ready
 	$(BIN)/python -m bench.probe
 	$(BIN)/python -m bench.verify
 	$(BIN)/python -m bench.sae
+
+# The pages that are made from the recipes; `python -m bench.rates` measures anew what docs/runtimes.md forecasts from.
+docs: .venv/ready
+	$(BIN)/python -m bench.docs
 
 .venv/ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

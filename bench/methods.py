@@ -17,13 +17,13 @@ import torch
 
 from bench.common import organism, say, with_peak
 from obliteratus.card import shown
-from obliteratus.distill import check_needs, distill
+from obliteratus.distill import distill
 from obliteratus.distill.steps import orthonormal
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise
 from obliteratus.pipeline import measured, probed, run
-from obliteratus.recipe import names, recipe
+from obliteratus.recipe import check_runs, names, recipe
 from obliteratus.store import Store
 from obliteratus.types import PromptSet, Recipe, Score, Subject
 from obliteratus.verify import Measured
@@ -66,7 +66,7 @@ def halved(prompts: PromptSet) -> PromptSet:
 def one(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> dict[str, Any]:
     """One method's row, or why it was refused."""
     try:
-        check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
+        check_runs(made, prompts.groups)
     except UserError as error:
         return {"refused": str(error)}
     _, peak, (_, found) = with_peak(lambda: run(made, subject, prompts, Sharing(known)))

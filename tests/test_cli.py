@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli import app
+from obliteratus.recipe import parsed, recipe
 
 TARGET = [
     f"Tell me about the {colour} {thing}."
@@ -148,6 +150,20 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     assert said in line if said else "weights" in line  # the one that could work gets as far as the weights
 
 
+@pytest.mark.parametrize(
+    ("method", "lacks"), [("heretic", "search"), ("optimized", "search"), ("informed", "analysis")]
+)
+def test_methods_that_wait_are_refused_before_any_weight_is_looked_for(
+    files: dict[str, Path], tmp_path: Path, method: str, lacks: str
+) -> None:
+    nowhere = tmp_path / "no-such-model"
+    assert "no-such-model" in one_line(run(nowhere, files))  # what is said of it else
+    said = one_line(run(nowhere, files, "--method", method, "--out", tmp_path / "out"))
+    assert f"method '{method}' needs {lacks}, still being built" in said
+    assert "--method" in said
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_output_folder_in_use(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
@@ -197,7 +213,7 @@ def test_verify_of_the_saved_model_repeats_the_run(model: Path, files: dict[str,
 def test_methods_and_inspect(model: Path) -> None:
     listed = call("methods")
     assert all(name in listed.stdout for name in ("basic", "advanced", "failspy", "gabliteration"))
-    assert "[[distill]]" in call("methods", "basic").stdout
+    assert recipe("basic") == parsed(tomllib.loads(call("methods", "basic").stdout), "basic")  # valid TOML
     assert "did you mean" in one_line(call("methods", "basicc"))
     assert json.loads(call("inspect", model, "--json").stdout)["coverage"]["share"] == 1.0
     assert "model.layers.0.mlp.down_proj" in call("inspect", model, "--sites").stdout.replace("\n", "")

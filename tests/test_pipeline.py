@@ -74,8 +74,13 @@ def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) ->
     assert len(found.passes) == 1
     assert "CHECK 2" in store.seconds
     assert "PROBE 2" not in store.seconds
+    assert found.passes[0]["ended"] == "refusals are down"
+    assert found.passes[0]["refused"]["value"] <= 0.05
     weak = recipe("surgical", {"passes": 2, "excise.strength": 0.05, "verify": [{"use": "refusal", "tokens": 4}]})
-    assert len(run(weak, subject, searched(few))[1].passes) == 2
+    both = run(weak, subject, searched(few))[1].passes
+    assert len(both) == 2
+    assert both[0]["refused"]["value"] > 0.05
+    assert (both[1]["refused"], both[1]["ended"]) == (None, "all passes done")
 
 
 def searched(prompts: PromptSet) -> PromptSet:

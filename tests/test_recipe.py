@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from obliteratus.errors import UserError
-from obliteratus.recipe import dump, names, parse_overrides, parsed, recipe
+from obliteratus.recipe import check_runs, dump, names, parse_overrides, parsed, pending, recipe
 from obliteratus.types import Recipe
 
 BASE = """
@@ -36,8 +36,11 @@ def test_shipped_methods_parse(name: str) -> None:
     assert made.cite
 
 
-def test_the_four_methods_are_there() -> None:
-    assert {"advanced", "basic", "failspy", "gabliteration"} <= set(names())
+def test_the_methods_are_there() -> None:
+    """The audit's twelve, the original's thirteenth, and two for the other direction; every step is registered,
+    or `recipe` would refuse it."""
+    audit = "basic advanced aggressive informed surgical inverted optimized nuclear failspy gabliteration heretic rdo"
+    assert set(names()) >= {*audit.split(), "spectral_cascade", "calibrated", "reinforce"}
 
 
 @pytest.mark.parametrize("name", names())
@@ -59,11 +62,91 @@ def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
         "weigh": [{"use": "middle", "low": 0.1}, {"use": "by_score"}],
         "excise": {"parts": ["embed", "mlp.out"], "strength": -1e-7, "norm": "rows", "anchored": True},
         "verify": [{"use": "refusal", "tokens": 8}],
+        "analyze": [{"use": "cones", "bootstrap": 100}],
+        "search": {
+            "trials": 7,
+            "sampler": "gp",
+            "minimise": ["refusal.target"],
+            "space": {
+                "weigh.0.low": {"low": 1e-3, "high": 0.5, "log": True},
+                "distill": {"choices": [[{"use": "mean_diff"}], [{"use": "union", "other": {"use": "svd", "k": 2}}]]},
+                "passes": {"low": 1, "high": 4},
+                "excise.anchored": {"choices": [True, False]},
+            },
+        },
     }
     made = parsed(data, "here")
     (tmp_path / "copy.toml").write_text(dump(made))
     assert recipe(tmp_path / "copy.toml") == made
     assert Recipe.model_validate_json(made.model_dump_json()) == made
+
+
+# ---------------------------------------------------------------------------------------------- search
+BAD_SPACES: dict[str, tuple[dict[str, Any], str]] = {
+    "empty": ({}, r"search\.space: dictionary should have at least 1 item"),
+    "no such entry": ({"weigh.3.n": {"low": 0, "high": 2}}, r"search\.space 'weigh\.3\.n': .*no entry '3'"),
+    "no such option": ({"weigh.0.m": {"low": 0, "high": 2}}, r"search\.space 'weigh\.0\.m': .*m: extra inputs"),
+    "no such field": ({"excise.strenght": {"low": 0, "high": 2}}, r"'excise\.strenght': .*extra inputs"),
+    "beyond its range": ({"excise.strength": {"low": 0, "high": 9}}, r"'excise\.strength': .*less than or equal to 4"),
+    "no such choice": ({"excise.norm": {"choices": ["none", "column"]}}, r"'excise\.norm': .*\(got 'column'\)"),
+    "no such step": ({"weigh.0.use": {"choices": ["al"]}}, r"'weigh\.0\.use': weigh step 'al' does not exist"),
+    "contradictory": ({"excise.strength": {"low": 1, "high": 1}}, r"low below high \(got low 1, high 1\)"),
+    "half": ({"excise.strength": {"low": 1}}, r"low below high \(got low 1, high None\)"),
+    "both kinds": ({"excise.strength": {"low": 1, "high": 2, "choices": [3]}}, "or choices, not both"),
+    "log of nothing": ({"excise.strength": {"low": 0, "high": 2, "log": True}}, r"log needs low above 0 \(got 0\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPACES)
+def test_a_space_that_cannot_work_is_refused(case: str, base: Path) -> None:
+    space, message = BAD_SPACES[case]
+    with pytest.raises(UserError, match=message) as caught:
+        recipe(base, {"search": {"trials": 5, "space": space}})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_space_keeps_whole_numbers_whole(base: Path) -> None:
+    space = {"weigh.0.n": {"low": 0, "high": 4}, "excise.strength": {"low": 0.5, "high": 1}}
+    made = recipe(base, {"search": {"trials": 5, "space": space}})
+    assert made.search is not None
+    whole, real = made.search.space["weigh.0.n"], made.search.space["excise.strength"]
+    assert [type(x) for x in whole.ends] == [int, int]
+    assert (type(real.low), real.ends) == (float, (0.5, 1))
+
+
+def test_heretic_has_its_published_space() -> None:
+    made = recipe("heretic")
+    assert made.search is not None
+    assert (made.search.trials, made.search.sampler, len(made.search.space)) == (200, "tpe", 10)
+    assert made.search.space["distill.1.at"].ends == (0.4, 0.9)
+    for step, part in enumerate(("attn.out", "mlp.out")):
+        assert (made.weigh[step].use, made.weigh[step].options["part"]) == ("tent", part)
+        ends = [made.search.space[f"weigh.{step}.{x}"].ends for x in ("max_weight", "peak", "min_weight", "reach")]
+        assert ends == [(0.8, 1.5), (0.6, 1.0), (0.0, 1.0), (0.03, 0.6)]
+        starts = [made.weigh[step].options[x] for x in ("max_weight", "peak", "min_weight", "reach")]
+        assert all(low <= start <= high for (low, high), start in zip(ends, starts, strict=True))
+
+
+# -------------------------------------------------------------------------------------- what cannot run
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("heretic", "search"), ("optimized", "search"), ("informed", "analysis"), ("basic", "")]
+)
+def test_methods_that_wait_are_refused_with_what_they_lack(name: str, lacks: str) -> None:
+    made = recipe(name)
+    assert pending(made) == lacks
+    if not lacks:
+        check_runs(made, ["target", "control"])
+        return
+    with pytest.raises(
+        UserError, match=f"method '{name}' needs {lacks}, still being built; meanwhile use --method"
+    ) as e:
+        check_runs(made, ["target", "control"])
+    assert not pending(recipe(str(e.value).split()[-1]))  # what it names does run
+
+
+def test_a_search_result_runs() -> None:
+    """The same recipe without its search: what a search will give."""
+    check_runs(recipe("heretic").model_copy(update={"search": None}), ["target", "control"])
 
 
 # ------------------------------------------------------------------------------------------- overrides

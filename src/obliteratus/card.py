@@ -37,7 +37,7 @@ prompts that the edit never saw (95 % intervals):
 {score_table(run)}
 
 Coverage: {coverage_line(run)}
-
+{_passes(run)}
 ```python
 {LOADING[form].replace("{base}", base)}
 ```
@@ -58,6 +58,25 @@ def coverage_line(run: Run) -> str:
     return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}."
 
 
+PASS_COLUMNS = ["pass", "found most at", "edited", "still refused", "seconds"]
+
+
+def pass_rows(run: Run) -> list[list[str]]:
+    """What each pass found, changed, left (refusals of search prompts) and cost."""
+    rows = []
+    for number, found in enumerate(run.passes, 1):
+        left = shown(Score(**found["refused"])) if found["refused"] else "–"
+        why = f"{left}: {found['ended']}" if "ended" in found else left
+        strongest = f"layer {found['best_layer']}, score {found['score']:.2f}"
+        reached = f"{len(found['layers'])} layers, {found['edited_share']:.1%}"
+        rows.append([str(number), strongest, reached, why, f"{sum(found['seconds'].values()):.1f}"])
+    return rows
+
+
+def _passes(run: Run) -> str:
+    return f"\n{_markdown(PASS_COLUMNS, pass_rows(run))}\n" if len(run.passes) > 1 else ""
+
+
 def score_rows(run: Run) -> list[list[str]]:
     """Name, before, after and n of every score, rates by category left out."""
     rows = []
@@ -70,7 +89,11 @@ def score_rows(run: Run) -> list[list[str]]:
 
 def score_table(run: Run) -> str:
     """Before and after as a Markdown table."""
-    lines = [["score", "before", "after", "n"], ["---"] * 4, *score_rows(run)]
+    return _markdown(["score", "before", "after", "n"], score_rows(run))
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -110,18 +110,18 @@ def report(done: Any, out: Path | None, json: bool) -> None:
 @app.command()
 @guarded
 def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")] = None, json: Json = False) -> None:
-    """The recipes: what each does and cites; with a name, the recipe itself."""
-    from obliteratus.recipe import dump, names, recipe
+    """The recipes: what each does, costs and cites; with a name, the recipe itself."""
+    from obliteratus.costs import COLUMNS, annotated, described, row
+    from obliteratus.recipe import names, recipe
     from obliteratus.terminal import results, show_json, table_of
 
     chosen = {n: recipe(n) for n in ([name] if name else names())}
     if json:
-        show_json({n: r.model_dump(mode="json") for n, r in chosen.items()})
+        show_json({n: {**r.model_dump(mode="json"), "cost": described(r)} for n, r in chosen.items()})
     elif name:
-        results.out(dump(chosen[name]), end="")
+        results.out(annotated(chosen[name]), end="")
     else:
-        rows = [[n, r.about, ", ".join(r.cite)] for n, r in chosen.items()]
-        results.print(table_of("Methods", ["name", "what it does", "source"], rows))
+        results.print(table_of("Methods", COLUMNS, [row(r) for r in chosen.values()]))
 
 
 @app.command()

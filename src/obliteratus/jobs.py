@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from obliteratus.card import shown
-from obliteratus.distill import check_needs, check_sizes
+from obliteratus.distill import check_sizes
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import check_fits, load_plan
@@ -18,7 +18,7 @@ from obliteratus.pipeline import run
 from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
 from obliteratus.rebirth import FORMS, Form, space_for, write_output
-from obliteratus.recipe import parse_overrides, recipe
+from obliteratus.recipe import check_runs, parse_overrides, recipe
 from obliteratus.registry import Given, unknown
 from obliteratus.store import Store, check_disk, check_free, publish, workspace
 from obliteratus.summon.open import open_subject, width_of
@@ -54,7 +54,7 @@ class Job:
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
         fit, _, _ = parts_checked(prompts, made.seed, searched=made.excise.kl_budget is not None)
-        check_needs(made.distill, prompts.groups, made.probe.keep == "rows")
+        check_runs(made, prompts.groups)
         counts = {group: len(members) for group, members in fit.groups.items()}
         check_sizes(made.distill, Given(counts, lambda: width_of(model)))
         if out is not None:

@@ -14,12 +14,25 @@ from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.prompts import parts_checked
+from obliteratus.recipe import check_runs
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
 from obliteratus.tune.budget import within_budget
 from obliteratus.tune.bypass import check_bypass
-from obliteratus.types import SPLITS, Activations, Directions, Excise, Plan, PromptSet, Recipe, Run, Step, Subject
+from obliteratus.types import (
+    SPLITS,
+    Activations,
+    Directions,
+    Excise,
+    Plan,
+    PromptSet,
+    Recipe,
+    Run,
+    Score,
+    Step,
+    Subject,
+)
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
 
@@ -39,6 +52,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
 
     store: keeps finished stages, so that a killed run resumes. Raises UserError for what the user can mend.
     """
+    check_runs(recipe, prompts.groups)
     store = store or Store()
     fit, search, report = parts_checked(prompts, recipe.seed, searched=recipe.excise.kl_budget is not None)
     before = measured(store, "VERIFY before", subject, report, recipe.verify)
@@ -57,7 +71,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
             f"EXCISE {number}", partial(afforded, subject, plan, new, search, wanted), save_plan, load_plan
         )
         plan += new
-        passes.append(_found(directions, new))
+        passes.append(_found(subject, directions, new))
     with applied(subject, plan):
         after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
     return plan, Run(
@@ -67,7 +81,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         before=dict(before.scores),
         after=dict(after.scores),
         coverage=edited(subject, plan),
-        passes=tuple(passes),
+        passes=_told(passes, store, recipe.passes),
         seconds=dict(store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},
@@ -139,14 +153,41 @@ def afforded(subject: Subject, done: Plan, new: Plan, search: PromptSet, options
     return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
 
 
-def _found(directions: Directions, plan: Plan) -> dict[str, Any]:
+def _found(subject: Subject, directions: Directions, plan: Plan) -> dict[str, Any]:
+    """What one pass found, and what it changed of the model."""
+    best = int(directions.score.argmax())
     return {
         "steps": list(directions.trace),
         "score": float(directions.score.max()),
-        "best_stream": int(directions.score.argmax()),
+        "best_stream": best,
+        "best_layer": best - 1,  # the block that writes this stream; −1 is the embeddings
         "edits": len(plan.edits),
         "layers": sorted({e.site.layer for e in plan.edits}),
+        "edited_share": edited(subject, plan)["edited_share"],
     }
+
+
+def _told(passes: list[dict[str, Any]], store: Store, asked: int) -> tuple[dict[str, Any], ...]:
+    """Each pass with what it cost, what search prompts showed after it, and whether that, or what, ended the passes."""
+    done = []
+    for number, found in enumerate(passes, 1):
+        stages = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {
+            "CHECK": f"CHECK {number + 1}"
+        }
+        spent = {name: store.seconds[key] for name, key in stages.items() if key in store.seconds}
+        checked = store.values.get(stages["CHECK"])
+        refused = checked.scores["refusal.target"] if checked else None
+        done.append({**found, "seconds": spent, "refused": refused.model_dump() if refused else None})
+        if number == len(passes):
+            done[-1]["ended"] = _why(number == asked, refused)
+    return tuple(done)
+
+
+def _why(last: bool, refused: Score | None) -> str:
+    """Why no pass follows."""
+    if last:
+        return "all passes done"
+    return "refusals are down" if refused and refused.value <= ENOUGH else "nothing left to remove"
 
 
 def _described(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from obliteratus.distill import check_needs
 from obliteratus.errors import UserError
 from obliteratus.registry import explain, unknown
 from obliteratus.tune import extractors
@@ -49,7 +52,42 @@ def parsed(data: dict[str, Any], where: str) -> Recipe:
     for registry, steps in ((extractors, made.distill), (weighers, made.weigh), (scorers, made.verify)):
         for step in steps:
             registry.check(step.use, step.options)
+    if made.search is not None:
+        _check_space(made, where)
     return made
+
+
+def _check_space(made: Recipe, where: str) -> None:
+    """Each end of each range must give a recipe that is valid: a search must not find this out by itself."""
+    assert made.search is not None
+    for path, values in made.search.space.items():
+        for value in values.ends:
+            whole = made.model_copy(update={"search": None}).model_dump(mode="json")
+            try:
+                _replace(whole, path.split("."), value, path)
+                parsed(whole, where)
+            except UserError as error:
+                raise UserError(f"recipe '{where}': search.space '{path}': {error}") from error
+
+
+# What still lacks the program that would do it: nothing of it is skipped in silence, the method is refused.
+PENDING = {"search": "search", "analyze": "analysis"}
+MEANWHILE = "surgical"  # of the methods that run, the one with the least damage on the organism (README)
+
+
+def pending(made: Recipe) -> str:
+    """What a recipe needs that is still being built, in words; empty for one that runs."""
+    return " and ".join(words for field, words in PENDING.items() if getattr(made, field))
+
+
+def check_runs(made: Recipe, groups: Collection[str]) -> None:
+    """Refuse, before weights are loaded, a recipe that cannot run, or not with these groups of prompts.
+
+    Raises UserError.
+    """
+    if missing := pending(made):
+        raise UserError(f"method '{made.name}' needs {missing}, still being built; meanwhile use --method {MEANWHILE}")
+    check_needs(made.distill, groups, made.probe.keep == "rows")
 
 
 def _data(source: str) -> tuple[dict[str, Any], str]:
@@ -107,14 +145,30 @@ def dump(made: Recipe) -> str:
     """The recipe as TOML, defaults left out; reading it back gives the same recipe."""
     data = made.model_dump(exclude_defaults=True)
     plain = {k: v for k, v in data.items() if not _is_table(v)}
-    lines = [f"{k} = {_value(v)}" for k, v in plain.items()]
+    lines = _entries(plain)
     for key, value in data.items():
         if key in plain:
             continue
-        for table in value if isinstance(value, list | tuple) else [value]:
-            head = f"[[{key}]]" if isinstance(value, list | tuple) else f"[{key}]"
-            lines += ["", head, *(f"{k} = {_value(v)}" for k, v in table.items())]
+        if isinstance(value, dict):
+            lines += _table(key, value)
+        else:
+            lines += [line for entry in value for line in ("", f"[[{key}]]", *_entries(entry))]
     return "\n".join(lines) + "\n"
+
+
+def _table(head: str, table: dict[str, Any]) -> list[str]:
+    """A table, and the tables of tables in it below."""
+    inner = {k: v for k, v in table.items() if isinstance(v, dict) and all(isinstance(x, dict) for x in v.values())}
+    lines = ["", f"[{head}]", *_entries({k: v for k, v in table.items() if k not in inner})]
+    return lines + [line for key, value in inner.items() for line in _table(f"{head}.{_key(key)}", value)]
+
+
+def _entries(table: dict[str, Any]) -> list[str]:
+    return [f"{_key(k)} = {_value(v)}" for k, v in table.items()]
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
 
 
 def _is_table(value: Any) -> bool:
@@ -122,7 +176,9 @@ def _is_table(value: Any) -> bool:
 
 
 def _value(value: Any) -> str:
-    """TOML and JSON write numbers, booleans, strings and lists of them in the same way."""
-    if isinstance(value, dict):  # a step that is another's option
-        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
+    """TOML and JSON write numbers, booleans and strings in the same way."""
+    if isinstance(value, dict):  # a step that is another's option, a range
+        return "{ " + ", ".join(_entries(value)) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -11,8 +11,11 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from obliteratus.errors import UserError
+from obliteratus.work import FREE, Cost
 
 F = TypeVar("F", bound=Callable[..., Any])
+Costing = Callable[[Mapping[str, Any]], Cost]
+"""A step's options, filled with their defaults → what one call of it asks of the model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Entry(Generic[F]):
     needs: tuple[str, ...] = ()
     """What it cannot run without: ``rows`` (every prompt's activations), ``model``, or a group of prompts by name."""
     fits: Fits = lambda options, given: None
+    cost: Costing = lambda options: FREE
 
     @property
     def about(self) -> str:
@@ -56,18 +60,25 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
 
     def register(
-        self, name: str, *, cite: str = "", needs: tuple[str, ...] = (), fits: Fits = lambda options, given: None
+        self,
+        name: str,
+        *,
+        cite: str = "",
+        needs: tuple[str, ...] = (),
+        fits: Fits = lambda options, given: None,
+        cost: Costing = lambda options: FREE,
     ) -> Callable[[F], F]:
         """Decorator. The keyword-only parameters of the function become the step's options.
 
         needs: what the step cannot run without, so that a recipe can be refused before weights are loaded.
         fits: a check, for the same purpose, of its options against numbers of prompts and the model's width.
+        cost: what it asks of the model, from its options; a step over tensors asks nothing.
         """
 
         def add(function: F) -> F:
             if name in self._entries:
                 raise ValueError(f"{self.kind} step '{name}' is registered twice")
-            self._entries[name] = Entry(name, function, cite, _options(function), needs, fits)
+            self._entries[name] = Entry(name, function, cite, _options(function), needs, fits, cost)
             return function
 
         return add

@@ -345,8 +345,45 @@ class Excise(Frozen):
         return self
 
 
+class Range(Frozen):
+    """What one value may be: from ``low`` to ``high``, whole numbers where both are; or one of ``choices``."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    """Even over the logarithm; needs ``low`` > 0."""
+    choices: tuple[Any, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Range:
+        if self.choices and (self.low, self.high, self.log) != (None, None, False):
+            raise ValueError("give low and high, or choices, not both")
+        if not self.choices and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError(f"give choices, or low below high (got low {self.low}, high {self.high})")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError(f"log needs low above 0 (got {self.low})")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All choices, or the two ends."""
+        return self.choices or (self.low, self.high)
+
+
+class Search(Frozen):
+    """Which values of a recipe a search may change, how often it tries, and what it makes small."""
+
+    trials: int = Field(ge=1)
+    sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
+    minimise: tuple[str, ...] = Field(("refusal.target", "kl.first_token.mean"), min_length=1)
+    """Score names. More than one: a Pareto front."""
+    space: dict[str, Range] = Field(min_length=1)
+    """By path into the recipe, as in ``--set``: ``weigh.0.peak``. A path that another's choice has removed (the
+    choice of ``distill`` may drop a step) is left out of that trial."""
+
+
 class Recipe(Frozen):
-    """A method. Plain data: a search result is again a recipe."""
+    """A method. Plain data: a search result is again a recipe, without ``search``."""
 
     name: str = ""
     about: str
@@ -358,6 +395,9 @@ class Recipe(Frozen):
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
     verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
+    analyze: tuple[Step, ...] = ()
+    """Measurements of the model that change this recipe before it runs."""
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _reflects_once(self) -> Recipe:

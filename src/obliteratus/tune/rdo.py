@@ -21,6 +21,7 @@ from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
 from obliteratus.types import Activations, Directions
+from obliteratus.work import Answers, Cost, Training, n_of, number
 
 ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
 FALLING = 1e-4  # a smoothed loss that fell by less than this counts as standing still
@@ -39,7 +40,7 @@ class Material:
     """Control prompts with its own answers."""
 
 
-@extractors.register("rdo", cite="arXiv:2502.17420", needs=("model",))
+@extractors.register("rdo", cite="arXiv:2502.17420", needs=("model",), cost=lambda options: _cost(**options))
 def rdo(
     acts: Activations,
     so_far: Directions | None,
@@ -70,6 +71,12 @@ def rdo(
     note("rdo", f"{used} of {steps} steps, loss {loss:.3f}, cosine to the start {float(best @ start):.3f}")
     basis = best.expand(len(found.score), 1, -1).contiguous()
     return Directions(basis, scored(acts, basis), torch.full_like(found.raw, loss), "nats")
+
+
+def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
+    """Answers for the three losses; at each step three batches with gradients, and one without."""
+    written = (Answers(tokens, n_of("fit", "target")), Answers(tokens, n_of("fit", "control"), 2))
+    return Cost(number(steps * batch), written, training=(Training(steps, 3 * batch, tokens),))
 
 
 def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:

@@ -15,6 +15,7 @@ from obliteratus.summon.render import context_length, render
 from obliteratus.types import Score
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.work import Cost, amount, n_of
 
 TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
 
@@ -25,7 +26,10 @@ def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()
 
 
-@scorers.register("first_token_kl", cite="arXiv:2406.11717")
+SEEN = Cost(n_of("report", "control"), free_after="refusal")
+
+
+@scorers.register("first_token_kl", cite="arXiv:2406.11717", cost=lambda options: SEEN)
 def first_token_kl(context: Context) -> Measured:
     """KL(base ‖ edited) of the answer's first token on control prompts: mean, p95 and p99, in nats.
 
@@ -52,7 +56,7 @@ def _tails(name: str, values: Tensor) -> dict[str, Score]:
     return {f"{name}.{tail}": bootstrap(values, statistic, "nats") for tail, statistic in TAILS.items()}
 
 
-@scorers.register("perplexity")
+@scorers.register("perplexity", cost=lambda options: Cost(texts=amount("N_texts")))
 def perplexity(context: Context, *, texts: str = "") -> Measured:
     """exp of the mean loss a text (nats a token) over plain prose, and its ratio to the base model's.
 

@@ -19,6 +19,7 @@ from obliteratus.summon.render import render
 from obliteratus.types import Prompt, Score, Subject
 from obliteratus.verify.intervals import rate
 from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.work import Answers, Cost, n_of
 
 Verdict = Literal["refused", "complied", "degenerate"]
 GROUPS = ("target", "control", "keep")
@@ -64,7 +65,9 @@ def verdict(text: str) -> Verdict:
     return "degenerate" if not words or looping or LOOP.search(plain) else "complied"
 
 
-@scorers.register("refusal", cite="arXiv:2307.15043")
+@scorers.register(
+    "refusal", cite="arXiv:2307.15043", cost=lambda o: Cost(answers=(Answers(o["tokens"], n_of("report")),))
+)
 def refusal(context: Context, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 48) -> Measured:
     """Share of answers that refuse, for target, control and keep prompts, and the share that is degenerate.
 

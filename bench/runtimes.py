@@ -1,0 +1,144 @@
+"""Seconds that a method takes on a model of a given size, from rates measured on one machine and one small model.
+
+At the measured size every rate is the measured one; at others it is extrapolated from FLOPs (matrix products at the
+GEMM rate of that width, at the share of it that the small model reaches) and bytes (weights read once a step).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from obliteratus.costs import OWN, REFERENCE, SHARED, TEXT
+from obliteratus.summon.generate import MAX_ROWS
+from obliteratus.types import Frozen
+from obliteratus.work import Cost, Values
+
+RATES = Path(__file__).parents[1] / "docs" / "rates.json"
+BYTES = 4  # of one weight: fp32, in which the rates are measured
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that its time and memory follow from. ``inner`` is the MLP's width, ``keys`` that of
+    the keys and of the values."""
+
+    name: str
+    like: str
+    layers: int
+    width: int
+    inner: int
+    keys: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def backbone(self) -> float:
+        """Weights of all blocks: queries and attention's output, keys and values, three matrices of the MLP."""
+        block = 2 * self.width**2 + 2 * self.width * self.keys + 3 * self.width * self.inner
+        return float(self.layers * block)
+
+    @property
+    def head(self) -> float:
+        """Weights of the LM head."""
+        return float(self.vocabulary * self.width)
+
+    @property
+    def read(self) -> float:
+        """Bytes that each decoding step reads."""
+        return BYTES * (self.backbone + self.head)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights."""
+        return self.read + (0 if self.tied else BYTES * self.head)
+
+
+MEASURED = Shape("135M", "SmolLM2-135M", 30, 576, 1536, 192, 49152, True)
+SHAPES = (
+    MEASURED,
+    Shape("1B", "Llama-3.2-1B", 16, 2048, 8192, 512, 128256, True),
+    Shape("8B", "Llama-3.1-8B", 32, 4096, 14336, 1024, 128256, False),
+    Shape("70B", "Llama-3.3-70B", 80, 8192, 28672, 1024, 128256, False),
+)
+
+
+class Rates(Frozen):
+    """docs/rates.json: what was measured, where, when and how. All on `MEASURED`, but for the machine's own two."""
+
+    date: str
+    machine: str
+    beside: str
+    """What else ran on the machine."""
+    gemm: dict[int, float]
+    """FLOP/s of a matrix product of 1024 tokens, by width."""
+    bandwidth: float
+    """Bytes/s of a matrix–vector product, which reads each weight once."""
+    token: float
+    """Seconds of one token passed in PROBE's batches."""
+    head: float
+    """Seconds of the LM head on one token."""
+    step: float
+    """Seconds of a decoding step with no rows: reading the weights, and Python."""
+    row: float
+    """Seconds of one more row in a decoding step."""
+    gradient: float
+    """Seconds of one token passed forward and back."""
+    check: dict[str, dict[str, float]]
+    """By stage of `basic` on the organism: seconds forecast and measured in the same session."""
+
+
+def load(path: Path = RATES) -> Rates:
+    """The committed rates."""
+    return Rates(**json.loads(path.read_text()))
+
+
+def at(rates: Rates, shape: Shape) -> dict[str, float]:
+    """Seconds of a token, head, step, row and gradient token at this size."""
+
+    def flops(weights: float, seconds: float, measured: float) -> float:
+        return seconds * (weights / rates.gemm[shape.width]) / (measured / rates.gemm[MEASURED.width])
+
+    whole, known = shape.backbone + shape.head, MEASURED.backbone + MEASURED.head
+    rest = max(0.0, rates.step - MEASURED.read / rates.bandwidth)  # what a step does beside reading: Python, by layer
+    return {
+        "token": flops(shape.backbone, rates.token, MEASURED.backbone),
+        "head": flops(shape.head, rates.head, MEASURED.head),
+        "step": rates.step
+        if shape == MEASURED
+        else shape.read / rates.bandwidth + rest * shape.layers / MEASURED.layers,
+        "row": flops(whole, rates.row, known),
+        "gradient": flops(shape.backbone, rates.gradient, MEASURED.backbone),
+    }
+
+
+def seconds(
+    cost: Cost, speed: dict[str, float], values: Values = REFERENCE, own: float = OWN, text: float = TEXT
+) -> float:
+    """The most that it takes: no answer ends early, no step stops before its cap. own, text: tokens of a prompt that
+    no other shares, and of a paragraph."""
+    spent = own * speed["token"] * cost.forwards.of(values)
+    spent += text * (speed["token"] + speed["head"]) * cost.texts.of(values)
+    for answers in cost.answers:
+        rows = answers.prompts.of(values)
+        written = answers.tokens * (ceil(rows / MAX_ROWS) * speed["step"] + rows * speed["row"])
+        spent += answers.times * (rows * own * speed["token"] + written)
+    return spent + sum(t.steps * t.prompts * (SHARED + own + t.tokens) * speed["gradient"] for t in cost.training)
+
+
+def clock(value: float) -> str:
+    """Seconds for people, two digits: a forecast has no more."""
+    rounded = float(f"{value:.2g}")
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if value >= 2 * size:
+            return f"{float(f'{value / size:.2g}'):g} {unit}"
+    return f"{rounded:g} s"
+
+
+def plain(rates: Rates) -> dict[str, Any]:
+    """As it is written to the file, four digits of each number."""
+    data: dict[str, Any] = json.loads(rates.model_dump_json(), parse_float=lambda x: float(f"{float(x):.4g}"))
+    return data
