@@ -12,6 +12,7 @@ from obliteratus.pipeline import CHECK_TOKENS, CHECKED
 from obliteratus.recipe import dump, pending
 from obliteratus.registry import Registry
 from obliteratus.tune import extractors
+from obliteratus.tune.budget import PROMPTS, STEPS
 from obliteratus.types import Excise, Recipe, Step
 from obliteratus.verify import scorers
 from obliteratus.work import FREE, Answers, Cost, Values, n_of
@@ -36,7 +37,9 @@ OWN, SHARED, TEXT = 40, 24, 80
 CLASSES = {"low": 1.25, "moderate": 4.0}
 
 # Options of [excise] that ask the model: what one pass with each costs, whatever its value.
-EXCISE: dict[str, Cost] = {}
+EXCISE: dict[str, Cost] = {
+    "kl_budget": Cost(n_of("search", "control", PROMPTS) * (2 + STEPS)),  # unedited, whole, and each bisection
+}
 
 
 def stages(made: Recipe) -> dict[str, Cost]:
