@@ -24,7 +24,7 @@ def blocks(subject: Subject) -> list[nn.Module]:
 class Capture:
     """The stream at every block boundary up to stream index ``top``, and the outputs of some modules.
 
-    at: position of each row, [rows]. taps: module paths.
+    at: position of each row, [rows], or positions, [rows, positions]. taps: module paths.
     """
 
     def __init__(self, subject: Subject, at: Tensor, taps: Sequence[str], top: int) -> None:
@@ -48,14 +48,14 @@ class Capture:
                 handle.remove()
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """[rows, streams, width] and [rows, taps, width], fp32 on the CPU."""
-        none = torch.empty(len(self.at), 0, self.subject.width)
+        """[rows, streams, width] and [rows, taps, width], fp32 on the CPU; with positions, one axis of them more."""
+        none = torch.empty(len(self.at), 0, *self.at.shape[1:], self.subject.width)
         outputs = [self.outputs[path] for path in self.taps]
         return torch.stack(self.stream, 1), torch.stack(outputs, 1) if outputs else none
 
     def _pick(self, states: Any) -> Tensor:
         h: Tensor = states[0] if isinstance(states, tuple) else states
-        rows = torch.arange(len(self.at), device=h.device)
+        rows = torch.arange(len(self.at), device=h.device).view(-1, *[1] * (self.at.ndim - 1))
         return h[rows, self.at.to(h.device)].float().cpu()
 
     def _keep(self, states: Any) -> None:
