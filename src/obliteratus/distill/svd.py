@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored
 from obliteratus.errors import UserError
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
+from obliteratus.types import Activations, Directions, Moments
 
 
 @extractors.register("svd", cite="arXiv:2512.18901", needs=("rows",))
@@ -44,6 +45,19 @@ def svd(
     basis = basis * (delta.norm(dim=1) > 0)[:, None, None]  # no mean difference: nothing was found here
     raw = sigma[:, : k - 1 if centred else k].square().sum(1) / rows.shape[0] + mean.square().sum(1)
     return Directions(basis.contiguous(), scored(acts, basis), raw, "Σσ²/n")
+
+
+@extractors.register("pairs", cite="arXiv:2512.18901", needs=("rows",))
+def pairs(acts: Activations, so_far: Directions | None) -> Activations:
+    """As many target as control prompts, for ``svd`` with ``paired``: of the larger group, the first ones.
+
+    Prompt i of the one group then stands beside prompt i of the other, as they come: nothing else makes them a pair.
+    Needs rows.
+    """
+    rows = {group: rows_of(acts, group, "pairs") for group in ("target", "control")}
+    n = min(len(x) for x in rows.values())
+    cut = {group: Moments(n, x[:n].double().mean(0).float(), x[:n]) for group, x in rows.items()}
+    return replace(acts, groups={**acts.groups, **cut})
 
 
 def _differences(acts: Activations, paired: bool) -> Float[Tensor, "prompts streams width"]:

@@ -28,12 +28,14 @@ def log_odds(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> F
     return odds
 
 
-def typical(target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], step: str) -> list[int]:
-    """Tokens with at least 5 % on target prompts and at least four times what they have on control prompts.
+def typical(
+    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], step: str, least: float = SHARE
+) -> list[int]:
+    """Tokens with at least ``least`` on target prompts and at least four times what they have on control prompts.
 
     target, control: mean probability, or share of answers, of each token. Raises UserError where there is none.
     """
-    found = ((target >= SHARE) & (target >= TIMES * control)).nonzero()[:, 0].tolist()
+    found = ((target >= least) & (target >= TIMES * control)).nonzero()[:, 0].tolist()
     if not found:
         raise UserError(
             f"distill step '{step}': no token is typical of this model's answers to target prompts; name those that "
