@@ -158,7 +158,7 @@ def grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int
     delta = means["target"] - means["control"]
     size = means["target"].norm(dim=-1) + means["control"].norm(dim=-1)
     real = delta.norm(dim=-1) > NOTHING * size
-    top = int(DEPTH * subject.n_layers)
+    top = max(2, int(DEPTH * subject.n_layers))  # a model of two blocks has stream 1 at least
     places = [(p, s) for p in range(n) for s in range(1, subject.n_layers) if bool(real[p, s])]
     found = tuple(Candidate(p - n, s, delta[p, s].to(subject.device)) for p, s in places if s < top)
     if not found:
