@@ -23,10 +23,10 @@ from obliteratus.tune.least_refusing import refusing, sources
 from obliteratus.types import Directions, PromptSet, Step, Subject
 
 
-def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
+def chosen(subject: Subject, asked: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
     notes, step = Notes(), Step(use="least_refusing", **{"length": 1, **options})
     with reporting(notes):
-        return distill(probe(subject, prompts), [step], Lab(subject, prompts)), notes.texts
+        return distill(probe(subject, asked), [step], Lab(subject, asked)), notes.texts
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
