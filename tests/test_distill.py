@@ -23,6 +23,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "union": [MEAN, {"use": "union"}],
     "blend": [MEAN, {"use": "blend"}],
     "interpolate": [MEAN, {"use": "interpolate", "at": 0.75}],
+    "pairs": [{"use": "pairs"}, {"use": "svd", "k": 2, "paired": True}],
     "keep_out": [MEAN, {"use": "keep_out", "k": 2}],
     "sae": [{"use": "sae", "features": 1, "streams": "all"}],  # one was planted: a second would be a row of zeros
 }
@@ -134,6 +135,26 @@ def test_single_takes_the_named_layer(depth: float, at: int) -> None:
     acts, truth = planted()
     found = distill(acts, steps("single", depth=depth))
     assert (cosine(found, truth[at].expand_as(truth)) > 0.95).all()
+
+
+@pytest.mark.parametrize(("depth", "at"), [(0.0, 1), (0.5, 3), (0.74, 3), (0.75, 4), (1.0, 4)])
+def test_single_takes_the_stream_that_leaves_the_named_block(depth: float, at: int) -> None:
+    """Four blocks: ⌊4 · depth⌋ and one more."""
+    found, every = (distill(planted()[0], s) for s in (steps("single", depth=depth, leaving=True), steps("mean_diff")))
+    assert torch.equal(found.basis, every.basis[at].expand_as(every.basis))
+
+
+def test_pairs_cuts_the_larger_group() -> None:
+    """Both ways round; what is left is the first rows and their mean, and paired svd then runs."""
+    acts, _ = planted()
+    for name in ("target", "control"):
+        fewer = replace(acts, groups={**acts.groups, name: group(acts[name].rows[:150])})
+        with pytest.raises(UserError, match="150"):
+            distill(fewer, [Step(use="svd", k=2, paired=True)])
+        cut = replace(acts, groups={**acts.groups, **{g: group(acts[g].rows[:150]) for g in ("target", "control")}})
+        found, wanted = (distill(a, s) for a, s in ((fewer, steps("pairs")), (cut, steps("svd", k=2, paired=True))))
+        torch.testing.assert_close(found.basis, wanted.basis)
+        torch.testing.assert_close(found.score, wanted.score)
 
 
 def test_single_takes_the_best_layer() -> None:

@@ -310,3 +310,24 @@ def test_nothing_left_is_an_error() -> None:
 def test_bad_options(step: Step, message: str) -> None:
     with pytest.raises(UserError, match=message):
         weigh(scored(ELBOW), sites_for(8), means(8), [step])
+
+
+# ------------------------------------------------------------------------------------------- gabliteration
+def test_adaptive_scale_is_the_papers() -> None:
+    """Layers 2 to 6 of 8, ξ = −1, −½, 0, ½, 1; the damped projector written out, R orthonormal."""
+    found = factors([1.0] * 8, "adaptive_scale")
+    r = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0].T
+    damped = r.T @ torch.linalg.inv(r @ r.T + 0.1 * torch.eye(2)) @ r
+    share = float(damped.trace()) / 2  # what is left of a unit vector of its span
+    wanted = [0, 0, *(0.3 * (1 + 0.5 * (1 - abs(x))) * share for x in (-1, -0.5, 0, 0.5, 1)), 0]
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "options"), [(2, {}), (3, {}), (4, {"skip_first": 0, "skip_last": 0, "beta": 0})])
+def test_adaptive_scale_of_few_layers(layers: int, options: dict[str, Any]) -> None:
+    """Nothing left is an error that says so; a flat scale is base / (1 + ridge)."""
+    if layers - 3 <= 0 and not options:
+        with pytest.raises(UserError, match="leave no layer"):
+            weigh(scored([1.0] * layers), sites_for(layers)[1:-1], means(layers), [Step(use="adaptive_scale")])
+        return
+    assert factors([1.0] * layers, "adaptive_scale", **options) == pytest.approx([0.3 / 1.1] * layers)

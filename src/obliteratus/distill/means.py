@@ -26,15 +26,22 @@ def mean_diff(acts: Activations, so_far: Directions | None) -> Directions:
 
 @extractors.register("single", cite="arXiv:2406.11717")
 def single(
-    acts: Activations, so_far: Directions | None, *, depth: Annotated[float, Field(ge=0, le=1)] | None = None
+    acts: Activations,
+    so_far: Directions | None,
+    *,
+    depth: Annotated[float, Field(ge=0, le=1)] | None = None,
+    leaving: bool = False,
 ) -> Directions:
     """One layer's directions for all layers, as Arditi et al. edit.
 
     depth: stream index as a share of L, 0–1; None takes the stream with the highest score.
+    leaving: depth names a block instead, ⌊depth·L⌋ (the last at 1), and the stream that leaves it is taken.
     """
     so_far = before(so_far, "single")
     last = len(so_far.score) - 1
     at = int(so_far.score.argmax()) if depth is None else round(depth * last)
+    if leaving and depth is not None:
+        at = min(int(depth * last) + 1, last)
     basis = so_far.basis[at].expand_as(so_far.basis).contiguous()
     return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from obliteratus.distill.steps import aligned, difference, enough, extractors, o
 from obliteratus.errors import UserError
 from obliteratus.registry import Given
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
+from obliteratus.types import Activations, Directions, Moments
 
 
 def _fits(options: Mapping[str, Any], given: Given) -> None:
@@ -51,6 +52,19 @@ def svd(
     basis = basis * (delta.norm(dim=1) > 0)[:, None, None]  # no mean difference: nothing was found here
     raw = sigma[:, : k - 1 if centred else k].square().sum(1) / rows.shape[0] + mean.square().sum(1)
     return Directions(basis.contiguous(), scored(acts, basis), raw, "Σσ²/n")
+
+
+@extractors.register("pairs", cite="arXiv:2512.18901", needs=("rows",))
+def pairs(acts: Activations, so_far: Directions | None) -> Activations:
+    """As many target as control prompts, for ``svd`` with ``paired``: of the larger group, the first ones.
+
+    Prompt i of the one group then stands beside prompt i of the other, as they come: nothing else makes them a pair.
+    Needs rows.
+    """
+    rows = {group: rows_of(acts, group, "pairs") for group in ("target", "control")}
+    n = min(len(x) for x in rows.values())
+    cut = {group: Moments(n, x[:n].double().mean(0).float(), x[:n]) for group, x in rows.items()}
+    return replace(acts, groups={**acts.groups, **cut})
 
 
 def _differences(acts: Activations, paired: bool) -> Float[Tensor, "prompts streams width"]:

@@ -33,7 +33,7 @@ class Taps:
 class Capture:
     """The stream at every block boundary up to stream index ``top``, and the outputs and inputs of some modules.
 
-    at: position of each row, [rows].
+    at: position of each row, [rows], or positions, [rows, positions].
     """
 
     def __init__(self, subject: Subject, at: Tensor, taps: Taps, top: int) -> None:
@@ -59,14 +59,14 @@ class Capture:
                 handle.remove()
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """[rows, streams, width] and [rows, taps, width], fp32 on the CPU."""
-        none = torch.empty(len(self.at), 0, self.subject.width)
+        """[rows, streams, width] and [rows, taps, width], fp32 on the CPU; with positions, one axis of them more."""
+        none = torch.empty(len(self.at), 0, *self.at.shape[1:], self.subject.width)
         outputs = [self.outputs[path] for path in self.taps.outputs]
         return torch.stack(self.stream, 1), torch.stack(outputs, 1) if outputs else none
 
     def _pick(self, states: Any) -> Tensor:
         h: Tensor = states[0] if isinstance(states, tuple) else states
-        rows = torch.arange(len(self.at), device=h.device)
+        rows = torch.arange(len(self.at), device=h.device).view(-1, *[1] * (self.at.ndim - 1))
         return h[rows, self.at.to(h.device)].float().cpu()
 
     def _keep(self, states: Any) -> None:

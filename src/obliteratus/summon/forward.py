@@ -37,9 +37,9 @@ class Reading:
 
     rows: list[int]
     """Which prompts these are."""
-    stream: Float[Tensor, "rows streams width"]
-    """fp32, at the wanted position."""
-    outputs: Float[Tensor, "rows taps width"]
+    stream: Float[Tensor, "rows streams *positions width"]
+    """fp32, at the wanted position; the axis is there only where several were asked for."""
+    outputs: Float[Tensor, "rows taps *positions width"]
     """fp32 outputs of the tapped modules at the same position, in the order asked for."""
     inputs: dict[str, Tensor]
     """Module path → fp32 input at the same position [rows, in]."""
@@ -159,7 +159,7 @@ def read(
     subject: Subject,
     ids: Ids,
     *,
-    position: int = -1,
+    position: int | Sequence[int] = -1,
     taps: Taps = NO_TAPS,
     last: int | None = None,
     budget: int = 0,
@@ -168,12 +168,13 @@ def read(
 ) -> Iterator[Reading]:
     """The stream at one position of every prompt, batch by batch.
 
-    position: counted from the end of each row (−1 is its last token; shorter rows give their first).
+    position: counted from the end of each row (−1 is its last token; shorter rows give their first). Several are
+    read in the same pass.
     taps: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
     above do not run. budget: tokens a batch, 0 lets memory decide.
     """
     with torch.inference_mode(), progress(title, len(ids)) as advance:
-        prompts = prepared(subject, ids, reuse, leave=-position)
+        prompts = prepared(subject, ids, reuse, leave=-(position if isinstance(position, int) else min(position)))
         run = _reader(subject, prompts, position, taps, last)
         size = budget or token_budget(subject, state_bytes(subject))
         for rows in batched([len(r) for r in prompts.rows], size):
@@ -183,13 +184,15 @@ def read(
 
 
 def _reader(
-    subject: Subject, prompts: Prompts, position: int, taps: Taps, last: int | None = None
+    subject: Subject, prompts: Prompts, position: int | Sequence[int], taps: Taps, last: int | None = None
 ) -> Callable[[list[int]], Reading]:
     top = subject.n_layers if last is None else last
+    wanted = torch.tensor(position, device=subject.device)
 
     def run(rows: list[int]) -> Reading:
         ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-        capture = Capture(subject, (lengths + position).clamp(min=0), taps, top)
+        at = (lengths.view(-1, *[1] * wanted.ndim) + wanted).clamp(min=0)
+        capture = Capture(subject, at, taps, top)
         with capture.watching():
             backbone(subject, ids, prompts)
         return Reading(rows, *capture.stacked(), capture.inputs)

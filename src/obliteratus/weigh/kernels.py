@@ -72,6 +72,32 @@ def bell(
     return _only(part, sites, max_weight * (floor + (1 - floor) * height))
 
 
+@weighers.register("adaptive_scale", cite="arXiv:2512.18901")
+def adaptive_scale(
+    directions: Directions,
+    sites: Sequence[Site],
+    acts: Activations,
+    *,
+    base: Weight = 0.3,
+    beta: Annotated[float, Field(ge=0, le=4)] = 0.5,
+    ridge: Annotated[float, Field(ge=0)] = 0.1,
+    skip_first: Annotated[int, Field(ge=0)] = 2,
+    skip_last: Annotated[int, Field(ge=0)] = 1,
+) -> Tensor:
+    """Gabliteration's scale with its ridge: base · (1 + beta · (1 − |ξ|)) / (1 + ridge), 0 in the layers left out.
+
+    ξ runs evenly from −1 to 1 over the layers that are edited. The published edit is W − α_l P W with the damped
+    projector P = Rᵀ(RRᵀ + λI)⁻¹R; R has orthonormal rows, so that P = RᵀR / (1 + λ) and the ridge is a factor.
+    skip_first, skip_last: layers left out at both ends. Defaults are the paper's.
+    """
+    layers = len(layer_scores(directions))
+    edited = max(0, layers - skip_first - skip_last)
+    xi = torch.linspace(-1, 1, edited, dtype=torch.float64)
+    values = torch.zeros(layers, dtype=torch.float64)
+    values[skip_first : skip_first + edited] = base * (1 + beta * (1 - xi.abs())) / (1 + ridge)
+    return per_layer(sites, values)
+
+
 @weighers.register("component")
 def component(
     directions: Directions,
