@@ -164,6 +164,14 @@ def test_methods_that_wait_are_refused_before_any_weight_is_looked_for(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_that_cannot_be_opened_leaves_no_folder(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model / "config.json").read_bytes())
+    one_line(run(bare, files, "--out", tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_output_folder_in_use(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")

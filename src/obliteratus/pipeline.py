@@ -24,7 +24,6 @@ from obliteratus.types import (
     SPLITS,
     Activations,
     Directions,
-    Excise,
     Plan,
     PromptSet,
     Recipe,
@@ -64,12 +63,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         acts, directions = searched(store, number, subject, plan, fit, recipe)
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
-        weights = weigh(directions, subject.sites, acts, recipe.weigh)
-        wanted = recipe.excise if number == 1 else recipe.excise.model_copy(update=FIRST_ONLY)
-        new = excise(subject, directions, weights, acts, wanted)
-        new = store.stage(
-            f"EXCISE {number}", partial(afforded, subject, plan, new, search, wanted), save_plan, load_plan
-        )
+        new = planned(store, number, subject, plan, (acts, directions), search, recipe)
         plan += new
         passes.append(_found(subject, directions, new))
     with applied(subject, plan):
@@ -146,11 +140,27 @@ def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: R
     )
 
 
-def afforded(subject: Subject, done: Plan, new: Plan, search: PromptSet, options: Excise) -> Plan:
-    """The new edits, weakened if there is a budget that they would exceed."""
-    if options.kl_budget is None:
-        return new
-    return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
+def planned(
+    store: Store,
+    number: int,
+    subject: Subject,
+    done: Plan,
+    found: tuple[Activations, Directions],
+    search: PromptSet,
+    recipe: Recipe,
+) -> Plan:
+    """EXCISE as a stage: the edits of one pass, weakened if there is a budget that they would exceed."""
+    acts, directions = found
+    options = recipe.excise if number == 1 else recipe.excise.model_copy(update=FIRST_ONLY)
+
+    def make() -> Plan:
+        weights = weigh(directions, subject.sites, acts, recipe.weigh)
+        new = excise(subject, directions, weights, acts, options)
+        if options.kl_budget is None:
+            return new
+        return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
+
+    return store.stage(f"EXCISE {number}", make, save_plan, load_plan)
 
 
 def _found(subject: Subject, directions: Directions, plan: Plan) -> dict[str, Any]:

@@ -87,7 +87,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Path]:
-    """``OUT.partial``, locked, for one run. Raises UserError where OUT is in use or the run is another one."""
+    """``OUT.partial``, locked, for one run. Raises UserError where OUT is in use or the run is another one.
+
+    A user's error leaves the folder only where a stage is done in it, since only then is there something to resume.
+    """
     check_free(out)
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not resume:
@@ -95,7 +98,12 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         _check_identity(partial / "identity.json", identity)
-        yield partial
+        try:
+            yield partial
+        except UserError:
+            if not any(partial.glob("*.done")):
+                shutil.rmtree(partial)
+            raise
 
 
 def check_free(out: Path) -> None:
