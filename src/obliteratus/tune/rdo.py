@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated
@@ -19,12 +19,16 @@ from obliteratus.progress import note, progress
 from obliteratus.shapes import Float
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
-from obliteratus.types import Activations, Directions
+from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens, head_logits
+from obliteratus.types import Activations, Directions, Subject
 
 ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
-FALLING = 1e-4  # a smoothed loss that fell by less than this counts as standing still
-MEMORY = 0.9  # of the smoothed loss: batches differ by far more than a step's progress
+BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
+FALLING = 1e-4  # a loss on the held answers that fell by less than this stands still
+EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
+HELD = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
+REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
+ROWS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-135M
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class Material:
     """Control prompts with what it says when the direction is added."""
     kept: Sequence[Pair]
     """Control prompts with its own answers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit."""
+
+    steps: int
+    lr: float
+    batch: int
+    patience: int
 
 
 @extractors.register("rdo", cite="arXiv:2502.17420", needs=("model",))
@@ -55,9 +69,10 @@ def rdo(
 
     Refusals go when it is ablated, come when it is added, and control prompts keep their answers' distribution when
     it is ablated: cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
-    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps; it stops earlier
-    once the smoothed loss has stood still for ``patience`` steps. batch: prompts of each loss. tokens: of each
-    answer. raw: the smoothed loss reached, in nats (lower is better, unlike elsewhere).
+    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps. Every five, the loss is
+    taken on 16 prompts of each kind that no step sees: where it fell by less than 1e-4 the rate is divided by ten, and
+    after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
+    loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
     """
     found = before(so_far, "rdo")
     stream = max(1, int(found.score.argmax()))
@@ -66,10 +81,14 @@ def rdo(
         raise UserError("distill step 'rdo': the step before found no direction to start from")
     size = float(difference(acts)[stream].norm())
     material = _material(lab, start, stream, size, tokens)
-    best, loss, used = _fitted(lab, material, start, (stream, size), (steps, lr, batch, patience))
-    note("rdo", f"{used} of {steps} steps, loss {loss:.3f}, cosine to the start {float(best @ start):.3f}")
-    basis = best.expand(len(found.score), 1, -1).contiguous()
-    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, loss), "nats")
+    fitted = _fitted(Losses(lab.subject, stream, size), material, start, Settings(steps, lr, batch, patience))
+    note(
+        "rdo",
+        f"{fitted.used} of {steps} steps, held-out loss {fitted.first:.3f} → {fitted.loss:.3f}, "
+        f"cosine to the start {float(fitted.best @ start):.3f}",
+    )
+    basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
+    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
 
 
 def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:
@@ -88,54 +107,130 @@ def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) ->
     )
 
 
-def _fitted(
-    lab: Lab,
-    material: Material,
-    start: Float[Tensor, " width"],
-    place: tuple[int, float],
-    settings: tuple[int, float, int, int],
-) -> tuple[Float[Tensor, " width"], float, int]:
-    """The unit direction with the least smoothed loss, that loss, and the steps used."""
-    steps, lr, batch, patience = settings
-    d = start.to(lab.subject.device).clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([d], lr=lr)
-    smooth: float | None = None
-    best, best_d, still = float("inf"), start, 0
-    with progress("DISTILL rdo", steps) as advance:
-        for step in range(steps):
-            loss = rdo_loss(lab, d / d.norm(), place, _batch(material, batch, step))
-            now = float(loss.detach())
-            smooth = now if smooth is None else MEMORY * smooth + (1 - MEMORY) * now
-            still = 0 if smooth < best - FALLING else still + 1
-            if smooth < best:
-                best, best_d = smooth, (d / d.norm()).detach().cpu()
-            if still >= patience:
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+# ---------------------------------------------------------------------------------------------- losses
+class Losses:
+    """The three losses of a direction, part by part, so that the graph of one part is all that is ever held.
+
+    stream, size: where and how long a vector is added. Own answers' states are kept: they never change.
+    """
+
+    def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN) -> None:
+        self.subject, self.stream, self.size, self.retain = subject, stream, size, retain
+        self.own: dict[str, Tensor] = {}
+
+    def total(self, unit: Float[Tensor, " width"], material: Material) -> Float[Tensor, ""]:
+        """Ablation + 0.2 × addition + retain × KL, in nats a token."""
+        return torch.stack(list(self.parts(unit, material))).sum()
+
+    def parts(self, unit: Float[Tensor, " width"], material: Material) -> Iterator[Float[Tensor, ""]]:
+        """What adds up to `total`, `ROWS` prompts at a time."""
+        for pairs, weight in _shares(material.answers, ABLATION):
+            with ablating(self.subject, unit):
+                yield weight * self._surprise(pairs)
+        for pairs, weight in _shares(material.refusals, ADDITION):
+            with adding(self.subject, self.stream, self.size * unit):
+                yield weight * self._surprise(pairs)
+        for pairs, weight in _shares(material.kept, self.retain):
+            base = self._base(pairs)
+            with ablating(self.subject, unit):
+                found = answer_logits(self.subject, pairs).log_softmax(-1)
+                yield weight * F.kl_div(found, base, reduction="sum", log_target=True)
+
+    def _surprise(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+        logits = answer_logits(self.subject, pairs)
+        return F.cross_entropy(logits, answer_tokens(pairs, self.subject.device), reduction="sum")
+
+    @torch.no_grad()
+    def _base(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
+        """Log-probabilities of the untouched model. Each pair passes once: what enters the head is kept."""
+        new = [pair for pair in pairs if str(pair) not in self.own]
+        if new:
+            seen: list[Tensor] = []
+            answer_logits(self.subject, new, seen.append)
+            parts = seen[-1].split([len(answer) for _, answer in new])
+            self.own |= {str(pair): part for pair, part in zip(new, parts, strict=True)}
+        return head_logits(self.subject, torch.cat([self.own[str(pair)] for pair in pairs])).log_softmax(-1)
+
+
+def _shares(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:
+    """`ROWS` pairs at a time, and the weight of each of their tokens' losses."""
+    tokens = sum(len(answer) for _, answer in pairs)
+    for first in range(0, len(pairs), ROWS):
+        yield pairs[first : first + ROWS], weight / tokens
+
+
+# ------------------------------------------------------------------------------------------------- fit
+@dataclass
+class Fitted:
+    """The unit direction with the least loss on what no step sees; that loss, the start's, and the steps used."""
+
+    best: Float[Tensor, " width"]
+    first: float
+    loss: float
+    used: int = 0
+    still: int = 0
+    """Steps since it fell by `FALLING`."""
+
+    def judge(self, d: Tensor, loss: float) -> bool:
+        """Whether this is a gain; the best is kept."""
+        gained = loss < self.loss - FALLING
+        self.still = 0 if gained else self.still + EVERY
+        if loss < self.loss:
+            self.best, self.loss = d.detach().clone(), loss
+        return gained
+
+
+def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Fitted:
+    held, seen = _parted(material)
+    d = start.to(losses.subject.device).clone().requires_grad_(True)
+    optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
+    first = _value(losses, d, held)
+    found = Fitted(d.detach().clone(), first, first)
+    with progress("DISTILL rdo", how.steps) as advance:
+        for found.used in range(1, how.steps + 1):
+            _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
             advance(1)
-    return best_d, best, step + 1
+            last = found.used == how.steps
+            if (found.used % EVERY == 0 or last) and not found.judge(d, _value(losses, d, held)):
+                _slower(optimiser, how.lr)
+            if found.still >= how.patience:
+                break
+    found.best = found.best.cpu()
+    return found
 
 
-def rdo_loss(
-    lab: Lab, unit: Float[Tensor, " width"], place: tuple[int, float], material: Material
-) -> Float[Tensor, ""]:
-    """Ablation + 0.2 × addition + retain, in nats a token. place: stream index and length of what is added."""
-    subject, (stream, size) = lab.subject, place
+def _step(losses: Losses, d: Tensor, optimiser: torch.optim.Optimizer, material: Material) -> None:
+    """One step along the unit sphere."""
+    optimiser.zero_grad()
+    for part in losses.parts(d, material):
+        part.backward()
     with torch.no_grad():
-        base = answer_logits(subject, material.kept).log_softmax(-1)
-    with ablating(subject, unit):
-        answered = F.cross_entropy(
-            answer_logits(subject, material.answers), answer_tokens(material.answers, subject.device)
-        )
-        found = answer_logits(subject, material.kept).log_softmax(-1)
-        kept = F.kl_div(found, base, reduction="batchmean", log_target=True)  # nats a token
-    with adding(subject, stream, size * unit):
-        refused = F.cross_entropy(
-            answer_logits(subject, material.refusals), answer_tokens(material.refusals, subject.device)
-        )
-    return ABLATION * answered + ADDITION * refused + RETAIN * kept
+        assert d.grad is not None
+        d.grad -= (d.grad @ d) * d  # what only changes its length
+        optimiser.step()
+        d /= d.norm()
+
+
+def _slower(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = max(group["lr"] / REDUCED, lr / REDUCED**2)
+
+
+@torch.no_grad()
+def _value(losses: Losses, d: Tensor, material: Material) -> float:
+    return float(losses.total(d, material))
+
+
+def _parted(material: Material) -> tuple[Material, Material]:
+    """(held, seen): at most a quarter is held; where that is nothing, all are both."""
+
+    def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+        mixed = random.Random(0).sample(list(pairs), len(pairs))
+        n = min(HELD, len(pairs) // 4)
+        return (mixed[:n], mixed[n:]) if n else (mixed, mixed)
+
+    both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
+    return Material(*(held for held, _ in both)), Material(*(seen for _, seen in both))
 
 
 def _batch(material: Material, size: int, step: int) -> Material:
