@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.distill import distill
-from obliteratus.distill.sparse import Coder, Training, dead, fit, lost, slopes
+from obliteratus.distill.coder import Coder
+from obliteratus.distill.sparse import Training, dead, fit, lost, slopes
 from obliteratus.errors import UserError
 from obliteratus.progress import Reporter, reporting
 from obliteratus.types import Activations, Directions, Moments, Step

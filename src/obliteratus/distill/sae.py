@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.distill.coder import Coder
 from obliteratus.distill.pretrained import load_coder
-from obliteratus.distill.sparse import Coder, Training, trained
+from obliteratus.distill.sparse import Training, trained
 from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored, share
 from obliteratus.errors import UserError
 from obliteratus.shapes import Float
