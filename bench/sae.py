@@ -3,12 +3,13 @@
 Rows [prompts, 1 stream, 576], centred, of root mean square length 1: planted sparse features, and streams of the model
 organism at its fit prompts. The same loss, the same two features a dimension, the same held-out fifth. Contestants:
 
-audited       the audited program's start (Kaiming) and optimiser (Adam, 3e-4, batches of 32), all of the width, 30 epochs;
+audited       the audited program's start (Kaiming) and optimiser (Adam, 3e-4, batches of 32), full width, 30 epochs;
               its gradients and Adam's kernel are ours, which are faster than autograd: the ratio is training's alone
 constant      this step as it was before: our start, all of the width, batches of 32, a constant rate, 30 epochs
 fixed_epochs  this step as it is, with 30 epochs and no early stop
 
-Reconstruction (the share of the held-out rows explained) and loss of each are in facts: a ratio counts where they are equal.
+Reconstruction (the share of the held-out rows explained) and loss of each are in facts: a ratio counts where these
+are equal.
 """
 
 from __future__ import annotations
