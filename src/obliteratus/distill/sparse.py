@@ -20,7 +20,7 @@ from obliteratus.shapes import Float, Int
 from obliteratus.types import Frozen
 
 # Adam's first step, in the angle that a unit row turns by: entries of such a row are about 1/√width, so dividing by
-# √width makes it the same at every width. From there the rate falls to nothing, as 1 − (share of the epochs)². Of 0.03
+# √width makes it the same at every width. From there the rate falls to nothing, as 1 − (share done)². Of 0.03
 # to 0.12, 0.075 came lowest on planted and on real rows (EXPERIMENTS.md, "Thirty epochs in a quarter of the time").
 TURN = 0.075
 # Adam remembers so much of squared gradients: some 200 steps in all are too few for its usual 0.999.

@@ -27,6 +27,7 @@ BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
 FALLING = 1e-4  # a loss on the held answers that fell by less than this stands still
 EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
 HELD = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
+LEAST = 4  # fewer held prompts than this say nothing
 REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
 ROWS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-135M
 
@@ -222,12 +223,12 @@ def _value(losses: Losses, d: Tensor, material: Material) -> float:
 
 
 def _parted(material: Material) -> tuple[Material, Material]:
-    """(held, seen): at most a quarter is held; where that is nothing, all are both."""
+    """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
 
     def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
         mixed = random.Random(0).sample(list(pairs), len(pairs))
         n = min(HELD, len(pairs) // 4)
-        return (mixed[:n], mixed[n:]) if n else (mixed, mixed)
+        return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
 
     both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
     return Material(*(held for held, _ in both)), Material(*(seen for _, seen in both))
