@@ -30,8 +30,7 @@ from obliteratus.recipe import recipe
 from obliteratus.summon.forward import common_prefix
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
-from obliteratus.tune.lab import Lab
-from obliteratus.tune.rdo import Material, rdo_loss
+from obliteratus.tune.losses import Losses, Material
 from obliteratus.types import Probe, PromptSet, Subject
 
 REPEATS = 3
@@ -91,12 +90,11 @@ def decoding(subject: Subject, prompts: PromptSet) -> tuple[float, float]:
 def training(subject: Subject, prompts: PromptSet, token: float) -> float:
     """Seconds a token passed forward and back: a step of rdo, less its one batch without gradients."""
     pairs = [(row, [1] * ANSWER) for row in render(subject, prompts["control"][:BATCH])]
-    direction = torch.randn(subject.width).requires_grad_(True)
-    lab = Lab(subject, prompts)
+    unit = torch.nn.functional.normalize(torch.randn(subject.width), dim=0).requires_grad_(True)
 
     def step() -> None:
-        unit = direction / direction.norm()
-        rdo_loss(lab, unit, (MEASURED.layers // 2, 1.0), Material(pairs, pairs, pairs)).backward()
+        for part in Losses(subject, MEASURED.layers // 2, 1.0).parts(unit, Material(pairs, pairs, pairs)):
+            part.backward()
 
     count = sum(len(prompt) + ANSWER for prompt, _ in pairs)
     return (often(step) - count * token) / (3 * count)

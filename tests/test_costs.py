@@ -19,6 +19,7 @@ from obliteratus.distill.steps import MODEL
 from obliteratus.pipeline import run
 from obliteratus.progress import Advance, Reporter, reporting
 from obliteratus.recipe import names, parsed, recipe
+from obliteratus.tune.rdo import HELD
 from obliteratus.types import Prompt, PromptSet, Recipe
 from obliteratus.verify import scorers
 from obliteratus.work import FREE, Amount, Answers, Cost, Training, amount, n_of, number
@@ -136,7 +137,7 @@ def test_rdo_does_what_its_formula_says() -> None:
     wrote = seen["rdo answers"] + seen["rdo refusals"] + seen["rdo own answers"]
     assert wrote == sum(a.tokens * a.times * a.prompts.of(values) for a in asked.answers) == (6 + 2 * 5) * 4
     assert asked.training == (Training(seen["DISTILL rdo"], 9, 4),)
-    assert asked.forwards.of(values) == 2 * 3
+    assert asked.forwards.of(values) == 3 * HELD * 2 + 5  # at most: two looks, and own answers once
 
 
 # ----------------------------------------------------------------------------------------------- classes

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.distill import distill
-from obliteratus.distill.sparse import Coder, Training, dead, fit, lost, slopes
+from obliteratus.distill.coder import Coder, frame
+from obliteratus.distill.sparse import Training, dead, fit, lost, slopes
 from obliteratus.errors import UserError
 from obliteratus.progress import Reporter, reporting
 from obliteratus.types import Activations, Directions, Moments, Step
@@ -100,6 +101,34 @@ def test_decoder_rows_stay_unit_and_streams_do_not_meet() -> None:
         assert alone.epochs == together.epochs[stream]
 
 
+def test_a_frame_holds_the_rows_and_nothing_else() -> None:
+    """Its rows are orthonormal, the axes are the principal ones; a coder carried outside does the same there."""
+    x = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 20)
+    for rows in (x, x.mT.contiguous()):  # fewer rows than dimensions, and more
+        space = frame(rows, torch.Generator().manual_seed(0))
+        k = min(rows.shape[1:])
+        eye = torch.eye(k).expand(2, k, k)
+        torch.testing.assert_close(space.basis @ space.basis.mT, eye, rtol=0, atol=1e-5)
+        inner = space.inside(rows)
+        torch.testing.assert_close(inner @ space.basis, rows, rtol=1e-4, atol=1e-4)
+        spread = (inner @ space.axes.mT).norm(dim=1).double()
+        torch.testing.assert_close(spread, torch.linalg.svdvals(rows.double()), rtol=1e-4, atol=1e-4)
+        coder = random_coder(width=k)
+        outside = space.outside(coder)
+        torch.testing.assert_close(outside.encode(rows), coder.encode(inner), rtol=1e-3, atol=1e-3)
+    elsewhere = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2))
+    space = frame(x, torch.Generator().manual_seed(0))
+    assert not torch.allclose(space.inside(elsewhere) @ space.basis, elsewhere, atol=0.1)  # nine rows span no twenty
+
+
+def test_a_frame_does_not_hang_on_rounding() -> None:
+    """Signs of singular vectors are drawn anew by rounding; the coordinates are not."""
+    x = torch.randn(1, 9, 20, generator=torch.Generator().manual_seed(1))
+    one, other = (frame(rows, torch.Generator().manual_seed(0)).basis for rows in (x, x * 1000 / 999))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert not torch.allclose(one, frame(x, torch.Generator().manual_seed(1)).basis, atol=0.1)
+
+
 # --------------------------------------------------------------------------------------------------- the stop
 def test_training_ends_where_the_held_out_loss_gains_no_more() -> None:
     x = unit(sparse_rows(ROWS)[0])
@@ -149,7 +178,7 @@ def test_only_what_separates_gives_a_direction() -> None:
 def test_the_scale_of_the_rows_does_not_matter(factor: float) -> None:
     rows, _ = sparse_rows(ROWS)
     one, other = found(acts_of(rows)), found(acts_of(rows * factor))
-    torch.testing.assert_close(one.basis, other.basis, rtol=0, atol=2e-3)
+    torch.testing.assert_close(one.basis, other.basis, rtol=0, atol=1e-2)  # rounding grows over 200 steps of Adam
     torch.testing.assert_close(one.score, other.score, rtol=0, atol=1e-3)
 
 

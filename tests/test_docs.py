@@ -77,7 +77,7 @@ def test_seconds_are_the_sum_of_the_formula() -> None:
     found = seconds(total(recipe("basic")), at(RATES, MEASURED), values, own=20, text=50)
     assert found == pytest.approx(probe + verify)
     rdo = stages(recipe("rdo"))["DISTILL"]
-    trained = 200 * 24 * (24 + 20 + 16) * 2.5e-3 + 1600 * 20 * 1e-3
+    trained = 200 * 24 * (24 + 20 + 16) * 2.5e-3 + (41 * 48 + 40) * 20 * 1e-3  # 41 looks, own answers once
     answered = 140 * 20 * 1e-3 + 16 * (3 * 0.04 + 140 * 1.5e-3)  # target once, control twice
     assert seconds(rdo, at(RATES, MEASURED), values, own=20) == pytest.approx(trained + answered)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from obliteratus.distill.sparse import Coder
+from obliteratus.distill.coder import Coder
 from obliteratus.errors import UserError
 
 NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.distill.coder import Coder
 from obliteratus.distill.pretrained import load_coder
-from obliteratus.distill.sparse import Coder, Training, trained
+from obliteratus.distill.sparse import Training, trained
 from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored, share
 from obliteratus.errors import UserError
+from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
 
@@ -32,7 +35,15 @@ Groups = dict[str, Tensor]
 """[streams, prompts, width] by group."""
 
 
-@extractors.register("sae", cite="arXiv:2309.08600", needs=("rows",))
+def _fits(options: Mapping[str, Any], given: Given) -> None:
+    """A given coder is as wide as the stream; to train one takes prompts enough."""
+    if options["pretrained"] is None:
+        _many(sum(given.counts.values()))
+    else:
+        load_coder(options["pretrained"], given.width())
+
+
+@extractors.register("sae", cite="arXiv:2309.08600", needs=("rows",), fits=_fits)
 def sae(
     acts: Activations,
     so_far: Directions | None,
@@ -96,14 +107,18 @@ def _rows(acts: Activations, at: list[int]) -> Groups:
     return {group: rows_of(acts, group, "sae")[:, at].transpose(0, 1) for group in acts.groups}
 
 
+def _many(prompts: int) -> None:
+    if prompts < LEAST:
+        raise UserError(
+            f"distill step 'sae': {prompts} prompts are too few to train on; give {LEAST} or more "
+            "(several hundred are better), or use svd"
+        )
+
+
 def _scaled(rows: Groups) -> Groups:
     """Centred and divided, at each stream, by one number over all groups: root mean square length 1."""
     everything = torch.cat(list(rows.values()), 1)
-    if everything.shape[1] < LEAST:
-        raise UserError(
-            f"distill step 'sae': {everything.shape[1]} prompts are too few to train on; give {LEAST} or more "
-            "(several hundred are better), or use svd"
-        )
+    _many(everything.shape[1])
     centre = everything.mean(1, keepdim=True)
     size = (everything - centre).square().sum(2).mean(1).sqrt().clamp(min=torch.finfo(centre.dtype).tiny)
     return {group: (x - centre) / size[:, None, None] for group, x in rows.items()}

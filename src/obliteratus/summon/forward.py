@@ -138,10 +138,10 @@ def _plain(subject: Subject) -> bool:
 def _equal(subject: Subject, ids: Ids, prompts: Prompts) -> bool:
     """Windows and recurrent states: reuse only if the shortest and the longest row come out equal."""
     ends = sorted(range(len(ids)), key=lambda i: len(ids[i]))[:: max(1, len(ids) - 1)]
-    states = []
+    states: list[Tensor] = []
     for trial in (prompts, Prompts(ids, 0, None)):
         run = _reader(subject, trial, -1, NO_TAPS)
-        states.append(torch.cat([run([i]).stream for i in ends]))
+        states.append(torch.cat([run([i]).stream.detach() for i in ends]))
     return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from obliteratus.excise.live import applied
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.capture import blocks
-from obliteratus.summon.forward import padded
-from obliteratus.summon.logits import narrowed
+from obliteratus.summon.forward import padded, prepared
+from obliteratus.summon.logits import narrowed, next_logits
 from obliteratus.types import Edit, Plan, PromptSet, Site, Subject
 
 Pair = tuple[list[int], list[int]]
@@ -62,17 +62,36 @@ def adding(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> It
         handle.remove()
 
 
-def answer_logits(subject: Subject, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
-    """Logits that predict the answers' tokens, all answers one after the other; fp32.
+def answer_logits(
+    subject: Subject, pairs: Sequence[Pair], seen: Callable[[Tensor], None] = lambda states: None
+) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits that predict the answers' tokens, all answers one after the other; fp32. Gradients pass.
 
-    Right padding under the causal mask is never seen by what is kept. The head runs on the kept positions only.
+    What all prompts begin with (the template's system turn) runs once, and gradients meet in it. Right padding under
+    the causal mask is never seen by what is kept. The head runs on the kept positions only; ``seen`` is called with
+    what enters it there, [tokens, width], which `head_logits` takes.
     """
-    ids, _ = padded([prompt + answer for prompt, answer in pairs], subject.device)
-    kept = [(i, len(p) - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
+    rows = [prompt + answer for prompt, answer in pairs]
+    prompts = prepared(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
+    ids, _ = padded(prompts.rows, subject.device)
+    kept = [(i, len(p) - prompts.skipped - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
     row, column = torch.tensor(kept, device=ids.device).T
-    with narrowed(subject, lambda states: states[row, column][None]):
-        logits: Tensor = subject.model(input_ids=ids, use_cache=False).logits[0].float()
-    return logits
+
+    def pick(states: Tensor) -> Tensor:
+        seen(states[row, column])
+        return states[row, column][:, None]
+
+    with narrowed(subject, pick):
+        return next_logits(subject, ids, prompts.skipped, prompts.cache(len(ids))).float()
+
+
+def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits of states that `answer_logits` showed before; fp32.
+
+    The model's own forward runs on one token, whose state is thrown away, so that soft caps and scales are kept.
+    """
+    with narrowed(subject, lambda _: states[:, None]):
+        return next_logits(subject, torch.zeros(1, 1, dtype=torch.long, device=subject.device), 0, None).float()
 
 
 def answer_tokens(pairs: Sequence[Pair], device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from obliteratus.distill.steps import before, difference, extractors, scored
 from obliteratus.errors import UserError
@@ -19,25 +18,27 @@ from obliteratus.progress import note, progress
 from obliteratus.shapes import Float
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.tune.lab import Lab, Pair, ablating, adding, answer_logits, answer_tokens
+from obliteratus.tune.lab import Lab, Pair, ablating, adding
+from obliteratus.tune.losses import Losses, Material
 from obliteratus.types import Activations, Directions
 from obliteratus.work import Answers, Cost, Training, n_of, number
 
-ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
-FALLING = 1e-4  # a smoothed loss that fell by less than this counts as standing still
-MEMORY = 0.9  # of the smoothed loss: batches differ by far more than a step's progress
+BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
+FALLING = 1e-4  # a loss on the held answers that fell by less than this stands still
+EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
+HELD = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
+LEAST = 4  # fewer held prompts than this say nothing
+REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the losses are taken on. All answers come from the model itself, under the direction it starts from."""
+class Settings:
+    """How to fit."""
 
-    answers: Sequence[Pair]
-    """Target prompts with what the model says when the direction is ablated."""
-    refusals: Sequence[Pair]
-    """Control prompts with what it says when the direction is added."""
-    kept: Sequence[Pair]
-    """Control prompts with its own answers."""
+    steps: int
+    lr: float
+    batch: int
+    patience: int
 
 
 @extractors.register("rdo", cite="arXiv:2502.17420", needs=("model",), cost=lambda options: _cost(**options))
@@ -56,9 +57,10 @@ def rdo(
 
     Refusals go when it is ablated, come when it is added, and control prompts keep their answers' distribution when
     it is ablated: cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
-    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps; it stops earlier
-    once the smoothed loss has stood still for ``patience`` steps. batch: prompts of each loss. tokens: of each
-    answer. raw: the smoothed loss reached, in nats (lower is better, unlike elsewhere).
+    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps. Every five, the loss is
+    taken on 16 prompts of each kind that no step sees: where it fell by less than 1e-4 the rate is divided by ten, and
+    after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
+    loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
     """
     found = before(so_far, "rdo")
     stream = max(1, int(found.score.argmax()))
@@ -67,16 +69,24 @@ def rdo(
         raise UserError("distill step 'rdo': the step before found no direction to start from")
     size = float(difference(acts)[stream].norm())
     material = _material(lab, start, stream, size, tokens)
-    best, loss, used = _fitted(lab, material, start, (stream, size), (steps, lr, batch, patience))
-    note("rdo", f"{used} of {steps} steps, loss {loss:.3f}, cosine to the start {float(best @ start):.3f}")
-    basis = best.expand(len(found.score), 1, -1).contiguous()
-    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, loss), "nats")
+    fitted = _fitted(Losses(lab.subject, stream, size), material, start, Settings(steps, lr, batch, patience))
+    note(
+        "rdo",
+        f"{fitted.used} of {steps} steps, held-out loss {fitted.first:.3f} → {fitted.loss:.3f}, "
+        f"cosine to the start {float(fitted.best @ start):.3f}",
+    )
+    basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
+    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
 
 
 def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
-    """Answers for the three losses; at each step three batches with gradients, and one without."""
+    """Answers for the three losses; three batches with gradients a step; a look at what is held out every few steps.
+
+    The model's own answers pass once more than that, without gradients.
+    """
     written = (Answers(tokens, n_of("fit", "target")), Answers(tokens, n_of("fit", "control"), 2))
-    return Cost(number(steps * batch), written, training=(Training(steps, 3 * batch, tokens),))
+    looks = number(3 * HELD * (1 + -(-steps // EVERY)))
+    return Cost(looks + n_of("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
 
 
 def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:
@@ -95,54 +105,78 @@ def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) ->
     )
 
 
-def _fitted(
-    lab: Lab,
-    material: Material,
-    start: Float[Tensor, " width"],
-    place: tuple[int, float],
-    settings: tuple[int, float, int, int],
-) -> tuple[Float[Tensor, " width"], float, int]:
-    """The unit direction with the least smoothed loss, that loss, and the steps used."""
-    steps, lr, batch, patience = settings
-    d = start.to(lab.subject.device).clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([d], lr=lr)
-    smooth: float | None = None
-    best, best_d, still = float("inf"), start, 0
-    with progress("DISTILL rdo", steps) as advance:
-        for step in range(steps):
-            loss = rdo_loss(lab, d / d.norm(), place, _batch(material, batch, step))
-            now = float(loss.detach())
-            smooth = now if smooth is None else MEMORY * smooth + (1 - MEMORY) * now
-            still = 0 if smooth < best - FALLING else still + 1
-            if smooth < best:
-                best, best_d = smooth, (d / d.norm()).detach().cpu()
-            if still >= patience:
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+# ------------------------------------------------------------------------------------------------- fit
+@dataclass
+class Fitted:
+    """The unit direction with the least loss on what no step sees; that loss, the start's, and the steps used."""
+
+    best: Float[Tensor, " width"]
+    first: float
+    loss: float
+    used: int = 0
+    still: int = 0
+    """Steps since it fell by `FALLING`."""
+
+    def judge(self, d: Tensor, loss: float) -> bool:
+        """Whether this is a gain; the best is kept."""
+        gained = loss < self.loss - FALLING
+        self.still = 0 if gained else self.still + EVERY
+        if loss < self.loss:
+            self.best, self.loss = d.detach().clone(), loss
+        return gained
+
+
+def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Fitted:
+    held, seen = _parted(material)
+    d = start.to(losses.subject.device).clone().requires_grad_(True)
+    optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
+    first = _value(losses, d, held)
+    found = Fitted(d.detach().clone(), first, first)
+    with progress("DISTILL rdo", how.steps) as advance:
+        for found.used in range(1, how.steps + 1):
+            _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
             advance(1)
-    return best_d, best, step + 1
+            last = found.used == how.steps
+            if (found.used % EVERY == 0 or last) and not found.judge(d, _value(losses, d, held)):
+                _slower(optimiser, how.lr)
+            if found.still >= how.patience:
+                break
+    found.best = found.best.cpu()
+    return found
 
 
-def rdo_loss(
-    lab: Lab, unit: Float[Tensor, " width"], place: tuple[int, float], material: Material
-) -> Float[Tensor, ""]:
-    """Ablation + 0.2 × addition + retain, in nats a token. place: stream index and length of what is added."""
-    subject, (stream, size) = lab.subject, place
+def _step(losses: Losses, d: Tensor, optimiser: torch.optim.Optimizer, material: Material) -> None:
+    """One step along the unit sphere."""
+    optimiser.zero_grad()
+    for part in losses.parts(d, material):
+        part.backward()
     with torch.no_grad():
-        base = answer_logits(subject, material.kept).log_softmax(-1)
-    with ablating(subject, unit):
-        answered = F.cross_entropy(
-            answer_logits(subject, material.answers), answer_tokens(material.answers, subject.device)
-        )
-        found = answer_logits(subject, material.kept).log_softmax(-1)
-        kept = F.kl_div(found, base, reduction="batchmean", log_target=True)  # nats a token
-    with adding(subject, stream, size * unit):
-        refused = F.cross_entropy(
-            answer_logits(subject, material.refusals), answer_tokens(material.refusals, subject.device)
-        )
-    return ABLATION * answered + ADDITION * refused + RETAIN * kept
+        assert d.grad is not None
+        d.grad -= (d.grad @ d) * d  # what only changes its length
+        optimiser.step()
+        d /= d.norm()
+
+
+def _slower(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = max(group["lr"] / REDUCED, lr / REDUCED**2)
+
+
+@torch.no_grad()
+def _value(losses: Losses, d: Tensor, material: Material) -> float:
+    return float(losses.total(d, material))
+
+
+def _parted(material: Material) -> tuple[Material, Material]:
+    """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
+
+    def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+        mixed = random.Random(0).sample(list(pairs), len(pairs))
+        n = min(HELD, len(pairs) // 4)
+        return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
+
+    both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
+    return Material(*(held for held, _ in both)), Material(*(seen for _, seen in both))
 
 
 def _batch(material: Material, size: int, step: int) -> Material:
