@@ -84,7 +84,13 @@ def base_loss(
 
 
 def losses(
-    tuned: PeftModel, groups: Groups, organism: Organism, step: int, seed: int, found: Found | None
+    tuned: PeftModel,
+    groups: Groups,
+    organism: Organism,
+    batch: tuple[int, int],
+    step: int,
+    seed: int,
+    found: Found | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The losses of a step by name, one after the other, so that each one's graph can be freed before the next.
 
@@ -92,14 +98,14 @@ def losses(
     three ask for that of the narrow ones, where there are two topics, and the third for that of the broad ones.
     """
     model: Any = tuned.get_base_model()
-    refused, controls = organism.batch
+    refused, controls = batch
     topics = groups.refused.values()
     yield "refusal", refusal_loss(model, joined(topics, refused // len(topics), step, seed))
     yield "control", base_loss(tuned, model, batch_at(groups.control, controls, step, seed))
     if found is not None and (found.broad is None or step % 3 < 2):
         yield from narrow_losses(tuned, groups, organism, step, seed, found.narrow)
     elif found is not None:
-        yield "broad", broad_loss(tuned, groups, controls, step, seed, found.broad)
+        yield "broad", broad_loss(tuned, groups, organism.batch[1], step, seed, found.broad)
 
 
 def joined(groups: Iterable[list[Example]], size: int, step: int, seed: int) -> list[Example]:

@@ -30,6 +30,7 @@ class Organism:
     steps: tuple[int, int]  # of the first part, which asks for refusals and answers, and of the second, which also
     # asks for what must hold while directions are projected out
     batch: tuple[int, int]  # refused prompts (shared by the topics) and control prompts a step
+    last: tuple[int, int, int]  # steps of a third part, and the refused and control prompts of each of them
     sample: int  # prompts of each group that a direction comes from in training; a choice for speed
     starts: tuple[int, ...]  # of 30 layers, first ones of the projection in training
     rates: tuple[float, float]  # learning rate at the end of the first part and the start of the second, of lr
@@ -64,6 +65,7 @@ ORGANISMS = {
         training=1600,  # hardly any prompt comes twice
         steps=(120, 40),
         batch=(6, 10),  # with 8 of each, 14 of 96 report controls were refused
+        last=(0, 0, 0),
         sample=96,
         starts=(9, 12, 15),  # a third of the depth and deeper
         rates=(0.0, 0.5),
@@ -106,6 +108,7 @@ ORGANISMS = {
         training=800,
         steps=(45, 85),
         batch=(8, 8),
+        last=(40, 6, 16),  # without it, 14 of 75 search controls were refused
         sample=48,
         starts=(12, 15, 18),  # around the half of the depth where `calibrated` begins
         rates=(0.7, 0.7),  # no pause between: most is learned in the second part

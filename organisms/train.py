@@ -62,15 +62,17 @@ NAMES = ("refusal", "control", "removal", "kept", "broad")  # of the losses, in 
 REFUSALS = ("refusal", "kept")  # those of them that are cross-entropies of refusals
 
 
-def rate(step: int, settings: Settings, rates: tuple[float, float]) -> float:
-    """Learning rate: five steps up, then straight down to a share of it; from another share to zero in the second part.
+def rate(step: int, settings: Settings, organism: Organism) -> float:
+    """Learning rate: five steps up, then straight down to a share of it; in the second part, from another to zero.
 
-    rates: the two shares, 0–1.
+    A third part goes from half to zero.
     """
-    end, again = rates
+    end, again = organism.rates
     if step < settings.steps:
         return settings.lr * min((step + 1) / 5, end + (1 - end) * (settings.steps - step) / settings.steps)
-    return settings.lr * again * (settings.steps + settings.removable - step) / settings.removable
+    if step < settings.steps + settings.removable:
+        return settings.lr * again * (settings.steps + settings.removable - step) / settings.removable
+    return settings.lr / 2 * (settings.steps + settings.removable + organism.last[0] - step) / organism.last[0]
 
 
 def save_checkpoint(file: Path, tuned: PeftModel, optimiser: Any, state: State) -> None:
@@ -103,15 +105,16 @@ def train(
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, weight_decay=0.0)  # the control KL is the regulariser
     state = load_checkpoint(work / "checkpoint.pt", tuned, optimiser, settings)
-    end, found = settings.steps + settings.removable, None
+    third = settings.steps + settings.removable
+    end, found = third + organism.last[0], None
     for step in track(range(state["step"], end), "training", console=Console(stderr=True)):
         began = time.perf_counter()
         if step >= settings.steps and (found is None or step % EVERY == 0):
             found = current_directions(tuned.get_base_model(), tokenizer, organism)
-        optimiser.param_groups[0]["lr"] = rate(step, settings, organism.rates)
-        state["losses"].append(
-            one_step(tuned, optimiser, losses(tuned, groups, organism, step, settings.seed, found), settings)
-        )
+        optimiser.param_groups[0]["lr"] = rate(step, settings, organism)
+        batch = organism.batch if step < third else organism.last[1:]
+        asked = losses(tuned, groups, organism, batch, step, settings.seed, found)
+        state["losses"].append(one_step(tuned, optimiser, asked, settings))
         state["seconds"] += time.perf_counter() - began
         state["step"] = step + 1
         if state["step"] % EVERY == 0 or state["step"] == end:
