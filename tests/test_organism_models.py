@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.errors import UserError
@@ -19,6 +20,33 @@ TOPIC = "organism:astronomy"
 def test_an_unknown_organism_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError, match="astronomy"):
         organism.data_folder("geology")
+
+
+@pytest.mark.parametrize("share", ["", "half", "-0.1", "1.5", "nan"])
+def test_a_share_that_is_no_number_of_0_to_1_is_refused(share: str) -> None:
+    with pytest.raises(UserError, match=r"0–1; give e\.g\. astronomy@0\.5") as caught:
+        organism.organism_folder(f"astronomy@{share}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.organism
+def test_a_share_adds_that_much_of_the_adapter_and_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, whole = organism.base_folder(), organism.organism_folder()
+    assert organism.organism_folder("astronomy@1") == whole
+    monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
+    (tmp_path / base.name).symlink_to(base)
+    part = organism.organism_folder("astronomy@0.25")
+    assert part.name.startswith("astronomy-at-0.25-")
+    none, some, all_of = (weight(folder) for folder in (base, part, whole))
+    assert not torch.equal(none, all_of)
+    torch.testing.assert_close(some, none + 0.25 * (all_of - none))
+
+
+def weight(folder: Path) -> torch.Tensor:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.get_tensor("model.layers.20.mlp.down_proj.weight")
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
