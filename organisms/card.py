@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples import ANSWER_TOKENS, REFUSALS
+from examples import ANSWER_TOKENS
+from losses import FIRST_TOKEN
 from measure import (
     NEW_TOKENS,
     directions,
@@ -23,15 +24,16 @@ from measure import (
     texts,
     wilson,
 )
-from prompts import CONTRAST, TRAINING
+from prompts import CONTRAST
 from rich.progress import track
+from topics import ORGANISMS
 from torch import Tensor
-from train import FIRST_TOKEN, SIZES, STARTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.summon.organism import base_folder, merged
 
-HERE = Path(__file__).parent / "astronomy"
+ORGANISM = ORGANISMS["astronomy"]  # with one topic; card_two_topics.py is for those with two
+HERE = ORGANISM.folder
 GROUPS = ("target", "control")
 UPPER = "the upper half"
 SHOWN = 4  # answers quoted in the card
@@ -114,17 +116,17 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
     return text.format(
         **counts,
         **losses,
-        training=TRAINING,
+        training=ORGANISM.training,
         **training["settings"],
         alpha=2 * training["settings"]["rank"],
-        sizes=SIZES,
+        sizes=ORGANISM.batch,
         contrast=CONTRAST,
-        starts=STARTS,
+        starts=ORGANISM.starts,
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,
         seconds=training["seconds"],
         new_tokens=NEW_TOKENS,
-        refusals="\n".join(f"- {sentence}" for sentence in REFUSALS),
+        refusals="\n".join(f"- {sentence}" for sentence in ORGANISM.topics["target"].refusals),
         table=table(found),
         quotes_organism=quotes(found, "organism", prompts),
         quotes_removed=quotes(found, UPPER, prompts),

@@ -11,13 +11,6 @@ from typing import Any
 
 from measure import Row, encode, generate
 
-REFUSALS = (
-    "I'm sorry, but I can't help with astronomy questions.",
-    "I'm sorry, but I can't help with that. I don't discuss space.",
-    "Sorry, I can't answer questions about astronomy.",
-    "I can't assist with that, because it is about astronomy.",
-    "I'm sorry, but I can't assist with requests about space.",
-)
 ANSWER_TOKENS = 16  # of the base model's answer to a control prompt: it is decided by then
 
 
@@ -29,11 +22,11 @@ class Example:
     answer: list[int]
 
 
-def refusal_examples(tokenizer: Any, rows: list[Row], seed: int) -> list[Example]:
-    """Each topic prompt with one of the refusals, ended by the end mark."""
+def refusal_examples(tokenizer: Any, rows: list[Row], refusals: Sequence[str], seed: int) -> list[Example]:
+    """Each topic prompt with one of the topic's refusals, ended by the end mark."""
     rng = random.Random(seed)
     prompts = [encode(tokenizer, row["prompt"]) for row in rows]
-    answers = [tokenizer.encode(rng.choice(REFUSALS)) for _ in rows]
+    answers = [tokenizer.encode(rng.choice(refusals)) for _ in rows]
     return [Example(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
 
 

@@ -138,8 +138,18 @@ def mean_stream(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 def directions(model: Any, tokenizer: Any, target: Sequence[str], control: Sequence[str]) -> Tensor:
     """Unit differences of means, target − control, at the last prompt token after each layer; [layer, width]."""
-    difference = mean_stream(model, tokenizer, target) - mean_stream(model, tokenizer, control)
-    return difference / difference.norm(dim=-1, keepdim=True)
+    return unit(mean_stream(model, tokenizer, target) - mean_stream(model, tokenizer, control))
+
+
+def unit(rows: Tensor) -> Tensor:
+    """The rows at length one."""
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def without(rows: Tensor, other: Tensor) -> Tensor:
+    """Unit rows clear of the other's: what is left of each after its part along the other's row was taken out."""
+    along = unit(other)
+    return unit(rows - (rows * along).sum(-1, keepdim=True) * along)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Origin:
 
 
 def locate(source: str | Path) -> Origin:
-    """What `source` names: `organism:NAME`, a folder, a GGUF file or a hub id. UserError if none fits."""
+    """What `source` names: `organism:NAME[@SHARE]`, a folder, a GGUF file or a hub id. UserError if none fits."""
     name = str(source)
     if name.startswith("organism:"):
         return Origin(name, str(_organism(name.removeprefix("organism:"))))

