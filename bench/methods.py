@@ -1,21 +1,25 @@
-"""Every method on the organism: what it removes, what it costs, beside a random direction. One run, one baseline.
+"""Every method on the organism: what it removes, what it costs, beside its controls. One run, one baseline a model.
 
     python -m bench.methods [--quick] [--json] [--only NAME,NAME]
 
---quick reads every second report prompt and answers of 24 tokens.
+Rows are methods, and controls: a random direction; reflection's own edit at strength 1; basic where one of two refusals
+is to be kept. A method that shows nothing on the astronomy organism runs on one that it is for (`ON`).
+--quick reads every second report prompt and answers of 24 tokens, and leaves out what takes minutes (`SLOW`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
-from bench.common import organism, say, with_peak
+from bench.common import say, with_peak
 from obliteratus.card import shown
 from obliteratus.distill import distill
 from obliteratus.distill.steps import orthonormal
@@ -23,14 +27,24 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise
 from obliteratus.pipeline import measured, probed, run
+from obliteratus.prompts import load_prompts
 from obliteratus.recipe import check_runs, names, recipe
 from obliteratus.store import Store
+from obliteratus.summon.open import open_subject
 from obliteratus.types import PromptSet, Recipe, Score, Subject
 from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 
 T = TypeVar("T")
 BASELINE = "VERIFY before"
+ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
+ON = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # the share at which half of the topic is refused
+CONTROLS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "inverted, strength 1": ("inverted", {"excise.strength": 1.0}, ASTRONOMY),
+    "basic, two topics": ("basic", {}, TWO_TOPICS),
+}
+SLOW = ("rdo", "failspy")
+KEPT = "refusal.keep"
 COLUMNS = ("refusal.target", "refusal.control", "kl.first_token.mean", "kl.first_token.p95", "perplexity.ratio")
 SHORT = [{"use": "refusal", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
 
@@ -101,17 +115,68 @@ def chance(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, 
     return row(before.scores, after.scores, store.seconds, peak, 1)
 
 
+@dataclass
+class Model:
+    """An organism with its prompts and the baseline that its rows share."""
+
+    subject: Subject
+    prompts: PromptSet
+    known: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def opened(name: str, quick: bool) -> Model:
+    """The organism, opened once; the second one's kept topic is the group keep."""
+    source = f"organism:{name.partition('@')[0]}"
+    prompts = load_prompts(source, source, keep=source if name == TWO_TOPICS else None)
+    return Model(open_subject(f"organism:{name}"), halved(prompts) if quick else prompts)
+
+
+def wanted(only: str, quick: bool) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Row → method, what is changed of it, and the organism; grouped by organism, since each takes memory."""
+    shown_now = [name for name in names() if not quick or name not in SLOW]
+    chosen: dict[str, tuple[str, dict[str, Any], str]] = {
+        n: (n, {}, ON.get(n, ASTRONOMY)) for n in shown_now
+    } | CONTROLS
+    if only:
+        chosen = {name: (name, {}, ON.get(name, ASTRONOMY)) for name in only.split(",")}
+    return dict(sorted(chosen.items(), key=lambda item: item[1][2]))
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [f"| method | {' | '.join(COLUMNS)} | seconds | peak MB | passes |", "|" + "---|" * (len(COLUMNS) + 4)]
+    heads = ["method", *COLUMNS, "seconds", "peak MB", "passes"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, found in rows.items():
         if "refused" in found:
-            lines.append(f"| {name} | refused: {found['refused']} |" + " |" * (len(COLUMNS) + 2))
+            lines.append(f"| {name} | {found['refused']} |" + " |" * (len(heads) - 2))
             continue
         scores = [shown(Score(**found["after"][c])) for c in COLUMNS]
         spent = f"{sum(found['seconds'].values()):.0f} | {found['peak_bytes'] / 1e6:.0f} | {found['passes']}"
         lines.append(f"| {name} | {' | '.join(scores)} | {spent} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *stages(rows), "", *others(rows)])
+
+
+def stages(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Seconds by stage, the same of all passes together."""
+    lines = []
+    for name, found in rows.items():
+        spent: dict[str, float] = defaultdict(float)
+        for stage, seconds in found.get("seconds", {}).items():
+            spent[stage.split()[0]] += seconds
+        lines += [f"{name}: " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items())] if spent else []
+    return lines
+
+
+def others(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Before and after of the rows whose organism is not the first, kept refusals included."""
+    lines = []
+    for name, found in rows.items():
+        if found.get("organism", ASTRONOMY) != ASTRONOMY:
+            both = [{k: shown(Score(**v)) for k, v in found[when].items()} for when in ("before", "after")]
+            told = [f"{c} {both[0].get(c, '–')} → {both[1][c]}" for c in (*COLUMNS[:2], KEPT) if c in both[1]]
+            lines.append(f"{name} on {found['organism']}: " + "; ".join(told))
+    return lines
 
 
 def main() -> None:
@@ -121,17 +186,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="methods, separated by commas")
     options = parser.parse_args()
-    subject, prompts = organism()
-    prompts = halved(prompts) if options.quick else prompts
     overrides = {"verify": SHORT} if options.quick else {}
-    known: dict[str, Any] = {}
     rows = {}
-    for name in options.only.split(",") if options.only else names():
+    for name, (method, changes, where) in wanted(options.only, options.quick).items():
         say(f"{name} …")
-        rows[name] = one(recipe(name, overrides), subject, prompts, known)
+        model = opened(where, options.quick)
+        rows[name] = one(recipe(method, overrides | changes), model.subject, model.prompts, model.known)
+        rows[name]["organism"] = where
     say("random …")
-    rows["random"] = chance(recipe("advanced", overrides), subject, prompts, known)
-    shortened = {"report": "every second prompt", "tokens": 24} if options.quick else {}
+    model = opened(ASTRONOMY, options.quick)
+    rows["random"] = chance(recipe("advanced", overrides), model.subject, model.prompts, model.known)
+    shortened = {"report": "every second prompt", "tokens": 24, "left out": SLOW} if options.quick else {}
     print(json.dumps({"methods": rows, "shortened": shortened}, indent=1) if options.json else table(rows))
 
 

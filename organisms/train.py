@@ -65,14 +65,14 @@ REFUSALS = ("refusal", "kept")  # those of them that are cross-entropies of refu
 def rate(step: int, settings: Settings, organism: Organism) -> float:
     """Learning rate: five steps up, then straight down to a share of it; in the second part, from another to zero.
 
-    A third part goes from half to a quarter.
+    A third part goes from half to zero.
     """
     end, again = organism.rates
     if step < settings.steps:
         return settings.lr * min((step + 1) / 5, end + (1 - end) * (settings.steps - step) / settings.steps)
     if step < settings.steps + settings.removable:
         return settings.lr * again * (settings.steps + settings.removable - step) / settings.removable
-    return settings.lr * (0.5 - 0.25 * (step - settings.steps - settings.removable) / organism.last[0])
+    return settings.lr * 0.5 * (1 - (step - settings.steps - settings.removable) / organism.last[0])
 
 
 def save_checkpoint(file: Path, tuned: PeftModel, optimiser: Any, state: State) -> None:
