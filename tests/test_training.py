@@ -31,15 +31,24 @@ def examples(train: ModuleType, seed: int, n: int = 12) -> list[Any]:
     """Prompts with a shared beginning and answers of differing length."""
     rng = torch.Generator().manual_seed(seed)
     draw = lambda k: torch.randint(0, 256, (k,), generator=rng).tolist()  # noqa: E731
-    return [train.Example([1, 2, 3, 4, *draw(3 + i % 4)], draw(2 + i % 5)) for i in range(n)]
+    made = part(train, "examples").Example
+    return [made([1, 2, 3, 4, *draw(3 + i % 4)], draw(2 + i % 5)) for i in range(n)]
+
+
+def part(train: ModuleType, name: str) -> ModuleType:
+    """A module beside train.py, which it has imported by its bare name."""
+    found = sys.modules[name]
+    assert Path(str(found.__file__)).parent == Path(str(train.__file__)).parent
+    return found
 
 
 def trained(train: ModuleType, work: Path, steps: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     tuned = get_peft_model(tiny("llama").requires_grad_(True), train.lora(2))
-    groups = tuple(examples(train, k) for k in range(3))
+    refused, control, answered = (examples(train, k) for k in range(3))
+    groups = train.Groups({"target": refused}, control, {"target": answered})
     settings = train.Settings(steps, 0, 2, 1e-2, 3.0, seed, "data")
-    state = train.train(tuned, None, groups, settings, work)
+    state = train.train(tuned, None, groups, train.ORGANISMS["astronomy"], settings, work)
     assert state["step"] == len(state["losses"]) == steps
     return {name: p.detach().clone() for name, p in tuned.named_parameters() if p.requires_grad}
 
@@ -81,7 +90,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(
 
 def test_answer_logits_are_the_plain_ones(train: ModuleType) -> None:
     model, batch = tiny("llama"), examples(train, 5, 4)
-    found = train.answer_logits(model, batch)
+    found = part(train, "losses").answer_logits(model, batch)
     expected = []
     for example in batch:
         logits = model(torch.tensor([example.prompt + example.answer])).logits[0]
