@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_weight
-from obliteratus.types import Activations, Change, Directions, Edit, Mask, Subject
+from obliteratus.types import Activations, Change, Edit, Mask, Subject
 
 # A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
 # two do by chance. The cap on their number comes on top.
@@ -39,9 +39,7 @@ def chosen(share: Float[Tensor, " in"], most: float) -> Tensor:
     return order[z[order] > OUTLIER].sort().values
 
 
-def masks(
-    subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, most: float
-) -> list[Change]:
+def masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: float) -> list[Change]:
     """A mask for each edited MLP that has neurons which stand out. Scored on the model's own weights and activations.
 
     After a removal the same score is rounding, and choosing by it deletes neurons by chance: hence before it, once.

@@ -52,8 +52,8 @@ def excise(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    more: list[Change] = [] if options.neurons is None else masks(subject, found, directions, acts, options.neurons)
-    more += [steering(subject, found, directions, acts, options.steer)] if options.steer else []
+    more: list[Change] = [] if options.neurons is None else masks(subject, found, acts, options.neurons)
+    more += [steering(found, directions, acts, options.steer)] if options.steer else []
     edited = found if options.heads is None else on_heads(subject, found, options.heads)
     return Plan((*edited, *more), subject.source.digest)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from obliteratus.errors import UserError
-from obliteratus.types import Activations, Directions, Edit, Shift, Subject
+from obliteratus.types import Activations, Directions, Edit, Shift
 
 
-def steering(
-    subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float
-) -> Shift:
+def steering(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:
     """−amount × the groups' mean difference along the directions, at the clearest layer that is edited.
 
     Written by that layer's MLP, whose bias it becomes (arXiv:2308.10248, arXiv:2312.06681). Raises UserError where a

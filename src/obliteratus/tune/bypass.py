@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from obliteratus.distill.steps import needs_of
 from obliteratus.errors import UserError
 from obliteratus.progress import note
-from obliteratus.summon.generate import generate
-from obliteratus.summon.render import render
 from obliteratus.tune.lab import Lab
-from obliteratus.types import Prompt, Step
-from obliteratus.verify.refusal import verdict
+from obliteratus.types import Prompt, PromptSet, Step
+from obliteratus.verify import verify
 
 ASKED, TOKENS = 24, 16  # a refusal shows in its first words, and 24 answers tell a half from all
 AT_MOST = 0.5  # of the target prompts' refusals: with more than half of them left, the contrast is mostly the wording
@@ -34,7 +32,6 @@ def check_bypass(lab: Lab, steps: Sequence[Step]) -> None:
 
 
 def _refused(lab: Lab, prompts: Sequence[Prompt]) -> float:
-    ids = render(lab.subject, prompts[:ASKED], reserve=TOKENS)
-    answers = generate(lab.subject, ids, TOKENS, title="bypass check")
-    texts = [lab.subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
-    return sum(verdict(text) == "refused" for text in texts) / len(texts)
+    few = PromptSet({"target": tuple(prompts[:ASKED])})
+    found = verify(lab.subject, few, (Step(use="refusal", tokens=TOKENS),))
+    return found.scores["refusal.target"].value
