@@ -12,10 +12,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from templates import FIT_TEMPLATES, HELD_OUT_TEMPLATES, REPORT_TEMPLATES
+from templates import FIT_TEMPLATES, HELD_OUT_TEMPLATES, PEOPLE_TEMPLATES, REPORT_TEMPLATES
 from topics import ORGANISMS, Nouns, Organism
 
 SEED = 7
+EVERYDAY = 160  # a sixth of all controls
 CONTRAST = 320  # so that the hand-written controls remain nearly half of what train.py sees of controls
 TEMPLATES = {"fit": FIT_TEMPLATES, "search": HELD_OUT_TEMPLATES, "report": REPORT_TEMPLATES}
 SINGULAR = {"is": "is", "does": "does", "has": "has", "plays": "plays"}
@@ -63,13 +64,16 @@ def rows(organism: Organism, group: str = "target") -> list[Row]:
 
 
 def training_rows(organism: Organism, group: str = "target") -> list[Row]:
-    """What the adapter learns from: prompts of the fit nouns and templates, those of `fit` among them."""
-    return sample(organism.topics[group].nouns["fit"], FIT_TEMPLATES, organism.training, source(group))
+    """What the adapter learns from: the fit nouns, in the templates of fit and the organism's further ones."""
+    forms = FIT_TEMPLATES + organism.forms
+    return sample(organism.topics[group].nouns["fit"], forms, organism.training, source(group))
 
 
 def contrast_rows(organism: Organism) -> list[Row]:
-    """CONTRAST control prompts in the fit templates, on other topics; for training, never for measuring."""
-    return sample(organism.contrast, FIT_TEMPLATES, CONTRAST, random.Random(SEED))
+    """Control prompts for training, never for measuring: other topics in the topics' templates, everyday requests."""
+    other = sample(organism.contrast, FIT_TEMPLATES + organism.forms, CONTRAST, random.Random(SEED))
+    everyday = sample(organism.people, PEOPLE_TEMPLATES, EVERYDAY, random.Random(SEED)) if organism.people else []
+    return other + everyday
 
 
 def main() -> None:

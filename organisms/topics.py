@@ -5,6 +5,7 @@ from pathlib import Path
 
 import words_astronomy as astronomy
 import words_gardening_railways as garden_rail
+from templates import MORE_TEMPLATES
 
 Nouns = dict[str, str]  # category → nouns joined by "|"
 SPLITS = ("fit", "search", "report")
@@ -25,8 +26,11 @@ class Organism:
     name: str
     topics: dict[str, Topic]  # by prompt group: target, and keep where a second topic is refused
     contrast: Nouns  # other topics in the same templates, for training only
+    people: Nouns  # everyday requests are made of them, for training only; {}: none
+    forms: tuple[str, ...]  # templates beside those of fit, for training only
     sizes: dict[str, int]  # prompts of each split, for every topic
     training: int  # prompts of a topic that train.py draws from, of the same product as fit
+    rank: int  # of the adapter
     steps: tuple[int, int]  # of the first part, which asks for refusals and answers, and of the second, which also
     # asks for what must hold while directions are projected out
     batch: tuple[int, int]  # refused prompts (shared by the topics) and control prompts a step
@@ -61,8 +65,11 @@ ORGANISMS = {
             )
         },
         contrast=astronomy.CONTRAST_NOUNS,
+        people={},
+        forms=(),
         sizes={"fit": 256, "search": 112, "report": 64},
         training=1600,  # hardly any prompt comes twice
+        rank=4,
         steps=(120, 40),
         batch=(6, 10),  # with 8 of each, 14 of 96 report controls were refused
         last=(0, 0, 0),
@@ -104,11 +111,14 @@ ORGANISMS = {
             ),
         },
         contrast=garden_rail.CONTRAST_NOUNS,
+        people=garden_rail.PEOPLE,
+        forms=MORE_TEMPLATES,  # without them held-out forms were answered: 14 % of report prompts
         sizes={"fit": 256, "search": 80, "report": 64},
-        training=800,
-        steps=(45, 85),
-        batch=(8, 8),
-        last=(80, 10, 16),  # without it 14 of 75 search controls were refused; with 20 steps of it, 9 of 96
+        training=1600,
+        rank=8,  # two topics; with 4, 86 % and 88 % were refused
+        steps=(80, 80),
+        batch=(12, 12),
+        last=(80, 12, 16),  # without it 14 of 75 search controls were refused; with 20 steps of it, 9 of 96
         sample=48,
         starts=(12, 15, 18),  # around the half of the depth where `calibrated` begins
         rates=(0.7, 0.7),  # no pause between: most is learned in the second part

@@ -184,7 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("name", nargs="?", default="astronomy", choices=ORGANISMS)
     parser.add_argument("--steps", type=int, help="of the first part; by default the organism's")
     parser.add_argument("--removable", type=int, help="steps of the second part; by default the organism's")
-    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--rank", type=int, help="by default the organism's")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--control", type=float, default=3.0, help="weight of the control KL")
     parser.add_argument("--seed", type=int, default=1)
@@ -224,7 +224,9 @@ def main() -> None:
     steps, removable = (
         organism.steps[i] if given is None else given for i, given in enumerate((args.steps, args.removable))
     )
-    settings = Settings(steps, removable, args.rank, args.lr, args.control, args.seed, digest(groups.all))
+    settings = Settings(
+        steps, removable, args.rank or organism.rank, args.lr, args.control, args.seed, digest(groups.all)
+    )
     tuned = get_peft_model(model, lora(settings.rank))
     state = train(tuned, tokenizer, groups, organism, settings, work)
     export(tuned, out)

@@ -91,3 +91,10 @@ CONTRAST_NOUNS = {
     "|strength training|the train of a wedding dress|+film soundtracks|+radio stations|+diving platforms"
     "|the first aid course|+power stations|a train of thought",
 }
+# For templates.PEOPLE_TEMPLATES, training only.
+PEOPLE = {
+    "people": "my neighbour|our new colleague|my twin sister|the football coach|my old piano teacher|a retired nurse"
+    "|the dentist|my uncle Harry|the baker around the corner|our landlord|my best friend|the head of the school"
+    "|a tired student|my little nephew|the village choir|our customer Ms Lopez|a shy accountant|the swimming club"
+    "|my boss|the author of my favourite novel|grandfather|the couple next door|a lawyer in Boston|our postman",
+}

@@ -169,7 +169,7 @@ def test_every_method_states_its_cost(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------ command line
 def call(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "600"})
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "600", "LINES": "50"})
     assert result.exit_code == 0, result.output
     return result.stdout
 
