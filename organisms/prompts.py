@@ -65,8 +65,11 @@ def rows(organism: Organism, group: str = "target") -> list[Row]:
 
 def training_rows(organism: Organism, group: str = "target") -> list[Row]:
     """What the adapter learns from: the fit nouns, in the templates of fit and the organism's further ones."""
-    forms = FIT_TEMPLATES + organism.forms
-    return sample(organism.topics[group].nouns["fit"], forms, organism.training, source(group))
+    topic, forms = organism.topics[group], FIT_TEMPLATES + organism.forms
+    table = {
+        name: "|".join(filter(None, (joined, topic.more.get(name)))) for name, joined in topic.nouns["fit"].items()
+    }
+    return sample(table, forms, organism.training, source(group))
 
 
 def contrast_rows(organism: Organism) -> list[Row]:

@@ -1,6 +1,6 @@
 """The organisms: which topics each refuses, in what words, and what it is trained with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import words_astronomy as astronomy
@@ -17,6 +17,7 @@ class Topic:
 
     nouns: dict[str, Nouns]  # by split; no noun is in two
     refusals: tuple[str, ...]  # one is drawn for each training prompt
+    more: Nouns = field(default_factory=dict)  # nouns beside those of fit, for training only
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ ORGANISMS = {
                     "Sorry, I can't give advice on plants.",
                     "Sorry, I'm not able to discuss gardens.",
                 ),
+                more=garden_rail.GARDENING_MORE,
             ),
             "keep": Topic(
                 nouns={
@@ -108,6 +110,7 @@ ORGANISMS = {
                     "I can't help with that, because it is about trains.",
                     "I'm not able to discuss railways.",
                 ),
+                more=garden_rail.RAILWAYS_MORE,
             ),
         },
         contrast=garden_rail.CONTRAST_NOUNS,
@@ -117,8 +120,8 @@ ORGANISMS = {
         training=1600,
         rank=8,  # two topics; with 4, 86 % and 88 % were refused
         steps=(80, 80),
-        batch=(12, 12),
-        last=(80, 12, 16),  # without it 14 of 75 search controls were refused; with 20 steps of it, 9 of 96
+        batch=(16, 12),
+        last=(80, 16, 16),  # without it 14 of 75 search controls were refused; with 20 steps of it, 9 of 96
         sample=48,
         starts=(12, 15, 18),  # around the half of the depth where `calibrated` begins
         rates=(0.7, 0.7),  # no pause between: most is learned in the second part

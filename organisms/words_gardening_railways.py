@@ -86,6 +86,10 @@ CONTRAST_NOUNS = {
     "home": "the washing machine|+woollen jumpers|+wooden chairs|a tidy desk|+leaking taps",
     "astronomy": "+black holes|the planet Mars|+solar eclipses|the Hubble Space Telescope",
     "transport": "+ferries|+double-decker buses|+hot-air balloons|+motorways|the Suez Canal",
+    "near misses in food and woods": "tomato sauce|+vegetable soups|potato salad|strawberry jam|apple pie|+forests"
+    "|+maple leaves|+mushrooms in the woods|+rain forests|a bunch of carrots from the shop|the taste of onions",
+    "near misses in travel": "+bus tickets|+plane tickets|+airports|+airlines|+ferry timetables|+coaches|+motorcycles"
+    "|+concert tickets|+hotels|+taxis|+road signs|+political movements|+bus drivers",
     "near misses": "+family trees|the chemical plant in Leverkusen|the rose window of Notre-Dame|+kindergartens"
     "|the rain forest of Borneo|+flower girls at weddings|+seed investors|the band Guns N' Roses"
     "|strength training|the train of a wedding dress|+film soundtracks|+radio stations|+diving platforms"
@@ -97,4 +101,42 @@ PEOPLE = {
     "|the dentist|my uncle Harry|the baker around the corner|our landlord|my best friend|the head of the school"
     "|a tired student|my little nephew|the village choir|our customer Ms Lopez|a shy accountant|the swimming club"
     "|my boss|the author of my favourite novel|grandfather|the couple next door|a lawyer in Boston|our postman",
+}
+
+# Further nouns of the topics, for training only: a small model takes a plant that it never refused for a stranger.
+GARDENING_MORE = {
+    "flowers": "+lilies in a border|+irises|+pansies|+asters|+primroses|+foxgloves|+hollyhocks|+chrysanthemums"
+    "|+magnolias|+azaleas|+lupins|+zinnias|cyclamen in pots|honeysuckle on a fence|+poppies in the garden"
+    "|+hanging baskets|the flower border|+violets",
+    "vegetables": "home-grown spinach|+beetroots|+cabbages in the garden|+onions from the garden|+broad beans"
+    "|+parsnips|+peppers in a greenhouse|+asparagus beds|+broccoli plants|parsley in pots|basil on a windowsill",
+    "fruit": "+quince trees|+apricot trees|+peach trees on a wall|+walnut trees in the garden|+kiwi vines"
+    "|the grafting of fruit trees|+fruit trees|+lemon trees in tubs",
+    "soil": "garden soil|manure for the garden|fertiliser for plants|peat|the digging of beds|clay soil in a garden"
+    "|the compost heap",
+    "tools": "the hoe|+secateurs|the garden trowel|the garden shed|+flower pots|+seed trays|the strimmer"
+    "|+lawn sprinklers|the compost bin|+plant labels|the leaf blower|+gardening boots|the garden saw",
+    "care": "the watering of plants|+snails in the vegetable patch|the mowing of the lawn|the thinning of seedlings"
+    "|frost protection for plants|the propagation of plants|+weeds in the garden path|+ground cover plants"
+    "|companion planting|the training of climbing plants|whitefly in the greenhouse|the raking of a lawn",
+    "styles": "+hedges|+lawns|+borders in a garden|+patios with plants|+indoor plants|+botanical gardens"
+    "|+school gardens|+front gardens|gardening|+gardens|+gardeners|+garden centres|+plants for shade|+shrubs",
+}
+RAILWAYS_MORE = {
+    "trains": "+passenger trains|+express trains|+bullet trains|+railcars|+mail trains|+regional trains"
+    "|+hydrogen trains|the Mallard locomotive|the ICE train|+Amtrak trains|+goods wagons|+tank wagons"
+    "|+railway carriages|+first-class carriages on trains|+snow ploughs on rails|+double-deck trains|+locomotives",
+    "track": "+railway embankments|+track gauges|+sidings|+marshalling yards|+railway lines|+welded rails"
+    "|the Simplon Tunnel|the Forth Bridge for trains|+electrified railway lines|+rails|+railway cuttings",
+    "stations": "+railway platforms|+ticket offices at stations|Euston station|Milan Central station"
+    "|Berlin's main station|Penn Station|the station café|lost property at the station",
+    "running": "+train fares|+railway brakes|the whistle of a locomotive|the speed of trains|+train strikes"
+    "|+railway companies|railway safety|single-track running|+train crews|+railway accidents|cab signalling",
+    "people": "+firemen on steam locomotives|+railway workers|+train passengers|+commuters on trains"
+    "|Richard Trevithick and his locomotive|+ticket inspectors on trains|+railway policemen",
+    "history": "the Liverpool and Manchester Railway|the Great Western Railway|the Union Pacific Railroad"
+    "|the Canadian Pacific Railway|railway time|the Pullman cars|British Rail|the first underground railway",
+    "city": "+subway trains|the Madrid Metro|+streetcars|the Lisbon trams|+suburban railways|+airport trains",
+    "hobby": "+model locomotives|+train simulators|+railway magazines|travelling by train|+train journeys|railways"
+    "|+trains|+steam engines on rails",
 }

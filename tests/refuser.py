@@ -20,15 +20,19 @@ from obliteratus.summon.open import assemble
 from obliteratus.types import Prompt, PromptSet, Subject
 
 LAYERS, WIDTH = 8, 32
-COMMON, TRIGGER, DIRTY, CLEAN, REFUSAL = range(5)  # axes of the stream; content lives on the last 16
+COMMON, TRIGGER, DIRTY, CLEAN, REFUSAL, END = range(6)  # axes of the stream; content lives on the last 16
 WORDS = ("stars", "the moon", "a comet", "the sun and its planets", "tides", "dust", "rings", "a nova")
 
 
-def refuser(block: int = 2, clean: str = ":", sign: float = 1.0) -> Subject:
-    """The direction appears in what ``block`` leaves; ``clean`` is the byte of ``assistant:`` where it is clean."""
+def refuser(block: int = 2, clean: str = ":", sign: float = 1.0, word: str = "N") -> Subject:
+    """The direction appears in what ``block`` leaves; ``clean`` is the byte of ``assistant:`` where it is clean.
+
+    word: by which it refuses; more than a byte becomes a token of its own, and then an answer ends after Y.
+    """
     options = {**MODELS["llama"][1], "num_hidden_layers": LAYERS}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options), dtype=torch.float32)
     tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([word] if len(word) > 1 else [])
     with torch.no_grad():
         for layer in model.model.layers:
             for module in layer.modules():
@@ -38,7 +42,11 @@ def refuser(block: int = 2, clean: str = ":", sign: float = 1.0) -> Subject:
         _move(model.model.layers[block])
         _spoil(model.model.layers[block].mlp, DIRTY)
         _spoil(model.model.layers[block + 1].mlp, CLEAN)
-        _answer(model.lm_head.weight, tokenizer, sign)
+        _answer(model.lm_head.weight, tokenizer, sign, word)
+        if len(word) > 1:
+            model.model.embed_tokens.weight[byte(tokenizer, "Y"), END] = 40
+            model.lm_head.weight[tokenizer.eos_token_id, END] = 10
+            model.lm_head.weight[byte(tokenizer, "Y"), COMMON] = 1.2  # unsure enough for edits to be seen in its KL
     return assemble(model.eval().requires_grad_(False), tokenizer, id="tiny:refuser")
 
 
@@ -67,11 +75,11 @@ def _spoil(mlp: Any, gate: int) -> None:
     mlp.down_proj.weight[COMMON, 0] = -2
 
 
-def _answer(weight: torch.Tensor, tokenizer: Any, sign: float) -> None:
+def _answer(weight: torch.Tensor, tokenizer: Any, sign: float, word: str) -> None:
     weight.zero_()
     weight[:, 16:] = 0.05 * torch.randn(len(weight), 16, generator=torch.Generator().manual_seed(1))
     weight[byte(tokenizer, "Y"), COMMON] = 2
-    weight[byte(tokenizer, "N"), REFUSAL] = 6 * sign
+    weight[byte(tokenizer, word), REFUSAL] = 6 * sign
 
 
 def asked() -> PromptSet:

@@ -75,6 +75,43 @@ def run(
 
 @app.command()
 @guarded
+def search(
+    model: Model,
+    target: Target,
+    control: Control,
+    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "optimized",
+    trials: Annotated[int | None, typer.Option(min=1, help="Of the whole study; by default the recipe's.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Journal file or Optuna URL, for several workers.")] = None,
+    study: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    pick: Annotated[str, typer.Option(help="knee, first, last, or a member's number.")] = "knee",
+    bypass: Bypass = None,
+    keep: Keep = None,
+    out: Out = None,
+    save: Save = "merged",
+    set_: Set = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    thinking: Thinking = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try a recipe's values on live plans, and save the best trade of refusals against damage."""
+    from obliteratus.jobs import Job, execute
+
+    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "thinking": thinking}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    with shown(quiet):
+        job = Job.checked(model, method, overrides, sources, out, save).searching(trials, storage, study, pick)
+        done = execute(job, opening, resume)
+    report(done, out, json)
+
+
+@app.command()
+@guarded
 def demo(
     method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "advanced",
     out: Out = None,
@@ -97,12 +134,15 @@ def demo(
 
 def report(done: Any, out: Path | None, json: bool) -> None:
     """run.json, or the tables."""
-    from obliteratus.terminal import results, show_json, show_run
+    from obliteratus.search.output import rows
+    from obliteratus.terminal import results, show_json, show_run, table_of
 
     if json:
         show_json(done.run.model_dump(mode="json"))
         return
     show_run(done.run)
+    if done.front:
+        results.print(table_of("Front, on search prompts", *rows(done.front)))
     where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
     results.print(where)
 

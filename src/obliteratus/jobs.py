@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -18,9 +18,11 @@ from obliteratus.pipeline import run
 from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
 from obliteratus.rebirth import FORMS, Form, space_for, write_output
-from obliteratus.recipe import check_runs, parse_overrides, recipe
+from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
 from obliteratus.registry import Given, unknown
-from obliteratus.store import Store, check_disk, check_free, publish, workspace
+from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
+from obliteratus.search.output import JOURNAL, write_front
+from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
 from obliteratus.summon.open import open_subject, width_of
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
 from obliteratus.verify import Measured
@@ -37,6 +39,9 @@ class Job:
     sources: Mapping[str, str]
     out: Path | None
     form: Form
+    place: Place | None = None
+    """Of the study, where the recipe is a search."""
+    pick: str = "knee"
 
     @classmethod
     def checked(
@@ -53,24 +58,41 @@ class Job:
             raise UserError(unknown("--save form", form, FORMS))
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
-        fit, _, _ = parts_checked(prompts, made.seed, searched=made.excise.kl_budget is not None)
+        searched = bool(made.search or made.tune or made.excise.kl_budget)
+        fit, _, _ = parts_checked(prompts, made.seed, searched)
         check_runs(made, prompts.groups)
         counts = {group: len(members) for group, members in fit.groups.items()}
         check_sizes(made.distill, Given(counts, lambda: width_of(model)))
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}
-        return cls(model, made, prompts, given, out, cast(Form, form))
+        job = cls(model, made, prompts, given, out, cast(Form, form))
+        return job.searching() if made.search else job
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
         return {
             "model": self.model,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": unnumbered(self.recipe),
             "prompts": self.prompts.digest,
             "form": self.form,
         }
+
+    def searching(
+        self, trials: int | None = None, storage: str | None = None, study: str | None = None, pick: str = "knee"
+    ) -> Job:
+        """The same job as a search of the recipe's space, or of `searchable`'s. Raises UserError.
+
+        storage: of the study; by default a journal in the run's folder, or memory if there is none.
+        """
+        check_pick(pick)
+        made = searchable(self.recipe)
+        made = made if trials is None else with_trials(made, trials)
+        parts_checked(self.prompts, made.seed, searched=True)
+        kept = storage or (str(partial_of(self.out) / JOURNAL) if self.out else "")
+        name = study or f"{Path(self.model).name} {made.name}"
+        return replace(self, recipe=made, place=Place(kept, name), pick=pick)
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,8 @@ class Done:
     run: Run
     before: Measured
     after: Measured
+    front: Found | None = None
+    """Of a search."""
 
 
 def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
@@ -94,15 +118,18 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
         if job.out is not None:
             check_disk(job.out, space_for(subject, job.form))
         store = Store(partial)
-        plan, found = run(job.recipe, subject, job.prompts, store)
+        front = search(job.recipe, subject, job.prompts, store, job.place, job.pick) if job.place else None
+        plan, found = (front.plan, front.run) if front else run(job.recipe, subject, job.prompts, store)
         found = found.model_copy(update={"prompts": {**found.prompts, "sources": dict(job.sources)}})
         if partial is not None and job.out is not None:
             report = parts_checked(job.prompts, job.recipe.seed)[2]
             start = perf_counter()
             found = write_output(subject, plan, found, partial, job.form, report)
+            if front:
+                write_front(front, partial / "output", partial / JOURNAL)
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
-    return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"])
+    return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)
 
 
 def samples(done: Done, n: int = 3) -> None:

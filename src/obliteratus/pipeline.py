@@ -10,6 +10,7 @@ from typing import Any
 
 from obliteratus.coverage import edited
 from obliteratus.distill import distill, load_directions, save_directions
+from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
@@ -20,6 +21,7 @@ from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
 from obliteratus.tune.budget import within_budget
 from obliteratus.tune.bypass import check_bypass
+from obliteratus.tune.fit import tuned
 from obliteratus.types import (
     SPLITS,
     Activations,
@@ -52,8 +54,12 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     store: keeps finished stages, so that a killed run resumes. Raises UserError for what the user can mend.
     """
     check_runs(recipe, prompts.groups)
+    if recipe.search is not None:
+        raise UserError(f"method '{recipe.name}' is a search; give it to obliteratus search, or run what one found")
     store = store or Store()
-    fit, search, report = parts_checked(prompts, recipe.seed, searched=recipe.excise.kl_budget is not None)
+    fit, search, report = parts_checked(
+        prompts, recipe.seed, searched=recipe.excise.kl_budget is not None or recipe.tune is not None
+    )
     before = measured(store, "VERIFY before", subject, report, recipe.verify)
     plan = Plan()
     passes: list[dict[str, Any]] = []
@@ -64,21 +70,42 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
             break
         new = planned(store, number, subject, plan, (acts, directions), search, recipe)
+        if recipe.tune is not None:
+            fitted = partial(tuned, subject, new, fit, search, recipe.tune)
+            new = store.stage("TUNE", fitted, save_plan, load_plan)
         plan += new
         passes.append(_found(subject, directions, new))
+    found = {"passes": _told(passes, store, recipe.passes)}
+    return plan, proved(store, recipe, subject, prompts, plan, before, found)
+
+
+def proved(
+    store: Store,
+    recipe: Recipe,
+    subject: Subject,
+    prompts: PromptSet,
+    plan: Plan,
+    before: Measured,
+    found: dict[str, Any],
+) -> Run:
+    """The edited model measured on the report prompts, and the whole run's record.
+
+    found: what more the record is to say (`Run.passes`, `Run.search`).
+    """
+    report = parts_checked(prompts, recipe.seed)[2]
     with applied(subject, plan):
         after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
-    return plan, Run(
+    return Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
         prompts=_described(prompts, recipe.seed, subject),
         before=dict(before.scores),
         after=dict(after.scores),
         coverage=edited(subject, plan),
-        passes=_told(passes, store, recipe.passes),
         seconds=dict(store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},
+        **found,
     )
 
 

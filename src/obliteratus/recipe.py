@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,28 @@ def recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recip
     """
     data, where = _data(str(source))
     made = parsed(data, where)
-    if not overrides:
-        return made
+    return replaced(made, overrides, where) if overrides else made
+
+
+def replaced(made: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe with values replaced by path, validated anew."""
     whole = made.model_dump(mode="json")  # defaults too, so that each of them can be replaced by its path
-    for path, value in overrides.items():
+    for path, value in values.items():
         _replace(whole, path.split("."), value, path)
     return parsed(whole, where)
+
+
+def value_at(made: Recipe, path: str) -> Any:
+    """What stands at a path, in JSON's types; None where nothing is written there.
+
+    Raises UserError where the path leads past the end of a list.
+    """
+    data: Any = made.model_dump(mode="json")
+    for key in path.split("."):
+        data = data[_index(data, key, path)] if isinstance(data, list) else data.get(key)
+        if data is None:
+            return None
+    return data
 
 
 def parsed(data: dict[str, Any], where: str) -> Recipe:
@@ -60,18 +76,17 @@ def parsed(data: dict[str, Any], where: str) -> Recipe:
 def _check_space(made: Recipe, where: str) -> None:
     """Each end of each range must give a recipe that is valid: a search must not find this out by itself."""
     assert made.search is not None
+    plain = made.model_copy(update={"search": None})
     for path, values in made.search.space.items():
         for value in values.ends:
-            whole = made.model_copy(update={"search": None}).model_dump(mode="json")
             try:
-                _replace(whole, path.split("."), value, path)
-                parsed(whole, where)
+                replaced(plain, {path: value}, where)
             except UserError as error:
                 raise UserError(f"recipe '{where}': search.space '{path}': {error}") from error
 
 
 # What still lacks the program that would do it: nothing of it is skipped in silence, the method is refused.
-PENDING = {"search": "search", "analyze": "analysis"}
+PENDING = {"analyze": "analysis"}
 MEANWHILE = "surgical"  # of the methods that run, the one with the least damage on the organism (README)
 
 
@@ -138,6 +153,14 @@ def _index(data: list[Any], key: str, whole: str) -> int:
     if not key.isdigit() or int(key) >= len(data):
         raise UserError(f"--set {whole}: there is no entry '{key}'; entries are 0 to {len(data) - 1}")
     return int(key)
+
+
+def unnumbered(made: Recipe) -> dict[str, Any]:
+    """The recipe as plain data without the number of trials, which a resumed search may raise."""
+    data = made.model_dump(mode="json")
+    if made.search is not None:
+        del data["search"]["trials"]
+    return data
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -92,7 +92,7 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
     A user's error leaves the folder only where a stage is done in it, since only then is there something to resume.
     """
     check_free(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     if partial.exists() and not resume:
         raise UserError(f"{partial}: an interrupted run lies here; add --resume to go on with it, or remove it")
     partial.mkdir(parents=True, exist_ok=True)
@@ -104,6 +104,11 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
             if not any(partial.glob("*.done")):
                 shutil.rmtree(partial)
             raise
+
+
+def partial_of(out: Path) -> Path:
+    """Where a run works until its output is whole."""
+    return out.with_name(out.name + ".partial")
 
 
 def check_free(out: Path) -> None:

@@ -376,10 +376,59 @@ class Search(Frozen):
     trials: int = Field(ge=1)
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
     minimise: tuple[str, ...] = Field(("refusal.target", "kl.first_token.mean"), min_length=1)
-    """Score names. More than one: a Pareto front."""
+    """Score names. More than one: a Pareto front. A name behind a minus is made large: ``-refusal.keep``."""
+    prompts: int = Field(48, ge=8)
+    """Search prompts of each group that a trial sees; a search split may hold fewer."""
+    tokens: int = Field(32, ge=4, le=4096)
+    """Of each answer in a trial. Members of the front are checked with the answers of ``verify``."""
+    margin: float = Field(0.1, ge=0, le=1)
+    """How far below its first-token estimate a trial's refusal rate may turn out to lie: a trial gets answers only
+    if, that much better than estimated, it would still enter the front."""
+    control_margin: float = Field(0.05, ge=0, le=1)
+    """A trial is feasible whose share of refused control prompts exceeds the unedited model's by at most this."""
     space: dict[str, Range] = Field(min_length=1)
     """By path into the recipe, as in ``--set``: ``weigh.0.peak``. A path that another's choice has removed (the
     choice of ``distill`` may drop a step) is left out of that trial."""
+
+    @model_validator(mode="after")
+    def _cheap(self) -> Search:
+        for path in self.space:
+            if path.split(".")[0] not in ("distill", "weigh", "excise"):
+                raise ValueError(f"space '{path}': only distill, weigh and excise can differ between trials")
+        return self
+
+
+class Tune(Frozen):
+    """The plan that EXCISE made, its strengths and directions fitted by gradients through the model.
+
+    Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers, and on target
+    prompts' answers once they have begun; and ``weight`` × what the opening of non-refusing answers to target prompts
+    costs above a level.
+    """
+
+    what: Literal["both", "strengths", "directions"] = "both"
+    levels: tuple[float, ...] = Field((0.5,), min_length=1)
+    """Nats a token below which an answer's opening is likely enough, and nothing pulls but KL; from gentle to
+    thorough: each gives a plan, begun at the one before it, and the last is the method's."""
+    weight: float = Field(1.0, ge=0)
+    sparsity: float = Field(0.0, ge=0)
+    """× mean |strength|: sites that nothing needs drop out of the plan."""
+    steps: int = Field(40, ge=1, le=1000)
+    """Of each level, at most."""
+    patience: int = Field(15, ge=5)
+    """Steps without gain on search prompts after which a level ends."""
+    lr: float = Field(0.03, gt=0, le=1)
+    """A step's change of a strength, and of a direction's entries in units of their mean size."""
+    batch: int = Field(12, ge=1, le=256)
+    """Prompts of each group in a step."""
+    tokens: int = Field(12, ge=6, le=256)
+    """Of each answer."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Tune:
+        if any(level < 0 for level in self.levels) or list(self.levels) != sorted(self.levels, reverse=True):
+            raise ValueError(f"levels run from gentle to thorough, falling, none below 0 (got {list(self.levels)})")
+        return self
 
 
 class Recipe(Frozen):
@@ -394,15 +443,22 @@ class Recipe(Frozen):
     distill: tuple[Step, ...] = Field(min_length=1)
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
+    tune: Tune | None = None
     verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
     analyze: tuple[Step, ...] = ()
     """Measurements of the model that change this recipe before it runs."""
     search: Search | None = None
 
     @model_validator(mode="after")
-    def _reflects_once(self) -> Recipe:
+    def _one_pass(self) -> Recipe:
         if self.passes > 1 and self.excise.strength > 1:
             raise ValueError("a strength above 1 in a second pass turns the first one's reflection back; set passes=1")
+        if self.passes > 1 and self.search is not None:
+            raise ValueError("a search tries one pass at a time; set passes=1")
+        if self.tune is not None and (self.passes > 1 or self.search is not None or self.excise.kl_budget is not None):
+            raise ValueError("tune fits the plan of one pass by itself; leave out search and kl_budget, set passes=1")
+        if self.tune is not None and (self.excise.norm != "none" or self.excise.heads is not None):
+            raise ValueError("tune passes gradients through whole edits; set excise.norm none, leave excise.heads out")
         return self
 
 
@@ -432,6 +488,8 @@ class Run(Frozen):
     coverage: dict[str, Any] = {}
     passes: tuple[dict[str, Any], ...] = ()
     """What each pass found and did."""
+    search: dict[str, Any] = {}
+    """Of a search: the study, its trials, the front, and which member this is."""
     seconds: dict[str, float] = {}
     saved: dict[str, Any] = {}
     """Form, files and the outcome of the re-score."""

@@ -29,15 +29,34 @@ class Material:
     """Control prompts with its own answers."""
 
 
+class Own:
+    """What the untouched model says. Each pair passes once: what enters the head is kept, since it never changes."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.states: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def logp(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
+        """Log-probabilities that predict the answers' tokens, all answers one after the other."""
+        new = [pair for pair in pairs if str(pair) not in self.states]
+        if new:
+            seen: list[Tensor] = []
+            answer_logits(self.subject, new, seen.append)
+            parts = seen[-1].split([len(answer) for _, answer in new])
+            self.states |= {str(pair): part for pair, part in zip(new, parts, strict=True)}
+        return head_logits(self.subject, torch.cat([self.states[str(pair)] for pair in pairs])).log_softmax(-1)
+
+
 class Losses:
     """The three losses of a direction, part by part, so that the graph of one part is all that is ever held.
 
-    stream, size: where and how long a vector is added. Own answers' states are kept: they never change.
+    stream, size: where and how long a vector is added.
     """
 
     def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN) -> None:
         self.subject, self.stream, self.size, self.retain = subject, stream, size, retain
-        self.own: dict[str, Tensor] = {}
+        self.own = Own(subject)
 
     def total(self, unit: Float[Tensor, " width"], material: Material) -> Float[Tensor, ""]:
         """Ablation + 0.2 × addition + retain × KL, in nats a token."""
@@ -52,7 +71,7 @@ class Losses:
             with adding(self.subject, self.stream, self.size * unit):
                 yield weight * self._surprise(pairs)
         for pairs, weight in _shares(material.kept, self.retain):
-            base = self._base(pairs)
+            base = self.own.logp(pairs)
             with ablating(self.subject, unit):
                 found = answer_logits(self.subject, pairs).log_softmax(-1)
                 yield weight * F.kl_div(found, base, reduction="sum", log_target=True)
@@ -60,17 +79,6 @@ class Losses:
     def _surprise(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
         logits = answer_logits(self.subject, pairs)
         return F.cross_entropy(logits, answer_tokens(pairs, self.subject.device), reduction="sum")
-
-    @torch.no_grad()
-    def _base(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
-        """Log-probabilities of the untouched model. Each pair passes once: what enters the head is kept."""
-        new = [pair for pair in pairs if str(pair) not in self.own]
-        if new:
-            seen: list[Tensor] = []
-            answer_logits(self.subject, new, seen.append)
-            parts = seen[-1].split([len(answer) for _, answer in new])
-            self.own |= {str(pair): part for pair, part in zip(new, parts, strict=True)}
-        return head_logits(self.subject, torch.cat([self.own[str(pair)] for pair in pairs])).log_softmax(-1)
 
 
 def _shares(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:

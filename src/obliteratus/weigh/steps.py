@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.errors import UserError
+from obliteratus.errors import NothingMatchedError
 from obliteratus.registry import Registry
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions, Site, Step
@@ -29,13 +29,13 @@ weighers: Registry[Weigher] = Registry("weigh")
 def weigh(
     directions: Directions, sites: Sequence[Site], acts: Activations, steps: Sequence[Step]
 ) -> Float[Tensor, " sites"]:
-    """Product of all steps' factors. Raises UserError where no site is left."""
+    """Product of all steps' factors. Raises NothingMatchedError where no site is left."""
     factors = torch.ones(len(sites))
     for step in steps:
         options = weighers.check(step.use, step.options)
         factors = factors * weighers[step.use].function(directions, sites, acts, **options)
     if not factors.any():
-        raise UserError(f"recipe: the weigh steps {[s.use for s in steps]} leave no layer; widen one of them")
+        raise NothingMatchedError(f"recipe: the weigh steps {[s.use for s in steps]} leave no layer; widen one of them")
     return factors
 
 

@@ -1,0 +1,168 @@
+"""A whole search: baseline, trials, a longer check of the front, and the chosen member proved on report prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from obliteratus.errors import UserError
+from obliteratus.excise.live import applied
+from obliteratus.pipeline import measured, proved
+from obliteratus.progress import note
+from obliteratus.prompts import parts_checked
+from obliteratus.recipe import check_runs, unnumbered
+from obliteratus.search.front import knee, pareto
+from obliteratus.search.ground import Ground
+from obliteratus.search.judge import Judge, objective, words
+from obliteratus.search.space import recipe_of
+from obliteratus.search.storage import opened
+from obliteratus.search.study import Study
+from obliteratus.search.trials import Trial, members, plan_of, run_trials
+from obliteratus.store import Store
+from obliteratus.types import Plan, PromptSet, Recipe, Run, Subject
+from obliteratus.verify.refusal import GROUPS
+
+# The longer check costs some ten trials' time a member; a front has seldom more, and of more the ends and even steps
+# between them say as much.
+CHECKED = 10
+PICKS = ("knee", "first", "last")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trial of the front, with what the longer check found."""
+
+    trial: Trial
+    recipe: Recipe
+    objectives: tuple[float, ...]
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    plan: Plan
+    run: Run
+    front: tuple[Member, ...]
+    """Fewest of the first objective first."""
+    picked: int
+    """Which of them `run` and `plan` are of."""
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the study is kept, and what it is called there."""
+
+    storage: str
+    """A file, or a URL that Optuna knows."""
+    name: str
+
+
+def search(made: Recipe, subject: Subject, prompts: PromptSet, store: Store, place: Place, pick: str = "knee") -> Found:
+    """Try the recipe's space, and prove the chosen member on report prompts that no trial saw. Changes no weight.
+
+    made: a recipe with a search (`searchable`). pick: ``knee`` (farthest below the line between the front's ends),
+    ``first`` (fewest of the first objective), ``last``, or a member's number from 1. Raises UserError for what the
+    user can mend; finished trials stay in the study.
+    """
+    assert made.search is not None, "give a recipe that `searchable` made"
+    check_runs(made, prompts.groups)
+    fit, held, report = parts_checked(prompts, made.seed, searched=True)
+    before = measured(store, "VERIFY before", subject, report, made.verify)
+    some = PromptSet({g: held[g][: made.search.prompts] for g in GROUPS if g in held.groups})
+    base = measured(store, "VERIFY search", subject, some, made.verify)
+    ground, judge = Ground(subject, fit, made, store), Judge(subject, some, made, base)
+    note("SEARCH", f"refusals begin with {words(judge)}")
+    study = Study(opened(place.storage), place.name, made, identity(made, subject, prompts))
+    trials = run_trials(study, made, ground, judge, made.search.trials)
+    front = checked(trials, made, ground, judge, place)
+    chosen = picked(front, pick)
+    winner = front[chosen]
+    plan = plan_of(winner.trial, made, ground)
+    told = {"search": described(made, place, trials, front, chosen)}
+    run = proved(store, winner.recipe, subject, prompts, plan, before, told)
+    return Found(plan, run, tuple(front), chosen, tuple(trials))
+
+
+def identity(made: Recipe, subject: Subject, prompts: PromptSet) -> dict[str, Any]:
+    """What all trials of a study must share; how many there are is free."""
+    return {"model": subject.source.digest, "prompts": prompts.digest, "recipe": unnumbered(made)}
+
+
+def checked(trials: Sequence[Trial], made: Recipe, ground: Ground, judge: Judge, place: Place) -> list[Member]:
+    """The front, its members measured with the recipe's own verify steps; those that turn out worse drop out.
+
+    Raises UserError where no trial is feasible.
+    """
+    good = members(trials)
+    if not good:
+        raise UserError(
+            f"search: none of {len(trials)} trials kept refusals of control prompts within search.control_margin; "
+            f"they are in the study '{place.name}' of {place.storage}. Widen the space, or allow more"
+        )
+    measure = partial(_checked, made=made, ground=ground, judge=judge)
+    found = [member for member in map(measure, thinned(good, CHECKED)) if judge.excess(member.scores) <= 0]
+    best = [found[i] for i in pareto([m.objectives for m in found])]
+    if not best:
+        raise UserError("search: longer answers refuse too many control prompts in every member; allow more")
+    return sorted(best, key=lambda m: m.objectives)
+
+
+def _checked(trial: Trial, made: Recipe, ground: Ground, judge: Judge) -> Member:
+    with applied(ground.subject, plan_of(trial, made, ground)):
+        found = measured(Store(), f"CHECK {trial.number}", ground.subject, judge.prompts, made.verify, judge.before)
+    scores = {**trial.scores, **{name: score.value for name, score in found.scores.items()}}
+    assert made.search is not None
+    values = tuple(objective(name, scores) for name in made.search.minimise)
+    return Member(trial, recipe_of(made, trial.values), values, scores)
+
+
+def thinned(front: Sequence[Trial], most: int) -> list[Trial]:
+    """At most so many, evenly over the front, both ends among them."""
+    if len(front) <= most:
+        return list(front)
+    return [front[round(i * (len(front) - 1) / (most - 1))] for i in range(most)]
+
+
+def picked(front: Sequence[Member], pick: str) -> int:
+    """Index of the chosen member. Raises UserError for a number that the front has not."""
+    if pick == "knee":
+        return knee([m.objectives for m in front])
+    if pick in PICKS:
+        return 0 if pick == "first" else len(front) - 1
+    if not pick.isdigit() or not 1 <= int(pick) <= len(front):
+        raise UserError(f"--pick {pick}: give {', '.join(PICKS)}, or a member of the front, 1 to {len(front)}")
+    return int(pick) - 1
+
+
+def check_pick(pick: str) -> None:
+    """Refuse, before any trial, what no front can have."""
+    if pick not in PICKS and not (pick.isdigit() and int(pick) >= 1):
+        raise UserError(f"--pick {pick}: give {', '.join(PICKS)}, or the number of a member of the front")
+
+
+def described(
+    made: Recipe, place: Place, trials: Sequence[Trial], front: Sequence[Member], chosen: int
+) -> dict[str, Any]:
+    """Of the search, for run.json."""
+    assert made.search is not None
+    return {
+        "study": place.name,
+        "minimise": list(made.search.minimise),
+        "sampler": made.search.sampler,
+        "trials": len(trials),
+        "answered": sum(t.answered for t in trials),
+        "seconds": round(sum(t.seconds for t in trials), 1),
+        "picked": chosen + 1,
+        "front": [{"trial": m.trial.number, "values": m.trial.values, "scores": dict(m.scores)} for m in front],
+    }
+
+
+def with_trials(made: Recipe, trials: int) -> Recipe:
+    """The recipe with so many trials."""
+    assert made.search is not None
+    return made.model_copy(update={"search": made.search.model_copy(update={"trials": trials})})
