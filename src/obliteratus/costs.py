@@ -11,11 +11,13 @@ from typing import Any
 from obliteratus.pipeline import CHECK_TOKENS, CHECKED
 from obliteratus.recipe import dump, pending
 from obliteratus.registry import Registry
+from obliteratus.search.run import CHECKED as MEMBERS
 from obliteratus.tune import extractors
 from obliteratus.tune.budget import PROMPTS, STEPS
+from obliteratus.tune.fit import EVERY, HELD
 from obliteratus.types import Excise, Recipe, Step
 from obliteratus.verify import scorers
-from obliteratus.work import FREE, Answers, Cost, Values, n_of
+from obliteratus.work import FREE, Answers, Cost, Training, Values, n_of
 
 # What the classes, and the forecasts in docs/runtimes.md, are reckoned with: the organism's prompts to within a few.
 REFERENCE: Values = {
@@ -49,6 +51,7 @@ def stages(made: Recipe) -> dict[str, Cost]:
         "DISTILL": _steps(extractors, made.distill) * made.passes,
         "EXCISE": _excise(made.excise) * made.passes,
         "CHECK": Cost(answers=(Answers(CHECK_TOKENS, n_of("search", "target", CHECKED)),)) * (made.passes - 1),
+        "TUNE": _tune(made),
         "SEARCH": _search(made),
         "VERIFY": _steps(scorers, made.verify) * 2,  # before and after
     }
@@ -71,10 +74,26 @@ def _excise(excise: Excise) -> Cost:
 
 
 def _search(made: Recipe) -> Cost:
-    """Every trial answers all search prompts: the most, for a cheaper look may spare most of it."""
-    written = tuple(a for step in made.verify for a in _steps(scorers, [step]).answers)
-    each = Cost(answers=tuple(replace(a, prompts=n_of("search")) for a in written))
-    return each * (made.search.trials if made.search else 0)
+    """First tokens for every trial, and the most: answers to target prompts for each, the longer check for ten."""
+    if made.search is None:
+        return FREE
+    target, control = (n_of("search", group, made.search.prompts) for group in ("target", "control"))
+    trial = Cost(target + control, (Answers(made.search.tokens, target),))
+    longer = tuple(
+        replace(a, prompts=target + control) for step in made.verify for a in _steps(scorers, [step]).answers
+    )
+    return trial * made.search.trials + Cost(answers=longer) * (1 + MEMBERS)  # and the unedited model
+
+
+def _tune(made: Recipe) -> Cost:
+    """Answers of fit prompts, and the most gradient steps; a look at search prompts every few of them."""
+    how = made.tune
+    if how is None:
+        return FREE
+    steps, held = how.steps * len(how.levels), n_of("search", "target", HELD) + n_of("search", "control", HELD)
+    looks = held * (len(how.levels) + -(-steps // EVERY))
+    written = (Answers(how.tokens, n_of("fit")), Answers(how.tokens, held))
+    return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))
 
 
 def total(made: Recipe) -> Cost:

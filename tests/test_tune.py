@@ -1,0 +1,275 @@
+"""Plans fitted by gradients: the same edits, their gradients right, the base untouched, and a gain that is real."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from refuser import REFUSAL, asked, byte, refuser
+from tiny import tiny_subject
+
+from obliteratus.errors import UserError
+from obliteratus.excise.bake import baked
+from obliteratus.excise.live import applied
+from obliteratus.recipe import recipe
+from obliteratus.summon.render import render
+from obliteratus.tune.fit import Bench, _point
+from obliteratus.tune.knobs import Knobs
+from obliteratus.tune.losses import Own
+from obliteratus.tune.pulls import Pairs, fluent, pull_control, pull_target, surprises
+from obliteratus.types import Edit, Mask, Plan, Prompt, Subject, Tune
+
+KINDS = ["orthogonal", "anchored", "oblique", "rank 2"]
+
+
+def plan_for(subject: Subject, kind: str, strength: float = 0.7, seed: int = 0) -> Plan:
+    """An edit of every writer of the upper half, along random directions."""
+    g = torch.Generator().manual_seed(seed)
+    edits = []
+    for site in subject.sites:
+        if site.role == "reads" or site.layer < subject.n_layers // 2 or site.part == "embed":
+            continue
+        k = 2 if kind == "rank 2" else 1
+        basis = torch.linalg.qr(torch.randn(subject.width, k, generator=g))[0].T.contiguous()
+        along = None
+        if kind == "oblique":
+            along = basis + 0.3 * torch.randn(1, subject.width, generator=g)
+            along = along / (along @ basis.T)
+        anchor = torch.randn(subject.width, generator=g) if kind == "anchored" else None
+        edits.append(Edit(site, basis, strength, "none", anchor, along))
+    return Plan(tuple(edits), subject.source.digest)
+
+
+def logits(subject: Subject, plan: Plan) -> torch.Tensor:
+    ids = torch.tensor([render(subject, [Prompt("Tell me about stars?")])[0]])
+    with applied(subject, plan), torch.no_grad():
+        found: torch.Tensor = subject.model(ids).logits.double()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_knobs_are_the_plan(kind: str, name: str) -> None:
+    """Live with gradients, fixed, and as they came: one map. Another plan is another."""
+    subject = tiny_subject(name)
+    plan = plan_for(subject, kind)
+    knobs = Knobs(plan, subject.device, "both")
+    expected = logits(subject, plan)
+    torch.testing.assert_close(logits(subject, knobs.live()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(subject, knobs.fixed()), expected, rtol=1e-4, atol=1e-5)
+    other = logits(subject, plan_for(subject, kind, seed=1))
+    assert not torch.allclose(other, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_fitted_is_an_ordinary_plan(kind: str) -> None:
+    """After steps along its gradients: orthonormal rows or A Bᵀ = I, the same rank, and it bakes."""
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, kind)
+    knobs = Knobs(plan, subject.device, "both")
+    _moved(subject, knobs, steps=3)
+    for before, after in zip(plan.edits, knobs.fixed().edits, strict=True):
+        assert isinstance(before, Edit)
+        assert isinstance(after, Edit)
+        assert after.basis.shape == before.basis.shape
+        assert after.strength != before.strength
+        assert not torch.equal(after.basis, before.basis)
+        eye = torch.eye(len(after.basis))
+        torch.testing.assert_close(after.along @ after.basis.T, eye, rtol=1e-4, atol=1e-4)
+        if kind != "oblique":
+            assert after.covectors is None
+    assert baked(subject, knobs.fixed())
+
+
+def _moved(subject: Subject, knobs: Knobs, steps: int) -> None:
+    ids = render(subject, [Prompt("Tell me about stars?"), Prompt("And about tides?")])
+    pairs = [(row, [5, 9, 12, 40, 41, 42]) for row in ids]
+    own, optimiser = Own(subject), torch.optim.Adam(knobs.groups(0.05))
+    for _ in range(steps):
+        optimiser.zero_grad()
+        pull_control(subject, own, knobs.live(), pairs).backward()
+        optimiser.step()
+
+
+def test_gradients_are_finite_differences() -> None:
+    """Of strength and direction, through live edits with an anchor, in a model of float64."""
+    subject = tiny_subject("llama")
+    subject.model.double()
+    plan = plan_for(subject, "anchored")
+    pairs = [(render(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42])]
+    own = Own(subject)
+
+    def loss(knobs: Knobs) -> torch.Tensor:
+        return pull_control(subject, own, knobs.live(), pairs)
+
+    knobs = Knobs(plan, subject.device, "both")
+    loss(knobs).backward()
+    strength, basis = knobs.knobs[0].strength, knobs.knobs[0].basis
+    for x, at in ((strength, ()), (basis, (0, 3))):
+        assert x.grad is not None
+        ends = []
+        for step in (-1e-2, 1e-2):
+            with torch.no_grad():
+                x[at] += step
+                ends.append(float(loss(knobs)))
+                x[at] -= step
+        assert float(x.grad[at]) == pytest.approx((ends[1] - ends[0]) / 2e-2, rel=0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("what", "turns", "pulls"), [("both", True, True), ("strengths", False, True), ("directions", True, False)]
+)
+def test_what_is_left_alone_stays(what: Any, turns: bool, pulls: bool) -> None:
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "oblique")
+    knobs = Knobs(plan, subject.device, what)
+    _moved(subject, knobs, steps=2)
+    for before, after in zip(plan.edits, knobs.fixed().edits, strict=True):
+        assert isinstance(before, Edit)
+        assert isinstance(after, Edit)
+        assert (not torch.allclose(after.basis, before.basis, atol=1e-6)) == turns
+        assert (abs(after.strength - before.strength) > 1e-6) == pulls
+
+
+def test_sparsity_drops_sites() -> None:
+    """Only the penalty pulls: strengths fall and sites leave the plan. Without it nothing falls."""
+    subject = tiny_subject("llama")
+    knobs = Knobs(plan_for(subject, "orthogonal", strength=0.1), subject.device, "strengths")
+    optimiser = torch.optim.Adam(knobs.groups(0.03))
+    for _ in range(10):
+        optimiser.zero_grad()
+        knobs.size().backward()
+        optimiser.step()
+    assert len(knobs.fixed(0.05).edits) < len(knobs.plan.edits) == len(knobs.fixed().edits)
+
+
+def test_other_changes_stay() -> None:
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "orthogonal")
+    mask = Mask(next(s for s in subject.sites if s.part == "mlp.out"), torch.tensor([1, 2]))
+    knobs = Knobs(replace(plan, edits=(mask, *plan.edits)), subject.device, "both")
+    assert knobs.fixed(10.0).edits == (mask,)
+
+
+def test_norm_rules_are_refused() -> None:
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "orthogonal")
+    edits = tuple(replace(e, norm="columns") for e in plan.edits if isinstance(e, Edit))
+    with pytest.raises(UserError, match="norm rule"):
+        Knobs(replace(plan, edits=edits), subject.device, "both")
+
+
+# ------------------------------------------------------------------------------------------------ pulls
+def test_the_hinge_rests_below_its_level() -> None:
+    """No gradient where answers are likely enough, one where they are not."""
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "orthogonal")
+    pairs = [(render(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42])]
+    for level, rests in ((100.0, True), (0.0, False)):
+        knobs = Knobs(plan, subject.device, "both")
+        hinge, drift = pull_target(subject, Own(subject), knobs.live(), pairs, level)
+        hinge.backward()
+        gradient = knobs.knobs[0].strength.grad
+        assert (float(hinge) == 0.0) == rests
+        assert (gradient is None or float(gradient) == 0.0) == rests
+        assert float(drift) > 0
+
+
+def test_pulls_by_hand() -> None:
+    """Golden: KL and hinge from the model's plain logits in float64."""
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "orthogonal")
+    prompt, answer = render(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42]
+
+    def logp(plan: Plan) -> torch.Tensor:
+        with applied(subject, plan), torch.no_grad():
+            found = subject.model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        return found[len(prompt) - 1 : -1]
+
+    base, edited = logp(Plan((), subject.source.digest)), logp(plan)
+    each = (base.exp() * (base - edited)).sum(-1)
+    own, pairs = Own(subject), [(prompt, answer)]
+    kl = pull_control(subject, own, plan, pairs)
+    assert float(kl) == pytest.approx(float(each[0] + each.mean()), rel=1e-3)
+    nll = -edited[range(6), answer]
+    hinge, drift = pull_target(subject, own, plan, pairs, 0.5)
+    assert float(hinge) == pytest.approx(max(0.0, float(nll[:4].mean()) - 0.5), rel=1e-3)
+    assert float(drift) == pytest.approx(float(each[4:].mean()), rel=1e-3)
+    assert surprises(subject, pairs)[0] == pytest.approx(float(-base[range(6), answer][4:].mean()), rel=1e-3)
+
+
+def test_fluent_keeps_what_the_base_would_say() -> None:
+    """The model's own greedy continuation is kept before random tokens."""
+    from obliteratus.summon.generate import generate
+
+    subject = tiny_subject("llama")
+    ids = render(subject, [Prompt(f"Tell me about {x}?") for x in "abcdefghijkl"])
+    own = list(zip(ids, generate(subject, ids, 8), strict=True))
+    noise = [
+        (row, torch.randint(0, 200, (8,), generator=torch.Generator().manual_seed(i)).tolist())
+        for i, row in enumerate(ids)
+    ]
+    kept = fluent(subject, noise + own, own)
+    assert sum(pair in own for pair in kept) >= 6
+    assert all(pair in own for pair in kept[:3])
+
+
+# -------------------------------------------------------------------------------------------------- fit
+HOW = Tune(steps=40, tokens=6, batch=6, lr=0.05, levels=(0.1,))
+
+
+def weak(subject: Subject, axis: int) -> Plan:
+    """Where the refuser's direction is written, too little of one axis is removed."""
+    site = next(s for s in subject.sites if s.part == "attn.out" and s.layer == 2)
+    return Plan((Edit(site, torch.eye(subject.width)[axis][None], 0.3),), subject.source.digest)
+
+
+def yes(subject: Subject, split: slice) -> Pairs:
+    """Prompts of the refuser with the answer that does not refuse."""
+    word = byte(subject.tokenizer, "Y")
+    rows = {g: render(subject, ps[split]) for g, ps in asked().groups.items()}
+    return Pairs(*([(row, [word] * 6) for row in rows[g]] for g in ("control", "target")))
+
+
+def test_fitting_lowers_what_it_is_to_lower_and_leaves_the_base_alone() -> None:
+    """From a start that is too weak the held-out hinge goes, at no KL; a plan elsewhere gains nothing."""
+    subject = refuser()
+    before = {name: p.clone() for name, p in subject.model.named_parameters()}
+    bench = Bench(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), HOW)
+    start, elsewhere = weak(subject, REFUSAL), weak(subject, 9)
+    found = _point(bench, Knobs(start, subject.device, "both"), 0.1)
+    lost = _point(bench, Knobs(elsewhere, subject.device, "strengths"), 0.1)
+    first = float(bench.looked(start, 0.1).hinge)
+    assert first > 1
+    assert found.hinge < 0.1 * first
+    assert found.kl < 0.01
+    assert lost.hinge > 0.9 * first
+    assert found.plan.edits[0].strength > 0.6  # type: ignore[union-attr]
+    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+    assert all(p.grad is None for p in subject.model.parameters())
+
+
+def test_it_stops_where_nothing_is_gained() -> None:
+    """A plan that is good already: patience ends it, and the start is what is kept."""
+    subject = refuser()
+    bench = Bench(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), HOW)
+    plan = replace(weak(subject, REFUSAL), edits=(replace(weak(subject, REFUSAL).edits[0], strength=1.0),))
+    runs: list[int] = []
+    batch = bench.batch
+    bench.batch = lambda step: runs.append(step) or batch(step)  # type: ignore[func-returns-value,method-assign]
+    found = _point(bench, Knobs(plan, subject.device, "both"), 0.5)
+    assert found.steps == 0
+    assert len(runs) == HOW.patience < HOW.steps
+
+
+def test_levels_fall() -> None:
+    with pytest.raises(ValueError, match="from gentle to thorough"):
+        Tune(levels=(0.2, 0.5))
+
+
+@pytest.mark.parametrize("change", [{"passes": 2}, {"excise.norm": "columns"}, {"excise.kl_budget": 0.1}])
+def test_recipes_that_cannot_be_tuned(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="tune"):
+        recipe("tuned", change)
