@@ -421,6 +421,8 @@ class Tune(Frozen):
     """A step's change of a strength, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
     """Prompts of each group in a step."""
+    prompts: int = Field(128, ge=8)
+    """Fit prompts of each group that are answered for it, at most."""
     tokens: int = Field(12, ge=6, le=256)
     """Of each answer."""
 
