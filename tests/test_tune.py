@@ -282,7 +282,21 @@ def test_levels_fall() -> None:
         Tune(levels=(0.2, 0.5))
 
 
-@pytest.mark.parametrize("change", [{"passes": 2}, {"excise.norm": "columns"}, {"excise.kl_budget": 0.1}])
-def test_recipes_that_cannot_be_tuned(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="tune"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"passes": 2}, "passes=1"),
+        ({"excise.kl_budget": 0.1}, "leave out search and kl_budget"),
+        ({"excise.norm": "columns"}, "excise.norm none"),
+        ({"excise.heads": 0.5, "excise.anchored": False}, "leave excise.heads out"),
+        ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
+        ({"tune.levels": []}, "tune.levels"),
+        ({"tune.prompts": 2}, "tune.prompts"),
+    ],
+)
+def test_recipes_that_cannot_be_tuned(change: dict[str, Any], said: str) -> None:
+    """One line says what to do; without the stage the same values are fine."""
+    with pytest.raises(UserError, match=said):
         recipe("tuned", change)
+    if not any(path.startswith("tune.") for path in change):
+        assert recipe("leace", change).tune is None

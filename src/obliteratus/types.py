@@ -461,6 +461,8 @@ class Recipe(Frozen):
             raise ValueError("tune fits the plan of one pass by itself; leave out search and kl_budget, set passes=1")
         if self.tune is not None and (self.excise.norm != "none" or self.excise.heads is not None):
             raise ValueError("tune passes gradients through whole edits; set excise.norm none, leave excise.heads out")
+        if self.tune is not None and (reads := READERS & set(self.excise.parts)):
+            raise ValueError(f"tune fits what writers lose; take {', '.join(sorted(reads))} out of excise.parts")
         return self
 
 
