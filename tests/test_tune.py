@@ -228,6 +228,7 @@ def test_fluent_keeps_what_the_base_would_say() -> None:
     ]
     kept = fluent(subject, noise + own, own)
     assert sum(pair in own for pair in kept) >= 6
+    assert len(kept) >= 12  # at least half of what was given
     assert all(pair in own for pair in kept[:3])
 
 

@@ -29,7 +29,9 @@ OPENING = 4
 # Answers whose perplexity under the base (after the opening) is at most this, times the median of the base's own to
 # controls, are coherent: issue 4 measures by the same factor.
 FLUENT = 1.3
-LEAST = 8  # fewer answers than this are no sample; then the most fluent so many are taken
+# The base's own answers are its likeliest by construction, those to refused prompts are not: on the organism 17 % hold
+# to the factor. At least this share is kept, the most fluent: fewer would tune the plan to a handful of prompts.
+LEAST = 0.5
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ def _before(subject: Subject, site: Site, rows: Float[Tensor, "k width"]) -> Flo
 
 # ---------------------------------------------------------------------------------------------- fluency
 def fluent(subject: Subject, pairs: Sequence[Pair], own: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose answers the base finds as likely as its own, by `FLUENT`; at least the `LEAST` most fluent."""
+    """The pairs whose answers the base finds as likely as its own, by `FLUENT`; at least the most fluent half."""
     usual = float(torch.tensor(surprises(subject, own)).nanmedian())
     found = surprises(subject, pairs)
     order = sorted(range(len(pairs)), key=lambda i: found[i])
     good = [i for i in order if found[i] <= usual + math.log(FLUENT)]
-    return [pairs[i] for i in (good if len(good) >= LEAST else order[:LEAST])]
+    return [pairs[i] for i in order[: max(len(good), math.ceil(LEAST * len(pairs)))]]
 
 
 @torch.no_grad()
