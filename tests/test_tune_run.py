@@ -52,7 +52,7 @@ def graded(subject: Subject, plan: Plan, room: Room) -> tuple[list[torch.Tensor]
     site = next(s for s in subject.sites if s.part == "attn.out" and s.layer == subject.n_layers - 1)
     inner = subject.module(site.path).register_forward_hook(lambda *_: runs.append(0))
     for part in bench.parts(knobs.live(), bench.fit, 0.1):
-        part.total(1.0).backward(retain_graph=True)
+        part.total(HOW).backward(retain_graph=True)
     handle.remove()
     inner.remove()
     return [x.grad for x in knobs.free if x.grad is not None], runs.count(0) - runs.count(1)

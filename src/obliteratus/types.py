@@ -401,9 +401,9 @@ class Search(Frozen):
 class Tune(Frozen):
     """The plan that EXCISE made, its strengths and directions fitted by gradients through the model.
 
-    Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers, and on target
-    prompts' answers once they have begun; and ``weight`` × what the opening of non-refusing answers to target prompts
-    costs above a level.
+    Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers; ``coherence`` ×
+    the same on target prompts' answers once they have begun; and ``weight`` × what the opening of non-refusing answers
+    to target prompts costs above a level.
     """
 
     what: Literal["both", "strengths", "directions"] = "both"
@@ -411,6 +411,9 @@ class Tune(Frozen):
     """Nats a token below which an answer's opening is likely enough, and nothing pulls but KL; from gentle to
     thorough: each gives a plan, begun at the one before it, and the last is the method's."""
     weight: float = Field(1.0, ge=0)
+    """× what openings cost above the level."""
+    coherence: float = Field(1.0, ge=0)
+    """× KL(base ‖ edited) of target prompts' answers once they have begun: degenerate answers cost there."""
     sparsity: float = Field(0.0, ge=0)
     """× mean |strength|: sites that nothing needs drop out of the plan."""
     steps: int = Field(40, ge=1, le=1000)

@@ -119,11 +119,11 @@ def _point(bench: Bench, knobs: Knobs, level: float, before: int) -> Point:
 
     before: steps made at earlier levels, so that batches go on.
     """
-    how, weight = bench.how, bench.how.weight
+    how = bench.how
     optimiser = torch.optim.Adam(knobs.groups(how.lr))
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, SLOWEST, how.steps)
     first = bench.looked(knobs.fixed(WEAK), level)
-    found = Plateau((knobs.state(), first), float(first.total(weight)), FALLING, EVERY)
+    found = Plateau((knobs.state(), first), float(first.total(how)), FALLING, EVERY)
     with progress("TUNE", how.steps) as advance:
         for found.used in range(1, how.steps + 1):
             _step(bench, knobs, optimiser, level, before + found.used)
@@ -131,7 +131,7 @@ def _point(bench: Bench, knobs: Knobs, level: float, before: int) -> Point:
             advance(1)
             if found.looks(how.steps):
                 now = bench.looked(knobs.fixed(WEAK), level)
-                found.judge((knobs.state(), now), float(now.total(weight)))
+                found.judge((knobs.state(), now), float(now.total(how)))
             if found.still >= how.patience:
                 break
     knobs.restore(found.best[0])
@@ -144,7 +144,7 @@ def _step(bench: Bench, knobs: Knobs, optimiser: torch.optim.Optimizer, level: f
     if bench.how.sparsity and bench.how.what != "directions":
         (bench.how.sparsity * knobs.size()).backward()
     for part in bench.parts(knobs.live(), bench.batch(step), level):
-        part.total(bench.how.weight).backward(retain_graph=True)  # the knobs' own small graph is common to all parts
+        part.total(bench.how).backward(retain_graph=True)  # the knobs' own small graph is common to all parts
     optimiser.step()
     if not knobs.finite():
         raise UserError("tune: the plan's numbers are none any more (NaN or Inf); lower tune.lr")

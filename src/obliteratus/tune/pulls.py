@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from obliteratus.shapes import Float
 from obliteratus.tune.answers import OPENING
 from obliteratus.tune.lab import Pair, answer_logits, answer_tokens
-from obliteratus.types import Subject
+from obliteratus.types import Subject, Tune
 
 Base = Float[Tensor, "tokens vocabulary"]
 """Log-probabilities of the untouched model at the answers' tokens, all answers one after the other."""
@@ -31,9 +31,9 @@ class Pull:
     nll: Float[Tensor, ""]
     """What an answer's opening costs, mean over target prompts."""
 
-    def total(self, weight: float) -> Float[Tensor, ""]:
+    def total(self, how: Tune) -> Float[Tensor, ""]:
         """What is made small."""
-        return self.kl + weight * self.hinge + self.drift
+        return self.kl + how.weight * self.hinge + how.coherence * self.drift
 
     def __add__(self, other: Pull) -> Pull:
         return Pull(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
