@@ -217,7 +217,7 @@ def test_fluent_keeps_what_the_base_would_say() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- fit
-HOW = Tune(steps=40, tokens=6, batch=6, lr=0.05, levels=(0.1,))
+HOW = Tune(steps=30, tokens=6, batch=6, lr=0.06, levels=(0.1,), weight=10.0)
 
 
 def weak(subject: Subject, axis: int) -> Plan:
@@ -252,10 +252,10 @@ def test_fitting_lowers_what_it_is_to_lower_and_leaves_the_base_alone() -> None:
 
 
 def test_it_stops_where_nothing_is_gained() -> None:
-    """A plan that is good already: patience ends it, and the start is what is kept."""
+    """Controls that do not move, and nothing else asked: patience ends it, and the start is what is kept."""
     subject = refuser()
-    bench = Bench(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), HOW)
-    plan = replace(weak(subject, REFUSAL), edits=(replace(weak(subject, REFUSAL).edits[0], strength=1.0),))
+    alone = Pairs(yes(subject, slice(0, 12)).control, [])
+    bench, plan = Bench(subject, alone, alone, HOW), weak(subject, REFUSAL)
     runs: list[int] = []
     batch = bench.batch
     bench.batch = lambda step: runs.append(step) or batch(step)  # type: ignore[func-returns-value,method-assign]
