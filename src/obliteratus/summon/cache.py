@@ -16,12 +16,12 @@ from obliteratus.types import Subject
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def prefix_states(subject: Subject, prefix: list[int]) -> KeyValues:
-    """Keys and values [1, heads, len(prefix), head] of each layer, computed once for all prompts."""
+def prefix_states(subject: Subject, prefix: list[int], lowest: int = 0) -> KeyValues:
+    """Keys and values [1, heads, len(prefix), head] of each layer from ``lowest``, computed once for all prompts."""
     cache: Any = DynamicCache()
     ids = torch.tensor([prefix], device=subject.device)
     subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in cache.layers[lowest:]]
 
 
 class PrefixLayer(DynamicLayer):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.cache import KeyValues, prefix_states, shared
 from obliteratus.summon.capture import Capture, Taps, blocks
+from obliteratus.summon.lower import Lower
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
@@ -114,9 +116,19 @@ class Prompts:
     skipped: int
     """Length of the prefix that was taken off."""
     prefix: KeyValues | None
+    lower: Lower | None = None
+    """What the lower blocks gave before, where they need not run."""
 
     def cache(self, rows: int) -> Any:
         return shared(self.prefix, rows) if self.prefix else None
+
+    def entering(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Around a pass over these rows: inside, the blocks whose output is known do not run."""
+        return self.lower.entering(rows) if self.lower else nullcontext()
+
+    def of(self, rows: Sequence[int]) -> Prompts:
+        """These rows alone, in this order."""
+        return replace(self, rows=[self.rows[i] for i in rows], lower=self.lower.of(rows) if self.lower else None)
 
 
 def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> Prompts:
@@ -145,10 +157,10 @@ def _equal(subject: Subject, ids: Ids, prompts: Prompts) -> bool:
     return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
 
 
-def backbone(subject: Subject, ids: Tensor, prompts: Prompts) -> Any:
-    """One pass without the LM head, and without keeping keys and values."""
+def backbone(subject: Subject, ids: Tensor, prompts: Prompts, cache: Any = None) -> Any:
+    """One pass without the LM head; without a cache of the caller's, keys and values are not kept."""
     positions = torch.arange(prompts.skipped, prompts.skipped + ids.shape[1], device=ids.device)[None]
-    cache = prompts.cache(ids.shape[0])
+    cache = prompts.cache(ids.shape[0]) if cache is None else cache
     return subject.model.base_model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
     )
