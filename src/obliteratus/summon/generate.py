@@ -22,6 +22,7 @@ from obliteratus.summon.forward import (
 )
 from obliteratus.summon.logits import last_logits
 from obliteratus.summon.render import Ids
+from obliteratus.summon.variants import under
 from obliteratus.types import Subject
 
 Done = Callable[[list[int]], bool]
@@ -42,6 +43,8 @@ class Batch:
     """Its position [rows, 1]."""
     mask: Tensor
     """[rows, slots]: 0 on padding, which stands at the left after alignment."""
+    variants: Tensor | None = None
+    """Under which of several edits each row is [rows]; None where all are under the same."""
     live: set[int] = field(default_factory=set)
 
 
@@ -144,7 +147,7 @@ def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -
     lengths = torch.tensor([len(prompts.rows[i]) for i in rows], device=subject.device)
     longest = int(lengths.max())
     slots = prompts.skipped + longest
-    cache = growing(subject, prompts.prefix, len(rows), slots, max_new)
+    cache = growing(subject, prompts.prefix_of(rows), len(rows), slots, max_new)
     parts, first = [], 0
     for part in batched(lengths.tolist(), token_budget(subject, state_bytes(subject))):
         with filling(cache, Filling(slice(first, first + len(part)), lengths[part].max() - lengths[part])):
@@ -153,7 +156,9 @@ def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -
     mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
     logits = torch.cat(parts)
     tokens, positions = logits.argmax(-1, keepdim=True), (prompts.skipped + lengths)[:, None]
-    return Batch(rows, cache, tokens, positions, mask, set(rows)), logits
+    kinds = prompts.variants_of(rows)
+    variants = None if kinds is None else torch.tensor(kinds)
+    return Batch(rows, cache, tokens, positions, mask, variants, set(rows)), logits
 
 
 def _filled(subject: Subject, prompts: Prompts, rows: list[int], cache: Any) -> Tensor:
@@ -173,6 +178,7 @@ def _compact(batch: Batch) -> None:
     index[target] = source
     batch.rows = [batch.rows[slot] for slot in index.tolist()]
     batch.tokens, batch.positions, batch.mask = batch.tokens[index], batch.positions[index], batch.mask[index]
+    batch.variants = None if batch.variants is None else batch.variants[index.cpu()]
     for layer in batch.cache.layers:
         assert isinstance(layer, GrowingLayer)
         layer.keep(target, source, n)
@@ -183,11 +189,12 @@ def _advance(subject: Subject, batch: Batch) -> None:
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
     # Without padding the mask says nothing, and attention is faster without one.
     mask = None if bool(batch.mask.all()) else batch.mask
-    out = subject.model(
-        input_ids=batch.tokens,
-        attention_mask=mask,
-        position_ids=batch.positions,
-        past_key_values=batch.cache,
-        use_cache=True,
-    )
+    with under(batch.variants):
+        out = subject.model(
+            input_ids=batch.tokens,
+            attention_mask=mask,
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
     batch.tokens, batch.positions = out.logits[:, -1].argmax(-1, keepdim=True), batch.positions + 1

@@ -98,9 +98,9 @@ class Kept:
 
         def run(rows: list[int]) -> tuple[list[int], list[Tensor]]:
             ids, _ = padded([prompts.rows[i] for i in rows], self.subject.device)
-            cache = _keeping(prompts, len(rows))
-            with self._watching(cut) as entered, prompts.entering(rows):
-                backbone(self.subject, ids, prompts, cache)
+            cache = _keeping(prompts, rows)
+            with self._watching(cut) as entered, prompts.around(rows):
+                backbone(self.subject, ids, prompts.skipped, cache)
             new = cache.layers[len(self.states) : cut] if self.answers else []
             pairs = [x[:, :, prompts.skipped :].transpose(1, 2) for layer in new for x in (layer.keys, layer.values)]
             return rows, [*entered, *pairs]
@@ -135,9 +135,9 @@ class Kept:
                 handle.remove()
 
 
-def _keeping(prompts: Prompts, rows: int) -> Any:
+def _keeping(prompts: Prompts, rows: list[int]) -> Any:
     """A cache that holds on to what is appended to the prefix."""
     cache: Any = DynamicCache()
-    for i, (keys, values) in enumerate(prompts.prefix or []):
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
+    for i, (keys, values) in enumerate(prompts.prefix_of(rows)):
+        cache.update(keys, values, i)
     return cache

@@ -53,7 +53,7 @@ def first_tokens(
     result: Tensor | None = None
 
     def run(rows: list[int]) -> tuple[list[int], Tensor]:
-        logits = last_logits(subject, prompts, rows, prompts.cache(len(rows)))
+        logits = last_logits(subject, prompts, rows, prompts.cache(rows))
         return rows, logits.float().log_softmax(-1).cpu()
 
     size = budget or token_budget(subject, state_bytes(subject))
@@ -72,7 +72,7 @@ def last_logits(
 ) -> Float[Tensor, "rows vocabulary"]:
     """One pass over some rows: the logits of what follows each row's last token."""
     batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-    with prompts.entering(rows), only(subject, lengths - 1):
+    with prompts.around(rows), only(subject, lengths - 1):
         return next_logits(subject, batch, prompts.skipped, cache)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -25,6 +26,7 @@ from obliteratus.summon.generate import Batch, Done, answer_groups, prefill, wri
 from obliteratus.summon.kept import Kept
 from obliteratus.summon.logits import first_tokens, last_logits
 from obliteratus.summon.render import Ids
+from obliteratus.summon.variants import variants, variants_of
 from obliteratus.types import Subject
 
 GoOn = Callable[[Tensor], bool]
@@ -50,7 +52,13 @@ class Trunk:
             self.prompts = prepared(subject, ids)
         self.prefix = ids[0][: self.prompts.skipped]
         self.kept = Kept(subject, self.prompts, self.prefix, budget, answers)
-        self.checked = False
+        self.checked, self.copies = False, 1
+
+    def times(self, copies: int) -> Trunk:
+        """The same prompts so many times over, one trial's rows after the other's; what is kept is shared."""
+        several = copy(self)
+        several.copies = copies
+        return several
 
     def first_token(self, rows: Sequence[int] | None = None) -> Float[Tensor, "rows vocabulary"]:
         """Log-probabilities (natural, fp32) of the first answer token, of all rows or of these in this order."""
@@ -97,13 +105,15 @@ class Trunk:
 
     def _at(self, cut: int) -> Prompts:
         """The prompts with the blocks below the cut known; what the prefix gives above it is computed."""
-        lower = self.kept.lower(cut)
+        lower, n = self.kept.lower(cut), len(self.prompts.rows)
+        made = replace(self.prompts, lower=lower).of(list(range(n)) * self.copies)
+        made = replace(made, variants=variants_of(n * self.copies))
         if not self.prefix:
-            return replace(self.prompts, lower=lower)
-        with lower.entering([len(self.prompts.rows)]) if lower else nullcontext():
+            return made
+        with lower.entering([n] * len(variants())) if lower else nullcontext():
             above = prefix_states(self.subject, self.prefix, cut)
         assert self.prompts.prefix is not None
-        return replace(self.prompts, prefix=[*self.prompts.prefix[:cut], *above], lower=lower)
+        return replace(made, prefix=[*self.prompts.prefix[:cut], *above])
 
     def _begin(self, prompts: Prompts, max_new: int) -> Callable[[list[int]], tuple[Batch, Tensor]]:
         return lambda rows: prefill(self.subject, prompts, rows, max_new)
@@ -157,10 +167,9 @@ def _block_of(subject: Subject, path: str) -> int:
 
 def same(subject: Subject, found: Prompts, plain: Prompts, answers: bool) -> bool:
     """Whether the shortest and the longest row come out equal: next logits, and for answers all keys and values."""
-    order = sorted(range(len(plain.rows)), key=lambda i: len(plain.rows[i]))
     pairs = (
         pair
-        for row in {order[0], order[-1]}
+        for row in plain.ends()
         for pair in zip(_come_out(subject, found, row, answers), _come_out(subject, plain, row, answers), strict=True)
     )
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
@@ -168,6 +177,6 @@ def same(subject: Subject, found: Prompts, plain: Prompts, answers: bool) -> boo
 
 def _come_out(subject: Subject, prompts: Prompts, row: int, answers: bool) -> list[Tensor]:
     if not answers:
-        return [last_logits(subject, prompts, [row], prompts.cache(1))]
+        return [last_logits(subject, prompts, [row], prompts.cache([row]))]
     batch, logits = prefill(subject, prompts, [row], 1)
     return [logits, *(x[:, :, : layer.slots] for layer in batch.cache.layers for x in layer.buffers)]
