@@ -104,7 +104,8 @@ class Judge:
             control = self.control.first_token()
             divergence = kl(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
             known.update({f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()})
-            known.update(self._others() | {"refusal.control": self._rate(control)})
+            known["refusal.control"] = self._rate(control)
+            known.update(self._others() if self._wants_others(known) else {})
             answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, title="answers")
         return Verdict(known | (self._told(answers) if answers else {}), bool(answers))
 
@@ -146,6 +147,11 @@ class Judge:
         """By how much more controls are refused than is allowed; at most 0 is feasible."""
         base = self.before.scores["refusal.control"].value
         return scores["refusal.control"] - base - self.search.control_margin
+
+    def _wants_others(self, known: Mapping[str, float]) -> bool:
+        """Whether an objective is none of the first look's: the other scorers cost passes of their own."""
+        given = {*known, *(f"refusal.{g}" for g in self.groups)}
+        return any(name.removeprefix("-") not in given for name in self.search.minimise)
 
     def _others(self) -> dict[str, float]:
         found = verify(self.subject, self.prompts, self.more, self.before)
