@@ -14,7 +14,8 @@ from obliteratus.distill import distill
 from obliteratus.probe import probe
 from obliteratus.summon.capture import blocks
 from obliteratus.tune.lab import Lab, ablating, adding, answer_logits, head_logits
-from obliteratus.tune.rdo import Fitted, Losses, Material
+from obliteratus.tune.plateau import Plateau
+from obliteratus.tune.rdo import Losses, Material
 from obliteratus.types import PromptSet, Step, Subject
 
 MODULE = importlib.import_module("obliteratus.tune.rdo")  # the package has a step of that name
@@ -207,7 +208,7 @@ def test_it_stops_where_nothing_falls(subject: Subject, prompts: PromptSet) -> N
 
 
 def test_a_gain_resets_the_patience_and_the_best_is_kept() -> None:
-    fitted, looks = Fitted(unit(), 1.0, 1.0), [0.9, 0.95, 0.89995, 0.89, 0.9]
+    fitted, looks = Plateau(unit(), 1.0, 1e-4, 5), [0.9, 0.95, 0.89995, 0.89, 0.9]
     gains = [fitted.judge(unit(seed=i), loss) for i, loss in enumerate(looks)]
     assert gains == [True, False, False, True, False]  # 0.00005 is no gain, yet it is kept
     assert fitted.still == 5

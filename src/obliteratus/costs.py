@@ -92,7 +92,8 @@ def _tune(made: Recipe) -> Cost:
         return FREE
     steps, held = how.steps * len(how.levels), n_of("search", "target", HELD) + n_of("search", "control", HELD)
     looks = held * (len(how.levels) + -(-steps // EVERY))
-    written = (Answers(how.tokens, n_of("fit")), Answers(how.tokens, held))
+    fit = n_of("fit", "target", how.prompts) + n_of("fit", "control", how.prompts)
+    written = (Answers(how.tokens, fit), Answers(how.tokens, held))
     return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))
 
 

@@ -421,6 +421,8 @@ class Tune(Frozen):
     """A step's change of a strength, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
     """Prompts of each group in a step."""
+    prompts: int = Field(128, ge=8)
+    """Fit prompts of each group that are answered for it, at most."""
     tokens: int = Field(12, ge=6, le=256)
     """Of each answer."""
 
@@ -459,6 +461,8 @@ class Recipe(Frozen):
             raise ValueError("tune fits the plan of one pass by itself; leave out search and kl_budget, set passes=1")
         if self.tune is not None and (self.excise.norm != "none" or self.excise.heads is not None):
             raise ValueError("tune passes gradients through whole edits; set excise.norm none, leave excise.heads out")
+        if self.tune is not None and (reads := READERS & set(self.excise.parts)):
+            raise ValueError(f"tune fits what writers lose; take {', '.join(sorted(reads))} out of excise.parts")
         return self
 
 

@@ -9,22 +9,27 @@ from dataclasses import dataclass
 import torch
 
 from obliteratus.errors import UserError
+from obliteratus.excise.live import applied
 from obliteratus.progress import note, progress
+from obliteratus.tune.answers import Pairs, gathered
 from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair
 from obliteratus.tune.losses import ROWS, Own
-from obliteratus.tune.pulls import Pairs, Pull, gathered, pull_control, pull_target
+from obliteratus.tune.memory import Room, recomputing, room_for
+from obliteratus.tune.plateau import Plateau, drawn
+from obliteratus.tune.pulls import NO_PULL, Pull, pull_control, pull_target
 from obliteratus.types import Plan, PromptSet, Subject, Tune
 
 EVERY = 5  # steps between two looks at what no step sees: a look at 48 prompts costs about two steps
 HELD = 24  # search prompts of each group that are looked at: their mean moves by less than a step's gain
 FALLING = 1e-3  # nats: a loss on them that fell by less stands still
 WEAK = 0.02  # an edit weaker than this moves no answer, and is dropped from the plan
+SLOWEST = 0.1  # the rate falls in a line to this share of itself: what is left of a step's noise falls with it
 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan on the way from gentle to thorough, and what it costs on search prompts."""
+    """A plan on the way from gentle to thorough, and what search prompts say of it: see `Pull`."""
 
     plan: Plan
     level: float
@@ -32,39 +37,46 @@ class Point:
     kl: float
     hinge: float
     drift: float
+    nll: float
     steps: int
+    """Made at this level."""
 
 
 class Bench:
     """All that stays the same while a plan is fitted: the model, its own answers, and the prompts of both kinds."""
 
-    def __init__(self, subject: Subject, fit: Pairs, held: Pairs, how: Tune) -> None:
-        self.subject, self.fit, self.held, self.how = subject, fit, held, how
+    def __init__(self, subject: Subject, fit: Pairs, held: Pairs, how: Tune, room: Room) -> None:
+        self.subject, self.fit, self.held, self.how, self.room = subject, fit, held, how, room
         self.own = Own(subject)
 
     def parts(self, plan: Plan, pairs: Pairs, level: float) -> Iterator[Pull]:
-        """The pulls of `ROWS` prompts at a time, each weighed by its share: one graph is all that is ever held."""
-        for some, share in _shares(pairs.control):
-            kl = share * pull_control(self.subject, self.own, plan, some)
-            yield Pull(kl, kl.new_zeros(()), kl.new_zeros(()))
-        for some, share in _shares(pairs.target):
-            hinge, drift = pull_target(self.subject, self.own, plan, some, level)
-            yield Pull(hinge.new_zeros(()), share * hinge, share * drift)
+        """The pulls of some prompts at a time, by their share: one graph is all that is ever held.
+
+        Gradients must be taken before the next part is asked for.
+        """
+        for some, share in self._shares(pairs.control):
+            base = self.own.logp(some)
+            with applied(self.subject, plan), recomputing(self.subject, self.room):
+                yield pull_control(self.subject, base, some, share)
+        for some, share in self._shares(pairs.target):
+            base = self.own.logp(some)
+            with applied(self.subject, plan), recomputing(self.subject, self.room):
+                yield pull_target(self.subject, base, some, level, share)
 
     @torch.no_grad()
     def looked(self, plan: Plan, level: float) -> Pull:
         """The whole pull on search prompts."""
-        parts = list(self.parts(plan, self.held, level))
-        return Pull(*(torch.stack(x).sum() for x in zip(*((p.kl, p.hinge, p.drift) for p in parts), strict=True)))
+        return sum(self.parts(plan, self.held, level), NO_PULL)
 
     def batch(self, step: int) -> Pairs:
         """The prompts of a step, from its number alone."""
         rng = random.Random(step)
+        return Pairs(*(drawn(pairs, self.how.batch, rng) for pairs in (self.fit.control, self.fit.target)))
 
-        def some(pairs: Sequence[Pair]) -> list[Pair]:
-            return rng.sample(list(pairs), min(self.how.batch, len(pairs)))
-
-        return Pairs(some(self.fit.control), some(self.fit.target))
+    def _shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
+        for first in range(0, len(pairs), self.room.rows):
+            some = pairs[first : first + self.room.rows]
+            yield some, len(some) / len(pairs)
 
 
 def tuned(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> Plan:
@@ -77,35 +89,54 @@ def tuned(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: 
 
 
 def front(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> list[Point]:
-    """A plan for each of ``how.levels``, gentle to thorough, each begun where the one before it ended."""
+    """A plan for each of ``how.levels``, gentle to thorough, each begun where the one before it was best."""
     knobs = Knobs(plan, subject.device, how.what)
-    few = PromptSet({group: prompts[:HELD] for group, prompts in search.groups.items()})
-    bench = Bench(subject, gathered(subject, fit, plan, how.tokens), gathered(subject, few, plan, how.tokens), how)
-    points = []
+    bench = bench_for(subject, plan, fit, search, how)
+    points, step = [], 0
     for level in how.levels:
-        points.append(_point(bench, knobs, level))
+        points.append(_point(bench, knobs, level, step))
         last = points[-1]
-        note("TUNE", f"level {level}: {last.steps} steps, KL {last.kl:.3f}, hinge {last.hinge:.3f} on search prompts")
+        step += last.steps
+        note(
+            "TUNE",
+            f"level {level}: {last.steps} steps, on search prompts KL {last.kl:.3f}, drift {last.drift:.3f}, "
+            f"openings {last.nll:.2f} nats, {last.hinge:.3f} of it above the level; {len(last.plan.edits)} edits",
+        )
     return points
 
 
-def _point(bench: Bench, knobs: Knobs, level: float) -> Point:
-    """Steps at one level until the pull on search prompts stands still; the plan with the least of it."""
-    how = bench.how
+def bench_for(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> Bench:
+    """The material of both parts, answered by the model, and how much of it fits a pass."""
+    seen = gathered(subject, fit, plan, how.tokens, how.prompts)
+    held = gathered(subject, search, plan, how.tokens, HELD)
+    first = max(0, min(change.site.layer for change in plan.edits))
+    both = [*seen.control, *seen.target, *held.control, *held.target]
+    return Bench(subject, seen, held, how, room_for(subject, both, first, ROWS))
+
+
+def _point(bench: Bench, knobs: Knobs, level: float, before: int) -> Point:
+    """Steps at one level until the pull on search prompts stands still; the plan with the least of it.
+
+    before: steps made at earlier levels, so that batches go on.
+    """
+    how, weight = bench.how, bench.how.weight
     optimiser = torch.optim.Adam(knobs.groups(how.lr))
-    best = _seen(bench, knobs, level, 0)
-    still, step = 0, 0
+    falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, SLOWEST, how.steps)
+    first = bench.looked(knobs.fixed(WEAK), level)
+    found = Plateau((knobs.state(), first), float(first.total(weight)), FALLING, EVERY)
     with progress("TUNE", how.steps) as advance:
-        while step < how.steps and still < how.patience:
-            _step(bench, knobs, optimiser, level, step)
-            step += 1
+        for found.used in range(1, how.steps + 1):
+            _step(bench, knobs, optimiser, level, before + found.used)
+            falling.step()
             advance(1)
-            if step % EVERY == 0 or step == how.steps:
-                now = _seen(bench, knobs, level, step)
-                gained = _cost(now, how) < _cost(best, how) - FALLING
-                still = 0 if gained else still + EVERY
-                best = now if _cost(now, how) < _cost(best, how) else best
-    return best
+            if found.looks(how.steps):
+                now = bench.looked(knobs.fixed(WEAK), level)
+                found.judge((knobs.state(), now), float(now.total(weight)))
+            if found.still >= how.patience:
+                break
+    knobs.restore(found.best[0])
+    told = {name: float(value) for name, value in vars(found.best[1]).items()}
+    return Point(knobs.fixed(WEAK), level, steps=found.used, **told)
 
 
 def _step(bench: Bench, knobs: Knobs, optimiser: torch.optim.Optimizer, level: float, step: int) -> None:
@@ -114,27 +145,6 @@ def _step(bench: Bench, knobs: Knobs, optimiser: torch.optim.Optimizer, level: f
         (bench.how.sparsity * knobs.size()).backward()
     for part in bench.parts(knobs.live(), bench.batch(step), level):
         part.total(bench.how.weight).backward(retain_graph=True)  # the knobs' own small graph is common to all parts
-    _check_finite(knobs)
     optimiser.step()
-
-
-def _check_finite(knobs: Knobs) -> None:
-    if not all(bool(torch.isfinite(k.strength)) for k in knobs.knobs):
-        raise UserError("tune: strengths are no numbers any more; lower tune.lr")
-
-
-def _seen(bench: Bench, knobs: Knobs, level: float, step: int) -> Point:
-    plan = knobs.fixed(WEAK)
-    pull = bench.looked(plan, level)
-    return Point(plan, level, float(pull.kl), float(pull.hinge), float(pull.drift), step)
-
-
-def _cost(point: Point, how: Tune) -> float:
-    pull = Pull(*(torch.tensor(x) for x in (point.kl, point.hinge, point.drift)))
-    return float(pull.total(how.weight))
-
-
-def _shares(pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
-    for first in range(0, len(pairs), ROWS):
-        some = pairs[first : first + ROWS]
-        yield some, len(some) / len(pairs)
+    if not knobs.finite():
+        raise UserError("tune: the plan's numbers are none any more (NaN or Inf); lower tune.lr")

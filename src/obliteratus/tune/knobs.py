@@ -27,14 +27,23 @@ class Knob:
     covectors: Float[Tensor, "k width"] | None
 
     def rows(self) -> tuple[Float[Tensor, "k width"], Float[Tensor, "k width"]]:
-        """(B, A): B orthonormal and A = B; or, for oblique edits, rows of B as long as they were and A Bᵀ = I."""
+        """(B, A): B orthonormal and A = B; or, for oblique edits, A Bᵀ = I, rows of B as long as they were."""
         if self.covectors is None:
-            q, r = torch.linalg.qr(self.basis.T)
-            basis = (q * r.diagonal().sign()).T  # the rows themselves where they are orthonormal, not their opposites
+            basis = _orthonormal(self.basis)
             return basis, basis
-        length = self.edit.basis.to(self.basis).norm(dim=1, keepdim=True)
-        basis = self.basis * (length / self.basis.norm(dim=1, keepdim=True))
+        basis = _orthonormal(self.basis) if self.square else self._as_long()
         return basis, torch.linalg.solve(self.covectors @ basis.T, self.covectors)
+
+    @property
+    def square(self) -> bool:
+        """Whether the rows started orthonormal: those of oblique edits behind a norm's gain do not."""
+        gram = self.edit.basis.double() @ self.edit.basis.double().T
+        return torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-4)  # fp32 rows are, to about 1e-6
+
+    def _as_long(self) -> Float[Tensor, "k width"]:
+        length = self.edit.basis.to(self.basis).norm(dim=1, keepdim=True)
+        rows: Tensor = self.basis * (length / self.basis.norm(dim=1, keepdim=True))
+        return rows
 
     def live(self) -> Edit:
         """The edit with gradients: y − BᵀsA(y − μ), so that what executors see as covectors carries the strength."""
@@ -49,6 +58,13 @@ class Knob:
         return replace(self.edit, basis=basis, covectors=oblique, strength=float(self.strength))
 
 
+def _orthonormal(rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
+    """Orthonormal rows of the same span; the rows themselves where they are orthonormal, not their opposites."""
+    q, r = torch.linalg.qr(rows.T)
+    basis: Tensor = (q * r.diagonal().sign()).T
+    return basis
+
+
 class Knobs:
     """All edits of a plan. Other changes (masks, shifts) stay as they are."""
 
@@ -60,6 +76,26 @@ class Knobs:
             raise UserError("tune: gradients pass edits without norm rule and heads; set excise.norm none, leave heads")
         turned, pulled = what != "strengths", what != "directions"
         self.knobs = [_knob(e, device, turned, pulled) for e in edits]
+
+    @property
+    def free(self) -> list[Tensor]:
+        """All parameters that gradients reach."""
+        every = (x for k in self.knobs for x in (k.strength, k.basis, k.covectors) if x is not None)
+        return [x for x in every if x.requires_grad]
+
+    def finite(self) -> bool:
+        """Whether all parameters are numbers still."""
+        return all(bool(torch.isfinite(x).all()) for x in self.free)
+
+    def state(self) -> list[Tensor]:
+        """Copies of all free parameters, for `restore`."""
+        return [x.detach().clone() for x in self.free]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Back to what `state` gave."""
+        for x, before in zip(self.free, state, strict=True):
+            x.copy_(before)
 
     def groups(self, lr: float) -> list[dict[str, object]]:
         """Parameters for an optimiser; a row's entries move by ``lr`` of their mean size, strengths by ``lr``."""

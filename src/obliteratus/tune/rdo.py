@@ -20,6 +20,7 @@ from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune.lab import Lab, Pair, ablating, adding
 from obliteratus.tune.losses import Losses, Material
+from obliteratus.tune.plateau import Plateau, drawn
 from obliteratus.types import Activations, Directions
 from obliteratus.work import Answers, Cost, Training, n_of, number
 
@@ -106,38 +107,17 @@ def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) ->
 
 
 # ------------------------------------------------------------------------------------------------- fit
-@dataclass
-class Fitted:
-    """The unit direction with the least loss on what no step sees; that loss, the start's, and the steps used."""
-
-    best: Float[Tensor, " width"]
-    first: float
-    loss: float
-    used: int = 0
-    still: int = 0
-    """Steps since it fell by `FALLING`."""
-
-    def judge(self, d: Tensor, loss: float) -> bool:
-        """Whether this is a gain; the best is kept."""
-        gained = loss < self.loss - FALLING
-        self.still = 0 if gained else self.still + EVERY
-        if loss < self.loss:
-            self.best, self.loss = d.detach().clone(), loss
-        return gained
-
-
-def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Fitted:
+def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Plateau[Tensor]:
+    """The unit direction with the least loss on what no step sees."""
     held, seen = _parted(material)
     d = start.to(losses.subject.device).clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
-    first = _value(losses, d, held)
-    found = Fitted(d.detach().clone(), first, first)
+    found = Plateau(d.detach().clone(), _value(losses, d, held), FALLING, EVERY)
     with progress("DISTILL rdo", how.steps) as advance:
         for found.used in range(1, how.steps + 1):
             _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
             advance(1)
-            last = found.used == how.steps
-            if (found.used % EVERY == 0 or last) and not found.judge(d, _value(losses, d, held)):
+            if found.looks(how.steps) and not found.judge(d.detach().clone(), _value(losses, d, held)):
                 _slower(optimiser, how.lr)
             if found.still >= how.patience:
                 break
@@ -171,7 +151,7 @@ def _parted(material: Material) -> tuple[Material, Material]:
     """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
 
     def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        mixed = random.Random(0).sample(list(pairs), len(pairs))
+        mixed = drawn(pairs, len(pairs), random.Random(0))
         n = min(HELD, len(pairs) // 4)
         return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
 
@@ -181,8 +161,4 @@ def _parted(material: Material) -> tuple[Material, Material]:
 
 def _batch(material: Material, size: int, step: int) -> Material:
     rng = random.Random(step)  # the same batches in every run
-
-    def some(pairs: Sequence[Pair]) -> list[Pair]:
-        return rng.sample(list(pairs), min(size, len(pairs)))
-
-    return Material(some(material.answers), some(material.refusals), some(material.kept))
+    return Material(*(drawn(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))
