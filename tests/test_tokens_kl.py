@@ -41,11 +41,8 @@ def unending(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
 def end_with(subject: Subject, token: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """This token ends an answer, and no other."""
     monkeypatch.setattr(subject.model.generation_config, "eos_token_id", [] if token is None else [token])
-    monkeypatch.setattr(
-        subject.tokenizer,
-        "_special_tokens_map",
-        {"eos_token": None if token is None else subject.tokenizer.convert_ids_to_tokens(token)},
-    )
+    name = None if token is None else subject.tokenizer.convert_ids_to_tokens(token)
+    monkeypatch.setattr(subject.tokenizer, "eos_token", name)
 
 
 def logp(subject: Subject, row: list[int]) -> Tensor:
