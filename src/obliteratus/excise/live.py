@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -38,6 +39,17 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def unedited() -> Iterator[None]:
+    """Inside, live edits stand still: whatever is `applied` around it, a model computes as it was opened."""
+    token = _STILL.set(True)
+    try:
+        yield
+    finally:
+        _STILL.reset(token)
+
+
+_STILL: ContextVar[bool] = ContextVar("still", default=False)
 Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
 """(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head look at arguments."""
 
@@ -177,9 +189,10 @@ def _attach(module: nn.Module, live: Live) -> list[RemovableHandle]:
     return handles
 
 
+<<<<<<< HEAD
 def _input_hook(live: Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return fed(args[0], live), *args[1:]
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if _STILL.get() else (fed(args[0], live), *args[1:])
 
     return hook
 
@@ -197,8 +210,8 @@ def fed(x: Tensor, live: Live) -> Tensor:
 
 
 def _output_hook(live: Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return edited(output.float(), args, live).to(output.dtype)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if _STILL.get() else edited(output.float(), args, live).to(output.dtype)
 
     return hook
 

@@ -72,6 +72,11 @@ def free_memory(subject: Subject) -> int:
     """Bytes free on the model's device."""
     if subject.device.type == "cuda":
         return int(torch.cuda.mem_get_info(subject.device)[0])
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes free in main memory."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
