@@ -189,7 +189,6 @@ def _attach(module: nn.Module, live: Live) -> list[RemovableHandle]:
     return handles
 
 
-<<<<<<< HEAD
 def _input_hook(live: Live) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if _STILL.get() else (fed(args[0], live), *args[1:])
