@@ -21,7 +21,7 @@ from obliteratus.rebirth import FORMS, Form, space_for, write_output
 from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
 from obliteratus.registry import Given, unknown
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
-from obliteratus.search.output import JOURNAL, write_front
+from obliteratus.search.output import JOURNAL, show_front, write_front
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
 from obliteratus.summon.open import open_subject, width_of
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
@@ -130,6 +130,20 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)
+
+
+def report(done: Done, out: Path | None, json: bool) -> None:
+    """run.json, or the tables."""
+    from obliteratus.terminal import results, show_json, show_run
+
+    if json:
+        show_json(done.run.model_dump(mode="json"))
+        return
+    show_run(done.run)
+    if done.front:
+        show_front(done.front)
+    where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
+    results.print(where)
 
 
 def samples(done: Done, n: int = 3) -> None:

@@ -53,5 +53,5 @@ def _logits(subject: Subject, prompts: Prompts, group: list[int], counts: list[i
     ]
     row, column = torch.tensor(kept, device=subject.device).T
     with narrowed(subject, lambda states: states[row, column][:, None]):
-        logits = next_logits(subject, batch, prompts.skipped, prompts.cache(len(group)))
+        logits = next_logits(subject, batch, prompts.skipped, prompts.cache(group))
     return list(logits.split(counts))
