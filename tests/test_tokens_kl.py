@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -32,17 +34,21 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 @pytest.fixture
-def unending(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def unending(subject: Subject) -> Iterator[Subject]:
     """Nothing ends an answer."""
-    end_with(subject, None, monkeypatch)
-    return subject
+    with ending_with(subject, None):
+        yield subject
 
 
-def end_with(subject: Subject, token: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This token ends an answer, and no other."""
-    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", [] if token is None else [token])
-    name = None if token is None else subject.tokenizer.convert_ids_to_tokens(token)
-    monkeypatch.setattr(subject.tokenizer, "eos_token", name)
+@contextmanager
+def ending_with(subject: Subject, token: int | None) -> Iterator[None]:
+    """Inside, this token ends an answer, and no other."""
+    kept = subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id
+    subject.model.generation_config.eos_token_id = subject.tokenizer.eos_token_id = token
+    try:
+        yield
+    finally:
+        subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id = kept
 
 
 def logp(subject: Subject, row: list[int]) -> Tensor:
@@ -114,19 +120,17 @@ def test_one_token_is_the_first_token_kl(subject: Subject, prompts: PromptSet, m
         )
 
 
-def test_an_answer_that_ends_counts_its_end_and_no_more(
-    subject: Subject, prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = render(subject, prompts["control"])
-    free = generate(subject, ids, TOKENS)
-    stop = free[0][2]  # make the third token of one answer the end token
-    end_with(subject, stop, monkeypatch)
-    before = tokens_kl(Context(subject, prompts, None), tokens=TOKENS)
-    first = [t for t in before.tensors[IDS][0].tolist() if t != PADDING]
+def test_an_answer_that_ends_counts_its_end_and_no_more(subject: Subject, prompts: PromptSet) -> None:
+    with ending_with(subject, None):
+        free = generate(subject, render(subject, prompts["control"]), TOKENS)
+    stop = free[0][2]  # now the third token of one answer is the end token
+    with ending_with(subject, stop):
+        before = tokens_kl(Context(subject, prompts, None), tokens=TOKENS)
     cut = free[0].index(stop)
-    assert first == [*free[0][:cut], stop]
+    assert [t for t in before.tensors[IDS][0].tolist() if t != PADDING] == [*free[0][:cut], stop]
     counts = [int((row != PADDING).sum()) for row in before.tensors[IDS]]
     assert before.tensors[LOGITS].shape[0] == sum(counts)
+    assert max(counts) <= TOKENS
 
 
 def test_fewer_prompts_are_spread_over_all(subject: Subject, prompts: PromptSet, make_plan: PlanMaker) -> None:
