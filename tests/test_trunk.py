@@ -210,14 +210,15 @@ def test_out_of_memory_halves_the_batch(make_plan: PlanMaker) -> None:
 
 
 # --------------------------------------------------------------------------------------------- memory
-@pytest.mark.parametrize("answers", [True, False])
-def test_bytes_held_are_the_bytes_foreseen(subject: Subject, make_plan: PlanMaker, answers: bool) -> None:
+@pytest.mark.parametrize("answers", [None, [1, 4], []])
+def test_bytes_held_are_the_bytes_foreseen(subject: Subject, make_plan: PlanMaker, answers: list[int] | None) -> None:
     again = Trunk(subject, rows_of(), budget=PLENTY, answers=answers)
     assert again.kept.bytes_held() == 0
     for layer in range(1, subject.n_layers):
         with applied(subject, above(make_plan(subject, PARTS), layer)):
             again.first_token()
     assert again.kept.bytes_held() == again.kept.bytes_needed(again.kept.cuts)
+    assert bool(again.kept.states) == (answers != [])
 
 
 def test_a_budget_keeps_the_lower_cuts(make_plan: PlanMaker) -> None:
@@ -233,16 +234,23 @@ def test_a_budget_keeps_the_lower_cuts(make_plan: PlanMaker) -> None:
         assert again.kept.bytes_held() <= budget
 
 
-def test_without_answers_none_are_given() -> None:
-    again = Trunk(tiny_subject("llama"), rows_of(), budget=PLENTY, answers=False)
-    with pytest.raises(ValueError, match="without answers"):
-        again.generate(4)
+def test_answers_to_some_rows_alone(subject: Subject, make_plan: PlanMaker) -> None:
+    """Keys and values of the others are not kept."""
+    ids = rows_of()
+    again = Trunk(subject, ids, budget=PLENTY, answers=[4, 1])
+    with applied(subject, above(make_plan(subject, PARTS), 1)):
+        expected = generate(subject, ids, 6)
+        assert again.generate(6) == [a if i in (1, 4) else [] for i, a in enumerate(expected)]
+        torch.testing.assert_close(again.first_token(), first_token(subject, ids), **CLOSE)
+        assert again.kept.states[0][0].shape[0] == len(again.prompts.rows[1]) + len(again.prompts.rows[4])
+        with pytest.raises(ValueError, match="not made to answer"):
+            again.generate(6, rows=[1, 2])
 
 
 # --------------------------------------------------------------------------------------------- checks
-@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("answers", [None, []])
 def test_what_cannot_be_resumed_runs_whole(
-    make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, answers: bool
+    make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, answers: list[int] | None
 ) -> None:
     """Negative control: a stream that came out otherwise than the model's own is dropped."""
     subject, ids = tiny_subject("llama"), rows_of()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,11 +29,14 @@ class Kept:
     The prefix that all prompts share is one more row, the last: its keys and values are in ``prompts`` already.
     """
 
-    def __init__(self, subject: Subject, prompts: Prompts, prefix: list[int], budget: float, answers: bool) -> None:
-        """budget: bytes. answers: whether keys and values are wanted."""
-        self.subject, self.prompts, self.answers = subject, prompts, answers
+    def __init__(
+        self, subject: Subject, prompts: Prompts, prefix: list[int], budget: float, answers: Collection[int]
+    ) -> None:
+        """budget: bytes. answers: the rows of which keys and values are wanted."""
+        self.subject, self.prompts, wanted = subject, prompts, set(answers)
         self.ids: Ids = [*prompts.rows, prefix] if prefix else prompts.rows
         self.layout = Rows.of([len(row) for row in self.ids])
+        self.answered = Rows.of([len(row) if i in wanted else 0 for i, row in enumerate(self.ids)])
         self.cuts = self._affordable(budget)
         self.streams: dict[int, Tensor] = {}
         self.states: KeyValues = []
@@ -45,10 +48,10 @@ class Kept:
         return sum(x.nbytes for x in kept)
 
     def bytes_needed(self, cuts: Sequence[int]) -> float:
-        """Bytes that these cuts take: the stream at each, and if wanted keys and values up to the highest."""
+        """Bytes that these cuts take: the stream at each, and keys and values up to the highest."""
         streams = len(cuts) * self.layout.tokens * self.subject.width * self.subject.model.dtype.itemsize
-        states = max(cuts, default=0) * self._own_tokens() * kv_bytes(self.subject) / self.subject.n_layers
-        return float(streams + (states if self.answers else 0))
+        states = max(cuts, default=0) * self.answered.tokens * kv_bytes(self.subject) / self.subject.n_layers
+        return float(streams + states)
 
     def lower(self, cut: int) -> Lower | None:
         """The blocks below this cut, which are run now if they were not before; None at cut 0."""
@@ -57,7 +60,8 @@ class Kept:
         if cut not in self.streams:
             self._keep(cut)
         rows = tuple(range(len(self.ids)))
-        return Lower(self.subject, cut, self.layout, self.streams[cut], self.states[:cut], self.tuples, rows)
+        states = self.states[:cut]
+        return Lower(self.subject, cut, self.layout, self.streams[cut], self.answered, states, self.tuples, rows)
 
     def drop(self) -> None:
         """Keep nothing, and have no cuts."""
@@ -68,9 +72,6 @@ class Kept:
         depths = sorted({self.subject.n_layers * i // CUTS for i in range(1, CUTS)} - {0})
         return tuple(c for i, c in enumerate(depths) if self.bytes_needed(depths[: i + 1]) <= budget)
 
-    def _own_tokens(self) -> int:
-        return sum(len(row) for row in self.prompts.rows)
-
     # ---------------------------------------------------------------------------------------- running
     def _keep(self, cut: int) -> None:
         """Run the blocks up to this cut, from the highest kept one below it."""
@@ -78,10 +79,10 @@ class Kept:
         stores: list[Tensor] = []
         for prompts, batch in self._sources(lower):
             for rows, values in halving(self._runner(prompts, cut), batch):
-                stores = stores or [self._empty(x, whole=not i) for i, x in enumerate(values)]
-                wanted = values[:1] if rows == [len(self.prompts.rows)] else values  # of the prefix only the stream
-                for store, x in zip(stores, wanted, strict=False):
-                    self.layout.put(store, rows, x)
+                layouts = [self.layout, *[self.answered] * (len(values) - 1)]
+                stores = stores or [x.new_empty(y.tokens, *x.shape[2:]) for x, y in zip(values, layouts, strict=True)]
+                for store, layout, x in zip(stores, layouts, values, strict=True):
+                    layout.put(store, rows, x)
         self.streams[cut] = stores[0]
         self.states += list(zip(stores[1::2], stores[2::2], strict=True))
 
@@ -101,15 +102,11 @@ class Kept:
             cache = _keeping(prompts, rows)
             with self._watching(cut) as entered, prompts.around(rows):
                 backbone(self.subject, ids, prompts.skipped, cache)
-            new = cache.layers[len(self.states) : cut] if self.answers else []
+            new = cache.layers[len(self.states) : cut] if self.answered.tokens else []
             pairs = [x[:, :, prompts.skipped :].transpose(1, 2) for layer in new for x in (layer.keys, layer.values)]
             return rows, [*entered, *pairs]
 
         return run
-
-    def _empty(self, like: Tensor, whole: bool) -> Tensor:
-        """A store for all tokens, or for all but the prefix."""
-        return like.new_empty(self.layout.tokens if whole else self._own_tokens(), *like.shape[2:])
 
     @contextmanager
     def _watching(self, cut: int) -> Iterator[list[Tensor]]:

@@ -19,7 +19,7 @@ from obliteratus.types import Subject
 
 @dataclass(frozen=True)
 class Rows:
-    """Where each row's tokens lie, all rows one after the other without padding."""
+    """Where each row's tokens lie, all rows one after the other without padding. A row of length 0 is not there."""
 
     starts: Int[Tensor, " rows"]
     lengths: Int[Tensor, " rows"]
@@ -43,7 +43,7 @@ class Rows:
         """Values [batch, longest, …] of some rows into the store [tokens, …], without their padding."""
         places = self.places(rows)
         own = torch.arange(places.shape[1])[None] < self.lengths[torch.tensor(list(rows))][:, None]
-        store[places[own].to(store.device)] = values[own.to(values.device)]
+        store[places[own].to(store.device)] = values[:, : own.shape[1]][own.to(values.device)]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Lower:
     cut: int
     layout: Rows
     stream: Float[Tensor, "tokens width"]
+    answered: Rows
     states: KeyValues
-    """Keys and values of each block below the cut, [tokens, heads, head]; empty where no answers are wanted."""
+    """Keys and values of each block below the cut, [tokens, heads, head], of rows that are to be answered."""
     tuples: bool = False
     """Whether a block returns a tuple that begins with the stream."""
     rows: tuple[int, ...] = ()
@@ -69,8 +70,8 @@ class Lower:
     def entering(self, rows: Sequence[int]) -> Iterator[None]:
         """Inside, a pass over these rows begins at block ``cut``: the blocks below pass on what they are given."""
         layers = blocks(self.subject)
-        states = self.stream[self._places(rows, self.stream)]
-        handle = _entered_by(layers[self.cut], states)
+        places = self.layout.places([self.rows[i] for i in rows])
+        handle = _entered_by(layers[self.cut], self.stream[places.to(self.stream.device)])
         try:
             with passing(layers[: self.cut], self.tuples):
                 yield
@@ -79,12 +80,10 @@ class Lower:
 
     def fill(self, cache: Any, rows: Sequence[int]) -> None:
         """Give the cache the keys and values of the blocks that do not run."""
+        places = self.answered.places([self.rows[i] for i in rows])
         for layer, pair in zip(cache.layers, self.states, strict=False):
-            keys, values = (x[self._places(rows, x)].transpose(1, 2) for x in pair)
+            keys, values = (x[places.to(x.device)].transpose(1, 2) for x in pair)
             layer.update(keys, values)
-
-    def _places(self, rows: Sequence[int], store: Tensor) -> Tensor:
-        return self.layout.places([self.rows[i] for i in rows]).to(store.device)
 
 
 def _entered_by(block: nn.Module, states: Float[Tensor, "rows tokens width"]) -> RemovableHandle:

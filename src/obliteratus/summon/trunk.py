@@ -41,17 +41,18 @@ class Trunk:
     begins above one. Weights changed in place are not noticed.
     """
 
-    def __init__(self, subject: Subject, ids: Ids, *, budget: float, answers: bool = True) -> None:
+    def __init__(self, subject: Subject, ids: Ids, *, budget: float, answers: Sequence[int] | None = None) -> None:
         """Runs the shared prefix; all else at the first call that can use it.
 
-        budget: bytes that may be held. answers: whether `generate` will be asked: it needs keys and values.
+        budget: bytes that may be held. answers: the rows that `generate` may be asked for, all by default: they need
+        keys and values, which are most of what is held.
         """
-        self.subject, self.answers = subject, answers
+        self.subject, self.answers = subject, list(range(len(ids)) if answers is None else answers)
         self.hooks = hooks(subject)
         with torch.inference_mode():
             self.prompts = prepared(subject, ids)
         self.prefix = ids[0][: self.prompts.skipped]
-        self.kept = Kept(subject, self.prompts, self.prefix, budget, answers)
+        self.kept = Kept(subject, self.prompts, self.prefix, budget, self.answers)
         self.checked, self.copies = False, 1
 
     def times(self, copies: int) -> Trunk:
@@ -75,22 +76,28 @@ class Trunk:
         go_on: GoOn | None = None,
         title: str = "answers",
     ) -> Ids | None:
-        """Greedy answers as of `generate.generate`, to all rows or to these; the other rows' are empty.
+        """Greedy answers as of `generate.generate`, to the trunk's ``answers`` or these of them; the others' are empty.
 
         go_on: called once before anything is written, with the first token's log-probabilities of all rows [rows,
-        vocabulary]; False ends it there, and None is returned. Raises ValueError on a trunk made without ``answers``.
+        vocabulary]; False ends it there, and None is returned. Raises ValueError for rows not in ``answers``.
         """
-        if not self.answers:
-            raise ValueError("a trunk made without answers keeps no keys and values to go on from")
+        wanted = self._wanted(rows)
         with torch.inference_mode():
             prompts = self.now()
-            wanted = list(range(len(prompts.rows)) if rows is None else rows)
             groups = answer_groups(self.subject, prompts, wanted, max_new)
             begun = [part for group in groups[:1] for part in halving(self._begin(prompts, max_new), group)]
             if go_on is not None and not go_on(self._first(prompts, begun)):
                 return None
             later = {tuple(batch.rows): batch for batch, _ in begun} | {tuple(group): None for group in groups[1:]}
             return self._written(prompts, later, max_new, done, title)
+
+    def _wanted(self, rows: Sequence[int] | None) -> list[int]:
+        n = len(self.prompts.rows)
+        if rows is None:
+            return [n * copy + row for copy in range(self.copies) for row in self.answers]
+        if not {row % n for row in rows} <= set(self.answers):
+            raise ValueError("rows that the trunk was not made to answer: their keys and values are not kept")
+        return list(rows)
 
     def now(self) -> Prompts:
         """The prompts for the model as it is edited at this moment. Call in inference mode."""
@@ -165,12 +172,15 @@ def _block_of(subject: Subject, path: str) -> int:
     return subject.n_layers if after else 0
 
 
-def same(subject: Subject, found: Prompts, plain: Prompts, answers: bool) -> bool:
-    """Whether the shortest and the longest row come out equal: next logits, and for answers all keys and values."""
+def same(subject: Subject, found: Prompts, plain: Prompts, answers: Sequence[int]) -> bool:
+    """Whether the shortest and the longest row come out equal: next logits, and of answers all keys and values."""
+    found, plain = (prompts.of(answers) if answers else prompts for prompts in (found, plain))
     pairs = (
         pair
         for row in plain.ends()
-        for pair in zip(_come_out(subject, found, row, answers), _come_out(subject, plain, row, answers), strict=True)
+        for pair in zip(
+            _come_out(subject, found, row, bool(answers)), _come_out(subject, plain, row, bool(answers)), strict=True
+        )
     )
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
 
