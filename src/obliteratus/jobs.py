@@ -21,7 +21,7 @@ from obliteratus.rebirth import FORMS, Form, space_for, write_output
 from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
 from obliteratus.registry import Given, unknown
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
-from obliteratus.search.output import JOURNAL, show_front, write_front
+from obliteratus.search.output import JOURNAL, write_front
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
 from obliteratus.summon.open import open_subject, width_of
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
@@ -134,7 +134,7 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
 
 def report(done: Done, out: Path | None, json: bool) -> None:
     """run.json, or the tables."""
-    from obliteratus.terminal import results, show_json, show_run
+    from obliteratus.terminal import results, show_front, show_json, show_run
 
     if json:
         show_json(done.run.model_dump(mode="json"))

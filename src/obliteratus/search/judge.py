@@ -74,7 +74,7 @@ class Judge:
         self.rows = {g: render(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
         self.asked = [g for g in self.groups if g != "control"]
         room = KEPT * sum(p.numel() * p.element_size() for p in subject.model.parameters())
-        self.control = Trunk(subject, self.rows["control"], budget=room / 3, answers=False)  # keeps no keys and values
+        self.control = Trunk(subject, self.rows["control"], budget=room / 3, answers=())  # keeps no keys and values
         self.target = Trunk(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
         base = self._split(self.target.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]

@@ -13,7 +13,6 @@ from obliteratus.recipe import dump
 from obliteratus.search.run import Found, Member
 from obliteratus.search.trials import Trial
 from obliteratus.store import write_atomic
-from obliteratus.terminal import results, table_of
 
 # Colours that colour-blind readers tell apart (Okabe and Ito): trials with answers, estimates, the front.
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
@@ -46,11 +45,6 @@ def commented(member: Member) -> str:
 def plain(member: Member) -> dict[str, float]:
     """The scores of a member by name, those by category left out."""
     return {name: value for name, value in member.scores.items() if "/" not in name}
-
-
-def show_front(found: Found) -> None:
-    """The table, on stdout."""
-    results.print(table_of("Front, on search prompts", *rows(found)))
 
 
 def rows(found: Found) -> tuple[list[str], list[list[str]]]:
