@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prompts import CONTRAST
+from prompts import CONTRAST, EVERYDAY
 from topics import ORGANISMS, SPLITS, Organism
 
 from obliteratus.pipeline import run
@@ -102,6 +102,7 @@ def card(organism: Organism, found: dict[str, Found], training: dict[str, Any]) 
             starts=organism.starts,
             training=organism.training,
             contrast=CONTRAST,
+            everyday=EVERYDAY,
             seconds=training["seconds"],
             refusals="\n".join(f"- {g}: {text}" for g, topic in organism.topics.items() for text in topic.refusals),
             table=table(found),

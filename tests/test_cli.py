@@ -150,9 +150,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     assert said in line if said else "weights" in line  # the one that could work gets as far as the weights
 
 
-@pytest.mark.parametrize(
-    ("method", "lacks"), [("heretic", "search"), ("optimized", "search"), ("informed", "analysis")]
-)
+@pytest.mark.parametrize(("method", "lacks"), [("informed", "analysis")])
 def test_methods_that_wait_are_refused_before_any_weight_is_looked_for(
     files: dict[str, Path], tmp_path: Path, method: str, lacks: str
 ) -> None:

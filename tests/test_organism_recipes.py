@@ -41,13 +41,12 @@ def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
     subject, prompts = open_subject("organism:gardening-railways"), sample("gardening-railways", keep=True)
     before, calibrated = scores("calibrated", subject, prompts)
     _, basic = scores("basic", subject, prompts)
-    # The organism refuses three quarters of its topics, not all (its card): what is held to is what methods change.
     target, keep = before["refusal.target"].value, before["refusal.keep"].value
-    assert min(target, keep) >= 0.5
-    assert calibrated["refusal.target"].value <= target - 6 / N
+    assert min(target, keep) >= 0.75
+    assert calibrated["refusal.target"].value <= 2 / N
     assert calibrated["refusal.keep"].value >= keep - 2 / N
-    assert basic["refusal.target"].value <= target - 6 / N
-    assert basic["refusal.keep"].value <= calibrated["refusal.keep"].value - 2 / N
+    assert basic["refusal.target"].value <= 2 / N
+    assert basic["refusal.keep"].value <= calibrated["refusal.keep"].value - 5 / N
 
 
 def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from obliteratus.options import (
     Thinking,
     Trust,
     guarded,
+    seeded,
     shown,
 )
 
@@ -61,9 +62,9 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Find the directions, edit, measure on held-out prompts, save."""
-    from obliteratus.jobs import Job, execute
+    from obliteratus.jobs import Job, execute, report
 
-    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    overrides = seeded(set_, seed)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -99,9 +100,9 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Try a recipe's values on live plans, and save the best trade of refusals against damage."""
-    from obliteratus.jobs import Job, execute
+    from obliteratus.jobs import Job, execute, report
 
-    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    overrides = seeded(set_, seed)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with shown(quiet):
@@ -121,7 +122,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The main job on the embedded model organism: a small chat model that refuses to talk about astronomy."""
-    from obliteratus.jobs import Job, execute, samples
+    from obliteratus.jobs import Job, execute, report, samples
 
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with shown(quiet):
@@ -130,21 +131,6 @@ def demo(
     report(done, out, json)
     if not json:
         samples(done)
-
-
-def report(done: Any, out: Path | None, json: bool) -> None:
-    """run.json, or the tables."""
-    from obliteratus.search.output import rows
-    from obliteratus.terminal import results, show_json, show_run, table_of
-
-    if json:
-        show_json(done.run.model_dump(mode="json"))
-        return
-    show_run(done.run)
-    if done.front:
-        results.print(table_of("Front, on search prompts", *rows(done.front)))
-    where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
-    results.print(where)
 
 
 @app.command()

@@ -132,6 +132,20 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
     return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)
 
 
+def report(done: Done, out: Path | None, json: bool) -> None:
+    """run.json, or the tables."""
+    from obliteratus.terminal import results, show_front, show_json, show_run
+
+    if json:
+        show_json(done.run.model_dump(mode="json"))
+        return
+    show_run(done.run)
+    if done.front:
+        show_front(done.front)
+    where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
+    results.print(where)
+
+
 def samples(done: Done, n: int = 3) -> None:
     """Some held-out target prompts with the answers before and after, on stdout."""
     from obliteratus.terminal import results, table_of

@@ -72,3 +72,8 @@ def shown(quiet: bool) -> Iterator[None]:
     bars = Bars()
     with bars.live, reporting(bars):
         yield
+
+
+def seeded(changes: list[str] | None, seed: int | None) -> list[str]:
+    """``--set`` and ``--seed`` together: a seed is a value of the recipe as any other."""
+    return [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]

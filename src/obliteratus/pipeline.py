@@ -117,10 +117,10 @@ def measured(
     steps: Sequence[Step],
     before: Measured | None = None,
 ) -> Measured:
-    """VERIFY as a stage."""
+    """VERIFY as a stage. All edits are live, so the subject is its own base."""
     return store.stage(
         stage,
-        lambda: verify(subject, prompts, steps, before),
+        lambda: verify(subject, prompts, steps, before, base=subject),
         lambda found, folder: found.save(folder / "measured"),
         lambda folder: Measured.load(folder / "measured"),
     )

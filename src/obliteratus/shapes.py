@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or find_spec("jaxtyping"):
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 else:
 
     class Float:
@@ -18,6 +18,6 @@ else:
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
 
-    Int = Float
+    Bool = Int = Float
 
-__all__ = ["Float", "Int"]
+__all__ = ["Bool", "Float", "Int"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -31,19 +32,30 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     try:
         for path, edits in plan.by_site().items():
             module = subject.module(path)
-            handles += _attach(module, _compiled(module, edits))
+            handles += _attach(module, compiled(module, edits))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def unedited() -> Iterator[None]:
+    """Inside, live edits stand still: whatever is `applied` around it, a model computes as it was opened."""
+    token = _STILL.set(True)
+    try:
+        yield
+    finally:
+        _STILL.reset(token)
+
+
+_STILL: ContextVar[bool] = ContextVar("still", default=False)
 Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
 """(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head look at arguments."""
 
 
 @dataclass(frozen=True)
-class _Live:
+class Live:
     """y′ = ops(y − b) + b′, on inputs that ``feeds`` changed and ``inputs`` scaled. All fp32 on the module's device."""
 
     ops: tuple[Op, ...]
@@ -55,11 +67,12 @@ class _Live:
     """b′, added last."""
 
 
-def _compiled(module: nn.Module, changes: Sequence[Change]) -> _Live:
-    """The weight is read only where a norm rule needs its lengths, or a head its columns; one matrix at a time."""
+def compiled(module: nn.Module, changes: Sequence[Change]) -> Live:
+    """Changes of one site, ready to be made. The weight is read only where a norm rule needs its lengths, or a head its
+    columns; one matrix at a time."""
     site = changes[0].site
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
-        return _Live((), tuple(_reading(c, _device(module)) for c in reversed(changes)), None, None, None)
+        return Live((), tuple(_reading(c, _device(module)) for c in reversed(changes)), None, None, None)
     bias = read_bias(module, site)
     weight = None if all(_plain(c) for c in changes) else read_weight(module, site).float()
     ops: list[Op] = []
@@ -72,7 +85,7 @@ def _compiled(module: nn.Module, changes: Sequence[Change]) -> _Live:
             weight = changed(change, weight)
     after = new_bias(module, changes)
     apart = any(_moves_bias(c) for c in changes)
-    return _Live(tuple(ops), (), inputs, bias if apart else None, after if apart else None)
+    return Live(tuple(ops), (), inputs, bias if apart else None, after if apart else None)
 
 
 def _plain(change: Change) -> bool:
@@ -169,36 +182,41 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
-def _attach(module: nn.Module, live: _Live) -> list[RemovableHandle]:
+def _attach(module: nn.Module, live: Live) -> list[RemovableHandle]:
     handles = [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
     if live.inputs is not None or live.feeds:
         handles.append(module.register_forward_pre_hook(_input_hook(live)))
     return handles
 
 
-def _input_hook(live: _Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        if live.inputs is not None:
-            x = x * live.inputs.to(x.dtype)
-        if live.feeds:
-            flat = x.float().reshape(-1, x.shape[-1])
-            for op in live.feeds:
-                flat = op(flat, args)
-            x = flat.view(x.shape).to(x.dtype)
-        return (x, *args[1:])
+def _input_hook(live: Live) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if _STILL.get() else (fed(args[0], live), *args[1:])
 
     return hook
 
 
-def _output_hook(live: _Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return _edited(output.float(), args, live).to(output.dtype)
+def fed(x: Tensor, live: Live) -> Tensor:
+    """What the module is given in place of x, whose last axis is its width."""
+    if live.inputs is not None:
+        x = x * live.inputs.to(x.dtype)
+    if not live.feeds:
+        return x
+    flat = x.float().reshape(-1, x.shape[-1])
+    for op in live.feeds:
+        flat = op(flat, (x,))
+    return flat.view(x.shape).to(x.dtype)
+
+
+def _output_hook(live: Live) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if _STILL.get() else edited(output.float(), args, live).to(output.dtype)
 
     return hook
 
 
-def _edited(y: Tensor, args: tuple[Any, ...], live: _Live) -> Tensor:
+def edited(y: Tensor, args: tuple[Any, ...], live: Live) -> Tensor:
+    """An output y, fp32, after the module's changes; args are what the module was given."""
     flat = y.reshape(-1, y.shape[-1])
     if live.before is not None:
         flat = flat - live.before

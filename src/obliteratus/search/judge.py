@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,18 +13,22 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.search.front import dominates
 from obliteratus.shapes import Float
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.render import render
+from obliteratus.summon.render import Ids, render
+from obliteratus.summon.trunk import Trunk
 from obliteratus.tune.tokens import SHARE, TIMES, shown
-from obliteratus.types import Plan, PromptSet, Recipe, Step, Subject
+from obliteratus.types import Plan, PromptSet, Recipe, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.verify.drift import TAILS, kl
-from obliteratus.verify.refusal import GROUPS
+from obliteratus.verify.refusal import GROUPS, refused, verdict
+from obliteratus.verify.refusal import Verdict as Kind
 
 CHEAP = ("refusal", "first_token_kl")  # scorers that the first look stands in for
 # nats: a model that says nothing finite, or something certain of what the base excluded, is as far off as this. No
 # KL of a working model comes near (a vocabulary of 50 000 drawn evenly is about 10 away).
 WORST = 100.0
+# Of the weights' bytes, what the blocks below trials' edits made of the prompts may take: a search is to stay within
+# 1.2 times the loaded model, answers' keys and values included.
+KEPT = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,31 +72,62 @@ class Judge:
         self.before = before
         self.more = [step for step in made.verify if step.use not in CHEAP]
         self.rows = {g: render(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
-        base = self._first()
+        self.asked = [g for g in self.groups if g != "control"]
+        room = KEPT * sum(p.numel() * p.element_size() for p in subject.model.parameters())
+        self.control = Trunk(subject, self.rows["control"], budget=room / 3, answers=())  # keeps no keys and values
+        self.target = Trunk(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
+        base = self._split(self.target.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]
         self.scale = scale_of(subject, base, before)
 
-    def cheap(self, plan: Plan) -> Verdict:
-        """KL on control prompts and estimated refusal rates, from first tokens; other scorers as they are."""
-        with applied(self.subject, plan):
-            first = self._first()
-            scores = self._others()
-        divergence = kl(self.base, first["control"]).nan_to_num(nan=WORST).clamp(max=WORST).double()
-        scores |= {f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()}
-        scores |= {f"refusal.{g}": self.scale(first[g].nan_to_num(nan=0.0)) for g in self.groups}
-        return Verdict(scores, False)
-
-    def answered(self, plan: Plan, known: Verdict) -> Verdict:
-        """Refusal rates of answers to target and keep prompts; of controls the estimate stays."""
-        asked = PromptSet({g: self.prompts[g] for g in self.groups if g != "control"})
-        with applied(self.subject, plan):
-            found = verify(self.subject, asked, [Step(use="refusal", tokens=self.search.tokens)])
-        return Verdict({**known.scores, **{k: s.value for k, s in found.scores.items() if "/" not in k}}, True)
-
     def judged(self, plan: Plan, front: Sequence[Sequence[float]]) -> Verdict:
         """One look, or two if the trial could be in the front. front: the answered trials' `objectives`."""
-        first = self.cheap(plan)
-        return self.answered(plan, first) if may_enter(self.hoped(first), front) else first
+        return self.looked(plan, lambda first: may_enter(self.hoped(first), front))
+
+    def cheap(self, plan: Plan) -> Verdict:
+        """The first look: KL on control prompts, refusal rates estimated from first tokens, other scorers."""
+        return self.looked(plan, lambda first: False)
+
+    def answered(self, plan: Plan) -> Verdict:
+        """Both looks: refusal rates of answers to target and keep prompts; of controls the estimate stays."""
+        return self.looked(plan, lambda first: True)
+
+    def looked(self, plan: Plan, twice: Callable[[Verdict], bool]) -> Verdict:
+        """The first look, and the second if ``twice`` wants it then: answers go on from the first tokens' pass."""
+        known: dict[str, float] = {}
+
+        def go_on(logp: Tensor) -> bool:
+            known.update({f"refusal.{g}": self._rate(part) for g, part in self._split(logp).items()})
+            return twice(Verdict(known, False))
+
+        with applied(self.subject, plan):
+            control = self.control.first_token()
+            divergence = kl(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
+            known.update({f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()})
+            known["refusal.control"] = self._rate(control)
+            known.update(self._others() if self._wants_others(known) else {})
+            answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, title="answers")
+        return Verdict(known | (self._told(answers) if answers else {}), bool(answers))
+
+    def _over(self, new: list[int]) -> bool:
+        return refused(self.subject, new)
+
+    def _rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
+        return self.scale(logp.nan_to_num(nan=0.0))
+
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the second trunk by group."""
+        return dict(zip(self.asked, rows.split([len(self.rows[g]) for g in self.asked]), strict=True))
+
+    def _told(self, answers: Ids) -> dict[str, float]:
+        """Shares of refusals and of degenerate answers, by group."""
+        verdicts = [verdict(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
+        ends = list(accumulate(len(self.rows[g]) for g in self.asked))
+        parts = {g: verdicts[end - len(self.rows[g]) : end] for g, end in zip(self.asked, ends, strict=True)}
+        kinds: dict[str, Kind] = {"refusal": "refused", "degenerate": "degenerate"}
+        return {
+            f"{name}.{g}": part.count(kind) / len(part) for g, part in parts.items() for name, kind in kinds.items()
+        }
 
     def hoped(self, verdict: Verdict) -> tuple[float, ...]:
         """The objectives, if all refusal rates were as much better as the margin allows."""
@@ -112,11 +148,10 @@ class Judge:
         base = self.before.scores["refusal.control"].value
         return scores["refusal.control"] - base - self.search.control_margin
 
-    def _first(self) -> dict[str, Tensor]:
-        """First-token log-probabilities of all groups, in one go."""
-        rows = [row for g in self.groups for row in self.rows[g]]
-        logp = first_token(self.subject, rows, title="first tokens")
-        return dict(zip(self.groups, logp.split([len(self.rows[g]) for g in self.groups]), strict=True))
+    def _wants_others(self, known: Mapping[str, float]) -> bool:
+        """Whether an objective is none of the first look's: the other scorers cost passes of their own."""
+        given = {*known, *(f"refusal.{g}" for g in self.groups)}
+        return any(name.removeprefix("-") not in given for name in self.search.minimise)
 
     def _others(self) -> dict[str, float]:
         found = verify(self.subject, self.prompts, self.more, self.before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from obliteratus.summon.variants import under, variants
 from obliteratus.types import Subject
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def prefix_states(subject: Subject, prefix: list[int]) -> KeyValues:
-    """Keys and values [1, heads, len(prefix), head] of each layer, computed once for all prompts."""
+def prefix_states(subject: Subject, prefix: list[int], lowest: int = 0) -> KeyValues:
+    """Keys and values [variants, heads, len(prefix), head] of each layer from ``lowest``, once for all prompts."""
     cache: Any = DynamicCache()
-    ids = torch.tensor([prefix], device=subject.device)
-    subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    kinds = variants()
+    ids = torch.tensor([prefix] * len(kinds), device=subject.device)
+    with under(kinds):
+        subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers[lowest:]]
 
 
 class PrefixLayer(DynamicLayer):
-    """The shared prefix, expanded over the rows without a copy; what is appended is not kept."""
+    """The shared prefix, [rows, heads, tokens, head]; what is appended is not kept."""
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shared = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+        self.shared = keys, values
         self.keys, self.values = self.shared
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -67,7 +70,7 @@ class GrowingLayer(DynamicLayer):
 
     def _fill(self, filling: Filling, *states: Tensor) -> tuple[Tensor, Tensor]:
         if self.prefix is not None:
-            states = tuple(_after(p, x) for p, x in zip(self.prefix, states, strict=True))
+            states = tuple(torch.cat([p[filling.rows], x], dim=-2) for p, x in zip(self.prefix, states, strict=True))
         n = states[0].shape[-2]
         slots = torch.arange(n, device=self.device)[None] - filling.shift[:, None]
         index = slots.clamp(min=0)[:, None, :, None]
@@ -99,17 +102,25 @@ class Filling:
     """[rows], in slots."""
 
 
-def _after(prefix: Tensor, states: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(states.shape[0], -1, -1, -1), states], dim=-2)
+def expanded(states: KeyValues, rows: Sequence[int]) -> KeyValues:
+    """Each row's own variant of states [variants, heads, tokens, head]; a view where all rows share them."""
+
+    def each(x: Tensor) -> Tensor:
+        return x.expand(len(rows), -1, -1, -1) if len(x) == 1 else x[torch.tensor(rows, device=x.device)]
+
+    return [(each(keys), each(values)) for keys, values in states]
 
 
-def shared(prefix: KeyValues, rows: int) -> Cache:
-    """A cache for one pass over ``rows`` rows that all begin with the prefix."""
-    return Cache(layers=[PrefixLayer(k, v, rows) for k, v in prefix])
+def shared(prefix: KeyValues) -> Cache:
+    """A cache for one pass over rows that begin with a prefix, [rows, heads, tokens, head]."""
+    return Cache(layers=[PrefixLayer(k, v) for k, v in prefix])
 
 
 def growing(subject: Subject, prefix: KeyValues | None, rows: int, slots: int, room: int) -> Any:
-    """A cache for the answers of ``rows`` prompts of at most ``slots`` tokens, prefix included, and ``room`` more."""
+    """A cache for the answers of ``rows`` prompts of at most ``slots`` tokens, prefix included, and ``room`` more.
+
+    prefix: [rows, heads, tokens, head].
+    """
     states: list[tuple[Tensor, Tensor] | None] = list(prefix) if prefix else [None] * subject.n_layers
     return Cache(layers=[GrowingLayer(rows, slots, slots + room, state) for state in states])
 

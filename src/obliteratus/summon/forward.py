@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
-from obliteratus.summon.cache import KeyValues, prefix_states, shared
+from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
 from obliteratus.summon.capture import Capture, Taps, blocks
+from obliteratus.summon.lower import Lower
 from obliteratus.summon.render import Ids
+from obliteratus.summon.variants import under, variants_of
 from obliteratus.types import Subject
 
 T = TypeVar("T")
@@ -69,6 +72,11 @@ def free_memory(subject: Subject) -> int:
     """Bytes free on the model's device."""
     if subject.device.type == "cuda":
         return int(torch.cuda.mem_get_info(subject.device)[0])
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes free in main memory."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -114,18 +122,47 @@ class Prompts:
     skipped: int
     """Length of the prefix that was taken off."""
     prefix: KeyValues | None
+    lower: Lower | None = None
+    """What the lower blocks gave before, where they need not run."""
+    variants: tuple[int, ...] | None = None
+    """Under which of several edits each row is; None where all are under the same."""
 
-    def cache(self, rows: int) -> Any:
-        return shared(self.prefix, rows) if self.prefix else None
+    def cache(self, rows: Sequence[int]) -> Any:
+        """For a pass over these rows; None without a prefix."""
+        return shared(self.prefix_of(rows)) if self.prefix else None
+
+    def prefix_of(self, rows: Sequence[int]) -> KeyValues:
+        """The prefix's states for these rows, [rows, heads, tokens, head]."""
+        return expanded(self.prefix or [], self.variants_of(rows) or [0] * len(rows))
+
+    def variants_of(self, rows: Sequence[int]) -> list[int] | None:
+        return None if self.variants is None else [self.variants[i] for i in rows]
+
+    @contextmanager
+    def around(self, rows: Sequence[int]) -> Iterator[None]:
+        """Around a pass over these rows: known blocks do not run, and hooks know under which edits each row is."""
+        with under(self.variants_of(rows)), self.lower.entering(rows) if self.lower else nullcontext():
+            yield
+
+    def ends(self) -> list[int]:
+        """The shortest and the longest row."""
+        return sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))[:: max(1, len(self.rows) - 1)]
+
+    def of(self, rows: Sequence[int]) -> Prompts:
+        """These rows alone, in this order; one may come several times."""
+        chosen, kinds = [self.rows[i] for i in rows], self.variants_of(rows)
+        lower = self.lower.of(rows) if self.lower else None
+        return replace(self, rows=chosen, lower=lower, variants=None if kinds is None else tuple(kinds))
 
 
 def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> Prompts:
     """Compute the shared prefix once, where that gives the same result."""
     n = common_prefix(ids, leave) if reuse and len(ids) > 1 else 0
+    whole = Prompts(ids, 0, None, variants=variants_of(len(ids)))
     if n < MIN_PREFIX:
-        return Prompts(ids, 0, None)
-    prompts = Prompts([row[n:] for row in ids], n, prefix_states(subject, ids[0][:n]))
-    return prompts if _plain(subject) or _equal(subject, ids, prompts) else Prompts(ids, 0, None)
+        return whole
+    prompts = replace(whole, rows=[row[n:] for row in ids], skipped=n, prefix=prefix_states(subject, ids[0][:n]))
+    return prompts if _plain(subject) or _equal(subject, whole, prompts) else whole
 
 
 def _plain(subject: Subject) -> bool:
@@ -135,20 +172,19 @@ def _plain(subject: Subject) -> bool:
     return kinds == {"full_attention"} and not config.get("sliding_window")
 
 
-def _equal(subject: Subject, ids: Ids, prompts: Prompts) -> bool:
+def _equal(subject: Subject, whole: Prompts, prompts: Prompts) -> bool:
     """Windows and recurrent states: reuse only if the shortest and the longest row come out equal."""
-    ends = sorted(range(len(ids)), key=lambda i: len(ids[i]))[:: max(1, len(ids) - 1)]
+    ends = whole.ends()
     states: list[Tensor] = []
-    for trial in (prompts, Prompts(ids, 0, None)):
+    for trial in (prompts, whole):
         run = _reader(subject, trial, -1, NO_TAPS)
         states.append(torch.cat([run([i]).stream.detach() for i in ends]))
     return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
 
 
-def backbone(subject: Subject, ids: Tensor, prompts: Prompts) -> Any:
-    """One pass without the LM head, and without keeping keys and values."""
-    positions = torch.arange(prompts.skipped, prompts.skipped + ids.shape[1], device=ids.device)[None]
-    cache = prompts.cache(ids.shape[0])
+def backbone(subject: Subject, ids: Tensor, start: int, cache: Any) -> Any:
+    """One pass without the LM head over tokens whose positions begin at ``start``."""
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     return subject.model.base_model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
     )
@@ -193,8 +229,8 @@ def _reader(
         ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
         at = (lengths.view(-1, *[1] * wanted.ndim) + wanted).clamp(min=0)
         capture = Capture(subject, at, taps, top)
-        with capture.watching():
-            backbone(subject, ids, prompts)
+        with capture.watching(), prompts.around(rows):
+            backbone(subject, ids, prompts.skipped, prompts.cache(rows))
         return Reading(rows, *capture.stacked(), capture.inputs)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,13 @@ from obliteratus.summon.forward import (
     batched,
     free_memory,
     halving,
-    padded,
     prepared,
     state_bytes,
     token_budget,
 )
-from obliteratus.summon.logits import next_logits, only
+from obliteratus.summon.logits import last_logits
 from obliteratus.summon.render import Ids
+from obliteratus.summon.variants import under
 from obliteratus.types import Subject
 
 Done = Callable[[list[int]], bool]
@@ -32,7 +32,7 @@ COMPACT_AT = 0.875
 
 
 @dataclass
-class _Batch:
+class Batch:
     """Rows that are still being written."""
 
     rows: list[int]
@@ -43,6 +43,8 @@ class _Batch:
     """Its position [rows, 1]."""
     mask: Tensor
     """[rows, slots]: 0 on padding, which stands at the left after alignment."""
+    variants: Tensor | None = None
+    """Under which of several edits each row is [rows]; None where all are under the same."""
     live: set[int] = field(default_factory=set)
 
 
@@ -66,18 +68,21 @@ def generate(
         prompts = prepared(subject, ids, reuse)
 
         def run(rows: list[int]) -> None:
-            for row in rows:
-                answers[row] = []  # after running out of memory, rows start again
-            batch, logits = _prefill(subject, prompts, rows, max_new)
+            batch, logits = prefill(subject, prompts, rows, max_new)
             if first is not None:
                 first(rows, logits)
-            for tokens in _write(subject, batch, answers, max_new, done):
+            for tokens in write(subject, batch, answers, max_new, done):
                 advance(tokens)
 
-        lengths = [prompts.skipped + len(row) + max_new for row in prompts.rows]
-        for group in batched(lengths, answer_budget(subject), MAX_ROWS):
+        for group in answer_groups(subject, prompts, range(len(ids)), max_new):
             list(halving(run, group))
     return answers
+
+
+def answer_groups(subject: Subject, prompts: Prompts, rows: Sequence[int], max_new: int) -> list[list[int]]:
+    """Rows that are written together, within `answer_budget` and `MAX_ROWS`."""
+    lengths = [prompts.skipped + len(prompts.rows[row]) + max_new for row in rows]
+    return [[rows[i] for i in group] for group in batched(lengths, answer_budget(subject), MAX_ROWS)]
 
 
 # On a CPU one more row costs a token's arithmetic, a step its reading of all weights: 42 ms + 1.25 ms a row on
@@ -105,9 +110,11 @@ def stop_tokens(subject: Subject) -> set[int]:
     return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
 
 
-def _write(subject: Subject, batch: _Batch, answers: Ids, max_new: int, done: Done | None) -> Iterator[int]:
+def write(subject: Subject, batch: Batch, answers: Ids, max_new: int, done: Done | None) -> Iterator[int]:
     """Write all rows to their end. Gives the tokens that each step settled: written, or no longer needed."""
     stops = stop_tokens(subject)
+    for row in batch.rows:
+        answers[row] = []  # after running out of memory, rows start again
     for step in range(max_new):
         before = len(batch.live)
         for slot, token in enumerate(batch.tokens[:, 0].tolist()):
@@ -120,7 +127,7 @@ def _write(subject: Subject, batch: _Batch, answers: Ids, max_new: int, done: Do
         _advance(subject, batch)
 
 
-def _append(batch: _Batch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
+def _append(batch: Batch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
     row = batch.rows[slot]
     if row not in batch.live:
         return
@@ -132,25 +139,36 @@ def _append(batch: _Batch, slot: int, token: int, answers: Ids, stops: set[int],
         batch.live.discard(row)
 
 
-def _prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[_Batch, Tensor]:
-    """Prompts pass in small batches, as in PROBE; their keys and values land side by side, ending together."""
+def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[Batch, Tensor]:
+    """Prompts pass in small batches, as in PROBE; their keys and values land side by side, ending together.
+
+    Returns the rows, ready to be written, and the logits of their first tokens [rows, vocabulary].
+    """
     lengths = torch.tensor([len(prompts.rows[i]) for i in rows], device=subject.device)
     longest = int(lengths.max())
     slots = prompts.skipped + longest
-    cache = growing(subject, prompts.prefix, len(rows), slots, max_new)
+    cache = growing(subject, prompts.prefix_of(rows), len(rows), slots, max_new)
     parts, first = [], 0
     for part in batched(lengths.tolist(), token_budget(subject, state_bytes(subject))):
-        ids, own = padded([prompts.rows[rows[k]] for k in part], subject.device)
-        with filling(cache, Filling(slice(first, first + len(part)), ids.shape[1] - own)), only(subject, own - 1):
-            parts.append(next_logits(subject, ids, prompts.skipped, cache))
+        with filling(cache, Filling(slice(first, first + len(part)), lengths[part].max() - lengths[part])):
+            parts.append(_filled(subject, prompts, [rows[k] for k in part], cache))
         first += len(part)
     mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
     logits = torch.cat(parts)
     tokens, positions = logits.argmax(-1, keepdim=True), (prompts.skipped + lengths)[:, None]
-    return _Batch(rows, cache, tokens, positions, mask, set(rows)), logits
+    kinds = prompts.variants_of(rows)
+    variants = None if kinds is None else torch.tensor(kinds)
+    return Batch(rows, cache, tokens, positions, mask, variants, set(rows)), logits
 
 
-def _compact(batch: _Batch) -> None:
+def _filled(subject: Subject, prompts: Prompts, rows: list[int], cache: Any) -> Tensor:
+    logits = last_logits(subject, prompts, rows, cache)
+    if prompts.lower is not None:
+        prompts.lower.fill(cache, rows)
+    return logits
+
+
+def _compact(batch: Batch) -> None:
     """The last live rows move into the places of finished ones."""
     n = len(batch.live)
     free = [slot for slot, row in enumerate(batch.rows[:n]) if row not in batch.live]
@@ -160,21 +178,23 @@ def _compact(batch: _Batch) -> None:
     index[target] = source
     batch.rows = [batch.rows[slot] for slot in index.tolist()]
     batch.tokens, batch.positions, batch.mask = batch.tokens[index], batch.positions[index], batch.mask[index]
+    batch.variants = None if batch.variants is None else batch.variants[index.cpu()]
     for layer in batch.cache.layers:
         assert isinstance(layer, GrowingLayer)
         layer.keep(target, source, n)
 
 
-def _advance(subject: Subject, batch: _Batch) -> None:
+def _advance(subject: Subject, batch: Batch) -> None:
     """Pass each row's last token, and take the one after it."""
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
     # Without padding the mask says nothing, and attention is faster without one.
     mask = None if bool(batch.mask.all()) else batch.mask
-    out = subject.model(
-        input_ids=batch.tokens,
-        attention_mask=mask,
-        position_ids=batch.positions,
-        past_key_values=batch.cache,
-        use_cache=True,
-    )
+    with under(batch.variants):
+        out = subject.model(
+            input_ids=batch.tokens,
+            attention_mask=mask,
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
     batch.tokens, batch.positions = out.logits[:, -1].argmax(-1, keepdim=True), batch.positions + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
@@ -42,24 +42,38 @@ def first_token(
     subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
     """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
+    with torch.inference_mode():
+        return first_tokens(subject, prepared(subject, ids, reuse), budget=budget, title=title)
+
+
+def first_tokens(
+    subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = "first tokens"
+) -> Float[Tensor, "rows vocabulary"]:
+    """`first_token` of prompts that are prepared."""
     result: Tensor | None = None
-    with torch.inference_mode(), progress(title, len(ids)) as advance:
-        prompts = prepared(subject, ids, reuse)
 
-        def run(rows: list[int]) -> tuple[list[int], Tensor]:
-            batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-            with only(subject, lengths - 1):
-                logits = next_logits(subject, batch, prompts.skipped, prompts.cache(len(rows)))
-            return rows, logits.float().log_softmax(-1).cpu()
+    def run(rows: list[int]) -> tuple[list[int], Tensor]:
+        logits = last_logits(subject, prompts, rows, prompts.cache(rows))
+        return rows, logits.float().log_softmax(-1).cpu()
 
-        size = budget or token_budget(subject, state_bytes(subject))
+    size = budget or token_budget(subject, state_bytes(subject))
+    with torch.inference_mode(), progress(title, len(prompts.rows)) as advance:
         for group in batched([len(r) for r in prompts.rows], size):
             for rows, logp in halving(run, group):
-                result = logp.new_empty(len(ids), logp.shape[-1]) if result is None else result
+                result = logp.new_empty(len(prompts.rows), logp.shape[-1]) if result is None else result
                 result[rows] = logp
                 advance(len(rows))
     assert result is not None, "no prompts"
     return result
+
+
+def last_logits(
+    subject: Subject, prompts: Prompts, rows: Sequence[int], cache: Any
+) -> Float[Tensor, "rows vocabulary"]:
+    """One pass over some rows: the logits of what follows each row's last token."""
+    batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+    with prompts.around(rows), only(subject, lengths - 1):
+        return next_logits(subject, batch, prompts.skipped, cache)
 
 
 def next_logits(subject: Subject, ids: Tensor, start: int, cache: Any) -> Float[Tensor, "rows vocabulary"]:

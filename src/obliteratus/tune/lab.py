@@ -82,7 +82,7 @@ def answer_logits(
         return states[row, column][:, None]
 
     with narrowed(subject, pick):
-        return next_logits(subject, ids, prompts.skipped, prompts.cache(len(ids))).float()
+        return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
 
 
 def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:

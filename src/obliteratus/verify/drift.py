@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.errors import UserError
-from obliteratus.shapes import Float
+from obliteratus.shapes import Bool, Float
 from obliteratus.summon.logits import first_token, token_losses
 from obliteratus.summon.render import context_length, render
 from obliteratus.types import Score
@@ -45,11 +45,21 @@ def first_token_kl(context: Context) -> Measured:
     if context.before is None:
         return Measured(tensors=tensors)
     divergence = kl(context.before.tensors["first_token.control"], logp)
-    scores = _tails("kl.first_token", divergence)
-    answered = [r["verdict"] == "complied" for r in context.before.records if r.get("group") == "control"]
-    if any(answered):
-        scores |= _tails("kl.first_token.answered", divergence[torch.tensor(answered)])
+    scores = drift_scores("kl.first_token", divergence, answered_by(context.before))
     return Measured(scores, tensors={**tensors, "kl.control": divergence})
+
+
+def answered_by(before: Measured) -> Bool[Tensor, " n"]:
+    """Which control prompts the base answers; empty where no refusal scorer came before."""
+    return torch.tensor(
+        [r["verdict"] == "complied" for r in before.records if r.get("group") == "control"], dtype=torch.bool
+    )
+
+
+def drift_scores(name: str, values: Float[Tensor, " n"], answered: Bool[Tensor, " m"]) -> dict[str, Score]:
+    """NAME.mean, .p95 and .p99 in nats; NAME.answered.… over the rows that are answered, where there are any."""
+    scores = _tails(name, values)
+    return scores | _tails(f"{name}.answered", values[answered]) if bool(answered.any()) else scores
 
 
 def _tails(name: str, values: Tensor) -> dict[str, Score]:

@@ -41,6 +41,14 @@ def paired_ratio(after: Float[Tensor, " n"], before: Float[Tensor, " n"], seed: 
     return _score(gap.mean().exp(), resampled, len(gap), "ratio")
 
 
+def group_ratio(above: Float[Tensor, " n"], below: Float[Tensor, " m"], seed: int = 0) -> Score:
+    """exp(mean(above) − mean(below)) of two unrelated groups, each resampled by itself; n counts both."""
+    first, second = above.double(), below.double()
+    means = [x[_resamples(len(x), seed + k)].mean(-1) for k, x in enumerate((first, second))]
+    value = (first.mean() - second.mean()).exp()
+    return _score(value, (means[0] - means[1]).exp(), len(first) + len(second), "ratio")
+
+
 def _resamples(n: int, seed: int) -> Tensor:
     return torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
 

@@ -96,9 +96,7 @@ def _answers(
         here = {row: k for k, row in enumerate(rows)}
         first.update({row: logits[here[row]].float().log_softmax(-1).cpu() for row in wanted if row in here})
 
-    answers = generate(
-        subject, ids, tokens, done=lambda new: _refused(subject, new), first=keep, title="VERIFY answers"
-    )
+    answers = generate(subject, ids, tokens, done=lambda new: refused(subject, new), first=keep, title="VERIFY answers")
     texts = [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
     return texts, torch.stack([first[row] for row in wanted]) if wanted else torch.empty(0)
 
@@ -114,7 +112,8 @@ def _record(group: str, prompt: Prompt, answer: str) -> dict[str, Any]:
     }
 
 
-def _refused(subject: Subject, new: list[int]) -> bool:
+def refused(subject: Subject, new: list[int]) -> bool:
+    """Whether the tokens so far refuse already: nothing after that can undo it."""
     text = subject.tokenizer.decode(new, skip_special_tokens=True)
     return refuses(normalised(answer_of(text)))
 

@@ -56,6 +56,8 @@ class Context:
     """The unedited model's measurement; None while that is being taken."""
     found: Measured = field(default_factory=Measured)
     """What the scorers before this one found on the same model."""
+    base: Subject | None = None
+    """The unedited model, where it is at hand: the subject itself while its edits are live (see `unedited`)."""
 
 
 Scorer = Callable[..., Measured]
@@ -65,10 +67,19 @@ Scorer = Callable[..., Measured]
 scorers: Registry[Scorer] = Registry("verify")
 
 
-def verify(subject: Subject, prompts: PromptSet, steps: Sequence[Step], before: Measured | None = None) -> Measured:
-    """Run the scorers on held-out prompts, in their order: later ones see what earlier ones found."""
+def verify(
+    subject: Subject,
+    prompts: PromptSet,
+    steps: Sequence[Step],
+    before: Measured | None = None,
+    base: Subject | None = None,
+) -> Measured:
+    """Run the scorers on held-out prompts, in their order: later ones see what earlier ones found.
+
+    before, base: what was measured of the unedited model, and that model; the subject itself where edits are live.
+    """
     found = Measured()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        found = found | scorers[step.use].function(Context(subject, prompts, before, found), **options)
+        found = found | scorers[step.use].function(Context(subject, prompts, before, found, base), **options)
     return found

@@ -1,0 +1,68 @@
+"""How likely the answers are to the unedited model: text that has come apart is unlike anything it would say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from obliteratus.errors import UserError
+from obliteratus.excise.live import unedited
+from obliteratus.shapes import Float
+from obliteratus.summon.answers import answers_read
+from obliteratus.summon.generate import stop_tokens
+from obliteratus.summon.render import context_length, render
+from obliteratus.types import Prompt, Score, Subject
+from obliteratus.verify.intervals import bootstrap, group_ratio
+from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.work import Cost, n_of
+
+GROUPS = ("target", "control")
+
+
+@scorers.register("fluency", cost=lambda options: Cost(texts=n_of("report")))
+def fluency(context: Context) -> Measured:
+    """Perplexity under the unedited model of the answers to target and to control prompts, and the ratio of the two.
+
+    exp of the mean over answers of the mean loss a token, each behind its own prompt. Answers are those of the refusal
+    scorer, which must come before, just as they were given: loops and refusals too; an empty one is its end token.
+    Loops are likely text, so read it beside ``degenerate``; a refusal undone costs nats at the first tokens, since the
+    base would have refused. UserError without answers, or where the unedited model is not at hand.
+    """
+    base = context.subject if context.before is None else context.base
+    if base is None:
+        raise UserError("fluency: the unedited model is not at hand; give it to `verify` as base=")
+    losses: dict[str, Tensor] = {}
+    for group in (g for g in GROUPS if g in context.prompts.groups):
+        answers = [r["answer"] for r in context.found.records if (r["scorer"], r["group"]) == ("refusal", group)]
+        if len(answers) != len(context.prompts[group]):
+            raise UserError("fluency: there are no answers to score; put the step refusal before it")
+        with unedited():
+            losses[group] = answer_losses(base, context.prompts[group], answers)
+    return Measured(_scores(losses), tensors={f"losses.answers.{g}": x for g, x in losses.items()})
+
+
+def _scores(losses: dict[str, Tensor]) -> dict[str, Score]:
+    scores = {f"fluency.{g}": bootstrap(x, lambda v: v.mean(-1).exp(), "perplexity") for g, x in losses.items()}
+    if len(losses) == len(GROUPS):
+        scores["fluency.ratio"] = group_ratio(losses["target"], losses["control"])
+    return scores
+
+
+def answer_losses(subject: Subject, prompts: Sequence[Prompt], answers: Sequence[str]) -> Float[Tensor, " n"]:
+    """Mean negative log-likelihood in nats a token of each answer behind its prompt, as the model is now.
+
+    An empty answer, or one of special tokens alone, is the end token. Longer ones are cut at half of the context.
+    """
+    end = min(stop_tokens(subject), default=0)
+    most = context_length(subject) // 2
+    rows = subject.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    told = [list(row)[:most] or [end] for row in rows]
+    ids = render(subject, prompts, reserve=max(map(len, told)))
+
+    def loss(row: int, logits: Tensor) -> Tensor:
+        return cross_entropy(logits.float(), torch.tensor(told[row], device=logits.device)).cpu()
+
+    return torch.stack(answers_read(subject, ids, told, loss, title="VERIFY fluency"))
