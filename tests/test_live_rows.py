@@ -12,7 +12,7 @@ import torch
 from conftest import PlanMaker, random_basis
 from test_forward import gathered, rows_of
 from test_trunk import above
-from tiny import MODELS, tiny_subject
+from tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.errors import UserError
@@ -32,7 +32,11 @@ OF_ROW = [0, 1, 2, 1, 0, 2]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+# What hooks meet by row: biases, gains behind the writer, conv1d, parallel blocks, tables of positions, flattened rows.
+NAMES = ["llama", "llama_biased", "gemma2", "gpt2", "gpt_neox", "opt"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return tiny_subject(request.param)
 
