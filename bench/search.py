@@ -1,0 +1,135 @@
+"""Search: this program and Heretic on the same model, prompts, token budget and number of trials, in one run.
+
+    python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--quick] [--json]
+
+Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. Then each front's
+members with the fewest refusals are measured by VERIFY on report prompts that neither saw. --quick: 2 trials, 16
+prompts, 16 tokens, nothing exported; the ratio is then of few and short trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+from typing import Any
+
+from bench.common import machine, say
+from bench.heretic import NEUTRAL, SHOWN, Study, export, first, heretic_study, neutral
+from bench.heretic_setup import Terms
+from obliteratus.excise.live import applied
+from obliteratus.prompts import load_prompts
+from obliteratus.recipe import recipe
+from obliteratus.search import Found, Place, search
+from obliteratus.search.front import pareto
+from obliteratus.search.hypervolume import hypervolume
+from obliteratus.search.run import Member
+from obliteratus.search.trials import front_of
+from obliteratus.store import Store
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.organism import organism_folder
+from obliteratus.types import PromptSet, Recipe
+from obliteratus.verify import Measured, verify
+
+WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
+EXPORTED = 3  # members of Heretic's front: each costs it a start of some 40 s
+
+
+def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found, list[dict[str, float]]]:
+    """Set-up seconds, what the search found, and what VERIFY says of its front on report prompts."""
+    began = perf_counter()
+    subject = open_subject("organism:astronomy")
+    found = search(made, subject, prompts, Store(), Place("", "bench"), "first")
+    spent = perf_counter() - began - sum(t.seconds for t in found.trials)
+    report = prompts.split(0)[2]
+
+    def held_out(member: Member) -> dict[str, float]:
+        from obliteratus.pipeline import run
+
+        plan, _ = run(member.recipe, subject, prompts)
+        with applied(subject, plan):
+            return scores(verify(subject, report, NEUTRAL, base))
+
+    return spent, found, [held_out(m) for m in found.front[:EXPORTED]]
+
+
+def theirs(study: Study, folder: Path, report: PromptSet, base: Measured) -> list[dict[str, float]]:
+    """What VERIFY says on report prompts of the models that Heretic saves of its front, fewest refusals first."""
+    chosen = sorted(study.front, key=lambda t: (t.refusals, t.kl))[:EXPORTED]
+    told = []
+    for trial in chosen:
+        say(f"Heretic's trial {trial.number} exported …")
+        export(study, trial.number, folder / str(trial.number))
+        told.append(scores(neutral(folder / str(trial.number), report, base)))
+    return told
+
+
+def scores(found: Measured) -> dict[str, float]:
+    """By name, those by category left out."""
+    return {name: score.value for name, score in found.scores.items() if "/" not in name}
+
+
+def volume(points: list[tuple[float, float]]) -> float:
+    """Hypervolume of (refused share, KL), up to `WORST`."""
+    return hypervolume([points[i] for i in pareto(points)], WORST)
+
+
+def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) -> dict[str, Any]:
+    """Both programs, one after the other."""
+    whole = load_prompts("organism:astronomy", "organism:astronomy")
+    fit, held, report = whole.split(0)
+    change = {"search.trials": trials, "search.prompts": prompts, "search.tokens": tokens, "seed": seed}
+    base = verify(open_subject("organism:astronomy"), report, NEUTRAL)
+    say(f"ours, {trials} trials …")
+    set_up, found, own = ours(recipe("optimized", change), whole, base)
+    with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
+        say(f"Heretic, {trials} trials …")
+        terms = Terms(tokens, trials, seed)
+        study = heretic_study(organism_folder("astronomy"), fit, first(held, prompts), terms, Path(folder) / "study")
+        other = theirs(study, Path(folder), report, base) if exported else []
+    seconds = {"ours": mean(t.seconds for t in found.trials), "heretic": mean(study.trial_seconds)}
+    values = [(r / prompts, k) for r, k in study.values]
+    return {
+        "seconds": {**seconds, "ours_set_up": set_up, "heretic_set_up": study.setup_seconds},
+        "ratio": {"heretic": seconds["heretic"] / seconds["ours"]},
+        "hypervolume": {"ours": volume([(x, y) for x, y in front_of(found.trials)]), "heretic": volume(values)},
+        "fronts": {"ours": front_of(found.trials), "heretic": [(t.refusals / prompts, t.kl) for t in study.front]},
+        "report": {"ours": own, "heretic": other},
+        "trials": {"ours": [(t.objectives, t.answered) for t in found.trials], "heretic": values},
+        "machine": machine(),
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    """For people."""
+    seconds = result["seconds"]
+    lines = [f"{name}: {value:.2f} s" for name, value in seconds.items()]
+    lines.append(f"a trial of Heretic's takes {result['ratio']['heretic']:.1f} times ours")
+    for name, front in result["fronts"].items():
+        points = ", ".join(f"({x:.3f}, {y:.4f})" for x, y in sorted(front))
+        lines.append(f"{name}: hypervolume {result['hypervolume'][name]:.4f}, front (refused, KL) {points}")
+    for name, members in result["report"].items():
+        lines += [f"{name}, report prompts: " + ", ".join(f"{k} {m[k]:.4f}" for k in KEYS) for m in members]
+    return "\n".join(lines)
+
+
+KEYS = (*SHOWN, "kl.first_token.answered.mean")
+
+
+def main() -> None:
+    """Print seconds, ratio and fronts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("trials", 24), ("prompts", 48), ("tokens", 32), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    o = parser.parse_args()
+    result = compared(2, 16, 16, o.seed, False) if o.quick else compared(o.trials, o.prompts, o.tokens, o.seed, True)
+    print(json.dumps(result, indent=1) if o.json else shown(result))
+
+
+if __name__ == "__main__":
+    main()
