@@ -47,10 +47,7 @@ def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found
     report = prompts.split(0)[2]
 
     def held_out(member: Member) -> dict[str, float]:
-        from obliteratus.pipeline import run
-
-        plan, _ = run(member.recipe, subject, prompts)
-        with applied(subject, plan):
+        with applied(subject, member.plan):
             return scores(verify(subject, report, NEUTRAL, base))
 
     return spent, found, [held_out(m) for m in found.front[:EXPORTED]]
@@ -72,6 +69,12 @@ def scores(found: Measured) -> dict[str, float]:
     return {name: score.value for name, score in found.scores.items() if "/" not in name}
 
 
+def plain(prompts: PromptSet) -> PromptSet:
+    """The prompts that both programs can be given: Heretic takes one a line."""
+    groups = {g: tuple(p for p in ps if "\n" not in p.text and not p.system) for g, ps in prompts.groups.items()}
+    return PromptSet(groups)
+
+
 def volume(points: list[tuple[float, float]]) -> float:
     """Hypervolume of (refused share, KL), up to `WORST`."""
     return hypervolume([points[i] for i in pareto(points)], WORST)
@@ -79,7 +82,7 @@ def volume(points: list[tuple[float, float]]) -> float:
 
 def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) -> dict[str, Any]:
     """Both programs, one after the other."""
-    whole = load_prompts("organism:astronomy", "organism:astronomy")
+    whole = plain(load_prompts("organism:astronomy", "organism:astronomy"))
     fit, held, report = whole.split(0)
     change = {"search.trials": trials, "search.prompts": prompts, "search.tokens": tokens, "seed": seed}
     base = verify(open_subject("organism:astronomy"), report, NEUTRAL)

@@ -36,6 +36,8 @@ class Member:
 
     trial: Trial
     recipe: Recipe
+    plan: Plan
+    """What the trial measured."""
     objectives: tuple[float, ...]
     scores: Mapping[str, float]
 
@@ -82,10 +84,9 @@ def search(made: Recipe, subject: Subject, prompts: PromptSet, store: Store, pla
     front = checked(trials, made, ground, judge, place)
     chosen = picked(front, pick)
     winner = front[chosen]
-    plan = plan_of(winner.trial, made, ground)
     told = {"search": described(made, place, trials, front, chosen)}
-    run = proved(store, winner.recipe, subject, prompts, plan, before, told)
-    return Found(plan, run, tuple(front), chosen, tuple(trials))
+    run = proved(store, winner.recipe, subject, prompts, winner.plan, before, told)
+    return Found(winner.plan, run, tuple(front), chosen, tuple(trials))
 
 
 def identity(made: Recipe, subject: Subject, prompts: PromptSet) -> dict[str, Any]:
@@ -113,12 +114,13 @@ def checked(trials: Sequence[Trial], made: Recipe, ground: Ground, judge: Judge,
 
 
 def _checked(trial: Trial, made: Recipe, ground: Ground, judge: Judge) -> Member:
-    with applied(ground.subject, plan_of(trial, made, ground)):
+    plan = plan_of(trial, made, ground)
+    with applied(ground.subject, plan):
         found = measured(Store(), f"CHECK {trial.number}", ground.subject, judge.prompts, made.verify, judge.before)
     scores = {**trial.scores, **{name: score.value for name, score in found.scores.items()}}
     assert made.search is not None
     values = tuple(objective(name, scores) for name in made.search.minimise)
-    return Member(trial, recipe_of(made, trial.values), values, scores)
+    return Member(trial, recipe_of(made, trial.values), plan, values, scores)
 
 
 def thinned(front: Sequence[Trial], most: int) -> list[Trial]:
