@@ -407,10 +407,10 @@ class Tune(Frozen):
     """
 
     what: Literal["both", "strengths", "directions"] = "both"
-    levels: tuple[float, ...] = Field((0.5,), min_length=1)
+    levels: tuple[float, ...] = Field((1.0,), min_length=1)
     """Nats a token below which an answer's opening is likely enough, and nothing pulls but KL; from gentle to
     thorough: each gives a plan, begun at the one before it, and the last is the method's."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(0.1, ge=0)
     """× what openings cost above the level."""
     coherence: float = Field(1.0, ge=0)
     """× KL(base ‖ edited) of target prompts' answers once they have begun: degenerate answers cost there."""
@@ -420,7 +420,7 @@ class Tune(Frozen):
     """Of each level, at most."""
     patience: int = Field(15, ge=5)
     """Steps without gain on search prompts after which a level ends."""
-    lr: float = Field(0.03, gt=0, le=1)
+    lr: float = Field(0.01, gt=0, le=1)
     """A step's change of a strength, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
     """Prompts of each group in a step."""
