@@ -25,7 +25,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from bench.common import machine, say
-from bench.heretic_setup import CHECKPOINTS, Terms, configured, environment
+from bench.heretic_setup import CHECKPOINTS, Terms, configured, environment, plain
 from bench.pseudo import DOWN, ENTER, Terminal, terminal
 from obliteratus.errors import UserError
 from obliteratus.prompts import load_prompts
@@ -80,7 +80,7 @@ class Study:
     @property
     def front(self) -> list[Trial]:
         """The trials that no other dominates."""
-        return [self.trials[i] for i in pareto(self.values)]
+        return [self.trials[i] for i in pareto([(float(n), kl) for n, kl in self.values])]
 
 
 def heretic_study(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> Study:
@@ -161,8 +161,8 @@ def neutral(model: str | Path, report: PromptSet, before: Measured | None = None
 
 # ------------------------------------------------------------------------------------------ the command
 def first(prompts: PromptSet, n: int) -> PromptSet:
-    """The first n of each of the two groups."""
-    return PromptSet({g: prompts[g][:n] for g in ("target", "control")})
+    """The first n of each of the two groups, of those that both programs can be given."""
+    return PromptSet({g: plain(prompts[g])[:n] for g in ("target", "control")})
 
 
 def document(study: Study, base: Measured, scored: dict[int, Measured]) -> dict[str, Any]:

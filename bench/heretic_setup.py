@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +82,16 @@ def configured(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, wor
     (work / "config.toml").write_text(flat + tables)
 
 
+def plain(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Those that a file with one prompt a line can hold: without system turn, line breaks and double blanks."""
+    return tuple(p for p in prompts if not p.system and p.text == " ".join(p.text.split()))
+
+
 def _lines(prompts: tuple[Prompt, ...]) -> str:
     if not prompts:
         raise UserError("heretic: a group has no prompts for it; give some")
+    kept = set(plain(prompts))
     for prompt in prompts:
-        if prompt.system or prompt.text != " ".join(prompt.text.split()):
+        if prompt not in kept:
             raise UserError(f"heretic: '{prompt.text[:40]}' has a system turn or lines; it takes a plain prompt a line")
     return "".join(f"{prompt.text}\n" for prompt in prompts)
