@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,13 +235,17 @@ def started(model: Path, files: dict[str, Path], out: Path, *more: str) -> subpr
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_resumes(model: Path, files: dict[str, Path], tmp_path: Path, number: signal.Signals) -> None:
     out, slow = tmp_path / "out", ("--set", "verify.0.tokens=200")  # seconds of generation to interrupt
-    process = started(model, files, out, *slow)
     mark = tmp_path / "out.partial" / "VERIFY-before.done"
-    deadline = time.monotonic() + 120
-    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    for _ in range(3):  # on a crowded machine a run may end before this process is given its turn
+        shutil.rmtree(out, ignore_errors=True)
+        process = started(model, files, out, *slow)
+        deadline = time.monotonic() + 120
+        while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        if mark.exists():
+            break
     assert mark.exists(), said
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), said
     assert not out.exists()
