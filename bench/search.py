@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.common import machine, say
 from bench.heretic import NEUTRAL, SHOWN, Study, export, first, heretic_study, neutral
-from bench.heretic_setup import Terms
+from bench.heretic_setup import Terms, plain
 from obliteratus.excise.live import applied
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import recipe
@@ -69,12 +69,6 @@ def scores(found: Measured) -> dict[str, float]:
     return {name: score.value for name, score in found.scores.items() if "/" not in name}
 
 
-def plain(prompts: PromptSet) -> PromptSet:
-    """The prompts that both programs can be given: Heretic takes one a line."""
-    groups = {g: tuple(p for p in ps if "\n" not in p.text and not p.system) for g, ps in prompts.groups.items()}
-    return PromptSet(groups)
-
-
 def volume(points: list[tuple[float, float]]) -> float:
     """Hypervolume of (refused share, KL), up to `WORST`."""
     return hypervolume([points[i] for i in pareto(points)], WORST)
@@ -82,7 +76,8 @@ def volume(points: list[tuple[float, float]]) -> float:
 
 def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) -> dict[str, Any]:
     """Both programs, one after the other."""
-    whole = plain(load_prompts("organism:astronomy", "organism:astronomy"))
+    every = load_prompts("organism:astronomy", "organism:astronomy")
+    whole = PromptSet({group: plain(members) for group, members in every.groups.items()})  # what both can be given
     fit, held, report = whole.split(0)
     change = {"search.trials": trials, "search.prompts": prompts, "search.tokens": tokens, "seed": seed}
     base = verify(open_subject("organism:astronomy"), report, NEUTRAL)

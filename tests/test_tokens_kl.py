@@ -14,6 +14,7 @@ from torch import Tensor
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied, unedited
+from obliteratus.prompts import spread
 from obliteratus.summon.answers import answers_read
 from obliteratus.summon.generate import generate, stop_tokens
 from obliteratus.summon.render import render
@@ -22,7 +23,7 @@ from obliteratus.verify import Context, Measured, verify
 from obliteratus.verify import tokens as tokens_module
 from obliteratus.verify.fluency import answer_losses, fluency
 from obliteratus.verify.intervals import group_ratio
-from obliteratus.verify.tokens import IDS, LOGITS, PADDING, spaced, tokens_kl
+from obliteratus.verify.tokens import IDS, LOGITS, PADDING, tokens_kl
 
 TOKENS = 5
 
@@ -134,8 +135,8 @@ def test_an_answer_that_ends_counts_its_end_and_no_more(subject: Subject, prompt
 
 
 def test_fewer_prompts_are_spread_over_all(subject: Subject, prompts: PromptSet, make_plan: PlanMaker) -> None:
-    assert spaced(3, 5) == [0, 1, 2]
-    assert spaced(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(10, 4) == [0, 2, 5, 7]
     options: dict[str, Any] = {"tokens": TOKENS, "prompts": 2}
     before = tokens_kl(Context(subject, prompts, None), **options)
     whole = tokens_kl(Context(subject, prompts, None), tokens=TOKENS)

@@ -21,7 +21,7 @@ from obliteratus.rebirth import FORMS, Form, space_for, write_output
 from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
 from obliteratus.registry import Given, unknown
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
-from obliteratus.search.output import JOURNAL, write_front
+from obliteratus.search.output import JOURNAL, rows, write_front
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
 from obliteratus.summon.open import open_subject, width_of
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
@@ -58,8 +58,7 @@ class Job:
             raise UserError(unknown("--save form", form, FORMS))
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
-        searched = bool(made.search or made.tune or made.excise.kl_budget)
-        fit, _, _ = parts_checked(prompts, made.seed, searched)
+        fit, _, _ = parts_checked(prompts, made.seed, made.searched)
         check_runs(made, prompts.groups)
         counts = {group: len(members) for group, members in fit.groups.items()}
         check_sizes(made.distill, Given(counts, lambda: width_of(model)))
@@ -134,14 +133,14 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
 
 def report(done: Done, out: Path | None, json: bool) -> None:
     """run.json, or the tables."""
-    from obliteratus.terminal import results, show_front, show_json, show_run
+    from obliteratus.terminal import results, show_json, show_run, table_of
 
     if json:
         show_json(done.run.model_dump(mode="json"))
         return
     show_run(done.run)
     if done.front:
-        show_front(done.front)
+        results.print(table_of("Front, on search prompts", *rows(done.front)))
     where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
     results.print(where)
 

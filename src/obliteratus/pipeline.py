@@ -57,9 +57,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; give it to obliteratus search, or run what one found")
     store = store or Store()
-    fit, search, report = parts_checked(
-        prompts, recipe.seed, searched=recipe.excise.kl_budget is not None or recipe.tune is not None
-    )
+    fit, search, report = parts_checked(prompts, recipe.seed, recipe.searched)
     before = measured(store, "VERIFY before", subject, report, recipe.verify)
     plan = Plan()
     passes: list[dict[str, Any]] = []

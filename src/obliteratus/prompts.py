@@ -65,6 +65,11 @@ def parts_checked(prompts: PromptSet, seed: int, searched: bool = False) -> tupl
     return parts
 
 
+def spread(n: int, most: int) -> list[int]:
+    """At most so many of n places, evenly spaced from 0: prompts often come sorted by what they are about."""
+    return [i * n // most for i in range(most)] if n > most else list(range(n))
+
+
 # ------------------------------------------------------------------------------------------ sources
 def _read(source: str, group: str) -> tuple[Prompt, ...]:
     if source.startswith("hub:"):

@@ -24,8 +24,6 @@ from rich.text import Text
 
 from obliteratus.card import PASS_COLUMNS, coverage_line, pass_rows, score_rows
 from obliteratus.progress import Advance, Reporter
-from obliteratus.search import Found
-from obliteratus.search.output import rows
 from obliteratus.types import Run
 
 notes = Console(stderr=True, highlight=False)
@@ -72,11 +70,6 @@ def show_run(run: Run) -> None:
     results.print(f"[bold]Edited[/]  {coverage_line(run)}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
     results.print(f"[bold]Time[/]    {seconds}")
-
-
-def show_front(found: Found) -> None:
-    """The members of a search's front, the chosen one marked."""
-    results.print(table_of("Front, on search prompts", *rows(found)))
 
 
 def score_table(run: Run) -> Table:

@@ -454,6 +454,11 @@ class Recipe(Frozen):
     """Measurements of the model that change this recipe before it runs."""
     search: Search | None = None
 
+    @property
+    def searched(self) -> bool:
+        """Whether search prompts choose something, so that none of their groups may be empty."""
+        return bool(self.search or self.tune or self.excise.kl_budget)
+
     @model_validator(mode="after")
     def _one_pass(self) -> Recipe:
         if self.passes > 1 and self.excise.strength > 1:

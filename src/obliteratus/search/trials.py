@@ -84,8 +84,7 @@ def finished(study: Study, made: Recipe) -> list[Trial]:
 
 def front_of(trials: Sequence[Trial]) -> list[tuple[float, ...]]:
     """Objectives of the best trials: answered, feasible, and dominated by no other such."""
-    points = [t.objectives for t in trials if t.answered and t.feasible]
-    return [points[i] for i in pareto(points)]
+    return [t.objectives for t in members(trials)]
 
 
 def members(trials: Sequence[Trial]) -> list[Trial]:

@@ -14,11 +14,11 @@ from obliteratus.errors import UserError
 from obliteratus.excise.linear import through_gain
 from obliteratus.excise.live import applied
 from obliteratus.progress import note
+from obliteratus.prompts import spread
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
-from obliteratus.tune.candidates import spread
 from obliteratus.tune.lab import Pair, answer_logits, answer_tokens
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.verify.refusal import verdict
@@ -61,7 +61,7 @@ def gathered(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most
 
 def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
     asked = prompts[group]
-    return [asked[i] for i in spread(len(asked), min(most, len(asked)))]
+    return [asked[i] for i in spread(len(asked), most)]
 
 
 def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from obliteratus.distill.steps import NOTHING, scored
 from obliteratus.errors import UserError
 from obliteratus.progress import SILENT, note, progress, reporting
+from obliteratus.prompts import spread
 from obliteratus.shapes import Float
 from obliteratus.summon.forward import common_prefix, read
 from obliteratus.summon.logits import first_token
@@ -115,11 +116,6 @@ def template_suffix(subject: Subject, ids: Ids) -> int:
     """
     rows = [row[::-1] for row in ids + render(subject, [Prompt("a"), Prompt("1")])]
     return max(1, common_prefix(rows, leave=0))
-
-
-def spread(n: int, held: int) -> list[int]:
-    """``held`` of n places, evenly spaced: prompts often come sorted by what they are about."""
-    return [i * n // held for i in range(held)]
 
 
 def parted(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids], dict[str, Ids]]:

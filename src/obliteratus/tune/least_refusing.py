@@ -11,12 +11,13 @@ from torch import Tensor
 
 from obliteratus.distill.steps import extractors
 from obliteratus.progress import SILENT, note, progress, reporting
+from obliteratus.prompts import spread
 from obliteratus.shapes import Float
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.forward import read
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
-from obliteratus.tune.candidates import everywhere, parted, spread
+from obliteratus.tune.candidates import everywhere, parted
 from obliteratus.tune.lab import Lab, ablating, answer_logits
 from obliteratus.tune.tokens import named, shown, typical
 from obliteratus.types import Activations, Directions, Subject
@@ -107,7 +108,7 @@ def _used(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]
     shares = []
     for group in ("target", "control"):
-        rows = [ids[group][i] for i in spread(len(ids[group]), min(ASKED, len(ids[group])))]
+        rows = [ids[group][i] for i in spread(len(ids[group]), ASKED)]
         used = torch.zeros(vocabulary)
         for answer in generate(subject, rows, length, title=f"DISTILL {STEP} words, {group}"):
             used[sorted(set(answer))] += 1 / len(rows)

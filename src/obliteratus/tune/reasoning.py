@@ -14,11 +14,11 @@ from torch import Tensor
 from obliteratus.distill.steps import aligned, before, difference, extractors, orthonormal, scored
 from obliteratus.errors import UserError
 from obliteratus.progress import note
+from obliteratus.prompts import spread
 from obliteratus.shapes import Float
 from obliteratus.summon.forward import read
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
-from obliteratus.tune.candidates import spread
 from obliteratus.tune.lab import Lab
 from obliteratus.types import Activations, Directions, Subject
 from obliteratus.work import Answers, Cost, n_of
@@ -67,13 +67,13 @@ def keep_reasoning(
 def reasoning_rows(lab: Lab, prompts: int, tokens: int, places: int) -> Ids:
     """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
     asked = lab.prompts["control"]
-    chosen = [asked[i] for i in spread(len(asked), min(prompts, len(asked)))]
+    chosen = [asked[i] for i in spread(len(asked), prompts)]
     ids = render(replace(lab.subject, thinking=True), chosen, reserve=tokens)
     rows = []
     for prompt, answer in zip(ids, generate(lab.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
         start, stop = span(lab.subject, prompt, answer)
         n = stop - start
-        rows += [prompt + answer[: start + i + 1] for i in spread(n, min(places, n))]
+        rows += [prompt + answer[: start + i + 1] for i in spread(n, places)]
     return rows
 
 

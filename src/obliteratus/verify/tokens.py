@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.prompts import spread
 from obliteratus.summon.answers import answers_read
 from obliteratus.summon.forward import host_memory
 from obliteratus.summon.generate import generate, stop_tokens
@@ -43,7 +44,7 @@ def tokens_kl(
     prompts × tokens × vocabulary × bytes, 151 MB for SmolLM2 in fp32 at the defaults. UserError where that is more
     than half of the free memory. ``kl.tokens.answered`` is over controls that the base answers, as for the first token.
     """
-    rows = spaced(len(context.prompts["control"]), prompts)
+    rows = spread(len(context.prompts["control"]), prompts)
     ids = render(context.subject, [context.prompts["control"][i] for i in rows], reserve=tokens)
     if context.before is None:
         return Measured(tensors=_base(context.subject, ids, tokens))
@@ -58,11 +59,6 @@ def tokens_kl(
     answered = answered_by(context.before)
     scores = drift_scores("kl.tokens", values.float(), answered[rows] if len(answered) else answered)
     return Measured(scores, tensors={"kl.tokens.control": values.float()})
-
-
-def spaced(n: int, most: int) -> list[int]:
-    """At most so many of the numbers below n, evenly spaced from 0."""
-    return [i * n // most for i in range(most)] if n > most else list(range(n))
 
 
 def _base(subject: Subject, ids: Ids, tokens: int) -> dict[str, Tensor]:
