@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import optuna
@@ -19,7 +21,7 @@ from obliteratus.excise.live import applied
 from obliteratus.recipe import recipe
 from obliteratus.search import Found, Place, search, searchable, with_trials
 from obliteratus.search.ground import Ground
-from obliteratus.search.judge import Judge, Verdict, began, may_enter
+from obliteratus.search.judge import Judge, Verdict, began
 from obliteratus.search.run import picked, thinned
 from obliteratus.search.space import drawn, recipe_of, start
 from obliteratus.search.storage import opened, shown
@@ -130,13 +132,40 @@ def test_every_recipe_can_be_searched(subject: Subject) -> None:
 # ---------------------------------------------------------------------------------------------- cascade
 def test_only_what_may_win_is_answered(subject: Subject) -> None:
     """A dominated estimate gets no answers; a wide margin gives them to all that no front point beats in KL alone."""
-    careful, greedy = searched(subject, made(12, margin=0.0)), searched(subject, made(12, margin=1.0))
+    careful, greedy = (searched(subject, made(12, margin=m, worth=1.0)) for m in (0.0, 1.0))
     assert not all(t.answered for t in careful.trials)
-    assert sum(t.answered for t in greedy.trials) > sum(t.answered for t in careful.trials)
+    assert sum(t.answered for t in greedy.trials) >= sum(t.answered for t in careful.trials)
     for t in careful.trials:
         if not t.answered:
             rivals = [o.objectives for o in careful.trials if o.answered and o.number < t.number]
-            assert not may_enter(t.objectives, rivals)
+            assert any(all(x <= y for x, y in zip(r, t.objectives, strict=True)) for r in rivals)
+
+
+def test_the_margin_is_what_an_estimate_may_be_wrong_by(subject: Subject) -> None:
+    known, front = {"refusal.target": 0.3, "kl.first_token.mean": 1.0}, [(0.25, 0.5)]
+    assert judge_of(subject, made(margin=0.1))[1].may_enter(known, {}, front)
+    assert not judge_of(subject, made(margin=0.01))[1].may_enter(known, {}, front)
+
+
+def test_answers_end_when_their_refusals_shut_the_trial_out(subject: Subject) -> None:
+    """Refusals seen so far only grow: a trial that they put behind the front is given up before its answers end."""
+    ground, judge = judge_of(subject, made(worth=1.0, margin=1.0))
+    plan = ground.plan(recipe_of(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
+    whole, kl = judge.answered(plan), judge.cheap(plan).scores["kl.first_token.mean"]
+    assert judge.judged(plan, []).scores == whole.scores
+    behind = judge.judged(plan, [(0.5, kl)])  # by its first look alone the margin would let it in
+    assert not behind.answered
+    assert 0.5 < behind.scores["refusal.target"] <= whole.scores["refusal.target"] == 1.0
+    assert judge.judged(plan, [(0.5, kl + 0.1)]).answered
+
+
+def test_what_leaves_most_refusals_is_answered_only_to_begin_a_front(subject: Subject) -> None:
+    ground, judge = judge_of(subject, made())
+    plan = ground.plan(recipe_of(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
+    assert judge.judged(plan, []).answered
+    assert not judge.judged(plan, [(0.0, 10.0)]).answered
+    _, patient = judge_of(subject, made(worth=1.0))
+    assert patient.judged(plan, [(0.0, 10.0)]).answered
 
 
 def test_the_estimate_is_the_rate_where_first_tokens_decide(subject: Subject) -> None:
@@ -167,7 +196,8 @@ def test_a_minus_makes_large(subject: Subject) -> None:
     _, judge = judge_of(subject, made(minimise=("refusal.target", "-refusal.control")))
     verdict = Verdict({"refusal.target": 0.5, "refusal.control": 0.25}, False)
     assert judge.objectives(verdict) == (0.5, -0.25)
-    assert judge.hoped(verdict) == pytest.approx((0.4, -0.35))
+    assert judge.hoped(verdict.scores, {}) == pytest.approx((0.4, -0.35))
+    assert judge.hoped(verdict.scores, {"refusal.target": 0.45}) == pytest.approx((0.45, -0.35))
 
 
 def test_objectives_that_no_scorer_gives(subject: Subject) -> None:
@@ -306,22 +336,31 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from test_search import REFUSAL, made, searched
+from test_search import REFUSAL, made, ready, searched
 from refuser import refuser
-found = searched(refuser(word=REFUSAL), made({trials}), {storage!r})
+subject = refuser(word=REFUSAL)
+ready({meeting!r}, {n})
+found = searched(subject, made({trials}), {storage!r})
 print(len(found.trials))
 """
 
 
+def ready(meeting: str, n: int) -> None:
+    """Return when so many processes have called this: none is to make all trials while another still starts."""
+    (Path(meeting) / str(os.getpid())).touch()
+    while len(list(Path(meeting).iterdir())) < n:
+        time.sleep(0.05)
+
+
 def workers(n: int, trials: int, storage: str) -> list[subprocess.Popen[str]]:
-    text = WORKER.format(tests=str(Path(__file__).parent), trials=trials, storage=storage)
+    text = WORKER.format(tests=str(Path(__file__).parent), trials=trials, storage=storage, meeting=mkdtemp(), n=n)
     return [subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True) for _ in range(n)]
 
 
-def test_two_processes_share_a_study_and_a_killed_one_is_replaced(subject: Subject, tmp_path: Path) -> None:
+def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path: Path) -> None:
     storage = str(tmp_path / "study")
     first, second = workers(2, 40, storage)
-    wait_for(storage, 8)
+    wait_for(storage, 2)
     first.send_signal(signal.SIGKILL)
     assert second.wait(120) == 0
     trials = optuna.load_study(study_name="study", storage=opened(storage)).get_trials()
@@ -331,13 +370,15 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(subject: Subje
     assert len({t.user_attrs["worker"] for t in done}) == 2
 
 
-def wait_for(storage: str, trials: int) -> None:
+def wait_for(storage: str, n: int) -> None:
+    """Until so many workers have finished a trial each."""
     for _ in range(600):
         if Path(storage).exists():
             studies = opened(storage)
             if any(s.study_name == "study" for s in studies.get_all_studies()):
                 study = optuna.load_study(study_name="study", storage=studies)
-                if len([t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]) >= trials:
+                done = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
+                if len({t.user_attrs["worker"] for t in done}) >= n:
                     return
         time.sleep(0.1)
     raise AssertionError("no trials came")

@@ -185,6 +185,18 @@ def test_rows_in_any_order_and_rows_that_are_done(subject: Subject, make_plan: P
         assert again.generate(12, done=stop) == generate(subject, ids, 12, done=stop)
 
 
+def test_what_is_decided_may_end_it(subject: Subject, make_plan: PlanMaker) -> None:
+    ids = rows_of()
+    again, seen = Trunk(subject, ids, budget=PLENTY), []
+    stop = lambda new: new[-1] % 3 == 0  # noqa: E731 — any rule that ends rows at different steps
+    with applied(subject, above(make_plan(subject, PARTS), 1)):
+        whole = again.generate(12, done=stop, worth=lambda decided: seen.append(len(decided)) or True)
+        assert whole == generate(subject, ids, 12, done=stop)
+        assert seen == sorted(seen)
+        assert seen[-1] == sum(bool(row) and stop(row) for row in whole) > 0
+        assert again.generate(12, done=stop, worth=lambda decided: not decided) is None
+
+
 def test_more_rows_than_are_written_together(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obliteratus.summon.generate.MAX_ROWS", 2)
     subject, ids = tiny_subject("llama"), rows_of()

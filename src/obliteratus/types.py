@@ -384,6 +384,9 @@ class Search(Frozen):
     margin: float = Field(0.1, ge=0, le=1)
     """How far below its first-token estimate a trial's refusal rate may turn out to lie: a trial gets answers only
     if, that much better than estimated, it would still enter the front."""
+    worth: float = Field(0.5, ge=0, le=1)
+    """Of the unedited model's refusals of target prompts, the share that a trial may leave and still be answered,
+    where they are to be few. 1: the front reaches to the unedited model, for twice the answers."""
     control_margin: float = Field(0.05, ge=0, le=1)
     """A trial is feasible whose share of refused control prompts exceeds the unedited model's by at most this."""
     space: dict[str, Range] = Field(min_length=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,6 +26,9 @@ CHEAP = ("refusal", "first_token_kl")  # scorers that the first look stands in f
 # nats: a model that says nothing finite, or something certain of what the base excluded, is as far off as this. No
 # KL of a working model comes near (a vocabulary of 50 000 drawn evenly is about 10 away).
 WORST = 100.0
+Scores = Mapping[str, float]
+Worth = Callable[[Scores, Scores], bool]
+"""(what the first look says, what refusal rates are at least by the answers so far) → whether to go on."""
 # Of the weights' bytes, what the blocks below trials' edits made of the prompts may take: a search is to stay within
 # 1.2 times the loaded model, answers' keys and values included.
 KEPT = 0.1
@@ -82,32 +85,44 @@ class Judge:
 
     def judged(self, plan: Plan, front: Sequence[Sequence[float]]) -> Verdict:
         """One look, or two if the trial could be in the front. front: the answered trials' `objectives`."""
-        return self.looked(plan, lambda first: may_enter(self.hoped(first), front))
+        return self.looked(plan, lambda known, decided: self.may_enter(known, decided, front))
 
     def cheap(self, plan: Plan) -> Verdict:
         """The first look: KL on control prompts, refusal rates estimated from first tokens, other scorers."""
-        return self.looked(plan, lambda first: False)
+        return self.looked(plan, lambda known, decided: False)
 
     def answered(self, plan: Plan) -> Verdict:
         """Both looks: refusal rates of answers to target and keep prompts; of controls the estimate stays."""
-        return self.looked(plan, lambda first: True)
+        return self.looked(plan, lambda known, decided: True)
 
-    def looked(self, plan: Plan, twice: Callable[[Verdict], bool]) -> Verdict:
-        """The first look, and the second if ``twice`` wants it then: answers go on from the first tokens' pass."""
-        known: dict[str, float] = {}
+    def looked(self, plan: Plan, worth: Worth) -> Verdict:
+        """The first look, and the second while ``worth`` wants it: answers go on from the first tokens' pass.
 
-        def go_on(logp: Tensor) -> bool:
-            known.update({f"refusal.{g}": self._rate(part) for g, part in self._split(logp).items()})
-            return twice(Verdict(known, False))
-
+        Of a second look that is given up, the refusals seen are known: no rate is told that is below them.
+        """
+        seen: dict[str, float] = {}
         with applied(self.subject, plan):
-            control = self.control.first_token()
-            divergence = kl(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
-            known.update({f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()})
-            known["refusal.control"] = self._rate(control)
-            known.update(self._others() if self._wants_others(known) else {})
-            answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, title="answers")
-        return Verdict(known | (self._told(answers) if answers else {}), bool(answers))
+            known = self._controls()
+
+            def go_on(logp: Tensor) -> bool:
+                known.update({f"refusal.{g}": self._rate(part) for g, part in self._split(logp).items()})
+                return worth(known, seen)
+
+            def still(decided: Collection[int]) -> bool:
+                seen.update(self._shares(decided))
+                return worth(known, seen)
+
+            answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, worth=still)
+        told = self._told(answers) if answers else {name: max(known[name], rate) for name, rate in seen.items()}
+        return Verdict(known | told, bool(answers))
+
+    def _controls(self) -> dict[str, float]:
+        """What control prompts' first tokens say, and the scorers that the first look does not stand in for."""
+        control = self.control.first_token()
+        divergence = kl(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
+        known = {f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()}
+        known["refusal.control"] = self._rate(control)
+        return known | (self._others() if self._wants_others(known) else {})
 
     def _over(self, new: list[int]) -> bool:
         return refused(self.subject, new)
@@ -122,22 +137,41 @@ class Judge:
     def _told(self, answers: Ids) -> dict[str, float]:
         """Shares of refusals and of degenerate answers, by group."""
         verdicts = [verdict(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
-        ends = list(accumulate(len(self.rows[g]) for g in self.asked))
-        parts = {g: verdicts[end - len(self.rows[g]) : end] for g, end in zip(self.asked, ends, strict=True)}
         kinds: dict[str, Kind] = {"refusal": "refused", "degenerate": "degenerate"}
         return {
-            f"{name}.{g}": part.count(kind) / len(part) for g, part in parts.items() for name, kind in kinds.items()
+            f"{name}.{g}": verdicts[rows.start : rows.stop].count(kind) / len(rows)
+            for g, rows in self._rows_of().items()
+            for name, kind in kinds.items()
         }
 
-    def hoped(self, verdict: Verdict) -> tuple[float, ...]:
-        """The objectives, if all refusal rates were as much better as the margin allows."""
-        rates = {name: value for name, value in verdict.scores.items() if name.startswith("refusal.")}
-        low = {name: max(0.0, value - self.search.margin) for name, value in rates.items()}
-        high = {name: min(1.0, value + self.search.margin) for name, value in rates.items()}
+    def _shares(self, decided: Collection[int]) -> dict[str, float]:
+        """Of each group's rows, how many have refused already."""
+        return {f"refusal.{g}": sum(row in rows for row in decided) / len(rows) for g, rows in self._rows_of().items()}
+
+    def _rows_of(self) -> dict[str, range]:
+        """Where each group stands in the second trunk."""
+        ends = accumulate(len(self.rows[g]) for g in self.asked)
+        return {g: range(end - len(self.rows[g]), end) for g, end in zip(self.asked, ends, strict=True)}
+
+    def may_enter(self, known: Scores, seen: Scores, front: Sequence[Sequence[float]]) -> bool:
+        """Whether a trial could be in the front, for all that its first look and the answers so far say.
+
+        seen: by score, what a refusal rate is at least. A trial that would leave more refusals of target prompts than
+        ``worth`` allows is no use to anybody; it is answered only while there is no front.
+        """
+        best = self.hoped(known, seen)
+        aims = dict(zip(self.search.minimise, best, strict=True))
+        enough = self.search.worth * self.before.scores["refusal.target"].value
+        useful = not front or aims.get("refusal.target", 0.0) <= enough
+        return useful and not any(dominates(other, best) for other in front)
+
+    def hoped(self, known: Scores, seen: Scores) -> tuple[float, ...]:
+        """The objectives, if all refusal rates were as much better as the margin and the answers so far allow."""
+        rates = {name: value for name, value in known.items() if name.startswith("refusal.")}
+        low = {name: max(0.0, value - self.search.margin, seen.get(name, 0.0)) for name, value in rates.items()}
+        high = {name: min(1.0, max(value + self.search.margin, seen.get(name, 0.0))) for name, value in rates.items()}
         ends = [high if name.startswith("-") else low for name in self.search.minimise]
-        return tuple(
-            objective(name, {**verdict.scores, **end}) for name, end in zip(self.search.minimise, ends, strict=True)
-        )
+        return tuple(objective(name, {**known, **end}) for name, end in zip(self.search.minimise, ends, strict=True))
 
     def objectives(self, verdict: Verdict) -> tuple[float, ...]:
         """What is made small, in the order of ``minimise``. Raises UserError for a name that no scorer gives."""
@@ -164,11 +198,6 @@ def objective(name: str, scores: Mapping[str, float]) -> float:
     if plain not in scores:
         raise UserError(f"search.minimise: '{plain}' is no score of a trial; there are: {', '.join(sorted(scores))}")
     return -scores[plain] if name.startswith("-") else scores[plain]
-
-
-def may_enter(point: Sequence[float], front: Sequence[Sequence[float]]) -> bool:
-    """Whether no point of the front dominates this one."""
-    return not any(dominates(other, point) for other in front)
 
 
 def scale_of(subject: Subject, base: Mapping[str, Tensor], before: Measured) -> Scale:

@@ -46,6 +46,8 @@ class Batch:
     variants: Tensor | None = None
     """Under which of several edits each row is [rows]; None where all are under the same."""
     live: set[int] = field(default_factory=set)
+    decided: set[int] = field(default_factory=set)
+    """Rows that `Done` ended."""
 
 
 def generate(
@@ -137,6 +139,7 @@ def _append(batch: Batch, slot: int, token: int, answers: Ids, stops: set[int], 
     answers[row].append(token)
     if done is not None and done(answers[row]):
         batch.live.discard(row)
+        batch.decided.add(row)
 
 
 def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[Batch, Tensor]:

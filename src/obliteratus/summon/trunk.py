@@ -10,7 +10,7 @@ Results are those of `logits.first_token` and `generate.generate` under the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -30,6 +30,9 @@ from obliteratus.summon.variants import variants, variants_of
 from obliteratus.types import Subject
 
 GoOn = Callable[[Tensor], bool]
+Worth = Callable[[Collection[int]], bool]
+Begun = dict[tuple[int, ...], Batch | None]
+"""Rows that are written together → their batch, if its prompts have passed already."""
 Hooks = dict[str, tuple[int, ...]]
 """Module path → the ids of its hooks. Ids are never used twice."""
 
@@ -74,12 +77,13 @@ class Trunk:
         rows: Sequence[int] | None = None,
         done: Done | None = None,
         go_on: GoOn | None = None,
-        title: str = "answers",
+        worth: Worth | None = None,
     ) -> Ids | None:
         """Greedy answers as of `generate.generate`, to the trunk's ``answers`` or these of them; the others' are empty.
 
         go_on: called once before anything is written, with the first token's log-probabilities of all rows [rows,
-        vocabulary]; False ends it there, and None is returned. Raises ValueError for rows not in ``answers``.
+        vocabulary]. worth: called after each step, with the rows that ``done`` has ended so far. False of either ends
+        it there, and None is returned. Raises ValueError for rows not in ``answers``.
         """
         wanted = self._wanted(rows)
         with torch.inference_mode():
@@ -89,7 +93,7 @@ class Trunk:
             if go_on is not None and not go_on(self._first(prompts, begun)):
                 return None
             later = {tuple(batch.rows): batch for batch, _ in begun} | {tuple(group): None for group in groups[1:]}
-            return self._written(prompts, later, max_new, done, title)
+            return self._written(prompts, later, max_new, done, worth or (lambda decided: True))
 
     def _wanted(self, rows: Sequence[int] | None) -> list[int]:
         n = len(self.prompts.rows)
@@ -134,20 +138,29 @@ class Trunk:
         return torch.cat(logp)[torch.tensor([*known, *rest]).argsort()]
 
     def _written(
-        self, prompts: Prompts, groups: dict[tuple[int, ...], Batch | None], max_new: int, done: Done | None, title: str
-    ) -> Ids:
+        self,
+        prompts: Prompts,
+        groups: dict[tuple[int, ...], Batch | None],
+        max_new: int,
+        done: Done | None,
+        worth: Worth,
+    ) -> Ids | None:
         """Answers of all groups; a group that is begun goes on, unless memory runs out: then its halves start anew."""
         answers: Ids = [[] for _ in prompts.rows]
-        with progress(title, sum(map(len, groups)) * max_new) as advance:
+        decided: set[int] = set()
+        with progress("answers", sum(map(len, groups)) * max_new) as advance:
 
-            def run(rows: list[int]) -> None:
+            def run(rows: list[int]) -> bool:
                 batch = groups.pop(tuple(rows), None) or prefill(self.subject, prompts, rows, max_new)[0]
                 for tokens in write(self.subject, batch, answers, max_new, done):
                     advance(tokens)
+                    decided.update(batch.decided)
+                    if not worth(decided):
+                        return False
+                return True
 
-            for group in list(groups):
-                list(halving(run, list(group)))
-        return answers
+            parts = (part for group in list(groups) for part in halving(run, list(group)))
+            return answers if all(parts) else None
 
 
 # ---------------------------------------------------------------------------------------------- checks
