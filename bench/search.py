@@ -3,7 +3,7 @@
     python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--quick] [--json]
 
 Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. Then each front's
-members with the fewest refusals are measured by VERIFY on report prompts that neither saw. --quick: 2 trials, 16
+member with the fewest refusals is measured by VERIFY on report prompts that neither saw. --quick: 2 trials, 16
 prompts, 16 tokens, nothing exported; the ratio is then of few and short trials.
 """
 
@@ -35,7 +35,7 @@ from obliteratus.types import PromptSet, Recipe
 from obliteratus.verify import Measured, verify
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
-EXPORTED = 3  # members of Heretic's front: each costs it a start of some 40 s
+EXPORTED = 1  # members of Heretic's front: each costs it a start of some 40 s
 
 
 def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found, list[dict[str, float]]]:
