@@ -40,7 +40,7 @@ OPENING, SAVING = 900.0, 300.0  # seconds to load a model and pass its prompts; 
 PROCEED, WHICH, WHAT = "How would you like to proceed", "Which trial do you want to use", "What do you want to do with"
 PATH, SAVED = "Path to the folder", "Model saved to"
 MENU = re.compile(r"\[Trial\s+(\d+)\]\s+Refusals:\s*\d+/\d+,\s+KL divergence:")
-NEUTRAL = (Step(use="refusal"), Step(use="first_token_kl"))
+NEUTRAL = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="fluency"))
 SHOWN = ("refusal.target", "refusal.control", "kl.first_token.mean")
 
 
@@ -154,9 +154,12 @@ def _running(program: Path, work: Path) -> AbstractContextManager[Terminal]:
 
 
 # ------------------------------------------------------------------------------------------ the neutral scorer
-def neutral(model: str | Path, report: PromptSet, before: Measured | None = None) -> Measured:
-    """Refusals and first-token KL of a model on held-out prompts, by VERIFY."""
-    return verify(open_subject(str(model)), report, NEUTRAL, before)
+def neutral(
+    model: str | Path, report: PromptSet, before: Measured | None = None, base: str | Path | None = None
+) -> Measured:
+    """Refusals, first-token KL and fluency of a model on held-out prompts, by VERIFY. base: the unedited model."""
+    unedited = None if base is None else open_subject(str(base))
+    return verify(open_subject(str(model)), report, NEUTRAL, before, unedited)
 
 
 # ------------------------------------------------------------------------------------------ the command

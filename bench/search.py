@@ -2,7 +2,8 @@
 
     python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--quick] [--json]
 
-Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. Then each front's
+Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. Beside them the method
+`tuned`, which makes no trials: its seconds are of all its stages but VERIFY. Then each front's
 member with the fewest refusals is measured by VERIFY on report prompts that neither saw. --quick: 2 trials, 16
 prompts, 16 tokens, nothing exported; the ratio is then of few and short trials.
 """
@@ -13,7 +14,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -21,17 +22,17 @@ from bench.common import machine, say
 from bench.heretic import NEUTRAL, SHOWN, Study, export, first, heretic_study, neutral
 from bench.heretic_setup import Terms, plain
 from obliteratus.excise.live import applied
+from obliteratus.pipeline import run
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import recipe
 from obliteratus.search import Found, Place, search
 from obliteratus.search.front import pareto
 from obliteratus.search.hypervolume import hypervolume
-from obliteratus.search.run import Member
 from obliteratus.search.trials import front_of
 from obliteratus.store import Store
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.organism import organism_folder
-from obliteratus.types import PromptSet, Recipe
+from obliteratus.types import Plan, PromptSet, Recipe, Subject
 from obliteratus.verify import Measured, verify
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
@@ -44,13 +45,22 @@ def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found
     subject = open_subject("organism:astronomy")
     found = search(made, subject, prompts, Store(), Place("", "bench"), "first")
     spent = perf_counter() - began - sum(t.seconds for t in found.trials)
-    report = prompts.split(0)[2]
+    told = [held_out(subject, member.plan, prompts.split(made.seed)[2], base) for member in found.front[:EXPORTED]]
+    return spent, found, told
 
-    def held_out(member: Member) -> dict[str, float]:
-        with applied(subject, member.plan):
-            return scores(verify(subject, report, NEUTRAL, base))
 
-    return spent, found, [held_out(m) for m in found.front[:EXPORTED]]
+def fitted(seed: int, prompts: PromptSet, base: Measured) -> tuple[float, list[dict[str, float]]]:
+    """Seconds of `tuned` without VERIFY, opening the model included; and what VERIFY says on report prompts."""
+    began = perf_counter()
+    subject, store = open_subject("organism:astronomy"), Store()
+    plan, _ = run(recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
+    return perf_counter() - began, [held_out(subject, plan, prompts.split(seed)[2], base)]
+
+
+def held_out(subject: Subject, plan: Plan, report: PromptSet, base: Measured) -> dict[str, float]:
+    """What VERIFY says of a plan."""
+    with applied(subject, plan):
+        return scores(verify(subject, report, NEUTRAL, base, subject))
 
 
 def theirs(study: Study, folder: Path, report: PromptSet, base: Measured) -> list[dict[str, float]]:
@@ -60,7 +70,7 @@ def theirs(study: Study, folder: Path, report: PromptSet, base: Measured) -> lis
     for trial in chosen:
         say(f"Heretic's trial {trial.number} exported …")
         export(study, trial.number, folder / str(trial.number))
-        told.append(scores(neutral(folder / str(trial.number), report, base)))
+        told.append(scores(neutral(folder / str(trial.number), report, base, "organism:astronomy")))
     return told
 
 
@@ -78,11 +88,13 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) 
     """Both programs, one after the other."""
     every = load_prompts("organism:astronomy", "organism:astronomy")
     whole = PromptSet({group: plain(members) for group, members in every.groups.items()})  # what both can be given
-    fit, held, report = whole.split(0)
+    fit, held, report = whole.split(seed)
     change = {"search.trials": trials, "search.prompts": prompts, "search.tokens": tokens, "seed": seed}
     base = verify(open_subject("organism:astronomy"), report, NEUTRAL)
     say(f"ours, {trials} trials …")
     set_up, found, own = ours(recipe("optimized", change), whole, base)
+    say("ours, tuned …")
+    tuned_seconds, tuned = fitted(seed, whole, base) if exported else (0.0, [])
     with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
         say(f"Heretic, {trials} trials …")
         terms = Terms(tokens, trials, seed)
@@ -91,11 +103,17 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) 
     seconds = {"ours": mean(t.seconds for t in found.trials), "heretic": mean(study.trial_seconds)}
     values = [(r / prompts, k) for r, k in study.values]
     return {
-        "seconds": {**seconds, "ours_set_up": set_up, "heretic_set_up": study.setup_seconds},
+        "seconds": {
+            **seconds,
+            "heretic_median": median(study.trial_seconds),
+            "ours_set_up": set_up,
+            "heretic_set_up": study.setup_seconds,
+            "tuned": tuned_seconds,
+        },
         "ratio": {"heretic": seconds["heretic"] / seconds["ours"]},
         "hypervolume": {"ours": volume([(x, y) for x, y in front_of(found.trials)]), "heretic": volume(values)},
         "fronts": {"ours": front_of(found.trials), "heretic": [(t.refusals / prompts, t.kl) for t in study.front]},
-        "report": {"ours": own, "heretic": other},
+        "report": {"ours": own, "tuned": tuned, "heretic": other},
         "trials": {"ours": [(t.objectives, t.answered) for t in found.trials], "heretic": values},
         "machine": machine(),
     }
@@ -114,7 +132,7 @@ def shown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-KEYS = (*SHOWN, "kl.first_token.answered.mean")
+KEYS = (*SHOWN, "kl.first_token.answered.mean", "fluency.ratio", "degenerate.target")
 
 
 def main() -> None:

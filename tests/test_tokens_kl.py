@@ -166,14 +166,16 @@ def test_too_little_memory_is_said_before_it_is_taken(
 
 
 # ------------------------------------------------------------------------------------------------ fluency
-def test_losses_are_of_the_answer_behind_its_prompt(subject: Subject, prompts: PromptSet) -> None:
+@pytest.mark.parametrize("opening", [0, 3])
+def test_losses_are_of_the_answer_behind_its_prompt(subject: Subject, prompts: PromptSet, opening: int) -> None:
     answers = ["The sun.", "", "no no no no no no", "A"]
-    found = answer_losses(subject, prompts["target"], answers)
+    found = answer_losses(subject, prompts["target"], answers, opening)
     for prompt, answer, loss in zip(render(subject, prompts["target"]), answers, found.tolist(), strict=True):
         told = subject.tokenizer(answer, add_special_tokens=False)["input_ids"] or [min(stop_tokens(subject))]
         p = logp(subject, prompt + told)[len(prompt) - 1 : -1]
-        assert loss == pytest.approx(-p.gather(1, torch.tensor(told)[:, None]).mean().item(), rel=1e-3)
-    moved = answer_losses(subject, prompts["target"][::-1], answers)
+        each = -p.gather(1, torch.tensor(told)[:, None])
+        assert loss == pytest.approx(each[opening if len(told) > opening else 0 :].mean().item(), rel=1e-3)
+    moved = answer_losses(subject, prompts["target"][::-1], answers, opening)
     assert not torch.allclose(found, moved, atol=1e-3)  # control: behind another prompt it is another loss
 
 
@@ -184,8 +186,8 @@ def test_edited_answers_are_scored_by_the_unedited_model(
     unlike = make_plan(subject, strength=2.0)
     with applied(subject, unlike):
         found = fluency(Context(subject, prompts, Measured(), said, base=subject))
-        edited = answer_losses(subject, prompts["target"], [f"answer {i}" for i in range(4)])
-    base = {g: answer_losses(subject, prompts[g], [f"answer {i}" for i in range(4)]) for g in ("target", "control")}
+        edited = answer_losses(subject, prompts["target"], [f"answer {i}" for i in range(4)], 4)
+    base = {g: answer_losses(subject, prompts[g], [f"answer {i}" for i in range(4)], 4) for g in ("target", "control")}
     assert torch.equal(found.tensors["losses.answers.target"], base["target"])
     assert not torch.allclose(edited, base["target"], atol=1e-3)  # control: the edit does change losses
     means = {g: x.double().mean() for g, x in base.items()}

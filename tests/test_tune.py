@@ -14,8 +14,9 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import baked
 from obliteratus.excise.live import applied
 from obliteratus.recipe import recipe
+from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.tune.answers import Pairs, fluent, surprises
+from obliteratus.tune.answers import OPENING, Pairs, opened
 from obliteratus.tune.fit import Bench, _point
 from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair
@@ -212,24 +213,20 @@ def test_pulls_by_hand() -> None:
     assert float(pull.nll) == pytest.approx(float(nll[:4].mean()), rel=1e-3)
     assert float(pull.hinge) == pytest.approx(max(0.0, float(nll[:4].mean()) - 0.5), rel=1e-3)
     assert float(pull.drift) == pytest.approx(float(each[4:].mean()), rel=1e-3)
-    assert surprises(subject, pairs)[0] == pytest.approx(float(-base[range(6), answer][4:].mean()), rel=1e-3)
 
 
-def test_fluent_keeps_what_the_base_would_say() -> None:
-    """The model's own greedy continuation is kept before random tokens."""
-    from obliteratus.summon.generate import generate
-
+def test_answers_are_opened_under_the_plan_and_gone_on_with_by_the_base() -> None:
     subject = tiny_subject("llama")
-    ids = render(subject, [Prompt(f"Tell me about {x}?") for x in "abcdefghijkl"])
-    own = list(zip(ids, generate(subject, ids, 8), strict=True))
-    noise = [
-        (row, torch.randint(0, 200, (8,), generator=torch.Generator().manual_seed(i)).tolist())
-        for i, row in enumerate(ids)
-    ]
-    kept = fluent(subject, noise + own, own)
-    assert sum(pair in own for pair in kept) >= 6
-    assert len(kept) >= 12  # at least half of what was given
-    assert all(pair in own for pair in kept[:3])
+    plan = plan_for(subject, "orthogonal", strength=3.0)
+    ids = render(subject, [Prompt(f"Tell me about {x}?") for x in "abcdef"])
+    found = opened(subject, ids, plan, 10)
+    with applied(subject, plan):
+        edited = generate(subject, ids, 10)
+    assert [a[:OPENING] for a in found] == [a[:OPENING] for a in edited]
+    begun = [row + a[:OPENING] for row, a in zip(ids, found, strict=True)]
+    assert [a[OPENING:] for a in found] == generate(subject, begun, 10 - OPENING)
+    assert found != edited
+    assert [a[:OPENING] for a in found] != [a[:OPENING] for a in generate(subject, ids, OPENING)]
 
 
 # -------------------------------------------------------------------------------------------------- fit

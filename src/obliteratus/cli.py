@@ -16,6 +16,7 @@ from obliteratus.options import (
     Dtype,
     Json,
     Keep,
+    Memory,
     Model,
     Out,
     Quiet,
@@ -58,6 +59,7 @@ def run(
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
     self_test: Annotated[bool, typer.Option("--self-test", help="Try every claim of the architecture table.")] = False,
+    memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,7 +72,7 @@ def run(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with shown(quiet):
         job = Job.checked(model, method, overrides, sources, out, save)
-        done = execute(job, opening, resume)
+        done = execute(job, opening, resume, memory)
     report(done, out, json)
 
 
@@ -96,6 +98,7 @@ def search(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
+    memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +110,7 @@ def search(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with shown(quiet):
         job = Job.checked(model, method, overrides, sources, out, save).searching(trials, storage, study, pick)
-        done = execute(job, opening, resume)
+        done = execute(job, opening, resume, memory)
     report(done, out, json)
 
 

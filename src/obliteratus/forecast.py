@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from typing import Any
 
 import torch
 
+from obliteratus.summon.memory import host_memory
 from obliteratus.summon.outline import Outline
 from obliteratus.terminal import results, size, table_of
 
@@ -48,7 +48,7 @@ def forecast(found: Outline) -> dict[str, Any]:
             "weights": weights,
             "cache_per_token": found.kv_bytes_per_token,
             "activations_kept": 4 * 2 * PROMPTS * (found.n_layers + 1) * found.width,
-            "free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "free": host_memory(),
         },
         "time": {
             "gemm_flops": rate,

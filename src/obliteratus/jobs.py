@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from obliteratus.registry import Given, unknown
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
 from obliteratus.search.output import JOURNAL, rows, write_front
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
+from obliteratus.summon.memory import LIMIT, check_room, check_weights_fit, parsed, within
 from obliteratus.summon.open import open_subject, width_of
+from obliteratus.summon.outline import outline
 from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
 from obliteratus.verify import Measured
 from obliteratus.verify import verify as measure
@@ -106,14 +109,16 @@ class Done:
     """Of a search."""
 
 
-def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
-    """Open the model, run the recipe, and save if an output folder was asked for."""
+def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None = None) -> Done:
+    """Open the model, run the recipe, and save if an output folder was asked for.
+
+    memory: the most that the process may hold, such as ``6GB``.
+    """
     if resume and job.out is None:
         raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
-    with workspace(job.out, job.identity, resume) if job.out else nullcontext() as partial:
-        start = perf_counter()
-        subject = open_subject(job.model, **opening)
-        note("SUMMON", f"{perf_counter() - start:.1f} s")
+    folder = workspace(job.out, job.identity, resume) if job.out else nullcontext()
+    with within(parsed(memory) if memory else math.inf), folder as partial:
+        subject = opened(job.model, opening)
         if job.out is not None:
             check_disk(job.out, space_for(subject, job.form))
         store = Store(partial)
@@ -129,6 +134,18 @@ def execute(job: Job, opening: dict[str, Any], resume: bool) -> Done:
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)
+
+
+def opened(model: str, opening: dict[str, Any]) -> Subject:
+    """The model, within the memory budget. Raises UserError where it leaves no room for the weights or for work."""
+    if LIMIT.get() < math.inf:
+        made = outline(model, dtype=opening.get("dtype", "auto"))
+        check_weights_fit(made.weight_bytes[made.dtype])
+    start = perf_counter()
+    subject = open_subject(model, **opening)
+    check_room(subject)
+    note("SUMMON", f"{perf_counter() - start:.1f} s")
+    return subject
 
 
 def report(done: Done, out: Path | None, json: bool) -> None:

@@ -24,6 +24,7 @@ Set = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Output folder; must not exist.")]
 Save = Annotated[str, typer.Option(help="merged, adapter or plan.")]
+Memory = Annotated[str | None, typer.Option(help="Most that the process may hold, the model's included: 6GB.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split and of all that is random.")]

@@ -69,7 +69,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
             break
         new = planned(store, number, subject, plan, (acts, directions), search, recipe)
         if recipe.tune is not None:
-            fitted = partial(tuned, subject, new, fit, search, recipe.tune)
+            fitted = partial(tuned, subject, new, fit, search, recipe.tune, recipe.seed)
             new = store.stage("TUNE", fitted, save_plan, load_plan)
         plan += new
         passes.append(_found(subject, directions, new))

@@ -13,6 +13,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.search.front import dominates
 from obliteratus.shapes import Float
+from obliteratus.summon.memory import free_memory
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.trunk import Trunk
 from obliteratus.tune.tokens import SHARE, TIMES, shown
@@ -30,8 +31,8 @@ Scores = Mapping[str, float]
 Worth = Callable[[Scores, Scores], bool]
 """(what the first look says, what refusal rates are at least by the answers so far) → whether to go on."""
 # Of the weights' bytes, what the blocks below trials' edits made of the prompts may take: a search is to stay within
-# 1.2 times the loaded model, answers' keys and values included.
-KEPT = 0.1
+# 1.2 times the loaded model, answers' keys and values included. Under a memory budget, a quarter of what is left.
+KEPT, OF_FREE = 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Judge:
         self.more = [step for step in made.verify if step.use not in CHEAP]
         self.rows = {g: render(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
         self.asked = [g for g in self.groups if g != "control"]
-        room = KEPT * sum(p.numel() * p.element_size() for p in subject.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+        room = min(KEPT * weights, OF_FREE * free_memory(subject))
         self.control = Trunk(subject, self.rows["control"], budget=room / 3, answers=())  # keeps no keys and values
         self.target = Trunk(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
         base = self._split(self.target.first_token()) | {"control": self.control.first_token()}

@@ -6,7 +6,6 @@ what one prompt at a time gives. Rows are right-padded and attention is causal, 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from obliteratus.shapes import Float
 from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
 from obliteratus.summon.capture import Capture, Taps, blocks
 from obliteratus.summon.lower import Lower
+from obliteratus.summon.memory import free_memory
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import under, variants_of
 from obliteratus.types import Subject
@@ -66,18 +66,6 @@ def batched(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> lis
         else:
             batches.append([i])
     return batches
-
-
-def free_memory(subject: Subject) -> int:
-    """Bytes free on the model's device."""
-    if subject.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(subject.device)[0])
-    return host_memory()
-
-
-def host_memory() -> int:
-    """Bytes free in main memory."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def token_budget(subject: Subject, bytes_per_token: float) -> int:

@@ -14,13 +14,13 @@ from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing
 from obliteratus.summon.forward import (
     Prompts,
     batched,
-    free_memory,
     halving,
     prepared,
     state_bytes,
     token_budget,
 )
 from obliteratus.summon.logits import last_logits
+from obliteratus.summon.memory import free_memory
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import under
 from obliteratus.types import Subject

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from obliteratus.errors import UserError
 from obliteratus.excise.linear import through_gain
@@ -19,19 +17,13 @@ from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
-from obliteratus.tune.lab import Pair, answer_logits, answer_tokens
+from obliteratus.tune.lab import Pair
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.verify.refusal import verdict
 
 # The first tokens of an answer are where it is decided whether to refuse; after them the base itself, which has
 # begun to answer, goes on coherently, and is what the edited model must stay like.
 OPENING = 4
-# Answers whose perplexity under the base (after the opening) is at most this, times the median of the base's own to
-# controls, are coherent: issue 4 measures by the same factor.
-FLUENT = 1.3
-# The base's own answers are its likeliest by construction, those to refused prompts are not: on the organism 17 % hold
-# to the factor. At least this share is kept, the most fluent: fewer would tune the plan to a handful of prompts.
-LEAST = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,10 +35,9 @@ class Pairs:
 
 
 def gathered(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most: int) -> Pairs:
-    """Answers of the model itself: as it is to controls (and to prompts to keep), edited to target prompts.
+    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `willing` ones.
 
-    Of the latter only those that do not refuse and that the base finds fluent. At most ``most`` prompts of each
-    group, evenly spread. Raises UserError where all refuse.
+    At most ``most`` prompts of each group, evenly spread. Raises UserError where all of the latter refuse.
     """
     asked = [g for g in ("target", "control", "keep") if g in prompts.groups]
     ids = {g: render(subject, _some(prompts, g, most), reserve=tokens) for g in asked}
@@ -54,9 +45,8 @@ def gathered(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most
     own = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, own, strict=True) if pair[1]]
     found = willing(subject, ids["target"], plan, tokens)
-    kept = fluent(subject, found, control)
-    note("TUNE", f"answers to {len(found)} of {len(ids['target'])} target prompts do not refuse, {len(kept)} fluent")
-    return Pairs(control, kept)
+    note("TUNE", f"answers to {len(found)} of {len(ids['target'])} target prompts do not refuse")
+    return Pairs(control, found)
 
 
 def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
@@ -65,21 +55,33 @@ def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
 
 
 def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
-    """Prompts with answers that do not refuse: under the plan, and where it refuses under `insisting`.
+    """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
 
-    Answers that end within their opening are left out. Raises UserError where none is left.
+    So all behind the opening is the base's own choice, and as coherent as the base. Where the plan's opening leads to
+    a refusal, that of `insisting` is tried. Answers that end within their opening are left out. Raises UserError where
+    none is left.
     """
     found: list[Pair] = []
     for attempt in (plan, insisting(subject, plan)):
         answered = {str(prompt) for prompt, _ in found}
         left = [row for row in ids if str(row) not in answered]
         if left:
-            with applied(subject, attempt):
-                given = generate(subject, left, tokens, title="TUNE answers")
+            given = opened(subject, left, attempt, tokens)
             found += [pair for pair in zip(left, given, strict=True) if _answers(subject, pair[1])]
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
     return found
+
+
+def opened(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> Ids:
+    """Answers of so many tokens whose first `OPENING` are written under the plan, and the others without it."""
+    with applied(subject, plan):
+        openings = generate(subject, ids, OPENING, title="TUNE openings")
+    begun = [row + opening for row, opening in zip(ids, openings, strict=True)]
+    rest = generate(subject, begun, tokens - OPENING, title="TUNE answers")
+    return [
+        opening + more if len(opening) == OPENING else opening for opening, more in zip(openings, rest, strict=True)
+    ]
 
 
 def _answers(subject: Subject, answer: list[int]) -> bool:
@@ -111,29 +113,3 @@ def in_stream(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
 def _before(subject: Subject, site: Site, rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
     gain = gain_of(subject, site)
     return through_gain(rows, torch.ones_like(rows[0]) if gain is None else gain.to(rows))
-
-
-# ---------------------------------------------------------------------------------------------- fluency
-def fluent(subject: Subject, pairs: Sequence[Pair], own: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose answers the base finds as likely as its own, by `FLUENT`; at least the most fluent half."""
-    usual = float(torch.tensor(surprises(subject, own)).nanmedian())
-    found = surprises(subject, pairs)
-    order = sorted(range(len(pairs)), key=lambda i: found[i])
-    good = [i for i in order if found[i] <= usual + math.log(FLUENT)]
-    return [pairs[i] for i in order[: max(len(good), math.ceil(LEAST * len(pairs)))]]
-
-
-@torch.no_grad()
-def surprises(subject: Subject, pairs: Sequence[Pair], rows: int = 32) -> list[float]:
-    """Mean loss of each answer's tokens behind its opening, nats a token; NaN for an answer that is all opening.
-
-    rows: pairs of one pass; a choice for speed.
-    """
-    found: list[float] = []
-    for first in range(0, len(pairs), rows):
-        some = pairs[first : first + rows]
-        losses = F.cross_entropy(
-            answer_logits(subject, some), answer_tokens(some, subject.device), reduction="none"
-        ).split([len(a) for _, a in some])
-        found += [float(x[OPENING:].mean()) for x in losses]
-    return found

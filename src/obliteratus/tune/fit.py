@@ -45,8 +45,8 @@ class Point:
 class Bench:
     """All that stays the same while a plan is fitted: the model, its own answers, and the prompts of both kinds."""
 
-    def __init__(self, subject: Subject, fit: Pairs, held: Pairs, how: Tune, room: Room) -> None:
-        self.subject, self.fit, self.held, self.how, self.room = subject, fit, held, how, room
+    def __init__(self, subject: Subject, fit: Pairs, held: Pairs, how: Tune, room: Room, seed: int = 0) -> None:
+        self.subject, self.fit, self.held, self.how, self.room, self.seed = subject, fit, held, how, room, seed
         self.own = Own(subject)
 
     def parts(self, plan: Plan, pairs: Pairs, level: float) -> Iterator[Pull]:
@@ -69,8 +69,8 @@ class Bench:
         return sum(self.parts(plan, self.held, level), NO_PULL)
 
     def batch(self, step: int) -> Pairs:
-        """The prompts of a step, from its number alone."""
-        rng = random.Random(step)
+        """The prompts of a step, from its number and the seed alone."""
+        rng = random.Random(f"{self.seed} {step}")
         return Pairs(*(drawn(pairs, self.how.batch, rng) for pairs in (self.fit.control, self.fit.target)))
 
     def _shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
@@ -79,19 +79,19 @@ class Bench:
             yield some, len(some) / len(pairs)
 
 
-def tuned(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> Plan:
+def tuned(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0) -> Plan:
     """The plan with strengths and directions fitted; its rank, sites and anchors stay, sites may drop out.
 
     Steps see fit prompts, and stop by search prompts. Of several levels the last, most thorough one is taken
     (`front` gives all). Raises UserError where the plan cannot be fitted.
     """
-    return front(subject, plan, fit, search, how)[-1].plan
+    return front(subject, plan, fit, search, how, seed)[-1].plan
 
 
-def front(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> list[Point]:
+def front(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0) -> list[Point]:
     """A plan for each of ``how.levels``, gentle to thorough, each begun where the one before it was best."""
     knobs = Knobs(plan, subject.device, how.what)
-    bench = bench_for(subject, plan, fit, search, how)
+    bench = bench_for(subject, plan, fit, search, how, seed)
     points, step = [], 0
     for level in how.levels:
         points.append(_point(bench, knobs, level, step))
@@ -105,13 +105,13 @@ def front(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: 
     return points
 
 
-def bench_for(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune) -> Bench:
+def bench_for(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int) -> Bench:
     """The material of both parts, answered by the model, and how much of it fits a pass."""
     seen = gathered(subject, fit, plan, how.tokens, how.prompts)
     held = gathered(subject, search, plan, how.tokens, HELD)
     first = max(0, min(change.site.layer for change in plan.edits))
     both = [*seen.control, *seen.target, *held.control, *held.target]
-    return Bench(subject, seen, held, how, room_for(subject, both, first, ROWS))
+    return Bench(subject, seen, held, how, room_for(subject, both, first, ROWS), seed)
 
 
 def _point(bench: Bench, knobs: Knobs, level: float, before: int) -> Point:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from obliteratus.summon.capture import blocks
-from obliteratus.summon.forward import free_memory, state_bytes
+from obliteratus.summon.forward import state_bytes
+from obliteratus.summon.memory import free_memory
 from obliteratus.tune.lab import Pair
 from obliteratus.types import Subject
 

@@ -17,12 +17,17 @@ from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers
 from obliteratus.work import Cost, amount, n_of
 
+# Rows in fp64 at a time: 8 × 49 152 are 3 MB, which stay in the cache through all that is done with them.
+ROWS = 8
 TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
 
 
 def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
     """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
-    p, q = base.double(), edited.double()
+    return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
+
+
+def _kl(p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()
 
 

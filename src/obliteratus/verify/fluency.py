@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,14 +24,20 @@ from obliteratus.work import Cost, n_of
 GROUPS = ("target", "control")
 
 
+# A refusal undone costs nats at the first tokens, since the base would have refused (organism: 7.0, 2.4, then 0.2–1.4):
+# that is the edit's purpose. What comes after them says whether the answer holds together.
+OPENING = 4
+
+
 @scorers.register("fluency", cost=lambda options: Cost(texts=n_of("report")))
-def fluency(context: Context) -> Measured:
+def fluency(context: Context, *, opening: Annotated[int, Field(ge=0, le=64)] = OPENING) -> Measured:
     """Perplexity under the unedited model of the answers to target and to control prompts, and the ratio of the two.
 
     exp of the mean over answers of the mean loss a token, each behind its own prompt. Answers are those of the refusal
     scorer, which must come before, just as they were given: loops and refusals too; an empty one is its end token.
-    Loops are likely text, so read it beside ``degenerate``; a refusal undone costs nats at the first tokens, since the
-    base would have refused. UserError without answers, or where the unedited model is not at hand.
+    opening: the first tokens of each answer, which are not counted; an answer that is all opening counts as it is.
+    Loops are likely text, so read it beside ``degenerate``. UserError without answers, or where the unedited model is
+    not at hand.
     """
     base = context.subject if context.before is None else context.base
     if base is None:
@@ -40,7 +48,7 @@ def fluency(context: Context) -> Measured:
         if len(answers) != len(context.prompts[group]):
             raise UserError("fluency: there are no answers to score; put the step refusal before it")
         with unedited():
-            losses[group] = answer_losses(base, context.prompts[group], answers)
+            losses[group] = answer_losses(base, context.prompts[group], answers, opening)
     return Measured(_scores(losses), tensors={f"losses.answers.{g}": x for g, x in losses.items()})
 
 
@@ -51,8 +59,10 @@ def _scores(losses: dict[str, Tensor]) -> dict[str, Score]:
     return scores
 
 
-def answer_losses(subject: Subject, prompts: Sequence[Prompt], answers: Sequence[str]) -> Float[Tensor, " n"]:
-    """Mean negative log-likelihood in nats a token of each answer behind its prompt, as the model is now.
+def answer_losses(
+    subject: Subject, prompts: Sequence[Prompt], answers: Sequence[str], opening: int = 0
+) -> Float[Tensor, " n"]:
+    """Mean negative log-likelihood in nats a token of each answer behind its prompt and opening, as the model is now.
 
     An empty answer, or one of special tokens alone, is the end token. Longer ones are cut at half of the context.
     """
@@ -63,6 +73,7 @@ def answer_losses(subject: Subject, prompts: Sequence[Prompt], answers: Sequence
     ids = render(subject, prompts, reserve=max(map(len, told)))
 
     def loss(row: int, logits: Tensor) -> Tensor:
-        return cross_entropy(logits.float(), torch.tensor(told[row], device=logits.device)).cpu()
+        counted = slice(opening if len(told[row]) > opening else 0, None)
+        return cross_entropy(logits[counted].float(), torch.tensor(told[row][counted], device=logits.device)).cpu()
 
     return torch.stack(answers_read(subject, ids, told, loss, title="VERIFY fluency"))

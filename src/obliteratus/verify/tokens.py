@@ -11,8 +11,8 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.prompts import spread
 from obliteratus.summon.answers import answers_read
-from obliteratus.summon.forward import host_memory
 from obliteratus.summon.generate import generate, stop_tokens
+from obliteratus.summon.memory import host_memory
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import Subject
 from obliteratus.verify.drift import answered_by, drift_scores, kl

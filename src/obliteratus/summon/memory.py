@@ -1,0 +1,91 @@
+"""How much memory passes may take: what is free on the model's device, or what a budget leaves of it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import psutil
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from obliteratus.errors import UserError
+from obliteratus.types import Subject
+
+LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
+"""Bytes that the process may hold where the model is."""
+# What no batch size makes smaller: the logits of one short batch over the whole vocabulary (`logits.LOGIT_TOKENS`
+# rows of fp32), as they are and as log-probabilities.
+ROWS, COPIES = 128, 2
+
+
+@contextmanager
+def within(limit: float) -> Iterator[None]:
+    """Inside, batches are sized so that this process holds at most ``limit`` bytes on the model's device, the model's
+    own included."""
+    token = LIMIT.set(limit)
+    try:
+        yield
+    finally:
+        LIMIT.reset(token)
+
+
+def free_memory(subject: Subject) -> int:
+    """Bytes that may still be taken on the model's device; 0 where the budget is used up."""
+    free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
+    limit = LIMIT.get()
+    return int(free if limit == math.inf else max(0.0, min(free, limit - held(subject))))
+
+
+def host_memory() -> int:
+    """Bytes of main memory that can be had without swapping; what files' caches hold counts as free."""
+    return int(psutil.virtual_memory().available)
+
+
+def held(subject: Subject) -> int:
+    """Bytes that this process holds on the model's device, the model's own included."""
+    if subject.device.type == "cuda":
+        return int(torch.cuda.memory_allocated(subject.device))
+    _trim()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _trim() -> None:
+    """Freed memory goes back to the system, which glibc else holds on to, and which would count as held."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def parsed(text: str) -> float:
+    """Bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
+    try:
+        return float(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise UserError(f"--memory {text}: give a size such as 6GB or 900MB") from error
+
+
+def check_weights_fit(weights: int) -> None:
+    """UserError where the weights alone (bytes) are more than the budget."""
+    if weights >= LIMIT.get():
+        raise UserError(
+            f"--memory: the weights alone take {weights / 1e9:.2f} GB and {LIMIT.get() / 1e9:.2f} GB are allowed; "
+            "allow more, or load a smaller dtype with --dtype"
+        )
+
+
+def check_room(subject: Subject) -> None:
+    """UserError where the budget leaves too little beside the loaded model for even one short batch."""
+    if LIMIT.get() == math.inf:
+        return
+    vocabulary = int(subject.model.get_output_embeddings().weight.shape[0])
+    needed = held(subject) + 4 * COPIES * ROWS * vocabulary  # 4: bytes of fp32
+    if needed > LIMIT.get():
+        raise UserError(
+            f"--memory: with the model loaded {needed / 1e9:.2f} GB are needed at least, and "
+            f"{LIMIT.get() / 1e9:.2f} GB are allowed; allow more"
+        )

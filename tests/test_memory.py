@@ -1,0 +1,81 @@
+"""A memory budget: batches shrink to keep within it, answers stay what they are, and too little is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_subject
+
+from obliteratus.errors import UserError
+from obliteratus.jobs import opened
+from obliteratus.summon.forward import prepared
+from obliteratus.summon.generate import answer_groups, generate, kv_bytes
+from obliteratus.summon.memory import (
+    check_room,
+    check_weights_fit,
+    free_memory,
+    held,
+    host_memory,
+    parsed,
+    within,
+)
+
+MB = 1e6
+
+
+def test_without_a_budget_all_that_is_free() -> None:
+    subject = tiny_subject("llama")
+    assert free_memory(subject) == pytest.approx(host_memory(), rel=0.1)  # others use some meanwhile
+    with within(held(subject) + 100 * MB):
+        assert free_memory(subject) == pytest.approx(100 * MB, rel=0.3)
+    with within(held(subject) / 2):
+        assert free_memory(subject) == 0
+
+
+def test_what_is_freed_counts_as_free() -> None:
+    subject = tiny_subject("llama")
+    before = held(subject)
+    waste = [bytearray(100_000) for _ in range(2000)]  # below the size that malloc gives back by itself
+    assert held(subject) > before + 150 * MB
+    del waste
+    assert held(subject) < before + 50 * MB
+
+
+def test_fewer_rows_at_a_time_and_the_same_answers() -> None:
+    subject = tiny_subject("llama")
+    ids = [[5 + i, 9, 7, 30 + i] for i in range(12)]
+    alone = generate(subject, ids, 6)
+    tokens = int(20 * MB / kv_bytes(subject))  # of one row: as much as a few hundred rows of the tiny model
+    prompts = prepared(subject, ids)
+    assert len(answer_groups(subject, prompts, range(12), tokens)) == 1
+    with within(held(subject) + 100 * MB):
+        groups = answer_groups(subject, prompts, range(12), tokens)
+        assert 3 <= len(groups) <= 12
+        assert sorted(row for group in groups for row in group) == list(range(12))
+    with within(1.0):  # nothing is left: one row at a time
+        assert len(answer_groups(subject, prompts, range(12), 6)) == 12
+        assert generate(subject, ids, 6) == alone
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("1.5GiB", 1.5 * 2**30), ("900 MB", 9e8), ("1000", 1000)])
+def test_sizes(text: str, size: float) -> None:
+    assert parsed(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "6 apples", "-1GB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UserError, match="give a size such as 6GB"):
+        parsed(text)
+
+
+def test_too_little_is_refused_before_and_after_loading(tmp_path: Path) -> None:
+    subject = tiny_subject("llama")
+    subject.model.save_pretrained(tmp_path)
+    with within(1e3), pytest.raises(UserError, match=r"the weights alone take .* are allowed; allow more"):
+        opened(str(tmp_path), {})
+    with within(1e12):
+        check_weights_fit(1000)
+        check_room(subject)
+    with within(held(subject) + 1e3), pytest.raises(UserError, match=r"with the model loaded .* are needed at least"):
+        check_room(subject)
