@@ -16,7 +16,8 @@ from obliteratus.excise.live import applied
 from obliteratus.recipe import recipe
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.tune.answers import OPENING, Pairs, opened
+from obliteratus.tune import answers
+from obliteratus.tune.answers import OPENING, Pairs, led
 from obliteratus.tune.fit import Bench, _point
 from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair
@@ -103,10 +104,10 @@ def moved(subject: Subject, own: Own, plan: Plan, pairs: list[Pair]) -> Pull:
         return pull_control(subject, base, pairs)
 
 
-def willed(subject: Subject, own: Own, plan: Plan, pairs: list[Pair], level: float) -> Pull:
+def willed(subject: Subject, own: Own, plan: Plan, pairs: list[Pair], lead: float) -> Pull:
     base = own.logp(pairs)
     with applied(subject, plan):
-        return pull_target(subject, base, pairs, level)
+        return pull_target(subject, base, pairs, lead)
 
 
 def test_gradients_are_finite_differences() -> None:
@@ -178,19 +179,18 @@ def test_norm_rules_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ pulls
-def test_the_hinge_rests_below_its_level() -> None:
-    """No gradient where answers are likely enough, one where they are not."""
+def test_the_hinge_rests_beyond_its_lead() -> None:
+    """No gradient where answers lead by enough, one where they do not."""
     subject = tiny_subject("llama")
     plan = plan_for(subject, "orthogonal")
     pairs = [(render(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42])]
-    for level, rests in ((100.0, True), (0.0, False)):
+    for lead, rests in ((-100.0, True), (100.0, False)):
         knobs = Knobs(plan, subject.device, "both")
-        pull = willed(subject, Own(subject), knobs.live(), pairs, level)
+        pull = willed(subject, Own(subject), knobs.live(), pairs, lead)
         pull.hinge.backward()
         gradient = knobs.knobs[0].strength.grad
         assert (float(pull.hinge) == 0.0) == rests
         assert (gradient is None or float(gradient) == 0.0) == rests
-        assert float(pull.drift) > 0
 
 
 def test_pulls_by_hand() -> None:
@@ -208,29 +208,53 @@ def test_pulls_by_hand() -> None:
     each = (base.exp() * (base - edited)).sum(-1)
     own, pairs = Own(subject), [(prompt, answer)]
     assert float(moved(subject, own, plan, pairs).kl) == pytest.approx(float(each[0] + each.mean()), rel=1e-3)
-    nll = -edited[range(6), answer]
     pull = willed(subject, own, plan, pairs, 0.5)
-    assert float(pull.nll) == pytest.approx(float(nll[:4].mean()), rel=1e-3)
-    assert float(pull.hinge) == pytest.approx(max(0.0, float(nll[:4].mean()) - 0.5), rel=1e-3)
-    assert float(pull.drift) == pytest.approx(float(each[4:].mean()), rel=1e-3)
+    rivals = base.argmax(-1).tolist()
+    decides = [i for i, a in enumerate(answer) if a != rivals[i]]
+    assert len(decides) > 3  # random tokens are not what the base would say
+    lacks = [max(0.0, 0.5 + float(edited[i, rivals[i]] - edited[i, answer[i]])) for i in decides]
+    assert float(pull.hinge) == pytest.approx(sum(lacks), rel=1e-3)
+    assert float(pull.nll) == pytest.approx(-sum(float(edited[i, answer[i]]) for i in decides), rel=1e-3)
+    same = [i for i in range(6) if i not in decides]
+    assert float(pull.drift) == pytest.approx(float(each[same].mean()) if same else 0.0, rel=1e-3)
 
 
-def test_answers_are_opened_under_the_plan_and_gone_on_with_by_the_base() -> None:
+def test_what_the_base_would_say_has_no_rival() -> None:
+    """Its own greedy answer pulls by its drift alone; with another first token, by that token's lead too."""
+    subject = tiny_subject("llama")
+    plan = plan_for(subject, "orthogonal", strength=2.0)
+    prompt = render(subject, [Prompt("Tell me about stars?")])[0]
+    own, greedy = Own(subject), generate(subject, [prompt], 6)[0]
+    pull = willed(subject, own, plan, [(prompt, greedy)], 50.0)
+    assert float(pull.hinge) == float(pull.nll) == 0.0 < float(pull.drift)
+    other = (greedy[0] + 1) % 200
+    led_on = [other, *generate(subject, [[*prompt, other]], 5)[0]]
+    pull = willed(subject, own, plan, [(prompt, led_on)], 50.0)
+    with applied(subject, plan), torch.no_grad():
+        first = subject.model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+    assert float(pull.hinge) == pytest.approx(50 + float(first[greedy[0]] - first[other]), rel=1e-3)
+
+
+def test_answers_are_gone_on_with_by_the_base_from_the_shortest_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here an answer refuses unless its third token is the plan's: so three are needed, where the plan's differ."""
     subject = tiny_subject("llama")
     plan = plan_for(subject, "orthogonal", strength=3.0)
     ids = render(subject, [Prompt(f"Tell me about {x}?") for x in "abcdef"])
-    found = opened(subject, ids, plan, 10)
     with applied(subject, plan):
-        edited = generate(subject, ids, 10)
-    assert [a[:OPENING] for a in found] == [a[:OPENING] for a in edited]
-    begun = [row + a[:OPENING] for row, a in zip(ids, found, strict=True)]
-    assert [a[OPENING:] for a in found] == generate(subject, begun, 10 - OPENING)
-    assert found != edited
-    assert [a[:OPENING] for a in found] != [a[:OPENING] for a in generate(subject, ids, OPENING)]
+        openings = dict(zip(map(str, ids), generate(subject, ids, OPENING), strict=True))
+    thirds = {tuple(row[:3]) for row in openings.values()}
+    monkeypatch.setattr(answers, "_answers", lambda subject, answer: tuple(answer[:3]) in thirds)
+    found = led(subject, [(row, openings[str(row)]) for row in ids], 10)
+    assert sorted(str(row) for row, _ in found) == sorted(map(str, ids))
+    for row, answer in found:
+        opening = openings[str(row)]
+        n = next(n for n in range(1, 4) if generate(subject, [row + opening[:n]], 10 - n)[0][: 3 - n] == opening[n:3])
+        assert answer == opening[:n] + generate(subject, [row + opening[:n]], 10 - n)[0]
+    assert any(answer[:4] != openings[str(row)] for row, answer in found)  # behind the opening it is not the plan's
 
 
 # -------------------------------------------------------------------------------------------------- fit
-HOW = Tune(steps=60, tokens=6, batch=6, lr=0.03, levels=(0.1,), weight=10.0)
+HOW = Tune(steps=60, tokens=6, batch=6, lr=0.03, leads=(1.0,), weight=10.0)
 ROOM = Room(rows=3, first=0, recompute=False)
 
 
@@ -275,9 +299,9 @@ def test_it_stops_where_nothing_is_gained() -> None:
     assert found.plan.edits[0].strength == pytest.approx(0.3)  # type: ignore[union-attr]
 
 
-def test_levels_fall() -> None:
+def test_leads_rise() -> None:
     with pytest.raises(ValueError, match="from gentle to thorough"):
-        Tune(levels=(0.2, 0.5))
+        Tune(leads=(0.5, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +312,7 @@ def test_levels_fall() -> None:
         ({"excise.norm": "columns"}, "excise.norm none"),
         ({"excise.heads": 0.5, "excise.anchored": False}, "leave excise.heads out"),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
-        ({"tune.levels": []}, "tune.levels"),
+        ({"tune.leads": []}, "tune.leads"),
         ({"tune.prompts": 2}, "tune.prompts"),
     ],
 )

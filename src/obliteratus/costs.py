@@ -90,8 +90,8 @@ def _tune(made: Recipe) -> Cost:
     how = made.tune
     if how is None:
         return FREE
-    steps, held = how.steps * len(how.levels), n_of("search", "target", HELD) + n_of("search", "control", HELD)
-    looks = held * (len(how.levels) + -(-steps // EVERY))
+    steps, held = how.steps * len(how.leads), n_of("search", "target", HELD) + n_of("search", "control", HELD)
+    looks = held * (len(how.leads) + -(-steps // EVERY))
     fit = n_of("fit", "target", how.prompts) + n_of("fit", "control", how.prompts)
     written = (Answers(how.tokens, fit), Answers(how.tokens, held))
     return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))

@@ -406,23 +406,24 @@ class Tune(Frozen):
 
     Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers; ``coherence`` ×
     the same on target prompts' answers once they have begun; and ``weight`` × what the opening of non-refusing answers
-    to target prompts costs above a level.
+    to target prompts lacks to lead what the model would say instead.
     """
 
     what: Literal["both", "strengths", "directions"] = "both"
-    levels: tuple[float, ...] = Field((1.0,), min_length=1)
-    """Nats a token below which an answer's opening is likely enough, and nothing pulls but KL; from gentle to
-    thorough: each gives a plan, begun at the one before it, and the last is the method's."""
+    leads: tuple[float, ...] = Field((1.0,), min_length=1)
+    """By how many nats each token of an answer's opening is to be likelier than what the untouched model would say in
+    its place; from there on nothing pulls but KL. From gentle to thorough: each gives a plan, begun at the one before
+    it, and the last is the method's."""
     weight: float = Field(0.1, ge=0)
-    """× what openings cost above the level."""
+    """× what openings lack of the lead."""
     coherence: float = Field(1.0, ge=0)
     """× KL(base ‖ edited) of target prompts' answers once they have begun: degenerate answers cost there."""
     sparsity: float = Field(0.0, ge=0)
     """× mean |strength|: sites that nothing needs drop out of the plan."""
     steps: int = Field(40, ge=1, le=1000)
-    """Of each level, at most."""
+    """Of each lead, at most."""
     patience: int = Field(15, ge=5)
-    """Steps without gain on search prompts after which a level ends."""
+    """Steps without gain on search prompts after which a lead ends."""
     lr: float = Field(0.01, gt=0, le=1)
     """A step's change of a strength, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
@@ -434,8 +435,8 @@ class Tune(Frozen):
 
     @model_validator(mode="after")
     def _ordered(self) -> Tune:
-        if any(level < 0 for level in self.levels) or list(self.levels) != sorted(self.levels, reverse=True):
-            raise ValueError(f"levels run from gentle to thorough, falling, none below 0 (got {list(self.levels)})")
+        if any(lead < 0 for lead in self.leads) or list(self.leads) != sorted(self.leads):
+            raise ValueError(f"leads run from gentle to thorough, rising, none below 0 (got {list(self.leads)})")
         return self
 
 

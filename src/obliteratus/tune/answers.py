@@ -21,8 +21,8 @@ from obliteratus.tune.lab import Pair
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.verify.refusal import verdict
 
-# The first tokens of an answer are where it is decided whether to refuse; after them the base itself, which has
-# begun to answer, goes on coherently, and is what the edited model must stay like.
+# In the first tokens of an answer it is decided whether to refuse; after them the base itself, which has begun to
+# answer, goes on coherently. On the organism one token is enough for most prompts, four for all but a few.
 OPENING = 4
 
 
@@ -57,36 +57,45 @@ def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
 def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
     """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
 
-    So all behind the opening is the base's own choice, and as coherent as the base. Where the plan's opening leads to
-    a refusal, that of `insisting` is tried. Answers that end within their opening are left out. Raises UserError where
-    none is left.
+    The opening is as short as can be, at most `OPENING`: all behind it is the base's own choice, and as coherent as the
+    base. Where none of the plan's leads past a refusal, those of `insisting` are tried. Raises UserError where none is
+    left.
     """
     found: list[Pair] = []
     for attempt in (plan, insisting(subject, plan)):
-        answered = {str(prompt) for prompt, _ in found}
-        left = [row for row in ids if str(row) not in answered]
+        left = _left(ids, found)
         if left:
-            given = opened(subject, left, attempt, tokens)
-            found += [pair for pair in zip(left, given, strict=True) if _answers(subject, pair[1])]
+            with applied(subject, attempt):
+                openings = generate(subject, left, OPENING, title="TUNE openings")
+            found += led(subject, list(zip(left, openings, strict=True)), tokens)
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
     return found
 
 
-def opened(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> Ids:
-    """Answers of so many tokens whose first `OPENING` are written under the plan, and the others without it."""
-    with applied(subject, plan):
-        openings = generate(subject, ids, OPENING, title="TUNE openings")
-    begun = [row + opening for row, opening in zip(ids, openings, strict=True)]
-    rest = generate(subject, begun, tokens - OPENING, title="TUNE answers")
-    return [
-        opening + more if len(opening) == OPENING else opening for opening, more in zip(openings, rest, strict=True)
-    ]
+def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
+    """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two …
+
+    Only those that do not refuse, and do not end within their opening.
+    """
+    found: list[Pair] = []
+    for n in range(1, OPENING + 1):
+        left = {str(row) for row in _left([row for row, _ in openings], found)}
+        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) >= n]
+        if begun:
+            rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
+            given = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
+            found += [pair for pair in given if len(pair[1]) > n and _answers(subject, pair[1])]
+    return found
+
+
+def _left(ids: Ids, found: Sequence[Pair]) -> Ids:
+    done = {str(prompt) for prompt, _ in found}
+    return [row for row in ids if str(row) not in done]
 
 
 def _answers(subject: Subject, answer: list[int]) -> bool:
-    text = subject.tokenizer.decode(answer, skip_special_tokens=True)
-    return len(answer) > OPENING and verdict(text) == "complied"
+    return verdict(subject.tokenizer.decode(answer, skip_special_tokens=True)) == "complied"
 
 
 # ------------------------------------------------------------------------------------- the strongest edit

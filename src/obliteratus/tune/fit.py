@@ -32,14 +32,14 @@ class Point:
     """A plan on the way from gentle to thorough, and what search prompts say of it: see `Pull`."""
 
     plan: Plan
-    level: float
-    """Of the hinge, nats a token: the lower, the more thorough."""
+    lead: float
+    """Of the hinge, nats: the larger, the more thorough."""
     kl: float
     hinge: float
     drift: float
     nll: float
     steps: int
-    """Made at this level."""
+    """Made at this lead."""
 
 
 class Bench:
@@ -49,7 +49,7 @@ class Bench:
         self.subject, self.fit, self.held, self.how, self.room, self.seed = subject, fit, held, how, room, seed
         self.own = Own(subject)
 
-    def parts(self, plan: Plan, pairs: Pairs, level: float) -> Iterator[Pull]:
+    def parts(self, plan: Plan, pairs: Pairs, lead: float) -> Iterator[Pull]:
         """The pulls of some prompts at a time, by their share: one graph is all that is ever held.
 
         Gradients must be taken before the next part is asked for.
@@ -61,12 +61,12 @@ class Bench:
         for some, share in self._shares(pairs.target):
             base = self.own.logp(some)
             with applied(self.subject, plan), recomputing(self.subject, self.room):
-                yield pull_target(self.subject, base, some, level, share)
+                yield pull_target(self.subject, base, some, lead, share)
 
     @torch.no_grad()
-    def looked(self, plan: Plan, level: float) -> Pull:
+    def looked(self, plan: Plan, lead: float) -> Pull:
         """The whole pull on search prompts."""
-        return sum(self.parts(plan, self.held, level), NO_PULL)
+        return sum(self.parts(plan, self.held, lead), NO_PULL)
 
     def batch(self, step: int) -> Pairs:
         """The prompts of a step, from its number and the seed alone."""
@@ -82,25 +82,25 @@ class Bench:
 def tuned(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0) -> Plan:
     """The plan with strengths and directions fitted; its rank, sites and anchors stay, sites may drop out.
 
-    Steps see fit prompts, and stop by search prompts. Of several levels the last, most thorough one is taken
+    Steps see fit prompts, and stop by search prompts. Of several leads the last, most thorough one is taken
     (`front` gives all). Raises UserError where the plan cannot be fitted.
     """
     return front(subject, plan, fit, search, how, seed)[-1].plan
 
 
 def front(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0) -> list[Point]:
-    """A plan for each of ``how.levels``, gentle to thorough, each begun where the one before it was best."""
+    """A plan for each of ``how.leads``, gentle to thorough, each begun where the one before it was best."""
     knobs = Knobs(plan, subject.device, how.what)
     bench = bench_for(subject, plan, fit, search, how, seed)
     points, step = [], 0
-    for level in how.levels:
-        points.append(_point(bench, knobs, level, step))
+    for lead in how.leads:
+        points.append(_point(bench, knobs, lead, step))
         last = points[-1]
         step += last.steps
         note(
             "TUNE",
-            f"level {level}: {last.steps} steps, on search prompts KL {last.kl:.3f}, drift {last.drift:.3f}, "
-            f"openings {last.nll:.2f} nats, {last.hinge:.3f} of it above the level; {len(last.plan.edits)} edits",
+            f"lead {lead}: {last.steps} steps, on search prompts KL {last.kl:.3f}, drift {last.drift:.3f}, "
+            f"openings {last.nll:.2f} nats, {last.hinge:.3f} nats short of the lead; {len(last.plan.edits)} edits",
         )
     return points
 
@@ -114,36 +114,36 @@ def bench_for(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, h
     return Bench(subject, seen, held, how, room_for(subject, both, first, ROWS), seed)
 
 
-def _point(bench: Bench, knobs: Knobs, level: float, before: int) -> Point:
-    """Steps at one level until the pull on search prompts stands still; the plan with the least of it.
+def _point(bench: Bench, knobs: Knobs, lead: float, before: int) -> Point:
+    """Steps at one lead until the pull on search prompts stands still; the plan with the least of it.
 
-    before: steps made at earlier levels, so that batches go on.
+    before: steps made at earlier leads, so that batches go on.
     """
     how = bench.how
     optimiser = torch.optim.Adam(knobs.groups(how.lr))
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, SLOWEST, how.steps)
-    first = bench.looked(knobs.fixed(WEAK), level)
+    first = bench.looked(knobs.fixed(WEAK), lead)
     found = Plateau((knobs.state(), first), float(first.total(how)), FALLING, EVERY)
     with progress("TUNE", how.steps) as advance:
         for found.used in range(1, how.steps + 1):
-            _step(bench, knobs, optimiser, level, before + found.used)
+            _step(bench, knobs, optimiser, lead, before + found.used)
             falling.step()
             advance(1)
             if found.looks(how.steps):
-                now = bench.looked(knobs.fixed(WEAK), level)
+                now = bench.looked(knobs.fixed(WEAK), lead)
                 found.judge((knobs.state(), now), float(now.total(how)))
             if found.still >= how.patience:
                 break
     knobs.restore(found.best[0])
     told = {name: float(value) for name, value in vars(found.best[1]).items()}
-    return Point(knobs.fixed(WEAK), level, steps=found.used, **told)
+    return Point(knobs.fixed(WEAK), lead, steps=found.used, **told)
 
 
-def _step(bench: Bench, knobs: Knobs, optimiser: torch.optim.Optimizer, level: float, step: int) -> None:
+def _step(bench: Bench, knobs: Knobs, optimiser: torch.optim.Optimizer, lead: float, step: int) -> None:
     optimiser.zero_grad()
     if bench.how.sparsity and bench.how.what != "directions":
         (bench.how.sparsity * knobs.size()).backward()
-    for part in bench.parts(knobs.live(), bench.batch(step), level):
+    for part in bench.parts(knobs.live(), bench.batch(step), lead):
         part.total(bench.how).backward(retain_graph=True)  # the knobs' own small graph is common to all parts
     optimiser.step()
     if not knobs.finite():

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from obliteratus.shapes import Float
-from obliteratus.tune.answers import OPENING
 from obliteratus.tune.lab import Pair, answer_logits, answer_tokens
 from obliteratus.types import Subject, Tune
 
@@ -25,11 +24,12 @@ class Pull:
     kl: Float[Tensor, ""]
     """KL(base ‖ edited): of controls' first tokens, plus of all tokens of their answers."""
     hinge: Float[Tensor, ""]
-    """Mean over target prompts of what their answers' opening costs above the level: 0 once none refuses."""
+    """Mean over target prompts of what their answers lack of their lead (`short`): 0 once none refuses."""
     drift: Float[Tensor, ""]
-    """KL(base ‖ edited) of target prompts' answers behind their opening: degenerate answers show here."""
+    """KL(base ‖ edited) where the base would say the same as target prompts' answers, all behind their opening:
+    degenerate answers show here."""
     nll: Float[Tensor, ""]
-    """What an answer's opening costs, mean over target prompts."""
+    """What the tokens of answers cost that the base would not say, mean over target prompts."""
 
     def total(self, how: Tune) -> Float[Tensor, ""]:
         """What is made small."""
@@ -51,15 +51,28 @@ def pull_control(subject: Subject, base: Base, pairs: Sequence[Pair], share: flo
     return Pull(kl, *(kl.new_zeros(()) for _ in range(3)))
 
 
-def pull_target(subject: Subject, base: Base, pairs: Sequence[Pair], level: float, share: float = 1.0) -> Pull:
+def pull_target(subject: Subject, base: Base, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> Pull:
     """The pull of some target prompts, likewise, from one pass."""
     found = answer_logits(subject, pairs).log_softmax(-1)
-    losses = -found.gather(1, answer_tokens(pairs, subject.device)[:, None])[:, 0]
-    openings = torch.stack([x[:OPENING].mean() for x in losses.split(_sizes(pairs))])
-    drifts = F.kl_div(found, base, reduction="none", log_target=True).sum(-1).split(_sizes(pairs))
-    drift = torch.cat([x[OPENING:] for x in drifts]).mean()
-    hinge = F.relu(openings - level).mean()
-    return Pull(drift.new_zeros(()), share * hinge, share * drift, share * openings.mean().detach())
+    tokens, rivals = answer_tokens(pairs, subject.device), base.argmax(-1)
+    same = rivals == tokens
+    hinge = short(found, tokens, rivals, lead).sum() / len(pairs)
+    drift = (F.kl_div(found, base, reduction="none", log_target=True).sum(-1) * same).sum() / same.sum().clamp(min=1)
+    cost = -(_at(found, tokens) * ~same).sum().detach() / len(pairs)
+    return Pull(drift.new_zeros(()), share * hinge, share * drift, share * cost)
+
+
+def short(found: Base, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
+    """What each token lacks, in nats, to be by ``lead`` likelier than its rival, that which the base would say there.
+
+    A greedy answer takes the likelier one: so this, and not the token's own probability, says whether it refuses. 0
+    where the base would say the same.
+    """
+    return F.relu(lead + _at(found, rivals) - _at(found, tokens)) * (rivals != tokens)
+
+
+def _at(logp: Base, tokens: Tensor) -> Float[Tensor, " tokens"]:
+    return logp.gather(1, tokens[:, None])[:, 0]
 
 
 def _sizes(pairs: Sequence[Pair]) -> list[int]:
