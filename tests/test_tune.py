@@ -20,7 +20,7 @@ from obliteratus.tune import answers
 from obliteratus.tune.answers import OPENING, Pairs, led
 from obliteratus.tune.fit import Bench, _point
 from obliteratus.tune.knobs import Knobs
-from obliteratus.tune.lab import Pair
+from obliteratus.tune.lab import Pair, answer_logits
 from obliteratus.tune.losses import Own
 from obliteratus.tune.memory import Room
 from obliteratus.tune.pulls import Pull, pull_control, pull_target
@@ -101,13 +101,13 @@ def _moved(subject: Subject, knobs: Knobs, steps: int) -> None:
 def moved(subject: Subject, own: Own, plan: Plan, pairs: list[Pair]) -> Pull:
     base = own.logp(pairs)
     with applied(subject, plan):
-        return pull_control(subject, base, pairs)
+        return pull_control(answer_logits(subject, pairs).log_softmax(-1), base, pairs)
 
 
 def willed(subject: Subject, own: Own, plan: Plan, pairs: list[Pair], lead: float) -> Pull:
     base = own.logp(pairs)
     with applied(subject, plan):
-        return pull_target(subject, base, pairs, lead)
+        return pull_target(answer_logits(subject, pairs).log_softmax(-1), base, pairs, lead)
 
 
 def test_gradients_are_finite_differences() -> None:

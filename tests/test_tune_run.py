@@ -23,8 +23,9 @@ from obliteratus.tune import answers, fit
 from obliteratus.tune.answers import Pairs, in_stream, insisting, willing
 from obliteratus.tune.fit import Bench, Point, front, tuned
 from obliteratus.tune.knobs import Knobs
-from obliteratus.tune.lab import Pair
+from obliteratus.tune.lab import Pair, answer_logits
 from obliteratus.tune.memory import Room, recomputing, room_for, row_bytes
+from obliteratus.tune.stem import Stem
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Subject, Tune
 
 ANSWER = [5, 9, 12, 40, 41, 42]
@@ -110,6 +111,37 @@ def test_nothing_below_the_first_edit_keeps_a_graph(make_plan: Any) -> None:
     for handle in handles:
         handle.remove()
     assert needs == {0: False, 1: True, 2: True}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_blocks_below_the_edits_run_once(name: str, make_plan: Any) -> None:
+    """Log-probabilities and gradients as from whole passes, also after a plan that reaches lower; block 0 runs once."""
+    subject = tiny_subject(name)
+    some = pairs(subject)
+    runs: list[int] = []
+    handle = subject.module(f"{subject.layers}.0.{'attn' if name == 'gpt2' else 'self_attn'}").register_forward_hook(
+        lambda *_: runs.append(1)
+    )
+    stem = Stem(subject, some)  # hooks that are there already are no edits
+    for plan in (upper(subject, make_plan), make_plan(subject), upper(subject, make_plan, seed=2)):
+        for chosen in ([2, 0], [4]):
+            knobs, again = (Knobs(plan, subject.device, "both") for _ in range(2))
+            asked = [some[i] for i in chosen]
+            runs.clear()
+            with applied(subject, knobs.live()):
+                found = stem.logp(asked)
+            ran = len(runs)
+            with applied(subject, again.live()):
+                whole = answer_logits(subject, asked).log_softmax(-1)
+            torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)
+            weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+            for x in (found, whole):
+                (x * weights).mean().backward()
+            for one, two in zip(knobs.free, again.free, strict=True):
+                assert one.grad is not None
+                torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-6)
+    handle.remove()
+    assert ran == 0  # known by then; a whole pass runs it
 
 
 # ---------------------------------------------------------------------------------------------- answers

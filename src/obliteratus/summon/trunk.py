@@ -44,8 +44,11 @@ class Trunk:
     begins above one. Weights changed in place are not noticed.
     """
 
-    def __init__(self, subject: Subject, ids: Ids, *, budget: float, answers: Sequence[int] | None = None) -> None:
-        """Runs the shared prefix; all else at the first call that can use it.
+    def __init__(
+        self, subject: Subject, ids: Ids, *, budget: float, answers: Sequence[int] | None = None, leave: int = 1
+    ) -> None:
+        """Runs the shared prefix, which leaves at least ``leave`` tokens of each row; all else at the first call that
+        can use it.
 
         budget: bytes that may be held. answers: the rows that `generate` may be asked for, all by default: they need
         keys and values, which are most of what is held.
@@ -53,7 +56,7 @@ class Trunk:
         self.subject, self.answers = subject, list(range(len(ids)) if answers is None else answers)
         self.hooks = hooks(subject)
         with torch.inference_mode():
-            self.prompts = prepared(subject, ids)
+            self.prompts = prepared(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
         self.kept = Kept(subject, self.prompts, self.prefix, budget, self.answers)
         self.checked, self.copies = False, 1
@@ -104,7 +107,11 @@ class Trunk:
         return list(rows)
 
     def now(self) -> Prompts:
-        """The prompts for the model as it is edited at this moment. Call in inference mode."""
+        """The prompts for the model as it is edited at this moment.
+
+        What is kept is made at the first call that can use it: without gradients, let that be in inference mode or
+        under `torch.no_grad`.
+        """
         first = changed_from(self.subject, self.hooks)
         cut = max((c for c in self.kept.cuts if c <= first), default=0)
         if cut and not self.checked:

@@ -18,6 +18,7 @@ from obliteratus.tune.losses import ROWS, Own
 from obliteratus.tune.memory import Room, recomputing, room_for
 from obliteratus.tune.plateau import Plateau, drawn
 from obliteratus.tune.pulls import NO_PULL, Pull, pull_control, pull_target
+from obliteratus.tune.stem import Stem
 from obliteratus.types import Plan, PromptSet, Subject, Tune
 
 EVERY = 5  # steps between two looks at what no step sees: a look at 48 prompts costs about two steps
@@ -48,6 +49,7 @@ class Bench:
     def __init__(self, subject: Subject, fit: Pairs, held: Pairs, how: Tune, room: Room, seed: int = 0) -> None:
         self.subject, self.fit, self.held, self.how, self.room, self.seed = subject, fit, held, how, room, seed
         self.own = Own(subject)
+        self.stem = Stem(subject, [*fit.control, *fit.target, *held.control, *held.target])
 
     def parts(self, plan: Plan, pairs: Pairs, lead: float) -> Iterator[Pull]:
         """The pulls of some prompts at a time, by their share: one graph is all that is ever held.
@@ -57,11 +59,11 @@ class Bench:
         for some, share in self._shares(pairs.control):
             base = self.own.logp(some)
             with applied(self.subject, plan), recomputing(self.subject, self.room):
-                yield pull_control(self.subject, base, some, share)
+                yield pull_control(self.stem.logp(some), base, some, share)
         for some, share in self._shares(pairs.target):
             base = self.own.logp(some)
             with applied(self.subject, plan), recomputing(self.subject, self.room):
-                yield pull_target(self.subject, base, some, lead, share)
+                yield pull_target(self.stem.logp(some), base, some, lead, share)
 
     @torch.no_grad()
     def looked(self, plan: Plan, lead: float) -> Pull:

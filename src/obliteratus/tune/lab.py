@@ -16,7 +16,7 @@ from obliteratus.excise.live import applied
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.capture import blocks
-from obliteratus.summon.forward import padded, prepared
+from obliteratus.summon.forward import Prompts, padded, prepared
 from obliteratus.summon.logits import narrowed, next_logits
 from obliteratus.types import Edit, Plan, PromptSet, Site, Subject
 
@@ -63,16 +63,19 @@ def adding(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> It
 
 
 def answer_logits(
-    subject: Subject, pairs: Sequence[Pair], seen: Callable[[Tensor], None] = lambda states: None
+    subject: Subject,
+    pairs: Sequence[Pair],
+    seen: Callable[[Tensor], None] = lambda states: None,
+    prompts: Prompts | None = None,
 ) -> Float[Tensor, "tokens vocabulary"]:
     """Logits that predict the answers' tokens, all answers one after the other; fp32. Gradients pass.
 
     What all prompts begin with (the template's system turn) runs once, and gradients meet in it. Right padding under
     the causal mask is never seen by what is kept. The head runs on the kept positions only; ``seen`` is called with
-    what enters it there, [tokens, width], which `head_logits` takes.
+    what enters it there, [tokens, width], which `head_logits` takes. prompts: the same rows, prepared before (`Stem`).
     """
     rows = [prompt + answer for prompt, answer in pairs]
-    prompts = prepared(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
+    prompts = prompts or prepared(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
     ids, _ = padded(prompts.rows, subject.device)
     kept = [(i, len(p) - prompts.skipped - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
     row, column = torch.tensor(kept, device=ids.device).T
@@ -81,7 +84,7 @@ def answer_logits(
         seen(states[row, column])
         return states[row, column][:, None]
 
-    with narrowed(subject, pick):
+    with narrowed(subject, pick), prompts.around(range(len(ids))):
         return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from obliteratus.shapes import Float
-from obliteratus.tune.lab import Pair, answer_logits, answer_tokens
-from obliteratus.types import Subject, Tune
+from obliteratus.tune.lab import Pair, answer_tokens
+from obliteratus.types import Tune
 
-Base = Float[Tensor, "tokens vocabulary"]
-"""Log-probabilities of the untouched model at the answers' tokens, all answers one after the other."""
+LogP = Float[Tensor, "tokens vocabulary"]
+"""Log-probabilities that predict the answers' tokens, all answers one after the other."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,17 @@ class Pull:
 NO_PULL = Pull(*(torch.zeros(()) for _ in range(4)))
 
 
-def pull_control(subject: Subject, base: Base, pairs: Sequence[Pair], share: float = 1.0) -> Pull:
-    """The pull of some controls on the model as it is inside `applied`, times ``share``."""
-    found = answer_logits(subject, pairs).log_softmax(-1)
+def pull_control(found: LogP, base: LogP, pairs: Sequence[Pair], share: float = 1.0) -> Pull:
+    """The pull of some controls, times ``share``. found, base: of the model as it is now, and untouched."""
     each = F.kl_div(found, base, reduction="none", log_target=True).sum(-1)
     first = [part[0] for part in each.split(_sizes(pairs))]
     kl = share * (torch.stack(first).mean() + each.mean())
     return Pull(kl, *(kl.new_zeros(()) for _ in range(3)))
 
 
-def pull_target(subject: Subject, base: Base, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> Pull:
-    """The pull of some target prompts, likewise, from one pass."""
-    found = answer_logits(subject, pairs).log_softmax(-1)
-    tokens, rivals = answer_tokens(pairs, subject.device), base.argmax(-1)
+def pull_target(found: LogP, base: LogP, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> Pull:
+    """The pull of some target prompts, likewise."""
+    tokens, rivals = answer_tokens(pairs, found.device), base.argmax(-1)
     same = rivals == tokens
     hinge = short(found, tokens, rivals, lead).sum() / len(pairs)
     drift = (F.kl_div(found, base, reduction="none", log_target=True).sum(-1) * same).sum() / same.sum().clamp(min=1)
@@ -62,7 +60,7 @@ def pull_target(subject: Subject, base: Base, pairs: Sequence[Pair], lead: float
     return Pull(drift.new_zeros(()), share * hinge, share * drift, share * cost)
 
 
-def short(found: Base, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
+def short(found: LogP, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
     """What each token lacks, in nats, to be by ``lead`` likelier than its rival, that which the base would say there.
 
     A greedy answer takes the likelier one: so this, and not the token's own probability, says whether it refuses. 0
@@ -71,7 +69,7 @@ def short(found: Base, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Ten
     return F.relu(lead + _at(found, rivals) - _at(found, tokens)) * (rivals != tokens)
 
 
-def _at(logp: Base, tokens: Tensor) -> Float[Tensor, " tokens"]:
+def _at(logp: LogP, tokens: Tensor) -> Float[Tensor, " tokens"]:
     return logp.gather(1, tokens[:, None])[:, 0]
 
 
