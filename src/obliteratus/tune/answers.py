@@ -21,10 +21,6 @@ from obliteratus.tune.lab import Pair
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.verify.refusal import verdict
 
-# In the first tokens of an answer it is decided whether to refuse; after them the base itself, which has begun to
-# answer, goes on coherently. On the organism one token is enough for most prompts, four for all but a few.
-OPENING = 4
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -57,16 +53,15 @@ def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
 def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
     """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
 
-    The opening is as short as can be, at most `OPENING`: all behind it is the base's own choice, and as coherent as the
-    base. Where none of the plan's leads past a refusal, those of `insisting` are tried. Raises UserError where none is
-    left.
+    The opening is as short as can be: all behind it is the base's own choice, and as coherent as the base. Where none
+    of the plan's leads past a refusal, those of `insisting` are tried. Raises UserError where no prompt is left.
     """
     found: list[Pair] = []
     for attempt in (plan, insisting(subject, plan)):
         left = _left(ids, found)
         if left:
             with applied(subject, attempt):
-                openings = generate(subject, left, OPENING, title="TUNE openings")
+                openings = generate(subject, left, tokens, title="TUNE openings")
             found += led(subject, list(zip(left, openings, strict=True)), tokens)
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
@@ -74,19 +69,26 @@ def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
 
 
 def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
-    """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two …
+    """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two,
+    four …; else with the whole opening.
 
-    Only those that do not refuse, and do not end within their opening.
+    Only those that do not refuse: a model that has begun to answer may yet refuse a sentence later.
     """
     found: list[Pair] = []
-    for n in range(1, OPENING + 1):
+    for n in doubling(tokens):
         left = {str(row) for row in _left([row for row, _ in openings], found)}
-        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) >= n]
+        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) > n]
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
             given = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
-            found += [pair for pair in given if len(pair[1]) > n and _answers(subject, pair[1])]
-    return found
+            found += [pair for pair in given if _answers(subject, pair[1])]
+    done = {str(row) for row, _ in found}
+    return found + [(row, whole) for row, whole in openings if str(row) not in done and _answers(subject, whole)]
+
+
+def doubling(below: int) -> list[int]:
+    """1, 2, 4 … : each costs a round of answers of the prompts that are left."""
+    return [2**i for i in range((below - 1).bit_length())]
 
 
 def _left(ids: Ids, found: Sequence[Pair]) -> Ids:
