@@ -17,7 +17,7 @@ from obliteratus.recipe import recipe
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune import answers
-from obliteratus.tune.answers import Pairs, doubling, led
+from obliteratus.tune.answers import OPENINGS, Pairs, led
 from obliteratus.tune.fit import Bench, _point
 from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair, answer_logits
@@ -241,22 +241,16 @@ def test_answers_are_gone_on_with_by_the_base_from_the_shortest_opening(monkeypa
     plan = plan_for(subject, "orthogonal", strength=3.0)
     ids = render(subject, [Prompt(f"Tell me about {x}?") for x in "abcdef"])
     with applied(subject, plan):
-        openings = dict(zip(map(str, ids), generate(subject, ids, 10), strict=True))
+        openings = dict(zip(map(str, ids), generate(subject, ids, 4), strict=True))
     thirds = {tuple(row[:3]) for row in openings.values()}
     monkeypatch.setattr(answers, "_answers", lambda subject, answer: tuple(answer[:3]) in thirds)
     found = led(subject, [(row, openings[str(row)]) for row in ids], 10)
     assert sorted(str(row) for row, _ in found) == sorted(map(str, ids))
     for row, answer in found:
         opening = openings[str(row)]
-        tried = [opening[:n] + generate(subject, [row + opening[:n]], 10 - n)[0] for n in (1, 2, 4)]
+        tried = [opening[:n] + generate(subject, [row + opening[:n]], 10 - n)[0] for n in OPENINGS]
         assert answer == next(a for a in tried if tuple(a[:3]) in thirds)
-    assert any(answer != openings[str(row)] for row, answer in found)  # behind the opening it is not the plan's
-
-
-def test_openings_double() -> None:
-    assert doubling(10) == [1, 2, 4, 8]
-    assert doubling(8) == [1, 2, 4]
-    assert doubling(1) == []
+    assert any(answer[:4] != openings[str(row)] for row, answer in found)  # behind the opening it is not the plan's
 
 
 # -------------------------------------------------------------------------------------------------- fit

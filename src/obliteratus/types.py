@@ -430,7 +430,7 @@ class Tune(Frozen):
     """Prompts of each group in a step."""
     prompts: int = Field(128, ge=8)
     """Fit prompts of each group that are answered for it, at most."""
-    tokens: int = Field(24, ge=6, le=256)
+    tokens: int = Field(12, ge=6, le=256)
     """Of each answer."""
 
     @model_validator(mode="after")

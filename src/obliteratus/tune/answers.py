@@ -21,6 +21,10 @@ from obliteratus.tune.lab import Pair
 from obliteratus.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.verify.refusal import verdict
 
+# Tokens of an answer that are not the base's own choice. Longer ones help where the base relapses into refusing, but
+# what is then tuned towards is the plan's own wording, which the base finds unlikely (EXPERIMENTS.md).
+OPENINGS = (1, 2, 4)
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -61,7 +65,7 @@ def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
         left = _left(ids, found)
         if left:
             with applied(subject, attempt):
-                openings = generate(subject, left, tokens, title="TUNE openings")
+                openings = generate(subject, left, OPENINGS[-1], title="TUNE openings")
             found += led(subject, list(zip(left, openings, strict=True)), tokens)
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
@@ -70,25 +74,19 @@ def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
 
 def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
     """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two,
-    four …; else with the whole opening.
+    else from four.
 
     Only those that do not refuse: a model that has begun to answer may yet refuse a sentence later.
     """
     found: list[Pair] = []
-    for n in doubling(tokens):
+    for n in OPENINGS:
         left = {str(row) for row in _left([row for row, _ in openings], found)}
-        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) > n]
+        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) >= n]
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
             given = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
             found += [pair for pair in given if _answers(subject, pair[1])]
-    done = {str(row) for row, _ in found}
-    return found + [(row, whole) for row, whole in openings if str(row) not in done and _answers(subject, whole)]
-
-
-def doubling(below: int) -> list[int]:
-    """1, 2, 4 … : each costs a round of answers of the prompts that are left."""
-    return [2**i for i in range((below - 1).bit_length())]
+    return found
 
 
 def _left(ids: Ids, found: Sequence[Pair]) -> Ids:
