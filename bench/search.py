@@ -1,9 +1,9 @@
 """Search: this program and Heretic on the same model, prompts, token budget and number of trials, in one run.
 
-    python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--quick] [--json]
+    python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--tuned] [--quick] [--json]
 
-Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. Beside them the method
-`tuned`, which makes no trials: its seconds are of all its stages but VERIFY. Then each front's
+Seconds a trial of both, ours over the method `optimized`; set-up before the first trial apart. --tuned: beside them the
+method `tuned`, which makes no trials: its seconds are of all its stages but VERIFY. Then each front's
 member with the fewest refusals is measured by VERIFY on report prompts that neither saw. --quick: 2 trials, 16
 prompts, 16 tokens, nothing exported; the ratio is then of few and short trials.
 """
@@ -51,6 +51,7 @@ def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found
 
 def fitted(seed: int, prompts: PromptSet, base: Measured) -> tuple[float, list[dict[str, float]]]:
     """Seconds of `tuned` without VERIFY, opening the model included; and what VERIFY says on report prompts."""
+    say("ours, tuned …")
     began = perf_counter()
     subject, store = open_subject("organism:astronomy"), Store()
     plan, _ = run(recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
@@ -84,7 +85,7 @@ def volume(points: list[tuple[float, float]]) -> float:
     return hypervolume([points[i] for i in pareto(points)], WORST)
 
 
-def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) -> dict[str, Any]:
+def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool, tune: bool) -> dict[str, Any]:
     """Both programs, one after the other."""
     every = load_prompts("organism:astronomy", "organism:astronomy")
     whole = PromptSet({group: plain(members) for group, members in every.groups.items()})  # what both can be given
@@ -93,8 +94,7 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool) 
     base = verify(open_subject("organism:astronomy"), report, NEUTRAL)
     say(f"ours, {trials} trials …")
     set_up, found, own = ours(recipe("optimized", change), whole, base)
-    say("ours, tuned …")
-    tuned_seconds, tuned = fitted(seed, whole, base) if exported else (0.0, [])
+    tuned_seconds, tuned = fitted(seed, whole, base) if tune else (0.0, [])
     with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
         say(f"Heretic, {trials} trials …")
         terms = Terms(tokens, trials, seed)
@@ -140,10 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("trials", 24), ("prompts", 48), ("tokens", 32), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    for name in ("tuned", "quick", "json"):
+        parser.add_argument(f"--{name}", action="store_true")
     o = parser.parse_args()
-    result = compared(2, 16, 16, o.seed, False) if o.quick else compared(o.trials, o.prompts, o.tokens, o.seed, True)
+    sizes = (2, 16, 16, o.seed, False) if o.quick else (o.trials, o.prompts, o.tokens, o.seed, True)
+    result = compared(*sizes, o.tuned)
     print(json.dumps(result, indent=1) if o.json else shown(result))
 
 

@@ -414,15 +414,15 @@ class Tune(Frozen):
     """By how many nats each token of an answer's opening is to be likelier than what the untouched model would say in
     its place; from there on nothing pulls but KL. From gentle to thorough: each gives a plan, begun at the one before
     it, and the last is the method's."""
-    weight: float = Field(0.1, ge=0)
+    weight: float = Field(4.0, ge=0)
     """× what openings lack of the lead."""
-    coherence: float = Field(1.0, ge=0)
+    coherence: float = Field(2.0, ge=0)
     """× KL(base ‖ edited) of target prompts' answers once they have begun: degenerate answers cost there."""
     sparsity: float = Field(0.0, ge=0)
     """× mean |strength|: sites that nothing needs drop out of the plan."""
-    steps: int = Field(40, ge=1, le=1000)
+    steps: int = Field(60, ge=1, le=1000)
     """Of each lead, at most."""
-    patience: int = Field(15, ge=5)
+    patience: int = Field(20, ge=5)
     """Steps without gain on search prompts after which a lead ends."""
     lr: float = Field(0.01, gt=0, le=1)
     """A step's change of a strength, and of a direction's entries in units of their mean size."""
@@ -430,7 +430,7 @@ class Tune(Frozen):
     """Prompts of each group in a step."""
     prompts: int = Field(128, ge=8)
     """Fit prompts of each group that are answered for it, at most."""
-    tokens: int = Field(12, ge=6, le=256)
+    tokens: int = Field(18, ge=6, le=256)
     """Of each answer."""
 
     @model_validator(mode="after")
