@@ -40,6 +40,13 @@ _WIDE = {"hidden_size": 48, "head_dim": 16}  # 4 heads of 16: attention's output
 _SANDWICH = {**_GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 3}
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_MOE = {**_GQA, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+_SHARED = {"shared_expert_intermediate_size": 40}
+_GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+_MLA = {"kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+_DEEPSEEK = {**_MOE, **_GROUPS, **_MLA, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2}
+
 # name: (model_type, configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_GQA, "num_hidden_layers": 3}),
@@ -60,6 +67,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {**_COMMON, "intermediate_size": 64, "use_parallel_residual": True}),
     "gpt_neox_sequential": ("gpt_neox", {**_COMMON, "intermediate_size": 64, "use_parallel_residual": False}),
     "opt": ("opt", {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {**_MOE, "num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**_MOE, **_SHARED, "num_experts": 4, "mlp_only_layers": [0]}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, **_WIDE, "num_experts": 4, "mlp_only_layers": [0], "norm_topk_prob": False}),
+    "olmoe": ("olmoe", {**_MOE, "num_experts": 4}),
+    "deepseek_v2": ("deepseek_v2", {**_DEEPSEEK, "q_lora_rank": 12, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "q_lora_rank": None, "routed_scaling_factor": 1.7}),
+    "glm4_moe": ("glm4_moe", {**_MOE, **_GROUPS, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1}),
+    "gpt_oss": ("gpt_oss", {**_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_ROPE}),
+    "granitemoe": (
+        "granitemoe",
+        {**_MOE, "num_local_experts": 4, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    ),
 }
 
 

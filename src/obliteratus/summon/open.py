@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
-from obliteratus.summon import selftest
+from obliteratus.summon import anatomy, selftest
 from obliteratus.summon.anatomy import coverage, family_of, find_sites, n_layers_of
 from obliteratus.summon.codec import drop_quantisation_mark
 from obliteratus.summon.files import Origin, check_weights, locate
@@ -100,7 +100,7 @@ def assemble(
         tokenizer=tokenizer,
         sites=sites,
         n_layers=n_layers_of(model, family),
-        width=model.config.hidden_size,
+        width=anatomy.width_of(model),
         layers=family.layers,
         source=Source(id, revision, quantisation, dtype, digest=_digest(model, sites)),
         thinking=thinking,
@@ -111,16 +111,17 @@ def _digest(model: PreTrainedModel, sites: tuple[Site, ...]) -> str:
     """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, and in
     fp16 too where it is stored in bf16."""
     config = model.config
-    samples = [_sample(model, site.path) for site in sites if site.role == "writes"]
+    samples = [_sample(model, site) for site in sites if site.role == "writes"]
     table: Any = model.get_input_embeddings()
-    shape = [config.model_type, config.hidden_size, len(sites), table.weight.shape[0]]
+    shape = [config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0]]
     return digest_of([*shape, samples])
 
 
-def _sample(model: PreTrainedModel, path: str) -> list[float]:
-    module = model.get_submodule(path)
+def _sample(model: PreTrainedModel, site: Site) -> list[float]:
+    module = model.get_submodule(site.path)
     with align_module_device(module):  # brings a weight in that accelerate keeps on disk
-        tensor = next(chain(module.parameters(), module.buffers())).detach().flatten()
+        own = dict(chain(module.named_buffers(), module.named_parameters()))
+        tensor = own.get(site.weight, next(iter(own.values()))).detach().flatten()
         values = tensor[:: max(len(tensor) // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
 

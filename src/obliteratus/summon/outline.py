@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of
+from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
 from obliteratus.summon.files import check_weights, locate
 from obliteratus.summon.open import DTYPES, dtype_of, read_config
 from obliteratus.types import Site
@@ -54,7 +54,7 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
         quantisation=quantisation,
         model_type=config.model_type,
         n_layers=n_layers_of(model, family),
-        width=config.hidden_size,
+        width=width_of(model),
         n_params=n_params,
         tied=is_tied(model),
         sites=sites,
@@ -74,7 +74,7 @@ def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
 
 def _kv_values(model: PreTrainedModel) -> int:
     """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention."""
-    token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
+    token = torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")
     with torch.no_grad():
         cache = model(inputs_embeds=token, use_cache=True).past_key_values
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
