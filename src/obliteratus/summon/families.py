@@ -45,6 +45,8 @@ class Branch:
     readers: Mapping[str, Sequence[str | Matrix]] = field(default_factory=dict)
     pre_norm: Mapping[str, str] = field(default_factory=dict)
     post_norm: Mapping[str, str] = field(default_factory=dict)
+    heads: bool = True
+    """Whether the inputs of ``attn.out`` are those of ``num_attention_heads`` heads."""
     inner: tuple[str, ...] = ()
     """Parameters with two axes or more that neither read the stream nor write into it, but stand between others."""
 
@@ -84,8 +86,9 @@ class Family:
     """Whether a token's routing weights do. Only then is a bias of all experts the bias of their sum."""
     scales_stream: bool = False
     """Whether a block multiplies the whole stream by a number, which leaves directions as they are."""
-    windows: bool = True
-    """Nothing but attention keeps states between tokens; False: convolutions, delta nets or state spaces do too."""
+    recurrent: bool = False
+    """Whether convolutions, delta nets or state spaces keep states between tokens: a shared prefix is then not reused,
+    and only prompts of equal length are answered together."""
 
 
 def _gpt2_refusal(config: PreTrainedConfig) -> str:
@@ -244,6 +247,262 @@ GRANITE_EXPERTS = replace(
     readers={"mlp.in": (_GRANITE_GATE_UP,), "router": ("block_sparse_moe.router",)},
 )
 
+
+# ------------------------------------------------------------------------------------------------ hybrids
+_IN = {"attn.in": "input_layernorm"}
+_QKV = LLAMA.readers["attn.in"]
+SELF_ATTENTION = Branch(
+    "attention",
+    at="self_attn.q_proj",
+    writers={"attn.out": LLAMA.writers["attn.out"]},
+    readers={"attn.in": _QKV},
+    pre_norm=_IN,
+)
+
+
+def _delta_net(*reads: str) -> Branch:
+    return Branch(
+        "gated delta net",
+        at="linear_attn.out_proj",
+        writers={"attn.out": ("linear_attn.out_proj", "linear")},
+        readers={"attn.in": tuple(f"linear_attn.in_proj_{name}" for name in reads)},
+        pre_norm=_IN,
+        heads=False,
+        inner=("linear_attn.conv1d.weight",),
+    )
+
+
+MAMBA = Branch(
+    "Mamba 2",
+    at="mamba.out_proj",
+    writers={"attn.out": ("mamba.out_proj", "linear")},
+    readers={"attn.in": ("mamba.in_proj",)},
+    pre_norm=_IN,
+    heads=False,
+    inner=("mamba.conv1d.weight",),
+)
+MAMBA_1 = replace(
+    MAMBA,
+    name="Mamba",
+    inner=(*MAMBA.inner, "mamba.x_proj.weight", "mamba.dt_proj.weight", "mamba.A_log"),
+)
+HYBRID = replace(ATTENTION, writers={}, readers={}, pre_norm={}, bias_switch={}, recurrent=True)
+QWEN3_NEXT = replace(
+    HYBRID, norm="rms+1", branches=((_delta_net("qkvz", "ba"), SELF_ATTENTION), (DENSE, QWEN_MOE))
+)
+QWEN3_5 = replace(QWEN3_NEXT, branches=((_delta_net("qkv", "z", "b", "a"), SELF_ATTENTION), (DENSE, QWEN_MOE)))
+_SHARED_MLP = Branch(
+    "MLP",
+    at="shared_mlp",
+    writers={"mlp.out": ("shared_mlp.output_linear", "linear")},
+    readers={"mlp.in": ("shared_mlp.input_linear",)},
+    pre_norm=_MLP_NORM,
+)
+GRANITE_HYBRID = replace(
+    HYBRID,
+    branches=(
+        (MAMBA, SELF_ATTENTION),
+        (
+            replace(
+                GRANITE_EXPERTS,
+                name="routed and shared experts",
+                writers={**GRANITE_EXPERTS.writers, "shared.out": ("shared_mlp.output_linear", "linear")},
+                readers={**GRANITE_EXPERTS.readers, "mlp.in": (_GRANITE_GATE_UP, "shared_mlp.input_linear")},
+            ),
+            _SHARED_MLP,
+        ),
+    ),
+)
+_FFN_NORM = {"mlp.in": "ffn_norm", "router": "ffn_norm"}
+_FFN_STACK = Matrix("feed_forward.experts", "stack", "down_proj")
+_FFN_GATE_UP = Matrix("feed_forward.experts", "stack", "gate_up_proj")
+LFM2 = replace(
+    HYBRID,
+    final_norm="model.embedding_norm",
+    branches=(
+        (
+            Branch(
+                "short convolution",
+                at="conv.out_proj",
+                writers={"attn.out": ("conv.out_proj", "linear")},
+                readers={"attn.in": ("conv.in_proj",)},
+                pre_norm={"attn.in": "operator_norm"},
+                heads=False,
+                inner=("conv.conv.weight",),
+            ),
+            replace(
+                SELF_ATTENTION,
+                writers={"attn.out": ("self_attn.out_proj", "linear")},
+                pre_norm={"attn.in": "operator_norm"},
+            ),
+        ),
+        (
+            Branch(
+                "MLP",
+                at="feed_forward.w2",
+                writers={"mlp.out": ("feed_forward.w2", "linear")},
+                readers={"mlp.in": ("feed_forward.w1", "feed_forward.w3")},
+                pre_norm=_FFN_NORM,
+            ),
+            Branch(
+                "experts",
+                at="feed_forward.experts",
+                writers={"expert.out": _FFN_STACK},
+                readers={"mlp.in": (_FFN_GATE_UP,), "router": ("feed_forward.gate",)},
+                pre_norm=_FFN_NORM,
+            ),
+        ),
+    ),
+)
+_PRE_FF = {"mlp.in": "pre_ff_layernorm", "router": "pre_ff_layernorm"}
+_FF_DENSE = Branch(
+    "MLP",
+    at="feed_forward.down_proj",
+    writers={"mlp.out": ("feed_forward.down_proj", "linear")},
+    readers={"mlp.in": ("feed_forward.gate_proj", "feed_forward.up_proj")},
+    pre_norm=_PRE_FF,
+)
+JAMBA = replace(
+    HYBRID,
+    final_norm="model.final_layernorm",
+    branches=(
+        (MAMBA_1, SELF_ATTENTION),
+        (
+            _FF_DENSE,
+            Branch(
+                "experts",
+                at="feed_forward.experts",
+                writers={"expert.out": _FFN_STACK},
+                readers={"mlp.in": (_FFN_GATE_UP,), "router": ("feed_forward.router",)},
+                pre_norm=_PRE_FF,
+            ),
+        ),
+    ),
+)
+FALCON_H1 = replace(  # a state space and attention side by side in every block
+    HYBRID,
+    final_norm="model.final_layernorm",
+    branches=((MAMBA,), (SELF_ATTENTION,), (_FF_DENSE,)),
+    bias_switch={"mlp": "mlp_bias"},
+)
+_MIXER_SHARED = {"shared.out": Matrix("mixer.shared_experts.down_proj")}
+_MIXER_NORM = {"attn.in": "norm", "mlp.in": "norm", "router": "norm"}
+NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
+    HYBRID,
+    embeds=("model.embeddings",),
+    final_norm="model.norm_f",
+    branches=(
+        (
+            Branch(
+                "Mamba 2",
+                at="mixer.out_proj",
+                writers={"attn.out": ("mixer.out_proj", "linear")},
+                readers={"attn.in": ("mixer.in_proj",)},
+                pre_norm=_MIXER_NORM,
+                heads=False,
+                inner=("mixer.conv1d.weight",),
+            ),
+            Branch(
+                "attention",
+                at="mixer.o_proj",
+                writers={"attn.out": ("mixer.o_proj", "linear")},
+                readers={"attn.in": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj")},
+                pre_norm=_MIXER_NORM,
+            ),
+            Branch(
+                "MLP",
+                at="mixer.down_proj",
+                writers={"mlp.out": ("mixer.down_proj", "linear")},
+                readers={"mlp.in": ("mixer.up_proj",)},
+                pre_norm=_MIXER_NORM,
+            ),
+            Branch(  # routed experts work in a narrower space: what leaves it writes for them all
+                "latent and shared experts",
+                at="mixer.fc2_latent_proj.weight",
+                writers={"expert.out": ("mixer.fc2_latent_proj", "linear"), **_MIXER_SHARED},
+                readers={
+                    "mlp.in": ("mixer.fc1_latent_proj", "mixer.shared_experts.up_proj"),
+                    "router": ("mixer.gate",),
+                },
+                pre_norm=_MIXER_NORM,
+                inner=("mixer.experts.up_proj", "mixer.experts.down_proj"),
+            ),
+            Branch(
+                "routed and shared experts",
+                at="mixer.experts",
+                writers={"expert.out": Matrix("mixer.experts", "stack", "down_proj"), **_MIXER_SHARED},
+                readers={
+                    "mlp.in": (Matrix("mixer.experts", "stack", "up_proj"), "mixer.shared_experts.up_proj"),
+                    "router": ("mixer.gate",),
+                },
+                pre_norm=_MIXER_NORM,
+            ),
+        ),
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------ Gemma 4, text and vision
+def _gemma4_refusal(config: PreTrainedConfig) -> str:
+    if config.enable_moe_block:
+        return "enable_moe_block puts two norms one behind the other between the experts and the stream"
+    return ""
+
+
+def _gemma4_attention(*reads: str) -> Branch:
+    at = reads[-1]
+    return Branch("attention", at=f"self_attn.{at}", readers={"attn.in": tuple(f"self_attn.{r}" for r in reads)}, pre_norm=_IN)
+
+
+GEMMA4 = replace(
+    GEMMA2,
+    norm="rms",
+    readers={"mlp.in": GEMMA2.readers["mlp.in"]},
+    pre_norm={"mlp.in": "pre_feedforward_layernorm"},
+    branches=(
+        (  # keys may serve as values, and late layers may share those of an earlier one
+            _gemma4_attention("q_proj", "k_proj", "v_proj"),
+            _gemma4_attention("q_proj", "k_proj"),
+            _gemma4_attention("q_proj"),
+        ),
+        (
+            Branch(
+                "per-layer embeddings",
+                at="per_layer_projection",
+                writers={"mlp.out": ("per_layer_projection", "linear")},
+                readers={"mlp.in": ("per_layer_input_gate",)},
+                post_norm={"mlp.out": "post_per_layer_input_norm"},
+            ),
+            Branch("", at=""),
+        ),
+    ),
+    beside=("model.embed_tokens_per_layer.weight", "model.per_layer_model_projection.weight"),
+    refusal=_gemma4_refusal,
+    scales_stream=True,
+    bias_switch={},
+)
+
+
+def _in_vision(family: Family) -> Family:
+    """The same text model inside one that sees. What images write enters with the embeddings, and is not edited."""
+
+
+    def inside(path: str) -> str:
+        return f"model.language_model.{path.removeprefix('model.')}"
+
+    return replace(
+        family,
+        layers=inside(family.layers),
+        final_norm=inside(family.final_norm),
+        embeds=tuple(map(inside, family.embeds)),
+        bias_switch={},
+    )
+
+
+def _gemma3n_refusal(config: PreTrainedConfig) -> str:
+    return "its blocks mix four streams (AltUp), where edits here are of one"
+
+
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
     "mistral": replace(LLAMA, bias_switch={}),
@@ -271,5 +530,19 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": replace(ATTENTION, branches=((DENSE, DEEPSEEK_MOE),), bias_switch={}),
     "gpt_oss": GPT_OSS,
     "granitemoe": replace(ATTENTION, branches=((GRANITE_EXPERTS,),)),
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5,
+    "granitemoehybrid": GRANITE_HYBRID,
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "jamba": JAMBA,
+    "falcon_h1": FALCON_H1,
+    "nemotron_h": NEMOTRON_H,
+    "gemma4_text": GEMMA4,
+    "gemma3": _in_vision(GEMMA2),
+    "qwen2_vl": _in_vision(LLAMA),
+    "qwen2_5_vl": _in_vision(LLAMA),
+    "qwen3_vl": _in_vision(LLAMA),
 }
 """By `config.model_type`."""

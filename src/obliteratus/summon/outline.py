@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
 from obliteratus.summon.experts import replaced
 from obliteratus.summon.files import check_weights, locate
-from obliteratus.summon.open import DTYPES, dtype_of, read_config
+from obliteratus.summon.open import DTYPES, dtype_of, loader_of, read_config
 from obliteratus.types import Site
 
 
@@ -48,7 +48,7 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
     family = family_of(config)
     kind = _dtype(config, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+        model = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     sites = find_sites(model, family)
     n_params = sum(parameter.numel() for parameter in model.parameters())
     return Outline(
