@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.summon.anatomy import coverage, family_of, find_sites, gain_of, is_tied
-from obliteratus.summon.families import FAMILIES, Family
+from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Family
 from obliteratus.summon.outline import outline
 from obliteratus.summon.selftest import self_test
 
@@ -35,7 +35,8 @@ def test_coverage_is_whole(name: str) -> None:
     family = family_of(model.config)
     found = coverage(model, find_sites(model, family), family)
     assert (found.share, found.paths, found.unclaimed) == (1.0, (), 0)
-    backbone = [p for n, p in model.named_parameters() if p.ndim > 1 and n != "lm_head.weight" and "bias" not in n]
+    eyes = ("lm_head", "model.vision", "model.visual", "model.multi_modal")
+    backbone = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(eyes) and "bias" not in n]
     assert found.writers + found.readers + found.inner == sum(p.numel() for p in backbone)
     assert found.to_dict()["share"] == 1.0
 
@@ -125,8 +126,14 @@ def test_a_writer_that_does_nothing_is_caught() -> None:
 def test_unknown_architecture_names_what_is_missing() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'bloom' is not known .*families\.FAMILIES; add one"):
         family_of(AutoConfig.for_model("bloom"))
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is not known .*near: .*gemma3_text"):
-        family_of(AutoConfig.for_model("gemma3"))
+    with pytest.raises(UnsupportedModelError, match=r"'granite' is not known .*near: .*granitemoe"):
+        family_of(AutoConfig.for_model("granite"))
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_architectures_that_were_looked_at_say_why_not(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' models are not supported: its blocks"):
+        family_of(AutoConfig.for_model(name))
 
 
 @pytest.mark.parametrize(

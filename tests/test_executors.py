@@ -95,12 +95,17 @@ EXECUTORS: dict[str, Callable[[Subject, Plan, Path], Tensor]] = {
     "adapter": by_adapter,
     "reloaded": by_saving,
 }
+NO_ADAPTER = ("falcon_h1", "nemotron_h", "nemotron_h_latent")
 STACKED = {name for name in NAMES if any(site.stacked for site in opened(name).sites)}
 
 
 def executors(names: Iterable[str]) -> list[tuple[str, str]]:
     """Names with each executor that they have: an adapter holds no stack."""
-    return [(n, e) for n in names for e in EXECUTORS if e != "adapter" or CASES.get(n, (n,))[0] not in STACKED]
+    return [(n, e) for n in names for e in EXECUTORS if e != "adapter" or has_adapter(CASES.get(n, (n,))[0])]
+
+
+def has_adapter(name: str) -> bool:
+    return name not in STACKED and name not in NO_ADAPTER
 
 
 # ----------------------------------------------------------------------------------------- they agree
@@ -179,7 +184,7 @@ def test_anchored_without_a_bias_is_no_merged_model(name: str, rule: str, make_p
     with pytest.raises(UserError, match=r"needs a bias and .* has none"):
         save(subject, plan, run_of(subject), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    if name not in STACKED:
+    if has_adapter(name):
         torch.testing.assert_close(by_adapter(subject, plan, tmp_path), live(subject, plan), **CLOSE)
 
 
@@ -213,6 +218,13 @@ def test_other_forms_pass_their_rescore(case: str, form: Any, make_plan: PlanMak
     run = save(subject, make_plan(subject, parts), run_of(subject), tmp_path / "out", form=form)
     assert run.saved["rescore"]["max_kl"] < 1e-6
     assert torch.equal(logits(subject.model), before)  # PEFT is off again
+
+
+@pytest.mark.parametrize(("name", "why"), [("mixtral", "holds all experts"), ("falcon_h1", "state spaces")])
+def test_what_an_adapter_cannot_hold_is_said(name: str, why: str, make_plan: PlanMaker, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{why}.*use --save merged or plan"):
+        save_adapter(opened(name), make_plan(opened(name)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_of_too_low_a_rank_disagrees(make_plan: PlanMaker, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ _QWEN3_EYE = {
     **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
 }
 
+_UNTIED = {"tie_word_embeddings": False}
+
 # name: (model_type, configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_GQA, "num_hidden_layers": 3}),
@@ -146,13 +148,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", {**_NEMOTRON, "layers_block_type": _MIXERS}),
     "nemotron_h_latent": (
         "nemotron_h",
-        {**_NEMOTRON, "layers_block_type": ["linear_attention", "moe"], "moe_latent_size": 16},
+        {**_NEMOTRON, "layers_block_type": ["full_attention", "moe"], "moe_latent_size": 16},
     ),
     "gemma4_text": ("gemma4_text", {**_GEMMA4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1}),
-    "gemma3": ("gemma3", {"text_config": {**_SANDWICH, "layer_types": _TYPES}, "vision_config": _SIGLIP}),
-    "qwen2_vl": ("qwen2_vl", {"text_config": {**_GQA, **_MROPE}, "vision_config": _QWEN_EYE}),
-    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": {**_GQA, **_MROPE}, "vision_config": _QWEN_EYE}),
-    "qwen3_vl": ("qwen3_vl", {"text_config": {**_GQA, **_WIDE, **_MROPE3}, "vision_config": _QWEN3_EYE}),
+    "gemma3": ("gemma3", {**_UNTIED, "text_config": {**_SANDWICH, "layer_types": _TYPES}, "vision_config": _SIGLIP}),
+    "qwen2_vl": ("qwen2_vl", {**_UNTIED, "text_config": {**_GQA, **_MROPE}, "vision_config": _QWEN_EYE}),
+    "qwen2_5_vl": ("qwen2_5_vl", {**_UNTIED, "text_config": {**_GQA, **_MROPE}, "vision_config": _QWEN_EYE}),
+    "qwen3_vl": ("qwen3_vl", {**_UNTIED, "text_config": {**_GQA, **_WIDE, **_MROPE3}, "vision_config": _QWEN3_EYE}),
 }
 
 

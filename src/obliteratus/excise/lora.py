@@ -32,7 +32,7 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     Returns ``rank`` and ``error``: the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites.
     """
     check_fits(subject, plan)
-    _check_layouts(plan)
+    _check_layouts(subject, plan)
     tensors, ranks, errors, biased = {}, [], [0.0], False
     for edits in plan.by_site().values():
         path = edits[0].site.path
@@ -51,8 +51,17 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     return {"rank": float(rank), "error": max(errors)}
 
 
-def _check_layouts(plan: Plan) -> None:
+# PEFT refuses adapters on what their state spaces write: kernels read that weight past its module.
+NO_OUT_PROJ = ("falcon_h1", "nemotron_h")
+
+
+def _check_layouts(subject: Subject, plan: Plan) -> None:
     """PEFT keeps one low rank for each expert of a stack, in a layout of its own that is not written here."""
+    if subject.model.config.model_type in NO_OUT_PROJ:
+        raise UserError(
+            f"PEFT holds no adapter of a '{subject.model.config.model_type}' model's state spaces; "
+            "use --save merged or plan"
+        )
     if stacked := next((change.site.parameter for change in plan.edits if change.site.stacked), None):
         raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
-from obliteratus.summon.families import FAMILIES, Branch, Family, Matrix
+from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
 from obliteratus.types import Layout, Role, Site, Subject
 
 
@@ -25,6 +25,8 @@ from obliteratus.types import Layout, Role, Site, Subject
 def family_of(config: PreTrainedConfig) -> Family:
     """The declaration for this configuration; UnsupportedModelError where there is none that fits."""
     name = config.model_type
+    if name in UNSUPPORTED:
+        raise UnsupportedModelError(f"'{name}' models are not supported: {UNSUPPORTED[name]}")
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=3) or sorted(FAMILIES)
         raise UnsupportedModelError(
@@ -134,6 +136,13 @@ def _module(model: PreTrainedModel, path: str) -> nn.Module:
             "mend its entry in families.FAMILIES, or try the transformers version that it was written for"
         ) from error
     return module
+
+
+def has_heads(family: Family, site: Site) -> bool:
+    """Whether this is what attention writes, head beside head; not what another mixer does in its place."""
+    branches = (branch for choice in family.branches for branch in choice if not branch.heads)
+    others = {Matrix(*branch.writers["attn.out"]).path for branch in branches}
+    return site.part == "attn.out" and not any(site.path.endswith(f".{path}") for path in others)
 
 
 def width_of(model: PreTrainedModel) -> int:

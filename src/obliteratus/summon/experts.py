@@ -34,6 +34,11 @@ class Replaced:
             vars(self.module)["forward"] = self.before
 
 
+def is_stack(module: nn.Module) -> bool:
+    """Whether transformers has marked it as experts in one tensor."""
+    return "has_gate" in vars(module)
+
+
 def replaced(module: nn.Module, forward: Forward) -> Replaced:
     """The module's hooks still run. No weight is copied."""
     handle = Replaced(module, vars(module).get("forward"))

@@ -499,10 +499,6 @@ def _in_vision(family: Family) -> Family:
     )
 
 
-def _gemma3n_refusal(config: PreTrainedConfig) -> str:
-    return "its blocks mix four streams (AltUp), where edits here are of one"
-
-
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
     "mistral": replace(LLAMA, bias_switch={}),
@@ -546,3 +542,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _in_vision(LLAMA),
 }
 """By `config.model_type`."""
+
+UNSUPPORTED: dict[str, str] = {
+    "gemma3n": "its blocks mix four streams (AltUp), where an edit here is of one",
+    "gemma3n_text": "its blocks mix four streams (AltUp), where an edit here is of one",
+}
+"""Architectures that were looked at and have no entry: why."""

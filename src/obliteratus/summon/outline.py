@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
-from obliteratus.summon.experts import replaced
+from obliteratus.summon.experts import is_stack, replaced
+from obliteratus.summon.families import Family
 from obliteratus.summon.files import check_weights, locate
 from obliteratus.summon.open import DTYPES, dtype_of, loader_of, read_config
 from obliteratus.types import Site
@@ -63,7 +65,7 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
         coverage=coverage(model, sites, family),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
-        kv_bytes_per_token=_kv_values(model, sites) * kind.itemsize,
+        kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
     )
 
 
@@ -74,14 +76,16 @@ def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
     return kind if isinstance(kind, torch.dtype) else DTYPES[kind]
 
 
-def _kv_values(model: PreTrainedModel, sites: Sequence[Site]) -> int:
+def _kv_values(model: PreTrainedModel, family: Family) -> int:
     """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention. States that do not
     grow with the tokens, of state spaces and convolutions, are left out."""
-    for site in sites:
-        if site.stacked:  # which experts are chosen is in values, which there are none of
-            replaced(model.get_submodule(site.path), lambda x, *routing: x)
-    token = torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")
+    for module in model.modules():
+        if is_stack(module):  # which experts are chosen is in values, which there are none of
+            replaced(module, lambda x, *routing: x)
+    token: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")}
+    if family.beside:  # tables beside the embeddings are looked up by the token's number
+        token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}
     with torch.no_grad():
-        cache = model(inputs_embeds=token, use_cache=True).past_key_values
+        cache = model(**token, use_cache=True).past_key_values
     growing = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return sum(layer.keys.numel() + layer.values.numel() for layer in growing if layer.is_initialized)
