@@ -141,7 +141,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbled config": (lambda f: (f / "config.json").write_text("{"), "configuration cannot be read: .*JSON"),
     "impossible config": (lambda f: rewrite_config(f, hidden_size=33), "configuration cannot be read: .*33"),
     "unknown to transformers": (lambda f: rewrite_config(f, model_type="novel"), "'?`?novel"),
-    "unknown to us": (lambda f: rewrite_config(f, model_type="bloom"), "no entry in anatomy.FAMILIES"),
+    "unknown to us": (lambda f: rewrite_config(f, model_type="bloom"), "no entry in families.FAMILIES"),
     "pickles": (only_pickles, r"pickled weights \(pytorch_model.bin\); only safetensors and GGUF are read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "truncated": (

@@ -20,7 +20,7 @@ def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
     for site in subject.sites:
         if site.role == "reads" and site.part not in read:  # readers are edited only where that was asked for
             continue
-        hit = site.path in touched
+        hit = site.parameter in touched
         parts[site.part]["found"] += 1
         parts[site.part]["edited"] += hit
         if not hit:
@@ -28,7 +28,7 @@ def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
         if site.role == "reads":
             continue
         size = _size(subject, site)
-        total, reached = total + size, reached + size * _share(subject, site, touched.get(site.path, ()))
+        total, reached = total + size, reached + size * _share(subject, site, touched.get(site.parameter, ()))
     known = coverage(subject.model, subject.sites, family_of(subject.model.config))
     return {
         "parts": dict(parts),
@@ -52,4 +52,4 @@ def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
 
 
 def _size(subject: Subject, site: Site) -> int:
-    return subject.module(site.path).get_parameter("weight").numel()
+    return subject.module(site.path).get_parameter(site.weight).numel()

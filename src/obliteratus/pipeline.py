@@ -33,6 +33,7 @@ from obliteratus.types import (
     Score,
     Step,
     Subject,
+    asked,
 )
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
@@ -156,10 +157,10 @@ def still_refused(store: Store, number: int, subject: Subject, plan: Plan, searc
 
 def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe) -> Activations:
     """PROBE as a stage."""
-    anchored = recipe.excise.parts if recipe.excise.anchored else ()
+    anchored = [p for part in recipe.excise.parts for p in asked(part)] if recipe.excise.anchored else []
     taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
-    wanted = ("mlp.out",) if recipe.excise.neurons is not None else ()
-    feeds = [s.path for s in subject.sites if s.part in wanted]
+    wanted = asked("mlp.out") if recipe.excise.neurons is not None else ()
+    feeds = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
     return store.stage(
         stage, lambda: probe(subject, fit, recipe.probe, taps, feeds), save_activations, load_activations
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from obliteratus.shapes import Float, Int
 
 Role = Literal["writes", "reads"]
-Layout = Literal["linear", "conv1d", "embedding"]
+Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
 NormRule = Literal["none", "columns", "rows", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
 
@@ -94,18 +94,35 @@ class Site:
     layer: int
     """Decoder block; −1 for embeddings, L for the unembedding."""
     part: str
-    """``embed``, ``attn.out``, ``mlp.out``, ``attn.in``, ``mlp.in`` or ``unembed``."""
+    """A name in `WRITERS` or `READERS`. ``attn.out`` is what a block's mixer writes, be it attention, a convolution, a
+    delta net or a state space; ``mlp.out`` the dense MLP's, ``expert.out`` the routed and ``shared.out`` the shared
+    experts'. See `asked`."""
     role: Role
     """``writes`` into the residual stream (edited at its output) or ``reads`` it (edited at its input)."""
     layout: Layout
-    """How the weight is stored: ``linear`` [out, in], ``conv1d`` [in, out], ``embedding`` [rows, width]."""
+    """How the weight is stored: ``linear`` [out, in], ``conv1d`` [in, out], ``embedding`` [rows, width]; all experts in
+    one tensor: ``stack`` [experts, out, in], ``stack_t`` [experts, in, out]."""
     gain: str | None = None
     """Path of the norm that stands between this matrix and the stream, if one does."""
     norm: NormKind = "rms"
     """That norm's form: ``rms`` (gain w), ``rms+1`` (gain 1 + w, Gemma), ``layer`` (gain w, and centres)."""
     expert: int | None = None
+    """Which expert of a stack alone is meant; None is all of them."""
     span: tuple[int, int] | None = None
     """Columns (start, stop) of W as [out, in], where only what these inputs write is edited: those of one head."""
+    weight: str = "weight"
+    """The matrix's own name inside the module."""
+    bias: str = "bias"
+    """Its bias's, if it has one."""
+
+    @property
+    def parameter(self) -> str:
+        """Where the matrix is in the model: what tells sites apart, for one module may hold two."""
+        return f"{self.path}.{self.weight}"
+
+    @property
+    def stacked(self) -> bool:
+        return self.layout in ("stack", "stack_t")
 
     @property
     def stream(self) -> int:
@@ -268,9 +285,9 @@ class Plan:
         return Plan(self.edits + other.edits, other.model or self.model)
 
     def by_site(self) -> dict[str, tuple[Change, ...]]:
-        """Changes grouped by site path, in their order."""
-        paths = dict.fromkeys(e.site.path for e in self.edits)
-        return {path: tuple(e for e in self.edits if e.site.path == path) for path in paths}
+        """Changes grouped by `Site.parameter`, in their order."""
+        names = dict.fromkeys(e.site.parameter for e in self.edits)
+        return {name: tuple(e for e in self.edits if e.site.parameter == name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------- recipe
@@ -300,15 +317,23 @@ class Probe(Frozen):
     """``rows`` keeps every prompt (SVD needs them), ``moments`` only running means: O(layers × width) memory."""
 
 
-WRITERS = frozenset({"embed", "attn.out", "mlp.out", "expert.out"})
+WRITERS = frozenset({"embed", "attn.out", "mlp.out", "expert.out", "shared.out"})
 READERS = frozenset({"attn.in", "mlp.in", "router", "unembed"})
+EXPERTS = ("expert.out", "shared.out")
+
+
+def asked(part: str) -> tuple[str, ...]:
+    """The parts of sites that a recipe's part stands for: ``mlp.out`` is all that the feed-forward half writes, so a
+    recipe edits the experts of a model that has some in place of a dense MLP, or beside one."""
+    return (part, *EXPERTS) if part == "mlp.out" else (part,)
 
 
 class Excise(Frozen):
     """How the directions become edits."""
 
     parts: tuple[str, ...] = ("attn.out", "mlp.out")
-    """Writers (attn.out, mlp.out, embed) and, if wanted, readers (attn.in, mlp.in, unembed)."""
+    """Writers (attn.out, mlp.out, embed) and, if wanted, readers (attn.in, mlp.in, router, unembed). mlp.out takes
+    experts in; expert.out and shared.out alone are the routed and the shared ones."""
     strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream is noise on every model tried
     norm: NormRule = "none"
     anchored: bool = False

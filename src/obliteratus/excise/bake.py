@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from obliteratus.errors import UserError
-from obliteratus.excise.change import needs_bias, new_bias, new_weight
+from obliteratus.excise.change import at, needs_bias, new_bias, new_weight
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.anatomy import family_of
-from obliteratus.summon.codec import read_bias, stored
+from obliteratus.summon.codec import each, has_bias, read_bias, rows, stored
 from obliteratus.types import Change, Plan, Shift, Site, Subject
 
 Lazy = Callable[[], Tensor]
@@ -27,52 +28,79 @@ def baked(subject: Subject, plan: Plan) -> dict[str, Lazy]:
     """
     check_fits(subject, plan)
     result: dict[str, Lazy] = _zeros(subject, bias_switches(subject, plan))
-    for path, edits in plan.by_site().items():
-        module = subject.module(path)
-        result[f"{path}.weight"] = _weight(module, edits)
-        bias = new_bias(module, edits)
+    for name, edits in plan.by_site().items():
+        site = edits[0].site
+        module = subject.module(site.path)
+        result[name] = _weight(module, edits)
+        bias = _bias(module, edits)
         if bias is not None:
-            result[f"{path}.bias"] = _value(bias, module)
+            result[f"{site.path}.{site.bias}"] = _value(bias, module, site)
     return result
 
 
 def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
     """``attn`` or ``mlp`` → configuration key to set, for each half that gets biases it does not have."""
     found: dict[str, str] = {}
-    switch = family_of(subject.model.config).bias_switch
-    for edit in plan.edits:
-        if not needs_bias(edit) or read_bias(subject.module(edit.site.path), edit.site) is not None:
-            continue
+    family = family_of(subject.model.config)
+    for edit in filter(needs_bias, plan.edits):
+        there = has_bias(subject.module(edit.site.path), edit.site)
         half = edit.site.part.partition(".")[0]
-        if half not in switch:
+        if there and edit.site.stacked and not family.routing_sums_to_one:
+            raise UserError(no_bias(edit, "one that routing does not scale"))
+        if not there and half not in family.bias_switch:
             raise UserError(no_bias(edit))
-        found[half] = switch[half]
+        if not there:
+            found[half] = family.bias_switch[half]
     return found
 
 
 def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
     """Zero biases for every site of those halves: the switch gives all of them one."""
     sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
-    widths = {f"{s.path}.bias": _outputs(subject.module(s.path), s) for s in sites}
+    widths = {f"{s.path}.{s.bias}": rows(subject.module(s.path), s) for s in sites}
     return {name: partial(torch.zeros, width, dtype=subject.model.dtype) for name, width in widths.items()}
 
 
-def _outputs(module: nn.Module, site: Site) -> int:
-    return module.get_parameter("weight").shape[0 if site.layout == "linear" else 1]
-
-
-def no_bias(change: Change) -> str:
+def no_bias(change: Change, what_kind: str = "a bias") -> str:
     """Why a plan cannot be merged, and what can be done."""
     what, option = ("steering", "steer=0") if isinstance(change, Shift) else ("an anchored edit", "anchored=false")
     return (
-        f"{what} needs a bias and {change.site.path} has none: the plan can only run live; "
+        f"{what} needs {what_kind} and {change.site.path} has none: the plan can only run live; "
         f"save it with --save plan or --save adapter, or set excise.{option}"
     )
 
 
 def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
-    return lambda: stored(new_weight(module, changes), changes[0].site, module.get_parameter("weight"))
+    site = changes[0].site
+    whole = module.get_parameter(site.weight)
+    return partial(_restacked, module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
 
 
-def _value(bias: Tensor, module: nn.Module) -> Lazy:
-    return lambda: bias.to(module.get_parameter("weight").dtype)
+def _new(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor) -> Tensor:
+    """One matrix as it is to be stored."""
+    mine = at(changes, site)
+    return stored(new_weight(module, mine), site, like) if mine else like.detach()
+
+
+def _restacked(module: nn.Module, changes: Sequence[Change], whole: Tensor) -> Tensor:
+    """All experts, edited one by one."""
+    result = torch.empty_like(whole, requires_grad=False)
+    for expert, site in enumerate(each(module, replace(changes[0].site, expert=None))):
+        result[expert] = _new(module, changes, site, whole[expert])
+    return result
+
+
+def _bias(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
+    """The bias after all changes; of a stack, one for each expert."""
+    site = changes[0].site
+    if not site.stacked:
+        return new_bias(module, changes)
+    if not has_bias(module, site):
+        return None
+    mine = ((at(changes, one), one) for one in each(module, replace(site, expert=None)))
+    made = (new_bias(module, own) if own else read_bias(module, one) for own, one in mine)
+    return torch.stack([bias for bias in made if bias is not None])
+
+
+def _value(bias: Tensor, module: nn.Module, site: Site) -> Lazy:
+    return lambda: bias.to(module.get_parameter(site.weight).dtype)

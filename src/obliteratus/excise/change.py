@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import singledispatch
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.types import Change, Edit, Mask, Shift
+from obliteratus.types import Change, Edit, Mask, Shift, Site
 
 Matrix = Float[Tensor, "out in"]
 Bias = Float[Tensor, " out"]
@@ -85,8 +86,14 @@ def needs_bias(change: Change) -> bool:
     return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
 
 
+def at(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
+    """The changes that one matrix gets, in their order: of a stack, those of all experts and of this one."""
+    mine = (c for c in changes if c.site.expert in (None, site.expert))
+    return tuple(replace(c, site=replace(c.site, expert=site.expert)) for c in mine)
+
+
 def new_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
-    """The matrix after all changes, fp32 (fp64 where stored so)."""
+    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `at` one expert."""
     weight = read_weight(module, changes[0].site)
     for change in changes:
         weight = changed(change, weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.anatomy import family_of, has_heads
 from obliteratus.summon.codec import read_weight
 from obliteratus.types import Edit, Subject
 
@@ -26,17 +27,19 @@ def attribution(weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], 
 
 
 def on_heads(subject: Subject, edits: Sequence[Edit], share: float) -> tuple[Edit, ...]:
-    """Each edit of an attention output as one edit for each of its top ``share`` of heads; the others as they are.
+    """Each edit of an attention output as one edit for each of its top ``share`` of heads; the others as they are, and
+    so those of what stands in attention's place in some blocks of a hybrid.
 
     Attribution is of the model's own weights, also where earlier passes have edits on the same site.
     """
-    parts = ((_split(subject, e, share) if e.site.part == "attn.out" else (e,)) for e in edits)
+    family = family_of(subject.model.config)
+    parts = ((_split(subject, e, share) if has_heads(family, e.site) else (e,)) for e in edits)
     return tuple(edit for part in parts for edit in part)
 
 
 def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
     weight = read_weight(subject.module(edit.site.path), edit.site)
-    heads = int(subject.model.config.num_attention_heads)
+    heads = int(subject.model.config.get_text_config().num_attention_heads)
     size, rest = divmod(weight.shape[1], heads)
     if rest:
         raise UnsupportedModelError(

@@ -1,6 +1,7 @@
 """A plan as live hooks: exact, O(width) a token, no weight copied or dequantised, undone by leaving the block.
 
-Only an edit of one head under a norm rule holds more: the difference of that head's columns.
+Only an edit of one head under a norm rule holds more: the difference of that head's columns; and a norm rule on a
+stack of experts: a factor for each of their inputs.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.change import changed, new_bias
+from obliteratus.excise.change import at, changed, new_bias
 from obliteratus.excise.linear import Scales, measure, restretched, scales
 from obliteratus.excise.plan import check_fits
-from obliteratus.summon.codec import columns, read_bias, read_weight
-from obliteratus.types import Change, Edit, Mask, Plan, Shift, Subject
+from obliteratus.summon.codec import columns, each, read_bias, read_weight
+from obliteratus.summon.experts import Forward, Replaced, replaced, run_experts
+from obliteratus.types import Change, Edit, Mask, Plan, Shift, Site, Subject
 
 
 @contextmanager
@@ -28,11 +30,11 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     """Inside, the model computes as if the plan were baked into it; afterwards it is untouched, bit for bit."""
     if plan.edits:
         check_fits(subject, plan)
-    handles: list[RemovableHandle] = []
+    handles: list[Removable] = []
     try:
-        for path, edits in plan.by_site().items():
-            module = subject.module(path)
-            handles += _attach(module, compiled(module, edits))
+        for edits in plan.by_site().values():
+            module = subject.module(edits[0].site.path)
+            handles += _attach(module, edits[0].site, compiled(module, edits))
         yield
     finally:
         for handle in handles:
@@ -52,6 +54,7 @@ def unedited() -> Iterator[None]:
 _STILL: ContextVar[bool] = ContextVar("still", default=False)
 Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
 """(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head look at arguments."""
+Removable = RemovableHandle | Replaced
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,37 @@ class Live:
     """b, taken off first; None where that makes no difference."""
     after: Tensor | None
     """b′, added last."""
+    experts: tuple[Live | None, ...] = ()
+    """Of a stack whose experts are not all changed alike: what each of them gets, in place of all else."""
 
 
 def compiled(module: nn.Module, changes: Sequence[Change]) -> Live:
-    """Changes of one site, ready to be made. The weight is read only where a norm rule needs its lengths, or a head its
+    """Changes of one site, ready to be made; see `_one` and `_stack`."""
+    return _stack(module, changes) if changes[0].site.stacked else _one(module, changes)
+
+
+def _stack(module: nn.Module, changes: Sequence[Change]) -> Live:
+    """Experts that lose the same lose it in their weighted sum, biases included. Else each is changed apart."""
+    alike = all(_plain(change) and change.site.expert is None for change in changes)
+    if changes[0].site.role == "reads" and alike:
+        return _one(module, changes)
+    if alike:
+        return Live(tuple(_summed(change, _device(module)) for change in changes), (), None, None, None)
+    sites = each(module, replace(changes[0].site, expert=None))
+    mine = (at(changes, site) for site in sites)
+    return Live((), (), None, None, None, tuple(_one(module, own) if own else None for own in mine))
+
+
+def _summed(change: Change, device: torch.device) -> Op:
+    """A change of all experts' weighted sum."""
+    if not isinstance(change, Shift):
+        return _reading(change, device)
+    vector = change.vector.to(device, torch.float32)
+    return lambda y, args: y + vector
+
+
+def _one(module: nn.Module, changes: Sequence[Change]) -> Live:
+    """Changes of one matrix, ready to be made. The weight is read only where a norm rule needs its lengths, or a head its
     columns; one matrix at a time."""
     site = changes[0].site
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
@@ -101,8 +131,8 @@ def _moves_bias(change: Change) -> bool:
 
 
 def _reading(change: Change, device: torch.device) -> Op:
-    """An edit of what a reader is given: x ← x − s((x − μ) Aᵀ)B."""
-    assert isinstance(change, Edit), "masks and shifts are for writers"
+    """An edit of a vector as it is, such as what a reader is given: x ← x − s((x − μ) Aᵀ)B."""
+    assert isinstance(change, Edit), "masks and shifts are for writers, masks for single matrices"
     basis, along = (x.to(device, torch.float32) for x in (change.basis, change.along))
     anchor = None if change.anchor is None else change.anchor.to(device, torch.float32)
 
@@ -182,11 +212,36 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
-def _attach(module: nn.Module, live: Live) -> list[RemovableHandle]:
-    handles = [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
+def _attach(module: nn.Module, site: Site, live: Live) -> list[Removable]:
+    if live.experts:
+        return [replaced(module, _experts_forward(module, site, live))]
+    handles: list[Removable] = [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
     if live.inputs is not None or live.feeds:
         handles.append(module.register_forward_pre_hook(_input_hook(live)))
     return handles
+
+
+def _experts_forward(module: nn.Module, site: Site, live: Live) -> Forward:
+    own = module.forward
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return own(x, chosen, weights) if _STILL.get() else changed_experts(module, site, live, (x, chosen, weights))
+
+    return forward
+
+
+def changed_experts(module: nn.Module, site: Site, live: Live, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What the experts make of what they are given, each under its own changes."""
+
+    def feed(expert: int, h: Tensor) -> Tensor:
+        mine = live.experts[expert]
+        return h if mine is None else fed(h, mine)
+
+    def change(expert: int, h: Tensor, y: Tensor) -> Tensor:
+        mine = live.experts[expert]
+        return y if mine is None else edited(y.float(), (h,), mine).to(y.dtype)
+
+    return run_experts(module, site, given, feed, change)
 
 
 def _input_hook(live: Live) -> Callable[..., Any]:

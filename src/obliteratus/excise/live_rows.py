@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.live import Live, compiled, edited, fed
+from obliteratus.excise.live import Live, Removable, changed_experts, compiled, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float, Int
+from obliteratus.summon.experts import Forward, replaced
 from obliteratus.summon.variants import variants_of_pass, varied
-from obliteratus.types import Change, Edit, Plan, Subject
+from obliteratus.types import Change, Edit, Plan, Site, Subject
 
 Changed = Callable[[Tensor, tuple[Any, ...], Tensor], Tensor]
 """(values [tokens, width], the module's arguments, which plan each token is under [tokens]) → values."""
@@ -39,11 +40,12 @@ def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int])
         if plan.edits:
             check_fits(subject, plan)
     sites = [plan.by_site() for plan in plans]
-    handles: list[RemovableHandle] = []
+    handles: list[Removable] = []
     try:
-        for path in dict.fromkeys(path for site in sites for path in site):
-            module = subject.module(path)
-            handles += _attach(module, [site.get(path, ()) for site in sites])
+        for name in dict.fromkeys(name for site in sites for name in site):
+            changes = [site.get(name, ()) for site in sites]
+            path = next(c for of_plan in changes for c in of_plan).site.path
+            handles += _attach(subject.module(path), changes)
         with varied(of_row):
             yield
     finally:
@@ -51,14 +53,17 @@ def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int])
             handle.remove()
 
 
-def _attach(module: nn.Module, changes: Sequence[Sequence[Change]]) -> list[RemovableHandle]:
+def _attach(module: nn.Module, changes: Sequence[Sequence[Change]]) -> list[Removable]:
     """changes: of one site, by plan."""
+    first = next(c for of_plan in changes for c in of_plan).site
     shared = _shared(changes, next(module.parameters()).device)
-    reads = next(c for of_plan in changes for c in of_plan).site.role == "reads"
+    reads = first.role == "reads"
     if shared is not None:
         return [_before(module, _in_turn(shared[::-1])) if reads else _after(module, _in_turn(shared))]
     lives = [compiled(module, of_plan) if of_plan else None for of_plan in changes]
-    handles = []
+    handles: list[Removable] = []
+    if any(live is not None and live.experts for live in lives):
+        handles.append(replaced(module, _experts_forward(module, first, lives)))
     if any(live is not None and (live.ops or live.after is not None) for live in lives):
         handles.append(_after(module, _grouped(lives, edited)))
     if any(live is not None and (live.feeds or live.inputs is not None) for live in lives):
@@ -101,7 +106,11 @@ def _shared(changes: Sequence[Sequence[Change]], device: torch.device) -> list[_
 def _alike(changes: Sequence[Change | None]) -> TypeGuard[Sequence[Edit | None]]:
     """Whether all are edits along the same directions. Norm rules are not linear in the strength; heads see inputs."""
     there = [c for c in changes if c is not None]
-    return all(isinstance(c, Edit) and c.norm == "none" and c.site.span is None and _same(c, there[0]) for c in there)
+    return all(isinstance(c, Edit) and _simple(c) and _same(c, there[0]) for c in there)
+
+
+def _simple(edit: Edit) -> bool:
+    return edit.norm == "none" and edit.site.span is None and edit.site.expert is None
 
 
 def _same(edit: Edit, first: Change) -> bool:
@@ -133,6 +142,24 @@ def _grouped(lives: Sequence[Live | None], make: Callable[[Tensor, tuple[Any, ..
         return y
 
     return change
+
+
+def _experts_forward(module: nn.Module, site: Site, lives: Sequence[Live | None]) -> Forward:
+    """Each plan's tokens taken together, experts and their weights too."""
+    own = module.forward
+
+    def forward(*given: Tensor) -> Tensor:
+        plan = _of_token(variants_of_pass().to(given[0].device), len(given[0]))
+        result = torch.empty_like(given[0])
+        for i, live in enumerate(lives):
+            here = (plan == i).nonzero()[:, 0]
+            x, chosen, weights = (one[here] for one in given)
+            apart = live is not None and live.experts
+            made = changed_experts(module, site, live, (x, chosen, weights)) if apart else own(x, chosen, weights)
+            result[here] = made.to(result.dtype)
+        return result
+
+    return forward
 
 
 def _part(args: tuple[Any, ...], here: Tensor, tokens: int) -> tuple[Any, ...]:

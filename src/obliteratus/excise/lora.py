@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from obliteratus.errors import UserError
 from obliteratus.excise.change import bias_change, changed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float
@@ -31,8 +32,10 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     Returns ``rank`` and ``error``: the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites.
     """
     check_fits(subject, plan)
+    _check_layouts(subject, plan)
     tensors, ranks, errors, biased = {}, [], [0.0], False
-    for path, edits in plan.by_site().items():
+    for edits in plan.by_site().values():
+        path = edits[0].site.path
         (b, a), error = factors(subject.module(path), edits, max_rank)
         shift = bias_change(subject.module(path), edits)
         biased |= shift is not None
@@ -46,6 +49,21 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _config(subject, plan, rank, biased).save_pretrained(str(folder))
     return {"rank": float(rank), "error": max(errors)}
+
+
+# PEFT refuses adapters on what their state spaces write: kernels read that weight past its module.
+NO_OUT_PROJ = ("falcon_h1", "nemotron_h")
+
+
+def _check_layouts(subject: Subject, plan: Plan) -> None:
+    """PEFT keeps one low rank for each expert of a stack, in a layout of its own that is not written here."""
+    if subject.model.config.model_type in NO_OUT_PROJ:
+        raise UserError(
+            f"PEFT holds no adapter of a '{subject.model.config.model_type}' model's state spaces; "
+            "use --save merged or plan"
+        )
+    if stacked := next((change.site.parameter for change in plan.edits if change.site.stacked), None):
+        raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
 
 
 def factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
@@ -124,6 +142,6 @@ def _config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig
         lora_alpha=rank,  # PEFT scales by alpha / r: one
         lora_bias=biased,
         fan_in_fan_out=conv,
-        target_modules=sorted(plan.by_site()),
+        target_modules=sorted({change.site.path for change in plan.edits}),
         inference_mode=True,
     )

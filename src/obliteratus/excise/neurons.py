@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_weight
-from obliteratus.types import Activations, Change, Edit, Mask, Subject
+from obliteratus.types import Activations, Change, Edit, Mask, Subject, asked
 
 # A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
 # two do by chance. The cap on their number comes on top.
@@ -46,7 +46,7 @@ def masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: floa
     """
     found: list[Change] = []
     for edit in edits:
-        if edit.site.part != "mlp.out":
+        if edit.site.stacked or edit.site.part not in asked("mlp.out"):
             continue
         weight = read_weight(subject.module(edit.site.path), edit.site)
         active = acts.inputs["target"][edit.site.path] - acts.inputs["control"][edit.site.path]

@@ -20,8 +20,8 @@ from obliteratus.excise.neurons import masks
 from obliteratus.excise.steer import steering
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of, norm_bias_of
-from obliteratus.summon.codec import columns, read_bias
-from obliteratus.types import Activations, Change, Directions, Edit, Excise, Mask, Plan, Shift, Site, Subject
+from obliteratus.summon.codec import columns, has_bias
+from obliteratus.types import Activations, Change, Directions, Edit, Excise, Mask, Plan, Shift, Site, Subject, asked
 
 FILES = ("plan.safetensors", "plan.json")
 
@@ -40,11 +40,11 @@ def excise(
 
     weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``.
     """
-    _check_parts(subject.sites, options.parts)
+    wanted = _wanted(subject.sites, options.parts)
     edits = [
         _edit(subject, site, directions, float(weight) * options.strength, acts, options)
         for site, weight in zip(subject.sites, weights, strict=True)
-        if site.part in options.parts and float(weight) != 0
+        if site.part in wanted and float(weight) != 0
     ]
     found = tuple(edit for edit in edits if edit is not None)
     if not found:
@@ -58,12 +58,14 @@ def excise(
     return Plan((*edited, *more), subject.source.digest)
 
 
-def _check_parts(sites: Sequence[Site], parts: Sequence[str]) -> None:
+def _wanted(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
+    """The parts of sites that are asked for. Each that is named must be there."""
     there = {s.part for s in sites}
     for part in parts:
-        if part not in there:
+        if there.isdisjoint(asked(part)):
             known = ", ".join(sorted(there))
             raise NothingMatchedError(f"excise.parts: '{part}' names no part of this model; it has {known}")
+    return {part for name in parts for part in asked(name)}
 
 
 def _edit(
@@ -105,7 +107,7 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
     if gain is None or not len(rows):
         return Edit(site, rows.contiguous(), strength, covectors=oblique) if len(rows) else None
     along, basis = past_gain(rows if oblique is None else oblique, rows, gain.to(rows))
-    biased = read_bias(subject.module(site.path), site) is not None
+    biased = has_bias(subject.module(site.path), site)
     anchor = norm_bias_of(subject, site) if biased else None
     return Edit(site, basis.contiguous(), strength, anchor=anchor, covectors=along.contiguous())
 
@@ -158,10 +160,10 @@ def _loaded(item: dict[str, Any], held: dict[str, Tensor]) -> Change:
 
 
 def _check_rules(plan: Plan, folder: Path) -> None:
-    for path, changes in plan.by_site().items():
+    for name, changes in plan.by_site().items():
         rules = {c.norm for c in changes if isinstance(c, Edit)}
         if len(rules) > 1:
-            raise UserError(f"{folder}: two norm rules ({', '.join(sorted(rules))}) on {path}; a site has one")
+            raise UserError(f"{folder}: two norm rules ({', '.join(sorted(rules))}) on {name}; a site has one")
 
 
 def check_fits(subject: Subject, plan: Plan) -> None:
@@ -185,7 +187,7 @@ def _check_place(subject: Subject, change: Change) -> None:
         raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
     if isinstance(change, Mask):
         n = columns(subject.module(site.path), site)
-        if site.part != "mlp.out" or not bool(((change.neurons >= 0) & (change.neurons < n)).all()):
+        if site.stacked or site.part not in asked("mlp.out") or not bool(((change.neurons >= 0) & (change.neurons < n)).all()):
             raise UserError(f"the plan silences neurons that {site.path} has not; run the method again")
     if isinstance(change, Edit) and site.span is not None:
         _check_span(subject, change, site.span)

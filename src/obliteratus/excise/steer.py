@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from obliteratus.errors import UserError
-from obliteratus.types import Activations, Directions, Edit, Shift
+from obliteratus.types import Activations, Directions, Edit, Shift, asked
 
 
 def steering(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:
@@ -14,7 +14,7 @@ def steering(edits: Sequence[Edit], directions: Directions, acts: Activations, a
     Written by that layer's MLP, whose bias it becomes (arXiv:2308.10248, arXiv:2312.06681). Raises UserError where a
     norm stands between the MLP and the stream: what is added before a norm does not arrive as it was added.
     """
-    places = [e.site for e in edits if e.site.part == "mlp.out"]
+    places = [e.site for e in edits if e.site.part in asked("mlp.out")]
     if not places:
         raise UserError("excise.steer: no MLP is edited, so there is no layer to steer at; widen the weigh steps")
     site = max(places, key=lambda s: float(directions.score[s.stream]))

@@ -88,6 +88,8 @@ class GrowingLayer(DynamicLayer):
 
     def keep(self, target: Tensor, source: Tensor, rows: int) -> None:
         """Move the rows ``source`` into the places ``target`` and drop all beyond the first ``rows``."""
+        if not self.is_initialized:  # a block that uses another's keys and values
+            return
         for buffer in self.buffers:
             buffer[target, :, : self.slots] = buffer[source, :, : self.slots]
         self.buffers = [buffer[:rows] for buffer in self.buffers]

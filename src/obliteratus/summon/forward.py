@@ -17,6 +17,7 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
+from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
 from obliteratus.summon.capture import Capture, Taps, blocks
 from obliteratus.summon.lower import Lower
@@ -147,10 +148,16 @@ def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> 
     """Compute the shared prefix once, where that gives the same result."""
     n = common_prefix(ids, leave) if reuse and len(ids) > 1 else 0
     whole = Prompts(ids, 0, None, variants=variants_of(len(ids)))
-    if n < MIN_PREFIX:
+    if n < MIN_PREFIX or recurrent(subject):
         return whole
     prompts = replace(whole, rows=[row[n:] for row in ids], skipped=n, prefix=prefix_states(subject, ids[0][:n]))
     return prompts if _plain(subject) or _equal(subject, whole, prompts) else whole
+
+
+def recurrent(subject: Subject) -> bool:
+    """Whether anything but attention keeps states between tokens: there is no prefix of keys and values to share, and
+    padding would enter the states of what comes after it."""
+    return family_of(subject.model.config).recurrent
 
 
 def _plain(subject: Subject) -> bool:
@@ -161,7 +168,7 @@ def _plain(subject: Subject) -> bool:
 
 
 def _equal(subject: Subject, whole: Prompts, prompts: Prompts) -> bool:
-    """Windows and recurrent states: reuse only if the shortest and the longest row come out equal."""
+    """Windows: reuse only if the shortest and the longest row come out equal."""
     ends = whole.ends()
     states: list[Tensor] = []
     for trial in (prompts, whole):

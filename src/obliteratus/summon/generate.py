@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from obliteratus.progress import progress
 from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing
@@ -16,6 +17,7 @@ from obliteratus.summon.forward import (
     batched,
     halving,
     prepared,
+    recurrent,
     state_bytes,
     token_budget,
 )
@@ -82,9 +84,15 @@ def generate(
 
 
 def answer_groups(subject: Subject, prompts: Prompts, rows: Sequence[int], max_new: int) -> list[list[int]]:
-    """Rows that are written together, within `answer_budget` and `MAX_ROWS`."""
+    """Rows that are written together, within `answer_budget` and `MAX_ROWS`: of equal length where states recur."""
     lengths = [prompts.skipped + len(prompts.rows[row]) + max_new for row in rows]
-    return [[rows[i] for i in group] for group in batched(lengths, answer_budget(subject), MAX_ROWS)]
+    kinds = sorted(set(lengths), reverse=True) if recurrent(subject) else [0]
+    groups = []
+    for kind in kinds:
+        mine = [i for i, length in enumerate(lengths) if kind in (0, length)]
+        parts = batched([lengths[i] for i in mine], answer_budget(subject), MAX_ROWS)
+        groups += [[rows[mine[i]] for i in part] for part in parts]
+    return groups
 
 
 # On a CPU one more row costs a token's arithmetic, a step its reading of all weights: 42 ms + 1.25 ms a row on
@@ -147,6 +155,8 @@ def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -
 
     Returns the rows, ready to be written, and the logits of their first tokens [rows, vocabulary].
     """
+    if recurrent(subject):
+        return _prefill_alike(subject, prompts, rows)
     lengths = torch.tensor([len(prompts.rows[i]) for i in rows], device=subject.device)
     longest = int(lengths.max())
     slots = prompts.skipped + longest
@@ -158,10 +168,24 @@ def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -
         first += len(part)
     mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
     logits = torch.cat(parts)
-    tokens, positions = logits.argmax(-1, keepdim=True), (prompts.skipped + lengths)[:, None]
+    return _begun(prompts, rows, cache, mask, logits), logits
+
+
+def _prefill_alike(subject: Subject, prompts: Prompts, rows: list[int]) -> tuple[Batch, Tensor]:
+    """Prompts of one length pass together, unpadded, into the model's own kind of cache."""
+    lengths = {len(prompts.rows[i]) for i in rows}
+    assert len(lengths) == 1, "padding would enter recurrent states"
+    cache = DynamicCache(config=subject.model.config)
+    logits = last_logits(subject, prompts, rows, cache)
+    return _begun(prompts, rows, cache, torch.ones(len(rows), *lengths, dtype=torch.long), logits), logits
+
+
+def _begun(prompts: Prompts, rows: list[int], cache: Any, mask: Tensor, logits: Tensor) -> Batch:
+    lengths = torch.tensor([[prompts.skipped + len(prompts.rows[i])] for i in rows], device=logits.device)
     kinds = prompts.variants_of(rows)
     variants = None if kinds is None else torch.tensor(kinds)
-    return Batch(rows, cache, tokens, positions, mask, variants, set(rows)), logits
+    tokens = logits.argmax(-1, keepdim=True)
+    return Batch(rows, cache, tokens, lengths, mask.to(logits.device), variants, set(rows))
 
 
 def _filled(subject: Subject, prompts: Prompts, rows: list[int], cache: Any) -> Tensor:
@@ -182,9 +206,11 @@ def _compact(batch: Batch) -> None:
     batch.rows = [batch.rows[slot] for slot in index.tolist()]
     batch.tokens, batch.positions, batch.mask = batch.tokens[index], batch.positions[index], batch.mask[index]
     batch.variants = None if batch.variants is None else batch.variants[index.cpu()]
-    for layer in batch.cache.layers:
-        assert isinstance(layer, GrowingLayer)
-        layer.keep(target, source, n)
+    if all(isinstance(layer, GrowingLayer) for layer in batch.cache.layers):
+        for layer in batch.cache.layers:
+            layer.keep(target, source, n)
+    else:
+        batch.cache.reorder_cache(index)
 
 
 def _advance(subject: Subject, batch: Batch) -> None:

@@ -16,12 +16,21 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.quantization_config import QuantizationMethod
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
-from obliteratus.summon import selftest
+from obliteratus.summon import anatomy, selftest
 from obliteratus.summon.anatomy import coverage, family_of, find_sites, n_layers_of
 from obliteratus.summon.codec import drop_quantisation_mark
 from obliteratus.summon.files import Origin, check_weights, locate
@@ -62,10 +71,11 @@ def open_subject(
     where, kind = _device(device), dtype_of(dtype)
     origin = locate(source)
     quantisation = check_weights(origin)
-    family_of(read_config(origin, revision, trust_remote_code))
+    config = read_config(origin, revision, trust_remote_code)
+    family_of(config)
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
-    model = _model(origin, {**options, **where, "dtype": kind})
+    model = _model(origin, loader_of(config), {**options, **where, "dtype": kind})
     check_finite(model, origin.name)
     subject = assemble(
         model,
@@ -100,7 +110,7 @@ def assemble(
         tokenizer=tokenizer,
         sites=sites,
         n_layers=n_layers_of(model, family),
-        width=model.config.hidden_size,
+        width=anatomy.width_of(model),
         layers=family.layers,
         source=Source(id, revision, quantisation, dtype, digest=_digest(model, sites)),
         thinking=thinking,
@@ -111,16 +121,17 @@ def _digest(model: PreTrainedModel, sites: tuple[Site, ...]) -> str:
     """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, and in
     fp16 too where it is stored in bf16."""
     config = model.config
-    samples = [_sample(model, site.path) for site in sites if site.role == "writes"]
+    samples = [_sample(model, site) for site in sites if site.role == "writes"]
     table: Any = model.get_input_embeddings()
-    shape = [config.model_type, config.hidden_size, len(sites), table.weight.shape[0]]
+    shape = [config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0]]
     return digest_of([*shape, samples])
 
 
-def _sample(model: PreTrainedModel, path: str) -> list[float]:
-    module = model.get_submodule(path)
+def _sample(model: PreTrainedModel, site: Site) -> list[float]:
+    module = model.get_submodule(site.path)
     with align_module_device(module):  # brings a weight in that accelerate keeps on disk
-        tensor = next(chain(module.parameters(), module.buffers())).detach().flatten()
+        own = dict(chain(module.named_buffers(), module.named_parameters()))
+        tensor = own.get(site.weight, next(iter(own.values()))).detach().flatten()
         values = tensor[:: max(len(tensor) // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
 
@@ -180,9 +191,15 @@ def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(origin.path, **options)
 
 
-def _model(origin: Origin, options: dict[str, Any]) -> PreTrainedModel:
+def loader_of(config: PreTrainedConfig) -> Any:
+    """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
     with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             origin.path, use_safetensors=True, output_loading_info=True, **options
         )
     model: PreTrainedModel = loaded[0]

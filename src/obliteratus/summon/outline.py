@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of
+from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
+from obliteratus.summon.experts import is_stack, replaced
+from obliteratus.summon.families import Family
 from obliteratus.summon.files import check_weights, locate
-from obliteratus.summon.open import DTYPES, dtype_of, read_config
+from obliteratus.summon.open import DTYPES, dtype_of, loader_of, read_config
 from obliteratus.types import Site
 
 
@@ -46,7 +50,7 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
     family = family_of(config)
     kind = _dtype(config, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+        model = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     sites = find_sites(model, family)
     n_params = sum(parameter.numel() for parameter in model.parameters())
     return Outline(
@@ -54,14 +58,14 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
         quantisation=quantisation,
         model_type=config.model_type,
         n_layers=n_layers_of(model, family),
-        width=config.hidden_size,
+        width=width_of(model),
         n_params=n_params,
         tied=is_tied(model),
         sites=sites,
         coverage=coverage(model, sites, family),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
-        kv_bytes_per_token=_kv_values(model) * kind.itemsize,
+        kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
     )
 
 
@@ -72,9 +76,16 @@ def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
     return kind if isinstance(kind, torch.dtype) else DTYPES[kind]
 
 
-def _kv_values(model: PreTrainedModel) -> int:
-    """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention."""
-    token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
+def _kv_values(model: PreTrainedModel, family: Family) -> int:
+    """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention. States that do not
+    grow with the tokens, of state spaces and convolutions, are left out."""
+    for module in model.modules():
+        if is_stack(module):  # which experts are chosen is in values, which there are none of
+            replaced(module, lambda x, *routing: x)
+    token: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")}
+    if family.beside:  # tables beside the embeddings are looked up by the token's number
+        token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}
     with torch.no_grad():
-        cache = model(inputs_embeds=token, use_cache=True).past_key_values
-    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        cache = model(**token, use_cache=True).past_key_values
+    growing = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return sum(layer.keys.numel() + layer.values.numel() for layer in growing if layer.is_initialized)

@@ -21,7 +21,7 @@ from torch import Tensor
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.cache import prefix_states
-from obliteratus.summon.forward import Prompts, halving, prepared
+from obliteratus.summon.forward import Prompts, halving, prepared, recurrent
 from obliteratus.summon.generate import Batch, Done, answer_groups, prefill, write
 from obliteratus.summon.kept import Kept
 from obliteratus.summon.logits import first_tokens, last_logits
@@ -58,7 +58,8 @@ class Trunk:
         with torch.inference_mode():
             self.prompts = prepared(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
-        self.kept = Kept(subject, self.prompts, self.prefix, budget, self.answers)
+        room = 0.0 if recurrent(subject) else budget  # keys and values are not all that a block would need to go on
+        self.kept = Kept(subject, self.prompts, self.prefix, room, self.answers)
         self.checked, self.copies = False, 1
 
     def times(self, copies: int) -> Trunk:

@@ -20,7 +20,7 @@ from obliteratus.summon.render import Ids, render
 from obliteratus.tune.candidates import everywhere, parted
 from obliteratus.tune.lab import Lab, ablating, answer_logits
 from obliteratus.tune.tokens import named, shown, typical
-from obliteratus.types import Activations, Directions, Subject
+from obliteratus.types import Activations, Directions, Subject, asked
 from obliteratus.work import Answers, Cost, amount, n_of
 
 STEP = "least_refusing"
@@ -78,7 +78,7 @@ def sources(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor,
 
     Behind a norm the norm's output is taken, which is what reaches the stream.
     """
-    sites = [s for s in subject.sites if s.part in ("attn.out", "mlp.out") and s.layer > 0]
+    sites = [s for s in subject.sites if s.part in ("attn.out", *asked("mlp.out")) and s.layer > 0]
     taps = [site.gain or site.path for site in sites]
     means = {}
     for group, rows in ids.items():

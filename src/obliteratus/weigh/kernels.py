@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Site
+from obliteratus.types import Activations, Directions, Site, asked
 from obliteratus.weigh.steps import Share, depths, layer_scores, per_layer, weighers
 
 Weight = Annotated[float, Field(ge=0, le=4)]  # the range of excise.strength, which it multiplies
@@ -24,7 +24,7 @@ ROUNDING = 1e-9
 
 def _only(part: Part, sites: Sequence[Site], values: Float[Tensor, " layers"]) -> Float[Tensor, " sites"]:
     """Values by layer at the sites of one part (empty: of all), 1 elsewhere."""
-    chosen = torch.tensor([part in ("", site.part) for site in sites])
+    chosen = torch.tensor([not part or site.part in asked(part) for site in sites])
     return torch.where(chosen, per_layer(sites, values), torch.ones(len(sites)))
 
 
@@ -109,7 +109,7 @@ def component(
     embed: Weight = 1.0,
 ) -> Tensor:
     """Separate factors for what attention, the MLP and the embeddings write; all else keeps 1."""
-    factor = {"attn.out": attn, "mlp.out": mlp, "embed": embed}
+    factor = {"attn.out": attn, "embed": embed, **dict.fromkeys(asked("mlp.out"), mlp)}
     return torch.tensor([factor.get(site.part, 1.0) for site in sites])
 
 
