@@ -10,25 +10,31 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UserError
 from obliteratus.excise.change import needs_bias, new_bias, new_weight
+from obliteratus.excise.packed import Losses, packed_entries
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.anatomy import family_of
-from obliteratus.summon.codec import read_bias, stored
-from obliteratus.types import Change, Plan, Shift, Site, Subject
+from obliteratus.summon.codec import extent, read_bias, stored
+from obliteratus.summon.quantised import is_packed
+from obliteratus.types import Change, Plan, Shift, Subject
 
 Lazy = Callable[[], Tensor]
 
 
-def baked(subject: Subject, plan: Plan) -> dict[str, Lazy]:
+def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[str, Lazy]:
     """Edited parameters by name, each computed when it is called for, so that none need be held.
 
     Where an anchored edit needs a bias that the architecture can switch on, the new biases are among them (zeros
     where nothing is anchored), and the configuration must say so too: see `bias_switches`. Raises UserError
-    where there is no switch.
+    where there is no switch. A packed matrix is unpacked once, for all its changes and its bias, and packed once; what
+    that loses is added to ``losses``.
     """
     check_fits(subject, plan)
     result: dict[str, Lazy] = _zeros(subject, bias_switches(subject, plan))
     for path, edits in plan.by_site().items():
         module = subject.module(path)
+        if is_packed(module):
+            result |= packed_entries(path, module, edits, subject.model.dtype, losses)
+            continue
         result[f"{path}.weight"] = _weight(module, edits)
         bias = new_bias(module, edits)
         if bias is not None:
@@ -53,12 +59,8 @@ def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
 def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
     """Zero biases for every site of those halves: the switch gives all of them one."""
     sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
-    widths = {f"{s.path}.bias": _outputs(subject.module(s.path), s) for s in sites}
+    widths = {f"{s.path}.bias": extent(subject.module(s.path), s)[0] for s in sites}
     return {name: partial(torch.zeros, width, dtype=subject.model.dtype) for name, width in widths.items()}
-
-
-def _outputs(module: nn.Module, site: Site) -> int:
-    return module.get_parameter("weight").shape[0 if site.layout == "linear" else 1]
 
 
 def no_bias(change: Change) -> str:

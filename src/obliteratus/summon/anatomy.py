@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.quantised import dims, is_packed
 from obliteratus.types import Layout, NormKind, Site, Subject
 
 
@@ -197,7 +199,7 @@ def _check_site(model: PreTrainedModel, site: Site) -> None:
         stored = "conv1d"
     elif isinstance(module, nn.Embedding):
         stored = "embedding"
-    if stored != site.layout:
+    if stored != site.layout and not is_packed(module):  # packed matrices are [out, in], whatever they were
         raise UnsupportedModelError(f"{site.path} is declared as {site.layout} and is {stored}; mend anatomy.FAMILIES")
 
 
@@ -275,7 +277,7 @@ def coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Family) ->
     for path, parameter in model.named_parameters():
         if not path.startswith(backbone) or parameter.ndim < 2:  # a vector can move the stream by a constant only
             continue
-        count[role.get(path, "")] += parameter.numel()
+        count[role.get(path, "")] += prod(dims(parameter))
         if path not in role:
             unclaimed.append(path)
     return Coverage(count["writes"], count["reads"], count[""], tuple(unclaimed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.quantised import dequantised, is_codes, is_packed, shape_of
 from obliteratus.types import Site
 
+SAMPLE = 64  # values of each writer in the digest: over all layers, more than two checkpoints share by chance
+SMALLEST = 2.0**-14  # float16 is subnormal below: a bf16 checkpoint would digest differently there
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -18,8 +22,10 @@ def read_weight(module: nn.Module, site: Site) -> Float[Tensor, "out inp"]:
     """The matrix W of y = Wx + b, fp32 (fp64 where stored so). For an embedding x is one-hot: in = rows.
 
     A view of the stored weight where its dtype allows: do not write into it. UnsupportedModelError where the
-    weight is not a plain floating matrix.
+    weight is neither a plain floating matrix nor packed by bitsandbytes, which is unpacked anew at each call.
     """
+    if is_packed(module):  # [out, in] whatever the layout: transformers turns Conv1D before it packs
+        return dequantised(module)
     weight = _plain(module, site).detach()
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return matrix if site.layout == "linear" else matrix.mT
@@ -33,7 +39,23 @@ def read_bias(module: nn.Module, site: Site) -> Float[Tensor, " out"] | None:
 
 def columns(module: nn.Module, site: Site) -> int:
     """How many inputs W has: its columns as `read_weight` gives it."""
-    return _plain(module, site).shape[1 if site.layout == "linear" else 0]
+    return extent(module, site)[1]
+
+
+def extent(module: nn.Module, site: Site) -> tuple[int, int]:
+    """(out, in): the shape of what `read_weight` gives, without reading it."""
+    if is_packed(module):
+        return shape_of(module)
+    rows, columns = _plain(module, site).shape
+    return (rows, columns) if site.layout == "linear" else (columns, rows)
+
+
+def floats(module: nn.Module) -> dict[str, Tensor]:
+    """What the module itself stores as floating numbers, by name: parameters, and of packed ones their scales."""
+    own = dict(module.named_parameters(recurse=False))
+    if any(is_codes(parameter) for parameter in own.values()):
+        own = {name: entry for name, entry in module.state_dict().items() if name != "weight"}
+    return {name: tensor.detach() for name, tensor in own.items() if tensor.is_floating_point()}
 
 
 def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
@@ -44,9 +66,23 @@ def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor
     return matrix.to(like.device, like.dtype).contiguous()
 
 
+def sampled(stored: nn.Module | Tensor) -> list[float] | list[list[int]]:
+    """What tells a stored weight from others: some of its values, or some of the bytes of each part of a packed one."""
+    if isinstance(stored, nn.Module) and is_packed(stored):
+        parts = (entry.detach().cpu().reshape(-1).view(torch.uint8) for entry in stored.state_dict().values())
+        return [_spread(part).tolist() for part in parts]
+    tensor = next(chain(stored.parameters(), stored.buffers())) if isinstance(stored, nn.Module) else stored
+    values = _spread(tensor.detach().flatten()).to("cpu", torch.bfloat16).float()
+    return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
+
+
+def _spread(flat: Tensor) -> Tensor:
+    return flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE]
+
+
 def drop_quantisation_mark(model: Any) -> None:
-    """Forget that a GGUF file was quantised: its weights are plain floats now, yet with the mark
-    transformers refuses to save them."""
+    """Forget that a file was quantised: its weights are plain floats now, yet with the mark transformers
+    refuses to save them."""
     model.is_quantized = False
     for owner, name in (
         (model.config, "quantization_config"),
