@@ -63,15 +63,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_config(name: str) -> Any:
+# Blocks of 64 codes share a scale: rows of whole blocks, as real models have.
+BLOCKS = {"hidden_size": 64}
+
+
+def tiny_config(name: str, **changes: Any) -> Any:
     """The configuration of `name`."""
     model_type, options = MODELS[name]
-    return AutoConfig.for_model(model_type, **options)
+    return AutoConfig.for_model(model_type, **{**options, **changes})
 
 
-def tiny(name: str, seed: int = 0) -> Any:
-    """A random model in fp32 on the CPU, in eval mode, without gradients."""
-    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model in fp32 on the CPU, in eval mode, without gradients; changes: of its configuration."""
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

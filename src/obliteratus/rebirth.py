@@ -24,27 +24,22 @@ from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.onto_base import base_of, write_onto
 from obliteratus.excise.packed import Losses
 from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.registry import unknown
 from obliteratus.store import check_disk, check_free, publish, write_atomic
 from obliteratus.summon.anatomy import is_tied
 from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
-from obliteratus.summon.quantised import is_packed
 from obliteratus.summon.render import render
 from obliteratus.summon.storage import mark_of
 from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
+from obliteratus.verify.agreement import is_quantised, tolerance
 from obliteratus.verify.drift import kl
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
 MAX_SHARD = 2 * 10**9  # bytes; the edited tensors of one shard are all that a merge adds to memory
 SAMPLE = 8  # prompts of each group that are scored again: a mismatch shows on the first, chance does not on eight
-# Largest KL(live ‖ reloaded) in nats. fp32: the two orders of arithmetic differ by about 1e-9. Half precision
-# rounds the edited weights once; 1e-2 is ten times what that cost on SmolLM2 in bf16.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
-# The same where edited matrices were packed again (merged), and where they add to int8 activations (adapter).
-REQUANTISED = {"bitsandbytes nf4": 1.0, "bitsandbytes fp4": 1.0, "bitsandbytes int8": 1.0}
-ADAPTED = {"bitsandbytes int8": 1.0}
 NEUTRAL = ("Name three colours.", "How many days has a week?", "Write one sentence about rain.")
 
 
@@ -95,11 +90,18 @@ def write_output(
     return run
 
 
+def check_form(form: str, base: str = "") -> None:
+    """UserError for a form that does not exist, or a base that it has no use for."""
+    if form not in FORMS:
+        raise UserError(unknown("--save form", form, FORMS))
+    if base and form != "merged":
+        raise UserError(f"--base {base}: is for --save merged; leave it out with --save {form}")
+
+
 def space_for(subject: Subject, form: Form, base: str = "") -> int:
     """Bytes that saving may take: all weights for a merged model, a tenth of them for the others. UserError for a
     ``base`` that is none."""
-    if base and form != "merged":
-        raise UserError(f"--base {base}: is for --save merged; leave it out with --save {form}")
+    check_form(form, base)
     sibling = base_of(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     weights = weights if sibling is None else sibling.size
@@ -227,18 +229,6 @@ def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: Pr
         )
     same = float((live.argmax(-1) == saved.argmax(-1)).float().mean())
     return {"prompts": len(prompts), "max_kl": worst, "tolerance": limit, "same_first_token": same}
-
-
-def tolerance(subject: Subject, form: Form) -> float:
-    """Largest KL(live ‖ reloaded) in nats. Packing edited matrices again costs more than any rounding."""
-    kind = subject.source.quantisation if is_quantised(subject) and form != "plan" else ""
-    usual = TOLERANCE[subject.source.dtype]
-    return max(usual, (REQUANTISED if form == "merged" else ADAPTED).get(kind, 0.0))
-
-
-def is_quantised(subject: Subject) -> bool:
-    """Whether some weights are packed in memory."""
-    return any(is_packed(subject.module(site.path)) for site in subject.sites)
 
 
 def _way_out(form: Form, packed: bool) -> str:
