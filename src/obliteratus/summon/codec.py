@@ -66,11 +66,12 @@ def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor
     return matrix.to(like.device, like.dtype).contiguous()
 
 
-def sampled(stored: nn.Module | Tensor) -> list[float] | list[list[int]]:
-    """What tells a stored weight from others: some of its values, or some of the bytes of each part of a packed one."""
+def sampled(stored: nn.Module | Tensor) -> list[float] | list[list[float]]:
+    """What tells a stored weight from others: some of its values, or some codes and some scales of a packed one."""
     if isinstance(stored, nn.Module) and is_packed(stored):
-        parts = (entry.detach().cpu().reshape(-1).view(torch.uint8) for entry in stored.state_dict().values())
-        return [_spread(part).tolist() for part in parts]
+        parts = {name: entry.detach().cpu().flatten() for name, entry in stored.state_dict().items()}
+        parts["weight"] = parts["weight"].view(torch.uint8)  # they may call themselves bfloat16
+        return [_spread(part).tolist() for part in parts.values()]
     tensor = next(chain(stored.parameters(), stored.buffers())) if isinstance(stored, nn.Module) else stored
     values = _spread(tensor.detach().flatten()).to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
