@@ -115,7 +115,7 @@ def run_of(subject: Subject) -> Run:
     """A run as `save` needs it, with nothing measured."""
     return Run(
         recipe=recipe("basic"),
-        source={"id": subject.source.id},
+        source={key: str(value) for key, value in vars(subject.source).items()},
         prompts={"digest": "0", "counts": {}},
         coverage={"parts": {}, "unclaimed": [], "edited_share": 0.5},
         versions={"obliteratus": "0"},

@@ -66,7 +66,7 @@ def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor
     return matrix.to(like.device, like.dtype).contiguous()
 
 
-def sampled(stored: nn.Module | Tensor) -> list[float] | list[list[float]]:
+def sampled(stored: nn.Module | Tensor) -> list[Any]:
     """What tells a stored weight from others: some of its values, or some codes and some scales of a packed one."""
     if isinstance(stored, nn.Module) and is_packed(stored):
         parts = {name: entry.detach().cpu().flatten() for name, entry in stored.state_dict().items()}
