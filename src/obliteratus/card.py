@@ -37,7 +37,7 @@ prompts that the edit never saw (95 % intervals):
 {score_table(run)}
 
 Coverage: {coverage_line(run)}
-{_passes(run)}
+{_stored(run)}{_passes(run)}
 ```python
 {LOADING[form].replace("{base}", base)}
 ```
@@ -56,6 +56,21 @@ def coverage_line(run: Run) -> str:
     parts = [f"{name} {c['edited']}/{c['found']}" for name, c in run.coverage["parts"].items()]
     missed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
     return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}."
+
+
+def _stored(run: Run) -> str:
+    """What became of a quantised model's weights."""
+    if "base" in run.saved:
+        kind = run.source["quantisation"]
+        return f"\nFound and measured on the model as {kind}; the edit is baked into the full-precision weights.\n"
+    if "requantised" not in run.saved:
+        return ""
+    lost = run.saved["requantised"]
+    return (
+        f"\nThe {lost['matrices']:.0f} edited matrices were unpacked, edited and packed again as "
+        f"{run.source['quantisation']}: they differ from the exact edit by {lost['error']:.2%} of their length (the "
+        f"worst by {lost['worst']:.2%}). All others are as they were, byte for byte.\n"
+    )
 
 
 PASS_COLUMNS = ["pass", "found most at", "edited", "still refused", "seconds"]

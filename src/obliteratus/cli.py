@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from obliteratus.options import (
+    Base,
     Bypass,
     Control,
     Device,
@@ -19,6 +20,7 @@ from obliteratus.options import (
     Memory,
     Model,
     Out,
+    Quantise,
     Quiet,
     Resume,
     Save,
@@ -54,7 +56,9 @@ def run(
     set_: Set = None,
     seed: Seed = None,
     resume: Resume = False,
+    base: Base = "",
     dtype: Dtype = "auto",
+    quantise: Quantise = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
@@ -67,11 +71,11 @@ def run(
     from obliteratus.jobs import Job, execute, report
 
     overrides = seeded(set_, seed)
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with shown(quiet):
-        job = Job.checked(model, method, overrides, sources, out, save)
+        job = Job.checked(model, method, overrides, sources, out, save, base)
         done = execute(job, opening, resume, memory)
     report(done, out, json)
 
@@ -94,7 +98,9 @@ def search(
     set_: Set = None,
     seed: Seed = None,
     resume: Resume = False,
+    base: Base = "",
     dtype: Dtype = "auto",
+    quantise: Quantise = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
@@ -106,10 +112,11 @@ def search(
     from obliteratus.jobs import Job, execute, report
 
     overrides = seeded(set_, seed)
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "thinking": thinking}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with shown(quiet):
-        job = Job.checked(model, method, overrides, sources, out, save).searching(trials, storage, study, pick)
+        job = Job.checked(model, method, overrides, sources, out, save, base).searching(trials, storage, study, pick)
         done = execute(job, opening, resume, memory)
     report(done, out, json)
 
@@ -158,6 +165,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
 def inspect(
     model: Model,
     dtype: Dtype = "auto",
+    quantise: Quantise = "",
     trust_remote_code: Trust = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     json: Json = False,
@@ -168,7 +176,7 @@ def inspect(
     from obliteratus.terminal import show_json
 
     with shown(quiet=True):
-        found = forecast(outline(model, dtype=dtype, trust_remote_code=trust_remote_code))
+        found = forecast(outline(model, dtype=dtype, trust_remote_code=trust_remote_code, quantise=quantise))
     show_json(found) if json else show(found, sites)
 
 
@@ -183,6 +191,7 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="All prompts, not only the report part.")] = False,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    quantise: Quantise = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -191,18 +200,14 @@ def verify(
     """Measure a model on held-out prompts, by itself or against its base."""
     from obliteratus.jobs import compare
     from obliteratus.prompts import load_prompts, parts_checked
-    from obliteratus.terminal import results, show_json, table_of
+    from obliteratus.terminal import show_json, show_two
 
     prompts = load_prompts(target, control, keep=keep)
     part = prompts if everything else parts_checked(prompts, seed or 0)[2]
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
     with shown(quiet):
         before, after = compare(model, against, part, opening)
-    if json:
-        show_json({"before": before, "after": after})
-    else:
-        rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
-        results.print(table_of(model, ["score", against or "base", "model"], rows))
+    show_json({"before": before, "after": after}) if json else show_two(model, against or "base", before, after)
 
 
 @app.command()
@@ -212,7 +217,9 @@ def apply(
     model: Model,
     out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
     save: Save = "merged",
+    base: Base = "",
     dtype: Dtype = "auto",
+    quantise: Quantise = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -222,9 +229,9 @@ def apply(
     from obliteratus.jobs import apply_plan
     from obliteratus.terminal import results, show_json
 
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
     with shown(quiet):
-        saved = apply_plan(plan, model, out, save, opening)
+        saved = apply_plan(plan, model, out, save, opening, base)
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 

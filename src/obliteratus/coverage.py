@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from obliteratus.summon.anatomy import coverage, family_of
 from obliteratus.summon.codec import columns
+from obliteratus.summon.quantised import dims
 from obliteratus.types import Change, Edit, Mask, Plan, Site, Subject
 
 
@@ -52,4 +54,4 @@ def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
 
 
 def _size(subject: Subject, site: Site) -> int:
-    return subject.module(site.path).get_parameter(site.weight).numel()
+    return prod(dims(subject.module(site.path).get_parameter(site.weight)))

@@ -31,11 +31,12 @@ def forecast(found: Outline) -> dict[str, Any]:
     """All that `inspect` shows, as plain data."""
     backbone = found.coverage.writers + found.coverage.readers + found.coverage.unclaimed
     rate = gemm_rate()
-    weights = found.weight_bytes[found.dtype]
+    weights = found.loaded_bytes
     return {
         "source": found.source,
         "model_type": found.model_type,
         "quantisation": found.quantisation,
+        "packed": found.packed,
         "n_layers": found.n_layers,
         "width": found.width,
         "parameters": found.n_params,
@@ -58,6 +59,14 @@ def forecast(found: Outline) -> dict[str, Any]:
     }
 
 
+def _kind(data: dict[str, Any]) -> str:
+    """How the weights are held in memory."""
+    dtype, stored = data["memory"]["dtype"], data["quantisation"]
+    if not stored:
+        return f"in {dtype}"
+    return f"as {stored}, the rest in {dtype}" if data["packed"] else f"in {dtype}, from {stored}"
+
+
 def show(data: dict[str, Any], sites: bool) -> None:
     """The forecast as tables on stdout."""
     memory, cover, clock = data["memory"], data["coverage"], data["time"]
@@ -69,7 +78,7 @@ def show(data: dict[str, Any], sites: bool) -> None:
             "writers found",
             f"{cover['share']:.1%} of the writing parameters; {len(cover['paths'])} unclaimed matrices",
         ],
-        ["weights", f"{size(memory['weights'])} in {memory['dtype']}; {size(memory['free'])} free here"],
+        ["weights", f"{size(memory['weights'])} {_kind(data)}; {size(memory['free'])} free here"],
         ["activations", f"{size(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept in full"],
         ["key-value cache", f"{size(memory['cache_per_token'])} a token"],
         [

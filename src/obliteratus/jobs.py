@@ -18,9 +18,9 @@ from obliteratus.excise.plan import check_fits, load_plan
 from obliteratus.pipeline import run
 from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
-from obliteratus.rebirth import FORMS, Form, space_for, write_output
+from obliteratus.rebirth import Form, check_form, space_for, write_output
 from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
-from obliteratus.registry import Given, unknown
+from obliteratus.registry import Given
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
 from obliteratus.search.output import JOURNAL, rows, write_front
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
@@ -45,6 +45,8 @@ class Job:
     place: Place | None = None
     """Of the study, where the recipe is a search."""
     pick: str = "knee"
+    base: str = ""
+    """Of a quantised model: what ``merged`` bakes into."""
 
     @classmethod
     def checked(
@@ -55,10 +57,10 @@ class Job:
         sources: Mapping[str, Any],
         out: Path | None,
         form: str,
+        base: str = "",
     ) -> Job:
         """Raises UserError for anything in the request that cannot work."""
-        if form not in FORMS:
-            raise UserError(unknown("--save form", form, FORMS))
+        check_form(form, base)
         made = recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
         fit, _, _ = parts_checked(prompts, made.seed, made.searched)
@@ -68,7 +70,7 @@ class Job:
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}
-        job = cls(model, made, prompts, given, out, cast(Form, form))
+        job = cls(model, made, prompts, given, out, cast(Form, form), base=base)
         return job.searching() if made.search else job
 
     @property
@@ -79,7 +81,7 @@ class Job:
             "recipe": unnumbered(self.recipe),
             "prompts": self.prompts.digest,
             "form": self.form,
-        }
+        } | ({"base": self.base} if self.base else {})
 
     def searching(
         self, trials: int | None = None, storage: str | None = None, study: str | None = None, pick: str = "knee"
@@ -116,11 +118,12 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
     """
     if resume and job.out is None:
         raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
-    folder = workspace(job.out, job.identity, resume) if job.out else nullcontext()
+    packing = {"quantise": opening["quantise"]} if opening.get("quantise") else {}
+    folder = workspace(job.out, job.identity | packing, resume) if job.out else nullcontext()
     with within(parsed(memory) if memory else math.inf), folder as partial:
         subject = opened(job.model, opening)
         if job.out is not None:
-            check_disk(job.out, space_for(subject, job.form))
+            check_disk(job.out, space_for(subject, job.form, job.base))
         store = Store(partial)
         front = search(job.recipe, subject, job.prompts, store, job.place, job.pick) if job.place else None
         plan, found = (front.plan, front.run) if front else run(job.recipe, subject, job.prompts, store)
@@ -128,7 +131,7 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
         if partial is not None and job.out is not None:
             report = parts_checked(job.prompts, job.recipe.seed)[2]
             start = perf_counter()
-            found = write_output(subject, plan, found, partial, job.form, report)
+            found = write_output(subject, plan, found, partial, job.form, report, job.base)
             if front:
                 write_front(front, partial / "output", partial / JOURNAL)
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
@@ -139,8 +142,8 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
 def opened(model: str, opening: dict[str, Any]) -> Subject:
     """The model, within the memory budget. Raises UserError where it leaves no room for the weights or for work."""
     if LIMIT.get() < math.inf:
-        made = outline(model, dtype=opening.get("dtype", "auto"))
-        check_weights_fit(made.weight_bytes[made.dtype])
+        made = outline(model, dtype=opening.get("dtype", "auto"), quantise=opening.get("quantise", ""))
+        check_weights_fit(made.loaded_bytes)
     start = perf_counter()
     subject = open_subject(model, **opening)
     check_room(subject)
@@ -195,20 +198,21 @@ def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
     return {name: {**score.model_dump(), "text": shown(score)} for name, score in scores.items()}
 
 
-def apply_plan(folder: Path, model: str, out: Path, form: str, opening: dict[str, Any]) -> dict[str, Any]:
+def apply_plan(
+    folder: Path, model: str, out: Path, form: str, opening: dict[str, Any], base: str = ""
+) -> dict[str, Any]:
     """Load a plan, check that it fits the model, and save the edited model."""
-    if form not in FORMS:
-        raise UserError(unknown("--save form", form, FORMS))
+    check_form(form, base)
     check_free(out)
     plan = load_plan(folder)
     made = _run_of(folder)
     subject: Subject = open_subject(model, **opening)
     check_fits(subject, plan)
-    check_disk(out, space_for(subject, cast(Form, form)))
+    check_disk(out, space_for(subject, cast(Form, form), base))
     with workspace(out, {"plan": str(folder), "model": model, "form": form}, resume=True) as partial:
         with applied(subject, plan):
             pass  # fails here, before anything is written, if a site cannot be edited
-        saved = write_output(subject, plan, made, partial, cast(Form, form))
+        saved = write_output(subject, plan, made, partial, cast(Form, form), base=base)
         publish(partial, out)
     return saved.model_dump(mode="json")
 

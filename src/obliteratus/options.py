@@ -30,6 +30,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes."
 Seed = Annotated[int | None, typer.Option(help="Seed of the split and of all that is random.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same --out.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Quantise = Annotated[
+    str, typer.Option("--quantise", help="Pack the linear layers on loading: 4bit, fp4 or 8bit (needs bitsandbytes).")
+]
+Base = Annotated[
+    str,
+    typer.Option(help="Of a quantised model: the full-precision checkpoint that merged bakes into; none packs again."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in their thinking mode.")]
@@ -62,8 +69,9 @@ def shown(quiet: bool) -> Iterator[None]:
 
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|peft")
+    for library in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes")
     if quiet:
         yield
         return

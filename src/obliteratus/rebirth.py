@@ -21,22 +21,25 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import baked, bias_switches
 from obliteratus.excise.live import applied
 from obliteratus.excise.lora import save_adapter
+from obliteratus.excise.onto_base import base_of, write_onto
+from obliteratus.excise.packed import Losses
 from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.registry import unknown
 from obliteratus.store import check_disk, check_free, publish, write_atomic
 from obliteratus.summon.anatomy import is_tied
+from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.render import render
+from obliteratus.summon.storage import mark_of
 from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
+from obliteratus.verify.agreement import is_quantised, tolerance
 from obliteratus.verify.drift import kl
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
 MAX_SHARD = 2 * 10**9  # bytes; the edited tensors of one shard are all that a merge adds to memory
 SAMPLE = 8  # prompts of each group that are scored again: a mismatch shows on the first, chance does not on eight
-# Largest KL(live ‖ reloaded) in nats. fp32: the two orders of arithmetic differ by about 1e-9. Half precision
-# rounds the edited weights once; 1e-2 is ten times what that cost on SmolLM2 in bf16.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 NEUTRAL = ("Name three colours.", "How many days has a week?", "Write one sentence about rain.")
 
 
@@ -47,35 +50,37 @@ def save(
     out: str | Path,
     form: Form = "merged",
     prompts: PromptSet | None = None,
+    base: str = "",
 ) -> Run:
     """Save what the run made, reload it, score it again, and only then let the folder appear.
 
     form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or ``plan``. The subject stays
-    as it was. prompts: held-out ones to score again with; some neutral ones if None. Returns the run as saved.
+    as it was. prompts: held-out ones to score again with; some neutral ones if None. base: of a quantised model, the
+    full-precision checkpoint that ``merged`` bakes into; see `base_of`. Returns the run as saved.
     Raises UserError where the folder is in use, the disk is too small, the plan cannot take that form, or what
     was saved does not answer as what was measured.
     """
     out = Path(out)
     check_free(out)
-    check_disk(out, space_for(subject, form))
+    check_disk(out, space_for(subject, form, base))
     partial = out.with_name(out.name + ".saving")  # not the folder of a run that could be resumed
     partial.mkdir(parents=True, exist_ok=True)
-    run = write_output(subject, plan, run, partial, form, prompts)
+    run = write_output(subject, plan, run, partial, form, prompts, base)
     publish(partial, out)
     return run
 
 
 def write_output(
-    subject: Subject, plan: Plan, run: Run, partial: Path, form: Form, prompts: PromptSet | None = None
+    subject: Subject, plan: Plan, run: Run, partial: Path, form: Form, prompts: PromptSet | None = None, base: str = ""
 ) -> Run:
     """Everything of `save` but the last rename, into ``partial/output``."""
     folder = partial / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    notes = WRITERS[form](subject, plan, folder)
+    sibling = base_of(subject, base) if form == "merged" else None
+    notes = WRITERS[form](subject, plan, folder) if sibling is None else _write_onto(subject, plan, folder, sibling)
     save_plan(plan, folder)
-    sample = _sample(prompts)
-    rescore = _rescored(subject, plan, folder, form, sample)
+    rescore = _rescored(subject, plan, folder, form, _sample(prompts))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     run = run.model_copy(
         update={"status": "done", "saved": {"form": form, **notes, "rescore": rescore, "files": files}}
@@ -85,17 +90,29 @@ def write_output(
     return run
 
 
-def space_for(subject: Subject, form: Form) -> int:
-    """Bytes that saving may take: all weights for a merged model, a tenth of them for the others."""
+def check_form(form: str, base: str = "") -> None:
+    """UserError for a form that does not exist, or a base that it has no use for."""
+    if form not in FORMS:
+        raise UserError(unknown("--save form", form, FORMS))
+    if base and form != "merged":
+        raise UserError(f"--base {base}: is for --save merged; leave it out with --save {form}")
+
+
+def space_for(subject: Subject, form: Form, base: str = "") -> int:
+    """Bytes that saving may take: all weights for a merged model, a tenth of them for the others. UserError for a
+    ``base`` that is none."""
+    check_form(form, base)
+    sibling = base_of(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    return int(1.1 * weights if form == "merged" else 0.1 * weights) + 10**7  # tokenizer and cards: < 10 MB
+    weights = weights if sibling is None else sibling.size
+    return int((1.1 if form == "merged" else 0.1) * weights) + 10**7  # tokenizer and cards: < 10 MB
 
 
 # ------------------------------------------------------------------------------------------ writing
 def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     """All weights, shard by shard, edited ones computed as their shard is written."""
-    config = copy.deepcopy(subject.model.config)
-    edits = baked(subject, plan)
+    config, losses = copy.deepcopy(subject.model.config), Losses()
+    edits = baked(subject, plan, losses)
     for key in bias_switches(subject, plan).values():
         setattr(config, key, True)
     state: dict[str, Any] = dict(subject.model.state_dict())
@@ -114,9 +131,19 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     config.save_pretrained(folder)
+    _write_rest(subject, folder)
+    return {"requantised": losses.summary()} if losses.norms else {}
+
+
+def _write_onto(subject: Subject, plan: Plan, folder: Path, base: Checkpoint) -> dict[str, Any]:
+    notes = write_onto(subject, plan, base, folder, _ends(subject) if is_tied(subject.model) else None)
+    _write_rest(subject, folder)
+    return notes
+
+
+def _write_rest(subject: Subject, folder: Path) -> None:
     subject.model.generation_config.save_pretrained(folder)
     subject.tokenizer.save_pretrained(folder)
-    return {}
 
 
 def _ends(subject: Subject) -> tuple[str, str]:
@@ -150,7 +177,9 @@ WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
 def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
     """What was saved, loaded from disk as a user would."""
     if form == "merged":
-        fresh = open_subject(folder, dtype=subject.source.dtype, thinking=subject.thinking)
+        fresh = open_subject(
+            folder, dtype=subject.source.dtype, thinking=subject.thinking, quantise=_again(subject, folder)
+        )
         yield fresh
         del fresh
         gc.collect()  # once a run: the second model goes before anything else is made
@@ -160,6 +189,13 @@ def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
     else:
         with applied(subject, load_plan(folder)):
             yield subject
+
+
+def _again(subject: Subject, folder: Path) -> dict[str, Any]:
+    """How to quantise what was saved in full precision as the subject is: its own memory is then enough."""
+    saved = json.loads((folder / "config.json").read_text())
+    mark = {} if "quantization_config" in saved else mark_of(subject.model.config)
+    return {key: value for key, value in mark.items() if key != "quant_method" and not key.startswith("_")}
 
 
 @contextmanager
@@ -184,17 +220,20 @@ def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: Pr
         live = first_token(subject, ids, title="REBIRTH live")
     with reloaded(subject, folder, form) as fresh:
         saved = first_token(fresh, ids, title="REBIRTH reloaded")
-    worst, limit = float(kl(live, saved).max()), TOLERANCE[subject.source.dtype]
+    worst, limit = float(kl(live, saved).max()), tolerance(subject, form)
     if not worst <= limit:
+        what = subject.source.quantisation or subject.source.dtype
         raise UserError(
             f"{folder}: what was saved does not answer as what was measured (KL {worst:.2g} nats, at most "
-            f"{limit:.0e} is allowed for {subject.source.dtype}); {_way_out(form)}"
+            f"{limit:.0e} is allowed for {what}); {_way_out(form, form == 'merged' and is_quantised(subject))}"
         )
     same = float((live.argmax(-1) == saved.argmax(-1)).float().mean())
     return {"prompts": len(prompts), "max_kl": worst, "tolerance": limit, "same_first_token": same}
 
 
-def _way_out(form: Form) -> str:
+def _way_out(form: Form, packed: bool) -> str:
+    if packed:
+        return "packing costs this plan too much: give the full-precision --base, or use --save adapter"
     if form == "adapter":
         return "an adapter cannot hold a norm rule exactly: use --save merged, or --set excise.norm=none"
     return "this is a bug: please report it with run.json"

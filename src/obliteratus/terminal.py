@@ -93,6 +93,12 @@ def table_of(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
+def show_two(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Scores of two models side by side."""
+    rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
+    results.print(table_of(title, ["score", against, "model"], rows))
+
+
 def size(n: float | int) -> str:
     """Bytes for people: 538 MB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -140,6 +140,8 @@ class Source:
     dtype: str = ""
     digest: str = ""
     """Hash of architecture and a sample of every writer: a plan for another model is refused by it."""
+    base: str = ""
+    """The full-precision checkpoint that it was quantised from on loading; its digest is this one's."""
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,32 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UserError
 from obliteratus.excise.change import at, needs_bias, new_bias, new_weight
+from obliteratus.excise.packed import Losses, packed_entries
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.codec import each, has_bias, read_bias, rows, stored
+from obliteratus.summon.quantised import is_packed
 from obliteratus.types import Change, Plan, Shift, Site, Subject
 
 Lazy = Callable[[], Tensor]
 
 
-def baked(subject: Subject, plan: Plan) -> dict[str, Lazy]:
+def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[str, Lazy]:
     """Edited parameters by name, each computed when it is called for, so that none need be held.
 
     Where an anchored edit needs a bias that the architecture can switch on, the new biases are among them (zeros
     where nothing is anchored), and the configuration must say so too: see `bias_switches`. Raises UserError
-    where there is no switch.
+    where there is no switch. A packed matrix is unpacked once, for all its changes and its bias, and packed once; what
+    that loses is added to ``losses``.
     """
     check_fits(subject, plan)
     result: dict[str, Lazy] = _zeros(subject, bias_switches(subject, plan))
     for name, edits in plan.by_site().items():
         site = edits[0].site
         module = subject.module(site.path)
+        if is_packed(module):
+            result |= packed_entries(site.path, module, edits, subject.model.dtype, losses)
+            continue
         result[name] = _weight(module, edits)
         bias = _bias(module, edits)
         if bias is not None:

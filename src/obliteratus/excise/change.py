@@ -102,8 +102,12 @@ def new_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
 
 def new_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
     """The bias after all changes, fp32; None where there is none and none is needed."""
+    return bias_after(module, changes, read_weight(module, changes[0].site) if needs_weight(changes) else None)
+
+
+def bias_after(module: nn.Module, changes: Sequence[Change], weight: Matrix | None) -> Bias | None:
+    """The same, given W before the changes, which only `needs_weight` needs."""
     bias = read_bias(module, changes[0].site)
-    weight = read_weight(module, changes[0].site) if needs_weight(changes) else None
     device = next(module.parameters()).device
     for change in changes:
         bias = shifted(change, bias, weight)

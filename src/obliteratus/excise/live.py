@@ -215,7 +215,9 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _attach(module: nn.Module, site: Site, live: Live) -> list[Removable]:
     if live.experts:
         return [replaced(module, _experts_forward(module, site, live))]
-    handles: list[Removable] = [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
+    handles: list[Removable] = (
+        [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
+    )
     if live.inputs is not None or live.feeds:
         handles.append(module.register_forward_pre_hook(_input_hook(live)))
     return handles

@@ -187,7 +187,11 @@ def _check_place(subject: Subject, change: Change) -> None:
         raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
     if isinstance(change, Mask):
         n = columns(subject.module(site.path), site)
-        if site.stacked or site.part not in asked("mlp.out") or not bool(((change.neurons >= 0) & (change.neurons < n)).all()):
+        if (
+            site.stacked
+            or site.part not in asked("mlp.out")
+            or not bool(((change.neurons >= 0) & (change.neurons < n)).all())
+        ):
             raise UserError(f"the plan silences neurons that {site.path} has not; run the method again")
     if isinstance(change, Edit) and site.span is not None:
         _check_span(subject, change, site.span)

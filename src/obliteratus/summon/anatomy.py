@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
 from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
+from obliteratus.summon.quantised import dims, is_packed
 from obliteratus.types import Layout, Role, Site, Subject
 
 
@@ -94,9 +96,7 @@ def _declared(family: Family, prefix: str, layer: int, branch: Family | Branch, 
         gain = prefix + norms[part] if part in norms else None
         for matrix in [declared] if writes else declared:
             m = Matrix(matrix, family.reader_layout) if isinstance(matrix, str) else Matrix(*matrix)
-            yield Site(
-                prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias
-            )
+            yield Site(prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias)
 
 
 def _check_site(model: PreTrainedModel, site: Site) -> None:
@@ -111,7 +111,7 @@ def _check_site(model: PreTrainedModel, site: Site) -> None:
         stored = "conv1d"
     elif isinstance(module, nn.Embedding):
         stored = "embedding"
-    if stored != site.layout:
+    if stored != site.layout and not is_packed(module):  # packed matrices are [out, in], whatever they were
         raise UnsupportedModelError(f"{site.path} is declared as {site.layout} and is {stored}; mend {_TABLE}")
 
 
@@ -217,7 +217,7 @@ def coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Family) ->
     for path, parameter in model.named_parameters():
         if not path.startswith(backbone) or parameter.ndim < 2 or path in biases:
             continue  # a vector can move the stream by a constant only
-        count[role.get(path, "")] += parameter.numel()
+        count[role.get(path, "")] += prod(dims(parameter))
         if path not in role:
             unclaimed.append(path)
     return Coverage(count["writes"], count["reads"], count["inner"], count[""], tuple(unclaimed))

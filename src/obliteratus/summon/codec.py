@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.quantised import dequantised, is_codes, is_packed, shape_of
 from obliteratus.types import Site
 
+SAMPLE = 64  # values of each writer in the digest: over all layers, more than two checkpoints share by chance
+SMALLEST = 2.0**-14  # float16 is subnormal below: a bf16 checkpoint would digest differently there
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -20,8 +24,10 @@ def read_weight(module: nn.Module, site: Site) -> Float[Tensor, "out inp"]:
     that of `site.expert`.
 
     A view of the stored weight where its dtype allows: do not write into it. UnsupportedModelError where the
-    weight is not a plain floating matrix.
+    weight is neither a plain floating matrix nor packed by bitsandbytes, which is unpacked anew at each call.
     """
+    if is_packed(module):  # [out, in] whatever the layout: transformers turns Conv1D before it packs
+        return dequantised(module)
     weight = _one(_plain(module, site), site).detach()
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return matrix if _upright(site) else matrix.mT
@@ -40,12 +46,20 @@ def has_bias(module: nn.Module, site: Site) -> bool:
 
 def columns(module: nn.Module, site: Site) -> int:
     """How many inputs W has: its columns as `read_weight` gives it."""
-    return _plain(module, site).shape[-1 if _upright(site) else -2]
+    return extent(module, site)[1]
 
 
 def rows(module: nn.Module, site: Site) -> int:
     """How many outputs W has."""
-    return _plain(module, site).shape[-2 if _upright(site) else -1]
+    return extent(module, site)[0]
+
+
+def extent(module: nn.Module, site: Site) -> tuple[int, int]:
+    """(out, in): the shape of what `read_weight` gives, without reading it."""
+    if is_packed(module):
+        return shape_of(module)
+    first, second = _plain(module, site).shape[-2:]
+    return (first, second) if _upright(site) else (second, first)
 
 
 def each(module: nn.Module, site: Site) -> list[Site]:
@@ -53,6 +67,14 @@ def each(module: nn.Module, site: Site) -> list[Site]:
     if not site.stacked or site.expert is not None:
         return [site]
     return [replace(site, expert=expert) for expert in range(len(_plain(module, site)))]
+
+
+def floats(module: nn.Module) -> dict[str, Tensor]:
+    """What the module itself stores as floating numbers, by name: parameters, and of packed ones their scales."""
+    own = dict(module.named_parameters(recurse=False))
+    if any(is_codes(parameter) for parameter in own.values()):
+        own = {name: entry for name, entry in module.state_dict().items() if name != "weight"}
+    return {name: tensor.detach() for name, tensor in own.items() if tensor.is_floating_point()}
 
 
 def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
@@ -75,9 +97,29 @@ def _one(tensor: Tensor, site: Site) -> Tensor:
     return tensor[site.expert]
 
 
+def sampled(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
+    """What tells a stored weight from others: some of its values, or some codes and some scales of a packed one.
+
+    name: the weight's own in the module; a module that has none of it is told by its first parameter or buffer.
+    """
+    if isinstance(stored, nn.Module) and is_packed(stored):
+        parts = {name: entry.detach().cpu().flatten() for name, entry in stored.state_dict().items()}
+        parts["weight"] = parts["weight"].view(torch.uint8)  # they may call themselves bfloat16
+        return [_spread(part).tolist() for part in parts.values()]
+    if isinstance(stored, nn.Module):
+        own = dict(chain(stored.named_parameters(), stored.named_buffers()))
+        stored = own.get(name, next(iter(own.values())))
+    values = _spread(stored.detach().flatten()).to("cpu", torch.bfloat16).float()
+    return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
+
+
+def _spread(flat: Tensor) -> Tensor:
+    return flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE]
+
+
 def drop_quantisation_mark(model: Any) -> None:
-    """Forget that a GGUF file was quantised: its weights are plain floats now, yet with the mark
-    transformers refuses to save them."""
+    """Forget that a file was quantised: its weights are plain floats now, yet with the mark transformers
+    refuses to save them."""
     model.is_quantized = False
     for owner, name in (
         (model.config, "quantization_config"),
@@ -91,7 +133,9 @@ def drop_quantisation_mark(model: Any) -> None:
 def _plain(module: nn.Module, site: Site) -> Tensor:
     own = dict(module.named_parameters(recurse=False))
     if site.weight not in own:
-        raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no parameter '{site.weight}'; {_REMEDY}")
+        raise UnsupportedModelError(
+            f"{site.path} ({type(module).__name__}) has no parameter '{site.weight}'; {_REMEDY}"
+        )
     weight = own[site.weight]
     kind = type(weight).__name__
     plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.ndim == (3 if site.stacked else 2)

@@ -78,12 +78,13 @@ def check_weights(origin: Origin) -> str:
     if origin.gguf:
         return check_gguf(Path(origin.path) / origin.gguf)
     if origin.local:
-        for file in _weight_files(Path(origin.path)):
+        for file in weight_files(Path(origin.path)):
             check_safetensors(file)
     return ""
 
 
-def _weight_files(folder: Path) -> Sequence[Path]:
+def weight_files(folder: Path) -> Sequence[Path]:
+    """The safetensors files of a model folder, the index's shards if there is one. UserError where there are none."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if (folder / INDEX).is_file():

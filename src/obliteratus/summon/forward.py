@@ -22,6 +22,7 @@ from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
 from obliteratus.summon.capture import Capture, Taps, blocks
 from obliteratus.summon.lower import Lower
 from obliteratus.summon.memory import free_memory
+from obliteratus.summon.quantised import dims
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import under, variants_of
 from obliteratus.types import Subject
@@ -77,7 +78,7 @@ def token_budget(subject: Subject, bytes_per_token: float) -> int:
 
 def state_bytes(subject: Subject) -> float:
     """Working memory of one token in a forward pass: the stream, and the widest projections, a few times."""
-    inner = max(max(p.shape) for p in blocks(subject)[0].parameters())
+    inner = max(max(dims(p)) for p in blocks(subject)[0].parameters())
     return float(4 * (8 * subject.width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
 
 

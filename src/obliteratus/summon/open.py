@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.quantization_config import QuantizationMethod
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
 from obliteratus.summon import anatomy, selftest
 from obliteratus.summon.anatomy import coverage, family_of, find_sites, n_layers_of
-from obliteratus.summon.codec import drop_quantisation_mark
+from obliteratus.summon.checkpoint import open_checkpoint
+from obliteratus.summon.codec import drop_quantisation_mark, floats, sampled
 from obliteratus.summon.files import Origin, check_weights, locate
+from obliteratus.summon.quantised import kept_portable
+from obliteratus.summon.storage import storage_of
 from obliteratus.types import Site, Source, Subject, digest_of
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-SAMPLE = 64  # values of each writer in the digest: over all layers, more than two checkpoints share by chance
-SMALLEST = 2.0**-14  # float16 is subnormal below: a bf16 checkpoint would digest differently there
 CHUNK = 1 << 22  # values tested at once for NaN, where the cheap test failed: 16 MB in fp32
 
 
@@ -60,30 +59,40 @@ def open_subject(
     trust_remote_code: bool = False,
     thinking: bool = False,
     self_test: bool = False,
+    quantise: str | Mapping[str, Any] = "",
 ) -> Subject:
     """Load a model and its tokenizer, and find what can be edited in it.
 
     `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
     `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device` is ``auto``, ``map`` (accelerate spreads
     the model over devices, CPU and disk) or a torch device. `self_test` tries every claim of the table.
+    `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
     UserError for whatever the user can mend: each says what, where and what to do.
     """
     where, kind = _device(device), dtype_of(dtype)
     origin = locate(source)
-    quantisation = check_weights(origin)
+    gguf = check_weights(origin)
     config = read_config(origin, revision, trust_remote_code)
+    storage = storage_of(origin, config, quantise, kind)
     family_of(config)
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
-    model = _model(origin, loader_of(config), {**options, **where, "dtype": kind})
+    if storage.packed and not where:  # without a map bitsandbytes chooses: a GPU, if there is one
+        where = {"device_map": {"": "cpu"}}
+    model = _model(origin, loader_of(config), {**options, **where, **storage.options, "dtype": kind})
+    if storage.packed:
+        kept_portable(model)
+    elif origin.gguf or storage.label:
+        drop_quantisation_mark(model)
     check_finite(model, origin.name)
     subject = assemble(
         model,
         tokenizer,
         id=origin.name,
         revision=_commit(origin, revision),
-        quantisation=quantisation or _quantisation(model),
+        quantisation=gguf or storage.label,
         thinking=thinking,
+        base=origin.name if storage.here else "",
     )
     if self_test:
         selftest.self_test(model)
@@ -98,8 +107,12 @@ def assemble(
     revision: str = "",
     quantisation: str = "",
     thinking: bool = False,
+    base: str = "",
 ) -> Subject:
-    """The subject of a model in memory; UnsupportedModelError where the table does not cover it."""
+    """The subject of a model in memory; UnsupportedModelError where the table does not cover it.
+
+    base: the full-precision checkpoint that the model was quantised from on loading: the digest is that one's.
+    """
     family = family_of(model.config)
     sites = find_sites(model, family)
     if missed := coverage(model, sites, family).paths:
@@ -112,28 +125,24 @@ def assemble(
         n_layers=n_layers_of(model, family),
         width=anatomy.width_of(model),
         layers=family.layers,
-        source=Source(id, revision, quantisation, dtype, digest=_digest(model, sites)),
+        source=Source(id, revision, quantisation, dtype, _digest(model, sites, base, revision), base),
         thinking=thinking,
     )
 
 
-def _digest(model: PreTrainedModel, sites: tuple[Site, ...]) -> str:
-    """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, and in
-    fp16 too where it is stored in bf16."""
+def _digest(model: PreTrainedModel, sites: tuple[Site, ...], base: str, revision: str) -> str:
+    """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, in fp16 too
+    where it is stored in bf16, and quantised on loading; a checkpoint stored in few bits has one of its own."""
     config = model.config
-    samples = [_sample(model, site) for site in sites if site.role == "writes"]
+    known = open_checkpoint(base, model, revision) if base else None
+    samples = []
+    for site in (site for site in sites if site.role == "writes"):
+        key = None if known is None else known.key(site.parameter)
+        module = model.get_submodule(site.path)
+        with align_module_device(module):  # brings a weight in that accelerate keeps on disk
+            samples.append(sampled(known.tensor(key) if known and key else module, site.weight))
     table: Any = model.get_input_embeddings()
-    shape = [config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0]]
-    return digest_of([*shape, samples])
-
-
-def _sample(model: PreTrainedModel, site: Site) -> list[float]:
-    module = model.get_submodule(site.path)
-    with align_module_device(module):  # brings a weight in that accelerate keeps on disk
-        own = dict(chain(module.named_buffers(), module.named_parameters()))
-        tensor = own.get(site.weight, next(iter(own.values()))).detach().flatten()
-        values = tensor[:: max(len(tensor) // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16).float()
-    return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
+    return digest_of([config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0], samples])
 
 
 # ---------------------------------------------------------------------------------- what was asked for
@@ -199,16 +208,12 @@ def loader_of(config: PreTrainedConfig) -> Any:
 
 def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
     with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
-        loaded: Any = loader.from_pretrained(
-            origin.path, use_safetensors=True, output_loading_info=True, **options
-        )
+        loaded: Any = loader.from_pretrained(origin.path, use_safetensors=True, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random ones
         raise UserError(
             f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
         )
-    if origin.gguf:
-        drop_quantisation_mark(model)
     model.eval().requires_grad_(False)
     return model
 
@@ -235,17 +240,12 @@ def _commit(origin: Origin, revision: str) -> str:
     return Path(file).parent.name if isinstance(file, str) else revision
 
 
-def _quantisation(model: PreTrainedModel) -> str:
-    mark = vars(model.config).get("quantization_config")
-    return "" if mark is None else str(QuantizationMethod(mark.quant_method).value)
-
-
 def check_finite(model: PreTrainedModel, name: str) -> None:
     """UserError naming the first tensor with a NaN or Inf. One tensor at a time, no copies."""
     for path, module in model.named_modules():
         with align_module_device(module):
-            for key, tensor in module.named_parameters(recurse=False):
-                if tensor.is_floating_point() and not _finite(tensor.detach()):
+            for key, tensor in floats(module).items():
+                if not _finite(tensor):
                     raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
 from obliteratus.summon.experts import is_stack, replaced
 from obliteratus.summon.families import Family
 from obliteratus.summon.files import check_weights, locate
 from obliteratus.summon.open import DTYPES, dtype_of, loader_of, read_config
+from obliteratus.summon.storage import Storage, storage_of
 from obliteratus.types import Site
 
 
@@ -25,7 +28,9 @@ class Outline:
 
     source: str
     quantisation: str
-    """What a GGUF file stores most of its weights as; they are loaded as plain floats."""
+    """How most weights are stored: ``Q4_1``, ``bitsandbytes nf4``, ``fp8`` …; empty for plain floats."""
+    packed: bool
+    """Whether they stay so in memory; else they are loaded as plain floats."""
     model_type: str
     n_layers: int
     width: int
@@ -37,16 +42,26 @@ class Outline:
     dtype: str
     """In which it would be loaded."""
     weight_bytes: Mapping[str, int]
-    """By dtype."""
+    """By dtype, were all of them plain."""
+    loaded_bytes: int
+    """Of the weights as they would be loaded."""
     kv_bytes_per_token: int
     """In `dtype`; an upper bound where layers keep a sliding window only."""
 
 
-def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trust_remote_code: bool = False) -> Outline:
+def outline(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str = "",
+    trust_remote_code: bool = False,
+    quantise: str | Mapping[str, Any] = "",
+) -> Outline:
     """Read the configuration and build the model on the meta device. UserError as `open_subject`."""
     origin = locate(source)
-    quantisation = check_weights(origin) if origin.gguf else ""
+    gguf = check_weights(origin) if origin.gguf else ""
     config = read_config(origin, revision, trust_remote_code)
+    storage = storage_of(origin, config, quantise, dtype_of(dtype))
     family = family_of(config)
     kind = _dtype(config, dtype)
     with torch.device("meta"):
@@ -55,7 +70,8 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
     n_params = sum(parameter.numel() for parameter in model.parameters())
     return Outline(
         source=origin.name,
-        quantisation=quantisation,
+        quantisation=gguf or storage.label,
+        packed=storage.packed,
         model_type=config.model_type,
         n_layers=n_layers_of(model, family),
         width=width_of(model),
@@ -65,8 +81,17 @@ def outline(source: str | Path, *, dtype: str = "auto", revision: str = "", trus
         coverage=coverage(model, sites, family),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
+        loaded_bytes=n_params * kind.itemsize - (_saved(model, storage, kind) if storage.packed else 0),
         kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
     )
+
+
+def _saved(model: PreTrainedModel, storage: Storage, kind: torch.dtype) -> int:
+    """Bytes that packing spares: all linear layers but the head, with the scales of 64 codes or of a row, fp32."""
+    head = model.get_output_embeddings()
+    packed = [m.get_parameter("weight") for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    n, rows = sum(w.numel() for w in packed), sum(len(w) for w in packed)
+    return int(n * kind.itemsize - (n + 4 * rows if storage.label.endswith("int8") else n / 2 + 4 * n / 64))
 
 
 def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:

@@ -1,0 +1,25 @@
+"""How nearly what was saved must answer as what was measured."""
+
+from __future__ import annotations
+
+from obliteratus.summon.quantised import is_packed
+from obliteratus.types import Subject
+
+# Largest KL(live ‖ reloaded) in nats. fp32: the two orders of arithmetic differ by about 1e-9. Half precision
+# rounds the edited weights once; 1e-2 is ten times what that cost on SmolLM2 in bf16.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+# The same where edited matrices were packed again (merged), and where they add to int8 activations (adapter).
+REQUANTISED = {"bitsandbytes nf4": 1.0, "bitsandbytes fp4": 1.0, "bitsandbytes int8": 1.0}
+ADAPTED = {"bitsandbytes int8": 1.0}
+
+
+def tolerance(subject: Subject, form: str) -> float:
+    """Largest KL(live ‖ reloaded) in nats. Packing edited matrices again costs more than any rounding."""
+    kind = subject.source.quantisation if is_quantised(subject) and form != "plan" else ""
+    usual = TOLERANCE[subject.source.dtype]
+    return max(usual, (REQUANTISED if form == "merged" else ADAPTED).get(kind, 0.0))
+
+
+def is_quantised(subject: Subject) -> bool:
+    """Whether some weights are packed in memory."""
+    return any(is_packed(subject.module(site.path)) for site in subject.sites)
