@@ -210,7 +210,9 @@ def test_every_family_is_biased_switched_or_switchless() -> None:
     assert sorted({*BIASED, *SWITCHED, *SWITCHLESS}) == NAMES
 
 
-@pytest.mark.parametrize(("case", "form"), [(c, f) for c, f in executors(CASES) if f == "adapter"] + [(c, "plan") for c in CASES])
+@pytest.mark.parametrize(
+    ("case", "form"), [(c, f) for c, f in executors(CASES) if f == "adapter"] + [(c, "plan") for c in CASES]
+)
 def test_other_forms_pass_their_rescore(case: str, form: Any, make_plan: PlanMaker, tmp_path: Path) -> None:
     name, parts = CASES[case]
     subject = opened(name)

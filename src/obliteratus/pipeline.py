@@ -94,13 +94,16 @@ def proved(
     report = parts_checked(prompts, recipe.seed)[2]
     with applied(subject, plan):
         after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
+    covered = edited(subject, plan)
+    if covered["warning"]:
+        note("coverage", f"warning: {covered['warning']}")
     return Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
         prompts=_described(prompts, recipe.seed, subject),
         before=dict(before.scores),
         after=dict(after.scores),
-        coverage=edited(subject, plan),
+        coverage=covered,
         seconds=dict(store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},

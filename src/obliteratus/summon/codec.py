@@ -91,7 +91,9 @@ def drop_quantisation_mark(model: Any) -> None:
 def _plain(module: nn.Module, site: Site) -> Tensor:
     own = dict(module.named_parameters(recurse=False))
     if site.weight not in own:
-        raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no parameter '{site.weight}'; {_REMEDY}")
+        raise UnsupportedModelError(
+            f"{site.path} ({type(module).__name__}) has no parameter '{site.weight}'; {_REMEDY}"
+        )
     weight = own[site.weight]
     kind = type(weight).__name__
     plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.ndim == (3 if site.stacked else 2)

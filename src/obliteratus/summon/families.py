@@ -212,7 +212,10 @@ MLA = (  # queries and keys pass low ranks, behind norms of their own
         inner=("self_attn.q_b_proj.weight",),
     ),
     Branch(
-        "latent attention", at="self_attn.q_proj", readers={"attn.in": ("self_attn.q_proj", _MLA_IN)}, pre_norm=_MLA_NORM
+        "latent attention",
+        at="self_attn.q_proj",
+        readers={"attn.in": ("self_attn.q_proj", _MLA_IN)},
+        pre_norm=_MLA_NORM,
     ),
 )
 DEEPSEEK = replace(
@@ -287,9 +290,7 @@ MAMBA_1 = replace(
     inner=(*MAMBA.inner, "mamba.x_proj.weight", "mamba.dt_proj.weight", "mamba.A_log"),
 )
 HYBRID = replace(ATTENTION, writers={}, readers={}, pre_norm={}, bias_switch={}, recurrent=True)
-QWEN3_NEXT = replace(
-    HYBRID, norm="rms+1", branches=((_delta_net("qkvz", "ba"), SELF_ATTENTION), (DENSE, QWEN_MOE))
-)
+QWEN3_NEXT = replace(HYBRID, norm="rms+1", branches=((_delta_net("qkvz", "ba"), SELF_ATTENTION), (DENSE, QWEN_MOE)))
 QWEN3_5 = replace(QWEN3_NEXT, branches=((_delta_net("qkv", "z", "b", "a"), SELF_ATTENTION), (DENSE, QWEN_MOE)))
 _SHARED_MLP = Branch(
     "MLP",
@@ -451,7 +452,9 @@ def _gemma4_refusal(config: PreTrainedConfig) -> str:
 
 def _gemma4_attention(*reads: str) -> Branch:
     at = reads[-1]
-    return Branch("attention", at=f"self_attn.{at}", readers={"attn.in": tuple(f"self_attn.{r}" for r in reads)}, pre_norm=_IN)
+    return Branch(
+        "attention", at=f"self_attn.{at}", readers={"attn.in": tuple(f"self_attn.{r}" for r in reads)}, pre_norm=_IN
+    )
 
 
 GEMMA4 = replace(
@@ -485,7 +488,6 @@ GEMMA4 = replace(
 
 def _in_vision(family: Family) -> Family:
     """The same text model inside one that sees. What images write enters with the embeddings, and is not edited."""
-
 
     def inside(path: str) -> str:
         return f"model.language_model.{path.removeprefix('model.')}"
@@ -527,10 +529,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "granitemoe": replace(ATTENTION, branches=((GRANITE_EXPERTS,),)),
     "qwen3_next": QWEN3_NEXT,
-    "qwen3_5_text": QWEN3_5,
-    "qwen3_5_moe_text": QWEN3_5,
+    "qwen3_5_text": replace(QWEN3_5, branches=(QWEN3_5.branches[0], (DENSE,))),
+    "qwen3_5_moe_text": replace(QWEN3_5, branches=(QWEN3_5.branches[0], (QWEN_MOE,))),
     "granitemoehybrid": GRANITE_HYBRID,
-    "lfm2": LFM2,
+    "lfm2": replace(LFM2, branches=(LFM2.branches[0], LFM2.branches[1][:1])),
     "lfm2_moe": LFM2,
     "jamba": JAMBA,
     "falcon_h1": FALCON_H1,

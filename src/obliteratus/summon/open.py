@@ -16,16 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from obliteratus.errors import UserError
@@ -75,7 +66,7 @@ def open_subject(
     family_of(config)
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
-    model = _model(origin, loader_of(config), {**options, **where, "dtype": kind})
+    model = _model(origin, anatomy.loader_of(config), {**options, **where, "dtype": kind})
     check_finite(model, origin.name)
     subject = assemble(
         model,
@@ -191,17 +182,9 @@ def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(origin.path, **options)
 
 
-def loader_of(config: PreTrainedConfig) -> Any:
-    """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
-
-
 def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
     with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
-        loaded: Any = loader.from_pretrained(
-            origin.path, use_safetensors=True, output_loading_info=True, **options
-        )
+        loaded: Any = loader.from_pretrained(origin.path, use_safetensors=True, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random ones
         raise UserError(
