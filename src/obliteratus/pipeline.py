@@ -14,6 +14,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
+from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs
 from obliteratus.store import Store
