@@ -1,4 +1,5 @@
-"""The pages that are made, not written: docs/methods.md from the recipes, docs/runtimes.md from docs/rates.json.
+"""The pages that are made, not written: docs/methods.md from the recipes, docs/runtimes.md from docs/rates.json, and
+docs/architectures.md from the architecture table.
 
     python -m bench.docs
 
@@ -7,6 +8,7 @@ tests/test_docs.py fails where a page is stale.
 
 from __future__ import annotations
 
+from bench.architectures import architectures_page
 from bench.common import say
 from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
 from obliteratus.costs import CLASSES, COLUMNS, OWN, REFERENCE, SHARED, TEXT, effort, formula, row, stages, total
@@ -171,7 +173,11 @@ def _check(rates: Rates) -> str:
 def pages() -> dict[str, str]:
     """All pages by file name."""
     made = [recipe(name) for name in names()]
-    return {"methods.md": methods_page(made), "runtimes.md": runtimes_page(made, load())}
+    return {
+        "methods.md": methods_page(made),
+        "runtimes.md": runtimes_page(made, load()),
+        "architectures.md": architectures_page(MADE),
+    }
 
 
 def main() -> None:

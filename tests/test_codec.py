@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import MODELS, tiny, tiny_subject
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from obliteratus.errors import UnsupportedModelError
-from obliteratus.summon.anatomy import family_of, find_sites
-from obliteratus.summon.codec import read_bias, read_weight, stored
+from obliteratus.summon.anatomy import family_of, find_sites, width_of
+from obliteratus.summon.codec import columns, each, has_bias, read_bias, read_weight, rows, stored
 from obliteratus.types import Site
 
 NAMES = sorted(MODELS)
@@ -36,6 +37,8 @@ def test_the_matrix_is_what_the_module_computes(name: str) -> None:
     model = tiny(name).double()
     for site in find_sites(model, family_of(model.config)):
         module = model.get_submodule(site.path)
+        if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            continue  # stacks and routers: below
         weight, bias = read_weight(module, site), read_bias(module, site)
         assert weight.dtype == torch.float64
         if site.layout == "embedding":  # one-hot in; a fixed factor or offset of the model's own stands outside
@@ -47,7 +50,34 @@ def test_the_matrix_is_what_the_module_computes(name: str) -> None:
         expected = given @ weight.T + (0.0 if bias is None else bias)
         assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
         if site.role == "writes":
-            assert weight.shape[0] == model.config.hidden_size
+            assert weight.shape[0] == width_of(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_an_experts_matrix_is_what_the_expert_computes(name: str) -> None:
+    """One expert is chosen for all tokens, with weight 1: the module puts out what its matrices make."""
+    subject = tiny_subject(name)
+    stacks = [site for site in subject.sites if site.stacked]
+    writer = next(site for site in stacks if site.role == "writes")
+    reader = next(site for site in stacks if site.path == writer.path and site.role == "reads")
+    module = subject.module(writer.path)
+    x = torch.randn(5, subject.width)
+    for expert, (down, up) in enumerate(zip(each(module, writer), each(module, reader), strict=True)):
+        made = x @ read_weight(module, up).T + (0.0 if not has_bias(module, up) else read_bias(module, up))
+        hidden = module._apply_gate(made) if module.has_gate else module.act_fn(made)
+        out = hidden @ read_weight(module, down).T + (0.0 if not has_bias(module, down) else read_bias(module, down))
+        found = module(x, torch.full((5, 1), expert), torch.ones(5, 1))
+        torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-4)
+        assert (rows(module, down), columns(module, down)) == tuple(read_weight(module, down).shape)
+        assert torch.equal(stored(read_weight(module, down), down, module.down_proj[expert]), module.down_proj[expert])
+
+
+def test_a_router_is_a_matrix_too() -> None:
+    subject = tiny_subject("mixtral")
+    site = next(site for site in subject.sites if site.part == "router")
+    x = torch.randn(5, subject.width)
+    module = subject.module(site.path)
+    torch.testing.assert_close(module(x)[0], x @ read_weight(module, site).T)
 
 
 def test_biases() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from bench.architectures import architectures_page
 from bench.docs import FOLDER, methods_page, pages, runtimes_page
 from bench.runtimes import MEASURED, SHAPES, Rates, Shape, at, clock, load, seconds
 
 from obliteratus.costs import stages, total
 from obliteratus.recipe import names, recipe
+from obliteratus.summon.families import FAMILIES, UNSUPPORTED
 
 RATES = Rates(
     date="2026-01-01",
@@ -25,7 +27,7 @@ RATES = Rates(
 PARAMETERS = {"135M": 134.5e6, "1B": 1.236e9, "8B": 8.03e9, "70B": 70.55e9}  # from the models' cards
 
 
-@pytest.mark.parametrize("name", ["methods.md", "runtimes.md"])
+@pytest.mark.parametrize("name", ["methods.md", "runtimes.md", "architectures.md"])
 def test_a_page_is_what_would_be_made_now(name: str) -> None:
     assert (FOLDER / name).read_text() == pages()[name], f"docs/{name} is stale: run `make docs`"
 
@@ -36,6 +38,17 @@ def test_a_changed_recipe_makes_a_page_stale() -> None:
     assert methods_page(changed) != methods_page(made)
     assert runtimes_page(changed, RATES) != runtimes_page(made, RATES)
     assert runtimes_page(made, RATES.model_copy(update={"token": 2e-3})) != runtimes_page(made, RATES)
+
+
+def test_every_architecture_is_in_its_table() -> None:
+    page = architectures_page("")
+    for name, family in FAMILIES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.count("|") == page.splitlines()[3].count("|")
+        assert ("recurrent states" in row) == family.recurrent
+    assert all(f"| `{name}` | {why} |" in page for name, why in UNSUPPORTED.items())
+    assert "`expert.out` [experts, in, out]" in next(x for x in page.splitlines() if x.startswith("| `gpt_oss`"))
+    assert "`expert.out` [experts, out, in], `shared.out`" in page
 
 
 def test_every_number_says_where_it_is_from() -> None:

@@ -174,7 +174,7 @@ def test_plans_that_share_directions_are_one_edit(make_plan: PlanMaker) -> None:
     subject = tiny_subject("llama")
     plan, device = make_plan(subject, PARTS), torch.device("cpu")
     sites = [p.by_site() for p in strengths(plan, 0.5, 1.0, 2.0)]
-    path = plan.edits[0].site.path
+    path = plan.edits[0].site.parameter
     shared = live_rows._shared([s[path] for s in sites], device)
     assert shared is not None
     assert shared[0].strengths.tolist() == [0.5, 1.0, 2.0]

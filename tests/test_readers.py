@@ -75,6 +75,17 @@ def test_executors_agree(name: str, strength: float, executor: str, tmp_path: Pa
     assert not torch.allclose(logits(subject.model), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("executor", ["baked", "reloaded"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v2", "qwen3_next"])
+def test_what_experts_and_routers_read(name: str, executor: str, tmp_path: Path) -> None:
+    subject = opened(name)
+    plan = readers(subject, directed(subject), parts=("mlp.in", "router"), strength=0.8)
+    assert {e.site.part for e in plan.edits} == {"mlp.in", "router"}
+    expected = live(subject, plan)
+    torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
+    assert not torch.allclose(logits(subject.model), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("name", ["llama", "llama_biased", "gpt2", "gemma2"])
 def test_two_edits_and_both_sides(name: str, executor: str, tmp_path: Path) -> None:
@@ -113,7 +124,7 @@ def test_a_reader_no_longer_answers_to_the_direction(name: str) -> None:
     subject = opened(name)
     found = directed(subject, k=1)
     plan = readers(subject, found)
-    edit = next(e for e in plan.edits if e.site.layer == 1)
+    edit = next(e for e in plan.edits if e.site.layer == 1 and not e.site.stacked)
     after, before = response(subject, plan, edit.site, found.basis[edit.site.stream][0])
     assert after < 2e-2 * before  # LayerNorm's and RMSNorm's length change a little, in second order
     bare = replace(plan, edits=(replace(edit, basis=found.basis[edit.site.stream], covectors=None, anchor=None),))
@@ -136,7 +147,7 @@ def test_the_tied_head_parts_from_the_table(tmp_path: Path) -> None:
 def test_readers_are_reported_and_writers_keep_their_share() -> None:
     subject = opened("llama")
     told = edited(subject, readers(subject, directed(subject), parts=("attn.in", "mlp.out")))
-    assert told["parts"]["attn.in"] == {"found": 9, "edited": 9, "skipped_layers": []}
+    assert told["parts"]["attn.in"] == {"found": 9, "edited": 9, "skipped_layers": [], "why_skipped": ""}
     assert "mlp.in" not in told["parts"]
     assert (
         told["edited_share"] == edited(subject, planned(subject, directed(subject), parts=("mlp.out",)))["edited_share"]

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from obliteratus.recipe import recipe
-from obliteratus.summon.anatomy import width_of
-from obliteratus.summon.open import assemble, loader_of
+from obliteratus.summon.anatomy import loader_of, width_of
+from obliteratus.summon.open import assemble
 from obliteratus.types import Run, Subject
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
@@ -50,29 +50,51 @@ _DEEPSEEK = {**_MOE, **_GROUPS, **_MLA, "num_key_value_heads": 4, "n_routed_expe
 
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _DELTA = {
-    **_MOE, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    **_MOE,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 _MIXERS = ["linear_attention", "moe", "full_attention", "mlp"]
 _NEMOTRON = {
-    **_MOE, "head_dim": 16, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 20,
-    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
+    **_MOE,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "moe_shared_expert_intermediate_size": 20,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "chunk_size": 8,
 }
 _NEMOTRON.pop("num_hidden_layers")
 _GEMMA4 = {
     **{k: v for k, v in _SANDWICH.items() if k != "query_pre_attn_scalar"},
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "vocab_size_per_layer_input": VOCAB,
 }
 _SIGLIP = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "image_size": 16, "patch_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _MROPE3 = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [4, 2, 2]}}
 _QWEN_EYE = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "out_hidden_size": 32}
 _QWEN3_EYE = {
-    "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
-    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
 }
 
 _UNTIED = {"tie_word_embeddings": False}
@@ -115,14 +137,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": (
         "granitemoehybrid",
         {
-            **_MOE, **_MAMBA2, "num_local_experts": 4, "shared_intermediate_size": 40,
-            "layer_types": ["linear_attention", "full_attention"], "residual_multiplier": 0.5,
+            **_MOE,
+            **_MAMBA2,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 40,
+            "layer_types": ["linear_attention", "full_attention"],
+            "residual_multiplier": 0.5,
         },
     ),
     "granitemoehybrid_dense": (
         "granitemoehybrid",
         {
-            **_GQA, **_MAMBA2, "num_local_experts": 0, "shared_intermediate_size": 40,
+            **_GQA,
+            **_MAMBA2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
             "layer_types": ["full_attention", "linear_attention"],
         },
     ),
@@ -134,15 +163,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": (
         "jamba",
         {
-            **_GQA, "num_hidden_layers": 3, "num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1,
-            "mamba_d_state": 4, "mamba_dt_rank": 4,
+            **_GQA,
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
         },
     ),
     "falcon_h1": (
         "falcon_h1",
         {
-            **_GQA, **_MAMBA2, "mamba_d_ssm": 64, "attention_out_multiplier": 0.5, "attention_in_multiplier": 1.5,
-            "ssm_out_multiplier": 0.7, "ssm_in_multiplier": 1.2, "mlp_multipliers": [1.3, 0.6],
+            **_GQA,
+            **_MAMBA2,
+            "mamba_d_ssm": 64,
+            "attention_out_multiplier": 0.5,
+            "attention_in_multiplier": 1.5,
+            "ssm_out_multiplier": 0.7,
+            "ssm_in_multiplier": 1.2,
+            "mlp_multipliers": [1.3, 0.6],
         },
     ),
     "nemotron_h": ("nemotron_h", {**_NEMOTRON, "layers_block_type": _MIXERS}),

@@ -55,7 +55,8 @@ def coverage_line(run: Run) -> str:
     """Writers edited, in one line."""
     parts = [f"{name} {c['edited']}/{c['found']}" for name, c in run.coverage["parts"].items()]
     missed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
-    return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}."
+    warned = f" **Warning: {run.coverage['warning']}.**" if run.coverage.get("warning") else ""
+    return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}.{warned}"
 
 
 def _stored(run: Run) -> str:

@@ -32,12 +32,31 @@ def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
         size = _size(subject, site)
         total, reached = total + size, reached + size * _share(subject, site, touched.get(site.parameter, ()))
     known = coverage(subject.model, subject.sites, family_of(subject.model.config))
+    for part in parts.values():
+        part["why_skipped"] = _why(part["edited"], part["skipped_layers"])
     return {
         "parts": dict(parts),
+        "warning": shortfall(known.share, len(known.paths)),
         "edited_share": reached / total,
         "found_share": known.share,
         "unclaimed": list(known.paths),
     }
+
+
+def _why(edited: int, skipped: Sequence[int]) -> str:
+    if not skipped:
+        return ""
+    return "no weight or no direction in these layers" if edited else "no edit of this part: not asked for, or weight 0"
+
+
+ENOUGH = 0.99  # the rest of a model whose writers are all known but one of each block would be several per cent
+
+
+def shortfall(found_share: float, unclaimed: int) -> str:
+    """The warning where writers may have been missed; empty where they are not."""
+    if found_share >= ENOUGH:
+        return ""
+    return f"{unclaimed} matrices are in no table: of what may write into the stream {found_share:.1%} is known"
 
 
 def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from obliteratus.coverage import shortfall
 from obliteratus.summon.memory import host_memory
 from obliteratus.summon.outline import Outline
 from obliteratus.terminal import results, size, table_of
@@ -88,6 +89,8 @@ def show(data: dict[str, Any], sites: bool) -> None:
         ],
     ]
     results.print(table_of(data["source"], ["what", "how much"], rows))
+    if short := shortfall(cover["share"], len(cover["paths"])):
+        results.print(f"[bold red]warning[/] {short}")
     for path in cover["paths"]:
         results.print(f"[bold red]unclaimed[/] {path}: in no table, never edited")
     if sites:

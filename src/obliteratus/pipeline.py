@@ -14,6 +14,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
+from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs
 from obliteratus.store import Store
@@ -94,13 +95,16 @@ def proved(
     report = parts_checked(prompts, recipe.seed)[2]
     with applied(subject, plan):
         after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
+    covered = edited(subject, plan)
+    if covered["warning"]:
+        note("coverage", f"warning: {covered['warning']}")
     return Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
         prompts=_described(prompts, recipe.seed, subject),
         before=dict(before.scores),
         after=dict(after.scores),
-        coverage=edited(subject, plan),
+        coverage=covered,
         seconds=dict(store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from obliteratus.excise.change import at, changed, new_bias
 from obliteratus.excise.linear import Scales, measure, restretched, scales
+from obliteratus.excise.live_ops import Live, Op, changed_experts, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.codec import columns, each, read_bias, read_weight
-from obliteratus.summon.experts import Forward, Replaced, replaced, run_experts
+from obliteratus.summon.experts import Forward, Replaced, replaced
 from obliteratus.types import Change, Edit, Mask, Plan, Shift, Site, Subject
 
 
@@ -52,24 +53,7 @@ def unedited() -> Iterator[None]:
 
 
 _STILL: ContextVar[bool] = ContextVar("still", default=False)
-Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
-"""(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head look at arguments."""
 Removable = RemovableHandle | Replaced
-
-
-@dataclass(frozen=True)
-class Live:
-    """y′ = ops(y − b) + b′, on inputs that ``feeds`` changed and ``inputs`` scaled. All fp32 on the module's device."""
-
-    ops: tuple[Op, ...]
-    feeds: tuple[Op, ...]
-    inputs: Tensor | None
-    before: Tensor | None
-    """b, taken off first; None where that makes no difference."""
-    after: Tensor | None
-    """b′, added last."""
-    experts: tuple[Live | None, ...] = ()
-    """Of a stack whose experts are not all changed alike: what each of them gets, in place of all else."""
 
 
 def compiled(module: nn.Module, changes: Sequence[Change]) -> Live:
@@ -98,8 +82,8 @@ def _summed(change: Change, device: torch.device) -> Op:
 
 
 def _one(module: nn.Module, changes: Sequence[Change]) -> Live:
-    """Changes of one matrix, ready to be made. The weight is read only where a norm rule needs its lengths, or a head its
-    columns; one matrix at a time."""
+    """Changes of one matrix, ready to be made. The weight is read only where a norm rule needs its lengths, or a head
+    its columns; one matrix at a time."""
     site = changes[0].site
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
         return Live((), tuple(_reading(c, _device(module)) for c in reversed(changes)), None, None, None)
@@ -232,20 +216,6 @@ def _experts_forward(module: nn.Module, site: Site, live: Live) -> Forward:
     return forward
 
 
-def changed_experts(module: nn.Module, site: Site, live: Live, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """What the experts make of what they are given, each under its own changes."""
-
-    def feed(expert: int, h: Tensor) -> Tensor:
-        mine = live.experts[expert]
-        return h if mine is None else fed(h, mine)
-
-    def change(expert: int, h: Tensor, y: Tensor) -> Tensor:
-        mine = live.experts[expert]
-        return y if mine is None else edited(y.float(), (h,), mine).to(y.dtype)
-
-    return run_experts(module, site, given, feed, change)
-
-
 def _input_hook(live: Live) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if _STILL.get() else (fed(args[0], live), *args[1:])
@@ -253,30 +223,8 @@ def _input_hook(live: Live) -> Callable[..., Any]:
     return hook
 
 
-def fed(x: Tensor, live: Live) -> Tensor:
-    """What the module is given in place of x, whose last axis is its width."""
-    if live.inputs is not None:
-        x = x * live.inputs.to(x.dtype)
-    if not live.feeds:
-        return x
-    flat = x.float().reshape(-1, x.shape[-1])
-    for op in live.feeds:
-        flat = op(flat, (x,))
-    return flat.view(x.shape).to(x.dtype)
-
-
 def _output_hook(live: Live) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return None if _STILL.get() else edited(output.float(), args, live).to(output.dtype)
 
     return hook
-
-
-def edited(y: Tensor, args: tuple[Any, ...], live: Live) -> Tensor:
-    """An output y, fp32, after the module's changes; args are what the module was given."""
-    flat = y.reshape(-1, y.shape[-1])
-    if live.before is not None:
-        flat = flat - live.before
-    for op in live.ops:
-        flat = op(flat, args)
-    return (flat if live.after is None else flat + live.after).view(y.shape)

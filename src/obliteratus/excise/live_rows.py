@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.live import Live, Removable, changed_experts, compiled, edited, fed
+from obliteratus.excise.live import Removable, compiled
+from obliteratus.excise.live_ops import Live, changed_experts, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.experts import Forward, replaced
@@ -154,8 +155,10 @@ def _experts_forward(module: nn.Module, site: Site, lives: Sequence[Live | None]
         for i, live in enumerate(lives):
             here = (plan == i).nonzero()[:, 0]
             x, chosen, weights = (one[here] for one in given)
-            apart = live is not None and live.experts
-            made = changed_experts(module, site, live, (x, chosen, weights)) if apart else own(x, chosen, weights)
+            if live is not None and live.experts:
+                made = changed_experts(module, site, live, (x, chosen, weights))
+            else:
+                made = own(x, chosen, weights)
             result[here] = made.to(result.dtype)
         return result
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from obliteratus.errors import NothingMatchedError
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_weight
 from obliteratus.types import Activations, Change, Edit, Mask, Subject, asked
@@ -45,6 +46,8 @@ def masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: floa
     After a removal the same score is rounding, and choosing by it deletes neurons by chance: hence before it, once.
     """
     found: list[Change] = []
+    if all(edit.site.stacked for edit in edits if edit.site.part in asked("mlp.out")):
+        raise NothingMatchedError("excise.neurons: only experts are edited, and these have no neurons in common")
     for edit in edits:
         if edit.site.stacked or edit.site.part not in asked("mlp.out"):
             continue

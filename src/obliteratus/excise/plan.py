@@ -183,7 +183,8 @@ def check_fits(subject: Subject, plan: Plan) -> None:
 def _check_place(subject: Subject, change: Change) -> None:
     """Heads and neurons lie inside the matrix; what only writers can have is on a writer."""
     site = change.site
-    if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or site.span is not None):
+    apart = site.span is not None or site.expert is not None
+    if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or apart):
         raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
     if isinstance(change, Mask):
         n = columns(subject.module(site.path), site)

@@ -13,7 +13,14 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from obliteratus.errors import UnsupportedModelError
@@ -38,6 +45,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     if reason := FAMILIES[name].refusal(config):
         raise UnsupportedModelError(f"this '{name}' model is not supported: {reason}")
     return FAMILIES[name]
+
+
+def loader_of(config: PreTrainedConfig) -> Any:
+    """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def find_sites(model: PreTrainedModel, family: Family) -> tuple[Site, ...]:
@@ -92,11 +105,18 @@ _ROLES: tuple[Role, Role] = ("writes", "reads")
 def _declared(family: Family, prefix: str, layer: int, branch: Family | Branch, role: Role) -> Iterator[Site]:
     writes = role == "writes"
     norms = branch.post_norm if writes else branch.pre_norm
-    for part, declared in (branch.writers if writes else branch.readers).items():
+    for part, m in _writing(branch) if writes else _reading(branch, family):
         gain = prefix + norms[part] if part in norms else None
-        for matrix in [declared] if writes else declared:
-            m = Matrix(matrix, family.reader_layout) if isinstance(matrix, str) else Matrix(*matrix)
-            yield Site(prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias)
+        yield Site(prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias)
+
+
+def _writing(branch: Family | Branch) -> Iterator[tuple[str, Matrix]]:
+    return ((part, Matrix(*matrix)) for part, matrix in branch.writers.items())
+
+
+def _reading(branch: Family | Branch, family: Family) -> Iterator[tuple[str, Matrix]]:
+    for part, matrices in branch.readers.items():
+        yield from ((part, Matrix(m, family.reader_layout) if isinstance(m, str) else m) for m in matrices)
 
 
 def _check_site(model: PreTrainedModel, site: Site) -> None:

@@ -82,4 +82,5 @@ def _hidden(kind: Any, x: Tensor, expert: int) -> Tensor:
 def _linear(kind: Any, x: Tensor, expert: int, name: str) -> Tensor:
     weight = kind.get_parameter(name)[expert]
     y = x @ (weight if kind.is_transposed else weight.T)
-    return y + kind.get_parameter(f"{name}_bias")[expert] if kind.has_bias else y
+    biased: Tensor = y + kind.get_parameter(f"{name}_bias")[expert] if kind.has_bias else y
+    return biased

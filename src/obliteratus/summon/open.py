@@ -15,16 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
@@ -79,7 +70,7 @@ def open_subject(
     tokenizer = _tokenizer(origin, options)
     if storage.packed and not where:  # without a map bitsandbytes chooses: a GPU, if there is one
         where = {"device_map": {"": "cpu"}}
-    model = _model(origin, loader_of(config), {**options, **where, **storage.options, "dtype": kind})
+    model = _model(origin, anatomy.loader_of(config), {**options, **where, **storage.options, "dtype": kind})
     if storage.packed:
         kept_portable(model)
     elif origin.gguf or storage.label:
@@ -198,12 +189,6 @@ def width_of(source: str | Path) -> int:
 def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
     with _explained(origin, "it has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **options)
-
-
-def loader_of(config: PreTrainedConfig) -> Any:
-    """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:

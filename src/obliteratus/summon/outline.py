@@ -13,11 +13,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from obliteratus.summon.anatomy import Coverage, coverage, family_of, find_sites, is_tied, n_layers_of, width_of
+from obliteratus.summon.anatomy import (
+    Coverage,
+    coverage,
+    family_of,
+    find_sites,
+    is_tied,
+    loader_of,
+    n_layers_of,
+    width_of,
+)
 from obliteratus.summon.experts import is_stack, replaced
 from obliteratus.summon.families import Family
 from obliteratus.summon.files import check_weights, locate
-from obliteratus.summon.open import DTYPES, dtype_of, loader_of, read_config
+from obliteratus.summon.open import DTYPES, dtype_of, read_config
 from obliteratus.summon.storage import Storage, storage_of
 from obliteratus.types import Site
 
@@ -112,5 +121,5 @@ def _kv_values(model: PreTrainedModel, family: Family) -> int:
         token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}
     with torch.no_grad():
         cache = model(**token, use_cache=True).past_key_values
-    growing = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return sum(layer.keys.numel() + layer.values.numel() for layer in growing if layer.is_initialized)
+    grow = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    return sum(states.numel() for layer in grow for states in (layer.keys, layer.values) if states is not None)
