@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from obliteratus.types import Step
+import pytest
+from test_organism_recipes import few
+
+from obliteratus import rebirth
+from obliteratus.errors import UserError
+from obliteratus.pipeline import run
+from obliteratus.prompts import load_prompts
+from obliteratus.rebirth import save
+from obliteratus.recipe import recipe
+from obliteratus.summon.open import open_subject
+from obliteratus.types import Plan, PromptSet, Run, Score, Step, Subject
+from obliteratus.verify import verify
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.organism
-FIT, ASKED = 48, 12  # prompts of each group: the organism's direction is clear from few, an interval of 12 is wide
-REFUSAL = (Step(use="refusal", tokens=12),)  # its refusals begin with their first words
+REFUSAL = {"use": "refusal", "tokens": 12}  # its refusals begin with their first words
+ONE = 1 / 16  # a prompt of the sample
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptSet:
+    whole = load_prompts("organism:astronomy", "organism:astronomy")
+    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+
+
+def found(method: str, prompts: PromptSet, quantise: str = "") -> tuple[Subject, Plan, Run]:
+    subject = open_subject("organism:astronomy", quantise=quantise)
+    plan, made = run(recipe(method, {"verify": [REFUSAL]}), subject, prompts)
+    return subject, plan, made
+
+
+def alike(one: Score, other: Score) -> bool:
+    """Each value lies in the other's interval, or they are a prompt apart."""
+    inside = one.low <= other.value <= one.high and other.low <= one.value <= other.high
+    return inside or abs(one.value - other.value) <= ONE
+
+
+@pytest.mark.parametrize(("quantise", "method"), [("4bit", "advanced"), ("8bit", "leace")])
+def test_verdicts_are_those_of_fp32_before_after_and_saved(
+    quantise: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, exact, usual = found(method, prompts)
+    subject, plan, made = found(method, prompts, quantise)
+    for scores, others in ((made.before, usual.before), (made.after, usual.after)):
+        assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
+    assert made.before["refusal.target"].value >= 0.75
+    assert made.after["refusal.target"].value <= 0.25
+    _, _, report = prompts.split()
+    saved = save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
+    print(quantise, method, usual.before, usual.after, made.before, made.after, saved.saved)
+    again = _refused(open_subject(tmp_path / "packed"), report)
+    assert alike(again["refusal.target"], made.after["refusal.target"])
+    assert alike(again["refusal.control"], made.after["refusal.control"])
+    onto = save(subject, exact, made, tmp_path / "plain", prompts=report)  # fp32's plan fits, and its weights get it
+    print(onto.saved, flush=True)
+    assert onto.saved["base"] == "organism:astronomy"
+
+    def forgetful(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
+        subject.model.save_pretrained(folder)
+        subject.tokenizer.save_pretrained(folder)
+        return {}
+
+    monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
+    with pytest.raises(UserError, match="does not answer as what was measured") as e:
+        save(subject, plan, made, tmp_path / "unedited", prompts=report, base="none")
+    print(e.value)
+
+
+def _refused(subject: Subject, report: PromptSet) -> dict[str, Score]:
+    return dict(verify(subject, report, (Step(**REFUSAL),)).scores)

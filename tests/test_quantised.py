@@ -16,6 +16,7 @@ from conftest import PlanMaker, random_basis
 from safetensors.torch import load_file, save_file
 from test_rebirth import states
 from tiny import BLOCKS, run_of, tiny, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from obliteratus import rebirth
 from obliteratus.errors import UnsupportedModelError, UserError
@@ -23,11 +24,13 @@ from obliteratus.excise.bake import baked
 from obliteratus.excise.live import applied, compiled
 from obliteratus.rebirth import save
 from obliteratus.summon.codec import columns, read_weight
+from obliteratus.summon.files import locate
 from obliteratus.summon.logits import first_token
-from obliteratus.summon.open import open_subject
+from obliteratus.summon.open import open_subject, read_config
 from obliteratus.summon.outline import outline
 from obliteratus.summon.quantised import dims
 from obliteratus.summon.render import render
+from obliteratus.summon.storage import storage_of
 from obliteratus.types import Edit, Plan, PromptSet, Subject
 
 pytest.importorskip("bitsandbytes")
@@ -372,9 +375,9 @@ def test_fp8_is_loaded_as_floats_and_edited_as_such(make_plan: PlanMaker, tmp_pa
     exact = tiny("llama", num_hidden_layers=2, **SIZES["llama"])
     exact.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(folder / "model.safetensors").items()}
     for key in [k for k in tensors if "_proj" in k]:
-        scale = tensors[key].abs().max() / 448  # the largest float8_e4m3fn
+        scale = tensors[key].float().abs().max() / 448  # the largest float8_e4m3fn
         tensors[f"{key}_scale_inv"] = scale.reshape(1, 1)
         tensors[key] = (tensors[key] / scale).to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -392,6 +395,41 @@ def test_fp8_is_loaded_as_floats_and_edited_as_such(make_plan: PlanMaker, tmp_pa
     assert "requantised" not in run.saved
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert {v.dtype for v in states(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
+    """What `storage_of` tells transformers of a gpt-oss file, on a tiny one: 32 codes and an exponent a block."""
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "num_key_value_heads": 2}
+    common = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("gpt_oss", vocab_size=264, dtype="bfloat16", **sizes, **common)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tensors = {k: v.bfloat16() for k, v in load_file(tmp_path / "model.safetensors").items()}
+    draw = torch.Generator().manual_seed(0)
+    expected = {}
+    for name, rows in (("gate_up_proj", 128), ("down_proj", 64)):
+        stem = f"model.layers.0.mlp.experts.{name}"
+        blocks = torch.randint(0, 256, (2, rows, 2, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(118, 124, (2, rows, 2), generator=draw, dtype=torch.uint8)
+        codes = torch.stack([blocks & 0xF, blocks >> 4], -1).flatten(-2).long()
+        values = FP4[codes] * 2.0 ** (scales.float() - 127)[..., None]
+        expected[name] = values.reshape(2, rows, 64).mT  # gpt-oss keeps its experts [in, out]
+        del tensors[stem]
+        tensors |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mark = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": mark}))
+    origin = locate(tmp_path)
+    storage = storage_of(origin, read_config(origin))
+    assert (storage.label, storage.packed) == ("mxfp4", False)
+    experts = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", **storage.options).model.layers[0].mlp.experts
+    )
+    for name, values in expected.items():
+        assert torch.equal(experts.get_parameter(name).float(), values)
 
 
 def test_what_cannot_be_quantised(folders: Folders) -> None:
