@@ -38,20 +38,15 @@ class Losses:
     by_path: dict[str, Loss] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
-        """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one; ``kept``: the share
-        of the edit that is in what is stored, 1 where none of it was rounded away."""
+        """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one; ``kept``: the
+        share of the edit that is in what is stored, 1 where none of it was rounded away."""
         all_of = self.by_path.values()
         error, whole, edit, against = (
             sum(values) for values in zip(*((x.error, x.whole, x.edit, x.against) for x in all_of), strict=True)
         )
         worst = max(x.error / max(x.whole, TINY) for x in all_of)
-        kept = 1 + against / max(edit, TINY)
-        return {
-            "matrices": len(self.by_path),
-            "error": (error / max(whole, TINY)) ** 0.5,
-            "worst": worst**0.5,
-            "kept": kept,
-        }
+        sizes = {"error": (error / max(whole, TINY)) ** 0.5, "worst": worst**0.5}
+        return {"matrices": len(self.by_path), **sizes, "kept": 1 + against / max(edit, TINY)}
 
 
 TINY = 1e-30  # a matrix of zeros loses nothing
@@ -76,10 +71,13 @@ def _made(
     weight = before
     for change in changes:
         weight = changed(change, weight)
-    entries, lost = requantised(weight, module, written_along(changes))
-    if losses is not None:
-        edit = before.neg_().add_(weight)
-        losses.by_path[path] = Loss(_squared(lost), _squared(weight), _squared(edit), float((lost * edit).sum()))
+    if weight is before:  # only the bias changes
+        entries: Entries = dict(module.state_dict())
+    else:
+        entries, lost = requantised(weight, module, written_along(changes))
+        if losses is not None:
+            edit = before.neg_().add_(weight)
+            losses.by_path[path] = Loss(_squared(lost), _squared(weight), _squared(edit), float((lost * edit).sum()))
     if bias is not None:
         old = read_bias(module, changes[0].site)
         entries["bias"] = bias.to(dtype if old is None else module.get_parameter("bias").dtype)

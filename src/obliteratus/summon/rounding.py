@@ -1,8 +1,8 @@
-"""Rounding that keeps an edit: what a coarse grid would round away along some directions is made up for in later rows.
+"""Rounding that keeps an edit: what a grid would round away along some directions is made up for in later rows.
 
-Numbers read from a 4-bit matrix lie on its grid, and an edit moves most of them by less than half a step: rounded to the
-nearest, they go back, and the edit with them. Here the sum that each direction sees of a column's rounding errors is
-carried on from row to row, as in error diffusion and GPTQ (arXiv:2210.17323, with H = I + λQQᵀ over output rows).
+Numbers read from a 4-bit matrix lie on its grid, and an edit moves most of them by less than half a step: rounded to
+the nearest, they go back, and the edit with them. Here the sum that each direction sees of a column's rounding errors
+is carried on from row to row, as in error diffusion and GPTQ (arXiv:2210.17323, with H = I + λQQᵀ over output rows).
 """
 
 from __future__ import annotations
