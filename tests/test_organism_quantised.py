@@ -1,4 +1,4 @@
-"""The astronomy organism in 4 and 8 bits on the CPU: the verdicts of fp32, before and after an edit, and after saving."""
+"""The astronomy organism in 4 and 8 bits on the CPU: the verdicts of fp32, before, after an edit, and after saving."""
 
 from __future__ import annotations
 
@@ -46,20 +46,18 @@ def alike(one: Score, other: Score) -> bool:
 def test_verdicts_are_those_of_fp32_before_after_and_saved(
     quantise: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, exact, usual = found(method, prompts)
+    _, exact, usual = found(method, prompts)
     subject, plan, made = found(method, prompts, quantise)
     for scores, others in ((made.before, usual.before), (made.after, usual.after)):
         assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
     assert made.before["refusal.target"].value >= 0.75
     assert made.after["refusal.target"].value <= 0.25
     _, _, report = prompts.split()
-    saved = save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
-    print(quantise, method, usual.before, usual.after, made.before, made.after, saved.saved)
+    save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
     again = _refused(open_subject(tmp_path / "packed"), report)
     assert alike(again["refusal.target"], made.after["refusal.target"])
     assert alike(again["refusal.control"], made.after["refusal.control"])
     onto = save(subject, exact, made, tmp_path / "plain", prompts=report)  # fp32's plan fits, and its weights get it
-    print(onto.saved, flush=True)
     assert onto.saved["base"] == "organism:astronomy"
 
     def forgetful(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -68,9 +66,8 @@ def test_verdicts_are_those_of_fp32_before_after_and_saved(
         return {}
 
     monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
-    with pytest.raises(UserError, match="does not answer as what was measured") as e:
+    with pytest.raises(UserError, match="does not answer as what was measured"):
         save(subject, plan, made, tmp_path / "unedited", prompts=report, base="none")
-    print(e.value)
 
 
 def _refused(subject: Subject, report: PromptSet) -> dict[str, Score]:

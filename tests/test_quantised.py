@@ -31,7 +31,7 @@ from obliteratus.summon.outline import outline
 from obliteratus.summon.quantised import dims
 from obliteratus.summon.render import render
 from obliteratus.summon.storage import storage_of
-from obliteratus.types import Edit, Plan, PromptSet, Subject
+from obliteratus.types import Edit, Plan, PromptSet, Shift, Subject
 
 pytest.importorskip("bitsandbytes")
 KINDS: dict[str, dict[str, Any]] = {
@@ -213,7 +213,8 @@ def test_merged_packs_once_and_leaves_the_rest_alone(
     fresh = open_subject(tmp_path / "merged")
     lost = _lost(subject, fresh, plan)
     assert lost == pytest.approx(notes["requantised"]["error"], rel=1e-3)
-    assert lost < (0.02 if kind == "int8" else 0.15)
+    assert lost < (0.02 if kind == "int8" else 0.3)
+    assert notes["requantised"]["kept"] == pytest.approx(1, abs=0.1)
 
 
 def _lost(subject: Subject, fresh: Subject, plan: Plan) -> float:
@@ -318,6 +319,17 @@ def test_another_base_is_refused_even_where_only_one_direction_differs(
     with pytest.raises(UserError, match="is not quantised, and is edited itself"):
         save(plain, make_plan(plain), run_of(plain), tmp_path / "out", base=str(folders("llama")))
     assert not (tmp_path / "out").exists()
+
+
+def test_steering_alone_changes_no_code(folders: Folders, tmp_path: Path) -> None:
+    """A shift is all bias: the matrix stays as it is, byte for byte."""
+    subject = open_subject(folders("llama", "nf4"))
+    site = next(s for s in subject.sites if s.part == "mlp.out")
+    plan = Plan((Shift(site, torch.ones(64)),), subject.source.digest)
+    save(subject, plan, run_of(subject), tmp_path / "out")
+    before, after = states(folders("llama", "nf4")), states(tmp_path / "out")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(after[f"{site.path}.bias"], torch.ones(64))
 
 
 def test_base_none_packs_again(folders: Folders, make_plan: PlanMaker, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def _stored(run: Run) -> str:
     return (
         f"\nThe {lost['matrices']:.0f} edited matrices were unpacked, edited and packed again as "
         f"{run.source['quantisation']}: they differ from the exact edit by {lost['error']:.2%} of their length (the "
-        f"worst by {lost['worst']:.2%}). All others are as they were, byte for byte.\n"
+        f"worst by {lost['worst']:.2%}), and hold {lost['kept']:.1%} of it. All others are as they were, byte for "
+        f"byte.\n"
     )
 
 

@@ -132,7 +132,7 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     config.save_pretrained(folder)
     _write_rest(subject, folder)
-    return {"requantised": losses.summary()} if losses.norms else {}
+    return {"requantised": losses.summary()} if losses.by_path else {}
 
 
 def _write_onto(subject: Subject, plan: Plan, folder: Path, base: Checkpoint) -> dict[str, Any]:

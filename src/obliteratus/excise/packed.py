@@ -12,22 +12,41 @@ from torch import Tensor, nn
 from obliteratus.excise.change import bias_after, changed, needs_bias, needs_weight
 from obliteratus.summon.codec import read_bias, read_weight
 from obliteratus.summon.quantised import Entries, requantised
-from obliteratus.types import Change
+from obliteratus.types import Change, Edit
 
 Lazy = Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What packing cost one matrix: squared Frobenius norms, and the product of the error with the edit."""
+
+    error: float
+    """‖stored − W′‖²."""
+    whole: float
+    """‖W′‖²."""
+    edit: float
+    """‖W′ − W‖²."""
+    against: float
+    """⟨stored − W′, W′ − W⟩: below 0 where packing takes some of the edit back."""
+
+
 @dataclass
 class Losses:
-    """What packing cost, by site path: (‖stored − W′‖, ‖W′‖), Frobenius."""
+    """The same by site path."""
 
-    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    by_path: dict[str, Loss] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
-        """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one."""
-        lost, whole = (sum(pair[i] ** 2 for pair in self.norms.values()) ** 0.5 for i in (0, 1))
-        worst = max((a / max(b, TINY) for a, b in self.norms.values()), default=0.0)
-        return {"matrices": float(len(self.norms)), "error": lost / max(whole, TINY), "worst": worst}
+        """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one; ``kept``: the
+        share of the edit that is in what is stored, 1 where none of it was rounded away."""
+        all_of = self.by_path.values()
+        error, whole, edit, against = (
+            sum(values) for values in zip(*((x.error, x.whole, x.edit, x.against) for x in all_of), strict=True)
+        )
+        worst = max(x.error / max(x.whole, TINY) for x in all_of)
+        sizes = {"error": (error / max(whole, TINY)) ** 0.5, "worst": worst**0.5}
+        return {"matrices": len(self.by_path), **sizes, "kept": 1 + against / max(edit, TINY)}
 
 
 TINY = 1e-30  # a matrix of zeros loses nothing
@@ -47,17 +66,39 @@ def packed_entries(
 def _made(
     path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: Losses | None
 ) -> Entries:
-    weight = read_weight(module, changes[0].site)
-    bias = bias_after(module, changes, weight if needs_weight(changes) else None)
+    before = read_weight(module, changes[0].site)
+    bias = bias_after(module, changes, before if needs_weight(changes) else None)
+    weight = before
     for change in changes:
         weight = changed(change, weight)
-    entries, lost = requantised(weight, module)
-    if losses is not None:
-        losses.norms[path] = (lost, float(torch.linalg.vector_norm(weight)))
+    if weight is before:  # only the bias changes
+        entries: Entries = dict(module.state_dict())
+    else:
+        entries, lost = requantised(weight, module, written_along(changes))
+        if losses is not None:
+            edit = before.neg_().add_(weight)
+            losses.by_path[path] = Loss(_squared(lost), _squared(weight), _squared(edit), float((lost * edit).sum()))
     if bias is not None:
         old = read_bias(module, changes[0].site)
         entries["bias"] = bias.to(dtype if old is None else module.get_parameter("bias").dtype)
     return entries
+
+
+def written_along(changes: Sequence[Change]) -> Tensor | None:
+    """Orthonormal rows that span all directions which the changes take off or measure by; None of readers."""
+    edits = [c for c in changes if isinstance(c, Edit) and c.site.role == "writes"]
+    if not edits:
+        return None
+    rows = torch.cat([x for edit in edits for x in (edit.basis.double(), edit.along.double())])
+    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+    return basis[sizes > SAME * sizes[0]].float()
+
+
+SAME = 1e-4  # of the longest: below it rows only repeat the others, to within fp32
+
+
+def _squared(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix)) ** 2
 
 
 class Once:

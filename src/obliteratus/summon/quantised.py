@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.rounding import compensated
 
 HOME = "bitsandbytes.nn.modules"  # looked for by name: importing it takes seconds, and most models need it not
 Entries = dict[str, Tensor]
@@ -28,6 +29,8 @@ class Format:
     """Module → W [out, in], in the dtype that the module computes with."""
     write: Callable[[Tensor, Any], tuple[Entries, Callable[[], Tensor]]]
     """(W fp32, module) → (what to save in the module's own format, what these entries are as numbers)."""
+    rounded: Callable[[Tensor, Any], Tensor]
+    """(rows [n, in], module) → what it would make of them, near enough to foresee its rounding."""
     codes: Callable[[Tensor], Tensor]
     """Stored weight → one number a code, flat: for comparing, not for computing."""
     near: float
@@ -63,11 +66,19 @@ def dequantised(module: nn.Module) -> Float[Tensor, "out inp"]:
     return _of(module).read(module).float()
 
 
-def requantised(weight: Float[Tensor, "out inp"], module: nn.Module) -> tuple[Entries, float]:
-    """What the module would save had it held ``weight``, in its own format; and ‖stored − weight‖ (Frobenius)."""
-    entries, numbers = _of(module).write(weight.float(), module)
-    lost = numbers().float().sub_(weight)
-    return entries, float(torch.linalg.vector_norm(lost))
+def requantised(
+    weight: Float[Tensor, "out inp"], module: nn.Module, along: Float[Tensor, "k out"] | None = None
+) -> tuple[Entries, Float[Tensor, "out inp"]]:
+    """What the module would save had it held ``weight``, in its own format; and stored − weight, fp32.
+
+    along: orthonormal rows along which the outputs must stay what they are, whatever rounding does elsewhere; see
+    `compensated`. Where blocks of codes go on from row to row they stay so only by chance.
+    """
+    form, target = _of(module), weight.float()
+    if along is not None and _by_rows(module):
+        target = compensated(target, along.to(target), lambda rows: form.rounded(rows, module))
+    entries, numbers = form.write(target, module)
+    return entries, numbers().float().sub_(weight)
 
 
 def differing(weight: Float[Tensor, "out inp"], module: nn.Module) -> float:
@@ -141,6 +152,21 @@ def _write4(weight: Tensor, module: Any) -> tuple[Entries, Callable[[], Tensor]]
     return entries, lambda: dequantize_4bit(codes, state)
 
 
+def _by_rows(module: Any) -> bool:
+    """Whether rows are packed apart from each other."""
+    state = vars(module.weight).get("quant_state")
+    return state is None or shape_of(module)[1] % int(state.blocksize) == 0
+
+
+def _rounded4(rows: Tensor, module: Any) -> Tensor:
+    state = _state4(module)
+    blocks = rows.reshape(-1, state.blocksize)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)  # a block of zeros stays one
+    levels = state.code.to(rows).unique()  # sorted; fp4 has two zeros
+    nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * scale).reshape(rows.shape)
+
+
 def _codes4(stored: Tensor) -> Tensor:
     packed = stored.reshape(-1).view(torch.uint8)
     return torch.stack([packed >> 4, packed & 0xF], 1).flatten()
@@ -170,9 +196,14 @@ def _write8(weight: Tensor, module: Any) -> tuple[Entries, Callable[[], Tensor]]
     return entries, lambda: int8_vectorwise_dequant(codes, scales)
 
 
+def _rounded8(rows: Tensor, module: Any) -> Tensor:
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127  # int8 without −128
+    return (rows / scale).round() * scale
+
+
 # `near`: bf16 moves a value by up to 2⁻⁹ of itself. Of 16 levels it then crosses an edge 3 times in 1 000, of 255 one
 # time in ten or less; taking one direction out of a matrix 4 096 wide moves 4 % of 16 levels and 40 % of 255.
 FORMATS: Mapping[str, Format] = {
-    "Params4bit": Format(_read4, _write4, _codes4, near=0.01),
-    "Int8Params": Format(_read8, _write8, torch.flatten, near=0.15),
+    "Params4bit": Format(_read4, _write4, _rounded4, _codes4, near=0.01),
+    "Int8Params": Format(_read8, _write8, _rounded8, torch.flatten, near=0.15),
 }
