@@ -91,7 +91,8 @@ def written_along(changes: Sequence[Change]) -> Tensor | None:
         return None
     rows = torch.cat([x for edit in edits for x in (edit.basis.double(), edit.along.double())])
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-    return basis[sizes > SAME * sizes[0]].float()
+    kept: Tensor = basis[sizes > SAME * sizes[0]]
+    return kept.float()
 
 
 SAME = 1e-4  # of the longest: below it rows only repeat the others, to within fp32

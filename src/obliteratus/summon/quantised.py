@@ -164,7 +164,8 @@ def _rounded4(rows: Tensor, module: Any) -> Tensor:
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)  # a block of zeros stays one
     levels = state.code.to(rows).unique()  # sorted; fp4 has two zeros
     nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).reshape(rows.shape)
+    rounded: Tensor = (levels[nearest] * scale).reshape(rows.shape)
+    return rounded
 
 
 def _codes4(stored: Tensor) -> Tensor:
