@@ -143,8 +143,8 @@ def main() -> None:
     for name in ("tuned", "quick", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     o = parser.parse_args()
-    sizes = (2, 16, 16, o.seed, False) if o.quick else (o.trials, o.prompts, o.tokens, o.seed, True)
-    result = compared(*sizes, o.tuned)
+    trials, prompts, tokens = (2, 16, 16) if o.quick else (o.trials, o.prompts, o.tokens)
+    result = compared(trials, prompts, tokens, o.seed, not o.quick, o.tuned)
     print(json.dumps(result, indent=1) if o.json else shown(result))
 
 

@@ -270,5 +270,7 @@ def test_what_it_costs() -> None:
     assert made.tune is not None
     steps = made.tune.steps * len(made.tune.leads)
     assert f"{steps} gradient steps × {2 * made.tune.batch} prompts" in described(made)["stages"]["TUNE"]
+    assert f"× {made.tune.tokens} tokens" in described(made)["stages"]["TUNE"]
+    assert f"× {answers.OPENINGS[-1]} tokens" in described(made)["stages"]["TUNE"]  # openings, before what follows them
     assert described(made)["memory"]["class"] == "gradients"
     assert "TUNE" not in described(recipe("leace"))["stages"]

@@ -13,6 +13,7 @@ from obliteratus.recipe import dump, pending
 from obliteratus.registry import Registry
 from obliteratus.search.run import CHECKED as MEMBERS
 from obliteratus.tune import extractors
+from obliteratus.tune.answers import OPENINGS
 from obliteratus.tune.budget import PROMPTS, STEPS
 from obliteratus.tune.fit import EVERY, HELD
 from obliteratus.types import Excise, Recipe, Step
@@ -86,14 +87,19 @@ def _search(made: Recipe) -> Cost:
 
 
 def _tune(made: Recipe) -> Cost:
-    """Answers of fit prompts, and the most gradient steps; a look at search prompts every few of them."""
+    """The most answers and gradient steps; a look at search prompts every few of them.
+
+    Target prompts are opened under two plans, and their answers gone on with from each length of opening, as long as
+    they refuse.
+    """
     how = made.tune
     if how is None:
         return FREE
     steps, held = how.steps * len(how.leads), n_of("search", "target", HELD) + n_of("search", "control", HELD)
     looks = held * (len(how.leads) + -(-steps // EVERY))
-    fit = n_of("fit", "target", how.prompts) + n_of("fit", "control", how.prompts)
-    written = (Answers(how.tokens, fit), Answers(how.tokens, held))
+    target, control = (n_of("fit", g, how.prompts) + n_of("search", g, HELD) for g in ("target", "control"))
+    begun, led = Answers(OPENINGS[-1], target, times=2), Answers(how.tokens, target, times=2 * len(OPENINGS))
+    written = (Answers(how.tokens, control), begun, led)
     return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))
 
 

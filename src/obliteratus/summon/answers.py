@@ -10,7 +10,8 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
-from obliteratus.summon.logits import LOGIT_TOKENS, narrowed, next_logits
+from obliteratus.summon.logits import narrowed, next_logits
+from obliteratus.summon.memory import LOGIT_TOKENS
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 

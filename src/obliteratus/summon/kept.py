@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -73,6 +74,7 @@ class Kept:
         return tuple(c for i, c in enumerate(depths) if self.bytes_needed(depths[: i + 1]) <= budget)
 
     # ---------------------------------------------------------------------------------------- running
+    @torch.no_grad()
     def _keep(self, cut: int) -> None:
         """Run the blocks up to this cut, from the highest kept one below it."""
         lower = self.lower(max((c for c in self.streams if c < cut), default=0))

@@ -12,12 +12,9 @@ from torch import Tensor
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.memory import LOGIT_TOKENS
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
-
-# Tokens whose logits over the whole vocabulary are held at once: 128 × 49 152 fp32 = 25 MB, small beside any
-# model, and more would not be faster, since the head alone is a large matrix product already at this size.
-LOGIT_TOKENS = 128
 
 
 @contextmanager

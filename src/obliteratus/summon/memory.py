@@ -18,9 +18,10 @@ from obliteratus.types import Subject
 
 LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
 """Bytes that the process may hold where the model is."""
-# What no batch size makes smaller: the logits of one short batch over the whole vocabulary (`logits.LOGIT_TOKENS`
-# rows of fp32), as they are and as log-probabilities.
-ROWS, COPIES = 128, 2
+# Tokens whose logits over the whole vocabulary are held at once: 128 × 49 152 fp32 = 25 MB, small beside any
+# model, and more would not be faster, since the head alone is a large matrix product already at this size.
+LOGIT_TOKENS = 128
+COPIES = 2  # of these logits: as they are, and as log-probabilities. No batch size makes them smaller
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def check_room(subject: Subject) -> None:
     if LIMIT.get() == math.inf:
         return
     vocabulary = int(subject.model.get_output_embeddings().weight.shape[0])
-    needed = held(subject) + 4 * COPIES * ROWS * vocabulary  # 4: bytes of fp32
+    needed = held(subject) + 4 * COPIES * LOGIT_TOKENS * vocabulary  # 4: bytes of fp32
     if needed > LIMIT.get():
         raise UserError(
             f"--memory: with the model loaded {needed / 1e9:.2f} GB are needed at least, and "

@@ -110,8 +110,7 @@ class Trunk:
     def now(self) -> Prompts:
         """The prompts for the model as it is edited at this moment.
 
-        What is kept is made at the first call that can use it: without gradients, let that be in inference mode or
-        under `torch.no_grad`.
+        What is kept is made at the first call that can use it, without gradients; above it they pass.
         """
         first = changed_from(self.subject, self.hooks)
         cut = max((c for c in self.kept.cuts if c <= first), default=0)
@@ -193,6 +192,7 @@ def _block_of(subject: Subject, path: str) -> int:
     return subject.n_layers if after else 0
 
 
+@torch.no_grad()
 def same(subject: Subject, found: Prompts, plain: Prompts, answers: Sequence[int]) -> bool:
     """Whether the shortest and the longest row come out equal: next logits, and of answers all keys and values."""
     found, plain = (prompts.of(answers) if answers else prompts for prompts in (found, plain))

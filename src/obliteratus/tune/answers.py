@@ -62,8 +62,8 @@ def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
     """
     found: list[Pair] = []
     for attempt in (plan, insisting(subject, plan)):
-        left = _left(ids, found)
-        if left:
+        done = {str(row) for row, _ in found}
+        if left := [row for row in ids if str(row) not in done]:
             with applied(subject, attempt):
                 openings = generate(subject, left, OPENINGS[-1], title="TUNE openings")
             found += led(subject, list(zip(left, openings, strict=True)), tokens)
@@ -80,18 +80,13 @@ def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
     """
     found: list[Pair] = []
     for n in OPENINGS:
-        left = {str(row) for row in _left([row for row, _ in openings], found)}
-        begun = [(row, opening[:n]) for row, opening in openings if str(row) in left and len(opening) >= n]
+        done = {str(row) for row, _ in found}
+        begun = [(row, opening[:n]) for row, opening in openings if str(row) not in done and len(opening) >= n]
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
             given = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
             found += [pair for pair in given if _answers(subject, pair[1])]
     return found
-
-
-def _left(ids: Ids, found: Sequence[Pair]) -> Ids:
-    done = {str(prompt) for prompt, _ in found}
-    return [row for row in ids if str(row) not in done]
 
 
 def _answers(subject: Subject, answer: list[int]) -> bool:

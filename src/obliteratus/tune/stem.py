@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from obliteratus.shapes import Float
@@ -29,7 +28,5 @@ class Stem:
     def logp(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
         """Log-probabilities that predict the answers' tokens, all answers one after the other. KeyError for other
         pairs."""
-        with torch.no_grad():
-            self.trunk.now()  # what is kept has no graph: it is made here, where it is not yet
         prompts = self.trunk.now().of([self.row[str(pair)] for pair in pairs])
         return answer_logits(self.subject, pairs, prompts=prompts).log_softmax(-1)
