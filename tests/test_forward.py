@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PlanMaker
-from tiny import EOS, MODELS, tiny_subject
+from tiny import EOS, KINDS, tiny_subject
 from torch import Tensor
 
 from obliteratus.excise.live import applied
@@ -26,7 +26,7 @@ from obliteratus.summon.logits import first_token, token_losses
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import PromptSet, Subject
 
-NAMES = sorted(MODELS)
+NAMES = KINDS
 SLIDING = ["gemma2", "gemma3_text"]
 BUDGETS = [1, 60, 10_000]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

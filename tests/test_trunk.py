@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PlanMaker
 from test_forward import memory_for, plain_answer, plain_logits, rows_of
-from tiny import MODELS, tiny_subject
+from tiny import KINDS, tiny_subject
 from torch import Tensor
 
 from obliteratus.excise.live import applied
@@ -30,12 +30,10 @@ PARTS = ("attn.out", "mlp.out")
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-KEPT = [name for name in sorted(MODELS) if keepable(tiny_subject(name))]
-# One of each kind; the tables of the others differ in names alone.
-KINDS = [n for n in KEPT if n not in ("olmoe", "glm4_moe", "deepseek_v3", "qwen3_moe", "qwen2_vl", "qwen2_5_vl")]
+KEPT = [name for name in KINDS if keepable(tiny_subject(name))]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KEPT)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return tiny_subject(request.param)
 
@@ -94,7 +92,7 @@ def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMa
         assert again.generate(8) == [plain_answer(subject, row, 8) for row in ids]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - set(KEPT)))
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(KEPT)))
 def test_where_nothing_can_be_kept_trials_are_right_too(name: str, make_plan: PlanMaker) -> None:
     """Recurrent states, and blocks that hand on keys and values: every block runs."""
     subject, ids = tiny_subject(name), rows_of()
