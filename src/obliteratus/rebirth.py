@@ -9,16 +9,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
-from safetensors.torch import save_file
 
 from obliteratus.card import model_card
 from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked, bias_switches
+from obliteratus.excise.bake import baked, bias_switches, pieces
 from obliteratus.excise.live import applied
 from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.plan import load_plan, save_plan
@@ -27,12 +27,13 @@ from obliteratus.summon.anatomy import is_tied
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.render import render
+from obliteratus.summon.shards import write_shard
 from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
 from obliteratus.verify.drift import kl
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
-MAX_SHARD = 2 * 10**9  # bytes; the edited tensors of one shard are all that a merge adds to memory
+MAX_SHARD = 2 * 10**9  # bytes: of a file; what a merge adds to memory is one matrix
 SAMPLE = 8  # prompts of each group that are scored again: a mismatch shows on the first, chance does not on eight
 # Largest KL(live ‖ reloaded) in nats. fp32: the two orders of arithmetic differ by about 1e-9. Half precision
 # rounds the edited weights once; 1e-2 is ten times what that cost on SmolLM2 in bf16.
@@ -93,7 +94,7 @@ def space_for(subject: Subject, form: Form) -> int:
 
 # ------------------------------------------------------------------------------------------ writing
 def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
-    """All weights, shard by shard, edited ones computed as their shard is written."""
+    """All weights, shard by shard, edited ones computed as they are written: one matrix at a time."""
     config = copy.deepcopy(subject.model.config)
     edits = baked(subject, plan)
     for key in bias_switches(subject, plan).values():
@@ -108,8 +109,8 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
             state.pop(head)
     split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
     for name, members in split.filename_to_tensors.items():
-        shard = {key: (edits[key]() if key in edits else state[key]).contiguous() for key in members}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        parts = {key: partial(pieces, edits[key]) for key in members if key in edits}
+        write_shard(folder / name, {key: state[key] for key in members}, parts)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
