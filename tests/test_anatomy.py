@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from obliteratus.errors import UnsupportedModelError
-from obliteratus.summon.anatomy import coverage, family_of, find_sites, gain_of, is_tied
+from obliteratus.summon.anatomy import family_of, find_sites, gain_of, is_tied
+from obliteratus.summon.claims import coverage
 from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Family
 from obliteratus.summon.outline import outline
 from obliteratus.summon.selftest import self_test

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PlanMaker
 from test_forward import memory_for, plain_answer, plain_logits, rows_of
-from tiny import MODELS, tiny_subject
+from tiny import KINDS, tiny_subject
 from torch import Tensor
 
 from obliteratus.excise.live import applied
@@ -22,7 +22,7 @@ from obliteratus.summon.capture import blocks
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.lower import Rows, passing
-from obliteratus.summon.trunk import Trunk, changed_from, hooks
+from obliteratus.summon.trunk import Trunk, changed_from, hooks, keepable
 from obliteratus.types import Plan, Subject
 
 PLENTY = 1e9
@@ -30,7 +30,10 @@ PARTS = ("attn.out", "mlp.out")
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+KEPT = [name for name in KINDS if keepable(tiny_subject(name))]
+
+
+@pytest.fixture(scope="module", params=KEPT)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return tiny_subject(request.param)
 
@@ -87,6 +90,19 @@ def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMa
         expected = torch.stack([plain_logits(subject, row)[-1].log_softmax(-1) for row in ids])
         torch.testing.assert_close(again.first_token(), expected, rtol=1e-4, atol=1e-4)
         assert again.generate(8) == [plain_answer(subject, row, 8) for row in ids]
+
+
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(KEPT)))
+def test_where_nothing_can_be_kept_trials_are_right_too(name: str, make_plan: PlanMaker) -> None:
+    """Recurrent states, and blocks that hand on keys and values: every block runs."""
+    subject, ids = tiny_subject(name), rows_of()
+    again = Trunk(subject, ids, budget=PLENTY)
+    before = again.first_token()
+    with applied(subject, above(make_plan(subject, PARTS, strength=2.0), 1)):
+        torch.testing.assert_close(again.first_token(), first_token(subject, ids), **CLOSE)
+        assert again.generate(8) == generate(subject, ids, 8) == [plain_answer(subject, row, 8) for row in ids]
+        assert not torch.allclose(again.first_token(), before, atol=1e-2)
+    assert not again.kept.streams
 
 
 def test_edits_change_the_results(subject: Subject, make_plan: PlanMaker) -> None:

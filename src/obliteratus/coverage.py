@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from obliteratus.summon.anatomy import coverage, family_of
+from obliteratus.summon.anatomy import family_of
+from obliteratus.summon.claims import coverage
 from obliteratus.summon.codec import columns
 from obliteratus.summon.quantised import dims
 from obliteratus.types import Change, Edit, Mask, Plan, Site, Subject

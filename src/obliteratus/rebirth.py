@@ -9,16 +9,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
-from safetensors.torch import save_file
 
 from obliteratus.card import model_card
 from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked, bias_switches
+from obliteratus.excise.bake import baked, bias_switches, pieces
 from obliteratus.excise.live import applied
 from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.onto_base import base_of, write_onto
@@ -30,7 +30,9 @@ from obliteratus.summon.anatomy import is_tied
 from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
+from obliteratus.summon.quantised import padded
 from obliteratus.summon.render import render
+from obliteratus.summon.shards import write_index, write_shard
 from obliteratus.summon.storage import mark_of
 from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
 from obliteratus.verify.agreement import is_quantised, tolerance
@@ -38,7 +40,7 @@ from obliteratus.verify.drift import kl
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
-MAX_SHARD = 2 * 10**9  # bytes; the edited tensors of one shard are all that a merge adds to memory
+MAX_SHARD = 2 * 10**9  # bytes: of a file; what a merge adds to memory is one matrix
 SAMPLE = 8  # prompts of each group that are scored again: a mismatch shows on the first, chance does not on eight
 NEUTRAL = ("Name three colours.", "How many days has a week?", "Write one sentence about rain.")
 
@@ -110,13 +112,14 @@ def space_for(subject: Subject, form: Form, base: str = "") -> int:
 
 # ------------------------------------------------------------------------------------------ writing
 def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
-    """All weights, shard by shard, edited ones computed as their shard is written."""
+    """All weights, shard by shard, edited ones computed as they are written: one matrix at a time."""
     config, losses = copy.deepcopy(subject.model.config), Losses()
     edits = baked(subject, plan, losses)
     for key in bias_switches(subject, plan).values():
         setattr(config, key, True)
     state: dict[str, Any] = dict(subject.model.state_dict())
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
+    state |= {name: like for name, like in padded(state).items() if name in edits}
     if is_tied(subject.model):
         table, head = _ends(subject)
         if table in edits or head in edits:  # the other stays as it was, so the two part
@@ -125,11 +128,10 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
             state.pop(head)
     split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
     for name, members in split.filename_to_tensors.items():
-        shard = {key: (edits[key]() if key in edits else state[key]).contiguous() for key in members}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        parts = {key: partial(pieces, edits[key]) for key in members if key in edits}
+        write_shard(folder / name, {key: state[key] for key in members}, parts)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
     config.save_pretrained(folder)
     _write_rest(subject, folder)
     return {"requantised": losses.summary()} if losses.by_path else {}

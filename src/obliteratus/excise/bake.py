@@ -1,9 +1,9 @@
-"""A plan compiled into weights: one matrix in memory at a time, computed in fp32, cast once."""
+"""A plan compiled into weights: one matrix in memory at a time, of a stack too, computed in fp32, cast once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -79,7 +79,7 @@ def no_bias(change: Change, what_kind: str = "a bias") -> str:
 def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
     site = changes[0].site
     whole = module.get_parameter(site.weight)
-    return partial(_restacked, module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
+    return Restacked(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
 
 
 def _new(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor) -> Tensor:
@@ -88,12 +88,30 @@ def _new(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor)
     return stored(new_weight(module, mine), site, like) if mine else like.detach()
 
 
-def _restacked(module: nn.Module, changes: Sequence[Change], whole: Tensor) -> Tensor:
-    """All experts, edited one by one."""
-    result = torch.empty_like(whole, requires_grad=False)
-    for expert, site in enumerate(each(module, replace(changes[0].site, expert=None))):
-        result[expert] = _new(module, changes, site, whole[expert])
-    return result
+@dataclass(frozen=True)
+class Restacked:
+    """All experts of one stack, edited one by one."""
+
+    module: nn.Module
+    changes: Sequence[Change]
+    whole: Tensor
+    """The stack as it is."""
+
+    def __call__(self) -> Tensor:
+        result = torch.empty_like(self.whole, requires_grad=False)
+        for expert, matrix in enumerate(self.pieces()):
+            result[expert] = matrix
+        return result
+
+    def pieces(self) -> Iterator[Tensor]:
+        """One expert's matrix at a time, and nothing else held: for writing."""
+        for expert, site in enumerate(each(self.module, replace(self.changes[0].site, expert=None))):
+            yield _new(self.module, self.changes, site, self.whole[expert])
+
+
+def pieces(value: Lazy) -> Iterator[Tensor]:
+    """An edited parameter in parts along its first axis, each computed when it is asked for."""
+    yield from value.pieces() if isinstance(value, Restacked) else [value()]
 
 
 def _bias(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:

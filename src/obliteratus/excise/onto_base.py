@@ -3,15 +3,13 @@ tensor by tensor, so that no model is built from it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obliteratus.errors import UserError
@@ -21,8 +19,8 @@ from obliteratus.excise.packed import Lazy, Once
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.checkpoint import Checkpoint, open_checkpoint
 from obliteratus.summon.codec import read_weight, stored
-from obliteratus.summon.files import INDEX
 from obliteratus.summon.quantised import differing, is_packed, near
+from obliteratus.summon.shards import write_index, write_shard
 from obliteratus.types import Change, Plan, Site, Subject
 
 NO_BASE = "none"
@@ -44,7 +42,7 @@ def base_of(subject: Subject, base: str = "") -> Checkpoint | None:
     if not packed or not name or name == NO_BASE:
         return None
     known = open_checkpoint(name, subject.model, "" if base else subject.source.revision)
-    _holder(subject, known, packed[0].path, None)
+    _holder(subject, known, packed[0], None)
     return known
 
 
@@ -60,60 +58,60 @@ def write_onto(
     config, switches = deepcopy(base.config), bias_switches(subject, plan)
     for key in switches.values():
         setattr(config, key, True)
-    tensors: dict[str, Lazy] = {name: partial(base.tensor, name) for names in base.shards.values() for name in names}
-    tensors |= _biases(subject, base, switches)
-    if tied is not None and any(f"{path}.weight" in tied for path in plan.by_site()):
+    added = _biases(subject, base, switches)
+    tensors: dict[str, Lazy] = {name: partial(torch.zeros, x.shape, dtype=x.dtype) for name, x in added.items()}
+    if tied is not None and any(name in tied for name in plan.by_site()):
         config.tie_word_embeddings = False
-        tensors.setdefault(tied[1], partial(_tensor, base, tied[0]))
-    for path, changes in plan.by_site().items():
-        tensors |= _edited(subject, base, path, changes, tied)
-    _write(base, tensors, folder)
+        if base.key(tied[1]) is None:
+            tensors[tied[1]] = partial(_tensor, base, tied[0])
+            added[tied[1]] = tensors[tied[1]]().to("meta")
+    for changes in plan.by_site().values():
+        tensors |= _edited(subject, base, changes, tied)
+    _write(base, tensors, added, folder)
     config.save_pretrained(folder)
     return {"base": base.name}
 
 
-def _biases(subject: Subject, base: Checkpoint, halves: dict[str, str]) -> dict[str, Lazy]:
-    """Zeros for every site that a switch gives a bias."""
+def _biases(subject: Subject, base: Checkpoint, halves: dict[str, str]) -> dict[str, Tensor]:
+    """For every site that a switch gives a bias, its shape and dtype."""
     sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
-    found: dict[str, Lazy] = {}
+    found: dict[str, Tensor] = {}
     for site in sites:
-        key = _key(base, site.path, None)
-        shape = base.shape(key)
-        rows = shape[0 if site.layout == "linear" else 1]
-        found[_bias(key)] = partial(torch.zeros, rows, dtype=base.tensor(key).dtype)
+        key = _key(base, site, None)
+        found[_bias(key)] = base.like(key)[:, 0] if site.layout == "linear" else base.like(key)[0]
     return found
 
 
 def _edited(
-    subject: Subject, base: Checkpoint, path: str, changes: Sequence[Change], tied: tuple[str, str] | None
+    subject: Subject, base: Checkpoint, changes: Sequence[Change], tied: tuple[str, str] | None
 ) -> dict[str, Lazy]:
     """The edited matrix, and its bias if it has one or gets one, by their names in the files."""
-    key = base.key(f"{path}.weight") or f"{path}.weight"  # a tied head gets a name of its own
+    site = changes[0].site
+    key = base.key(site.parameter) or site.parameter  # a tied head gets a name of its own
     names = [key]
-    if base.key(f"{path}.bias") or any(needs_bias(c) for c in changes):
+    if base.key(f"{site.path}.bias") or any(needs_bias(c) for c in changes):
         names.append(_bias(key))
 
     def make() -> dict[str, Tensor]:
-        holder, site = _holder(subject, base, path, tied), changes[0].site
+        holder = _holder(subject, base, site, tied)
         weight = read_weight(holder, site)
         bias = bias_after(holder, changes, weight if needs_weight(changes) else None)
         for change in changes:
             weight = changed(change, weight)
-        made = {key: stored(weight, site, holder.get_parameter("weight"))}
+        made = {key: stored(weight, site, holder.get_parameter(site.weight))}
         return made if bias is None else made | {_bias(key): bias.to(made[key].dtype)}
 
     once = Once(make)
     return {name: partial(once.take, name) for name in names}
 
 
-def _holder(subject: Subject, base: Checkpoint, path: str, tied: tuple[str, str] | None) -> nn.Module:
+def _holder(subject: Subject, base: Checkpoint, site: Site, tied: tuple[str, str] | None) -> nn.Module:
     """A module with the full-precision weight and bias. UserError where it is not what was quantised."""
-    key = _key(base, path, tied)
+    key = _key(base, site, tied)
     holder = nn.Module()
-    holder.weight = nn.Parameter(base.tensor(key), requires_grad=False)
-    if bias := base.key(f"{path}.bias"):
+    holder.register_parameter(site.weight, nn.Parameter(base.tensor(key), requires_grad=False))
+    if bias := base.key(f"{site.path}.bias"):
         holder.bias = nn.Parameter(base.tensor(bias), requires_grad=False)
-    site = next(site for site in subject.sites if site.path == path)
     _check_same(base, site, read_weight(holder, site), subject)
     return holder
 
@@ -132,10 +130,10 @@ def _check_same(base: Checkpoint, site: Site, weight: Tensor, subject: Subject) 
         raise UserError(f"{base.name}: {site.path} differs from that of {subject.source.id}; give the model's own base")
 
 
-def _key(base: Checkpoint, path: str, tied: tuple[str, str] | None) -> str:
-    name = f"{path}.weight"
+def _key(base: Checkpoint, site: Site, tied: tuple[str, str] | None) -> str:
+    name = site.parameter
     key = base.key(name) or (base.key(tied[0]) if tied is not None and name == tied[1] else None)
-    if key is None:
+    if key is None or site.stacked:
         raise UserError(
             f"{base.name}: stores no {name} under that name, so its files cannot be edited one by one; "
             f"give --base {NO_BASE}, or --save adapter"
@@ -153,17 +151,18 @@ def _bias(key: str) -> str:
     return f"{key.removesuffix('weight')}bias"
 
 
-def _write(base: Checkpoint, tensors: dict[str, Lazy], folder: Path) -> None:
-    """The base's own files; what is new goes into the last one."""
-    known = {name for names in base.shards.values() for name in names}
-    added = [name for name in tensors if name not in known]
+def _write(base: Checkpoint, tensors: Mapping[str, Lazy], added: Mapping[str, Tensor], folder: Path) -> None:
+    """The base's own files; what is new goes into the last one. One tensor is in memory at a time."""
     places: dict[str, str] = {}
     last = list(base.shards)[-1]
     for file, names in base.shards.items():
-        members = [*names, *(added if file == last else [])]
-        save_file({n: tensors[n]().contiguous() for n in members}, folder / file.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(members, file.name)
+        like = {name: base.like(name) for name in names} | (dict(added) if file == last else {})
+        made = {name: tensors.get(name, partial(base.tensor, name)) for name in like}
+        write_shard(folder / file.name, like, {name: partial(_whole, make) for name, make in made.items()})
+        places |= dict.fromkeys(like, file.name)
     if len(base.shards) > 1:
-        total = sum((folder / file.name).stat().st_size for file in base.shards)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        write_index(folder, places, sum((folder / file.name).stat().st_size for file in base.shards))
+
+
+def _whole(make: Lazy) -> list[Tensor]:
+    return [make()]

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import chain
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
 from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
-from obliteratus.summon.quantised import dims, is_packed
+from obliteratus.summon.quantised import is_packed
 from obliteratus.types import Layout, Role, Site, Subject
 
 
@@ -59,7 +57,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> tuple[Site, ...]:
     UnsupportedModelError names the first module that is declared and not there.
     """
     sites = [Site(path, -1, "embed", "writes", "embedding") for path in family.embeds]
-    for layer, block in enumerate(_blocks(model, family)):
+    for layer, block in enumerate(blocks_of(model, family)):
         sites += _block_sites(family, layer, block)
     norm = family.final_norm
     sites.append(Site(family.unembed, n_layers_of(model, family), "unembed", "reads", "linear", norm, family.norm))
@@ -70,10 +68,11 @@ def find_sites(model: PreTrainedModel, family: Family) -> tuple[Site, ...]:
 
 def n_layers_of(model: PreTrainedModel, family: Family) -> int:
     """How many decoder blocks the model has."""
-    return len(_blocks(model, family))
+    return len(blocks_of(model, family))
 
 
-def _blocks(model: PreTrainedModel, family: Family) -> list[nn.Module]:
+def blocks_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
+    """The decoder blocks, in order."""
     return list(_module(model, family.layers).children())
 
 
@@ -201,51 +200,3 @@ def norm_bias_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None
         return None
     own = dict(subject.module(site.gain).named_parameters(recurse=False))
     return own["bias"].detach().float() if "bias" in own else None
-
-
-# ---------------------------------------------------------------------------------------- coverage
-@dataclass(frozen=True)
-class Coverage:
-    """How many matrix parameters of the backbone the sites claim, stacks of matrices included. Vectors (norms, biases)
-    are not counted."""
-
-    writers: int
-    readers: int
-    inner: int
-    """Declared to stand between readers and writers, as convolutions do: not of the stream."""
-    unclaimed: int
-    paths: tuple[str, ...]
-    """Matrices that no site claims: nothing is known of them, so each could be a writer that was missed."""
-
-    @property
-    def share(self) -> float:
-        """Writing parameters found; every unclaimed one counts as missed."""
-        return self.writers / max(self.writers + self.unclaimed, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold, `share` included."""
-        return {**asdict(self), "paths": list(self.paths), "share": self.share}
-
-
-def coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Family) -> Coverage:
-    """Count over the decoder blocks and all that stands beside them: embeddings, and whatever else."""
-    backbone = family.layers.rpartition(".")[0] + "."
-    role: dict[str, str] = {**_inner(model, family), **{site.parameter: site.role for site in sites}}
-    biases = {f"{site.path}.{site.bias}" for site in sites}  # those of a stack have two axes
-    count = {"writes": 0, "reads": 0, "inner": 0, "": 0}
-    unclaimed = []
-    for path, parameter in model.named_parameters():
-        if not path.startswith(backbone) or parameter.ndim < 2 or path in biases:
-            continue  # a vector can move the stream by a constant only
-        count[role.get(path, "")] += prod(dims(parameter))
-        if path not in role:
-            unclaimed.append(path)
-    return Coverage(count["writes"], count["reads"], count["inner"], count[""], tuple(unclaimed))
-
-
-def _inner(model: PreTrainedModel, family: Family) -> dict[str, str]:
-    found = dict.fromkeys(family.beside, "inner")
-    for layer, block in enumerate(_blocks(model, family)):
-        for branch in branches_of(family, layer, block):
-            found |= {f"{family.layers}.{layer}.{path}": "inner" for path in branch.inner}
-    return found

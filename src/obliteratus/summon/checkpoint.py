@@ -45,11 +45,9 @@ class Checkpoint:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Its shape, from the header."""
-        file = next(file for file, names in self.shards.items() if key in names)
-        with safe_open(file, "pt") as opened:
-            return tuple(opened.get_slice(key).get_shape())
+    def like(self, key: str) -> Tensor:
+        """Its shape and dtype, as a tensor without numbers."""
+        return self.tensor(key).to("meta")  # of a file in memory's map, nothing is read
 
     @property
     def size(self) -> int:

@@ -86,6 +86,9 @@ class Family:
     """Whether a token's routing weights do. Only then is a bias of all experts the bias of their sum."""
     scales_stream: bool = False
     """Whether a block multiplies the whole stream by a number, which leaves directions as they are."""
+    hands_on: bool = False
+    """Whether blocks hand later ones more than the stream, such as keys and values: none of them is then left out of a
+    pass because what it gave is known."""
     recurrent: bool = False
     """Whether convolutions, delta nets or state spaces keep states between tokens: a shared prefix is then not reused,
     and only prompts of equal length are answered together."""
@@ -482,6 +485,7 @@ GEMMA4 = replace(
     beside=("model.embed_tokens_per_layer.weight", "model.per_layer_model_projection.weight"),
     refusal=_gemma4_refusal,
     scales_stream=True,
+    hands_on=True,
     bias_switch={},
 )
 

@@ -106,8 +106,11 @@ def answer_budget(subject: Subject) -> int:
 
 
 def kv_bytes(subject: Subject) -> float:
-    """Bytes of cache that one token takes."""
+    """Bytes of cache that one token takes; more than that where some blocks keep no keys and values."""
     config = subject.model.config.get_text_config()
+    latent = config.to_dict().get("kv_lora_rank")
+    if latent:  # latent attention keeps what keys and values are made of, and the part of keys that knows positions
+        return float(subject.n_layers * (latent + config.qk_rope_head_dim) * subject.model.dtype.itemsize)
     heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
     size = config.to_dict().get("head_dim") or subject.width // config.num_attention_heads
     return float(2 * subject.n_layers * heads * size * subject.model.dtype.itemsize)

@@ -20,12 +20,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
 from obliteratus.summon import anatomy, selftest
-from obliteratus.summon.anatomy import coverage, family_of, find_sites, n_layers_of
+from obliteratus.summon.anatomy import family_of, find_sites, n_layers_of
 from obliteratus.summon.checkpoint import open_checkpoint
+from obliteratus.summon.claims import coverage
 from obliteratus.summon.codec import drop_quantisation_mark, floats, sampled
 from obliteratus.summon.files import Origin, check_weights, locate
 from obliteratus.summon.quantised import kept_portable
-from obliteratus.summon.storage import storage_of
+from obliteratus.summon.storage import Storage, storage_of
 from obliteratus.types import Site, Source, Subject, digest_of
 
 log = logging.getLogger(__name__)
@@ -68,14 +69,7 @@ def open_subject(
     family_of(config)
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
-    if storage.packed and not where:  # without a map bitsandbytes chooses: a GPU, if there is one
-        where = {"device_map": {"": "cpu"}}
-    model = _model(origin, anatomy.loader_of(config), {**options, **where, **storage.options, "dtype": kind})
-    if storage.packed:
-        kept_portable(model)
-    elif origin.gguf or storage.label:
-        drop_quantisation_mark(model)
-    check_finite(model, origin.name)
+    model = _stored(origin, config, storage, {**options, "dtype": kind, **where})
     subject = assemble(
         model,
         tokenizer,
@@ -189,6 +183,19 @@ def width_of(source: str | Path) -> int:
 def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
     with _explained(origin, "it has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **options)
+
+
+def _stored(origin: Origin, config: PreTrainedConfig, storage: Storage, options: dict[str, Any]) -> PreTrainedModel:
+    """The model, its numbers in the form that `storage` says."""
+    if storage.packed:  # without a map bitsandbytes chooses: a GPU, if there is one
+        options = {"device_map": {"": "cpu"}, **options}
+    model = _model(origin, anatomy.loader_of(config), {**options, **storage.options})
+    if storage.packed:
+        kept_portable(model)
+    elif origin.gguf or storage.label:
+        drop_quantisation_mark(model)
+    check_finite(model, origin.name)
+    return model
 
 
 def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:

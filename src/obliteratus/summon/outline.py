@@ -14,8 +14,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from obliteratus.summon.anatomy import (
-    Coverage,
-    coverage,
     family_of,
     find_sites,
     is_tied,
@@ -23,6 +21,7 @@ from obliteratus.summon.anatomy import (
     n_layers_of,
     width_of,
 )
+from obliteratus.summon.claims import Coverage, coverage
 from obliteratus.summon.experts import is_stack, replaced
 from obliteratus.summon.families import Family
 from obliteratus.summon.files import check_weights, locate

@@ -149,7 +149,22 @@ def _write4(weight: Tensor, module: Any) -> tuple[Entries, Callable[[], Tensor]]
     )
     state.dtype = old.dtype  # what it is computed in; the codes come straight from fp32
     entries = {"weight": codes, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
-    return entries, lambda: dequantize_4bit(codes, state)
+    told = {name: _padded(entry) for name, entry in entries.items() if NOTE in name}
+    return entries | told, lambda: dequantize_4bit(codes, state)
+
+
+NOTE = ".quant_state."  # JSON, as bytes
+NOTED = 512  # bytes: bitsandbytes' own are some 100 to 200, longer or shorter by how a float is printed
+
+
+def _padded(note: Tensor) -> Tensor:
+    """A size known before it is made: JSON ignores blanks at its end."""
+    return torch.nn.functional.pad(note, (0, NOTED - len(note)), value=ord(" "))
+
+
+def padded(state: Mapping[str, Tensor]) -> Entries:
+    """What stands for the entries that are made in another size than they have now, on the meta device."""
+    return {name: torch.empty(NOTED, dtype=torch.uint8, device="meta") for name in state if NOTE in name}
 
 
 def _by_rows(module: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
+from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.cache import prefix_states
 from obliteratus.summon.forward import Prompts, halving, prepared, recurrent
 from obliteratus.summon.generate import Batch, Done, answer_groups, prefill, write
@@ -58,8 +59,7 @@ class Trunk:
         with torch.inference_mode():
             self.prompts = prepared(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
-        room = 0.0 if recurrent(subject) else budget  # keys and values are not all that a block would need to go on
-        self.kept = Kept(subject, self.prompts, self.prefix, room, self.answers)
+        self.kept = Kept(subject, self.prompts, self.prefix, budget if keepable(subject) else 0.0, self.answers)
         self.checked, self.copies = False, 1
 
     def times(self, copies: int) -> Trunk:
@@ -171,6 +171,11 @@ class Trunk:
 
 
 # ---------------------------------------------------------------------------------------------- checks
+def keepable(subject: Subject) -> bool:
+    """Whether the stream, keys and values are all that the blocks above need of those below."""
+    return not recurrent(subject) and not family_of(subject.model.config).hands_on
+
+
 def hooks(subject: Subject) -> Hooks:
     """The hooks of every module that has some."""
     found = {
