@@ -19,7 +19,7 @@ LEVELS = [
     ["probe", "distill", "weigh", "excise", "verify"],
     ["tune"],
     ["recipe", "coverage", "store"],
-    ["card"],
+    ["card", "record"],
     ["pipeline", "search", "study", "analyze", "advise", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
     ["options"],

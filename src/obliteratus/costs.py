@@ -16,6 +16,7 @@ from obliteratus.tune import extractors
 from obliteratus.tune.answers import OPENINGS
 from obliteratus.tune.budget import PROMPTS, STEPS
 from obliteratus.tune.fit import EVERY, HELD
+from obliteratus.tune.steady import STEPS as TRIED
 from obliteratus.types import Excise, Recipe, Step
 from obliteratus.verify import scorers
 from obliteratus.work import FREE, Answers, Cost, Training, Values, n_of
@@ -43,6 +44,7 @@ CLASSES = {"low": 1.25, "moderate": 4.0}
 EXCISE: dict[str, Cost] = {
     "kl_budget": Cost(n_of("search", "control", PROMPTS) * (2 + STEPS)),  # unedited, whole, and each bisection
 }
+ROUTERS = Cost(n_of("search", "control", PROMPTS) * (2 + TRIED))  # as they were, whole, and each bisection
 
 
 def stages(made: Recipe) -> dict[str, Cost]:
@@ -71,7 +73,8 @@ def _steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
 
 def _excise(excise: Excise) -> Cost:
     chosen = excise.model_dump(exclude_defaults=True)
-    return reduce(add, (cost for name, cost in EXCISE.items() if name in chosen), FREE)
+    routers = ROUTERS if "router" in excise.parts else FREE
+    return reduce(add, (cost for name, cost in EXCISE.items() if name in chosen), routers)
 
 
 def _search(made: Recipe) -> Cost:

@@ -9,7 +9,7 @@ from typing import Any
 
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.claims import coverage
-from obliteratus.summon.codec import columns
+from obliteratus.summon.codec import columns, each
 from obliteratus.summon.quantised import dims
 from obliteratus.types import Change, Edit, Mask, Plan, Site, Subject
 
@@ -63,6 +63,8 @@ def shortfall(found_share: float, unclaimed: int) -> str:
 def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
     """Share of the matrix that the changes reach: all of it, or the columns of some heads or neurons."""
     reached: set[int] = set()
+    if changes and all(change.site.expert is not None for change in changes):
+        return _experts_share(subject, site, changes)
     for change in changes:
         if isinstance(change, Mask):
             reached |= set(change.neurons.tolist())
@@ -71,6 +73,11 @@ def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
         elif isinstance(change, Edit) and change.site.span is not None:
             reached |= set(range(*change.site.span))
     return len(reached) / columns(subject.module(site.path), site) if reached else 0.0
+
+
+def _experts_share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
+    """Share of a stack's experts that the changes reach."""
+    return len({change.site.expert for change in changes}) / len(each(subject.module(site.path), site))
 
 
 def _size(subject: Subject, site: Site) -> int:

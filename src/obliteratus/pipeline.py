@@ -17,21 +17,21 @@ from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs
+from obliteratus.record import ENOUGH, described, found_in, told
 from obliteratus.store import Store
-from obliteratus.summon.render import has_template
 from obliteratus.tune import Lab
 from obliteratus.tune.budget import within_budget
 from obliteratus.tune.bypass import check_bypass
 from obliteratus.tune.fit import tuned
+from obliteratus.tune.steady import steadied
 from obliteratus.types import (
-    SPLITS,
     Activations,
     Directions,
+    Excise,
     Plan,
     PromptSet,
     Recipe,
     Run,
-    Score,
     Step,
     Subject,
     asked,
@@ -42,12 +42,14 @@ from obliteratus.weigh import weigh
 # A later pass whose directions carry less than this share of what the first found has nothing left to remove.
 NOTHING_LEFT = 0.05
 # Before a later pass, so many search prompts are answered with so many tokens: enough to see a refusal begin, and
-# to tell 5 % from 20 %. At ENOUGH or below there is nothing to refine.
-CHECKED, CHECK_TOKENS, ENOUGH = 48, 16, 0.05
+# to tell 5 % from 20 %.
+CHECKED, CHECK_TOKENS = 48, 16
 
 
 # Masks and steering act once: their scores and their vector are of the model before any removal.
 FIRST_ONLY: dict[str, object] = {"neurons": None, "steer": 0.0}
+# Nor is a blend of experts made twice.
+UNBLENDED = {"blend": 0.0}
 
 
 def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | None = None) -> tuple[Plan, Run]:
@@ -74,8 +76,8 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
             fitted = partial(tuned, subject, new, fit, search, recipe.tune, recipe.seed)
             new = store.stage("TUNE", fitted, save_plan, load_plan)
         plan += new
-        passes.append(_found(subject, directions, new))
-    found = {"passes": _told(passes, store, recipe.passes)}
+        passes.append(found_in(subject, acts, directions, new))
+    found = {"passes": told(passes, store, recipe.passes)}
     return plan, proved(store, recipe, subject, prompts, plan, before, found)
 
 
@@ -101,7 +103,7 @@ def proved(
     return Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
-        prompts=_described(prompts, recipe.seed, subject),
+        prompts=described(prompts, recipe.seed, subject),
         before=dict(before.scores),
         after=dict(after.scores),
         coverage=covered,
@@ -165,8 +167,9 @@ def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: R
     taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
     wanted = asked("mlp.out") if recipe.excise.neurons is not None else ()
     feeds = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
+    stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked and recipe.excise.experts is not None]
     return store.stage(
-        stage, lambda: probe(subject, fit, recipe.probe, taps, feeds), save_activations, load_activations
+        stage, lambda: probe(subject, fit, recipe.probe, taps, feeds, stacks), save_activations, load_activations
     )
 
 
@@ -181,11 +184,11 @@ def planned(
 ) -> Plan:
     """EXCISE as a stage: the edits of one pass, weakened if there is a budget that they would exceed."""
     acts, directions = found
-    options = recipe.excise if number == 1 else recipe.excise.model_copy(update=FIRST_ONLY)
+    options = recipe.excise if number == 1 else _later(recipe.excise)
 
     def make() -> Plan:
         weights = weigh(directions, subject.sites, acts, recipe.weigh)
-        new = excise(subject, directions, weights, acts, options)
+        new = steadied(subject, done, excise(subject, directions, weights, acts, options), search["control"])
         if options.kl_budget is None:
             return new
         return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
@@ -193,49 +196,7 @@ def planned(
     return store.stage(f"EXCISE {number}", make, save_plan, load_plan)
 
 
-def _found(subject: Subject, directions: Directions, plan: Plan) -> dict[str, Any]:
-    """What one pass found, and what it changed of the model."""
-    best = int(directions.score.argmax())
-    return {
-        "steps": list(directions.trace),
-        "score": float(directions.score.max()),
-        "best_stream": best,
-        "best_layer": best - 1,  # the block that writes this stream; −1 is the embeddings
-        "edits": len(plan.edits),
-        "layers": sorted({e.site.layer for e in plan.edits}),
-        "edited_share": edited(subject, plan)["edited_share"],
-    }
-
-
-def _told(passes: list[dict[str, Any]], store: Store, asked: int) -> tuple[dict[str, Any], ...]:
-    """Each pass with what it cost, what search prompts showed after it, and whether that, or what, ended the passes."""
-    done = []
-    for number, found in enumerate(passes, 1):
-        stages = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {
-            "CHECK": f"CHECK {number + 1}"
-        }
-        spent = {name: store.seconds[key] for name, key in stages.items() if key in store.seconds}
-        checked = store.values.get(stages["CHECK"])
-        refused = checked.scores["refusal.target"] if checked else None
-        done.append({**found, "seconds": spent, "refused": refused.model_dump() if refused else None})
-        if number == len(passes):
-            done[-1]["ended"] = _why(number == asked, refused)
-    return tuple(done)
-
-
-def _why(last: bool, refused: Score | None) -> str:
-    """Why no pass follows."""
-    if last:
-        return "all passes done"
-    return "refusals are down" if refused and refused.value <= ENOUGH else "nothing left to remove"
-
-
-def _described(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any]:
-    parts = dict(zip(SPLITS, prompts.split(seed), strict=True))
-    counts = {name: {g: len(ps) for g, ps in part.groups.items()} for name, part in parts.items()}
-    return {
-        "digest": prompts.digest,
-        "counts": counts,
-        "template": has_template(subject),
-        "thinking": subject.thinking,
-    }
+def _later(options: Excise) -> Excise:
+    """What a later pass does again."""
+    experts = None if options.experts is None else options.experts.model_copy(update=UNBLENDED)
+    return options.model_copy(update={**FIRST_ONLY, "experts": experts})

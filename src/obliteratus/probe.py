@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.summon import routing
 from obliteratus.summon.capture import Taps
+from obliteratus.summon.codec import each
 from obliteratus.summon.forward import Reading, read
 from obliteratus.summon.render import render
+from obliteratus.summon.routing import Counts
 from obliteratus.types import Activations, Moments, Probe, Prompt, PromptSet, Subject, digest_of
 
 ANCHOR_GROUP = "control"
@@ -26,26 +29,42 @@ def probe(
     options: Probe = DEFAULT,
     taps: Sequence[str] = (),
     feeds: Sequence[str] = (),
+    stacks: Sequence[str] = (),
 ) -> Activations:
     """The residual stream at one position of every prompt, for each group.
 
     taps: module paths whose mean output over the control group is wanted too (the anchors of anchored edits).
     feeds: module paths whose mean input is wanted too, of every group.
+    stacks: paths of stacks of experts of which it is wanted what the prompts were routed to, and what came of it.
     Raises UserError if any activation is NaN or Inf.
     """
     groups: dict[str, Moments] = {}
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, dict[str, Tensor]] = {}
+    counts = {path: Counts() for path in stacks}
     for group, members in prompts.groups.items():
         wanted = taps if group == ANCHOR_GROUP else ()
-        groups[group], means, inputs[group] = _group(subject, group, members, options, Taps(wanted, feeds))
+        tapped = Taps(wanted, feeds, stacks)
+        groups[group], means, inputs[group] = _group(subject, group, members, options, tapped, counts)
         outputs |= dict(zip(wanted, means, strict=True))
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    return Activations(groups, options.position, outputs, inputs, digest)
+    routed = {path: found.routed(_experts(subject, path)) for path, found in counts.items()}
+    return Activations(groups, options.position, outputs, inputs, digest, routed)
+
+
+def _experts(subject: Subject, path: str) -> int:
+    """How many experts there are in a stack."""
+    site = next(site for site in subject.sites if site.path == path and site.stacked)
+    return len(each(subject.module(path), site))
 
 
 def _group(
-    subject: Subject, group: str, prompts: Sequence[Prompt], options: Probe, taps: Taps
+    subject: Subject,
+    group: str,
+    prompts: Sequence[Prompt],
+    options: Probe,
+    taps: Taps,
+    counts: Mapping[str, Counts],
 ) -> tuple[Moments, Tensor, dict[str, Tensor]]:
     streams = subject.n_layers + 1
     total = torch.zeros(streams, subject.width, dtype=torch.float64)
@@ -58,6 +77,8 @@ def _group(
         total += reading.stream.double().sum(0)
         tapped += reading.outputs.double().sum(0)
         fed = {path: fed[path] + reading.inputs[path].double().sum(0) for path in taps.inputs}
+        for path, found in counts.items():
+            found.add(group, reading.routing[path])
         if rows is not None:
             rows[reading.rows] = reading.stream
     n = len(prompts)
@@ -80,6 +101,7 @@ def save_activations(acts: Activations, folder: Path) -> None:
     """Write activations.safetensors and activations.json into an existing folder."""
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
     tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
+    tensors |= routing.named(acts.routed)
     for group, moments in acts.groups.items():
         tensors[f"mean/{group}"] = moments.mean
         if moments.rows is not None:
@@ -100,4 +122,4 @@ def load_activations(folder: Path) -> Activations:
     for name in (k for k in tensors if k.startswith("input/")):
         _, group, path = name.split("/")
         inputs[group][path] = tensors[name]
-    return Activations(groups, data["position"], outputs, inputs, data["digest"])
+    return Activations(groups, data["position"], outputs, inputs, data["digest"], routing.unnamed(tensors))

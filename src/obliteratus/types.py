@@ -183,6 +183,27 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """What one group's prompts did in one stack of experts, at one position of each prompt."""
+
+    count: Int[Tensor, " experts"]
+    """Prompts for which the expert was among the chosen ones."""
+    prompts: int
+    """All of them."""
+    mean: Float[Tensor, "experts width"]
+    """What it put out for those, on average, before routing weighs it; fp32, zeros where there are none."""
+    square: Float[Tensor, " experts"]
+    """The mean squared length of that."""
+
+    @property
+    def noise(self) -> Float[Tensor, " experts"]:
+        """The expected squared error of `mean`: its outputs' variance over their number; infinite for fewer than 2."""
+        n = self.count.to(self.mean)
+        spread = (self.square - self.mean.square().sum(1)).clamp(min=0)
+        return torch.where(n > 1, spread / (n - 1), torch.inf)
+
+
+@dataclass(frozen=True)
 class Activations:
     """The stream at one position of every prompt, by group, plus the writers' mean outputs if wanted."""
 
@@ -194,6 +215,8 @@ class Activations:
     inputs: Mapping[str, Mapping[str, Float[Tensor, " in"]]] = field(default_factory=dict)
     """Group → site path → mean input of that writer: how active each of its neurons is."""
     digest: str = ""
+    routed: Mapping[str, Mapping[str, Routed]] = field(default_factory=dict)
+    """Path of a stack of experts → group → what its prompts did there."""
 
     def __getitem__(self, group: str) -> Moments:
         return self.groups[group]
@@ -270,7 +293,20 @@ class Shift:
     vector: Float[Tensor, " width"]
 
 
-Change = Edit | Mask | Shift
+@dataclass(frozen=True)
+class Blend:
+    """W ← (1 − share)·W + share × the donors' mean, the bias likewise: for one expert of a stack, before its edits."""
+
+    site: Site
+    donors: Int[Tensor, " n"]
+    """Experts of the same stack."""
+    share: float
+    weight: Float[Tensor, "out in"] | None = None
+    """The donors' mean. Executors take it from the model; a plan holds none."""
+    bias: Float[Tensor, " out"] | None = None
+
+
+Change = Edit | Mask | Shift | Blend
 
 
 @dataclass(frozen=True)
@@ -330,6 +366,29 @@ def asked(part: str) -> tuple[str, ...]:
     return (part, *EXPERTS) if part == "mlp.out" else (part,)
 
 
+class Experts(Frozen):
+    """Routed experts each by itself, from what PROBE saw of the prompts that were routed to it."""
+
+    own: bool = False
+    """Each expert loses the direction in which its own outputs differ between the groups; the fewer prompts it was
+    given, the more of the layer's direction is in it."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of each layer's experts (at least one) that are edited in full: those to which target prompts are routed
+    most, beyond control prompts."""
+    rest: float = Field(0.0, ge=-4.0, le=4.0)
+    """× the strength, of all others; 0 leaves them alone."""
+    blend: float = Field(0.0, ge=0, le=1)
+    """Share of the edited experts' weights that becomes the mean of the others'; needs a share below 1."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Experts:
+        if not self.own and self.share == 1:
+            raise ValueError("experts asks for nothing; set own=true or a share below 1, or leave experts out")
+        if self.blend and self.share == 1:
+            raise ValueError("experts.blend takes the mean of the experts that are not edited; set a share below 1")
+        return self
+
+
 class Excise(Frozen):
     """How the directions become edits."""
 
@@ -343,6 +402,8 @@ class Excise(Frozen):
     heads: float | None = Field(None, gt=0, le=1)
     """Edit only this share of each layer's attention heads (at least one), those that write most along Q, and leave
     attention's bias alone; None edits all of attention's output. Other parts are edited whole."""
+    experts: Experts | None = None
+    """None edits all routed experts alike, through their weighted sum. A model without experts has no use for it."""
     neurons: float | None = Field(None, gt=0, le=0.2)  # a fifth of an MLP is no longer a few neurons
     """Silence at most this share of each layer's MLP neurons: those that write most of the groups' difference,
     scored on the model before any removal. First pass only."""
@@ -358,6 +419,8 @@ class Excise(Frozen):
             raise ValueError(f"'{min(unknown)}' names no part; known: {', '.join(sorted(WRITERS | READERS))}")
         reads = READERS & set(self.parts)
         writes = set(self.parts) - READERS
+        if self.experts is not None and not {"mlp.out", "expert.out"} & set(self.parts):
+            raise ValueError("experts needs the part expert.out or mlp.out, which parts leaves out; add it")
         if self.heads is not None and "attn.out" not in self.parts:
             raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
         if self.heads is not None and self.anchored:
@@ -488,7 +551,7 @@ class Recipe(Frozen):
     @property
     def searched(self) -> bool:
         """Whether search prompts choose something, so that none of their groups may be empty."""
-        return bool(self.search or self.tune or self.excise.kl_budget)
+        return bool(self.search or self.tune or self.excise.kl_budget or "router" in self.excise.parts)
 
     @model_validator(mode="after")
     def _one_pass(self) -> Recipe:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.errors import UserError
-from obliteratus.excise.change import at, needs_bias, new_bias, new_weight
+from obliteratus.excise.change import at, filled, needs_bias, new_bias, new_weight
 from obliteratus.excise.packed import Losses, packed_entries
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.anatomy import family_of
@@ -79,6 +79,7 @@ def no_bias(change: Change, what_kind: str = "a bias") -> str:
 def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
     site = changes[0].site
     whole = module.get_parameter(site.weight)
+    changes = filled(module, changes)
     return Restacked(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
 
 
@@ -121,6 +122,7 @@ def _bias(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
         return new_bias(module, changes)
     if not has_bias(module, site):
         return None
+    changes = filled(module, changes)
     mine = ((at(changes, one), one) for one in each(module, replace(site, expert=None)))
     made = (new_bias(module, own) if own else read_bias(module, one) for own, one in mine)
     return torch.stack([bias for bias in made if bias is not None])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
-from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.types import Change, Edit, Mask, Shift, Site
+from obliteratus.summon.codec import has_bias, read_bias, read_weight
+from obliteratus.types import Blend, Change, Edit, Mask, Shift, Site
 
 Matrix = Float[Tensor, "out in"]
 Bias = Float[Tensor, " out"]
@@ -42,6 +42,12 @@ def _(change: Shift, weight: Matrix) -> Matrix:
     return weight
 
 
+@changed.register
+def _(change: Blend, weight: Matrix) -> Matrix:
+    assert change.weight is not None, "`filled` comes first"
+    return torch.lerp(weight, change.weight.to(weight), change.share)
+
+
 @singledispatch
 def shifted(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     """b′; None where there is none and none is needed. weight: W before this change; only anchored readers look."""
@@ -68,6 +74,41 @@ def _(change: Mask, bias: Bias | None, weight: Matrix | None) -> Bias | None:
 @shifted.register
 def _(change: Shift, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return change.vector if bias is None else bias + change.vector.to(bias)
+
+
+@shifted.register
+def _(change: Blend, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    return bias if bias is None or change.bias is None else torch.lerp(bias, change.bias.to(bias), change.share)
+
+
+def filled(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Blends with their donors' mean, taken from the module: one matrix for all that have the same donors."""
+    means: dict[tuple[int, ...], tuple[Matrix, Bias | None]] = {}
+
+    def whole(change: Change) -> Change:
+        if not isinstance(change, Blend):
+            return change
+        donors = tuple(change.donors.tolist())
+        if donors not in means:
+            sites = [replace(change.site, expert=donor) for donor in donors]
+            biases = [read_bias(module, site) for site in sites] if has_bias(module, change.site) else []
+            means[donors] = mean_weight(module, sites), _mean([b for b in biases if b is not None])
+        weight, bias = means[donors]
+        return replace(change, weight=weight, bias=bias)
+
+    return tuple(map(whole, changes))
+
+
+def mean_weight(module: nn.Module, sites: Sequence[Site]) -> Matrix:
+    """The mean of some experts' matrices, each read once and none held."""
+    mean = torch.zeros_like(read_weight(module, sites[0]))
+    for number, site in enumerate(sites, 1):
+        mean += (read_weight(module, site) - mean) / number
+    return mean
+
+
+def _mean(biases: Sequence[Bias]) -> Bias | None:
+    return torch.stack(list(biases)).mean(0) if biases else None
 
 
 def _read_anchor(change: Edit, anchor: Tensor, bias: Bias | None, weight: Matrix) -> Bias:

@@ -1,7 +1,7 @@
 """A plan as live hooks: exact, O(width) a token, no weight copied or dequantised, undone by leaving the block.
 
 Only an edit of one head under a norm rule holds more: the difference of that head's columns; and a norm rule on a
-stack of experts: a factor for each of their inputs.
+stack of experts: a factor for each of their inputs; and a blend of experts: one matrix, their donors' mean.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.change import at, changed, new_bias
+from obliteratus.excise.change import at, changed, filled, new_bias
 from obliteratus.excise.linear import Scales, measure, restretched, scales
 from obliteratus.excise.live_ops import Live, Op, changed_experts, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.codec import columns, each, read_bias, read_weight
 from obliteratus.summon.experts import Forward, Replaced, replaced
-from obliteratus.types import Change, Edit, Mask, Plan, Shift, Site, Subject
+from obliteratus.types import Blend, Change, Edit, Mask, Plan, Shift, Site, Subject
 
 
 @contextmanager
@@ -69,6 +69,7 @@ def _stack(module: nn.Module, changes: Sequence[Change]) -> Live:
     if alike:
         return Live(tuple(_summed(change, _device(module)) for change in changes), (), None, None, None)
     sites = each(module, replace(changes[0].site, expert=None))
+    changes = filled(module, changes)
     mine = (at(changes, site) for site in sites)
     return Live((), (), None, None, None, tuple(_one(module, own) if own else None for own in mine))
 
@@ -111,7 +112,7 @@ def _moves_bias(change: Change) -> bool:
     """Whether the bias must be changed apart from the rest of the output."""
     if isinstance(change, Edit):
         return change.site.span is None and (change.norm != "none" or change.anchor is not None)
-    return isinstance(change, Shift)
+    return isinstance(change, Shift | Blend)
 
 
 def _reading(change: Change, device: torch.device) -> Op:
@@ -141,6 +142,14 @@ def _(change: Edit, module: nn.Module, weight: Tensor | None, inputs: Tensor | N
     if change.site.span is not None and weight is not None:
         return _columns(change, change.site.span, basis, weight, inputs), None
     return _whole(change, basis, weight)
+
+
+@_compiling.register
+def _(change: Blend, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[Op, None]:
+    """y ← (1 − share)·y + share·M x: before all edits, so that no factor of theirs is in the inputs yet."""
+    assert change.weight is not None, "`filled` comes first"
+    mean, share = change.weight.float(), change.share
+    return lambda y, args: torch.lerp(y, args[0].float().reshape(len(y), -1) @ mean.T, share), None
 
 
 @_compiling.register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError, UserError
+from obliteratus.excise.experts import on_experts
 from obliteratus.excise.heads import on_heads
 from obliteratus.excise.linear import before_gain, centred, past_gain, through_gain
 from obliteratus.excise.neurons import masks
 from obliteratus.excise.steer import steering
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of, norm_bias_of
-from obliteratus.summon.codec import columns, has_bias
-from obliteratus.types import Activations, Change, Directions, Edit, Excise, Mask, Plan, Shift, Site, Subject, asked
+from obliteratus.summon.codec import columns, each, has_bias
+from obliteratus.types import (
+    Activations,
+    Blend,
+    Change,
+    Directions,
+    Edit,
+    Excise,
+    Mask,
+    Plan,
+    Shift,
+    Site,
+    Subject,
+    asked,
+)
 
 FILES = ("plan.safetensors", "plan.json")
 
@@ -35,8 +49,8 @@ def excise(
 ) -> Plan:
     """One edit for each wanted site with a direction and a weight. Raises NothingMatchedError if there is none.
 
-    With ``options.heads`` the edit of an attention output becomes one for each head that is kept; ``neurons`` and
-    ``steer`` add masks and a shift.
+    With ``options.heads`` the edit of an attention output becomes one for each head that is kept, with ``experts`` that
+    of a stack one for each expert; ``neurons`` and ``steer`` add masks and a shift.
 
     weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``.
     """
@@ -54,7 +68,9 @@ def excise(
         )
     more: list[Change] = [] if options.neurons is None else masks(subject, found, acts, options.neurons)
     more += [steering(found, directions, acts, options.steer)] if options.steer else []
-    edited = found if options.heads is None else on_heads(subject, found, options.heads)
+    edited: tuple[Change, ...] = found if options.heads is None else on_heads(subject, found, options.heads)
+    if options.experts is not None:
+        edited = on_experts(edited, acts, options.experts)
     return Plan((*edited, *more), subject.source.digest)
 
 
@@ -113,7 +129,7 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
 
 
 # ------------------------------------------------------------------------------------------ on disk
-KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift}
+KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend}
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -194,8 +210,20 @@ def _check_place(subject: Subject, change: Change) -> None:
             or not bool(((change.neurons >= 0) & (change.neurons < n)).all())
         ):
             raise UserError(f"the plan silences neurons that {site.path} has not; run the method again")
+    if isinstance(change, Blend) or site.expert is not None:
+        _check_experts(subject, change)
     if isinstance(change, Edit) and site.span is not None:
         _check_span(subject, change, site.span)
+
+
+def _check_experts(subject: Subject, change: Change) -> None:
+    """The expert, and those that a blend takes from, are in the stack."""
+    site = change.site
+    n = len(each(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
+    named = [-1 if site.expert is None else site.expert]
+    named += change.donors.tolist() if isinstance(change, Blend) else []
+    if not all(0 <= expert < n for expert in named):
+        raise UserError(f"the plan edits experts {named} of {site.path}, which has {n}; run the method again")
 
 
 def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:

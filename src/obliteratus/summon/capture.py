@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obliteratus.shapes import Float, Int
 from obliteratus.types import Subject
 
 
@@ -28,6 +29,17 @@ class Taps:
 
     outputs: Sequence[str] = ()
     inputs: Sequence[str] = ()
+    experts: Sequence[str] = ()
+    """Stacks of experts: which were chosen, and what each of these put out. For one position only."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a stack of experts did with one token of each row."""
+
+    chosen: Int[Tensor, "rows k"]
+    outputs: Float[Tensor, "rows k width"]
+    """fp32, before routing weighs them."""
 
 
 class Capture:
@@ -41,6 +53,7 @@ class Capture:
         self.stream: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
+        self.routing: dict[str, Routing] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -50,6 +63,9 @@ class Capture:
         handles += [layer.register_forward_hook(self._leaving) for layer in layers[: self.top]]
         handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps.outputs]
         handles += [self.subject.module(path).register_forward_pre_hook(self._feed(path)) for path in self.taps.inputs]
+        handles += [
+            self.subject.module(path).register_forward_pre_hook(self._route(path)) for path in self.taps.experts
+        ]
         try:
             yield
         except DoneError:
@@ -92,3 +108,28 @@ class Capture:
             self.inputs[path] = self._pick(args)
 
         return hook
+
+    def _route(self, path: str) -> Callable[..., None]:
+        """Each choice of the wanted tokens is computed once more, alone and unweighed: of every prompt one token, so
+        no pass is added; by the module itself, so that live edits are in it."""
+        asking = False
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal asking
+            if asking:
+                return
+            asking = True
+            self.routing[path] = _alone(module, *(self._tokens(x) for x in args[:2]))
+            asking = False
+
+        return hook
+
+    def _tokens(self, states: Tensor) -> Tensor:
+        flat = states.reshape(len(self.at), -1, states.shape[-1])
+        return flat[torch.arange(len(self.at), device=flat.device), self.at.to(flat.device)]
+
+
+def _alone(experts: nn.Module, x: Tensor, chosen: Tensor) -> Routing:
+    whole = torch.ones_like(x[:, :1])
+    outputs = [experts(x, chosen[:, slot : slot + 1], whole) for slot in range(chosen.shape[1])]
+    return Routing(chosen.cpu(), torch.stack(outputs, 1).float().cpu())

@@ -19,7 +19,7 @@ from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
-from obliteratus.summon.capture import Capture, Taps, blocks
+from obliteratus.summon.capture import Capture, Routing, Taps, blocks
 from obliteratus.summon.lower import Lower
 from obliteratus.summon.memory import free_memory
 from obliteratus.summon.quantised import dims
@@ -48,6 +48,8 @@ class Reading:
     """fp32 outputs of the tapped modules at the same position, in the order asked for."""
     inputs: dict[str, Tensor]
     """Module path → fp32 input at the same position [rows, in]."""
+    routing: dict[str, Routing]
+    """Path of a stack of experts → what it did at the same position."""
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -227,6 +229,6 @@ def _reader(
         capture = Capture(subject, at, taps, top)
         with capture.watching(), prompts.around(rows):
             backbone(subject, ids, prompts.skipped, prompts.cache(rows))
-        return Reading(rows, *capture.stacked(), capture.inputs)
+        return Reading(rows, *capture.stacked(), capture.inputs, capture.routing)
 
     return run

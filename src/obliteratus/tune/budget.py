@@ -10,7 +10,7 @@ from obliteratus.excise.live import applied
 from obliteratus.progress import note
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.render import render
-from obliteratus.types import Change, Edit, Plan, Prompt, Shift, Subject
+from obliteratus.types import Blend, Change, Edit, Plan, Prompt, Shift, Subject
 from obliteratus.verify.drift import kl
 
 # First tokens of so many prompts give the mean to a tenth or so of its value, and cost one batch.
@@ -62,4 +62,6 @@ def weakened(plan: Plan, factor: float) -> Plan:
 def _weakened(change: Change, factor: float) -> Change:
     if isinstance(change, Edit):
         return replace(change, strength=factor * change.strength)
+    if isinstance(change, Blend):
+        return replace(change, share=factor * change.share)
     return replace(change, vector=factor * change.vector) if isinstance(change, Shift) else change
