@@ -18,7 +18,7 @@ from obliteratus.coverage import edited
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.bake import baked
 from obliteratus.excise.change import mean_weight
-from obliteratus.excise.experts import foremost, own_basis, ranking
+from obliteratus.excise.experts import foremost, own_basis
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.pipeline import run
@@ -41,6 +41,7 @@ from obliteratus.types import (
     Site,
     Subject,
 )
+from obliteratus.verify.experts import ranking
 from obliteratus.verify.intervals import difference
 
 NAMES = ["mixtral", "gpt_oss"]  # stacked either way, without biases and with

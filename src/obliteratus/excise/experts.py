@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeGuard
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.progress import note
 from obliteratus.shapes import Float, Int
-from obliteratus.types import Activations, Blend, Change, Edit, Experts, Routed, Score
-from obliteratus.verify.intervals import difference
+from obliteratus.types import Activations, Blend, Change, Edit, Experts, Routed
 
 Groups = Mapping[str, Routed]
 
@@ -44,11 +43,11 @@ def _split(edit: Edit, groups: Groups, options: Experts) -> tuple[Change, ...]:
         raise UserError("excise.experts.own: an expert's own direction is orthogonal, those of distill are oblique")
     chosen = set(foremost(groups, options.share).tolist())
     every = range(len(groups["target"].count))
-    others = torch.tensor([e for e in every if e not in chosen])
-    blends = [Blend(replace(edit.site, expert=e), others, options.blend) for e in sorted(chosen)]
+    others = torch.tensor([e for e in every if e not in chosen], dtype=torch.long)
+    blends = [Blend(replace(edit.site, expert=e), others, options.blend) for e in sorted(chosen) if options.blend]
     factors = {e: 1.0 if e in chosen else options.rest for e in every}
     edits = [_of_one(edit, groups, e, factor, options.own) for e, factor in factors.items() if factor]
-    return (*(blends if options.blend else []), *edits)
+    return (*blends, *edits)
 
 
 def _of_one(edit: Edit, groups: Groups, expert: int, factor: float, own: bool) -> Edit:
@@ -88,26 +87,3 @@ def foremost(groups: Groups, share: float) -> Int[Tensor, " n"]:
     rates = [groups[g].count.double() / groups[g].prompts for g in ("target", "control")]
     order = (rates[0] - rates[1]).argsort(descending=True, stable=True)
     return order[: max(1, round(share * len(order)))].sort().values
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """How much more of the target prompts than of the control prompts an expert was given."""
-
-    path: str
-    expert: int
-    excess: Score
-
-
-def ranking(acts: Activations) -> tuple[Ranked, ...]:
-    """All experts of all stacks, most drawn on by target prompts first, with Newcombe's 95 % interval.
-
-    An interval that holds 0 says that routing does not tell the groups apart there.
-    """
-    found = [Ranked(path, e, _excess(g, e)) for path, g in acts.routed.items() for e in range(len(g["target"].count))]
-    return tuple(sorted(found, key=lambda one: -one.excess.value))
-
-
-def _excess(groups: Groups, expert: int) -> Score:
-    (a, n), (b, m) = ((int(groups[g].count[expert]), groups[g].prompts) for g in ("target", "control"))
-    return difference(a, n, b, m)
