@@ -13,8 +13,8 @@ from bench.common import say
 from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
 from obliteratus.costs import CLASSES, COLUMNS, OWN, REFERENCE, SHARED, TEXT, effort, formula, row, stages, total
 from obliteratus.recipe import names, pending, recipe
+from obliteratus.settings import Recipe
 from obliteratus.terminal import size
-from obliteratus.types import Recipe
 
 FOLDER = RATES.parent
 MADE = "<!-- Made by `make docs`; do not edit. -->"

@@ -30,9 +30,10 @@ from bench.pseudo import DOWN, ENTER, Terminal, terminal
 from obliteratus.errors import UserError
 from obliteratus.prompts import load_prompts
 from obliteratus.search.front import pareto
+from obliteratus.settings import Step
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.organism import organism_folder
-from obliteratus.types import PromptSet, Step
+from obliteratus.types import PromptSet
 from obliteratus.verify import Measured, verify
 
 LONGEST = 24 * 3600.0  # seconds a study may take

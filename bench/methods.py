@@ -29,9 +29,11 @@ from obliteratus.excise.plan import excise
 from obliteratus.pipeline import measured, probed, run
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import check_runs, names, recipe
+from obliteratus.results import Score
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
 from obliteratus.summon.open import open_subject
-from obliteratus.types import PromptSet, Recipe, Score, Subject
+from obliteratus.types import PromptSet, Subject
 from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 

@@ -25,8 +25,9 @@ from bench.common import (
     with_peak,
 )
 from obliteratus.probe import probe
+from obliteratus.settings import Probe
 from obliteratus.summon.render import Ids, render
-from obliteratus.types import Probe, PromptSet, Subject
+from obliteratus.types import PromptSet, Subject
 
 PROMPTS, QUICK = 256, 4  # with --quick the others take every 4th prompt
 

@@ -27,11 +27,12 @@ from obliteratus.forecast import gemm_rate
 from obliteratus.pipeline import run
 from obliteratus.probe import probe
 from obliteratus.recipe import recipe
+from obliteratus.settings import Probe
 from obliteratus.summon.forward import common_prefix
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.losses import Losses, Material
-from obliteratus.types import Probe, PromptSet, Subject
+from obliteratus.types import PromptSet, Subject
 
 REPEATS = 3
 STEPS = 24  # of the answers that decoding is timed on

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.costs import OWN, REFERENCE, SHARED, TEXT
+from obliteratus.settings import Frozen
 from obliteratus.summon.generate import MAX_ROWS
-from obliteratus.types import Frozen
 from obliteratus.work import Cost, Values
 
 RATES = Path(__file__).parents[1] / "docs" / "rates.json"

@@ -29,10 +29,11 @@ from obliteratus.search import Found, Place, search
 from obliteratus.search.front import pareto
 from obliteratus.search.hypervolume import hypervolume
 from obliteratus.search.trials import front_of
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.organism import organism_folder
-from obliteratus.types import Plan, PromptSet, Recipe, Subject
+from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches

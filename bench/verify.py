@@ -24,9 +24,10 @@ from bench.common import (
     timed,
     with_peak,
 )
+from obliteratus.settings import Step
 from obliteratus.summon.generate import kv_bytes
 from obliteratus.summon.render import Ids, render
-from obliteratus.types import PromptSet, Step, Subject
+from obliteratus.types import PromptSet, Subject
 from obliteratus.verify import verify
 from obliteratus.verify.refusal import verdict
 

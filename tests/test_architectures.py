@@ -18,12 +18,13 @@ from obliteratus.excise.live_rows import applied_rows
 from obliteratus.pipeline import run
 from obliteratus.rebirth import save
 from obliteratus.recipe import recipe
+from obliteratus.settings import asked
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.codec import each
 from obliteratus.summon.forward import recurrent
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token
-from obliteratus.types import Plan, Prompt, PromptSet, asked
+from obliteratus.types import Plan, Prompt, PromptSet
 
 KINDS = [
     "mixtral",

@@ -8,10 +8,11 @@ import pytest
 
 from obliteratus.errors import UserError
 from obliteratus.prompts import load_prompts
+from obliteratus.settings import Step
 from obliteratus.summon.open import open_subject
 from obliteratus.tune import Lab
 from obliteratus.tune.bypass import check_bypass
-from obliteratus.types import Prompt, PromptSet, Step, Subject
+from obliteratus.types import Prompt, PromptSet, Subject
 
 STEPS = [Step(use="mean_diff"), Step(use="blend", other={"use": "bypass_contrast"})]
 

@@ -17,10 +17,11 @@ from obliteratus.distill import distill
 from obliteratus.errors import UserError
 from obliteratus.probe import probe
 from obliteratus.progress import reporting
+from obliteratus.settings import Step
 from obliteratus.tune import Lab
 from obliteratus.tune.candidates import grid, ranked
 from obliteratus.tune.cosmic import Judge, low_similarity
-from obliteratus.types import Directions, PromptSet, Step, Subject
+from obliteratus.types import Directions, PromptSet, Subject
 
 
 def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:

@@ -20,9 +20,10 @@ from obliteratus.distill.steps import MODEL
 from obliteratus.pipeline import run
 from obliteratus.progress import Advance, Reporter, reporting
 from obliteratus.recipe import names, parsed, recipe
+from obliteratus.settings import Recipe
 from obliteratus.terminal import results
 from obliteratus.tune.rdo import HELD
-from obliteratus.types import Prompt, PromptSet, Recipe
+from obliteratus.types import Prompt, PromptSet
 from obliteratus.verify import scorers
 from obliteratus.work import FREE, Amount, Answers, Cost, Training, amount, n_of, number
 

@@ -12,7 +12,8 @@ from planted import LOOSE, PROMPTS, SHIFT, STREAMS, cosine, group, planted, shuf
 
 from obliteratus.distill import distill, extractors, load_directions, save_directions
 from obliteratus.errors import UserError
-from obliteratus.types import Directions, Step
+from obliteratus.settings import Step
+from obliteratus.types import Directions
 
 # Extractor → the steps that show it. A new extractor needs no entry unless it needs options or a step before it.
 MEAN = {"use": "mean_diff"}

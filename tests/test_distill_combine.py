@@ -18,7 +18,8 @@ from obliteratus.distill.steps import orthonormal
 from obliteratus.errors import UserError
 from obliteratus.recipe import dump, parsed, recipe
 from obliteratus.registry import Registry
-from obliteratus.types import Activations, Directions, Step
+from obliteratus.settings import Step
+from obliteratus.types import Activations, Directions
 
 MEAN, BYPASS = Step(use="mean_diff"), {"use": "bypass_contrast"}
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from obliteratus.distill import distill, extractors
 from obliteratus.errors import UserError
-from obliteratus.types import Activations, Step
+from obliteratus.settings import Step
+from obliteratus.types import Activations
 
 MEAN = Step(use="mean_diff")
 

@@ -16,7 +16,8 @@ from obliteratus.distill.coder import Coder, frame
 from obliteratus.distill.sparse import Training, dead, fit, lost, slopes
 from obliteratus.errors import UserError
 from obliteratus.progress import Reporter, reporting
-from obliteratus.types import Activations, Directions, Moments, Step
+from obliteratus.settings import Step
+from obliteratus.types import Activations, Directions, Moments
 
 WIDTH, FEATURES, ROWS = 48, 10, 400
 ALL: dict[str, Any] = {"streams": "all"}

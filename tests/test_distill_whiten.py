@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from obliteratus.distill import distill
 from obliteratus.errors import UserError
-from obliteratus.types import Activations, Step
+from obliteratus.settings import Step
+from obliteratus.types import Activations
 
 MASSIVE, OTHER = 3, 64
 BOTH = ("whitened_svd", "discriminant")

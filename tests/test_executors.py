@@ -24,11 +24,12 @@ from obliteratus.excise.lora import save_adapter
 from obliteratus.excise.plan import excise
 from obliteratus.rebirth import WRITERS as FORMS
 from obliteratus.rebirth import save
+from obliteratus.settings import Excise
 from obliteratus.summon.anatomy import family_of, is_tied
 from obliteratus.summon.codec import read_weight
 from obliteratus.summon.forward import read
 from obliteratus.summon.open import assemble, open_subject
-from obliteratus.types import Activations, Directions, Excise, Plan, Subject
+from obliteratus.types import Activations, Directions, Plan, Subject
 
 NAMES = sorted(MODELS)
 WRITERS = ("attn.out", "mlp.out")

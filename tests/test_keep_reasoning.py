@@ -14,12 +14,13 @@ from obliteratus.distill import distill
 from obliteratus.distill.steps import extractors
 from obliteratus.errors import UserError
 from obliteratus.probe import probe
+from obliteratus.settings import Step
 from obliteratus.summon import forward
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune import Lab
 from obliteratus.tune.reasoning import reasoning_rows, span, subspace
-from obliteratus.types import Directions, PromptSet, Step, Subject
+from obliteratus.types import Directions, PromptSet, Subject
 
 OPTIONS: dict[str, Any] = {"tokens": 12, "places": 3, "k": 2}
 THINKING = TEMPLATE + "{% if enable_thinking %}{{ '<think>' }}{% else %}{{ '<think></think>' }}{% endif %}"

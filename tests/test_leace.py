@@ -16,7 +16,8 @@ from torch import Tensor
 from obliteratus.distill import distill, load_directions, save_directions
 from obliteratus.errors import UserError
 from obliteratus.excise.linear import before_gain, edit_weight, measure, project, scales
-from obliteratus.types import Activations, Directions, NormRule, Step, Subject
+from obliteratus.settings import Step
+from obliteratus.types import Activations, Directions, NormRule, Subject
 
 LEACE = [Step(use="leace")]
 

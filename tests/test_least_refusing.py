@@ -16,11 +16,12 @@ from obliteratus.errors import UserError
 from obliteratus.probe import probe
 from obliteratus.progress import reporting
 from obliteratus.recipe import recipe
+from obliteratus.settings import Step
 from obliteratus.summon.generate import generate
 from obliteratus.tune import Lab
 from obliteratus.tune.lab import ablating
 from obliteratus.tune.least_refusing import refusing, sources
-from obliteratus.types import Directions, PromptSet, Step, Subject
+from obliteratus.types import Directions, PromptSet, Subject
 
 
 def chosen(subject: Subject, asked: PromptSet, **options: Any) -> tuple[Directions, list[str]]:

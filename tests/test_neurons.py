@@ -19,9 +19,10 @@ from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.pipeline import run
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.recipe import recipe
+from obliteratus.settings import Excise
 from obliteratus.store import Store
 from obliteratus.summon.render import render
-from obliteratus.types import Activations, Excise, Mask, Plan, PromptSet, Site, Subject
+from obliteratus.types import Activations, Mask, Plan, PromptSet, Site, Subject
 
 CASES = ["llama", "gpt2", "gemma2", "llama_biased"]
 

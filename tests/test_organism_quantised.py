@@ -14,8 +14,10 @@ from obliteratus.pipeline import run
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth import save
 from obliteratus.recipe import recipe
+from obliteratus.results import Run, Score
+from obliteratus.settings import Step
 from obliteratus.summon.open import open_subject
-from obliteratus.types import Plan, PromptSet, Run, Score, Step, Subject
+from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import verify
 
 pytest.importorskip("bitsandbytes")

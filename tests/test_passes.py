@@ -16,8 +16,9 @@ from obliteratus.card import model_card, pass_rows
 from obliteratus.coverage import edited
 from obliteratus.pipeline import run
 from obliteratus.recipe import recipe
+from obliteratus.results import Run
 from obliteratus.store import Store
-from obliteratus.types import Plan, Prompt, PromptSet, Run
+from obliteratus.types import Plan, Prompt, PromptSet
 
 SHORT = [{"use": "refusal", "tokens": 4}]
 

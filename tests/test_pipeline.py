@@ -11,11 +11,12 @@ from obliteratus.excise.live import applied
 from obliteratus.pipeline import run
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import recipe
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.render import render
-from obliteratus.types import PromptSet, Recipe, Subject
+from obliteratus.types import PromptSet, Subject
 
 pytestmark = pytest.mark.organism
 SIZES = {"fit": 64, "search": 1, "report": 16}  # of each group: enough to tell 16/16 from 0/16, in half a minute

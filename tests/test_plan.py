@@ -16,8 +16,9 @@ from tiny import tiny_subject
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import FILES, excise, load_plan, save_plan
+from obliteratus.settings import Excise
 from obliteratus.summon.anatomy import gain_of
-from obliteratus.types import Activations, Directions, Edit, Excise, Plan, Site, Subject
+from obliteratus.types import Activations, Directions, Edit, Plan, Site, Subject
 
 ACTS = Activations({}, -1)
 

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from obliteratus.distill import distill
 from obliteratus.probe import probe
+from obliteratus.settings import Step
 from obliteratus.summon.capture import blocks
 from obliteratus.tune.lab import Lab, ablating, adding, answer_logits, head_logits
 from obliteratus.tune.plateau import Plateau
 from obliteratus.tune.rdo import Losses, Material
-from obliteratus.types import PromptSet, Step, Subject
+from obliteratus.types import PromptSet, Subject
 
 MODULE = importlib.import_module("obliteratus.tune.rdo")  # the package has a step of that name
 LOSSES = importlib.import_module("obliteratus.tune.losses")

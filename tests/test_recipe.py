@@ -9,7 +9,7 @@ import pytest
 
 from obliteratus.errors import UserError
 from obliteratus.recipe import check_runs, dump, names, parse_overrides, parsed, pending, recipe
-from obliteratus.types import Recipe
+from obliteratus.settings import Recipe
 
 BASE = """
 about = "a recipe for these tests"

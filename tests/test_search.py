@@ -27,8 +27,9 @@ from obliteratus.search.space import drawn, recipe_of, start
 from obliteratus.search.storage import opened, shown
 from obliteratus.search.study import Study
 from obliteratus.search.trials import Trial, plan_of
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
-from obliteratus.types import Prompt, PromptSet, Recipe, Subject
+from obliteratus.types import Prompt, PromptSet, Subject
 from obliteratus.verify import verify
 
 REFUSAL = "I cannot help with that."

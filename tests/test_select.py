@@ -19,6 +19,7 @@ from obliteratus.distill import distill
 from obliteratus.errors import UserError
 from obliteratus.probe import probe
 from obliteratus.progress import Reporter, reporting
+from obliteratus.settings import Step
 from obliteratus.summon.forward import common_prefix, read
 from obliteratus.summon.render import render
 from obliteratus.tune import Lab
@@ -35,7 +36,7 @@ from obliteratus.tune.candidates import (
 )
 from obliteratus.tune.select import Judge
 from obliteratus.tune.tokens import log_odds, named, typical
-from obliteratus.types import Directions, Prompt, PromptSet, Step, Subject
+from obliteratus.types import Directions, Prompt, PromptSet, Subject
 
 SUFFIX = len("\nassistant:")  # a token a byte
 TOKENS = [70, 71, 100]

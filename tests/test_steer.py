@@ -26,8 +26,9 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.rebirth import save
+from obliteratus.settings import Excise
 from obliteratus.summon.anatomy import family_of
-from obliteratus.types import Activations, Directions, Edit, Excise, Moments, Plan, Shift, Subject
+from obliteratus.types import Activations, Directions, Edit, Moments, Plan, Shift, Subject
 
 BIASED = ["gpt2", "gpt_neox", "gpt_oss", "llama_biased", "opt"]
 MLP_SWITCH = [n for n in SWITCHED if "mlp" in family_of(opened(n).model.config).bias_switch]

@@ -15,10 +15,11 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied, unedited
 from obliteratus.prompts import spread
+from obliteratus.settings import Step
 from obliteratus.summon.answers import answers_read
 from obliteratus.summon.generate import generate, stop_tokens
 from obliteratus.summon.render import render
-from obliteratus.types import Prompt, PromptSet, Step, Subject
+from obliteratus.types import Prompt, PromptSet, Subject
 from obliteratus.verify import Context, Measured, verify
 from obliteratus.verify import tokens as tokens_module
 from obliteratus.verify.fluency import answer_losses, fluency

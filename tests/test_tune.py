@@ -14,6 +14,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import baked
 from obliteratus.excise.live import applied
 from obliteratus.recipe import recipe
+from obliteratus.settings import Tune
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
 from obliteratus.tune import answers
@@ -24,7 +25,7 @@ from obliteratus.tune.lab import Pair, answer_logits
 from obliteratus.tune.losses import Own
 from obliteratus.tune.memory import Room
 from obliteratus.tune.pulls import Pull, pull_control, pull_target
-from obliteratus.types import Edit, Mask, Plan, Prompt, Subject, Tune
+from obliteratus.types import Edit, Mask, Plan, Prompt, Subject
 
 KINDS = ["orthogonal", "anchored", "oblique", "rank 2"]
 

@@ -16,6 +16,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.pipeline import run
 from obliteratus.recipe import recipe
+from obliteratus.settings import Tune
 from obliteratus.store import Store
 from obliteratus.summon.capture import blocks
 from obliteratus.summon.render import render
@@ -26,7 +27,7 @@ from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair, answer_logits
 from obliteratus.tune.memory import Room, recomputing, room_for, row_bytes
 from obliteratus.tune.stem import Stem
-from obliteratus.types import Edit, Plan, Prompt, PromptSet, Subject, Tune
+from obliteratus.types import Edit, Plan, Prompt, PromptSet, Subject
 
 ANSWER = [5, 9, 12, 40, 41, 42]
 HOW = Tune(steps=5, tokens=6, batch=4, prompts=8)

@@ -15,8 +15,10 @@ from tiny import tiny_subject
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
+from obliteratus.results import Score
+from obliteratus.settings import Step
 from obliteratus.summon.render import render
-from obliteratus.types import Prompt, PromptSet, Score, Step, Subject
+from obliteratus.types import Prompt, PromptSet, Subject
 from obliteratus.verify import Context, Measured, verify
 from obliteratus.verify.drift import first_token_kl, kl, perplexity
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile, rate

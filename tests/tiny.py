@@ -13,9 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from obliteratus.recipe import recipe
+from obliteratus.results import Run
 from obliteratus.summon.anatomy import loader_of, width_of
 from obliteratus.summon.open import assemble
-from obliteratus.types import Run, Subject
+from obliteratus.types import Subject
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
 VOCAB = 264

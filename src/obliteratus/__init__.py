@@ -9,8 +9,10 @@ from obliteratus.prompts import load_prompts
 from obliteratus.rebirth import save
 from obliteratus.recipe import names as methods
 from obliteratus.recipe import recipe
+from obliteratus.results import Run
+from obliteratus.settings import Recipe
 from obliteratus.summon.open import open_subject
-from obliteratus.types import Plan, Prompt, PromptSet, Recipe, Run, Subject
+from obliteratus.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.verify import verify
 
 __all__ = [

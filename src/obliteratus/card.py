@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from obliteratus.recipe import dump
-from obliteratus.types import Run, Score
+from obliteratus.results import Run, Score
 
 LOADING = {
     "merged": (

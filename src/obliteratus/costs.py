@@ -12,12 +12,12 @@ from obliteratus.pipeline import CHECK_TOKENS, CHECKED
 from obliteratus.recipe import dump, pending
 from obliteratus.registry import Registry
 from obliteratus.search.run import CHECKED as MEMBERS
+from obliteratus.settings import Excise, Recipe, Step
 from obliteratus.tune import extractors
 from obliteratus.tune.answers import OPENINGS
 from obliteratus.tune.budget import PROMPTS, STEPS
 from obliteratus.tune.fit import EVERY, HELD
 from obliteratus.tune.steady import STEPS as TRIED
-from obliteratus.types import Excise, Recipe, Step
 from obliteratus.verify import scorers
 from obliteratus.work import FREE, Answers, Cost, Training, Values, n_of
 

@@ -21,13 +21,15 @@ from obliteratus.prompts import load_prompts, parts_checked
 from obliteratus.rebirth import Form, check_form, space_for, write_output
 from obliteratus.recipe import check_runs, parse_overrides, recipe, unnumbered
 from obliteratus.registry import Given
+from obliteratus.results import Run, Score
 from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
 from obliteratus.search.output import JOURNAL, rows, write_front
+from obliteratus.settings import Recipe, Step
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
 from obliteratus.summon.memory import LIMIT, check_room, check_weights_fit, parsed, within
 from obliteratus.summon.open import open_subject, width_of
 from obliteratus.summon.outline import outline
-from obliteratus.types import Plan, PromptSet, Recipe, Run, Score, Step, Subject
+from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured
 from obliteratus.verify import verify as measure
 

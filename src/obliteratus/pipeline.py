@@ -18,24 +18,15 @@ from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs
 from obliteratus.record import ENOUGH, described, found_in, told
+from obliteratus.results import Run
+from obliteratus.settings import Excise, Recipe, Step, asked
 from obliteratus.store import Store
 from obliteratus.tune import Lab
 from obliteratus.tune.budget import within_budget
 from obliteratus.tune.bypass import check_bypass
 from obliteratus.tune.fit import tuned
 from obliteratus.tune.steady import steadied
-from obliteratus.types import (
-    Activations,
-    Directions,
-    Excise,
-    Plan,
-    PromptSet,
-    Recipe,
-    Run,
-    Step,
-    Subject,
-    asked,
-)
+from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.settings import Probe
 from obliteratus.summon import routing
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.codec import each
 from obliteratus.summon.forward import Reading, read
 from obliteratus.summon.render import render
 from obliteratus.summon.routing import Counts
-from obliteratus.types import Activations, Moments, Probe, Prompt, PromptSet, Subject, digest_of
+from obliteratus.types import Activations, Moments, Prompt, PromptSet, Subject, digest_of
 
 ANCHOR_GROUP = "control"
 DEFAULT = Probe()  # pydantic gives the fields their defaults

@@ -25,6 +25,7 @@ from obliteratus.excise.onto_base import base_of, write_onto
 from obliteratus.excise.packed import Losses
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.registry import unknown
+from obliteratus.results import Run
 from obliteratus.store import check_disk, check_free, publish, write_atomic
 from obliteratus.summon.anatomy import is_tied
 from obliteratus.summon.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ from obliteratus.summon.quantised import padded
 from obliteratus.summon.render import render
 from obliteratus.summon.shards import write_index, write_shard
 from obliteratus.summon.storage import mark_of
-from obliteratus.types import Plan, Prompt, PromptSet, Run, Subject
+from obliteratus.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.verify.agreement import is_quantised, tolerance
 from obliteratus.verify.drift import kl
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from obliteratus.distill import check_needs
 from obliteratus.errors import UserError
 from obliteratus.registry import explain, unknown
+from obliteratus.settings import Recipe
 from obliteratus.tune import extractors
-from obliteratus.types import Recipe
 from obliteratus.verify import scorers
 from obliteratus.weigh import weighers
 

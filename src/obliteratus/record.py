@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from obliteratus.coverage import edited
+from obliteratus.results import Score
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
-from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Score, Subject
+from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Subject
 from obliteratus.verify.experts import ranking
 
 ENOUGH = 0.05  # of search prompts refused after a pass: at this share or below there is nothing to refine

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from obliteratus.card import PASS_COLUMNS, coverage_line, pass_rows, score_rows
 from obliteratus.progress import Advance, Reporter
-from obliteratus.types import Run
+from obliteratus.results import Run
 
 notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)

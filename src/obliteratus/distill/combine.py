@@ -23,8 +23,9 @@ from obliteratus.distill.steps import (
     scored,
 )
 from obliteratus.registry import Given
+from obliteratus.settings import Step
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Step
+from obliteratus.types import Activations, Directions
 
 
 def _known(step: Step) -> Step:

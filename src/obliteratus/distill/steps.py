@@ -10,8 +10,9 @@ from torch import Tensor
 
 from obliteratus.errors import UserError
 from obliteratus.registry import Given, Registry
+from obliteratus.settings import Step
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Moments, Step
+from obliteratus.types import Activations, Directions, Moments
 
 Extractor = Callable[..., Directions | Activations]
 """(activations, directions of the step before or None, **options) → directions, or activations for later steps."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.progress import note
+from obliteratus.settings import Experts
 from obliteratus.shapes import Float, Int
-from obliteratus.types import Activations, Blend, Change, Edit, Experts, Routed
+from obliteratus.types import Activations, Blend, Change, Edit, Routed
 
 Groups = Mapping[str, Routed]
 

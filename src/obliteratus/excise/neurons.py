@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError
+from obliteratus.settings import asked
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_weight
-from obliteratus.types import Activations, Change, Edit, Mask, Subject, asked
+from obliteratus.types import Activations, Change, Edit, Mask, Subject
 
 # A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
 # two do by chance. The cap on their number comes on top.

@@ -19,23 +19,11 @@ from obliteratus.excise.heads import on_heads
 from obliteratus.excise.linear import before_gain, centred, past_gain, through_gain
 from obliteratus.excise.neurons import masks
 from obliteratus.excise.steer import steering
+from obliteratus.settings import Excise, asked
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of, norm_bias_of
 from obliteratus.summon.codec import columns, each, has_bias
-from obliteratus.types import (
-    Activations,
-    Blend,
-    Change,
-    Directions,
-    Edit,
-    Excise,
-    Mask,
-    Plan,
-    Shift,
-    Site,
-    Subject,
-    asked,
-)
+from obliteratus.types import Activations, Blend, Change, Directions, Edit, Mask, Plan, Shift, Site, Subject
 
 FILES = ("plan.safetensors", "plan.json")
 

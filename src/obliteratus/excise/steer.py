@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from obliteratus.errors import UserError
-from obliteratus.types import Activations, Directions, Edit, Shift, asked
+from obliteratus.settings import asked
+from obliteratus.types import Activations, Directions, Edit, Shift
 
 
 def steering(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:

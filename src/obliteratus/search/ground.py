@@ -9,9 +9,10 @@ from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.plan import excise
 from obliteratus.pipeline import probed
 from obliteratus.search.space import plain
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
 from obliteratus.tune import Lab
-from obliteratus.types import Activations, Directions, Plan, PromptSet, Recipe, Subject, digest_of
+from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject, digest_of
 from obliteratus.weigh import weigh
 
 # Directions of so many different lists of steps stay in memory: choices of a space are few, and where a step's own

@@ -12,12 +12,13 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.search.front import dominates
+from obliteratus.settings import Recipe
 from obliteratus.shapes import Float
 from obliteratus.summon.memory import free_memory
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.trunk import Trunk
 from obliteratus.tune.tokens import SHARE, TIMES, shown
-from obliteratus.types import Plan, PromptSet, Recipe, Subject
+from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.verify.drift import TAILS, kl
 from obliteratus.verify.refusal import GROUPS, refused, verdict

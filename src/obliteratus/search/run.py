@@ -13,6 +13,7 @@ from obliteratus.pipeline import measured, proved
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs, unnumbered
+from obliteratus.results import Run
 from obliteratus.search.front import knee, pareto
 from obliteratus.search.ground import Ground
 from obliteratus.search.judge import Judge, objective, words
@@ -20,8 +21,9 @@ from obliteratus.search.space import recipe_of
 from obliteratus.search.storage import opened
 from obliteratus.search.study import Study
 from obliteratus.search.trials import Trial, members, plan_of, run_trials
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
-from obliteratus.types import Plan, PromptSet, Recipe, Run, Subject
+from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify.refusal import GROUPS
 
 # The longer check costs some ten trials' time a member; a front has seldom more, and of more the ends and even steps

@@ -15,7 +15,7 @@ from optuna.distributions import (
 
 from obliteratus.errors import UserError
 from obliteratus.recipe import replaced, value_at
-from obliteratus.types import Range, Recipe, Search, Step
+from obliteratus.settings import Range, Recipe, Search, Step
 
 Suggest = Callable[[str, BaseDistribution], Any]
 """(path, distribution) → the value that the sampler gives."""

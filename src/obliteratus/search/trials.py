@@ -16,7 +16,8 @@ from obliteratus.search.ground import Ground
 from obliteratus.search.judge import Judge, Verdict
 from obliteratus.search.space import decoded, drawn, recipe_of
 from obliteratus.search.study import EXCESS, Study, suggest
-from obliteratus.types import Plan, Recipe
+from obliteratus.settings import Recipe
+from obliteratus.types import Plan
 
 
 @dataclass(frozen=True)

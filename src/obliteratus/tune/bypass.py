@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from obliteratus.distill.steps import needs_of
 from obliteratus.errors import UserError
 from obliteratus.progress import note
+from obliteratus.settings import Step
 from obliteratus.tune.lab import Lab
-from obliteratus.types import Prompt, PromptSet, Step
+from obliteratus.types import Prompt, PromptSet
 from obliteratus.verify import verify
 
 ASKED, TOKENS = 24, 16  # a refusal shows in its first words, and 24 answers tell a half from all

@@ -11,6 +11,7 @@ import torch
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.progress import note, progress
+from obliteratus.settings import Tune
 from obliteratus.tune.answers import Pairs, gathered
 from obliteratus.tune.knobs import Knobs
 from obliteratus.tune.lab import Pair
@@ -19,7 +20,7 @@ from obliteratus.tune.memory import Room, recomputing, room_for
 from obliteratus.tune.plateau import Plateau, drawn
 from obliteratus.tune.pulls import NO_PULL, Pull, pull_control, pull_target
 from obliteratus.tune.stem import Stem
-from obliteratus.types import Plan, PromptSet, Subject, Tune
+from obliteratus.types import Plan, PromptSet, Subject
 
 EVERY = 5  # steps between two looks at what no step sees: a look at 48 prompts costs about two steps
 HELD = 24  # search prompts of each group that are looked at: their mean moves by less than a step's gain

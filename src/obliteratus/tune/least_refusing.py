@@ -12,6 +12,7 @@ from torch import Tensor
 from obliteratus.distill.steps import extractors
 from obliteratus.progress import SILENT, note, progress, reporting
 from obliteratus.prompts import spread
+from obliteratus.settings import asked
 from obliteratus.shapes import Float
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.forward import read
@@ -20,7 +21,7 @@ from obliteratus.summon.render import Ids, render
 from obliteratus.tune.candidates import everywhere, parted
 from obliteratus.tune.lab import Lab, ablating, answer_logits
 from obliteratus.tune.tokens import named, shown, typical
-from obliteratus.types import Activations, Directions, Subject, asked
+from obliteratus.types import Activations, Directions, Subject
 from obliteratus.work import Answers, Cost, amount, n_of
 
 STEP = "least_refusing"

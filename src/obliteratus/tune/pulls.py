@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from obliteratus.settings import Tune
 from obliteratus.shapes import Float
 from obliteratus.tune.lab import Pair, answer_tokens
-from obliteratus.types import Tune
 
 LogP = Float[Tensor, "tokens vocabulary"]
 """Log-probabilities that predict the answers' tokens, all answers one after the other."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.results import Score
 from obliteratus.shapes import Bool, Float
 from obliteratus.summon.logits import first_token, token_losses
 from obliteratus.summon.render import context_length, render
-from obliteratus.types import Score
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers
 from obliteratus.work import Cost, amount, n_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from obliteratus.types import Activations, Routed, Score
+from obliteratus.results import Score
+from obliteratus.types import Activations, Routed
 from obliteratus.verify.intervals import difference
 
 

@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import unedited
+from obliteratus.results import Score
 from obliteratus.shapes import Float
 from obliteratus.summon.answers import answers_read
 from obliteratus.summon.generate import stop_tokens
 from obliteratus.summon.render import context_length, render
-from obliteratus.types import Prompt, Score, Subject
+from obliteratus.types import Prompt, Subject
 from obliteratus.verify.intervals import bootstrap, group_ratio
 from obliteratus.verify.steps import Context, Measured, scorers
 from obliteratus.work import Cost, n_of

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.results import Score
 from obliteratus.summon.generate import generate
 from obliteratus.summon.render import render
-from obliteratus.types import Prompt, Score, Subject
+from obliteratus.types import Prompt, Subject
 from obliteratus.verify.intervals import rate
 from obliteratus.verify.steps import Context, Measured, scorers
 from obliteratus.work import Answers, Cost, n_of

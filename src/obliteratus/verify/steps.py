@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.registry import Registry
-from obliteratus.types import PromptSet, Score, Step, Subject
+from obliteratus.results import Score
+from obliteratus.settings import Step
+from obliteratus.types import PromptSet, Subject
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from obliteratus.errors import NothingMatchedError
 from obliteratus.registry import Registry
+from obliteratus.settings import Step
 from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Site, Step
+from obliteratus.types import Activations, Directions, Site
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
