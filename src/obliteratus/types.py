@@ -1,4 +1,6 @@
-"""The nouns of the system: prompts, models, activations, directions, plans. This module imports nothing of ours but the shape annotations.
+"""The nouns of the system: prompts, models, activations, directions, plans.
+
+This module imports nothing of ours but the shape annotations.
 
 Indices and shapes, written down once:
 
