@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tiny import tiny_subject
 
-from obliteratus import pipeline, terminal
+from obliteratus import pipeline, record, terminal
 from obliteratus.card import model_card, pass_rows
 from obliteratus.coverage import edited
 from obliteratus.pipeline import run
@@ -63,7 +63,8 @@ def test_a_check_that_ends_the_passes_is_told() -> None:
 
 
 def test_a_pass_that_finds_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "ENOUGH", -1.0)  # no check is ever passed
+    for module in (pipeline, record):
+        monkeypatch.setattr(module, "ENOUGH", -1.0)  # no check is ever passed
     monkeypatch.setattr(pipeline, "NOTHING_LEFT", 1e9)  # and no later pass finds enough
     _, found = made(3, 3)
     (only,) = found.passes

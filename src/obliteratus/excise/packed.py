@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obliteratus.excise.change import bias_after, changed, needs_bias, needs_weight
 from obliteratus.summon.codec import read_bias, read_weight
-from obliteratus.summon.quantised import Entries, requantised
+from obliteratus.summon.quantised import Entries, noted, requantised
 from obliteratus.types import Change, Edit
 
 Lazy = Callable[[], Tensor]
@@ -46,7 +46,7 @@ class Losses:
         )
         worst = max(x.error / max(x.whole, TINY) for x in all_of)
         sizes = {"error": (error / max(whole, TINY)) ** 0.5, "worst": worst**0.5}
-        return {"matrices": len(self.by_path), **sizes, "kept": 1 + against / max(edit, TINY)}
+        return {"matrices": float(len(self.by_path)), **sizes, "kept": 1 + against / max(edit, TINY)}
 
 
 TINY = 1e-30  # a matrix of zeros loses nothing
@@ -72,7 +72,7 @@ def _made(
     for change in changes:
         weight = changed(change, weight)
     if weight is before:  # only the bias changes
-        entries: Entries = dict(module.state_dict())
+        entries: Entries = noted(module.state_dict())
     else:
         entries, lost = requantised(weight, module, written_along(changes))
         if losses is not None:

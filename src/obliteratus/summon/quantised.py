@@ -149,17 +149,17 @@ def _write4(weight: Tensor, module: Any) -> tuple[Entries, Callable[[], Tensor]]
     )
     state.dtype = old.dtype  # what it is computed in; the codes come straight from fp32
     entries = {"weight": codes, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
-    told = {name: _padded(entry) for name, entry in entries.items() if NOTE in name}
-    return entries | told, lambda: dequantize_4bit(codes, state)
+    return noted(entries), lambda: dequantize_4bit(codes, state)
 
 
 NOTE = ".quant_state."  # JSON, as bytes
 NOTED = 512  # bytes: bitsandbytes' own are some 100 to 200, longer or shorter by how a float is printed
 
 
-def _padded(note: Tensor) -> Tensor:
-    """A size known before it is made: JSON ignores blanks at its end."""
-    return torch.nn.functional.pad(note, (0, NOTED - len(note)), value=ord(" "))
+def noted(entries: Mapping[str, Tensor]) -> Entries:
+    """The entries with notes of a size that is known before they are made: JSON ignores blanks at its end."""
+    pad = torch.nn.functional.pad
+    return {n: pad(e, (0, NOTED - len(e)), value=ord(" ")) if NOTE in n else e for n, e in entries.items()}
 
 
 def padded(state: Mapping[str, Tensor]) -> Entries:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obliteratus.store import write_atomic
 from obliteratus.summon.files import INDEX
 
 NAMES = {
@@ -52,7 +51,7 @@ def write_shard(path: Path, like: Mapping[str, Tensor], pieces: Mapping[str, Pie
 def write_index(folder: Path, files: Mapping[str, str], size: int) -> None:
     """What tells which file a tensor is in. files: by tensor name; size: bytes of all of them."""
     index = {"metadata": {"total_size": size}, "weight_map": files}
-    write_atomic(folder / INDEX, json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def _starts(like: Mapping[str, Tensor]) -> dict[str, int]:
