@@ -314,6 +314,14 @@ def test_contradictions_are_refused(options: dict[str, Any], why: str) -> None:
         recipe("basic", {"excise": options})
 
 
+def test_paths_reach_what_a_recipe_leaves_out() -> None:
+    assert recipe("basic", {"excise.experts.own": True, "excise.experts.share": 0.5}).excise.experts == Experts(
+        own=True, share=0.5
+    )
+    with pytest.raises(UserError, match="heads"):
+        recipe("basic", {"excise.heads.share": 0.5})
+
+
 def test_a_stack_that_is_not_edited_is_an_error_and_a_dense_model_is_none(many: PromptSet) -> None:
     subject = opened("mixtral")
     acts, options = probed(subject, many), Excise(experts=Experts(own=True))

@@ -138,9 +138,12 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def _replace(data: Any, path: list[str], value: Any, whole: str) -> None:
-    """Replace inside nested dicts and lists. Lists must have the place; dicts get the key (validated later)."""
+    """Replace inside nested dicts and lists. Lists must have the place; dicts get the key, and a table where nothing
+    is yet (validated later)."""
     for key in path[:-1]:
-        data = data[_index(data, key, whole)] if isinstance(data, list) else data.setdefault(key, {})
+        if isinstance(data, dict) and data.get(key) is None:
+            data[key] = {}
+        data = data[_index(data, key, whole)] if isinstance(data, list) else data[key]
         if not isinstance(data, dict | list):
             raise UserError(f"--set {whole}: '{key}' is a value, nothing lies below it")
     if isinstance(data, list):
