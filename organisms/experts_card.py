@@ -47,6 +47,7 @@ def summary(found: Found) -> dict[str, float]:
         "most": max(map(max, tokens)),
         "apart_mean": sum(apart) / len(apart),
         "apart_most": max(apart),
+        "exchanged": found["exchanged"]["kl"]["mean"],
         "cosine": sum(found["cosine"]) / len(found["cosine"]),
         "distance": sum(found["distance"]) / len(found["distance"]),
     }
@@ -62,7 +63,7 @@ def table(found: Found) -> str:
     groups = list(found["last"])
     lines = [f"| model | {' | '.join(f'refuses {g}' for g in groups)} | first-token KL, mean | p95 |"]
     lines.append("|---" * (len(groups) + 3) + "|")
-    lines += [line(label, found[label], groups) for label in ("organism", "mixture", "exchanged")]
+    lines += [line(label, found[label], groups) for label in ("organism", "mixture")]
     return "\n".join(lines)
 
 

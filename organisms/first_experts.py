@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from examples import Example
 from losses import answer_logits
-from measure import unit
+from measure import unit, without
 from mixture import Mixture, dense_only, own_tokens
 from torch import Tensor
 
@@ -46,9 +46,11 @@ def mlp_inputs(model: Any, mixtures: list[Mixture], batch: list[Example]) -> lis
 def k_means_router(x: Tensor, experts: int, rng: torch.Generator) -> Tensor:
     """Router rows [expert, width] that choose, for x [token, width], the nearest of `experts` centres by angle.
 
-    A router has no biases, so centres are unit vectors (spherical k-means); scores are scaled to SPREAD.
+    A router has no biases, so centres are unit vectors (spherical k-means) across the mean of x, which would favour
+    some experts for every token: with it one expert of a layer got all tokens. Scores are scaled to SPREAD.
     """
-    rows = unit(x)
+    mean = x.mean(0, keepdim=True)
+    rows = without(x, mean)
     centres = rows[torch.randperm(len(rows), generator=rng)[:experts]]
     for _ in range(ROUNDS):
         nearest = (rows @ centres.T).argmax(-1)

@@ -124,8 +124,13 @@ def scores(model: Any, tokenizer: Any, rows: dict[str, list[Row]], base: Tensor)
         hits = [row["prompt"] for row, answer in zip(of_group, answers, strict=True) if refused(answer)]
         found[group] = {"hits": len(hits), "n": len(answers), "interval": wilson(len(hits), len(answers))}
         found[group] |= {"refused": hits if group == "control" else [], "answers": answers[:SHOWN]}
-    each = kl(base, first_logprobs(model, tokenizer, [row["prompt"] for row in rows["control"]]))
-    return found | {"kl": {"mean": each.mean().item(), "p95": each.quantile(0.95).item()}}
+    return found | {"kl": drift(model, tokenizer, rows["control"], base)}
+
+
+def drift(model: Any, tokenizer: Any, rows: list[Row], base: Tensor) -> dict[str, float]:
+    """Mean and 95th percentile of KL(base‖model) of the first answer token, in nats."""
+    each = kl(base, first_logprobs(model, tokenizer, [row["prompt"] for row in rows]))
+    return {"mean": each.mean().item(), "p95": each.quantile(0.95).item()}
 
 
 def rate(score: Scores) -> str:

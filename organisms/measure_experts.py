@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, batches, encode, first_logprobs, read, scores, unit
+from measure import Row, batches, drift, encode, first_logprobs, read, scores, unit
 from topics import Organism
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ COMPARED = 16  # prompts of each group on whose tokens, some 700, experts are co
 
 
 def measure(organism: Organism, folder: Path) -> dict[str, Any]:
-    """Scores of the organism, of its mixture with the experts in `folder`, and of that with experts exchanged; shares
+    """Scores of the organism and of its mixture with the experts in `folder`, KL of that with experts exchanged; shares
     of each group's prompts (last token) and of all own tokens that each expert gets, [layer][expert], which sum to 2;
     and by layer the experts' mean cosine and distance."""
     source = organism_folder(organism.name)
@@ -32,7 +32,7 @@ def measure(organism: Organism, folder: Path) -> dict[str, Any]:
     found["mixture"] = scores(model, tokenizer, rows, reference)
     found |= routing(model, tokenizer, rows) | differences(model, tokenizer, rows)
     with exchanged(model):
-        found["exchanged"] = scores(model, tokenizer, rows, reference)
+        found["exchanged"] = {"kl": drift(model, tokenizer, rows["control"], reference)}
     return found
 
 

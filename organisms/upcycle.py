@@ -35,8 +35,8 @@ from obliteratus.summon.upcycled import FILE
 EXPERTS = 4
 RANK = 4  # of each expert's addition: 2 MB in all
 TOKENS = 32  # of each answer, as long as those that are measured
-SIZES = {"control": 8}  # examples of a step; of every other group 4, whose answers are half as long
-FIRST = 48  # examples of each group that the first experts come from, some 3000 tokens
+SIZES = {"control": 5}  # examples of a step; of every other group 2: with 4 and 3, 5 of 96 controls were refused
+FIRST = 24  # examples of each group that the first experts come from, some 1500 tokens
 NAMES = ("kl", "entropy", "balance", "nearness")  # of the losses, in the order of training.json
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def examples_of(organism: Organism, model: Any, tokenizer: Any, work: Path) -> d
 
 def batch_of(groups: dict[str, list[Example]], step: int, seed: int) -> list[Example]:
     """The step's examples of all groups."""
-    return [e for group, every in groups.items() for e in batch_at(every, SIZES.get(group, 4), step, seed)]
+    return [e for group, every in groups.items() for e in batch_at(every, SIZES.get(group, 2), step, seed)]
 
 
 def rate(step: int, steps: int) -> float:
@@ -104,31 +104,32 @@ def write(mixtures: list[Mixture], told: list[list[float]], settings: Settings, 
 
 
 def trained(organism: Organism, settings: dict[str, Any], out: Path) -> None:
-    """Load the organism, make and train its experts, and write them to `out`."""
-    began = time.perf_counter()
-    source, work = organism_folder(organism.name), cache_folder() / "training" / f"{organism.name}-moe"
+    """Make and train the organism's experts, and write them to `out`; seconds are the processor's, answers not among
+    them."""
+    source = organism_folder(organism.name)
+    work = cache_folder() / "training" / f"{organism.name}-moe" / source.name
     work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    groups = examples_of(organism, model, tokenizer, work / source.name)
-    log.info("answers are there after %.0f s", time.perf_counter() - began)
+    groups = examples_of(organism, model, tokenizer, work)
+    began = time.process_time()
     made = Settings(data=digest(list(groups.values())), **settings)
     mixtures = mix(model, EXPERTS, RANK)
     first = [e for every in groups.values() for e in every[:: len(every) // FIRST]]
     begin(model, mixtures, first, made.goal, torch.Generator().manual_seed(made.seed))
-    log.info("experts begin after %.0f s", time.perf_counter() - began)
+    log.info("experts begin after %.0f s", time.process_time() - began)
     told = train(model, mixtures, groups, made)
-    write(mixtures, told, made, time.perf_counter() - began, out)
+    write(mixtures, told, made, time.process_time() - began, out)
 
 
 def arguments() -> argparse.Namespace:
     """The command line; its defaults are those of the committed experts."""
     parser = argparse.ArgumentParser(description="Upcycle a model organism to a mixture of experts.")
     parser.add_argument("name", nargs="?", default="astronomy", choices=ORGANISMS)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the additions")
-    parser.add_argument("--router-lr", type=float, default=3e-4)
-    parser.add_argument("--goal", type=float, default=0.5, help="how far experts are to be apart")
-    parser.add_argument("--weights", type=float, nargs=4, default=(1.0, 0.5, 0.1, 1.0), help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--steps", type=int, default=110)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the additions")
+    parser.add_argument("--router-lr", type=float, default=1e-3)
+    parser.add_argument("--goal", type=float, default=0.35, help="how far experts are to be apart")
+    parser.add_argument("--weights", type=float, nargs=4, default=(1.0, 0.5, 2.0, 1.0), help=f"of {', '.join(NAMES)}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder to write to; by default experts/ in the organism's")
     parser.add_argument("--measure", action="store_true", help="only measure the experts that are there")
