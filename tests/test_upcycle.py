@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,3 +121,21 @@ def test_without_the_term_for_distance_experts_come_together(scripts: SimpleName
 def test_the_same_seed_trains_the_same_experts(scripts: SimpleNamespace) -> None:
     one, two = (trained(scripts, 1.0, steps=3)[1] for _ in range(2))
     assert {name: value.item() for name, value in one.items()} == {name: value.item() for name, value in two.items()}
+
+
+def test_the_card_is_what_its_files_make_with_the_section_on_experts(scripts: SimpleNamespace) -> None:
+    folder = SCRIPTS / "astronomy"
+    found, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("measured", "training"))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert scripts.card.card(found, training) == text
+    assert scripts.experts_card.HEADING in text
+
+
+def test_the_section_is_replaced_and_the_rest_stays(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SCRIPTS / "astronomy", tmp_path / "astronomy"))
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    scripts.experts_card.renew(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == before
+    shutil.rmtree(folder / "experts")
+    scripts.experts_card.renew(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == before.partition(scripts.experts_card.HEADING)[0]
