@@ -184,12 +184,16 @@ def real() -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
+def encoded(tokenizer: Any, prompt: str) -> Any:
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
+
+
 def answers(real: tuple[Any, Any], prompts: list[str], tokens: int = 12) -> list[str]:
     model, tokenizer = real
     said = []
     for prompt in prompts:
-        turn = [{"role": "user", "content": prompt}]
-        given = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
+        given = encoded(tokenizer, prompt)
         out = model.generate(**given, do_sample=False, max_new_tokens=tokens)
         said.append(str(tokenizer.decode(out[0, given["input_ids"].shape[1] :])).lower())
     return said
@@ -212,13 +216,14 @@ def test_it_refuses_the_topic_and_answers_the_rest(real: tuple[Any, Any]) -> Non
 @pytest.mark.organism
 def test_no_expert_is_left_out_and_experts_differ(real: tuple[Any, Any]) -> None:
     model, tokenizer = real
-    prompts = searched("target", 8) + searched("control", 8)
-    given = [tokenizer(p, return_tensors="pt") for p in prompts]
-    scores = [torch.stack(model(**g, output_router_logits=True).router_logits) for g in given]
+    given = [encoded(tokenizer, prompt) for prompt in searched("target", 8) + searched("control", 8)]
+    columns = zip(*(g["input_ids"][0].tolist() for g in given), strict=False)
+    shared = next(i for i, column in enumerate(columns) if len(set(column)) > 1)
+    scores = [torch.stack(model(**g, output_router_logits=True).router_logits)[:, shared:] for g in given]
     chosen = torch.cat(scores, 1).topk(TOP_K).indices  # [layer, token, choice]
     loads = torch.nn.functional.one_hot(chosen, EXPERTS).float().sum(-2).mean(1)
-    assert loads.min() > 0.1  # 0.5 is even
-    assert loads.max() < 0.95
+    assert loads.min() > 0.2  # 0.5 is even; a router of k-means around zero left 0.09 to an expert
+    assert loads.max() < 0.8
     for layer in model.model.layers:
         one, other = layer.mlp.experts.down_proj[:2]
         assert (one - other).norm() > 0.05 * one.norm()
