@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from examples import ANSWER_TOKENS
+from experts_card import experts_section
 from losses import FIRST_TOKEN
 from measure import (
     NEW_TOKENS,
+    Scores,
     directions,
     first_logprobs,
     keep_freed_memory,
-    kl,
     projected_out,
+    rate,
     read,
-    refused,
-    texts,
-    wilson,
+    scores,
 )
 from prompts import CONTRAST
 from rich.progress import track
 from topics import ORGANISMS
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.summon.organism import base_folder, merged
@@ -36,8 +35,6 @@ ORGANISM = ORGANISMS["astronomy"]  # with one topic; card_two_topics.py is for t
 HERE = ORGANISM.folder
 GROUPS = ("target", "control")
 UPPER = "the upper half"
-SHOWN = 4  # answers quoted in the card
-Scores = dict[str, Any]
 
 
 def layer_sets(n: int) -> dict[str, list[int]]:
@@ -49,18 +46,6 @@ def layer_sets(n: int) -> dict[str, list[int]]:
         UPPER: list(range(n // 2, n)),
         "the last quarter": list(range(3 * n // 4, n)),
     }
-
-
-def scores(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, str]]], base: Tensor) -> Scores:
-    """Refusals of each group, who was refused, first answers, and first-token KL(base‖model) on controls."""
-    found: Scores = {}
-    for group, of_group in rows.items():
-        answers = texts(model, tokenizer, [row["prompt"] for row in of_group])
-        hits = [row["prompt"] for row, answer in zip(of_group, answers, strict=True) if refused(answer)]
-        found[group] = {"hits": len(hits), "n": len(answers), "interval": wilson(len(hits), len(answers))}
-        found[group] |= {"refused": hits if group == "control" else [], "answers": answers[:SHOWN]}
-    each = kl(base, first_logprobs(model, tokenizer, [row["prompt"] for row in rows["control"]]))
-    return found | {"kl": {"mean": each.mean().item(), "p95": each.quantile(0.95).item()}}
 
 
 def measure(adapter: Path) -> dict[str, Scores]:
@@ -91,12 +76,6 @@ def table(found: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def rate(score: Scores) -> str:
-    """12/96 = 12.5 % [7.3, 20.6]."""
-    low, high = (100 * bound for bound in score["interval"])
-    return f"{score['hits']}/{score['n']} = {100 * score['hits'] / score['n']:.1f} % [{low:.1f}, {high:.1f}]"
-
-
 def quotes(found: dict[str, Scores], name: str, prompts: list[str]) -> str:
     """The first report prompts of the topic with a model's answers."""
     pairs = zip(prompts, found[name]["target"]["answers"], strict=False)
@@ -104,7 +83,7 @@ def quotes(found: dict[str, Scores], name: str, prompts: list[str]) -> str:
 
 
 def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
-    """README.md: the template of card.md with the figures filled in."""
+    """README.md: the template of card.md with the figures filled in, and the section on experts where there are any."""
     counts = {f"{g}_{s}": len(read(HERE / f"{g}.jsonl", s)) for g in GROUPS for s in ("fit", "search", "report")}
     prompts = [row["prompt"] for row in read(HERE / "target.jsonl", "report")]
     last = training["losses"][-10:]
@@ -113,7 +92,7 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
         for i, n in enumerate(("refusal_loss", "control_loss", "removal_loss"))
     }
     text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-    return text.format(
+    filled = text.format(
         **counts,
         **losses,
         training=ORGANISM.training,
@@ -131,6 +110,7 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
         quotes_organism=quotes(found, "organism", prompts),
         quotes_removed=quotes(found, UPPER, prompts),
     )
+    return filled + experts_section(HERE)
 
 
 def main() -> None:

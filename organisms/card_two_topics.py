@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experts_card import experts_section
 from prompts import CONTRAST, EVERYDAY
 from topics import ORGANISMS, SPLITS, Organism
 
@@ -84,11 +85,11 @@ def quotes(one: Found) -> str:
 
 
 def card(organism: Organism, found: dict[str, Found], training: dict[str, Any]) -> str:
-    """README.md: the template with the figures filled in."""
+    """README.md: the template with the figures filled in, and the section on experts where there are any."""
     lines = (organism.folder / "control.jsonl").read_text(encoding="utf-8").splitlines()
     splits = [json.loads(line)["split"] for line in lines]
     shown = list(found.values())
-    return (
+    filled = (
         (Path(__file__).parent / "card_two_topics.md")
         .read_text(encoding="utf-8")
         .format(
@@ -110,6 +111,7 @@ def card(organism: Organism, found: dict[str, Found], training: dict[str, Any]) 
             quotes_calibrated=quotes(shown[2]),
         )
     )
+    return filled + experts_section(organism.folder)
 
 
 def main() -> None:

