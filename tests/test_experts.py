@@ -26,12 +26,12 @@ from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.recipe import recipe
 from obliteratus.settings import Excise, Experts
 from obliteratus.summon.codec import each, read_bias, read_weight
+from obliteratus.summon.forward import MIN_PREFIX, common_prefix
 from obliteratus.summon.render import render
 from obliteratus.tune.budget import weakened
 from obliteratus.tune.steady import choices, moved, steadied
 from obliteratus.types import Activations, Blend, Edit, Plan, Prompt, PromptSet, Routed, Site, Subject
 from obliteratus.verify.experts import ranking
-from obliteratus.verify.intervals import difference
 
 NAMES = ["mixtral", "gpt_oss"]  # stacked either way, without biases and with
 
@@ -52,30 +52,41 @@ def probed(subject: Subject, prompts: PromptSet) -> Activations:
     return probe(subject, prompts, stacks=[s.path for s in stacks(subject)])
 
 
-def routed(mean: Tensor, count: Sequence[int], prompts: int = 10, spread: float = 0.0) -> Routed:
-    """spread: variance of each expert's outputs, summed over their coordinates."""
-    return Routed(torch.tensor(count), prompts, mean, mean.square().sum(1) + spread)
+def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0) -> Routed:
+    """Of 10 prompts. spread: variance of each expert's outputs, summed over their coordinates."""
+    share = torch.tensor(count) / 10
+    return Routed(share, share * (1 - share), 10, torch.tensor(count), mean, mean.square().sum(1) + spread)
 
 
 # ------------------------------------------------------------------------------------- router statistics
-def by_hand(subject: Subject, prompts: Sequence[Prompt], site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean output and mean squared length of each expert at the last token, one prompt at a time, in fp64."""
+def by_hand(
+    subject: Subject, prompts: Sequence[Prompt], site: Site, skipped: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Share of each prompt's tokens behind the skipped ones; at the last, count, mean output and mean squared length
+    of each expert; one prompt at a time, in fp64."""
     found: list[list[Tensor]] = [[] for _ in each(subject.module(site.path), site)]
+    shares = []
     for row in render(subject, list(prompts)):
         given: list[tuple[Tensor, Tensor]] = []
         hook = subject.module(site.path).register_forward_pre_hook(
-            lambda m, args, given=given: given.append((args[0].reshape(-1, args[0].shape[-1])[-1], args[1][-1]))
+            lambda m, args, given=given: given.append((args[0].reshape(-1, args[0].shape[-1]), args[1]))
         )
         with torch.no_grad():
             subject.model(torch.tensor([row]))
         hook.remove()
-        x, chosen = given[0]
-        for expert in chosen.tolist():
+        x, every = given[0][0][-1], given[0][1]
+        shares.append([sum(e in own for own in every[skipped:].tolist()) / (len(row) - skipped) for e in range(4)])
+        for expert in every[-1].tolist():
             found[expert].append(alone(subject.module(site.path), x.double(), expert))
     outputs = [torch.stack(o) if o else torch.zeros(0, subject.width, dtype=torch.float64) for o in found]
     n = torch.tensor([len(o) for o in outputs])
     means = torch.stack([o.sum(0) / max(len(o), 1) for o in outputs])
-    return n, means, torch.stack([o.square().sum() / max(len(o), 1) for o in outputs])
+    return (
+        torch.tensor(shares, dtype=torch.float64),
+        n,
+        means,
+        torch.stack([o.square().sum() / max(len(o), 1) for o in outputs]),
+    )
 
 
 def alone(module: Any, x: Tensor, expert: int) -> Tensor:
@@ -95,8 +106,12 @@ def test_what_is_counted_is_what_each_prompt_was_routed_to(name: str, many: Prom
     acts = probed(subject, many)
     for site in stacks(subject):
         for group, members in many.groups.items():
-            count, mean, square = by_hand(subject, members, site)
+            n = common_prefix(render(subject, list(members)))
+            skipped = n if n >= MIN_PREFIX else 0
+            shares, count, mean, square = by_hand(subject, members, site, skipped)
             found = acts.routed[site.path][group]
+            torch.testing.assert_close(found.share.double(), shares.mean(0), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found.variance.double(), shares.var(0), rtol=1e-4, atol=1e-7)
             assert torch.equal(found.count, count)
             assert int(count.sum()) == 2 * len(members) == 2 * found.prompts  # the top 2, and no soft share of all
             torch.testing.assert_close(found.mean.double(), mean, rtol=1e-4, atol=1e-6)
@@ -137,7 +152,10 @@ def test_activations_go_to_disk_and_back(many: PromptSet, tmp_path: Path) -> Non
         assert groups.keys() == found[path].keys()
         for group, mine in groups.items():
             assert found[path][group].prompts == mine.prompts
-            assert all(torch.equal(vars(found[path][group])[k], vars(mine)[k]) for k in ("count", "mean", "square"))
+            assert all(
+                torch.equal(vars(found[path][group])[k], vars(mine)[k])
+                for k in ("share", "variance", "count", "mean", "square")
+            )
 
 
 # --------------------------------------------------------------------------------------- own directions
@@ -180,14 +198,6 @@ def test_few_or_noisy_prompts_leave_the_layers_direction(count: list[int], sprea
 
 
 # ----------------------------------------------------------------------------------------------- ranking
-def test_newcombes_interval() -> None:
-    """His own example (1998, table II, a): 56/70 and 48/80, method 10."""
-    found = difference(56, 70, 48, 80)
-    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
-    same = difference(5, 10, 5, 10)
-    assert same.low < 0 < same.high
-
-
 def test_the_experts_that_target_prompts_draw_on_come_first() -> None:
     zeros = torch.zeros(4, 3)
     groups = {"target": routed(zeros, [2, 9, 0, 9]), "control": routed(zeros, [9, 8, 0, 2])}
@@ -197,7 +207,8 @@ def test_the_experts_that_target_prompts_draw_on_come_first() -> None:
     ranked = ranking(Activations({}, -1, routed={"here": groups}))
     assert [r.expert for r in ranked] == [3, 1, 2, 0]
     assert ranked[0].excess.low > 0 > ranked[1].excess.low
-    assert ranked[0].excess == difference(9, 10, 2, 10)
+    error = ((0.9 * 0.1 + 0.2 * 0.8) / 10) ** 0.5  # Welch
+    assert (ranked[0].excess.value, ranked[0].excess.low) == pytest.approx((0.7, 0.7 - 1.959964 * error))
 
 
 # --------------------------------------------------------------------------------------------- the plan

@@ -14,7 +14,6 @@ from obliteratus.errors import UserError
 from obliteratus.settings import Probe
 from obliteratus.summon import routing
 from obliteratus.summon.capture import Taps
-from obliteratus.summon.codec import each
 from obliteratus.summon.forward import Reading, read
 from obliteratus.summon.render import render
 from obliteratus.summon.routing import Counts
@@ -49,14 +48,8 @@ def probe(
         groups[group], means, inputs[group] = _group(subject, group, members, options, tapped, counts)
         outputs |= dict(zip(wanted, means, strict=True))
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    routed = {path: found.routed(_experts(subject, path)) for path, found in counts.items()}
+    routed = {path: found.routed() for path, found in counts.items()}
     return Activations(groups, options.position, outputs, inputs, digest, routed)
-
-
-def _experts(subject: Subject, path: str) -> int:
-    """How many experts there are in a stack."""
-    site = next(site for site in subject.sites if site.path == path and site.stacked)
-    return len(each(subject.module(path), site))
 
 
 def _group(

@@ -185,14 +185,18 @@ class Moments:
 
 @dataclass(frozen=True)
 class Routed:
-    """What one group's prompts did in one stack of experts, at one position of each prompt."""
+    """What one group's prompts did in one stack of experts."""
 
-    count: Int[Tensor, " experts"]
-    """Prompts for which the expert was among the chosen ones."""
+    share: Float[Tensor, " experts"]
+    """Share of a prompt's own tokens that have the expert among their chosen ones, the mean over prompts. Own tokens
+    are those up to the position that is probed, without what all prompts of the group begin with."""
+    variance: Float[Tensor, " experts"]
+    """The same share's variance over prompts."""
     prompts: int
-    """All of them."""
+    count: Int[Tensor, " experts"]
+    """Prompts for which the expert was among the chosen ones at the position that is probed."""
     mean: Float[Tensor, "experts width"]
-    """What it put out for those, on average, before routing weighs it; fp32, zeros where there are none."""
+    """What it put out there for those, on average, before routing weighs it; fp32, zeros where there are none."""
     square: Float[Tensor, " experts"]
     """The mean squared length of that."""
 

@@ -84,7 +84,7 @@ TINY = 1e-30  # a difference of nothing has no direction
 
 
 def foremost(groups: Groups, share: float) -> Int[Tensor, " n"]:
-    """Experts to which target prompts are routed most, beyond control prompts: this share of all, at least one."""
-    rates = [groups[g].count.double() / groups[g].prompts for g in ("target", "control")]
-    order = (rates[0] - rates[1]).argsort(descending=True, stable=True)
+    """Experts that get more of the target prompts' tokens than of the control prompts': this share of all, the first,
+    and at least one."""
+    order = (groups["target"].share - groups["control"].share).argsort(descending=True, stable=True)
     return order[: max(1, round(share * len(order)))].sort().values

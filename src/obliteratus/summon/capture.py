@@ -35,8 +35,10 @@ class Taps:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a stack of experts did with one token of each row."""
+    """What a stack of experts did with each row: with all its tokens, and with the one that is wanted."""
 
+    shares: Float[Tensor, "rows experts"]
+    """Of the tokens up to the wanted one, those that have the expert among their chosen ones."""
     chosen: Int[Tensor, "rows k"]
     outputs: Float[Tensor, "rows k width"]
     """fp32, before routing weighs them."""
@@ -119,7 +121,8 @@ class Capture:
             if asking:
                 return
             asking = True
-            self.routing[path] = _alone(module, *(self._tokens(x) for x in args[:2]))
+            alone = _alone(module, *(self._tokens(x) for x in args[:2]))
+            self.routing[path] = Routing(self._shares(args[1], len(next(module.parameters()))), *alone)
             asking = False
 
         return hook
@@ -128,8 +131,15 @@ class Capture:
         flat = states.reshape(len(self.at), -1, states.shape[-1])
         return flat[torch.arange(len(self.at), device=flat.device), self.at.to(flat.device)]
 
+    def _shares(self, chosen: Tensor, experts: int) -> Tensor:
+        every = chosen.reshape(len(self.at), -1, chosen.shape[-1])
+        real = torch.arange(every.shape[1], device=every.device) <= self.at.to(every.device)[:, None]
+        held = torch.nn.functional.one_hot(every, experts).sum(2) * real[..., None]
+        return (held.sum(1) / real.sum(1, keepdim=True)).float().cpu()
 
-def _alone(experts: nn.Module, x: Tensor, chosen: Tensor) -> Routing:
+
+def _alone(experts: nn.Module, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The choices, and what each of them puts out."""
     whole = torch.ones_like(x[:, :1])
     outputs = [experts(x, chosen[:, slot : slot + 1], whole) for slot in range(chosen.shape[1])]
-    return Routing(chosen.cpu(), torch.stack(outputs, 1).float().cpu())
+    return chosen.cpu(), torch.stack(outputs, 1).float().cpu()

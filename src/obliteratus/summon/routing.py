@@ -20,28 +20,30 @@ class Counts:
     """One stack, by group. Held are sums alone, of the experts that were chosen at all."""
 
     sums: dict[str, Sums] = field(default_factory=dict)
-    prompts: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, group: str, batch: Routing) -> None:
-        """One token of each row of a batch."""
+        """The rows of a batch."""
         sums = self.sums.setdefault(group, {})
-        self.prompts[group] = self.prompts.get(group, 0) + len(batch.chosen)
+        self.shares.setdefault(group, []).append(batch.shares.double())
         for expert in batch.chosen.unique().tolist():
             mine = batch.outputs[batch.chosen == expert].double()
             told = torch.cat([mine.sum(0), mine.square().sum()[None], torch.tensor([len(mine)])])
             sums[expert] = sums[expert] + told if expert in sums else told
 
-    def routed(self, experts: int) -> dict[str, Routed]:
+    def routed(self) -> dict[str, Routed]:
         """By group, for all experts of the stack."""
-        return {group: _routed(sums, self.prompts[group], experts) for group, sums in self.sums.items()}
+        return {group: _routed(sums, torch.cat(self.shares[group])) for group, sums in self.sums.items()}
 
 
-def _routed(sums: Sums, prompts: int, experts: int) -> Routed:
+def _routed(sums: Sums, shares: Tensor) -> Routed:
     some = next(iter(sums.values()))
-    whole = torch.stack([sums.get(expert, torch.zeros_like(some)) for expert in range(experts)])
+    whole = torch.stack([sums.get(expert, torch.zeros_like(some)) for expert in range(shares.shape[1])])
     count = whole[:, -1]
     means = whole[:, :-1] / count.clamp(min=1)[:, None]
-    return Routed(count.long(), prompts, means[:, :-1].float(), means[:, -1].float())
+    spread = shares.var(0, correction=0) * len(shares) / max(len(shares) - 1, 1)
+    told = (shares.mean(0).float(), spread.float(), len(shares))
+    return Routed(*told, count.long(), means[:, :-1].float(), means[:, -1].float())
 
 
 # ------------------------------------------------------------------------------------------ on disk
@@ -61,4 +63,5 @@ def unnamed(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Routed]]:
 
 
 def _read(own: Mapping[str, Tensor]) -> Routed:
-    return Routed(own["count"], int(own["prompts"]), own["mean"], own["square"])
+    tensors = {key: value for key, value in own.items() if key != "prompts"}
+    return Routed(prompts=int(own["prompts"]), **tensors)

@@ -25,15 +25,6 @@ def rate(hits: int, n: int) -> Score:
     return Score(value=p, low=min(p, max(0.0, middle - half)), high=max(p, min(1.0, middle + half)), n=n, unit="share")
 
 
-def difference(hits: int, n: int, less: int, m: int) -> Score:
-    """hits / n − less / m of two unrelated groups, with Newcombe's interval (1998, method 10)."""
-    first, second = rate(hits, n), rate(less, m)
-    value = first.value - second.value
-    low = value - sqrt((first.value - first.low) ** 2 + (second.high - second.value) ** 2)
-    high = value + sqrt((first.high - first.value) ** 2 + (second.value - second.low) ** 2)
-    return Score(value=value, low=low, high=high, n=n + m, unit="share")
-
-
 Statistic = Callable[[Float[Tensor, "... n"]], Float[Tensor, "..."]]
 
 
