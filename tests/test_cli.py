@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,9 @@ def test_methods_and_inspect(model: Path) -> None:
 def started(model: Path, files: dict[str, Path], out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "obliteratus.cli", "run", str(model), "--out", str(out), *more]
     command += [x for group, path in files.items() for x in (f"--{group}", str(path))]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, children too
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own, preexec_fn=heard)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -32,9 +33,11 @@ def few(members: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
     return (*fit[:FIT], *report[:: len(report) // N][:N])
 
 
-def scores(method: str, subject: Subject, prompts: PromptSet) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
+def scores(
+    method: str, subject: Subject, prompts: PromptSet, changed: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
     """(before, after) a method."""
-    _, found = run(recipe(method, SHORT), subject, prompts)
+    _, found = run(recipe(method, {**SHORT, **(changed or {})}), subject, prompts)
     return found.before, found.after
 
 
@@ -59,3 +62,12 @@ def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
     }
     assert gained["target"] >= 4 / N
     assert gained["control"] <= gained["target"] / 2  # refusals of the topic, not of everything
+
+
+def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone() -> None:
+    subject, prompts = open_subject("organism:astronomy-moe"), sample("astronomy", keep=False)
+    before, whole = scores("basic", subject, prompts)
+    _, attention = scores("basic", subject, prompts, {"excise.parts": ["attn.out"]})
+    assert before["refusal.target"].value >= 0.75
+    assert whole["refusal.target"].value <= 1 / N
+    assert attention["refusal.target"].value >= 0.5
