@@ -13,7 +13,7 @@ from tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import Ground, analyses
-from obliteratus.analyze.chance import Contrast, between, largest_normal, within
+from obliteratus.analyze.chance import Contrast, between, freedom_of, largest_ratio, within
 from obliteratus.analyze.decomposition import Decomposition, decomposition
 from obliteratus.errors import UserError
 
@@ -186,6 +186,12 @@ def test_a_shift_is_found_and_only_it() -> None:
     assert within(rows[:20]).found == [7]
 
 
-def test_limits_of_independent_numbers_are_those_of_tables() -> None:
-    assert largest_normal(1, 10) == pytest.approx(1.812, abs=0.04)  # t of 10 degrees, one-sided 95 %
-    assert largest_normal(20, 100000 // 1000) == pytest.approx(2.871, abs=0.06)  # t of 100 degrees at 1 − 0.05 / 20
+def test_limits_of_ratios_are_those_of_tables() -> None:
+    assert largest_ratio(1, 4, 3.0) == pytest.approx(3.490, rel=0.06)  # F of 3 and 12 degrees, 95 %
+    assert largest_ratio(10, 2, 6.0) == pytest.approx(5.724, rel=0.1)  # F of 6 and 12 degrees at 0.95^(1/10)
+
+
+def test_degrees_of_freedom_are_read_off_the_spread_of_logarithms() -> None:
+    for freedom in (1.0, 4.0, 50.0):
+        draws = torch.distributions.Chi2(torch.tensor(freedom)).sample((200000,))
+        assert freedom_of(float(draws.log().var())) == pytest.approx(freedom, rel=0.05)

@@ -1,6 +1,7 @@
 """What is true of this model: every analysis measures something real, has a null control, and says what it costs."""
 
 from obliteratus.analyze import decomposition as decomposition
+from obliteratus.analyze import entanglement as entanglement
 from obliteratus.analyze import lens as lens
 from obliteratus.analyze import tuned_lens as tuned_lens
 from obliteratus.analyze.base import Finding, Ground, analyses, analyze

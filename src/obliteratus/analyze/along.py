@@ -54,6 +54,13 @@ def random_units(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
     return normalize(noise, dim=1)
 
 
+def random_rows(k: int, width: int, seed: int) -> Float[Tensor, "k width"]:
+    """k orthonormal rows, drawn uniformly, seeded."""
+    noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed))
+    q: Tensor = torch.linalg.qr(noise)[0]
+    return q.T.contiguous()
+
+
 def some(prompts: PromptSet, most: int) -> PromptSet:
     """At most so many of the target and of the control prompts, evenly spread."""
     return PromptSet({g: tuple(prompts[g][i] for i in spread(len(prompts[g]), most)) for g in GROUPS})
