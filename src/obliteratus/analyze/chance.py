@@ -83,6 +83,8 @@ def within(pairs: Float[Tensor, "pairs n"], seed: int = 0) -> Contrast:
     Fewer than six pairs have too few flips for anything to pass one in twenty.
     """
     rows = pairs.double()
+    if not rows.shape[1]:
+        return Contrast(torch.empty(0), torch.empty(0), torch.inf)
     signs = 1.0 - 2.0 * torch.randint(2, (RESAMPLES, len(rows)), generator=torch.Generator().manual_seed(seed)).double()
     signs = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), signs])
     floor = ROUNDING * float(rows.abs().max()) + torch.finfo(torch.float64).tiny
