@@ -1,0 +1,59 @@
+"""What every analysis shares: the registry, what it is given, and what it must be able to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from obliteratus.registry import Registry
+from obliteratus.settings import Step
+from obliteratus.tune.lab import Lab
+from obliteratus.types import Activations, Directions, PromptSet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # takes half a second to load, and few commands draw
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all analyses of a model share: nothing is probed twice."""
+
+    acts: Activations
+    """Of the fit prompts, every prompt's rows kept."""
+    directions: Directions
+    lab: Lab
+    """The model and the fit prompts."""
+    held: PromptSet
+    """Search prompts: for what must be scored on prompts that nothing was fitted on."""
+
+
+@runtime_checkable
+class Finding(Protocol):
+    """An analysis' result: a frozen dataclass of tensors and numbers, with these three."""
+
+    def numbers(self) -> dict[str, Any]:
+        """What JSON can hold; every estimate with its interval or the number of prompts behind it."""
+        ...
+
+    def told(self) -> str:
+        """One line for people."""
+        ...
+
+    def draw(self, figure: Figure) -> None:
+        """A plot with labelled axes, on an empty figure."""
+        ...
+
+
+Analysis = Callable[..., Finding]
+"""(ground, **options) → finding."""
+
+analyses: Registry[Analysis] = Registry("analyze")
+
+
+def analyze(ground: Ground, steps: Sequence[Step]) -> dict[str, Finding]:
+    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist."""
+    found: dict[str, Finding] = {}
+    for step in steps:
+        found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
+    return found

@@ -1,0 +1,189 @@
+"""Which blocks, and which heads in them, write the difference between the groups: measured, and it sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE, Aim, Stream, aimed, outlets, writers
+from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.chance import Contrast, between, told
+from obliteratus.shapes import Float
+from obliteratus.summon.anatomy import family_of, gain_of, has_heads
+from obliteratus.summon.capture import Taps
+from obliteratus.summon.codec import read_weight
+from obliteratus.summon.forward import Reading, read
+from obliteratus.summon.render import render
+from obliteratus.types import Prompt, Site, Subject
+from obliteratus.work import Cost, n_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = ("attention", "mlp", "rest")
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What each component adds to the groups' difference along one direction; target − control, the stream's unit."""
+
+    stream: int
+    """Where the difference is decomposed; blocks from this on are not in it."""
+    total: float
+    """The difference there."""
+    names: tuple[str, ...]
+    """``embeddings``; then ``block 0 attention``, ``block 0 mlp``, ``block 0 rest`` …. The rest of a block is what its
+    writers' outputs do not add up to: gates, multipliers and rounding."""
+    parts: Contrast
+    """Of ``names``; values sum to ``total``."""
+    heads: Contrast
+    """Of the heads in ``head_names``: each a share of its block's attention, biases left out."""
+    head_names: tuple[tuple[int, int], ...]
+    """(block, head)."""
+    prompts: tuple[int, int]
+    """Target and control prompts behind it."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Differences with their standard errors, and by name those beyond chance."""
+        heads = [f"block {block} head {head}" for block, head in self.head_names]
+        return {
+            "stream": self.stream,
+            "total": self.total,
+            "prompts": list(self.prompts),
+            "parts": _table(self.names, self.parts),
+            "heads": _table(heads, self.heads),
+            "found": [self.names[i] for i in self.parts.found],
+            "found_heads": [heads[i] for i in self.heads.found],
+        }
+
+    def told(self) -> str:
+        """The largest components."""
+        parts = told(self.parts, lambda i: self.names[i])
+        heads = told(self.heads, lambda i: "block {} head {}".format(*self.head_names[i]))
+        return f"difference at stream {self.stream} {self.total:+.3g}: {parts}; heads: {heads}"
+
+    def draw(self, figure: Figure) -> None:
+        """Bars of each block's parts, and below them a map of heads."""
+        rows = 2 if self.head_names else 1
+        axes = figure.add_subplot(rows, 1, 1, xlabel="block", ylabel="Δ along d", title="who writes the difference")
+        blocks = self.parts.value[1:].view(-1, len(PARTS))
+        for i, (part, colour) in enumerate(zip(PARTS, (BLUE, ORANGE, GREY), strict=True)):
+            places = torch.arange(len(blocks)) + 0.28 * (i - 1)  # three bars side by side, a gap after each block
+            axes.bar(places.tolist(), blocks[:, i].tolist(), width=0.28, color=colour, label=part)
+        axes.axhline(float(self.parts.value[0]), color=GREEN, linewidth=1, label="embeddings")
+        axes.legend()
+        if self.head_names:
+            self._draw_heads(figure.add_subplot(rows, 1, 2, xlabel="block", ylabel="head"))
+
+    def _draw_heads(self, axes: Any) -> None:
+        size = [1 + max(pair[i] for pair in self.head_names) for i in (0, 1)]
+        table = torch.full((size[1], size[0]), torch.nan)
+        for (block, head), value in zip(self.head_names, self.heads.value.tolist(), strict=True):
+            table[head, block] = value
+        most = max(float(self.heads.value.abs().max()), torch.finfo(torch.float32).tiny)
+        image = axes.imshow(table.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", origin="lower")
+        axes.figure.colorbar(image, ax=axes, label="Δ along d")
+
+
+def _table(names: Sequence[str], contrast: Contrast) -> dict[str, Any]:
+    values = zip(names, contrast.value.tolist(), contrast.error.tolist(), strict=True)
+    return {"limit": contrast.limit, "of": {name: {"value": v, "error": e} for name, v, e in values}}
+
+
+COST = Cost(n_of("fit", "target") + n_of("fit", "control"))
+
+
+@analyses.register(
+    "decomposition", cite="Elhage et al. 2021, transformer-circuits.pub/2021/framework", cost=lambda options: COST
+)
+def decomposition(ground: Ground, *, stream: Stream = None, seed: int = 0) -> Decomposition:
+    """What each block's attention, MLP and heads add to the groups' difference along the direction, at one token.
+
+    Measured on the fit prompts: outputs of everything that adds to the stream, behind its norm where there is one;
+    heads by the columns of attention's output matrix that read them. Parts sum to the stream's difference. What
+    stands out is told from chance by permuting the prompts' labels. stream: where; None is the best-scored one.
+    """
+    aim = aimed(ground, stream, "decomposition")
+    subject, prompts = ground.lab.subject, ground.lab.prompts
+    heads = _heads(subject, aim)
+    rows = [_rows(subject, prompts[group], aim, heads, ground.acts.position) for group in GROUPS]
+    n = 1 + len(PARTS) * aim.stream
+    parts = between(rows[0][:, :n], rows[1][:, :n], seed)
+    names = ["embeddings"] + [f"block {block} {part}" for block in range(aim.stream) for part in PARTS]
+    return Decomposition(
+        stream=aim.stream,
+        total=float(parts.value.double().sum()),
+        names=tuple(names),
+        parts=parts,
+        heads=between(rows[0][:, n:], rows[1][:, n:], seed),
+        head_names=tuple((head.site.layer, i) for head in heads for i in range(len(head.along))),
+        prompts=(len(rows[0]), len(rows[1])),
+    )
+
+
+# ------------------------------------------------------------------------------------------- measuring
+@dataclass(frozen=True)
+class _Heads:
+    """One attention output, along the direction."""
+
+    site: Site
+    along: Float[Tensor, "heads size"]
+    """dᵀW of each head's columns, d folded with the gain of a norm behind it; fp64."""
+    gain: Float[Tensor, " width"] | None
+    """That norm's, or none."""
+
+
+def _heads(subject: Subject, aim: Aim) -> list[_Heads]:
+    """Of every block below the stream whose mixer is attention, with inputs that its heads share evenly."""
+    family, n = family_of(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
+    found = []
+    for site in writers(subject):
+        if 0 <= site.layer < aim.stream and has_heads(family, site):
+            weight, gain = read_weight(subject.module(site.path), site).cpu().double(), gain_of(subject, site)
+            folded = aim.vector.double() if gain is None else aim.vector.double() * gain.cpu().double()
+            if weight.shape[1] % n == 0:
+                found.append(_Heads(site, (folded @ weight).view(n, -1), None if gain is None else gain.cpu()))
+    return found
+
+
+def _rows(
+    subject: Subject, prompts: Sequence[Prompt], aim: Aim, heads: Sequence[_Heads], position: int
+) -> Float[Tensor, "prompts components"]:
+    """Every prompt's components along the direction, fp64: embeddings, parts block by block, heads."""
+    where = [outlets(subject, layer) for layer in range(aim.stream)]
+    wanted = [path for parts in where for paths in parts.values() for path in paths]
+    paths = list(dict.fromkeys(wanted + [head.site.path for head in heads if head.gain is not None]))
+    taps = Taps(paths, [head.site.path for head in heads])
+    ids = render(subject, prompts)
+    result: list[Tensor] = [torch.empty(0)] * len(ids)
+    for got in read(subject, ids, position=position, taps=taps, last=aim.stream, title="ANALYZE decomposition"):
+        outputs = dict(zip(paths, got.outputs.unbind(1), strict=True))
+        stream = got.stream.double() @ aim.vector.double()
+        columns = [stream[:, :1]]
+        for layer, parts in enumerate(where):
+            known = [_along(outputs, parts[part], aim, len(stream)) for part in ("attention", "mlp")]
+            columns.append(torch.stack([*known, stream[:, layer + 1] - stream[:, layer] - sum(known)], 1))
+        columns += [_of_heads(head, got, outputs) for head in heads]
+        for row, values in zip(got.rows, torch.cat(columns, 1), strict=True):
+            result[row] = values
+    return torch.stack(result)
+
+
+def _along(outputs: dict[str, Tensor], paths: Sequence[str], aim: Aim, rows: int) -> Float[Tensor, " rows"]:
+    parts = [outputs[path].double() @ aim.vector.double() for path in paths]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(rows, dtype=torch.float64)
+
+
+def _of_heads(head: _Heads, got: Reading, outputs: dict[str, Tensor]) -> Float[Tensor, "rows heads"]:
+    """dᵀW x of each head's columns; behind a norm, times the number that it scaled this prompt's output by."""
+    x = got.inputs[head.site.path].double().view(-1, *head.along.shape)
+    along = torch.einsum("rhs,hs->rh", x, head.along)
+    if head.gain is None:
+        return along
+    before = outputs[head.site.path].double() * head.gain.double()
+    after = outputs[head.site.gain or ""].double()
+    return along * ((after * before).sum(1) / before.square().sum(1)).clamp(min=0)[:, None]

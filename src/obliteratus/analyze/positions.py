@@ -1,0 +1,110 @@
+"""At which tokens, and from which stream on, the groups lie apart along the directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.analyze.along import GROUPS
+from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.chance import Contrast, between, told
+from obliteratus.shapes import Float
+from obliteratus.summon.forward import read
+from obliteratus.summon.render import Ids, render
+from obliteratus.work import Cost, n_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Held-out prompts along each stream's own direction, at the last tokens of every prompt."""
+
+    tokens: tuple[str, ...]
+    """Of the positions −P … −1: the token where all prompts have the same, as a template's are; else empty."""
+    streams: int
+    """L + 1."""
+    contrast: Contrast
+    """Mean of target − mean of control at each position and stream, position by position; the stream's unit."""
+    auc: Float[Tensor, "positions streams"]
+    """The share of pairs in which the target prompt lies further along: 0–1, a half where the groups are alike."""
+    prompts: tuple[int, int]
+    """Target and control prompts behind it."""
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(position, stream) of the i-th number of the contrast."""
+        return i // self.streams - len(self.tokens), i % self.streams
+
+    def numbers(self) -> dict[str, Any]:
+        """Differences with standard errors and AUC, position by position, and the places beyond chance."""
+        shape = (len(self.tokens), self.streams)
+        values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
+        tables = {name: value.reshape(shape).tolist() for name, value in values.items()}
+        found = [self.place(i) for i in self.contrast.found]
+        about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "prompts": list(self.prompts)}
+        return {**about, "found": [list(place) for place in found], **tables}
+
+    def told(self) -> str:
+        """Where they lie furthest apart."""
+        named = told(self.contrast, lambda i: "token {} stream {}".format(*self.place(i)))
+        places = {self.place(i)[0] for i in self.contrast.found}
+        return f"apart at {len(places)} of the last {len(self.tokens)} tokens: {named}"
+
+    def draw(self, figure: Figure) -> None:
+        """A map of AUC: streams across, tokens down."""
+        axes = figure.add_subplot(xlabel="stream", ylabel="token from the end", title="groups apart, held out")
+        size = (-0.5, self.streams - 0.5, -0.5, -len(self.tokens) - 0.5)
+        image = axes.imshow(self.auc.numpy(), cmap="RdBu_r", vmin=0, vmax=1, aspect="auto", extent=size)
+        ticks = range(-len(self.tokens), 0)
+        axes.set_yticks(list(ticks), [f"{p} {t!r}" if t else str(p) for p, t in zip(ticks, self.tokens, strict=True)])
+        figure.colorbar(image, ax=axes, label="AUC")
+
+
+COST = Cost(n_of("search", "target") + n_of("search", "control"))
+
+
+@analyses.register("positions", cite="arXiv:2406.11717", cost=lambda options: COST)
+def positions(ground: Ground, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0) -> Positions:
+    """How far the groups lie apart along each stream's first direction, at the last tokens of held-out prompts.
+
+    All positions come from one pass. Directions are as they were fitted, at their one token. What stands out is told
+    from chance by permuting the prompts' labels. last: tokens, at most as many as the shortest prompt has.
+    """
+    subject = ground.lab.subject
+    ids = {group: render(subject, ground.held[group]) for group in GROUPS}
+    everything = [row for group in GROUPS for row in ids[group]]
+    n = min(last, *map(len, everything))
+    target, control = (_along(ground, ids[group], n) for group in GROUPS)
+    return Positions(
+        tokens=_tokens(ground, everything, n),
+        streams=subject.n_layers + 1,
+        contrast=between(target.flatten(1), control.flatten(1), seed),
+        auc=auc(target.flatten(1), control.flatten(1)).view(target.shape[1:]),
+        prompts=(len(target), len(control)),
+    )
+
+
+def _along(ground: Ground, ids: Ids, n: int) -> Float[Tensor, "prompts positions streams"]:
+    directions, subject = ground.directions.basis[:, 0], ground.lab.subject
+    result = torch.empty(len(ids), n, len(directions))
+    for got in read(subject, ids, position=range(-n, 0), title="ANALYZE positions"):
+        result[got.rows] = torch.einsum("rlpw,lw->rpl", got.stream, directions)
+    return result
+
+
+def auc(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"]) -> Float[Tensor, " n"]:
+    """P(target > control) + ½ P(equal), over all pairs, for each of n numbers (Mann and Whitney 1947)."""
+    parts = [(x > control).float().mean(0) + 0.5 * (x == control).float().mean(0) for x in target]
+    return torch.stack(parts).mean(0)
+
+
+def _tokens(ground: Ground, ids: Sequence[list[int]], n: int) -> tuple[str, ...]:
+    tokenizer = ground.lab.subject.tokenizer
+    kinds = ({row[position] for row in ids} for position in range(-n, 0))
+    return tuple(str(tokenizer.decode([*kind])) if len(kind) == 1 else "" for kind in kinds)

@@ -1,0 +1,60 @@
+"""The model's own way from its last stream to its vocabulary, for directions and for streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from obliteratus.shapes import Float
+from obliteratus.summon.anatomy import gain_of
+from obliteratus.tune.lab import head_logits
+from obliteratus.types import Site, Subject
+
+# Values in fp32 of one product with the unembedding: 64 MB.
+VALUES = 16_000_000
+
+
+def unembedding(subject: Subject) -> Site:
+    """The matrix that reads the last stream."""
+    return next(site for site in subject.sites if site.part == "unembed")
+
+
+def final_norm(subject: Subject) -> nn.Module:
+    """The norm between the last stream and the unembedding."""
+    path = unembedding(subject).gain
+    assert path is not None, "every family declares its final norm"
+    return subject.module(path)
+
+
+def read_out(subject: Subject, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+    """Next-token log-probabilities of last streams, natural, fp32, on the CPU: norm, head, soft caps and scales."""
+    norm, dtype = final_norm(subject), subject.model.dtype
+    parts = []
+    with torch.inference_mode():
+        for some in streams.split(_rows(subject)):
+            states = norm(some.to(subject.device, dtype))
+            parts.append(head_logits(subject, states).log_softmax(-1).cpu())
+    return torch.cat(parts)
+
+
+def promoted(subject: Subject, directions: Float[Tensor, "n width"]) -> Iterator[Float[Tensor, "some vocabulary"]]:
+    """W_U(γ⊙d): by how much each direction, added to a stream of fixed length, moves each logit; in batches, fp32.
+
+    A LayerNorm also centres, and its bias is no part of a direction. In units of the logits' standard deviation over
+    the vocabulary, after their mean, which softmax does not see, is taken off. Soft caps and scales keep the order.
+    """
+    site = unembedding(subject)
+    weight, gain = subject.model.get_output_embeddings().weight.detach(), gain_of(subject, site)
+    for some in directions.split(_rows(subject)):
+        rows = some.to(weight.device, torch.float32)
+        rows = rows - rows.mean(1, keepdim=True) if site.norm == "layer" else rows
+        rows = rows if gain is None else rows * gain.to(rows)
+        logits = (rows.to(weight.dtype) @ weight.T).float()
+        logits = logits - logits.mean(1, keepdim=True)
+        yield (logits / logits.std(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)).cpu()
+
+
+def _rows(subject: Subject) -> int:
+    return max(1, VALUES // len(subject.model.get_output_embeddings().weight))

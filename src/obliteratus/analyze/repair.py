@@ -1,0 +1,192 @@
+"""Self-repair: what later layers write back of a direction that earlier ones may no longer write. By experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.analyze.along import BLUE, GREY, GROUPS, ORANGE, Stream, aimed, random_units, removals, some
+from obliteratus.analyze.base import Ground, analyses
+from obliteratus.distill.steps import NOTHING
+from obliteratus.excise.live_rows import applied_rows
+from obliteratus.results import Score
+from obliteratus.shapes import Float
+from obliteratus.summon.forward import read
+from obliteratus.summon.render import render
+from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.verify.intervals import RESAMPLES
+from obliteratus.work import Cost, amount, n_of, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of the groups' difference at the last stream: what is written back beyond this share is worth a word.
+LEAST = 0.05
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Differences between the groups (target − control) along one direction, in the stream's unit."""
+
+    direct: Float[Tensor, " streams"]
+    """Of the model as it is."""
+    depths: tuple[int, ...]
+    """Layers l: the direction is taken from all that layers up to l write, embeddings too."""
+    left: Float[Tensor, " depths"]
+    """Of the last stream then."""
+    extra: tuple[Score, ...]
+    """What the layers above l write more than they do in the model as it is: compared stream by stream."""
+    restored: Float[Tensor, " depths"]
+    """extra in units of what was taken away, direct[l + 1]: 1 where all of it comes back, 0 where later layers write
+    what they always do, below 0 where they lean on it; 0 where there was nothing to take."""
+    chance: float
+    """The most that |extra| is for random directions, over all depths."""
+
+    @property
+    def found(self) -> list[int]:
+        """Depths from which layers write the direction back: extra, of the sign of what was taken, lies beyond chance.
+
+        Its interval lies beyond what random directions give, and it is worth a word (5 % of the last difference).
+        """
+        floor = max(self.chance, LEAST * abs(float(self.direct[-1])))
+        low = [s.low if self.direct[d + 1] >= 0 else -s.high for d, s in zip(self.depths, self.extra, strict=True)]
+        return [depth for depth, value in zip(self.depths, low, strict=True) if value > floor]
+
+    def numbers(self) -> dict[str, Any]:
+        """What was taken, what came back, with intervals, and what random directions give."""
+        depths = [
+            {"layer": layer, "taken": float(self.direct[layer + 1]), "left": left, "restored": share}
+            | {"extra": extra.model_dump()}
+            for layer, left, share, extra in zip(
+                self.depths, self.left.tolist(), self.restored.tolist(), self.extra, strict=True
+            )
+        ]
+        return {"direct": self.direct.tolist(), "depths": depths, "chance": self.chance, "found": self.found}
+
+    def told(self) -> str:
+        """Where most comes back."""
+        if not self.found:
+            return "no layer writes the direction back beyond what random directions show"
+        places = [self.depths.index(depth) for depth in self.found]
+        best = max(places, key=lambda i: float(self.restored[i]))
+        return (
+            f"self-repair: with the direction taken up to layer {self.depths[best]}, later layers write back "
+            f"{100 * float(self.restored[best]):.0f} % of it ({len(self.found)} of {len(self.depths)} depths show some)"
+        )
+
+    def draw(self, figure: Figure) -> None:
+        """The difference as it is, and what later layers write back, by depth."""
+        axes = figure.add_subplot(xlabel="taken up to layer", ylabel="Δ along d", title="what comes back")
+        axes.plot(range(-1, len(self.direct) - 1), self.direct.tolist(), color=GREY, label="as it is, behind the layer")
+        axes.plot(self.depths, self.left.tolist(), "o-", color=BLUE, label="left at the last stream")
+        values = [score.value for score in self.extra]
+        bars = [[v - s.low for v, s in zip(values, self.extra, strict=True)]]
+        bars += [[s.high - v for v, s in zip(values, self.extra, strict=True)]]
+        axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=ORANGE, label="written back beyond that")
+        axes.axhspan(-self.chance, self.chance, color=GREY, alpha=0.3, label="random directions")
+        axes.legend()
+
+
+def _cost(options: Mapping[str, Any]) -> Cost:
+    each = sum((n_of("fit", group, options["prompts"]) for group in GROUPS), number(0))
+    return Cost(each * (number(1) + amount("L", options["depths"]) * (1 + options["random"])))
+
+
+@analyses.register("repair", cite="arXiv:2307.15771", cost=_cost)
+def repair(
+    ground: Ground,
+    *,
+    stream: Stream = None,
+    prompts: Annotated[int, Field(ge=2)] = 16,
+    depths: Annotated[int, Field(ge=1)] = 8,
+    random: Annotated[int, Field(ge=1, le=50)] = 2,
+    seed: int = 0,
+) -> Repair:
+    """How much of the direction later layers write back once earlier ones cannot write it (the Ouroboros effect).
+
+    The direction is taken from the writers of layers up to l, embeddings too, by live edits; what the layers above add
+    to the groups' difference along it is compared with what they add in the model as it is. The same is done with
+    ``random`` random directions. stream: whose first direction, the best-scored if None. prompts: fit prompts of each
+    group, at most. depths: how many l are tried, evenly spread from layer 0 to the last but one.
+    """
+    subject, aim = ground.lab.subject, aimed(ground, stream, "repair")
+    layers = _spread(subject.n_layers - 1, depths)
+    chosen = some(ground.lab.prompts, prompts)
+    units = torch.cat([aim.vector[None], random_units(random, subject.width, seed)])
+    found = [_measured(subject, chosen, layers, unit, ground.acts.position) for unit in units]
+    chance = max(float(extras(differences(one), layers).abs().max()) for one in found[1:])
+    return _judged(found[0], layers, chance, seed)
+
+
+def _spread(n: int, most: int) -> tuple[int, ...]:
+    """At most so many of 0 … n − 1, evenly, both ends among them."""
+    if n <= most:
+        return tuple(range(n))
+    return tuple(sorted({round(i * (n - 1) / max(most - 1, 1)) for i in range(most)}))
+
+
+# ------------------------------------------------------------------------------------------- measuring
+Measured = tuple[Float[Tensor, "plans a streams"], Float[Tensor, "plans b streams"]]
+"""Streams along a direction, of target and of control prompts; the first plan is the model as it is."""
+
+
+def _measured(
+    subject: Subject, prompts: PromptSet, layers: Sequence[int], unit: Float[Tensor, " width"], position: int
+) -> Measured:
+    plans = [Plan(), *(removals(subject, range(-1, layer + 1), unit[None]) for layer in layers)]
+    ids = [render(subject, prompts[group]) for group in GROUPS]
+    rows = [row for group in ids for row in group]
+    along = torch.empty(len(plans) * len(rows), subject.n_layers + 1, dtype=torch.float64)
+    with applied_rows(subject, plans, [plan for plan in range(len(plans)) for _ in rows]):
+        for got in read(subject, rows * len(plans), position=position, title="ANALYZE repair"):
+            along[got.rows] = got.stream.double() @ unit.double()
+    along = along.view(len(plans), len(rows), -1)
+    return along[:, : len(ids[0])], along[:, len(ids[0]) :]
+
+
+def differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
+    """Differences of the groups' means: one draw, of all prompts; with a seed, bootstrap resamples of each group."""
+    means = []
+    for i, rows in enumerate(measured):
+        weights = torch.full((1, rows.shape[1]), 1 / rows.shape[1]).double()
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed + i)
+            picks = torch.randint(rows.shape[1], (RESAMPLES, rows.shape[1]), generator=generator)
+            weights = torch.zeros(picks.shape).double().scatter_add_(1, picks, weights.expand(picks.shape))
+        means.append(torch.einsum("pas,da->psd", rows, weights))
+    return means[0] - means[1]
+
+
+def extras(delta: Float[Tensor, "plans streams draws"], layers: Sequence[int]) -> Float[Tensor, "depths draws"]:
+    """What the layers above each depth write, less what they write in the model as it is."""
+    places = torch.tensor(layers) + 1
+    above = delta[1:, -1] - delta[1:][torch.arange(len(layers)), places]
+    return above - (delta[0, -1] - delta[0, places])
+
+
+def _judged(measured: Measured, layers: tuple[int, ...], chance: float, seed: int) -> Repair:
+    delta, drawn = differences(measured), extras(differences(measured, seed), layers)
+    values = extras(delta, layers)[:, 0]
+    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975]).double(), dim=1)  # 95 %
+    n = sum(rows.shape[1] for rows in measured)
+    places = torch.tensor(layers) + 1
+    taken = delta[0, places, 0] - delta[1:, :, 0][torch.arange(len(layers)), places]
+    real = taken.abs() > NOTHING * sum(float(rows[0].abs().mean()) for rows in measured)
+    return Repair(
+        direct=delta[0, :, 0].float(),
+        depths=layers,
+        left=delta[1:, -1, 0].float(),
+        extra=tuple(_score(v, low, high, n) for v, low, high in zip(values, *ends, strict=True)),
+        restored=torch.where(real, values / taken, 0.0).float(),
+        chance=chance,
+    )
+
+
+def _score(value: Tensor, low: Tensor, high: Tensor, n: int) -> Score:
+    v = float(value)
+    return Score(value=v, low=min(v, float(low)), high=max(v, float(high)), n=n, unit="stream")
