@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from obliteratus.registry import Registry
 from obliteratus.settings import Step
@@ -28,6 +28,7 @@ class Ground:
     """Search prompts: for what must be scored on prompts that nothing was fitted on."""
 
 
+@runtime_checkable  # tests check annotations when functions are called
 class Finding(Protocol):
     """An analysis' result: a frozen dataclass of tensors and numbers, with these three."""
 
