@@ -18,17 +18,14 @@ from obliteratus.analyze.samples import (
     Folds,
     Level,
     Sample,
-    d_prime,
     family_wise,
-    held_out,
     orders,
+    permuted,
     sample_of,
     split,
     thresholds,
 )
 from obliteratus.shapes import Float
-
-ROOM = 2**25  # numbers that permutations may hold at once: 256 MB of fp64
 
 
 @dataclass(frozen=True)
@@ -121,13 +118,7 @@ def certified(sample: Sample, *, level: float, draws: int, folds: int, standardi
     """`certificate` of a sample."""
     n, m = sample.n, len(sample) - sample.n
     plan, order = split(n, m, folds, seed), orders(len(sample), draws, seed + 1)
-    chunk = max(1, ROOM // (len(sample) * folds))
-
-    def statistic(gram: Tensor) -> Tensor:
-        scores = torch.cat([held_out(gram, plan, part) for part in order.split(chunk)])
-        return d_prime(scores[:, :n], scores[:, n:])
-
-    found = torch.stack([statistic(gram) for gram in sample.grams(standardise)], 1)
+    found = torch.stack([permuted(gram, plan, order) for gram in sample.grams(standardise)], 1)
     return Certificate(found[0], thresholds(found, level), family_wise(found), level, draws, (n, m))
 
 

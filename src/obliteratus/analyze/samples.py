@@ -21,6 +21,7 @@ from obliteratus.types import Activations
 
 FOLDS = 5  # 80 % fit each direction: nearly all prompts, and five directions cost five products
 DRAWS = 400  # p = 0.05 then rests on 20 permutations of the labels, and its standard error is 0.01
+ROOM = 2**23  # numbers that permutations hold at once, a few times over: 64 MB of fp64
 LEVEL = 0.05  # of all that is called found, over all streams together
 
 Folds = Annotated[int, Field(ge=2, le=50)]
@@ -152,6 +153,15 @@ def d_prime(one: Float[Tensor, "... n"], two: Float[Tensor, "... m"]) -> Float[T
     spread = ((one.var(-1) + two.var(-1)) / 2).sqrt()
     gap = one.mean(-1) - two.mean(-1)
     return torch.where(spread > 0, gap / torch.where(spread > 0, spread, 1.0), 0.0)
+
+
+def permuted(
+    gram: Float[Tensor, "rows rows"], plan: Split, order: Int[Tensor, "draws rows"]
+) -> Float[Tensor, " draws"]:
+    """Held-out d′ of the rows as each draw has them, as many draws at a time as there is room for."""
+    chunk = max(1, ROOM // plan.weights.numel())
+    scores = torch.cat([held_out(gram, plan, part) for part in order.split(chunk)])
+    return d_prime(scores[:, : plan.n], scores[:, plan.n :])
 
 
 def standardised(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, "draws streams"]:
