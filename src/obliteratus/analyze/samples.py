@@ -177,9 +177,18 @@ def family_wise(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, " s
     statistics reaches the observed one; with the observed one counted, so that p is never below 1 / draws and,
     whatever the streams have in common, at most a share p of chance's draws has any p as small.
     """
+    if statistics.shape[1] == 0:
+        return statistics[0]
     z = standardised(statistics)
     largest = z.max(1).values
     return (largest[:, None] >= z[:1]).double().mean(0)
+
+
+def usual(draws: Float[Tensor, "draws streams"]) -> Float[Tensor, "ends streams"]:
+    """2.5 % and 97.5 % quantiles of what chance made: the draws behind the first."""
+    if draws.shape[1] == 0:
+        return draws[:2]
+    return torch.quantile(draws[1:], torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0)
 
 
 def thresholds(statistics: Float[Tensor, "draws streams"], level: float) -> Float[Tensor, " streams"]:

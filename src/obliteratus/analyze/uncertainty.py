@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, curve, range_of
-from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of
+from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
 from obliteratus.shapes import Float, Int
 
 SPLITS = 5  # halvings whose cosines are averaged: a single one's outcome hangs on who fell into which half
@@ -106,10 +106,11 @@ def uncertainty(
         turned.append(angles(gram, weights))
         agreed.append(agreement(gram, parts, order))
     found, spread = torch.stack(agreed, 1), torch.stack(turned, 1)
-    ends = torch.quantile(found[1:], torch.tensor([0.025, 0.975]).double(), dim=0)
     high = torch.quantile(spread, 0.95, dim=0)
     p = family_wise(found)
-    return Uncertainty(spread.median(0).values, high, found[0], ends, p, level, (sample.n, len(sample) - sample.n))
+    return Uncertainty(
+        spread.median(0).values, high, found[0], usual(found), p, level, (sample.n, len(sample) - sample.n)
+    )
 
 
 def halvings(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 rows"]:
