@@ -11,7 +11,8 @@ from grounds import categories, ground_of, of, tells
 from torch import Tensor
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.cones import Cones, effective_rank, memberships
+from obliteratus.analyze.cones import Cones, cosines, drawn, effective_rank, memberships, products
+from obliteratus.analyze.samples import Sample
 from obliteratus.errors import UserError
 from obliteratus.settings import Step
 from obliteratus.types import PromptSet
@@ -74,16 +75,39 @@ def test_categories_that_mean_nothing_are_not_found() -> None:
     assert found.found == ()
 
 
-def test_intervals_hold_the_cosine_of_many_prompts() -> None:
-    """A cosine of 1/2 between categories, seen through 20 prompts each and little noise."""
-    shift = torch.zeros(3, 1, WIDTH)
-    shift[:, 0, 0] = 20
-    shift[1, 0, 1] = 20 * 3**0.5
-    inside = 0
-    for seed in range(40):
-        score = run(shift, seed=seed, resamples=200).cosine[0][1]
-        inside += score.low <= 0.5 <= score.high
-    assert inside >= 33  # 95 % of 40, less three standard errors
+@pytest.mark.parametrize(("length", "truth"), [(20, 0.5), (4, 0.5), (4, 0.9)])
+def test_intervals_hold_the_cosine_of_many_prompts(length: float, truth: float) -> None:
+    """20 prompts a category: at a length of 4, noise alone would take 0.9 down to 0.8."""
+    shift = torch.zeros(2, 1, WIDTH)
+    shift[:, 0, 0] = length
+    shift[1, 0, :2] = torch.tensor([length * truth, length * (1 - truth**2) ** 0.5])
+    member = torch.block_diag(torch.ones(1, EACH), torch.ones(1, EACH)).double()
+    found = []
+    for seed in range(100):
+        rows = torch.randn(2, 2 * EACH, 1, WIDTH, generator=torch.Generator().manual_seed(seed))
+        rows[0] += shift.repeat_interleave(EACH, 0)
+        found.append(cosines(Sample(rows[0], rows[1]), 0, member, 200, seed)[0][1])
+    assert sum(s.value for s in found) / 100 == pytest.approx(truth, abs=0.02)
+    assert sum(s.low <= truth <= s.high for s in found) >= 90  # 95 % of 100, less two standard errors
+
+
+def test_products_are_those_of_different_prompts() -> None:
+    """Against loops over pairs, in float64, for prompts drawn twice as well."""
+    x = numpy.random.default_rng(1).normal(size=(9, 4))
+    weights = drawn(torch.block_diag(torch.ones(1, 3), torch.ones(1, 2)).double(), torch.ones(1, 4).double(), 3, 0)
+    found = products(torch.tensor(x @ x.T), weights)
+    for draw in range(4):
+        w = weights[draw].numpy()
+
+        def inner(g: int, h: int, w: numpy.ndarray = w) -> float:
+            pairs = [(w[g, i] * w[h, j], x[i] @ x[j]) for i in range(9) for j in range(9) if g != h or i != j]
+            total = sum(share for share, _ in pairs)
+            return sum(share * value for share, value in pairs) / total if total > 1e-9 else 0.0
+
+        for i in range(2):
+            for j in range(2):
+                expected = inner(i, j) - inner(i, 2) - inner(j, 2) + inner(2, 2)
+                assert float(found[draw, i, j]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_golden() -> None:

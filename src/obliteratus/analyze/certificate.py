@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import GREY, Figure, curve
+from obliteratus.analyze.curves import GREY, Figure, curve, legend
 from obliteratus.analyze.samples import (
     DRAWS,
     FOLDS,
@@ -89,7 +89,7 @@ class Certificate:
         curve(axes, self.d_prime, "measured")
         curve(axes, self.threshold, f"found above this (level {self.level:g}, all streams)", GREY)
         axes.axhline(0, color=GREY, lw=0.5)
-        axes.legend()
+        legend(axes)
 
 
 def certificate(

@@ -66,7 +66,8 @@ class Fingerprint:
             curve(axes, values, "measured")
             range_of(axes, self.chance[i, 0], self.chance[i, 1], "permuted, 95 %")
             axes.set(xlabel="stream index", ylabel=FEATURES[name])
-        figure.axes[0].legend()
+        lines, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside upper center", ncols=2)
 
     def _each(self) -> list[tuple[str, Tensor]]:
         return list(zip(FEATURES, (self.norm_ratio, self.kurtosis, self.width), strict=True))

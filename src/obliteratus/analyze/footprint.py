@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure
+from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure, legend
 from obliteratus.analyze.samples import LEVEL, Level, family_wise, usual
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
@@ -100,8 +100,8 @@ class Footprint:
         left.vlines(self.layers, low, high, color=GREY, lw=3, alpha=0.5, label="random, 95 %", zorder=0)
         left.set(xlabel="layer", ylabel="share of the norm along it", ylim=(0, None))
         right.set(xlabel="layer", ylabel=f"share of columns with {MOST:.0%} of it", ylim=(0, 1))
-        left.legend()
-        right.legend()
+        legend(left)
+        legend(right)
 
 
 @analyses.register("footprint", cite="doi:10.2307/2223319")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.certificate import certified
-from obliteratus.analyze.curves import GREY, Figure, curve, matrix
+from obliteratus.analyze.curves import GREY, Figure, curve, legend, matrix
 from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, orders, sample_of
 from obliteratus.shapes import Float
 
@@ -40,7 +41,7 @@ class Geometry:
 
     @property
     def persistence(self) -> Float[Tensor, " lags"]:
-        """Mean cosine of found streams that lie ``lag`` apart, from lag 0; zero where no two do."""
+        """Mean cosine of found streams that lie ``lag`` apart, from lag 0; NaN where no two do."""
         return _by_lag(self.cosine, self.found)
 
     def numbers(self) -> dict[str, Any]:
@@ -51,8 +52,8 @@ class Geometry:
             "found": list(self.found),
             "clusters": [list(c) for c in self.clusters],
             "reach": list(self.reach),
-            "persistence": self.persistence.tolist(),
-            "persistence_by_chance": self.chance.tolist(),
+            "persistence": _known(self.persistence),
+            "persistence_by_chance": _known(self.chance),
             "cosine": self.cosine.tolist(),
         }
 
@@ -74,7 +75,7 @@ class Geometry:
         curve(right, self.persistence, "found streams")
         curve(right, self.chance, "labels permuted", GREY)
         right.set(xlabel="streams apart", ylabel="mean cosine", ylim=(-1.05, 1.05))
-        right.legend()
+        legend(right)
 
 
 @analyses.register("geometry", needs=("rows",))
@@ -98,7 +99,8 @@ def geometry(
     rows = normalize(ground.directions.basis[:, 0].double(), dim=1)
     cosine = rows @ rows.T
     found = [s for s in tested.found if cosine[s, s] > 0]
-    chance = _by_lag(by_chance(sample, seed), range(sample.streams))
+    lasting = by_chance(sample, seed)
+    chance = _by_lag(lasting, lasting.diagonal().nonzero().flatten().tolist())
     reach = tuple(_reach(cosine, found[i:], alike) for i in range(len(found)))
     return Geometry(cosine, tuple(found), runs(cosine, found, alike), reach, chance, alike, len(sample))
 
@@ -133,9 +135,14 @@ def _reach(cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike
 
 
 def _by_lag(cosine: Float[Tensor, "streams streams"], of: Sequence[int]) -> Float[Tensor, " streams"]:
-    """Mean cosine of pairs (a, b) of these streams with b − a = lag."""
+    """Mean cosine of pairs (a, b) of these streams with b − a = lag; NaN where there is none."""
     kept = cosine[list(of)][:, list(of)]
     apart = torch.tensor(list(of), dtype=torch.long)
     lags = apart[None] - apart[:, None]
     means = [kept[lags == lag] for lag in range(len(cosine))]
-    return torch.stack([m.mean() if len(m) else cosine.new_zeros(()) for m in means])
+    return torch.stack([m.mean() if len(m) else cosine.new_tensor(nan) for m in means])
+
+
+def _known(values: Float[Tensor, " lags"]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if value != value else value for value in values.tolist()]

@@ -86,7 +86,7 @@ def _about(name: str) -> str:
         return ""
     entry = analyses[name]
     cite = f" ({escape(entry.cite)})" if entry.cite else ""
-    return f'<p class="about">{escape(entry.about)}{cite}</p>\n'
+    return f'<p class="about">{escape(entry.about.replace("``", ""))}{cite}</p>\n'
 
 
 def tables(numbers: Mapping[str, Any]) -> str:

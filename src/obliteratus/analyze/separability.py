@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obliteratus.analyze.auc import auc
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure, banded
+from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure, banded, legend
 from obliteratus.analyze.probes import RIDGE, probed
 from obliteratus.analyze.samples import (
     DRAWS,
@@ -97,8 +97,8 @@ class Separability:
         banded(right, self.d_prime, "d′", ORANGE)
         right.axhline(0, color=GREY, ls="--", label="chance")
         right.set(xlabel="stream index", ylabel="held-out d′")
-        left.legend(loc="lower right")
-        right.legend()
+        legend(left)
+        legend(right)
 
 
 @analyses.register("separability", cite="doi:10.2307/2531595", needs=("rows",))

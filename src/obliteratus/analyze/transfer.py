@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure
+from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, legend
 from obliteratus.analyze.samples import FOLDS, LEVEL, Rows, Sample, Split, orders, sample_of, split
 from obliteratus.errors import UserError
 from obliteratus.shapes import Float
@@ -20,6 +20,7 @@ PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts²
 # that says little more than the mean.
 RIDGES = tuple(10.0**power for power in range(-4, 4))
 
+BINS = 30  # of the histogram, over all that is drawn: a narrow distribution stays visible
 TINY_FREEDOM = 1e-9  # a map that fits everything has no freedom left: its error is then taken as endless
 NO_SPREAD = 1e-30  # where all prompts are the same at a stream, nothing is mapped, and nothing is divided by zero
 
@@ -81,9 +82,9 @@ class Transfer:
     def draw(self, figure: Figure) -> None:
         """R² and cosine, each beside chance."""
         left, right = figure.subplots(1, 2)
-        for axes, chance in ((left, self.r2_by_chance), (right, self.cosine_by_chance)):
-            axes.hist(chance, bins=15, color=GREY, label="pairs shuffled")
-            axes.set_ylabel("shuffles")
+        for axes, chance, value in ((left, self.r2_by_chance, self.r2), (right, self.cosine_by_chance, self.cosine)):
+            axes.hist(chance, bins=BINS, range=(min(*chance, value), max(*chance, value)), color=GREY, label="shuffled")
+            axes.set_ylabel("shuffles of the pairs")
         left.axvline(self.r2, color=BLUE, label="measured")
         left.axvline(self.r2_within, color=ORANGE, ls="--", label="shuffled within groups, mean")
         right.axvline(self.cosine, color=BLUE, label="measured")
@@ -91,7 +92,7 @@ class Transfer:
         left.set_xlabel("held-out R²")
         right.set_xlabel("cosine of the mapped direction")
         for axes in (left, right):
-            axes.legend(fontsize="small")
+            legend(axes)
 
 
 def transfer(

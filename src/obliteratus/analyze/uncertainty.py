@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, curve, range_of
+from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, curve, legend, range_of
 from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
 from obliteratus.shapes import Float, Int
 
@@ -77,7 +77,7 @@ class Uncertainty:
         right.set(xlabel="stream index", ylabel="cosine of two halves", ylim=(-1.05, 1.05))
         right.axhline(0, color=GREY, lw=0.5)
         for axes in (left, right):
-            axes.legend()
+            legend(axes)
 
 
 @analyses.register("uncertainty", cite="doi:10.1214/aos/1176344552", needs=("rows",))
