@@ -97,7 +97,8 @@ def fingerprint(
     made = torch.stack(found, 2).transpose(0, 1)
     far = (made - made.mean(1, keepdim=True)).abs()
     p = family_wise(far.transpose(0, 1).flatten(1)).unflatten(0, (len(FEATURES), -1))
-    return Fingerprint(*made[:, 0], torch.stack([usual(one) for one in made]), p, level, (n, m))
+    ratio, tails, width = made[:, 0]
+    return Fingerprint(ratio, tails, width, torch.stack([usual(one) for one in made]), p, level, (n, m))
 
 
 def features(gram: Float[Tensor, "rows rows"], lengths: Float[Tensor, " rows"], n: int) -> Float[Tensor, " features"]:

@@ -130,7 +130,8 @@ def separability(
         drawn.append(permuted(gram, plan, order))
         measured.append(scores_of(gram, plan, ridge, seed, excess(drawn[-1][1:], n, m)))
     p, most = family_wise(torch.stack(drawn, 1)), max(n, m) / (n + m)
-    return Separability(*zip(*measured, strict=True), most, p, level, ground.acts.position)
+    areas, gaps, shares = (tuple(scores) for scores in zip(*measured, strict=True))
+    return Separability(areas, gaps, shares, most, p, level, ground.acts.position)
 
 
 def scores_of(gram: Float[Tensor, "rows rows"], plan: Split, ridge: float, seed: int, by: float) -> list[Score]:

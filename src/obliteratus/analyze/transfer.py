@@ -114,33 +114,35 @@ def transfer(
     of prompts give as high an R². A high R² needs shared content, not shared behaviour: see what the group alone
     gives. Raises UserError where prompts' numbers differ or rows were not kept.
     """
-    first, second = (sample_of(acts, "transfer", least=4) for acts in (one, two))
-    if (first.n, len(first)) != (second.n, len(second)):
-        raise UserError(
-            f"analysis 'transfer' needs the same prompts of both models; got {first.n} + {len(first) - first.n} and "
-            f"{second.n} + {len(second) - second.n}"
-        )
-    x, y = first.at(streams[0]), second.at(streams[1])
+    first, x, y = paired(one, two, streams)
     plan = split(first.n, len(first) - first.n, folds, seed)
     bridge = [Fold(x, plan, fold) for fold in range(len(plan.weights))]
-    shuffled = [scored(bridge, y[order]) for order in orders(len(x), draws, seed + 1)]
+    r2, cosine = zip(*(scored(bridge, y[order]) for order in orders(len(x), draws, seed + 1)), strict=True)
     inside = [scored(bridge, y[order])[0] for order in within(first, draws, seed + 2)]
-    r2, cosine = zip(*shuffled, strict=True)
-    p = sum(value >= r2[0] for value in r2) / len(r2)
-    best = sum(_own(y, plan, fold) for fold in range(len(bridge))) / len(bridge)
     return Transfer(
         r2=r2[0],
         r2_by_chance=r2[1:],
         r2_within=sum(inside) / len(inside),
-        p=p,
+        p=sum(value >= r2[0] for value in r2) / len(r2),
         cosine=cosine[0],
-        ceiling=best,
+        ceiling=sum(_own(y, plan, fold) for fold in range(len(bridge))) / len(bridge),
         cosine_by_chance=cosine[1:],
         streams=streams,
         widths=(x.shape[1], y.shape[1]),
         level=level,
         n=len(x),
     )
+
+
+def paired(one: Activations, two: Activations, streams: tuple[int, int]) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
+    """The first model's sample, and a stream of each model. UserError where they are not of as many prompts."""
+    first, second = (sample_of(acts, "transfer", least=4) for acts in (one, two))
+    if (first.n, len(first)) != (second.n, len(second)):
+        raise UserError(
+            f"analysis 'transfer' needs the same prompts of both models; got {first.n} + {len(first) - first.n} and "
+            f"{second.n} + {len(second) - second.n}"
+        )
+    return first, first.at(streams[0]), second.at(streams[1])
 
 
 class Fold:
@@ -161,7 +163,8 @@ class Fold:
         inner = y[self.kept]
         along = self.vectors.T @ (inner - inner.mean(0))
         best = gcv(self.values, along.square().sum(1), self.ridges)
-        return self.vectors @ (along / (self.values + best).clamp(min=torch.finfo(y.dtype).tiny)[:, None])
+        dual: Tensor = self.vectors @ (along / (self.values + best).clamp(min=torch.finfo(y.dtype).tiny)[:, None])
+        return dual
 
     def score(self, y: Rows) -> tuple[float, float, float]:
         """On the fold's rows: squared error, that of the mean, and the mapped direction's cosine with y's own."""
