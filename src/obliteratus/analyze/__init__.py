@@ -1,12 +1,20 @@
 """What is true of this model: every analysis measures something real, has a null control, and says what it costs."""
 
+# Each import registers what the module holds.
+from obliteratus.analyze import certificate as certificate
+from obliteratus.analyze import cones as cones
 from obliteratus.analyze import decomposition as decomposition
 from obliteratus.analyze import entanglement as entanglement
+from obliteratus.analyze import fingerprint as fingerprint
+from obliteratus.analyze import footprint as footprint
+from obliteratus.analyze import geometry as geometry
 from obliteratus.analyze import lens as lens
 from obliteratus.analyze import patching as patching
 from obliteratus.analyze import positions as positions
 from obliteratus.analyze import repair as repair
+from obliteratus.analyze import separability as separability
 from obliteratus.analyze import tuned_lens as tuned_lens
+from obliteratus.analyze import uncertainty as uncertainty
 from obliteratus.analyze.base import Finding, Ground, analyses, analyze
 
 __all__ = ["Finding", "Ground", "analyses", "analyze"]

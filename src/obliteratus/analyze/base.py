@@ -28,7 +28,7 @@ class Ground:
     """Search prompts: for what must be scored on prompts that nothing was fitted on."""
 
 
-@runtime_checkable
+@runtime_checkable  # tests check annotations when functions are called
 class Finding(Protocol):
     """An analysis' result: a frozen dataclass of tensors and numbers, with these three."""
 

@@ -1,0 +1,122 @@
+"""Descriptive numbers of the activations. They predict nothing: no labelled set of models says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.curves import Figure, curve, range_of
+from obliteratus.analyze.samples import LEVEL, Level, family_wise, orders, sample_of, usual
+from obliteratus.shapes import Float
+
+PERMUTATIONS = 59  # p = 0.017 at best; each copies a matrix of prompts × prompts at every stream
+FEATURES = {
+    "norm_ratio": "mean length, target over control",
+    "kurtosis": "excess kurtosis along the difference",
+    "width": "directions that the target varies in",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Descriptive numbers at each stream index, with what permuted labels make of them."""
+
+    norm_ratio: Float[Tensor, " streams"]
+    """Mean length of the target's rows over that of the control's."""
+    kurtosis: Float[Tensor, " streams"]
+    """Of the target's places along the unit mean difference, less 3: 0 Gaussian, −2 two equal lumps, large few outliers
+    carry it."""
+    width: Float[Tensor, " streams"]
+    """(Σλ)²/Σλ² of the target rows' covariance about the control mean: 1 if all lie along one line."""
+    chance: Float[Tensor, "features ends streams"]
+    """2.5 % and 97.5 % quantiles under permuted labels, of the three in their order."""
+    p: Float[Tensor, "features streams"]
+    """That a permutation lies as far from its mean, either side; corrected for all streams and all three."""
+    level: float
+    n: tuple[int, int]
+
+    @property
+    def unusual(self) -> dict[str, tuple[int, ...]]:
+        """By feature, the stream indices at which labels matter to it."""
+        found = (self.p <= self.level).tolist()
+        return {name: tuple(i for i, x in enumerate(row) if x) for name, row in zip(FEATURES, found, strict=True)}
+
+    def numbers(self) -> dict[str, Any]:
+        """By stream index."""
+        made: dict[str, Any] = {"prompts": {"target": self.n[0], "control": self.n[1]}, "level": self.level}
+        made["unusual"] = {name: list(streams) for name, streams in self.unusual.items()}
+        for i, (name, values) in enumerate(self._each()):
+            made[name] = values.tolist()
+            made[f"{name}_by_chance_low"], made[f"{name}_by_chance_high"] = self.chance[i].tolist()
+        return made
+
+    def told(self) -> str:
+        parts = [f"{name.replace('_', ' ')} at {len(s)}" for name, s in self.unusual.items() if s]
+        size = f"of {len(self.width)} streams ({self.n[0]} and {self.n[1]} prompts); predicts nothing"
+        return f"descriptive: differs from permuted labels in {', '.join(parts) or 'nothing, at none'} {size}"
+
+    def draw(self, figure: Figure) -> None:
+        """The three, one beside the other."""
+        for i, ((name, values), axes) in enumerate(zip(self._each(), figure.subplots(1, 3), strict=True)):
+            curve(axes, values, "measured")
+            range_of(axes, self.chance[i, 0], self.chance[i, 1], "permuted, 95 %")
+            axes.set(xlabel="stream index", ylabel=FEATURES[name])
+        lines, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside upper center", ncols=2)
+
+    def _each(self) -> list[tuple[str, Tensor]]:
+        return list(zip(FEATURES, (self.norm_ratio, self.kurtosis, self.width), strict=True))
+
+
+@analyses.register("fingerprint", needs=("rows",))
+def fingerprint(
+    ground: Ground,
+    *,
+    draws: Annotated[int, Field(ge=19, le=10_000)] = PERMUTATIONS,
+    level: Level = LEVEL,
+    seed: int = 0,
+) -> Fingerprint:
+    """Length, kurtosis and width of the target's activations, for comparing models by eye; they predict nothing.
+
+    The audited program took such numbers for a sign of how a model was trained. No labelled set of models backs that,
+    so no verdict is drawn from them here, and no decision should be. The kurtosis' direction is fitted on the same
+    prompts; permuted labels are treated alike, which is why only what lies outside their range says anything. Needs
+    rows, four prompts of each group.
+    """
+    sample = sample_of(ground.acts, "fingerprint", least=4)
+    order, n, m = orders(len(sample), draws, seed), sample.n, len(sample) - sample.n
+    lengths = torch.cat([sample.target, sample.control]).double().norm(dim=2)
+    found = []
+    for stream, gram in enumerate(sample.grams()):
+        found.append(torch.stack([features(gram[rows][:, rows], lengths[rows, stream], n) for rows in order]))
+    made = torch.stack(found, 2).transpose(0, 1)
+    far = (made - made.mean(1, keepdim=True)).abs()
+    p = family_wise(far.transpose(0, 1).flatten(1)).unflatten(0, (len(FEATURES), -1))
+    ratio, tails, width = made[:, 0]
+    return Fingerprint(ratio, tails, width, torch.stack([usual(one) for one in made]), p, level, (n, m))
+
+
+def features(gram: Float[Tensor, "rows rows"], lengths: Float[Tensor, " rows"], n: int) -> Float[Tensor, " features"]:
+    """The three, where the first n rows are the target's. From products of rows alone; 0 where there is nothing."""
+    weights = torch.cat([gram.new_full((n,), 1 / n), gram.new_full((len(gram) - n,), -1 / (len(gram) - n))])
+    along = gram[:n] @ weights
+    along = along - along.mean()
+    control = torch.zeros_like(weights).index_fill(0, torch.arange(n, len(gram)), 1 / (len(gram) - n))
+    cross = gram[:n] @ control
+    inner = gram[:n, :n] - cross[:, None] - cross[None] + control @ gram @ control
+    return torch.stack(
+        [
+            _over(lengths[:n].mean(), lengths[n:].mean()),
+            _over((along**4).mean(), along.square().mean() ** 2) - 3 * (along.square().mean() > 0),
+            _over(inner.diagonal().sum() ** 2, inner.square().sum()),
+        ]
+    )
+
+
+def _over(one: Tensor, two: Tensor) -> Tensor:
+    return torch.where(two > 0, one / torch.where(two > 0, two, 1.0), 0.0)

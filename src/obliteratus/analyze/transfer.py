@@ -1,0 +1,214 @@
+"""Whether a direction of one model is one of another's, of whatever width: by a map fitted on the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, legend
+from obliteratus.analyze.samples import FOLDS, LEVEL, Rows, Sample, Split, orders, sample_of, split
+from obliteratus.errors import UserError
+from obliteratus.shapes import Float
+from obliteratus.types import Activations
+
+PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts² × width
+# λ in units of the map's mean eigenvalue, for generalised cross-validation to choose among: from next to none to a map
+# that says little more than the mean.
+RIDGES = tuple(10.0**power for power in range(-4, 4))
+
+BINS = 30  # of the histogram, over all that is drawn: a narrow distribution stays visible
+TINY_FREEDOM = 1e-9  # a map that fits everything has no freedom left: its error is then taken as endless
+NO_SPREAD = 1e-30  # where all prompts are the same at a stream, nothing is mapped, and nothing is divided by zero
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A linear map from a stream of one model to one of another, scored on prompts that it was not fitted on."""
+
+    r2: float
+    """1 − squared error over that of the mean, over all dimensions of the second; below 0 worse than the mean."""
+    r2_by_chance: tuple[float, ...]
+    """The same with prompts paired at random, one for each shuffle."""
+    r2_within: float
+    """Mean with prompts paired at random within their group: what knowing the group alone gives."""
+    p: float
+    """That random pairs do as well."""
+    cosine: float
+    """Of the first's mean difference, mapped, with the second's own on prompts of the other fold; mean over folds."""
+    ceiling: float
+    """Cosine of the second's own with itself between the same folds: what a perfect map would reach."""
+    cosine_by_chance: tuple[float, ...]
+    streams: tuple[int, int]
+    widths: tuple[int, int]
+    level: float
+    n: int
+
+    @property
+    def found(self) -> bool:
+        """Whether the map knows more than chance of prompts that it has not seen."""
+        return self.p <= self.level
+
+    def numbers(self) -> dict[str, Any]:
+        """Every score beside what chance makes of it."""
+        return {
+            "streams": list(self.streams),
+            "widths": list(self.widths),
+            "prompts": self.n,
+            "shuffles": len(self.r2_by_chance),
+            "level": self.level,
+            "found": self.found,
+            "p": self.p,
+            "r2": self.r2,
+            "r2_by_chance": [min(self.r2_by_chance), max(self.r2_by_chance)],
+            "r2_group_alone": self.r2_within,
+            "cosine": self.cosine,
+            "cosine_ceiling": self.ceiling,
+            "cosine_by_chance": [min(self.cosine_by_chance), max(self.cosine_by_chance)],
+        }
+
+    def told(self) -> str:
+        where = f"stream {self.streams[0]} (width {self.widths[0]}) to {self.streams[1]} (width {self.widths[1]})"
+        if not self.found:
+            return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self.n} prompts)"
+        return (
+            f"{where}: held-out R² {self.r2:.2f} (group alone {self.r2_within:.2f}), the mapped direction's cosine "
+            f"{self.cosine:.2f} of at most {self.ceiling:.2f} ({self.n} prompts)"
+        )
+
+    def draw(self, figure: Figure) -> None:
+        """R² and cosine, each beside chance."""
+        left, right = figure.subplots(1, 2)
+        for axes, chance, value in ((left, self.r2_by_chance, self.r2), (right, self.cosine_by_chance, self.cosine)):
+            axes.hist(chance, bins=BINS, range=(min(*chance, value), max(*chance, value)), color=GREY, label="shuffled")
+            axes.set_ylabel("shuffles of the pairs")
+        left.axvline(self.r2, color=BLUE, label="measured")
+        left.axvline(self.r2_within, color=ORANGE, ls="--", label="shuffled within groups, mean")
+        right.axvline(self.cosine, color=BLUE, label="measured")
+        right.axvline(self.ceiling, color=ORANGE, ls="--", label="at most")
+        left.set_xlabel("held-out R²")
+        right.set_xlabel("cosine of the mapped direction")
+        for axes in (left, right):
+            legend(axes)
+
+
+def transfer(
+    one: Activations,
+    two: Activations,
+    streams: tuple[int, int],
+    *,
+    folds: int = FOLDS,
+    draws: int = PERMUTATIONS,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Transfer:
+    """A ridge map from a stream of the first model to one of the second, and where it takes the first's direction.
+
+    one, two: activations of the same prompts in the same order; widths may differ, nothing is cut to the smaller. The
+    map is fitted on the other folds, λ chosen there by generalised cross-validation (Golub, Heath and Wahba 1979) among
+    `RIDGES`. Its prompts of the fold give R²; the direction mapped is the mean difference of the other folds, compared
+    with the second model's own of the fold, so that no prompt is on both sides. p: how often ``draws`` random pairings
+    of prompts give as high an R². A high R² needs shared content, not shared behaviour: see what the group alone
+    gives. Raises UserError where prompts' numbers differ or rows were not kept.
+    """
+    first, x, y = paired(one, two, streams)
+    plan = split(first.n, len(first) - first.n, folds, seed)
+    bridge = [Fold(x, plan, fold) for fold in range(len(plan.weights))]
+    r2, cosine = zip(*(scored(bridge, y[order]) for order in orders(len(x), draws, seed + 1)), strict=True)
+    inside = [scored(bridge, y[order])[0] for order in within(first, draws, seed + 2)]
+    return Transfer(
+        r2=r2[0],
+        r2_by_chance=r2[1:],
+        r2_within=sum(inside) / len(inside),
+        p=sum(value >= r2[0] for value in r2) / len(r2),
+        cosine=cosine[0],
+        ceiling=sum(_own(y, plan, fold) for fold in range(len(bridge))) / len(bridge),
+        cosine_by_chance=cosine[1:],
+        streams=streams,
+        widths=(x.shape[1], y.shape[1]),
+        level=level,
+        n=len(x),
+    )
+
+
+def paired(one: Activations, two: Activations, streams: tuple[int, int]) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
+    """The first model's sample, and a stream of each model. UserError where they are not of as many prompts."""
+    first, second = (sample_of(acts, "transfer", least=4) for acts in (one, two))
+    if (first.n, len(first)) != (second.n, len(second)):
+        raise UserError(
+            f"analysis 'transfer' needs the same prompts of both models; got {first.n} + {len(first) - first.n} and "
+            f"{second.n} + {len(second) - second.n}"
+        )
+    return first, first.at(streams[0]), second.at(streams[1])
+
+
+class Fold:
+    """The ridge map of all rows outside one fold, for any second stream: its eigenvalues are found once."""
+
+    def __init__(self, x: Rows, plan: Split, fold: int) -> None:
+        self.kept, self.plan, self.at = plan.outside(fold), plan, fold
+        inner = x[self.kept]
+        self.x = inner - inner.mean(0)
+        values, self.vectors = torch.linalg.eigh(self.x @ self.x.T)
+        self.values = values.clamp(min=0)
+        self.ridges = self.values.mean().clamp(min=NO_SPREAD) * torch.tensor(RIDGES, dtype=x.dtype)
+        self.rest = x[~self.kept] - inner.mean(0)
+        self.delta = plan.weights[fold] @ x
+
+    def fit(self, y: Rows) -> Float[Tensor, "kept width"]:
+        """Dual weights A: the map is v ↦ v Xᵀ A, onto differences from y's mean over the rows fitted on."""
+        inner = y[self.kept]
+        along = self.vectors.T @ (inner - inner.mean(0))
+        best = gcv(self.values, along.square().sum(1), self.ridges)
+        dual: Tensor = self.vectors @ (along / (self.values + best).clamp(min=torch.finfo(y.dtype).tiny)[:, None])
+        return dual
+
+    def score(self, y: Rows) -> tuple[float, float, float]:
+        """On the fold's rows: squared error, that of the mean, and the mapped direction's cosine with y's own."""
+        dual = self.fit(y)
+        truth = y[~self.kept] - y[self.kept].mean(0)
+        error = truth - self.rest @ self.x.T @ dual
+        mapped = self.delta @ self.x.T @ dual
+        cosine = normalize(mapped, dim=0) @ normalize(difference_in(y, self.plan, self.at), dim=0)
+        return float(error.square().sum()), float(truth.square().sum()), float(cosine)
+
+
+def gcv(
+    values: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], ridges: Float[Tensor, " ridges"]
+) -> Float[Tensor, ""]:
+    """The λ of least generalised cross-validation error, n ‖(I − H) y‖² / tr(I − H)², in the eigenvectors' terms.
+
+    One degree of freedom has gone into the mean.
+    """
+    left = ridges[:, None] / (values + ridges[:, None]).clamp(min=torch.finfo(values.dtype).tiny)
+    errors = (left.square() * squares).sum(1) / (left.sum(1) - 1).clamp(min=TINY_FREEDOM).square()
+    return ridges[errors.argmin()]
+
+
+def scored(bridge: list[Fold], y: Rows) -> tuple[float, float]:
+    """Held-out R² over all folds together, and the mean cosine of the mapped direction."""
+    scores = [fold.score(y) for fold in bridge]
+    errors, whole = sum(s[0] for s in scores), sum(s[1] for s in scores)
+    return 1 - errors / whole if whole else 0.0, sum(s[2] for s in scores) / len(scores)
+
+
+def difference_in(y: Rows, plan: Split, fold: int) -> Float[Tensor, " width"]:
+    """Mean difference of the rows of one fold."""
+    rows, target = ~plan.outside(fold), torch.arange(len(y)) < plan.n
+    return y[rows & target].mean(0) - y[rows & ~target].mean(0)
+
+
+def within(sample: Sample, draws: int, seed: int) -> list[Tensor]:
+    """Orders that keep every row in its group."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (sample.n, len(sample) - sample.n)
+    pairs = [[torch.randperm(size, generator=generator) for size in sizes] for _ in range(draws)]
+    return [torch.cat([one, sample.n + two]) for one, two in pairs]
+
+
+def _own(y: Rows, plan: Split, fold: int) -> float:
+    """Cosine of y's mean difference outside the fold with that inside."""
+    return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(difference_in(y, plan, fold), dim=0))
