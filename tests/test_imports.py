@@ -23,7 +23,7 @@ LEVELS = [
     ["pipeline", "search", "study", "analyze", "advise", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
     ["options"],
-    ["cli", "ui", "__main__"],
+    ["cli", "cli_analyze", "ui", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["distill", "weigh", "excise.linear"]

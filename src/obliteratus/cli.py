@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
+from obliteratus.cli_analyze import analyze
 from obliteratus.options import (
     Base,
     Bypass,
@@ -235,13 +235,12 @@ def apply(
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+app.command()(guarded(analyze))
 
 
 def main() -> None:
     """Entry point. SIGTERM ends a run as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="obliteratus")
 
 

@@ -1,0 +1,44 @@
+"""The command `analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from obliteratus.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, shown
+
+
+def analyze(
+    model: Model,
+    target: Target,
+    control: Control,
+    out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
+    only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what is true of a model's directions: one page with all plots, and the numbers."""
+    from obliteratus.analyze.report import analysed, chosen, write
+    from obliteratus.prompts import load_prompts
+    from obliteratus.store import check_free
+    from obliteratus.summon.open import open_subject
+    from obliteratus.terminal import results, show_json
+
+    steps, prompts = chosen([name for name in only.split(",") if name]), load_prompts(target, control)
+    check_free(out)
+    with shown(quiet):
+        subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        found = analysed(subject, prompts, steps, seed or 0)
+        write(found, out, f"Analysis of {model}")
+    if json:
+        show_json({name: finding.numbers() for name, finding in found.items()})
+        return
+    for name, finding in found.items():
+        results.print(f"[bold]{name}[/]  {finding.told()}")
+    results.print(f"[bold]Saved[/]  {out}/index.html")
