@@ -25,7 +25,8 @@ from obliteratus.work import Cost, amount, n_of, number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of the groups' difference at the last stream: what is written back beyond this share is worth a word.
+# Of the groups' difference at the last stream: what is taken, and what is written back, beyond this share is worth a
+# word. Of less than that, any write is a multiple: on the organism 0.01 was taken at layer 4, and 43 of 381 came.
 LEAST = 0.05
 
 
@@ -43,7 +44,7 @@ class Repair:
     """What the layers above l write more than they do in the model as it is: compared stream by stream."""
     restored: Float[Tensor, " depths"]
     """extra in units of what was taken away, direct[l + 1]: 1 where all of it comes back, 0 where later layers write
-    what they always do, below 0 where they lean on it; 0 where there was nothing to take."""
+    what they always do, below 0 where they lean on it; 0 where little was taken (5 % of the last difference)."""
     chance: float
     """The most that |extra| is for random directions, over all depths."""
 
@@ -55,7 +56,8 @@ class Repair:
         """
         floor = max(self.chance, LEAST * abs(float(self.direct[-1])))
         low = [s.low if self.direct[d + 1] >= 0 else -s.high for d, s in zip(self.depths, self.extra, strict=True)]
-        return [depth for depth, value in zip(self.depths, low, strict=True) if value > floor]
+        some = self.restored != 0  # there was something to write back
+        return [depth for depth, value, real in zip(self.depths, low, some, strict=True) if real and value > floor]
 
     def numbers(self) -> dict[str, Any]:
         """What was taken, what came back, with intervals, and what random directions give."""
@@ -176,7 +178,8 @@ def _judged(measured: Measured, layers: tuple[int, ...], chance: float, seed: in
     n = sum(rows.shape[1] for rows in measured)
     places = torch.tensor(layers) + 1
     taken = delta[0, places, 0] - delta[1:, :, 0][torch.arange(len(layers)), places]
-    real = taken.abs() > NOTHING * sum(float(rows[0].abs().mean()) for rows in measured)
+    least = LEAST * float(delta[0, -1, 0].abs()), NOTHING * sum(float(rows[0].abs().mean()) for rows in measured)
+    real = taken.abs() > max(least)
     return Repair(
         direct=delta[0, :, 0].float(),
         depths=layers,
