@@ -38,7 +38,7 @@ def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> N
     assert effect(found, "head", block, -1, 0) == pytest.approx(effect(found, "attention", block, -1), rel=1e-4)
     assert float(found.share(found.effects)[found.places.index(blocks[-1])]) == pytest.approx(1, rel=1e-4)
     assert found.gap.low > 1
-    drawn(found, ["layer", "token from the end", "share of the gap"])
+    drawn(found, ["layer", "token", "share of the gap"])
 
 
 def test_the_other_way_round_and_by_projection() -> None:

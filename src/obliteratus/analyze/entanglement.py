@@ -77,7 +77,7 @@ class Entanglement:
         axes.errorbar(places, values, yerr=bars, fmt="o-", color=BLUE, label="the layer's directions")
         axes.plot(self.found, [values[i] for i in self.found], "o", color=ORANGE, label="more than random")
         axes.set_yscale("log")
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:

@@ -68,7 +68,7 @@ class Patching:
         image: Any = None
         for i, kind in enumerate(KINDS):
             label = "layer" if kind == KINDS[-1] else ""
-            axes = figure.add_subplot(len(KINDS), 1, i + 1, xlabel=label, ylabel="token from the end", title=kind)
+            axes = figure.add_subplot(len(KINDS), 1, i + 1, xlabel=label, ylabel="token", title=kind)
             table = _grid([(p, s) for p, s in zip(self.places, shares.tolist(), strict=True) if p.kind == kind])
             size = (-0.5, table.shape[1] - 0.5, -len(table) - 0.5, -0.5)
             image = axes.imshow(table.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", extent=size)
