@@ -366,7 +366,7 @@ def test_live_edits_reach_prefix_and_answers(subject: Subject, make_plan: PlanMa
     with applied(subject, plan):
         expected = torch.stack([plain_stream(subject, row) for row in ids])
         answers = [plain_answer(subject, row, 8) for row in ids]
-        # Reflection doubles what rounding leaves, and delta nets add it up over tokens: 2e-5 was seen, of values near 1.
+        # Reflection doubles what rounding leaves, and delta nets add it up over tokens: 2e-5 was seen.
         torch.testing.assert_close(gathered(subject, ids)[0], expected, rtol=1e-4, atol=1e-4)
         assert generate(subject, ids, 8) == answers
     assert not torch.allclose(before, expected, **CLOSE)
