@@ -79,7 +79,6 @@ def no_bias(change: Change, what_kind: str = "a bias") -> str:
 def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
     site = changes[0].site
     whole = module.get_parameter(site.weight)
-    changes = filled(module, changes)
     return Restacked(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
 
 
@@ -106,8 +105,9 @@ class Restacked:
 
     def pieces(self) -> Iterator[Tensor]:
         """One expert's matrix at a time, and nothing else held: for writing."""
+        changes = filled(self.module, self.changes)  # here, so that no donors' mean is held before its stack's turn
         for expert, site in enumerate(each(self.module, replace(self.changes[0].site, expert=None))):
-            yield _new(self.module, self.changes, site, self.whole[expert])
+            yield _new(self.module, changes, site, self.whole[expert])
 
 
 def pieces(value: Lazy) -> Iterator[Tensor]:
