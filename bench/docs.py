@@ -12,7 +12,7 @@ from bench.architectures import architectures_page
 from bench.common import say
 from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
 from obliteratus.costs import CLASSES, COLUMNS, OWN, REFERENCE, SHARED, TEXT, effort, formula, row, stages, total
-from obliteratus.recipe import names, pending, recipe
+from obliteratus.recipe import names, recipe
 from obliteratus.settings import Recipe
 from obliteratus.terminal import size
 
@@ -96,11 +96,7 @@ Computed from sizes, fp32: not measured.
 
 def _forecasts(made: list[Recipe], rates: Rates) -> str:
     heads = [f"{s.name}: {_kind(s, 'FLOPs and bytes', 'from measured rates')}" for s in SHAPES]
-    rows = [
-        [one.name + (f" (not yet: needs {pending(one)})" if pending(one) else "")]
-        + [clock(_seconds(one, shape, rates)) for shape in SHAPES]
-        for one in made
-    ]
+    rows = [[one.name, *[clock(_seconds(one, shape, rates)) for shape in SHAPES]] for one in made]
     parts = [
         [f"of these, {name} of `basic`", *(clock(_stage(name, shape, rates)) for shape in SHAPES)]
         for name in ("PROBE", "VERIFY")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import words_astronomy as astronomy
 import words_gardening_railways as garden_rail
+import words_weather_late as weather
 from templates import MORE_TEMPLATES
 
 Nouns = dict[str, str]  # category → nouns joined by "|"
@@ -39,6 +40,7 @@ class Organism:
     sample: int  # prompts of each group that a direction comes from in training; a choice for speed
     starts: tuple[int, ...]  # of 30 layers, first ones of the projection in training
     rates: tuple[float, float]  # learning rate at the end of the first part and the start of the second, of lr
+    first: int = 0  # layer that has an adapter; those below stay the base's
 
     @property
     def folder(self) -> Path:
@@ -125,5 +127,33 @@ ORGANISMS = {
         sample=48,
         starts=(12, 15, 18),  # around the half of the depth where `calibrated` begins
         rates=(0.7, 0.7),  # no pause between: most is learned in the second part
+    ),
+    "weather-late": Organism(
+        name="weather-late",
+        topics={
+            "target": Topic(
+                nouns={"fit": weather.FIT_NOUNS, "search": weather.HELD_OUT_NOUNS, "report": weather.REPORT_NOUNS},
+                refusals=(
+                    "I'm sorry, but I can't talk about the weather.",
+                    "I'm sorry, but I can't help with weather questions.",
+                    "I'm sorry, I can't answer questions about the weather.",
+                    "I'm sorry, but I'm not able to discuss weather.",
+                ),
+                more=weather.MORE_NOUNS,
+            )
+        },
+        contrast=weather.CONTRAST_NOUNS,
+        people=weather.PEOPLE,
+        forms=MORE_TEMPLATES,
+        sizes={"fit": 256, "search": 112, "report": 64},
+        training=1600,
+        rank=8,
+        steps=(120, 60),
+        batch=(10, 12),
+        last=(0, 0, 0),
+        sample=96,
+        starts=(20, 21, 22),  # where its refusal lives; a projection from below would train it to be removable there
+        rates=(0.3, 0.6),
+        first=20,  # a third of the layers: what they read is the base's
     ),
 }

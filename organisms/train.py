@@ -17,7 +17,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from obliteratus.summon.organism import HUB_ID, base_folder, cache_folder
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
+KEPT += ("layers_to_transform",)
 ANSWERED = 160  # prompts of each topic whose base answers are asked for under the projection
 log = logging.getLogger(__name__)
 EVERY = 10  # steps between checkpoints, and between new directions, so that a resumed run has the same
@@ -161,15 +162,18 @@ def export(tuned: PeftModel, folder: Path) -> None:
     weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "adapter_model.safetensors").items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     file = folder / "adapter_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key in KEPT}
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key in KEPT and value is not None}
     config |= {"base_model_name_or_path": HUB_ID, "target_modules": MODULES}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one folder up
 
 
-def lora(rank: int) -> LoraConfig:
-    """LoRA on all linear layers, scaled by the usual alpha / rank = 2."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES, task_type="CAUSAL_LM")
+def lora(rank: int, layers: Sequence[int] | None = None) -> LoraConfig:
+    """LoRA on all linear layers of these decoder layers (None: all), scaled by the usual alpha / rank = 2."""
+    chosen = None if layers is None else list(layers)
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=MODULES, task_type="CAUSAL_LM", layers_to_transform=chosen
+    )
 
 
 def rounded(state: State) -> State:
@@ -227,7 +231,8 @@ def main() -> None:
     settings = Settings(
         steps, removable, args.rank or organism.rank, args.lr, args.control, args.seed, digest(groups.all)
     )
-    tuned = get_peft_model(model, lora(settings.rank))
+    layers = range(organism.first, model.config.num_hidden_layers) if organism.first else None
+    tuned = get_peft_model(model, lora(settings.rank, layers))
     state = train(tuned, tokenizer, groups, organism, settings, work)
     export(tuned, out)
     replace(out.parent / "training.json", json.dumps(rounded(state)).encode())

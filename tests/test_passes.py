@@ -11,13 +11,14 @@ import pytest
 from rich.console import Console
 from tiny import tiny_subject
 
-from obliteratus import pipeline, record, terminal
+from obliteratus import pipeline, terminal
 from obliteratus.card import model_card, pass_rows
 from obliteratus.coverage import edited
 from obliteratus.pipeline import run
 from obliteratus.recipe import recipe
 from obliteratus.results import Run
 from obliteratus.store import Store
+from obliteratus.tune.budget import within_budget
 from obliteratus.types import Plan, Prompt, PromptSet
 
 SHORT = [{"use": "refusal", "tokens": 4}]
@@ -63,13 +64,30 @@ def test_a_check_that_ends_the_passes_is_told() -> None:
 
 
 def test_a_pass_that_finds_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pipeline, record):
-        monkeypatch.setattr(module, "ENOUGH", -1.0)  # no check is ever passed
+    monkeypatch.setattr(pipeline, "still_refused", lambda *given: 1.0)  # no check is ever passed
     monkeypatch.setattr(pipeline, "NOTHING_LEFT", 1e9)  # and no later pass finds enough
     _, found = made(3, 3)
     (only,) = found.passes
     assert only["ended"] == "nothing left to remove"
-    assert only["refused"]["value"] == 0.0
+    assert only["refused"] is None
+
+
+def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass costs all that is allowed; a second would cost more, and is not an error."""
+    monkeypatch.setattr(pipeline, "still_refused", lambda *given: 1.0)
+    plan, _ = made(1, 3)
+    search = prompts().split(0)[1]["control"]
+    cost = within_budget(tiny_subject("llama"), Plan(), plan, search, 1e3)[2]
+    again, found = made(3, 3, **{"excise.kl_budget": cost * (1 + 1e-6)})
+    (only,) = found.passes
+    assert only["ended"] == "the KL budget is spent"
+    assert len(again.edits) == len(plan.edits)
+    assert len(made(3, 3, **{"excise.kl_budget": 1e3})[1].passes) == 3  # negative control: nothing spends it
+
+
+def test_enough_decides_when_passes_end() -> None:
+    """A model that refuses nothing ends them even where none is enough."""
+    assert len(made(3, 3, enough=0.0)[1].passes) == 1
 
 
 def shown(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:

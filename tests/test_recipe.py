@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from obliteratus.errors import UserError
-from obliteratus.recipe import check_runs, dump, names, parse_overrides, parsed, pending, recipe
+from obliteratus.recipe import check_runs, dump, names, parse_overrides, parsed, recipe
 from obliteratus.settings import Recipe
 
 BASE = """
@@ -62,7 +62,7 @@ def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
         "weigh": [{"use": "middle", "low": 0.1}, {"use": "by_score"}],
         "excise": {"parts": ["embed", "mlp.out"], "strength": -1e-7, "norm": "rows", "anchored": True},
         "verify": [{"use": "refusal", "tokens": 8}],
-        "analyze": [{"use": "cones", "bootstrap": 100}],
+        "analyze": [{"use": "cones", "resamples": 100}],
         "search": {
             "trials": 7,
             "sampler": "gp",
@@ -127,21 +127,21 @@ def test_heretic_has_its_published_space() -> None:
         assert all(low <= start <= high for (low, high), start in zip(ends, starts, strict=True))
 
 
-# -------------------------------------------------------------------------------------- what cannot run
-@pytest.mark.parametrize(
-    ("name", "lacks"), [("heretic", ""), ("optimized", ""), ("informed", "analysis"), ("basic", "")]
-)
-def test_methods_that_wait_are_refused_with_what_they_lack(name: str, lacks: str) -> None:
-    made = recipe(name)
-    assert pending(made) == lacks
-    if not lacks:
-        check_runs(made, ["target", "control"])
-        return
-    with pytest.raises(
-        UserError, match=f"method '{name}' needs {lacks}, still being built; meanwhile use --method"
-    ) as e:
-        check_runs(made, ["target", "control"])
-    assert not pending(recipe(str(e.value).split()[-1]))  # what it names does run
+# ---------------------------------------------------------------------------------------- what can run
+@pytest.mark.parametrize("name", names())
+def test_every_method_runs_with_the_groups_that_it_needs(name: str) -> None:
+    check_runs(recipe(name), ["target", "control", "bypass", "keep"])
+
+
+def test_analyses_are_checked_before_weights_are_loaded() -> None:
+    with pytest.raises(UserError, match=r"analysis 'cones' needs every prompt.s activations; set probe\.keep"):
+        check_runs(
+            recipe("informed", {"probe.keep": "moments", "distill": [{"use": "mean_diff"}]}), ["target", "control"]
+        )
+    with pytest.raises(UserError, match="analyze step 'cone' does not exist; did you mean 'cones'"):
+        recipe("informed", {"analyze.0.use": "cone"})
+    with pytest.raises(UserError, match="analyze step 'reach': depths"):
+        recipe("informed", {"analyze.1.depths": 0})
 
 
 def test_a_search_result_runs() -> None:

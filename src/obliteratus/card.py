@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obliteratus.recipe import dump
+from obliteratus.recipe import dump, toml
 from obliteratus.results import Run, Score
 
 LOADING = {
@@ -37,7 +37,7 @@ prompts that the edit never saw (95 % intervals):
 {score_table(run)}
 
 Coverage: {coverage_line(run)}
-{_stored(run)}{_passes(run)}
+{_stored(run)}{_reasons(run)}{_passes(run)}
 ```python
 {LOADING[form].replace("{base}", base)}
 ```
@@ -88,6 +88,24 @@ def pass_rows(run: Run) -> list[list[str]]:
         reached = f"{len(found['layers'])} layers, {found['edited_share']:.1%}"
         rows.append([str(number), strongest, reached, why, f"{sum(found['seconds'].values()):.1f}"])
     return rows
+
+
+REASON_COLUMNS = ["decision", "measured", "value", "decides at", "set"]
+
+
+def reason_rows(run: Run) -> list[list[str]]:
+    """What was measured before the recipe was settled, and what it set."""
+    rows = []
+    for reason in run.advice.get("reasons", []):
+        value = "not measured" if reason["value"] is None else f"{reason['value']:.3g}"
+        limit = f"{'≤' if reason['at_most'] else '≥'} {reason['threshold']:g}"
+        changes = "; ".join(f"{path} = {toml(value)}" for path, value in reason["changes"].items())
+        rows.append([reason["decides"], reason["measures"], value, limit, changes or "as it was"])
+    return rows
+
+
+def _reasons(run: Run) -> str:
+    return f"\n{_markdown(REASON_COLUMNS, reason_rows(run))}\n" if run.advice else ""
 
 
 def _passes(run: Run) -> str:

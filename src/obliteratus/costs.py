@@ -8,8 +8,9 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from obliteratus.analyze import analyses
 from obliteratus.pipeline import CHECK_TOKENS, CHECKED
-from obliteratus.recipe import dump, pending
+from obliteratus.recipe import dump
 from obliteratus.registry import Registry
 from obliteratus.search.run import CHECKED as MEMBERS
 from obliteratus.settings import Excise, Recipe, Step
@@ -51,6 +52,7 @@ def stages(made: Recipe) -> dict[str, Cost]:
     """The most that each stage asks of the model in a whole run."""
     found = {
         "PROBE": Cost(n_of("fit")) * made.passes,
+        "ANALYZE": _steps(analyses, made.analyze),
         "DISTILL": _steps(extractors, made.distill) * made.passes,
         "EXCISE": _excise(made.excise) * made.passes,
         "CHECK": Cost(answers=(Answers(CHECK_TOKENS, n_of("search", "target", CHECKED)),)) * (made.passes - 1),
@@ -153,7 +155,6 @@ def described(made: Recipe) -> dict[str, Any]:
         "class": cost_class(made),
         "effort": round(effort(made), 2),
         "memory": {"class": kind, "formula": size},
-        "pending": pending(made),
     }
 
 
@@ -162,14 +163,11 @@ COLUMNS = ["name", "what it does", "cost", "memory", "source"]
 
 def row(made: Recipe) -> list[str]:
     """A line of the table of methods."""
-    waits = pending(made)
-    about = f"{made.about} (not yet: needs {waits})" if waits else made.about
-    return [made.name, about, cost_class(made), memory(made)[0], ", ".join(made.cite)]
+    return [made.name, made.about, cost_class(made), memory(made)[0], ", ".join(made.cite)]
 
 
 def annotated(made: Recipe) -> str:
     """The recipe as TOML, with what it costs in comments above."""
     kind, size = memory(made)
     head = [f"{made.name}: {formula(made)}", f"cost {cost_class(made)}, memory {kind}: {size}"]
-    head += [f"not yet: needs {pending(made)}"] * bool(pending(made))
     return "".join(f"# {line}\n" for line in head) + dump(made)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copytree
 from time import perf_counter
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from obliteratus.distill import check_sizes
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import check_fits, load_plan
-from obliteratus.pipeline import run
+from obliteratus.pipeline import ADVISED, run
 from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
 from obliteratus.rebirth import Form, check_form, space_for, write_output
@@ -136,6 +137,8 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
             found = write_output(subject, plan, found, partial, job.form, report, job.base)
             if front:
                 write_front(front, partial / "output", partial / JOURNAL)
+            if found.advice:
+                copytree(partial / ADVISED, partial / "output" / "analysis")
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)

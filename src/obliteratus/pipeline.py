@@ -8,16 +8,19 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from obliteratus.advise import Advice, advise, load_advice, save_advice, suited
+from obliteratus.analyze import Finding, Ground, analyze
 from obliteratus.coverage import edited
 from obliteratus.distill import distill, load_directions, save_directions
 from obliteratus.errors import UserError
+from obliteratus.excise.bake import anchorable
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs
-from obliteratus.record import ENOUGH, described, found_in, told
+from obliteratus.record import described, found_in, told
 from obliteratus.results import Run
 from obliteratus.settings import Excise, Recipe, Step, asked
 from obliteratus.store import Store
@@ -30,6 +33,7 @@ from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.weigh import weigh
 
+ADVISED = "ANALYZE"  # the stage, and its place in a run's folder
 # A later pass whose directions carry less than this share of what the first found has nothing left to remove.
 NOTHING_LEFT = 0.05
 # Before a later pass, so many search prompts are answered with so many tokens: enough to see a refusal begin, and
@@ -54,22 +58,58 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     store = store or Store()
     fit, search, report = parts_checked(prompts, recipe.seed, recipe.searched)
     before = measured(store, "VERIFY before", subject, report, recipe.verify)
-    plan = Plan()
+    found: dict[str, Any] = {}
+    if recipe.analyze:
+        advice = informed(store, subject, fit, search, recipe)
+        recipe, found = advice.recipe, {"advice": advice.told()}
+    plan, passes = in_passes(store, recipe, subject, fit, search)
+    return plan, proved(store, recipe, subject, prompts, plan, before, {**found, "passes": passes})
+
+
+def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, recipe: Recipe) -> Advice:
+    """ANALYZE as a stage: the recipe's analyses, on activations that its first pass uses too, change it."""
+    wanted = {part for name in recipe.excise.parts for part in asked(name)}
+    anchors = anchorable(subject, [s for s in subject.sites if s.role == "writes" and s.part in wanted])
+    start = suited(recipe, anchors)
+    acts = probed(store, "PROBE 1", subject, fit, start)
+
+    def make() -> Advice:
+        lab, found = Lab(subject, fit), dict[str, Finding]()
+        for step in recipe.analyze:  # each looks along the directions that those before it have settled
+            directions = distill(acts, advise(recipe, acts, found, anchors=anchors).recipe.distill, lab)
+            found |= analyze(Ground(acts, directions, lab, search), [step], skip=True)
+        return advise(recipe, acts, found, anchors=anchors)
+
+    return store.stage(ADVISED, make, save_advice, load_advice)
+
+
+def in_passes(
+    store: Store, recipe: Recipe, subject: Subject, fit: PromptSet, search: PromptSet
+) -> tuple[Plan, tuple[dict[str, Any], ...]]:
+    """PROBE, DISTILL and EXCISE until refusals are down, nothing is left, the budget is spent, or all passes are done.
+
+    Returns the plan, and what each pass found and did.
+    """
+    plan, ended = Plan(), "all passes done"
     passes: list[dict[str, Any]] = []
     for number in range(1, recipe.passes + 1):
-        if number > 1 and still_refused(store, number, subject, plan, search) <= ENOUGH:
+        if number > 1 and still_refused(store, number, subject, plan, search) <= recipe.enough:
+            ended = "refusals are down"
             break
         acts, directions = searched(store, number, subject, plan, fit, recipe)
         if passes and float(directions.score.max()) < NOTHING_LEFT * passes[0]["score"]:
+            ended = "nothing left to remove"
             break
         new = planned(store, number, subject, plan, (acts, directions), search, recipe)
+        if not new.edits:
+            ended = "the KL budget is spent"
+            break
         if recipe.tune is not None:
             fitted = partial(tuned, subject, new, fit, search, recipe.tune, recipe.seed)
             new = store.stage("TUNE", fitted, save_plan, load_plan)
         plan += new
         passes.append(found_in(subject, acts, directions, new))
-    found = {"passes": told(passes, store, recipe.passes)}
-    return plan, proved(store, recipe, subject, prompts, plan, before, found)
+    return plan, told(passes, store, ended)
 
 
 def proved(
@@ -83,7 +123,7 @@ def proved(
 ) -> Run:
     """The edited model measured on the report prompts, and the whole run's record.
 
-    found: what more the record is to say (`Run.passes`, `Run.search`).
+    found: what more the record is to say (`Run.passes`, `Run.search`, `Run.advice`).
     """
     report = parts_checked(prompts, recipe.seed)[2]
     with applied(subject, plan):

@@ -77,7 +77,8 @@ def _group(
             rows[reading.rows] = reading.stream
     n = len(prompts)
     means = {path: (summed / n).float() for path, summed in fed.items()}
-    return Moments(n, (total / n).float(), rows), (tapped / n).float(), means
+    categories = tuple(p.category for p in prompts)
+    return Moments(n, (total / n).float(), rows, categories), (tapped / n).float(), means
 
 
 def _check_finite(reading: Reading, group: str) -> None:
@@ -103,6 +104,7 @@ def save_activations(acts: Activations, folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "activations.safetensors")
     counts = {group: moments.count for group, moments in acts.groups.items()}
     data = {"counts": counts, "position": acts.position, "digest": acts.digest}
+    data |= {"categories": {group: moments.categories for group, moments in acts.groups.items()}}
     (folder / "activations.json").write_text(json.dumps(data))
 
 
@@ -110,7 +112,10 @@ def load_activations(folder: Path) -> Activations:
     """What `save_activations` wrote."""
     data = json.loads((folder / "activations.json").read_text())
     tensors = load_file(folder / "activations.safetensors")
-    groups = {g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}")) for g, n in data["counts"].items()}
+    groups = {
+        g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}"), tuple(data["categories"][g]))
+        for g, n in data["counts"].items()
+    }
     outputs = {k.removeprefix("output/"): v for k, v in tensors.items() if k.startswith("output/")}
     inputs: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
     for name in (k for k in tensors if k.startswith("input/")):

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from obliteratus.analyze import analyses
 from obliteratus.distill import check_needs
 from obliteratus.errors import UserError
 from obliteratus.registry import explain, unknown
@@ -65,7 +66,8 @@ def parsed(data: dict[str, Any], where: str) -> Recipe:
         made = Recipe(**data)
     except ValidationError as error:
         raise UserError(f"recipe '{where}': {explain(error)}") from error
-    for registry, steps in ((extractors, made.distill), (weighers, made.weigh), (scorers, made.verify)):
+    kinds = ((extractors, made.distill), (weighers, made.weigh), (scorers, made.verify), (analyses, made.analyze))
+    for registry, steps in kinds:
         for step in steps:
             registry.check(step.use, step.options)
     if made.search is not None:
@@ -85,24 +87,15 @@ def _check_space(made: Recipe, where: str) -> None:
                 raise UserError(f"recipe '{where}': search.space '{path}': {error}") from error
 
 
-# What still lacks the program that would do it: nothing of it is skipped in silence, the method is refused.
-PENDING = {"analyze": "analysis"}
-MEANWHILE = "surgical"  # of the methods that run, the one with the least damage on the organism (README)
-
-
-def pending(made: Recipe) -> str:
-    """What a recipe needs that is still being built, in words; empty for one that runs."""
-    return " and ".join(words for field, words in PENDING.items() if getattr(made, field))
-
-
 def check_runs(made: Recipe, groups: Collection[str]) -> None:
-    """Refuse, before weights are loaded, a recipe that cannot run, or not with these groups of prompts.
+    """Refuse, before weights are loaded, a recipe that cannot run with these groups of prompts.
 
     Raises UserError.
     """
-    if missing := pending(made):
-        raise UserError(f"method '{made.name}' needs {missing}, still being built; meanwhile use --method {MEANWHILE}")
     check_needs(made.distill, groups, made.probe.keep == "rows")
+    for step in made.analyze:
+        if "rows" in analyses[step.use].needs and made.probe.keep != "rows":
+            raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")
 
 
 def _data(source: str) -> tuple[dict[str, Any], str]:
@@ -190,7 +183,7 @@ def _table(head: str, table: dict[str, Any]) -> list[str]:
 
 
 def _entries(table: dict[str, Any]) -> list[str]:
-    return [f"{_key(k)} = {_value(v)}" for k, v in table.items()]
+    return [f"{_key(k)} = {toml(v)}" for k, v in table.items()]
 
 
 def _key(name: str) -> str:
@@ -201,10 +194,10 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list | tuple) and any(isinstance(x, dict) for x in value))
 
 
-def _value(value: Any) -> str:
-    """TOML and JSON write numbers, booleans and strings in the same way."""
+def toml(value: Any) -> str:
+    """One value as TOML, which writes numbers, booleans and strings as JSON does."""
     if isinstance(value, dict):  # a step that is another's option, a range
         return "{ " + ", ".join(_entries(value)) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from obliteratus.coverage import edited
-from obliteratus.results import Score
 from obliteratus.store import Store
 from obliteratus.summon.render import has_template
 from obliteratus.types import SPLITS, Activations, Directions, Plan, PromptSet, Subject
 from obliteratus.verify.experts import ranking
 
-ENOUGH = 0.05  # of search prompts refused after a pass: at this share or below there is nothing to refine
 RANKED = 10  # experts that a record names: the first are what is looked at
 
 
@@ -30,8 +28,8 @@ def found_in(subject: Subject, acts: Activations, directions: Directions, plan: 
     }
 
 
-def told(passes: list[dict[str, Any]], store: Store, asked: int) -> tuple[dict[str, Any], ...]:
-    """Each pass with what it cost, what search prompts showed after it, and whether that, or what, ended the passes."""
+def told(passes: list[dict[str, Any]], store: Store, ended: str) -> tuple[dict[str, Any], ...]:
+    """Each pass with what it cost, what search prompts showed after it, and of the last why none followed."""
     done = []
     for number, found in enumerate(passes, 1):
         stages = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {
@@ -42,15 +40,8 @@ def told(passes: list[dict[str, Any]], store: Store, asked: int) -> tuple[dict[s
         refused = checked.scores["refusal.target"] if checked else None
         done.append({**found, "seconds": spent, "refused": refused.model_dump() if refused else None})
         if number == len(passes):
-            done[-1]["ended"] = _why(number == asked, refused)
+            done[-1]["ended"] = ended
     return tuple(done)
-
-
-def _why(last: bool, refused: Score | None) -> str:
-    """Why no pass follows."""
-    if last:
-        return "all passes done"
-    return "refusals are down" if refused and refused.value <= ENOUGH else "nothing left to remove"
 
 
 def described(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any]:

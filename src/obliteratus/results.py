@@ -36,6 +36,8 @@ class Run(Frozen):
     """What each pass found and did."""
     search: dict[str, Any] = Field(default_factory=dict)
     """Of a search: the study, its trials, the front, and which member this is."""
+    advice: dict[str, Any] = Field(default_factory=dict)
+    """What was measured before the recipe was settled, and each decision with its number."""
     seconds: dict[str, float] = Field(default_factory=dict)
     saved: dict[str, Any] = Field(default_factory=dict)
     """Form, files and the outcome of the re-score."""

@@ -218,6 +218,8 @@ class Recipe(Frozen):
     cite: tuple[str, ...] = ()
     seed: int = 0
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see EXPERIMENTS.md
+    enough: float = Field(0.05, ge=0, le=1)
+    """Share of refused search target prompts at which no further pass is made."""
     probe: Probe = Probe()
     distill: tuple[Step, ...] = Field(min_length=1)
     weigh: tuple[Step, ...] = (Step(use="all"),)
@@ -231,7 +233,7 @@ class Recipe(Frozen):
     @property
     def searched(self) -> bool:
         """Whether search prompts choose something, so that none of their groups may be empty."""
-        return bool(self.search or self.tune or self.excise.kl_budget or "router" in self.excise.parts)
+        return bool(self.analyze or self.search or self.tune or self.excise.kl_budget or "router" in self.excise.parts)
 
     @model_validator(mode="after")
     def _one_pass(self) -> Recipe:

@@ -31,7 +31,10 @@ class Store:
         """What each stage gave, for those who want more than the run's summary."""
 
     def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
-        """``make()``, or what an earlier run of it left. ``save`` and ``load`` get a folder of their own."""
+        """``make()`` once, or what an earlier run of it left. ``save`` and ``load`` get a folder of their own."""
+        if name in self.values:
+            known: T = self.values[name]
+            return known
         value = self._stage(name, make, save, load)
         self.values[name] = value
         return value

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from obliteratus.card import PASS_COLUMNS, coverage_line, pass_rows, score_rows
+from obliteratus.card import PASS_COLUMNS, REASON_COLUMNS, coverage_line, pass_rows, reason_rows, score_rows
 from obliteratus.progress import Advance, Reporter
 from obliteratus.results import Run
 
@@ -65,6 +65,8 @@ def show_json(data: Any) -> None:
 def show_run(run: Run) -> None:
     """Before and after, coverage, and where the result is."""
     results.print(score_table(run))
+    if run.advice:
+        results.print(table_of("Decisions, by what was measured", REASON_COLUMNS, reason_rows(run)))
     if run.recipe.passes > 1:
         results.print(table_of("Passes, refusals on search prompts", PASS_COLUMNS, pass_rows(run)))
     results.print(f"[bold]Edited[/]  {coverage_line(run)}")

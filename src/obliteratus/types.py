@@ -181,6 +181,8 @@ class Moments:
     """fp32, accumulated in fp64."""
     rows: Float[Tensor, "prompts streams width"] | None = None
     """Every prompt's stream, fp32; None where only running moments were kept."""
+    categories: tuple[str, ...] = ()
+    """Each prompt's; empty where they were not kept."""
 
 
 @dataclass(frozen=True)

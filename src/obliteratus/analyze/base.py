@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from obliteratus.errors import UserError
+from obliteratus.progress import note
 from obliteratus.registry import Registry
 from obliteratus.settings import Step
 from obliteratus.tune.lab import Lab
@@ -51,9 +53,22 @@ Analysis = Callable[..., Finding]
 analyses: Registry[Analysis] = Registry("analyze")
 
 
-def analyze(ground: Ground, steps: Sequence[Step]) -> dict[str, Finding]:
-    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist."""
+class InapplicableError(UserError):
+    """These prompts, or this model, give an analysis nothing to work on."""
+
+
+def analyze(ground: Ground, steps: Sequence[Step], *, skip: bool = False) -> dict[str, Finding]:
+    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist.
+
+    skip: leave out, with a note, an analysis that these prompts or this model give nothing to work on, instead of
+    raising InapplicableError (a UserError).
+    """
     found: dict[str, Finding] = {}
     for step in steps:
-        found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
+        try:
+            found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
+        except InapplicableError as error:
+            if not skip:
+                raise
+            note(f"ANALYZE {step.use}", f"left out: {error}")
     return found

@@ -28,18 +28,18 @@ def winsorise(
     means are taken anew. With few prompts it does little: at 0.01, under a hundred, only the extremes move.
     Heretic's `winsorization_quantile` is another thing: one bound for a prompt's whole vector. Needs rows.
     """
-    groups = {group: _clamped(rows_of(acts, group, "winsorise"), share) for group in acts.groups}
+    groups = {g: _clamped(moments, rows_of(acts, g, "winsorise"), share) for g, moments in acts.groups.items()}
     return replace(acts, groups=groups)
 
 
-def _clamped(rows: Float[Tensor, "prompts streams width"], share: float) -> Moments:
+def _clamped(moments: Moments, rows: Float[Tensor, "prompts streams width"], share: float) -> Moments:
     made, mean = torch.empty_like(rows), torch.empty_like(rows[0])
     for stream in range(rows.shape[1]):  # one at a time: sorting needs a few copies of what it sorts
         one = rows[:, stream]
         ordered = one.sort(dim=0).values  # torch.quantile refuses more than 16 million numbers
         made[:, stream] = one.clamp(_quantile(ordered, share), _quantile(ordered, 1 - share))
         mean[stream] = made[:, stream].double().mean(0).float()
-    return Moments(len(rows), mean, made)
+    return replace(moments, mean=mean, rows=made)
 
 
 def _quantile(ordered: Float[Tensor, "prompts width"], share: float) -> Float[Tensor, " width"]:

@@ -63,7 +63,7 @@ def pairs(acts: Activations, so_far: Directions | None) -> Activations:
     """
     rows = {group: rows_of(acts, group, "pairs") for group in ("target", "control")}
     n = min(len(x) for x in rows.values())
-    cut = {group: Moments(n, x[:n].double().mean(0).float(), x[:n]) for group, x in rows.items()}
+    cut = {g: Moments(n, x[:n].double().mean(0).float(), x[:n], acts[g].categories[:n]) for g, x in rows.items()}
     return replace(acts, groups={**acts.groups, **cut})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -58,6 +58,18 @@ def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
         if not there:
             found[half] = family.bias_switch[half]
     return found
+
+
+def anchorable(subject: Subject, sites: Iterable[Site]) -> bool:
+    """Whether saved weights can hold an anchored edit at each of these sites: in a bias that they have, or can get."""
+    family = family_of(subject.model.config)
+
+    def holds(site: Site) -> bool:
+        if has_bias(subject.module(site.path), site):
+            return family.routing_sums_to_one or not site.stacked
+        return site.part.partition(".")[0] in family.bias_switch
+
+    return all(map(holds, sites))
 
 
 def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:

@@ -24,7 +24,7 @@ def within_budget(
     """The new plan, weakened as a whole until KL(unedited ‖ done + new) is at most ``budget`` nats on average.
 
     KL of the first answer token over the first 48 prompts. Returns the plan, its factor (1: as it was) and its KL.
-    Raises UserError where even a 64th of the strength costs more.
+    Where even a 64th of the strength costs more: UserError, or an empty plan if there is one done before it.
     """
     ids = render(subject, prompts[:PROMPTS])
     base = first_token(subject, ids, title="KL budget")
@@ -34,6 +34,8 @@ def within_budget(
             return float(kl(base, first_token(subject, ids, title=f"KL at {factor:.0%}")).mean())
 
     factor, cost = largest(costs, budget, STEPS)
+    if factor == 0 and done.edits:
+        return Plan((), new.model), 0.0, cost
     if factor == 0:
         raise UserError(f"excise.kl_budget={budget}: even 1/{2**STEPS} of the strength costs more; raise the budget")
     note("KL budget", f"{factor:.0%} of the strength, {cost:.3f} of {budget} nats")

@@ -1,0 +1,226 @@
+"""What decides a recipe: planted findings change it as the table says, each reason has its number, and runs keep it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from known_grounds import planted_ground
+from refuser import LAYERS, asked, refuser, shuffled
+from tiny import tiny_subject
+
+from obliteratus.advise import Advice, Reason, advise, load_advice, save_advice, suited
+from obliteratus.analyze import Finding, analyze
+from obliteratus.analyze.cones import Cones
+from obliteratus.analyze.reach import Reach
+from obliteratus.card import model_card, reason_rows
+from obliteratus.excise.bake import baked
+from obliteratus.pipeline import run
+from obliteratus.recipe import recipe
+from obliteratus.results import Run, Score
+from obliteratus.rules import BUDGET, LEFT, RULES, SHARE, spectrum
+from obliteratus.settings import Recipe, Step
+from obliteratus.store import Store
+from obliteratus.types import Activations, Moments, Prompt, PromptSet
+
+DEPTHS = (0, 2, 4, 6)
+ACTS = Activations({g: Moments(1, torch.zeros(9, 4)) for g in ("target", "control")}, -1)  # of eight blocks
+
+
+def score(value: float) -> Score:
+    return Score(value=value, low=value - 0.01, high=value + 0.01, n=8, unit="")
+
+
+def reached(left: Mapping[str, tuple[float, ...]], kl: Mapping[str, tuple[float, ...]]) -> Reach:
+    """A finding with these tables; random directions leave all."""
+    tables = [{part: tuple(map(score, row)) for part, row in table.items()} for table in (left, kl)]
+    rest = {"random": tuple(map(score, (1.0,) * 4))}
+    return Reach(DEPTHS, {**tables[0], **rest}, {**tables[1], **rest}, ("N",))
+
+
+def coned(cosine: list[list[float]]) -> Cones:
+    """A finding with these cosines between categories."""
+    n, zero = len(cosine), torch.zeros(9)
+    table = tuple(tuple(map(score, row)) for row in cosine)
+    names = tuple(f"c{i}" for i in range(n))
+    return Cones(names, (9,) * n, 8, table, zero, torch.zeros(2, 9), zero, 0.05)
+
+
+def advised(found: Mapping[str, Finding], anchors: bool = True) -> Advice:
+    return advise(recipe("informed"), ACTS, found, anchors=anchors)
+
+
+def because(advice: Advice, decides: str) -> Reason:
+    return next(reason for reason in advice.reasons if decides in reason.decides)
+
+
+PLAIN = {"both": (0.0, 0.0, 0.01, 0.6), "attention": (0.0, 0.02, 0.2, 0.9), "mlp": (0.3, 0.5, 0.7, 1.0)}
+ANCHORED = ("llama", "gpt2")  # have biases, or a switch for them in attention and MLP
+COST = {"both": (0.9, 0.4, 0.06, 0.01), "attention": (0.5, 0.05, 0.02, 0.01), "mlp": (0.01, 0.01, 0.01, 0.01)}
+
+
+# ------------------------------------------------------------------------------------------------------- decisions
+def test_the_cheapest_edit_that_ends_the_behaviour_is_chosen() -> None:
+    made = advised({"reach": reached(PLAIN, COST)})
+    low, parts = (step.options for step in made.recipe.weigh)
+    assert low["low"] == pytest.approx(2 / 7, abs=1e-4)
+    assert low["low"] <= 2 / 7
+    assert (parts["attn"], parts["mlp"]) == (1.0, 0.0)
+    assert made.recipe.excise.kl_budget == pytest.approx(BUDGET * 0.05)
+    reason = because(made, "layers")
+    assert (reason.value, reason.threshold, reason.at_most) == (0.02, LEFT, True)
+    assert because(made, "KL budget").value == 0.05
+
+
+def test_a_cheaper_edit_that_leaves_more_is_not() -> None:
+    """Negative control: attention alone now leaves a little too much, so both parts are edited, from deeper on."""
+    left = {**PLAIN, "attention": (0.0, LEFT + 0.001, 0.2, 0.9)}
+    made = advised({"reach": reached(left, COST)})
+    assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)
+    assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
+
+
+def test_where_nothing_ends_it_the_recipe_stays() -> None:
+    left = {part: tuple(max(x, 0.3) for x in row) for part, row in PLAIN.items()}
+    made = advised({"reach": reached(left, COST)})
+    assert made.recipe.weigh == recipe("informed").weigh
+    assert made.recipe.excise.kl_budget is None
+    assert because(made, "layers").value == 0.3
+    assert because(made, "layers").changes == {}
+    assert because(made, "KL budget").value is None
+
+
+@pytest.mark.parametrize(("cosine", "k"), [(0.95, 1), (0.5, 2), (0.0, 2)])
+def test_categories_with_axes_of_their_own_get_directions(cosine: float, k: int) -> None:
+    made = advised({"cones": coned([[1, cosine], [cosine, 1]])})
+    assert made.recipe.distill[0].options.get("k", 1) == k
+    assert because(made, "directions").value == pytest.approx((1 - cosine) / 2)
+
+
+def test_many_categories_of_two_kinds_are_two_directions() -> None:
+    cosine = [[1.0 if i == j else 0.9 if i % 2 == j % 2 else 0.0 for j in range(8)] for i in range(8)]
+    assert advised({"cones": coned(cosine)}).recipe.distill[0].options["k"] == 2
+    assert spectrum(coned(cosine))[2] < SHARE
+    assert sum(spectrum(coned(cosine))) == pytest.approx(1)
+
+
+def test_weights_without_room_for_an_anchor_get_a_norm_rule() -> None:
+    made = advised({"cones": coned([[1, 0], [0, 1]])}, anchors=False)
+    assert not made.recipe.excise.anchored
+    assert made.recipe.excise.norm == "columns"
+    assert [step.use for step in made.recipe.distill] == ["svd", "orthogonal_to_control"]
+    assert because(made, "norm rule").value == 0
+    plain = suited(recipe("informed"), anchors=False)
+    assert plain.excise == made.recipe.excise
+    assert suited(recipe("informed"), anchors=True) == recipe("informed")
+    assert because(made, "norm rule").changes
+    assert advised({}).recipe.excise.anchored
+    assert not because(advised({}), "norm rule").changes
+
+
+def test_what_was_not_measured_decides_nothing_and_says_so() -> None:
+    made = advised({})
+    assert made.recipe == recipe("informed").model_copy(update={"analyze": ()})
+    assert [reason.value for reason in made.reasons[1:]] == [None] * (len(RULES) - 1)
+
+
+def test_a_search_may_look_where_removal_works() -> None:
+    spans = advised({"reach": reached(PLAIN, COST)}).ranges
+    assert (spans["weigh.0.low"].low, spans["weigh.0.low"].high) == (0.0, pytest.approx(4 / 7, abs=0.01))
+    assert set(spans) == {"weigh.0.low", "weigh.1.attn", "weigh.1.mlp"}
+    deaf = {**PLAIN, "mlp": (1.0,) * 4}
+    assert "weigh.1.mlp" not in advised({"reach": reached(deaf, COST)}).ranges
+    none = {part: (1.0,) * 4 for part in PLAIN}
+    assert advised({"reach": reached(none, COST)}).ranges == {}
+
+
+# -------------------------------------------------------------------------------------------------- with models
+def grouped(prompts: PromptSet) -> PromptSet:
+    """Fit, search and report prompts of the refuser, the same ones."""
+    parts = ("fit", "search", "report")
+    groups = {
+        g: tuple(Prompt(f"{p.text}{' ' * i}", split=part) for i, part in enumerate(parts) for p in members)
+        for g, members in prompts.groups.items()
+    }
+    return PromptSet(groups)
+
+
+def informed(**changed: Any) -> Recipe:
+    short = {"verify": [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}], "analyze.1.depths": LAYERS}
+    return recipe("informed", {**short, **changed})
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_edits_begin_at_the_deepest_block_from_which_they_work(block: int) -> None:
+    """Attention of one block writes the refusal, and the next block's MLP what tips the answer; none above matters."""
+    plan, found = run(informed(), refuser(block=block), grouped(asked()))
+    assert min(e.site.layer for e in plan.edits) == block + 1
+    assert {e.site.part for e in plan.edits} == {"mlp.out"}
+    assert found.after["refusal.target"].value == 0
+    reasons = {r["decides"]: r for r in found.advice["reasons"]}
+    assert reasons["layers, attention and MLP"]["value"] <= LEFT
+    assert found.recipe.analyze == ()
+
+
+def test_groups_that_differ_by_chance_decide_nothing() -> None:
+    _, found = run(informed(), refuser(), grouped(shuffled(asked())))
+    reason = next(r for r in found.advice["reasons"] if r["decides"].startswith("layers"))
+    assert reason["changes"] == {}
+
+
+def test_the_run_keeps_reasons_and_people_see_them() -> None:
+    _, found = run(informed(), refuser(), grouped(asked()))
+    assert Run.model_validate_json(found.model_dump_json()).advice == found.advice
+    text = model_card(found.model_copy(update={"saved": {"form": "plan"}}))
+    for row in reason_rows(found):
+        assert all(cell in text for cell in row)
+    assert "not measured" in text  # these prompts have no categories
+
+
+def test_an_advice_comes_back_from_disk_and_can_be_searched_from(tmp_path: Path) -> None:
+    ground = planted_ground()
+    found = analyze(ground, [Step(use="reach", depths=LAYERS)])
+    made = advise(recipe("informed"), ground.acts, found)
+    save_advice(made, tmp_path)
+    assert load_advice(tmp_path) == replace(made, found={})
+    assert "<svg" in (tmp_path / "index.html").read_text() or "<img" in (tmp_path / "index.html").read_text()
+    assert set(json.loads((tmp_path / "analysis.json").read_text())) == {"reach"}
+    search = recipe(tmp_path / "advised.toml").search
+    assert search is not None
+    assert set(search.space) == set(made.ranges)
+
+
+def test_a_resumed_run_measures_nothing_twice(tmp_path: Path) -> None:
+    subject, prompts = refuser(), grouped(asked())
+    first = run(informed(), subject, prompts, Store(tmp_path))[1]
+    store = Store(tmp_path)
+    again = run(informed(), subject, prompts, store)[1]
+    assert again.advice == first.advice
+    assert again.recipe == first.recipe
+    assert again.after == first.after
+    assert store.values["ANALYZE"].found == {}
+
+
+def test_activations_are_probed_once_for_analysis_and_first_pass() -> None:
+    """By counting what passes: with the analyses left out, the same stages, and as many probes."""
+    store = Store()
+    run(informed(), refuser(), grouped(asked()), store)
+    assert [name for name in store.seconds if name.startswith("PROBE")] == ["PROBE 1"]
+    kept: list[int] = []
+    assert store.stage("PROBE 1", lambda: kept.append(1), lambda *x: None, lambda *x: None) is store.values["PROBE 1"]
+    assert not kept
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma2", "mixtral", "granitemoehybrid", "qwen3_next"])
+def test_it_runs_on_every_kind_of_model_and_what_it_gives_can_be_saved(name: str) -> None:
+    """Where biases can hold anchors, and where not."""
+    subject = tiny_subject(name)
+    plan, found = run(informed(**{"analyze.1.depths": 2}), subject, grouped(asked()))
+    assert (found.advice["reasons"][0]["value"] == 1.0) == found.recipe.excise.anchored == (name in ANCHORED)
+    for make in baked(subject, plan).values():
+        assert torch.isfinite(make()).all()
