@@ -110,7 +110,7 @@ def rows_at(acts: Activations, at: list[int]) -> Groups:
 
 
 def check_many(prompts: int, who: str, instead: str = "use svd") -> None:
-    """UserError, naming ``who`` and what to do ``instead``, for fewer prompts than the 50 that a coder is trained on."""
+    """UserError, naming ``who`` and what to do ``instead``, for fewer prompts than 50, to train on."""
     if prompts < LEAST:
         raise UserError(
             f"{who}: {prompts} prompts are too few to train on; give {LEAST} or more (several hundred are better), "
