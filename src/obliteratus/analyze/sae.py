@@ -41,10 +41,11 @@ def sae(
 ) -> SparseParts:
     """Which features of a sparse autoencoder sum to the direction, and whether it takes fewer of them than chance.
 
-    The unit direction is decomposed over the unit decoder rows by orthogonal matching pursuit (`pursued`), up to
-    ``atoms`` of them. Chance: ``draws`` mean differences under permuted labels, decomposed in the same way; the
-    dictionary never sees the labels, so that for a mean difference p is exact, and for any other direction no more than
-    a comparison. The largest excess over all numbers of atoms counts (`family_wise`).
+    The unit direction is decomposed over the features' unit decoder rows by orthogonal matching pursuit (`pursued`), up
+    to ``atoms`` of them; of a dictionary trained here, those that never fire are left out: nothing was learnt in them.
+    Chance: ``draws`` mean differences under permuted labels, decomposed in the same way; the dictionary never sees the
+    labels, so that for a mean difference p is exact, and for any other direction no more than a comparison. The largest
+    excess over all numbers of atoms counts (`family_wise`).
 
     Each feature's AUC and rates are of the fit prompts, on which it was chosen: they flatter it, and their intervals do
     not know. p does: it compares with the features that permuted labels choose, on those labels. A feature is a row of
@@ -61,13 +62,14 @@ def sae(
     coder, rows = _dictionary(ground, aim.stream, training, pretrained)
     order = orders(len(sample), draws, seed)
     units = torch.cat([aim.vector.double()[None], mean_differences(sample, aim.stream, order[1:])])
-    found = pursued(normalize(units, dim=1), normalize(coder.decoder[0], dim=1), atoms)
     fired = coder.encode(rows)[0]
+    learnt = torch.ones_like(fired[0]) if pretrained else fired.any(0).to(fired)  # the rest is as it began
+    found = pursued(normalize(units, dim=1), normalize(coder.decoder[0], dim=1) * learnt[:, None], atoms)
     chances = family_wise((areas(fired, found.atoms, members(order, sample.n)) - 0.5).abs())
     return SparseParts(
         stream=aim.stream,
         source=pretrained or f"trained on the {rows.shape[1]} prompts",
-        features=coder.decoder.shape[1],
+        features=int(learnt.sum()),
         rows_explained=_explained(coder, rows),
         atoms=_atoms(aim, coder, found.atoms[0], fired, sample.n, chances),
         share=found.share[0],

@@ -39,6 +39,7 @@ class SparseParts:
     source: str
     """Where the dictionary is from."""
     features: int
+    """In it; of one trained here, those that fire on any of its prompts."""
     rows_explained: float
     """1 − Σ‖x − x̂‖² / Σ‖x − mean‖² of the prompts' rows: what the dictionary knows of this stream; may be below 0."""
     atoms: tuple[Atom, ...]
@@ -99,8 +100,9 @@ class SparseParts:
         k = self.found[0]
         named = ", ".join(f"{a.feature} ({a.coefficient:+.2f}, AUC {a.auc.value:.2f})" for a in self.atoms[:NAMED])
         return (
-            f"{where} is sparser in {self.features} features than chance: {k} explain {float(self.share[k - 1]):.0%} "
-            f"(chance {float(self.by_chance[1, k - 1]):.0%} at most, {n} prompts); first features {named}"
+            f"{where} is sparser in {self.features} features than chance: {k} {'explains' if k == 1 else 'explain'} "
+            f"{float(self.share[k - 1]):.0%} (chance {float(self.by_chance[1, k - 1]):.0%} at most, {n} prompts); "
+            f"first features {named}"
         )
 
     def draw(self, figure: Figure) -> None:
