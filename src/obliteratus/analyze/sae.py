@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -55,46 +56,84 @@ def sae(
     SAELens file in place of training; give the stream it was trained on, block + 1 for hook_resid_post. Needs rows;
     UserError for fewer than 50 prompts without ``pretrained``, 2 of each group, and a file that does not fit the model.
     """
-    sample = sample_of(ground.acts, "sae")
     aim = aimed(ground, stream, "sae")
     if pretrained is not None and stream is None:
         raise UserError(f"{WHO}: pretrained needs stream, the index it was trained on; got none")
-    coder, rows = _dictionary(ground, aim.stream, training, pretrained)
-    order = orders(len(sample), draws, seed)
+    sample = sample_of(ground.acts, "sae")
+    book = _dictionary(ground, aim.stream, training, pretrained)
+    return _decomposed(sample, aim, book, atoms, orders(len(sample), draws, seed), level)
+
+
+@dataclass(frozen=True)
+class Book:
+    """A dictionary, and what it says of the prompts."""
+
+    source: str
+    units: Float[Tensor, "features width"]
+    """Decoder rows, of length 1; zeros for features that learnt nothing."""
+    fired: Float[Tensor, "rows features"]
+    """How much each fires on target prompts, then on control prompts."""
+    explained: float
+    """Of these rows' variance."""
+
+
+def _dictionary(ground: Ground, stream: int, training: Training, pretrained: str | None) -> Book:
+    """Read from its file, or trained on all groups' rows."""
+    groups = rows_at(ground.acts, [stream])
+    if pretrained is not None:
+        source, coder = pretrained, load_coder(pretrained, ground.acts["target"].mean.shape[1])
+    else:
+        n = sum(x.shape[1] for x in groups.values())
+        check_many(n, WHO, "a pretrained dictionary")
+        groups = scaled(groups)
+        source, coder = f"trained on the {n} prompts", trained(torch.cat(list(groups.values()), 1), training, "auto")
+    rows = torch.cat([groups["target"], groups["control"]], 1)
+    fired, units = coder.encode(rows)[0], normalize(coder.decoder[0], dim=1)
+    if pretrained is None:  # what never fires on what it was trained on is as it began
+        units = units * fired.any(0)[:, None]
+    return Book(source, units, fired, _explained(coder, rows))
+
+
+def _explained(coder: Coder, rows: Float[Tensor, "1 rows width"]) -> float:
+    error = (coder.decode(coder.encode(rows)) - rows).double().square().sum()
+    spread = (rows - rows.mean(1, keepdim=True)).double().square().sum()
+    return float(1 - error / spread.clamp(min=torch.finfo(spread.dtype).tiny))
+
+
+def _decomposed(
+    sample: Sample, aim: Aim, book: Book, most: int, order: Int[Tensor, "draws rows"], level: float
+) -> SparseParts:
+    """The direction, and the mean differences of every order but the first, which is the true one."""
     units = torch.cat([aim.vector.double()[None], mean_differences(sample, aim.stream, order[1:])])
-    fired = coder.encode(rows)[0]
-    learnt = torch.ones_like(fired[0]) if pretrained else fired.any(0).to(fired)  # the rest is as it began
-    found = pursued(normalize(units, dim=1), normalize(coder.decoder[0], dim=1) * learnt[:, None], atoms)
-    chances = family_wise((areas(fired, found.atoms, members(order, sample.n)) - 0.5).abs())
+    found = pursued(normalize(units, dim=1), book.units, most)
+    chances = family_wise((areas(book.fired, found.atoms, members(order, sample.n)) - 0.5).abs())
     return SparseParts(
         stream=aim.stream,
-        source=pretrained or f"trained on the {rows.shape[1]} prompts",
-        features=int(learnt.sum()),
-        rows_explained=_explained(coder, rows),
-        atoms=_atoms(aim, coder, found.atoms[0], fired, sample.n, chances),
+        source=book.source,
+        features=int(book.units.any(1).sum()),
+        rows_explained=book.explained,
+        atoms=_atoms(aim, book, found.atoms[0], sample.n, chances),
         share=found.share[0],
         by_chance=usual(found.share),
         p=family_wise(found.share),
         level=level,
-        draws=draws,
+        draws=len(order) - 1,
         prompts=(sample.n, len(sample) - sample.n),
     )
 
 
-def _dictionary(
-    ground: Ground, stream: int, training: Training, pretrained: str | None
-) -> tuple[Coder, Float[Tensor, "1 rows width"]]:
-    """The coder, and target and control rows as it takes them."""
-    groups = rows_at(ground.acts, [stream])
-    if pretrained is not None:
-        coder = load_coder(pretrained, ground.acts["target"].mean.shape[1])
-    else:
-        check_many(sum(x.shape[1] for x in groups.values()), WHO, "a pretrained dictionary")
-        groups = scaled(groups)
-        coder = trained(torch.cat(list(groups.values()), 1), training, "auto")
-    return coder, torch.cat([groups["target"], groups["control"]], 1)
+def _atoms(aim: Aim, book: Book, chosen: Int[Tensor, " k"], n: int, p: Float[Tensor, " k"]) -> tuple[Atom, ...]:
+    """The direction's own, with what the prompts say of each."""
+    chosen = chosen[chosen != NONE]
+    size, made = coefficients(aim.vector, book.units[chosen]), []
+    for feature, coefficient, chance in zip(chosen.tolist(), size.tolist(), p.tolist(), strict=False):
+        one, two = book.fired[:n, feature], book.fired[n:, feature]
+        target, control = (rate(int((x > 0).sum()), len(x)) for x in (one, two))
+        made.append(Atom(feature, coefficient, auc(one, two), target, control, chance))
+    return tuple(made)
 
 
+# ---------------------------------------------------------------------------------------------------- chance
 def members(order: Int[Tensor, "draws rows"], n: int) -> Bool[Tensor, "draws rows"]:
     """Which rows stand at the target's places."""
     return torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
@@ -123,28 +162,3 @@ def areas(
     sums = torch.stack([(ranks[place[:, k]] * target).sum(1) for k in range(chosen.shape[1])], 1)
     area = (sums - (n * (n + 1) / 2)[:, None]) / (n * (target.shape[1] - n))[:, None]
     return torch.where(chosen == NONE, 0.5, area)
-
-
-def _atoms(
-    aim: Aim,
-    coder: Coder,
-    chosen: Int[Tensor, " k"],
-    fired: Float[Tensor, "rows features"],
-    n: int,
-    p: Float[Tensor, " k"],
-) -> tuple[Atom, ...]:
-    """The direction's own, with what the prompts say of each."""
-    chosen = chosen[chosen != NONE]
-    size = coefficients(aim.vector, normalize(coder.decoder[0, chosen], dim=1))
-    made = []
-    for feature, coefficient, chance in zip(chosen.tolist(), size.tolist(), p.tolist(), strict=False):
-        one, two = fired[:n, feature], fired[n:, feature]
-        target, control = (rate(int((x > 0).sum()), len(x)) for x in (one, two))
-        made.append(Atom(feature, coefficient, auc(one, two), target, control, chance))
-    return tuple(made)
-
-
-def _explained(coder: Coder, rows: Float[Tensor, "1 rows width"]) -> float:
-    error = (coder.decode(coder.encode(rows)) - rows).double().square().sum()
-    spread = (rows - rows.mean(1, keepdim=True)).double().square().sum()
-    return float(1 - error / spread.clamp(min=torch.finfo(spread.dtype).tiny))
