@@ -96,15 +96,16 @@ def test_a_cost_counts_answers_and_gradient_steps_as_passes() -> None:
 
 
 @pytest.mark.parametrize("name", ["decomposition", "entanglement", "patching", "positions", "repair", "tuned_lens"])
-def test_no_analysis_asks_more_than_its_bill(name: str) -> None:
-    """Counted where the model is entered, less the prefixes that many prompts share; and the bill is no fantasy."""
+def test_a_bill_is_what_an_analysis_asks(name: str) -> None:
+    """Counted where the model is entered. Of few and short prompts, the prefix that they share, which is passed by
+    itself, and checks that it may be shared are up to half as much again; what early stops save is up to half."""
     subject, passed = tiny_subject("llama"), []
     subject.model.base_model.register_forward_pre_hook(
         lambda m, a, k: passed.append(k["input_ids"].shape[0]), with_kwargs=True
     )
     bill = bill_of(chosen([name]), values())
     analysed(subject, asked(), chosen([name]))
-    assert 0.4 * bill.total <= sum(passed) <= bill.total + passed.count(1)
+    assert 0.5 * bill.total <= sum(passed) <= 1.5 * bill.total
 
 
 def test_everything_is_told_before_anything_runs() -> None:

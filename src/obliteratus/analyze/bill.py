@@ -15,7 +15,8 @@ from obliteratus.work import Values, n_of
 
 @dataclass(frozen=True)
 class Bill:
-    """Forward passes, at most: one is one prompt passed through the model once."""
+    """Forward passes, at most: one is one prompt passed through the model once. A prefix that prompts share is not
+    counted: it is passed by itself, once for all of them."""
 
     probe: int
     """Of the activations that all analyses share."""
