@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from obliteratus.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, shown
+
+if TYPE_CHECKING:
+    from obliteratus.analyze.report import Report
+
+Budget = Annotated[
+    int | None,
+    typer.Option(help="Most forward passes beside the probe's; the cheapest analyses run, others are skipped."),
+]
 
 
 def analyze(
@@ -16,10 +24,7 @@ def analyze(
     control: Control,
     out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
     only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Most forward passes beside the probe's; the cheapest analyses run, others are skipped."),
-    ] = None,
+    budget: Budget = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -28,8 +33,6 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
-    from rich.markup import escape
-
     from obliteratus.analyze.bill import check_budget
     from obliteratus.analyze.report import analysed, chosen, write
     from obliteratus.prompts import load_prompts
@@ -47,9 +50,18 @@ def analyze(
         write(report, out, f"Analysis of {model}")
     if json:
         show_json(report.numbers())
-        return
+    else:
+        _show(report)
+        results.print(f"[bold]Saved[/]  {out}/index.html")
+
+
+def _show(report: Report) -> None:
+    """A line for each analysis."""
+    from rich.markup import escape
+
+    from obliteratus.terminal import results
+
     for name, finding in report.found.items():
         results.print(f"[bold]{name}[/]  {finding.told()}")
     for name, why in report.skipped.items():
         results.print(f"[bold]{name}[/]  skipped: {escape(why)}")
-    results.print(f"[bold]Saved[/]  {out}/index.html")
