@@ -15,10 +15,11 @@ from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.samples import LEVEL, Level
 from obliteratus.distill.steps import NOTHING
 from obliteratus.excise.live_rows import applied_rows
+from obliteratus.progress import SILENT, progress, reporting
 from obliteratus.results import Score
 from obliteratus.shapes import Float
 from obliteratus.summon.forward import read
-from obliteratus.summon.render import render
+from obliteratus.summon.render import Ids, render
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify.intervals import RESAMPLES
 from obliteratus.work import Cost, amount, n_of, number
@@ -129,7 +130,7 @@ def repair(
     layers = _spread(subject.n_layers - 1, depths)
     chosen = some(ground.lab.prompts, prompts)
     units = torch.cat([aim.vector[None], random_units(random, subject.width, seed)])
-    found = [_measured(subject, chosen, layers, unit, ground.acts.position) for unit in units]
+    found = _measured(subject, chosen, layers, units, ground.acts.position)
     return _judged(found[0], layers, torch.stack([returned(one, layers) for one in found]), level, seed)
 
 
@@ -146,17 +147,32 @@ Measured = tuple[Float[Tensor, "plans a streams"], Float[Tensor, "plans b stream
 
 
 def _measured(
-    subject: Subject, prompts: PromptSet, layers: Sequence[int], unit: Float[Tensor, " width"], position: int
-) -> Measured:
-    plans = [Plan(), *(removals(subject, range(-1, layer + 1), unit[None]) for layer in layers)]
+    subject: Subject, prompts: PromptSet, layers: Sequence[int], units: Float[Tensor, "n width"], position: int
+) -> list[Measured]:
+    """Of each direction. The model as it is runs once for all of them."""
     ids = [render(subject, prompts[group]) for group in GROUPS]
-    rows = [row for group in ids for row in group]
-    along = torch.empty(len(plans) * len(rows), subject.n_layers + 1, dtype=torch.float64)
+    rows, n = [row for group in ids for row in group], len(ids[0])
+    found = []
+    with progress("ANALYZE repair", len(units)) as advance, reporting(SILENT):
+        before = _along(subject, [Plan()], rows, units, position)
+        for i, unit in enumerate(units):
+            plans = [removals(subject, range(-1, layer + 1), unit[None]) for layer in layers]
+            after = _along(subject, plans, rows, unit[None], position)
+            along = torch.cat([before[..., i], after[..., 0]])
+            found.append((along[:, :n], along[:, n:]))
+            advance(1)
+    return found
+
+
+def _along(
+    subject: Subject, plans: Sequence[Plan], rows: Ids, units: Float[Tensor, "n width"], position: int
+) -> Float[Tensor, "plans rows streams n"]:
+    """Streams of all rows under each plan, along the directions; fp64."""
+    along = torch.empty(len(plans) * len(rows), subject.n_layers + 1, len(units), dtype=torch.float64)
     with applied_rows(subject, plans, [plan for plan in range(len(plans)) for _ in rows]):
-        for got in read(subject, rows * len(plans), position=position, title="ANALYZE repair"):
-            along[got.rows] = got.stream.double() @ unit.double()
-    along = along.view(len(plans), len(rows), -1)
-    return along[:, : len(ids[0])], along[:, len(ids[0]) :]
+        for got in read(subject, list(rows) * len(plans), position=position):
+            along[got.rows] = got.stream.double() @ units.double().T
+    return along.view(len(plans), len(rows), -1, len(units))
 
 
 def differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
