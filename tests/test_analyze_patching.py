@@ -175,4 +175,5 @@ def test_rows_do_not_see_each_other_and_places_must_be_there() -> None:
 
 def test_it_is_registered_with_its_cost() -> None:
     cost = analyses["patching"].cost({"pairs": 8, "positions": 3, "heads": 32})
-    assert cost.forwards.of({"L": 30}) == 8 * (2 + 3 * (3 * 30 + 32))
+    assert cost.forwards.of({"N_search,target": 50, "L": 30}) == 8 * (2 + 3 * (3 * 30 + 32))
+    assert cost.forwards.of({"N_search,target": 5, "L": 30}) == 5 * (2 + 3 * (3 * 30 + 32))

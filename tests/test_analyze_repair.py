@@ -13,7 +13,7 @@ from tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import Ground, analyses
-from obliteratus.analyze.repair import repair
+from obliteratus.analyze.repair import repair, single_step
 
 BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
 
@@ -120,7 +120,27 @@ def baked(model: Any, depth: int, d: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_a_random_direction_is_not_written_back() -> None:
     for seed in range(5):
-        assert repair(random_along(repairing(), seed)).found == []
+        assert repair(random_along(repairing(), seed), prompts=4).found == []
+
+
+def test_random_directions_are_found_no_more_often_than_the_level() -> None:
+    """In a model of random weights, where later layers answer to everything: of 60 directions 3 are the level."""
+    subject = tiny_subject("llama_biased")
+    ground = ground_of(subject, asked())
+    found, by_p = 0, 0
+    for seed in range(60):
+        noise = torch.randn(subject.width, generator=torch.Generator().manual_seed(1000 + seed))
+        one = repair(along(ground, noise), prompts=4, seed=seed)
+        found += bool(one.found)
+        by_p += bool((one.p <= one.level).any())
+    assert found <= by_p <= 8  # the binomial's 99.6 % point
+    assert by_p >= 1  # the limit is not out of reach
+
+
+def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
+    back = torch.tensor([[3.0, 1.0], [2.0, 0.5], [0.0, 4.0], [-5.0, -1.0]])
+    assert single_step(back).tolist() == [0.5, 0.75]  # itself and the third; those and the second
+    assert single_step(torch.zeros(20, 3)).tolist() == [1, 1, 1]
 
 
 def test_identical_groups_show_nothing() -> None:
@@ -136,7 +156,7 @@ def test_shuffled_groups_show_nothing() -> None:
 
 
 def test_depths_are_spread_and_cost_is_told() -> None:
-    assert repair(repairing(), depths=3, random=1, prompts=2).depths == (0, 3, 6)
+    assert repair(repairing(), depths=3, prompts=2).depths == (0, 3, 6)
     assert LAYERS == 8
-    cost = analyses["repair"].cost({"prompts": 16, "depths": 8, "random": 2})
-    assert cost.forwards.of({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 3)
+    cost = analyses["repair"].cost({"prompts": 16, "depths": 8, "random": 19})
+    assert cost.forwards.of({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 20)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from obliteratus.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, shown
+
+if TYPE_CHECKING:
+    from obliteratus.analyze.report import Report
+
+Budget = Annotated[
+    int | None,
+    typer.Option(help="Most forward passes beside the probe's; the cheapest analyses run, others are skipped."),
+]
 
 
 def analyze(
@@ -16,6 +24,7 @@ def analyze(
     control: Control,
     out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
     only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
+    budget: Budget = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -24,21 +33,35 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
+    from obliteratus.analyze.bill import check_budget
     from obliteratus.analyze.report import analysed, chosen, write
     from obliteratus.prompts import load_prompts
     from obliteratus.store import check_free
     from obliteratus.summon.open import open_subject
     from obliteratus.terminal import results, show_json
 
-    steps, prompts = chosen([name for name in only.split(",") if name]), load_prompts(target, control)
+    check_budget(budget)
+    names = [name for name in only.split(",") if name]
+    steps, prompts = chosen(names), load_prompts(target, control)
     check_free(out)
     with shown(quiet):
         subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        found = analysed(subject, prompts, steps, seed or 0)
-        write(found, out, f"Analysis of {model}")
+        report = analysed(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
+        write(report, out, f"Analysis of {model}")
     if json:
-        show_json({name: finding.numbers() for name, finding in found.items()})
-        return
-    for name, finding in found.items():
+        show_json(report.numbers())
+    else:
+        _show(report)
+        results.print(f"[bold]Saved[/]  {out}/index.html")
+
+
+def _show(report: Report) -> None:
+    """A line for each analysis."""
+    from rich.markup import escape
+
+    from obliteratus.terminal import results
+
+    for name, finding in report.found.items():
         results.print(f"[bold]{name}[/]  {finding.told()}")
-    results.print(f"[bold]Saved[/]  {out}/index.html")
+    for name, why in report.skipped.items():
+        results.print(f"[bold]{name}[/]  skipped: {escape(why)}")

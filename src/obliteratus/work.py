@@ -118,6 +118,12 @@ class Cost:
     def __bool__(self) -> bool:
         return bool(self.forwards or self.answers or self.texts or self.training)
 
+    def passes(self, values: Values) -> int:
+        """Forward passes of one prompt, at most: every token of an answer is one, and a gradient step's prompt two."""
+        count = self.forwards.of(values) + self.texts.of(values)
+        count += sum((1 + a.tokens) * a.times * a.prompts.of(values) for a in self.answers)
+        return round(count + sum(2 * t.steps * t.prompts for t in self.training))
+
     def __str__(self) -> str:
         parts = [f"{_bracketed(self.forwards)} forwards"] * bool(self.forwards)
         parts += [f"{_bracketed(a.prompts * a.times)} × {a.tokens} tokens" for a in self.answers]

@@ -13,6 +13,7 @@ from obliteratus.analyze import patching as patching
 from obliteratus.analyze import positions as positions
 from obliteratus.analyze import reach as reach
 from obliteratus.analyze import repair as repair
+from obliteratus.analyze import sae as sae
 from obliteratus.analyze import separability as separability
 from obliteratus.analyze import tuned_lens as tuned_lens
 from obliteratus.analyze import uncertainty as uncertainty

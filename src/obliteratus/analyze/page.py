@@ -6,6 +6,7 @@ import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 from obliteratus.analyze.base import Finding, analyses
@@ -24,13 +25,16 @@ th, td { padding: .2rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: lef
 """
 
 
-def page(found: Mapping[str, Finding], title: str) -> str:
+def page(found: Mapping[str, Finding], title: str, skipped: Mapping[str, str] = MappingProxyType({})) -> str:
     """One self-contained HTML document: a table of contents, and for each finding its line, its plot and its numbers.
+
+    skipped: analyses that did not run, with the reason of each; named below the contents.
 
     The plots are SVG inside data addresses, text as outlines, so that they look the same everywhere; the page names no
     other file and runs no script. What findings say is escaped.
     """
     links = "\n".join(f'<li><a href="#{name_of(n)}">{escape(n)}</a>: {escape(f.told())}</li>' for n, f in found.items())
+    left = "".join(f'<p class="about">Skipped: {escape(n)}, {escape(why)}</p>\n' for n, why in skipped.items())
     sections = "\n".join(_section(name, finding) for name, finding in found.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -45,7 +49,7 @@ def page(found: Mapping[str, Finding], title: str) -> str:
 <nav><ol>
 {links}
 </ol></nav>
-{sections}
+{left}{sections}
 </body>
 </html>
 """

@@ -16,7 +16,7 @@ from obliteratus.analyze.chance import Contrast, told, within
 from obliteratus.analyze.pairs import Place, Setting, What
 from obliteratus.results import Score
 from obliteratus.shapes import Float
-from obliteratus.work import Cost, amount, number
+from obliteratus.work import Cost, amount, n_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def _grid(values: Sequence[tuple[Place, float]]) -> Float[Tensor, "positions lay
 
 def _cost(options: Mapping[str, Any]) -> Cost:
     places = amount("L") * (len(KINDS) * options["positions"]) + number(options["heads"] * options["positions"])
-    return Cost((places + number(2)) * options["pairs"])
+    return Cost((places + number(2)) * n_of("search", "target", options["pairs"]))
 
 
 @analyses.register("patching", cite="arXiv:2202.05262", cost=_cost)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from obliteratus.analyze.base import Finding, Ground, analyses, analyze
+from obliteratus.analyze.bill import afforded, values_of
 from obliteratus.analyze.page import page
 from obliteratus.distill import distill
+from obliteratus.errors import UserError
 from obliteratus.probe import probe
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
@@ -18,7 +20,6 @@ from obliteratus.settings import Step
 from obliteratus.store import check_free, publish
 from obliteratus.tune.lab import Lab
 from obliteratus.types import PromptSet, Subject
-from obliteratus.work import Cost, n_of
 
 FOUND_BY = (Step(use="mean_diff"),)  # the directions that are analysed: the plainest, one for each layer
 
@@ -29,31 +30,65 @@ def chosen(names: Sequence[str]) -> tuple[Step, ...]:
     return tuple(Step(use=name) for name in analyses if name in wanted)
 
 
-def cost_of(steps: Sequence[Step]) -> Cost:
-    """The most that probing and the analyses ask of the model."""
-    each = (analyses[s.use].cost(analyses.check(s.use, s.options)) for s in steps)
-    return reduce(add, each, Cost(n_of("fit")))
+@dataclass(frozen=True)
+class Report:
+    """Findings by name, and why other analyses did not run."""
+
+    found: dict[str, Finding]
+    skipped: dict[str, str]
+    """By name, one line each; empty where all ran."""
+
+    def numbers(self) -> dict[str, Any]:
+        """By analysis; under ``skipped``, where there are any, those that did not run, each with its reason."""
+        numbers: dict[str, Any] = {name: finding.numbers() for name, finding in self.found.items()}
+        return numbers | ({"skipped": self.skipped} if self.skipped else {})
 
 
-def analysed(subject: Subject, prompts: PromptSet, steps: Sequence[Step], seed: int = 0) -> dict[str, Finding]:
-    """Findings by name, on activations of the fit prompts that are probed once; search prompts are held out.
+def analysed(
+    subject: Subject,
+    prompts: PromptSet,
+    steps: Sequence[Step],
+    seed: int = 0,
+    *,
+    budget: int | None = None,
+    strict: bool = True,
+) -> Report:
+    """Findings on activations of the fit prompts that are probed once; search prompts are held out.
 
-    UserError where a part of the prompts is empty.
+    What everything costs is said before anything runs. budget: forward passes, at most, beside the probe; analyses are
+    taken in from the cheapest on, and the others are skipped. strict: an analysis that cannot work on these prompts
+    raises its UserError; else it is skipped too. UserError where a part of the prompts is empty or the budget below 0.
     """
     fit, held, _ = parts_checked(prompts, seed, searched=True)
-    note("cost", f"at most {cost_of(steps)}")
+    kept, skipped = afforded(steps, values_of(fit, held, subject.n_layers), budget)
     acts = probe(subject, fit)
-    return analyze(Ground(acts, distill(acts, FOUND_BY), Lab(subject, fit), held), steps)
+    ground = Ground(acts, distill(acts, FOUND_BY), Lab(subject, fit), held)
+    if strict:
+        return Report(analyze(ground, kept), skipped)
+    found, unable = _tried(ground, kept)
+    return Report(found, skipped | unable)
 
 
-def write(found: dict[str, Finding], out: Path, title: str) -> None:
+def _tried(ground: Ground, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
+    """Findings, and the reasons of those that cannot work on this ground."""
+    found: dict[str, Finding] = {}
+    unable: dict[str, str] = {}
+    for step in steps:
+        try:
+            found |= analyze(ground, [step])
+        except UserError as error:
+            unable[step.use] = str(error)
+            note("skipped", f"{step.use}: {error}")
+    return found, unable
+
+
+def write(report: Report, out: Path, title: str) -> None:
     """index.html with all plots, and analysis.json, in a folder that appears when both are whole. UserError where the
     folder is in use."""
     check_free(out)
     partial = out.with_name(out.name + ".partial")
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(page(found, title))
-    numbers = {name: finding.numbers() for name, finding in found.items()}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "index.html").write_text(page(report.found, title, report.skipped))
+    (folder / "analysis.json").write_text(json.dumps(report.numbers(), indent=1))
     publish(partial, out)

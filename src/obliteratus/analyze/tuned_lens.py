@@ -51,6 +51,8 @@ class TunedLens:
     """Tokens that the stream's direction promotes once it is taken through the map; none where it is zero."""
     fitted: int
     """Prompts that the maps were fitted on."""
+    position: int
+    """The one token of each prompt, counted from its end, that they were fitted on and are judged at."""
 
     @property
     def found(self) -> list[int]:
@@ -62,18 +64,19 @@ class TunedLens:
         scores = {name: [s.model_dump() for s in part] for name, part in self._parts()}
         constant, promoted = self.constant.model_dump(), [list(tokens) for tokens in self.promoted]
         found = {"found": self.found, "promoted": promoted, "fitted": self.fitted, "from_identity": list(self.kept)}
-        return {**scores, "constant": constant, **found}
+        return {"position": self.position, **scores, "constant": constant, **found}
 
     def _parts(self) -> tuple[tuple[str, tuple[Score, ...]], ...]:
         return ("tuned", self.tuned), ("logit", self.logit), ("gain", self.gain)
 
     def told(self) -> str:
         """From where on the next token is known."""
+        at = f"at token {self.position} alone"
         if not self.found:
-            return f"no stream tells more of the next token than the mean does ({self.constant.value:.3g} nats)"
+            return f"{at}: no stream tells more of what follows than the mean does ({self.constant.value:.3g} nats)"
         first, last = self.found[0], self.tuned[-1]
         return (
-            f"the next token shows from stream {first} on ({self.tuned[first].value:.3g} nats, the mean alone "
+            f"{at}: what follows shows from stream {first} on ({self.tuned[first].value:.3g} nats, the mean alone "
             f"{self.constant.value:.3g}); {last.value:.3g} nats at the last but one"
         )
 
@@ -154,7 +157,9 @@ def tuned_lens(ground: Ground) -> TunedLens:
     """How much of the model's next token each stream tells, through an affine map to the last stream.
 
     Fitted on the fit prompts' rows, at their one position, and scored on the search prompts at the same: KL of the
-    model's own distribution to the one that the lens reads, beside the logit lens and the mean last stream.
+    model's own distribution to the one that the lens reads, beside the logit lens and the mean last stream. The paper
+    fits at every token of a corpus: these maps hold for the probed token of prompts like these, and nothing is said of
+    other positions or texts.
     """
     acts = ground.acts
     fit = torch.cat([rows_of(acts, group, "tuned_lens") for group in GROUPS])
@@ -187,6 +192,7 @@ def scored(
         kept=tuple(one.identity for one in maps),
         promoted=_promoted(ground, maps),
         fitted=len(maps[0].rows),
+        position=ground.acts.position,
     )
 
 

@@ -28,6 +28,7 @@ CHANCE = 0.05
 # A feature with more than half of its squared length in those chosen before is one of them again: a narrow copy, of
 # which nothing but noise would be left after orthonormalising.
 COPY = 0.5
+WHO = "distill step 'sae'"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
@@ -38,7 +39,7 @@ Groups = dict[str, Tensor]
 def _fits(options: Mapping[str, Any], given: Given) -> None:
     """A given coder is as wide as the stream; to train one takes prompts enough."""
     if options["pretrained"] is None:
-        _many(sum(given.counts.values()))
+        check_many(sum(given.counts.values()), WHO)
     else:
         load_coder(options["pretrained"], given.width())
 
@@ -72,10 +73,10 @@ def sae(
     """
     if pretrained is not None:
         at = [_given(acts, stream)]
-        coder, rows = load_coder(pretrained, acts["target"].mean.shape[1]), _rows(acts, at)
+        coder, rows = load_coder(pretrained, acts["target"].mean.shape[1]), rows_at(acts, at)
     else:
         at = _chosen(acts, streams)
-        rows = _scaled(_rows(acts, at))
+        rows = scaled(rows_at(acts, at))
         if not at:
             return _directions(acts, at, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
         coder = trained(torch.cat(list(rows.values()), 1), training, device)
@@ -103,22 +104,27 @@ def _given(acts: Activations, stream: int | None) -> int:
     return stream
 
 
-def _rows(acts: Activations, at: list[int]) -> Groups:
+def rows_at(acts: Activations, at: list[int]) -> Groups:
+    """Every group's rows at these streams. UserError where rows were not kept."""
     return {group: rows_of(acts, group, "sae")[:, at].transpose(0, 1) for group in acts.groups}
 
 
-def _many(prompts: int) -> None:
+def check_many(prompts: int, who: str, instead: str = "use svd") -> None:
+    """UserError, naming ``who`` and what to do ``instead``, for fewer prompts than 50, to train on."""
     if prompts < LEAST:
         raise UserError(
-            f"distill step 'sae': {prompts} prompts are too few to train on; give {LEAST} or more "
-            "(several hundred are better), or use svd"
+            f"{who}: {prompts} prompts are too few to train on; give {LEAST} or more (several hundred are better), "
+            f"or {instead}"
         )
 
 
-def _scaled(rows: Groups) -> Groups:
-    """Centred and divided, at each stream, by one number over all groups: root mean square length 1."""
+def scaled(rows: Groups) -> Groups:
+    """Centred and divided, at each stream, by one number over all groups: root mean square length 1.
+
+    UserError for fewer than 50 prompts in all groups together.
+    """
     everything = torch.cat(list(rows.values()), 1)
-    _many(everything.shape[1])
+    check_many(everything.shape[1], WHO)
     centre = everything.mean(1, keepdim=True)
     size = (everything - centre).square().sum(2).mean(1).sqrt().clamp(min=torch.finfo(centre.dtype).tiny)
     return {group: (x - centre) / size[:, None, None] for group, x in rows.items()}
