@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from obliteratus.advise import Advice, advise, load_advice, save_advice, suited
-from obliteratus.analyze import Finding, Ground, analyze
+from obliteratus.analyze import Finding, Ground, tried
 from obliteratus.coverage import edited
 from obliteratus.distill import distill, load_directions, save_directions
 from obliteratus.errors import UserError
@@ -77,7 +77,7 @@ def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, 
         lab, found = Lab(subject, fit), dict[str, Finding]()
         for step in recipe.analyze:  # each looks along the directions that those before it have settled
             directions = distill(acts, advise(recipe, acts, found, anchors=anchors).recipe.distill, lab)
-            found |= analyze(Ground(acts, directions, lab, search), [step], skip=True)
+            found |= tried(Ground(acts, directions, lab, search), [step])[0]
         return advise(recipe, acts, found, anchors=anchors)
 
     return store.stage(ADVISED, make, save_advice, load_advice)

@@ -53,22 +53,22 @@ Analysis = Callable[..., Finding]
 analyses: Registry[Analysis] = Registry("analyze")
 
 
-class InapplicableError(UserError):
-    """These prompts, or this model, give an analysis nothing to work on."""
-
-
-def analyze(ground: Ground, steps: Sequence[Step], *, skip: bool = False) -> dict[str, Finding]:
-    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist.
-
-    skip: leave out, with a note, an analysis that these prompts or this model give nothing to work on, instead of
-    raising InapplicableError (a UserError).
-    """
+def analyze(ground: Ground, steps: Sequence[Step]) -> dict[str, Finding]:
+    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist."""
     found: dict[str, Finding] = {}
     for step in steps:
-        try:
-            found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
-        except InapplicableError as error:
-            if not skip:
-                raise
-            note(f"ANALYZE {step.use}", f"left out: {error}")
+        found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
     return found
+
+
+def tried(ground: Ground, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
+    """Findings, and the reasons of those that cannot work on this ground, which are noted."""
+    found: dict[str, Finding] = {}
+    unable: dict[str, str] = {}
+    for step in steps:
+        try:
+            found |= analyze(ground, [step])
+        except UserError as error:
+            unable[step.use] = str(error)
+            note("skipped", f"{step.use}: {error}")
+    return found, unable

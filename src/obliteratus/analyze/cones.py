@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, InapplicableError, analyses
+from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.curves import Figure, curve, legend, matrix, range_of
 from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
 from obliteratus.errors import UserError
@@ -118,7 +118,7 @@ def memberships(categories: Sequence[str], least: int) -> tuple[tuple[str, ...],
     counts = {name: categories.count(name) for name in dict.fromkeys(categories) if name}
     names = tuple(name for name, count in counts.items() if count >= least)
     if len(names) < 2:
-        raise InapplicableError(
+        raise UserError(
             f"analysis 'cones' needs at least 2 categories of {least} target prompts; got "
             f"{', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}; give prompts a category"
         )

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obliteratus.analyze.base import Finding, Ground, analyses, analyze
+from obliteratus.analyze.base import Finding, Ground, analyses, analyze, tried
 from obliteratus.analyze.bill import afforded, values_of
 from obliteratus.analyze.page import page
 from obliteratus.distill import distill
-from obliteratus.errors import UserError
 from obliteratus.probe import probe
-from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.settings import Step
 from obliteratus.store import check_free, publish
@@ -65,21 +63,8 @@ def analysed(
     ground = Ground(acts, distill(acts, FOUND_BY), Lab(subject, fit), held)
     if strict:
         return Report(analyze(ground, kept), skipped)
-    found, unable = _tried(ground, kept)
+    found, unable = tried(ground, kept)
     return Report(found, skipped | unable)
-
-
-def _tried(ground: Ground, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
-    """Findings, and the reasons of those that cannot work on this ground."""
-    found: dict[str, Finding] = {}
-    unable: dict[str, str] = {}
-    for step in steps:
-        try:
-            found |= analyze(ground, [step])
-        except UserError as error:
-            unable[step.use] = str(error)
-            note("skipped", f"{step.use}: {error}")
-    return found, unable
 
 
 def write(report: Report, out: Path, title: str) -> None:
