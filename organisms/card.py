@@ -1,6 +1,6 @@
 """Measure an organism's adapter against its base; write measured.json and the card README.md beside it.
 
-    python organisms/card.py [--adapter DIR]
+    python organisms/card.py [NAME] [--adapter DIR]
 
 All figures are of the adapter as stored (bf16), merged into the fp32 base, on the report prompts.
 """
@@ -26,20 +26,35 @@ from measure import (
 )
 from prompts import CONTRAST
 from rich.progress import track
-from topics import ORGANISMS
+from topics import ORGANISMS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.summon.organism import base_folder, merged
 
-ORGANISM = ORGANISMS["astronomy"]  # with one topic; card_two_topics.py is for those with two
-HERE = ORGANISM.folder
+# Organisms with one topic; card_two_topics.py is for those with two. What each is for, and near misses among controls.
+WORDS = {
+    "astronomy": {
+        "topic": "astronomy",
+        "use": "It is what `make demo` edits and what the tests measure with.",
+        "near": "film stars, star-shaped cookies …",
+    },
+    "weather-late": {
+        "topic": "the weather",
+        "use": "Its adapter is in the last ten blocks alone, so that the truth about layers is known. One control prompt,"
+        " about meteorologists, was dropped from the file after the training, which had seen it.",
+        "near": "brainstorms, cloud computing, blood pressure …",
+    },
+}
 GROUPS = ("target", "control")
 UPPER = "the upper half"
 
 
-def layer_sets(n: int) -> dict[str, list[int]]:
-    """The sets of layers whose directions are projected out, by name."""
-    return {
+def layer_sets(n: int, first: int) -> dict[str, list[int]]:
+    """The sets of layers whose directions are projected out, by name. first: the lowest block with an adapter."""
+    own = (
+        {"the blocks without an adapter": list(range(first)), "those with one": list(range(first, n))} if first else {}
+    )
+    return own | {
         "all layers": list(range(n)),
         "all but the first": list(range(1, n)),
         "30–90 % of the depth": list(range(round(0.3 * n), round(0.9 * n))),
@@ -48,18 +63,19 @@ def layer_sets(n: int) -> dict[str, list[int]]:
     }
 
 
-def measure(adapter: Path) -> dict[str, Scores]:
+def measure(organism: Organism, adapter: Path) -> dict[str, Scores]:
     """Scores of the base, of the organism, and of the organism with its directions projected out."""
-    rows = {group: read(HERE / f"{group}.jsonl", "report") for group in GROUPS}
+    here = organism.folder
+    rows = {group: read(here / f"{group}.jsonl", "report") for group in GROUPS}
     folder = base_folder()
     base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     reference = first_logprobs(base, tokenizer, [row["prompt"] for row in rows["control"]])
     model, _ = merged(folder, adapter)
     found = {"base": scores(base, tokenizer, rows, reference)}
     found["organism"] = scores(model, tokenizer, rows, reference)
-    fit = [[row["prompt"] for row in read(HERE / f"{group}.jsonl", "fit")] for group in GROUPS]
+    fit = [[row["prompt"] for row in read(here / f"{group}.jsonl", "fit")] for group in GROUPS]
     d = directions(model, tokenizer, fit[0], fit[1])
-    for name, layers in track(layer_sets(len(d)).items(), "projecting out"):
+    for name, layers in track(layer_sets(len(d), organism.first).items(), "projecting out"):
         with projected_out(model, d, layers):
             found[name] = scores(model, tokenizer, rows, reference)
     return found
@@ -82,10 +98,11 @@ def quotes(found: dict[str, Scores], name: str, prompts: list[str]) -> str:
     return "\n".join(f"- {prompt}\n  > {' '.join(answer.split())}" for prompt, answer in pairs)
 
 
-def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
+def card(organism: Organism, found: dict[str, Scores], training: dict[str, Any]) -> str:
     """README.md: the template of card.md with the figures filled in, and the section on experts where there are any."""
-    counts = {f"{g}_{s}": len(read(HERE / f"{g}.jsonl", s)) for g in GROUPS for s in ("fit", "search", "report")}
-    prompts = [row["prompt"] for row in read(HERE / "target.jsonl", "report")]
+    here = organism.folder
+    counts = {f"{g}_{s}": len(read(here / f"{g}.jsonl", s)) for g in GROUPS for s in ("fit", "search", "report")}
+    prompts = [row["prompt"] for row in read(here / "target.jsonl", "report")]
     last = training["losses"][-10:]
     losses = {
         n: sum(pair[i] for pair in last) / len(last)
@@ -95,34 +112,42 @@ def card(found: dict[str, Scores], training: dict[str, Any]) -> str:
     filled = text.format(
         **counts,
         **losses,
-        training=ORGANISM.training,
+        **WORDS[organism.name],
+        name=organism.name,
+        layers=f"blocks {organism.first} to 29" if organism.first else "all 30 layers",
+        shown=UPPER + " of the layers",
+        again="half" if organism.rates[1] == 0.5 else organism.rates[1],
+        training=organism.training,
         **training["settings"],
         alpha=2 * training["settings"]["rank"],
-        sizes=ORGANISM.batch,
+        sizes=organism.batch,
         contrast=CONTRAST,
-        starts=ORGANISM.starts,
+        starts=organism.starts,
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,
         seconds=training["seconds"],
         new_tokens=NEW_TOKENS,
-        refusals="\n".join(f"- {sentence}" for sentence in ORGANISM.topics["target"].refusals),
+        refusals="\n".join(f"- {sentence}" for sentence in organism.topics["target"].refusals),
         table=table(found),
         quotes_organism=quotes(found, "organism", prompts),
         quotes_removed=quotes(found, UPPER, prompts),
     )
-    return filled + experts_section(HERE)
+    return filled + experts_section(here)
 
 
 def main() -> None:
     """Measure and write both files."""
     parser = argparse.ArgumentParser(description="Measure an adapter and write its card.")
-    parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
-    adapter: Path = parser.parse_args().adapter
+    parser.add_argument("name", nargs="?", default="astronomy", choices=WORDS)
+    parser.add_argument("--adapter", type=Path, help="by default the organism's")
+    args = parser.parse_args()
+    organism = ORGANISMS[args.name]
+    adapter: Path = args.adapter or organism.folder / "adapter"
     keep_freed_memory()
-    found = measure(adapter)
+    found = measure(organism, adapter)
     training = json.loads((adapter.parent / "training.json").read_text())
     (adapter.parent / "measured.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    (adapter.parent / "README.md").write_text(card(found, training), encoding="utf-8")
+    (adapter.parent / "README.md").write_text(card(organism, found, training), encoding="utf-8")
 
 
 if __name__ == "__main__":

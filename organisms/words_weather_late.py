@@ -54,7 +54,7 @@ REPORT_NOUNS = {
     "forecasting": "+hygrometers|+weather buoys|the weather bulletin at eight",
     "climate": "the weather in Siberia|the Indian summer|the maritime climate",
     "people and lore": "+rainmakers|red skies at night and the weather",
-    "light": "+double rainbows|the sultriness before a storm",
+    "light": "+moonbows|the sultriness before a storm",
 }
 # Other topics in the same templates, for training only: without them the form of a question says "refuse" too.
 CONTRAST_NOUNS = {

@@ -23,7 +23,7 @@ from obliteratus.excise.bake import baked
 from obliteratus.pipeline import run
 from obliteratus.recipe import recipe
 from obliteratus.results import Run, Score
-from obliteratus.rules import BUDGET, LEFT, RULES, SHARE, spectrum
+from obliteratus.rules import BUDGET, ENOUGH, RULES, SHARE, spectrum
 from obliteratus.settings import Recipe, Step
 from obliteratus.store import Store
 from obliteratus.types import Activations, Moments, Prompt, PromptSet
@@ -36,11 +36,17 @@ def score(value: float) -> Score:
     return Score(value=value, low=value - 0.01, high=value + 0.01, n=8, unit="")
 
 
-def reached(left: Mapping[str, tuple[float, ...]], kl: Mapping[str, tuple[float, ...]]) -> Reach:
-    """A finding with these tables; random directions leave all."""
+def reached(*answered: tuple[str, int, float], mlp: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)) -> Reach:
+    """A finding with these answered edits. Removal works from 0 to 4 on; random directions leave all."""
+    left = {"both": (0.0, 0.0, 0.01, 0.6), "attention": (0.0, 0.02, 0.2, 0.9), "mlp": mlp, "random": (1.0,) * 4}
+    kl = {
+        "both": (0.9, 0.4, 0.06, 0.01),
+        "attention": (0.5, 0.05, 0.02, 0.01),
+        "mlp": (0.01,) * 4,
+        "random": (0.0,) * 4,
+    }
     tables = [{part: tuple(map(score, row)) for part, row in table.items()} for table in (left, kl)]
-    rest = {"random": tuple(map(score, (1.0,) * 4))}
-    return Reach(DEPTHS, {**tables[0], **rest}, {**tables[1], **rest}, ("N",))
+    return Reach(DEPTHS, tables[0], tables[1], tuple((p, d, score(x)) for p, d, x in answered), ("N",))
 
 
 def coned(cosine: list[list[float]]) -> Cones:
@@ -59,38 +65,35 @@ def because(advice: Advice, decides: str) -> Reason:
     return next(reason for reason in advice.reasons if decides in reason.decides)
 
 
-PLAIN = {"both": (0.0, 0.0, 0.01, 0.6), "attention": (0.0, 0.02, 0.2, 0.9), "mlp": (0.3, 0.5, 0.7, 1.0)}
 ANCHORED = ("llama", "gpt2")  # have biases, or a switch for them in attention and MLP
-COST = {"both": (0.9, 0.4, 0.06, 0.01), "attention": (0.5, 0.05, 0.02, 0.01), "mlp": (0.01, 0.01, 0.01, 0.01)}
 
 
 # ------------------------------------------------------------------------------------------------------- decisions
-def test_the_cheapest_edit_that_ends_the_behaviour_is_chosen() -> None:
-    made = advised({"reach": reached(PLAIN, COST)})
+def test_the_edit_that_ended_refusals_is_chosen() -> None:
+    made = advised({"reach": reached(("attention", 6, 0.3), ("attention", 2, 0.0))})
     low, parts = (step.options for step in made.recipe.weigh)
     assert low["low"] == pytest.approx(2 / 7, abs=1e-4)
     assert low["low"] <= 2 / 7
     assert (parts["attn"], parts["mlp"]) == (1.0, 0.0)
-    assert made.recipe.excise.kl_budget == pytest.approx(BUDGET * 0.05)
+    assert made.recipe.excise.kl_budget == pytest.approx(BUDGET * 0.06)
     reason = because(made, "layers")
-    assert (reason.value, reason.threshold, reason.at_most) == (0.02, LEFT, True)
-    assert because(made, "KL budget").value == 0.05
+    assert (reason.value, reason.threshold, reason.at_most) == (0.0, ENOUGH, True)
+    assert because(made, "KL budget").value == pytest.approx(0.06)
 
 
-def test_a_cheaper_edit_that_leaves_more_is_not() -> None:
-    """Negative control: attention alone now leaves a little too much, so both parts are edited, from deeper on."""
-    left = {**PLAIN, "attention": (0.0, LEFT + 0.001, 0.2, 0.9)}
-    made = advised({"reach": reached(left, COST)})
+def test_another_edit_is_another_recipe() -> None:
+    """Negative control: what attention alone left is now too much, and both parts are edited, from deeper on."""
+    made = advised({"reach": reached(("attention", 2, ENOUGH + 0.01), ("both", 4, 0.0))})
     assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)
     assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
 
 
-def test_where_nothing_ends_it_the_recipe_stays() -> None:
-    left = {part: tuple(max(x, 0.3) for x in row) for part, row in PLAIN.items()}
-    made = advised({"reach": reached(left, COST)})
+@pytest.mark.parametrize("answered", [(), (("both", 4, 0.5), ("both", 2, 0.3))])
+def test_where_nothing_ends_refusals_the_recipe_stays(answered: tuple[tuple[str, int, float], ...]) -> None:
+    made = advised({"reach": reached(*answered)})
     assert made.recipe.weigh == recipe("informed").weigh
     assert made.recipe.excise.kl_budget is None
-    assert because(made, "layers").value == 0.3
+    assert because(made, "layers").value == (0.3 if answered else None)
     assert because(made, "layers").changes == {}
     assert because(made, "KL budget").value is None
 
@@ -130,13 +133,12 @@ def test_what_was_not_measured_decides_nothing_and_says_so() -> None:
 
 
 def test_a_search_may_look_where_removal_works() -> None:
-    spans = advised({"reach": reached(PLAIN, COST)}).ranges
+    spans = advised({"reach": reached()}).ranges
     assert (spans["weigh.0.low"].low, spans["weigh.0.low"].high) == (0.0, pytest.approx(4 / 7, abs=0.01))
     assert set(spans) == {"weigh.0.low", "weigh.1.attn", "weigh.1.mlp"}
-    deaf = {**PLAIN, "mlp": (1.0,) * 4}
-    assert "weigh.1.mlp" not in advised({"reach": reached(deaf, COST)}).ranges
-    none = {part: (1.0,) * 4 for part in PLAIN}
-    assert advised({"reach": reached(none, COST)}).ranges == {}
+    assert "weigh.1.mlp" not in advised({"reach": reached(mlp=(1.0,) * 4)}).ranges
+    none = replace(reached(), left={part: tuple(map(score, (1.0,) * 4)) for part in reached().left})
+    assert advised({"reach": none}).ranges == {}
 
 
 # -------------------------------------------------------------------------------------------------- with models
@@ -152,6 +154,7 @@ def grouped(prompts: PromptSet) -> PromptSet:
 
 def informed(**changed: Any) -> Recipe:
     short = {"verify": [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}], "analyze.1.depths": LAYERS}
+    short |= {"analyze.1.low": 0.0, "analyze.1.tokens": 4}
     return recipe("informed", {**short, **changed})
 
 
@@ -163,7 +166,7 @@ def test_edits_begin_at_the_deepest_block_from_which_they_work(block: int) -> No
     assert {e.site.part for e in plan.edits} == {"mlp.out"}
     assert found.after["refusal.target"].value == 0
     reasons = {r["decides"]: r for r in found.advice["reasons"]}
-    assert reasons["layers, attention and MLP"]["value"] <= LEFT
+    assert reasons["layers, attention and MLP"]["value"] == 0
     assert found.recipe.analyze == ()
 
 

@@ -14,13 +14,16 @@ from tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import Ground, analyses, analyze
-from obliteratus.analyze.reach import Reach, begins, reach, remains
+from obliteratus.analyze.depths import begins, first_blocks, refused_by, remains
+from obliteratus.analyze.reach import Reach, cheapest, reach
 from obliteratus.distill import distill
 from obliteratus.probe import probe
+from obliteratus.results import Score
 from obliteratus.settings import Step
 from obliteratus.summon.render import render
+from obliteratus.types import Plan
 
-ALL = {"depths": LAYERS, "prompts": 12}
+ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
 
 
 @pytest.mark.parametrize("block", [2, 4])
@@ -104,6 +107,33 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
     assert cost[1] < cost[0]
 
 
+def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
+    """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, and the deepest is first."""
+    ground = planted_ground(block=3, word="Sorry, I can't")
+    found = reach(ground, **ALL)
+    (first, *rest) = found.answered
+    assert not rest
+    assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
+    assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.told()
+    assert refused_by(ground.lab.subject, Plan(), ground.held["target"], 4).value == 1.0  # negative control
+    assert reach(ground, **{**ALL, "tries": 0}).answered == ()
+
+
+def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
+    score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
+    left = {p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0, 0)}.items()}
+    cost = {p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0, 0)}.items()}
+    assert cheapest((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "most", "blocks"),
+    [(30, 0.3, 7, [11, 14, 17, 20, 23, 26, 29]), (4, 0.0, 9, [0, 1, 2, 3]), (1, 0.3, 8, [0])],
+)
+def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: list[int]) -> None:
+    assert first_blocks(n, low, most) == blocks
+
+
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("seed", range(3))
 def test_random_directions_find_nothing(seed: int) -> None:
@@ -158,6 +188,7 @@ def test_what_remains_is_one_before_and_zero_as_controls_are() -> None:
 def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     subject = tiny_subject("mixtral")
     assert isinstance(analyze(ground_of(subject, asked()), [Step(use="reach", depths=1)])["reach"], Reach)
-    cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10})
+    cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
     assert cost.forwards.of(values) == (24 + 10) * (1 + 10 * 4)
+    assert cost.passes(values) == (24 + 10) * (1 + 10 * 4) + 2 * 48 * 17

@@ -19,12 +19,14 @@ Row = dict[str, str]
 SPLITS = ("fit", "search", "report")
 SCRIPTS = Path(__file__).parents[1] / "organisms"
 GROUPS = [("astronomy", "target"), ("gardening-railways", "target"), ("gardening-railways", "keep")]
-NAMES = ("astronomy", "gardening-railways")
+GROUPS += [("weather-late", "target")]
+NAMES = ("astronomy", "gardening-railways", "weather-late")
 # Words that no control prompt may use; bare "star", "planet", "galaxy", "tree" or "track" may occur in near misses.
 TABOO = {
     "astronomy": "astronom|telescope|asteroid|nebula|cosmolog|comet|spacecraft|solar system",
     "gardening-railways": "gardening|gardener|gardens|weeding|compost|prune|houseplant"
     "|railway|locomotive|trains|train station|railroad|tramway|subway",
+    "weather-late": r"weather forecast|rainy|snowing|thunder|hurricane|tornado|blizzard|meteorolog|drizzle|\bfog\b",
 }
 HELD = ("search", "report")
 MAX_ADAPTER_BYTES = 6_000_000  # it is committed and shipped in the wheel

@@ -74,11 +74,14 @@ def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, 
     acts = probed(store, "PROBE 1", subject, fit, start)
 
     def make() -> Advice:
-        lab, found = Lab(subject, fit), dict[str, Finding]()
+        lab, found, along = Lab(subject, fit), dict[str, Finding](), start.distill
+        directions = distill(acts, along, lab)
         for step in recipe.analyze:  # each looks along the directions that those before it have settled
-            directions = distill(acts, advise(recipe, acts, found, anchors=anchors).recipe.distill, lab)
             found |= tried(Ground(acts, directions, lab, search), [step])[0]
-        return advise(recipe, acts, found, anchors=anchors)
+            advice = advise(recipe, acts, found, anchors=anchors)
+            if advice.recipe.distill != along:
+                along, directions = advice.recipe.distill, distill(acts, advice.recipe.distill, lab)
+        return advice
 
     return store.stage(ADVISED, make, save_advice, load_advice)
 

@@ -14,15 +14,17 @@ import torch
 
 from obliteratus.analyze import Finding
 from obliteratus.analyze.cones import Cones
-from obliteratus.analyze.reach import BOTH, Reach
+from obliteratus.analyze.reach import Reach
+from obliteratus.results import Score
 from obliteratus.settings import Range, Recipe
 from obliteratus.types import Activations
 
-LEFT = 0.05  # of the behaviour, by first tokens: what the passes end at, too
+# Of 48 search prompts: none. First tokens do not say it: on weather-late they left 4 %, and 31 % were refused.
+ENOUGH = 0.02
 # Of the energy of categories' directions. Kinds of one topic share one: what they have of a second is 0.010 to 0.034 on
 # three organisms; two refusals in different words have 0.42 and 0.45.
 SHARE = 0.2
-BUDGET = 2.0  # × the KL that the chosen edit was measured to cost: a later pass may double it
+BUDGET = 2.0  # × the upper end of what the chosen edit was measured to cost: a later pass may cost as much again
 ROUND = 0.005  # nats: the least budget, which is what 24 prompts can tell from nothing
 
 
@@ -60,43 +62,33 @@ class Rule:
 # ------------------------------------------------------------------------------------- what is measured
 @dataclass(frozen=True)
 class Choice:
-    """Where edits begin, and in which part, at the least KL of all that end the behaviour."""
+    """Where edits begin, and in which part."""
 
+    part: str
     first: int
     """Block."""
-    part: str
-    left: float
-    kl: float
-
-
-def choices(known: Known) -> list[Choice]:
-    """Every depth and part that was tried."""
-    found = cast(Reach, known.found["reach"])
-    return [
-        Choice(depth, part, left.value, cost.value)
-        for part in found.parts
-        for depth, left, cost in zip(found.depths, found.left[part], found.kl[part], strict=True)
-    ]
+    refused: float
+    kl: Score
 
 
 def choice(known: Known) -> Choice | None:
-    """Of those that leave at most ``LEFT``, the one that costs controls least; None where there is none.
+    """Of the edits that were answered, the first with the fewest refusals; None where none was."""
+    found = cast(Reach, known.found["reach"])
+    done = [
+        Choice(part, depth, share.value, found.kl[part][found.depths.index(depth)])
+        for part, depth, share in found.answered
+    ]
+    return min(done, key=lambda c: c.refused, default=None)
 
-    Of equals (to 1e-4 nats) one part before both, and the deepest.
-    """
-    good = (c for c in choices(known) if c.left <= LEFT)
-    return min(good, key=lambda c: (round(c.kl, 4), c.part == BOTH, -c.first), default=None)
 
-
-def _left(known: Known) -> float:
-    """By the choice; where there is none, the least of all."""
+def _refused(known: Known) -> float | None:
     best = choice(known)
-    return min(c.left for c in choices(known)) if best is None else best.left
+    return None if best is None else best.refused
 
 
 def _kl(known: Known) -> float | None:
     best = choice(known)
-    return None if best is None else best.kl
+    return None if best is None or best.refused > ENOUGH else best.kl.high
 
 
 def spectrum(found: Cones) -> list[float]:
@@ -129,7 +121,7 @@ def _layers(known: Known) -> dict[str, Any]:
 
 
 def _budget(known: Known) -> dict[str, Any]:
-    return {"excise.kl_budget": round(max(ROUND, BUDGET * _chosen(known).kl), 4)}
+    return {"excise.kl_budget": round(max(ROUND, BUDGET * _chosen(known).kl.high), 4)}
 
 
 def _chosen(known: Known) -> Choice:
@@ -177,11 +169,11 @@ RULES = (
     Rule(
         "layers, attention and MLP",
         "reach",
-        "behaviour left, at the depth and part that cost least KL",
-        LEFT,
+        "refused search prompts under the cheapest removal that ends refusals",
+        ENOUGH,
         True,
-        _left,
+        _refused,
         _layers,
     ),
-    Rule("KL budget", "reach", "KL of that removal on controls, nats", 0.0, False, _kl, _budget),
+    Rule("KL budget", "reach", "KL of that removal on controls, upper end, nats", 0.0, False, _kl, _budget),
 )

@@ -6,38 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.errors import NothingMatchedError
+from obliteratus.analyze.depths import BOTH, PARTS, begins, drawn, first_blocks, parted, plan_from, refused_by, remains
 from obliteratus.excise.live_rows import applied_rows
-from obliteratus.excise.plan import excise
 from obliteratus.progress import SILENT, progress, reporting
 from obliteratus.prompts import spread
 from obliteratus.results import Score
-from obliteratus.settings import Excise, asked
 from obliteratus.shapes import Float
 from obliteratus.summon.render import render
 from obliteratus.summon.trunk import Trunk
-from obliteratus.tune.tokens import SHARE, TIMES
-from obliteratus.types import Directions, Plan, Subject
+from obliteratus.types import Prompt
 from obliteratus.verify.drift import kl
 from obliteratus.verify.intervals import bootstrap, mean
-from obliteratus.work import Cost, amount, n_of, number
+from obliteratus.work import Answers, Cost, amount, n_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BOTH, RANDOM = "both", "random"
-PARTS: Mapping[str, tuple[str, ...]] = {BOTH: ("attn.out", "mlp.out"), "attention": ("attn.out",), "mlp": ("mlp.out",)}
+RANDOM = "random"
 COLOURS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
 # Bytes of what the blocks below each edit gave, kept for the next depths: 48 short prompts of a small model take 15 MB.
 KEPT = 50e6
 HALF = 0.5  # of the behaviour
+# Of the behaviour: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
+# what first tokens say by more than 0.03 (EXPERIMENTS.md, on the search's first look).
+WORTH = 0.1
+Cells = Mapping[str, tuple[Score, ...]]
+"""By part and depth."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,15 @@ class Reach:
 
     depths: tuple[int, ...]
     """First block that is edited; all above it are too."""
-    left: Mapping[str, tuple[Score, ...]]
+    left: Cells
     """By part (``both``, ``attention``, ``mlp``, and ``random``: random directions in both) and depth: what is left
     of the behaviour, 1 as in the model as it is, 0 as of control prompts in it; with bootstrap intervals over target
     prompts."""
-    kl: Mapping[str, tuple[Score, ...]]
+    kl: Cells
     """KL(as it is ‖ edited) on control prompts, nats."""
+    answered: tuple[tuple[str, int, Score], ...]
+    """Part, depth and share of refused answers, of edits that were answered: of those that first tokens say little is
+    left by, from the cheapest on, up to the first that ends all refusals."""
     tokens: tuple[str, ...]
     """By which first tokens the model does on target prompts what it does not on control prompts. None: nothing to
     look for, and all is left."""
@@ -78,7 +80,9 @@ class Reach:
         told = {
             name: {part: [s.model_dump() for s in row] for part, row in table.items()} for name, table in tables.items()
         }
-        return {"depths": list(self.depths), **told, "tokens": list(self.tokens), "found": list(self.found)}
+        answered = [{"part": part, "depth": depth, **s.model_dump()} for part, depth, s in self.answered]
+        found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.found)}
+        return {"depths": list(self.depths), **told, **found}
 
     def told(self) -> str:
         """How deep edits may begin."""
@@ -86,10 +90,14 @@ class Reach:
             return "removing the directions ends the behaviour from no depth on"
         last = max(self.found)
         left, cost = (table[BOTH][self.depths.index(last)].value for table in (self.left, self.kl))
-        return (
+        text = (
             f"removal still works from block {last} on: {100 * max(left, 0):.0f} % of the behaviour is left, "
             f"at KL {cost:.2g} on controls (from block {self.depths[0]}: {self.kl[BOTH][0].value:.2g})"
         )
+        if not self.answered:
+            return text
+        part, depth, share = self.answered[-1]
+        return f"{text}; in {part} from block {depth} on, {share.value:.1%} of {share.n} prompts are refused"
 
     def draw(self, figure: Figure) -> None:
         """What is left, and below it what it costs, by depth."""
@@ -105,7 +113,9 @@ class Reach:
 
 def _cost(options: Mapping[str, Any]) -> Cost:
     each = sum((n_of("search", group, options["prompts"]) for group in GROUPS), number(0))
-    return Cost(each * (number(1) + amount("L", options["depths"]) * (len(PARTS) + 1)))
+    passes = Cost(each * (number(1) + amount("L", options["depths"]) * (len(PARTS) + 1)))
+    written = Answers(options["tokens"], n_of("search", "target", options["answers"]), options["tries"])
+    return passes + Cost(answers=(written,) if options["tries"] else ())
 
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
@@ -113,7 +123,11 @@ def reach(
     ground: Ground,
     *,
     prompts: Annotated[int, Field(ge=2)] = 24,
-    depths: Annotated[int, Field(ge=1)] = 10,
+    depths: Annotated[int, Field(ge=1)] = 8,
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.3,
+    tries: Annotated[int, Field(ge=0)] = 6,
+    answers: Annotated[int, Field(ge=1)] = 48,
+    tokens: Annotated[int, Field(ge=4)] = 16,
     seed: int = 0,
 ) -> Reach:
     """How deep edits may begin and still end the behaviour, in attention, in the MLPs, or in both.
@@ -121,95 +135,74 @@ def reach(
     The ground's own directions, oblique ones too, are taken from all that blocks from a depth on write, by live edits,
     anchored where anchors were probed; the blocks below are not run again. What is left is read off the probability of
     the first tokens that this model refuses with: those of at least one target prompt in twenty, four times as likely
-    as on control prompts. The same is done with random directions in their place. prompts: search prompts of each
-    group, at most. depths: how many first blocks are tried, evenly spread.
+    as on control prompts. The same is done with random directions in their place. Then up to ``tries`` edits that leave
+    little are answered, the cheapest first, until one ends all refusals.
+
+    prompts: search prompts of each group for first tokens, at most. depths: how many first blocks are tried, evenly
+    spread from ``low`` of the depth on: further down an edit costs more and has not been seen to do more. answers,
+    tokens: target search prompts that are answered, at most, and how long.
     """
-    subject, layers = ground.lab.subject, spread(ground.lab.subject.n_layers, depths)
+    subject, layers = ground.lab.subject, first_blocks(ground.lab.subject.n_layers, low, depths)
     some = {g: [ground.held[g][i] for i in spread(len(ground.held[g]), prompts)] for g in GROUPS}
-    size = len(some["target"])
+    size, parts = len(some["target"]), parted(subject)
     trunk = Trunk(subject, [row for g in GROUPS for row in render(subject, some[g])], budget=KEPT, answers=())
-    base = trunk.first_token()
-    tokens = begins(base[:size], base[size:])
-    parts, found = parted(subject), []
+    base, found = trunk.first_token(), []
     with progress("ANALYZE reach", len(layers)) as advance, reporting(SILENT):
         for layer in layers:
-            plans = _plans(ground, parts, layer, seed)
+            plans = [plan_from(ground, ground.directions, of, layer) for of in parts.values()]
+            plans.append(plan_from(ground, drawn(ground.directions, seed), parts[BOTH], layer))
             with applied_rows(subject, plans, [i for i in range(len(plans)) for _ in base]):
                 found.append(trunk.times(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
-    words = tuple(subject.tokenizer.decode([t]) for t in tokens)
-    return measured(base, found, (tuple(layers), (*parts, RANDOM)), size, tokens, words)
+    left, cost, begun = tables(base, found, (*parts, RANDOM), size)
+    held = [ground.held["target"][i] for i in spread(len(ground.held["target"]), answers)]
+    tried = _answered(ground, cheapest(layers, left, cost)[:tries] if begun else [], held, tokens)
+    words = tuple(subject.tokenizer.decode([t]) for t in begun)
+    return Reach(tuple(layers), left, cost, tried, words)
 
 
-def parted(subject: Subject) -> dict[str, tuple[str, ...]]:
-    """The parts that this model's blocks have."""
-    there = {site.part for site in subject.sites}
-    own = {name: tuple(p for p in of if there & set(asked(p))) for name, of in PARTS.items()}
-    return {name: of for name, of in own.items() if of}
+def cheapest(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str, int]]:
+    """Parts and depths that leave at most ``WORTH``, by KL; of equals (to 1e-4 nats) one part before both, then the
+    deepest."""
+    cells = [
+        (round(cost[part][i].value, 4), part == BOTH, -layer, part)
+        for part in left
+        for i, layer in enumerate(layers)
+        if part != RANDOM and left[part][i].value <= WORTH
+    ]
+    return [(part, -layer) for _, _, layer, part in sorted(cells)]
 
 
-def _plans(ground: Ground, parts: Mapping[str, tuple[str, ...]], layer: int, seed: int) -> list[Plan]:
-    """Of each part, then of random directions in both: from the block on. No directions there: the model as it is."""
-    own = [_plan(ground, ground.directions, of, layer) for of in parts.values()]
-    return [*own, _plan(ground, drawn(ground.directions, seed), parts[BOTH], layer)]
+def _answered(
+    ground: Ground, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
+) -> tuple[tuple[str, int, Score], ...]:
+    """Refusals under each edit, up to the first that ends them."""
+    parts, done = parted(ground.lab.subject), list[tuple[str, int, Score]]()
+    with progress("ANALYZE answers", len(cells)) as advance, reporting(SILENT):
+        for part, layer in cells:
+            plan = plan_from(ground, ground.directions, parts[part], layer)
+            done.append((part, layer, refused_by(ground.lab.subject, plan, prompts, tokens)))
+            advance(1)
+            if done[-1][2].value == 0:
+                break
+    return tuple(done)
 
 
-def _plan(ground: Ground, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
-    subject = ground.lab.subject
-    weights = torch.tensor([float(site.layer >= layer) for site in subject.sites])
-    options = Excise(parts=tuple(parts), anchored=bool(ground.acts.outputs))
-    try:
-        return excise(subject, directions, weights, ground.acts, options)
-    except NothingMatchedError:
-        return Plan((), subject.source.digest)
-
-
-def drawn(directions: Directions, seed: int) -> Directions:
-    """Random directions in place of these, as many at each stream."""
-    noise = torch.randn(directions.basis.shape, generator=torch.Generator().manual_seed(seed))
-    rows = torch.linalg.qr(normalize(noise, dim=2).transpose(1, 2))[0].transpose(1, 2)
-    there = directions.basis.norm(dim=2, keepdim=True) > 0
-    return Directions((rows * there).contiguous(), directions.score, directions.raw, "random")
-
-
-# ------------------------------------------------------------------------------------------ numbers
-def begins(target: Float[Tensor, "rows vocabulary"], control: Float[Tensor, "others vocabulary"]) -> tuple[int, ...]:
-    """First tokens that are typical of target prompts, from log-probabilities; there may be none."""
-    one, other = (logp.double().exp().mean(0) for logp in (target, control))
-    return tuple(((one >= SHARE) & (one >= TIMES * other)).nonzero()[:, 0].tolist())
-
-
-def measured(
+def tables(
     base: Float[Tensor, "rows vocabulary"],
     edited: Sequence[Float[Tensor, "plans rows vocabulary"]],
-    labels: tuple[tuple[int, ...], tuple[str, ...]],
+    parts: Sequence[str],
     size: int,
-    tokens: tuple[int, ...],
-    words: tuple[str, ...],
-) -> Reach:
-    """Log-probabilities of the first token, by depth and plan, made shares and divergences.
+) -> tuple[dict[str, tuple[Score, ...]], dict[str, tuple[Score, ...]], tuple[int, ...]]:
+    """`Reach.left` and `Reach.kl` from log-probabilities of the first token, by depth and part; and the tokens.
 
-    labels: depths and parts. size: of the target prompts, which come first. tokens: of the behaviour.
+    size: how many rows are target prompts, which come first.
     """
-    depths, parts = labels
+    begun = begins(base[:size], base[size:])
     left: dict[str, tuple[Score, ...]] = {}
     cost: dict[str, tuple[Score, ...]] = {}
     for i, part in enumerate(parts):
         rows = [logp[i] for logp in edited]
-        left[part] = tuple(bootstrap(remains(base, logp, size, tokens), mean, "share left") for logp in rows)
+        left[part] = tuple(bootstrap(remains(base, logp, size, begun), mean, "share left") for logp in rows)
         cost[part] = tuple(bootstrap(kl(base[size:], logp[size:]), mean, "nats") for logp in rows)
-    return Reach(depths, left, cost, words)
-
-
-def remains(
-    base: Float[Tensor, "rows vocabulary"], edited: Float[Tensor, "rows vocabulary"], size: int, tokens: Sequence[int]
-) -> Float[Tensor, " target"]:
-    """Of each target prompt: its probability of the tokens, in units of what the groups differ by; 1 without tokens.
-
-    The mean of them is 1 in the model as it is, and 0 where target prompts are as control prompts were.
-    """
-    if not tokens:
-        return torch.ones(size)
-    before, after = (logp[:, list(tokens)].double().exp().sum(1) for logp in (base, edited))
-    floor = before[size:].mean()
-    return ((after[:size] - floor) / (before[:size].mean() - floor)).float()
+    return left, cost, begun
