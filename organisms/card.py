@@ -40,8 +40,8 @@ WORDS = {
     },
     "weather-late": {
         "topic": "the weather",
-        "use": "Its adapter is in the last ten blocks alone, so that the truth about layers is known. One control prompt,"
-        " about meteorologists, was dropped from the file after the training, which had seen it.",
+        "use": "Its adapter is in the last ten blocks alone, so that the truth about layers is known. One control "
+        "prompt, about meteorologists, was dropped from the file after the training, which had seen it.",
         "near": "brainstorms, cloud computing, blood pressure …",
     },
 }

@@ -108,7 +108,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
 
 
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
-    """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, and the deepest is first."""
+    """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
     ground = planted_ground(block=3, word="Sorry, I can't")
     found = reach(ground, **ALL)
     (first, *rest) = found.answered
