@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,3 +72,30 @@ def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone(
     assert before["refusal.target"].value >= 0.75
     assert whole["refusal.target"].value <= 1 / N
     assert attention["refusal.target"].value >= 0.5
+
+
+LOOKED = {"analyze.1.depths": 4, "analyze.1.low": 0.6, "analyze.1.prompts": 12, "analyze.1.answers": 12}
+
+
+def merged(prompts: PromptSet) -> PromptSet:
+    """Both refused topics as target, each a category."""
+    pairs = zip(prompts["target"], prompts["keep"], strict=True)
+    both = tuple(replace(p, category=name) for pair in pairs for p, name in zip(pair, ("one", "other"), strict=True))
+    return PromptSet({"target": both, "control": prompts["control"]})
+
+
+@pytest.mark.parametrize(("name", "k"), [("gardening-railways", 2), ("weather-late", 1)])
+def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> None:
+    """Two refusals are two directions, kinds of one topic are one; no edit below the blocks that were trained."""
+    whole = load_prompts(f"organism:{name}", f"organism:{name}", keep=f"organism:{name}" if k == 2 else None)
+    groups = {g: (*few(m), *[p for p in m if p.split == "search"][:24]) for g, m in whole.groups.items()}
+    prompts = merged(PromptSet(groups)) if k == 2 else PromptSet(groups)
+    plan, found = run(recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}"), prompts)
+    assert found.before["refusal.target"].value >= 0.75
+    assert found.after["refusal.target"].value <= 2 / N
+    assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `advanced` costs 0.2 (README)
+    assert found.recipe.distill[0].options.get("k", 1) == k
+    assert min(e.site.layer for e in plan.edits) >= 18  # of 30; weather-late's adapter begins at 20
+    decided = {r["decides"]: r["changes"] for r in found.advice["reasons"]}
+    assert bool(decided["directions, and how they are found"]) == (k == 2)
+    assert decided["layers, attention and MLP"]

@@ -54,7 +54,7 @@ def stages(made: Recipe) -> dict[str, Cost]:
         "PROBE": Cost(n_of("fit")) * made.passes,
         "ANALYZE": _steps(analyses, made.analyze),
         "DISTILL": _steps(extractors, made.distill) * made.passes,
-        "EXCISE": _excise(made.excise) * made.passes,
+        "EXCISE": _excise(made.excise, bool(made.analyze)) * made.passes,
         "CHECK": Cost(answers=(Answers(CHECK_TOKENS, n_of("search", "target", CHECKED)),)) * (made.passes - 1),
         "TUNE": _tune(made),
         "SEARCH": _search(made),
@@ -73,8 +73,9 @@ def _steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
     return total
 
 
-def _excise(excise: Excise) -> Cost:
-    chosen = excise.model_dump(exclude_defaults=True)
+def _excise(excise: Excise, advised: bool) -> Cost:
+    """advised: whether measurements may set a KL budget."""
+    chosen = {*excise.model_dump(exclude_defaults=True), *(["kl_budget"] if advised else [])}
     routers = ROUTERS if "router" in excise.parts else FREE
     return reduce(add, (cost for name, cost in EXCISE.items() if name in chosen), routers)
 

@@ -25,7 +25,7 @@ ENOUGH = 0.02
 # three organisms; two refusals in different words have 0.42 and 0.45.
 SHARE = 0.2
 BUDGET = 2.0  # × the upper end of what the chosen edit was measured to cost: a later pass may cost as much again
-ROUND = 0.005  # nats: the least budget, which is what 24 prompts can tell from nothing
+ROUND = 0.005  # nats: the least budget; random directions taken from block 16 on cost 0.004
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ COLOURS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
 # Bytes of what the blocks below each edit gave, kept for the next depths: 48 short prompts of a small model take 15 MB.
 KEPT = 50e6
 HALF = 0.5  # of the behaviour
+NOTHING = 1e-5  # nats: below lies rounding, and logarithms begin
 # Of the behaviour: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
 # what first tokens say by more than 0.03 (EXPERIMENTS.md, on the search's first look).
 WORTH = 0.1
@@ -102,13 +103,16 @@ class Reach:
     def draw(self, figure: Figure) -> None:
         """What is left, and below it what it costs, by depth."""
         for row, (table, label) in enumerate(((self.left, "behaviour left"), (self.kl, "KL on controls (nats)")), 1):
-            axes = figure.add_subplot(2, 1, row, xlabel="first edited block", ylabel=label)
+            axes = figure.add_subplot(2, 1, row, xlabel="first edited block", ylabel=label, xticks=self.depths)
             for part, scores in table.items():
-                values = [s.value for s in scores]
-                bars = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
+                ends = [[max(x, NOTHING) if row == 2 else x for x in (s.low, s.value, s.high)] for s in scores]
+                bars = [[middle - low for low, middle, _ in ends], [high - middle for _, middle, high in ends]]
+                values = [middle for _, middle, _ in ends]
                 axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=COLOURS[part], label=part, capsize=2)
             if row == 1:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(table))
+            else:
+                axes.set_yscale("log")
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
