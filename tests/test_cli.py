@@ -152,18 +152,6 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     assert said in line if said else "weights" in line  # the one that could work gets as far as the weights
 
 
-@pytest.mark.parametrize(("method", "lacks"), [("informed", "analysis")])
-def test_methods_that_wait_are_refused_before_any_weight_is_looked_for(
-    files: dict[str, Path], tmp_path: Path, method: str, lacks: str
-) -> None:
-    nowhere = tmp_path / "no-such-model"
-    assert "no-such-model" in one_line(run(nowhere, files))  # what is said of it else
-    said = one_line(run(nowhere, files, "--method", method, "--out", tmp_path / "out"))
-    assert f"method '{method}' needs {lacks}, still being built" in said
-    assert "--method" in said
-    assert not list(tmp_path.glob("out*"))
-
-
 def test_a_model_that_cannot_be_opened_leaves_no_folder(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
