@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from obliteratus.cli_analyze import analyze
-from obliteratus.cli_study import report, study, study_from_yaml
 from obliteratus.options import (
     Base,
     Bypass,
@@ -236,8 +235,7 @@ def apply(
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (analyze, study, report, study_from_yaml):
-    app.command()(guarded(command))
+app.command()(guarded(analyze))
 
 
 def main() -> None:
