@@ -24,7 +24,7 @@ LEVELS = [
     ["pipeline", "search", "study", "analyze.report", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
     ["options"],
-    ["cli", "cli_analyze", "ui", "__main__"],
+    ["cli", "cli_analyze", "cli_study", "ui", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["distill", "weigh", "excise.linear"]
