@@ -9,9 +9,9 @@ from typing import Any
 
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.claims import coverage
-from obliteratus.summon.codec import columns, each
+from obliteratus.summon.codec import columns, each, rows
 from obliteratus.summon.quantised import dims
-from obliteratus.types import Change, Edit, Mask, Plan, Site, Subject
+from obliteratus.types import Change, Edit, Mask, Plan, Silence, Site, Subject
 
 
 def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
@@ -61,14 +61,16 @@ def shortfall(found_share: float, unclaimed: int) -> str:
 
 
 def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
-    """Share of the matrix that the changes reach: all of it, or the columns of some heads or neurons."""
+    """Share of the matrix that the changes reach: all of it, the columns of some heads or neurons, or some rows."""
     reached: set[int] = set()
     if changes and all(change.site.expert is not None for change in changes):
         return _experts_share(subject, site, changes)
     for change in changes:
         if isinstance(change, Mask):
             reached |= set(change.neurons.tolist())
-        elif isinstance(change, Edit) and change.site.span is None:
+        elif isinstance(change, Silence) and change.outputs is not None:
+            return len(change.outputs) / rows(subject.module(site.path), site)
+        elif isinstance(change, Silence) or (isinstance(change, Edit) and change.site.span is None):
             return 1.0
         elif isinstance(change, Edit) and change.site.span is not None:
             reached |= set(range(*change.site.span))

@@ -285,7 +285,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mask:
-    """Some inputs of a writer silenced: x_j ← 0, for neurons of the MLP."""
+    """Some inputs of a writer silenced: x_j ← 0, for neurons of an MLP or of an expert, or whole heads of attention."""
 
     site: Site
     neurons: Int[Tensor, " n"]
@@ -313,7 +313,16 @@ class Blend:
     bias: Float[Tensor, " out"] | None = None
 
 
-Change = Edit | Mask | Shift | Blend
+@dataclass(frozen=True)
+class Silence:
+    """y ← 0 at a writer's output, its bias too: the site does nothing any more. Of a stack, every expert or one."""
+
+    site: Site
+    outputs: Int[Tensor, " n"] | None = None
+    """Only these coordinates; None is all."""
+
+
+Change = Edit | Mask | Shift | Blend | Silence
 
 
 @dataclass(frozen=True)

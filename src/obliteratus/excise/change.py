@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import has_bias, read_bias, read_weight
-from obliteratus.types import Blend, Change, Edit, Mask, Shift, Site
+from obliteratus.types import Blend, Change, Edit, Mask, Shift, Silence, Site
 
 Matrix = Float[Tensor, "out in"]
 Bias = Float[Tensor, " out"]
@@ -48,6 +48,16 @@ def _(change: Blend, weight: Matrix) -> Matrix:
     return torch.lerp(weight, change.weight.to(weight), change.share)
 
 
+@changed.register
+def _(change: Silence, weight: Matrix) -> Matrix:
+    return hushed(weight.T, change.outputs).T
+
+
+def hushed(values: Float[Tensor, "*n out"], outputs: Tensor | None) -> Float[Tensor, "*n out"]:
+    """Zeros at these places of the last axis; None is all of them."""
+    return torch.zeros_like(values) if outputs is None else values.index_fill(-1, outputs.to(values.device), 0.0)
+
+
 @singledispatch
 def shifted(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     """b′; None where there is none and none is needed. weight: W before this change; only anchored readers look."""
@@ -79,6 +89,11 @@ def _(change: Shift, bias: Bias | None, weight: Matrix | None) -> Bias | None:
 @shifted.register
 def _(change: Blend, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return bias if bias is None or change.bias is None else torch.lerp(bias, change.bias.to(bias), change.share)
+
+
+@shifted.register
+def _(change: Silence, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    return None if bias is None else hushed(bias, change.outputs)
 
 
 def filled(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:

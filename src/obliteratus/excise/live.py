@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.change import at, changed, filled, new_bias
+from obliteratus.excise.change import at, changed, filled, hushed, new_bias
 from obliteratus.excise.linear import Scales, measure, restretched, scales
 from obliteratus.excise.live_ops import Live, Op, changed_experts, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.codec import columns, each, read_bias, read_weight
 from obliteratus.summon.experts import Forward, Replaced, replaced
-from obliteratus.types import Blend, Change, Edit, Mask, Plan, Shift, Site, Subject
+from obliteratus.types import Blend, Change, Edit, Mask, Plan, Shift, Silence, Site, Subject
 
 
 @contextmanager
@@ -76,6 +76,8 @@ def _stack(module: nn.Module, changes: Sequence[Change]) -> Live:
 
 def _summed(change: Change, device: torch.device) -> Op:
     """A change of all experts' weighted sum."""
+    if isinstance(change, Silence):
+        return _silent(change)
     if not isinstance(change, Shift):
         return _reading(change, device)
     vector = change.vector.to(device, torch.float32)
@@ -150,6 +152,15 @@ def _(change: Blend, module: nn.Module, weight: Tensor | None, inputs: Tensor | 
     assert change.weight is not None, "`filled` comes first"
     mean, share = change.weight.float(), change.share
     return lambda y, args: torch.lerp(y, args[0].float().reshape(len(y), -1) @ mean.T, share), None
+
+
+@_compiling.register
+def _(change: Silence, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[Op, None]:
+    return _silent(change), None
+
+
+def _silent(change: Silence) -> Op:
+    return lambda y, args: hushed(y, change.outputs)
 
 
 @_compiling.register

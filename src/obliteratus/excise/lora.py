@@ -16,7 +16,7 @@ from obliteratus.excise.change import bias_change, changed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import read_weight
-from obliteratus.types import Change, Edit, Mask, Plan, Subject
+from obliteratus.types import Change, Edit, Mask, Plan, Silence, Subject
 
 # With a norm rule the change has full rank, and its tail is small but long: 32 holds the directions of every
 # recipe (k ≤ 8, passes ≤ 3) and the head of the rest. What is missing is measured and reported.
@@ -97,6 +97,15 @@ def _(change: Edit, weight: Float[Tensor, "out in"]) -> Factors:
 def _(change: Mask, weight: Float[Tensor, "out in"]) -> Factors:
     neurons = change.neurons.to(weight.device)
     return -weight[:, neurons], torch.eye(weight.shape[1]).to(weight)[neurons]
+
+
+@_exact.register
+def _(change: Silence, weight: Float[Tensor, "out in"]) -> Factors:
+    rows = torch.arange(len(weight)) if change.outputs is None else change.outputs
+    rows = rows.to(weight.device)
+    if len(rows) <= weight.shape[1]:
+        return torch.eye(len(weight)).to(weight)[:, rows], -weight[rows]
+    return -torch.eye(len(weight)).to(weight)[:, rows] @ weight[rows], torch.eye(weight.shape[1]).to(weight)
 
 
 def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:

@@ -22,8 +22,8 @@ from obliteratus.excise.steer import steering
 from obliteratus.settings import Excise, asked
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of, norm_bias_of
-from obliteratus.summon.codec import columns, each, has_bias
-from obliteratus.types import Activations, Blend, Change, Directions, Edit, Mask, Plan, Shift, Site, Subject
+from obliteratus.summon.codec import columns, each, has_bias, rows
+from obliteratus.types import Activations, Blend, Change, Directions, Edit, Mask, Plan, Shift, Silence, Site, Subject
 
 FILES = ("plan.safetensors", "plan.json")
 
@@ -117,7 +117,7 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
 
 
 # ------------------------------------------------------------------------------------------ on disk
-KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend}
+KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend, "silence": Silence}
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -192,16 +192,21 @@ def _check_place(subject: Subject, change: Change) -> None:
         raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
     if isinstance(change, Mask):
         n = columns(subject.module(site.path), site)
-        if (
-            site.stacked
-            or site.part not in asked("mlp.out")
-            or not bool(((change.neurons >= 0) & (change.neurons < n)).all())
-        ):
-            raise UserError(f"the plan silences neurons that {site.path} has not; run the method again")
+        whole_stack = site.stacked and site.expert is None  # experts have no neurons in common
+        if whole_stack or site.part not in (*asked("mlp.out"), "attn.out") or not _inside(change.neurons, n):
+            raise UserError(f"the plan silences inputs that {site.path} has not; run the method again")
+    if isinstance(change, Silence) and change.outputs is not None:
+        n = rows(subject.module(site.path), site)
+        if not _inside(change.outputs, n):
+            raise UserError(f"the plan silences outputs that {site.path} has not; run the method again")
     if isinstance(change, Blend) or site.expert is not None:
         _check_experts(subject, change)
     if isinstance(change, Edit) and site.span is not None:
         _check_span(subject, change, site.span)
+
+
+def _inside(places: Tensor, n: int) -> bool:
+    return bool(((places >= 0) & (places < n)).all())
 
 
 def _check_experts(subject: Subject, change: Change) -> None:
