@@ -17,12 +17,13 @@ from torch import Tensor
 
 from obliteratus.excise.live import applied
 from obliteratus.progress import Reporter, reporting
-from obliteratus.summon import forward
+from obliteratus.summon import forward, losses
 from obliteratus.summon import generate as generation
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.forward import batched, blocks, common_prefix, prepared, read, recurrent
 from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token, token_losses
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.losses import token_losses
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import PromptSet, Subject
 
@@ -171,12 +172,42 @@ def test_first_token_is_one_at_a_time(subject: Subject, budget: int, reuse: bool
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_losses_are_one_at_a_time(subject: Subject, budget: int) -> None:
+@pytest.mark.parametrize("words", [100, 10_000])
+def test_losses_are_one_at_a_time(subject: Subject, budget: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "WORDS", words)  # the vocabulary in three parts, and in one
     ids = rows_of()
     for row, loss in zip(ids, token_losses(subject, ids, budget=budget), strict=True):
         logp = plain_logits(subject, row)[:-1].double().log_softmax(-1)
         expected = -logp.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_does_more_to_its_logits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gemma2 caps its logits: by its head alone they would be others."""
+    ran: list[str] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        run = getattr(losses, name)
+        return lambda *given: [ran.append(name), run(*given)][1]
+
+    for name in ("_whole", "nll"):
+        monkeypatch.setattr(losses, name, watched(name))
+    token_losses(tiny_subject("gemma2"), rows_of(), budget=30)
+    assert set(ran) == {"_whole"}
+    ran.clear()
+    token_losses(tiny_subject("llama"), rows_of(), budget=30)
+    assert set(ran) == {"nll"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_losses_in_parts_against_float64(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "WORDS", 7)
+    torch.manual_seed(0)
+    head, states, targets = torch.nn.Linear(8, 30, bias=bias), 9 * torch.randn(11, 8), torch.randint(30, (11,))
+    with torch.no_grad():
+        found = losses.nll(states, targets, head)
+        logp = head.double()(states.double()).log_softmax(-1)
+    torch.testing.assert_close(found.double(), -logp[torch.arange(11), targets], rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- answers

@@ -22,7 +22,8 @@ from obliteratus.excise.live_rows import applied_rows
 from obliteratus.summon import forward
 from obliteratus.summon.capture import blocks
 from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token, token_losses
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.losses import token_losses
 from obliteratus.summon.render import Ids
 from obliteratus.summon.trunk import Trunk
 from obliteratus.types import Edit, Mask, Plan, Shift, Subject
@@ -189,10 +190,22 @@ def test_what_runs_the_model_must_say_which_rows(make_plan: PlanMaker) -> None:
     plans = strengths(make_plan(subject, PARTS), 0.5, 1.0)
     with applied_rows(subject, plans, [0, 1, 0, 1, 0, 1]):
         with pytest.raises(ValueError, match="does not say which rows"):
-            token_losses(subject, ids)
+            subject.model(torch.tensor([ids[0]]))
         with pytest.raises(ValueError, match="for 6 rows, and 2 prompts"):
             first_token(subject, ids[:2])
-    token_losses(subject, ids)
+    subject.model(torch.tensor([ids[0]]))
+
+
+def test_losses_are_each_plans_own(make_plan: PlanMaker) -> None:
+    subject, ids = tiny_subject("llama"), rows_of()
+    plans = strengths(make_plan(subject, PARTS), 0.5, 1.0)
+    with applied_rows(subject, plans, [0] * 6 + [1] * 6):
+        found = token_losses(subject, ids * 2, budget=60)
+    for i, plan in enumerate(plans):
+        with applied(subject, plan):
+            alone = token_losses(subject, ids)
+        torch.testing.assert_close(torch.cat(found[6 * i : 6 * i + 6]), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(torch.cat(found[:6]), torch.cat(found[6:]), atol=1e-3)
 
 
 def test_rows_without_a_plan_and_plans_of_another_model(make_plan: PlanMaker) -> None:

@@ -21,6 +21,7 @@ from obliteratus.summon import forward, trunk
 from obliteratus.summon.capture import blocks
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token
+from obliteratus.summon.losses import token_losses
 from obliteratus.summon.lower import Rows, passing
 from obliteratus.summon.trunk import Trunk, changed_from, hooks, keepable
 from obliteratus.types import Plan, Subject
@@ -80,6 +81,23 @@ def test_trials_are_what_they_are_from_scratch(
             assert again.generate(8) == generate(subject, ids, 8)
     assert again.kept.streams  # some of it did not run again
     assert set(again.kept.streams) == set(again.kept.cuts)
+
+
+def test_losses_from_each_block_up_are_those_from_scratch(
+    subject: Subject, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "CPU_TOKENS", 30)
+    ids = rows_of()
+    depths = range(1, subject.n_layers)
+    again = Trunk(subject, ids, budget=PLENTY, answers=[], leave=max(map(len, ids)), depths=depths)
+    before = torch.cat(again.losses())
+    for layer in range(subject.n_layers):
+        with applied(subject, above(make_plan(subject, PARTS, strength=1.5, seed=layer), layer)):
+            found = torch.cat(again.losses())
+            torch.testing.assert_close(found, torch.cat(token_losses(subject, ids)), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(found, before, atol=1e-2)
+    assert set(again.kept.streams) == set(depths)
+    assert not again.kept.states
 
 
 def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMaker) -> None:

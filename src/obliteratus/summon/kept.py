@@ -31,14 +31,21 @@ class Kept:
     """
 
     def __init__(
-        self, subject: Subject, prompts: Prompts, prefix: list[int], budget: float, answers: Collection[int]
+        self,
+        subject: Subject,
+        prompts: Prompts,
+        prefix: list[int],
+        budget: float,
+        answers: Collection[int],
+        depths: Sequence[int] = (),
     ) -> None:
-        """budget: bytes. answers: the rows of which keys and values are wanted."""
+        """budget: bytes. answers: the rows of which keys and values are wanted. depths: where cuts may lie, rising; by
+        default at eighths of the depth."""
         self.subject, self.prompts, wanted = subject, prompts, set(answers)
         self.ids: Ids = [*prompts.rows, prefix] if prefix else prompts.rows
         self.layout = Rows.of([len(row) for row in self.ids])
         self.answered = Rows.of([len(row) if i in wanted else 0 for i, row in enumerate(self.ids)])
-        self.cuts = self._affordable(budget)
+        self.cuts = self._affordable(budget, depths or eighths(subject.n_layers))
         self.streams: dict[int, Tensor] = {}
         self.states: KeyValues = []
         self.tuples = False
@@ -68,9 +75,8 @@ class Kept:
         """Keep nothing, and have no cuts."""
         self.cuts, self.streams, self.states = (), {}, []
 
-    def _affordable(self, budget: float) -> tuple[int, ...]:
+    def _affordable(self, budget: float, depths: Sequence[int]) -> tuple[int, ...]:
         """Cuts from the lowest up, as far as the budget allows them all: any of them may be asked for."""
-        depths = sorted({self.subject.n_layers * i // CUTS for i in range(1, CUTS)} - {0})
         return tuple(c for i, c in enumerate(depths) if self.bytes_needed(depths[: i + 1]) <= budget)
 
     # ---------------------------------------------------------------------------------------- running
@@ -132,6 +138,11 @@ class Kept:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def eighths(n_layers: int) -> list[int]:
+    """Cuts that part the blocks into eighths, as nearly as they can be."""
+    return sorted({n_layers * i // CUTS for i in range(1, CUTS)} - {0})
 
 
 def _keeping(prompts: Prompts, rows: list[int]) -> Any:

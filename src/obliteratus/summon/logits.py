@@ -1,4 +1,4 @@
-"""What the model says next: first-token log-probabilities, and losses on given texts."""
+"""What the model says next: log-probabilities of the first token of its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
-from obliteratus.summon.memory import LOGIT_TOKENS
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 
@@ -79,27 +78,3 @@ def next_logits(subject: Subject, ids: Tensor, start: int, cache: Any) -> Float[
     out = subject.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     logits: Tensor = out.logits[:, -1]
     return logits
-
-
-def token_losses(subject: Subject, ids: Ids, *, budget: int = LOGIT_TOKENS, title: str = "texts") -> list[Tensor]:
-    """Negative log-likelihood in nats of each token after the first, for each row: a list of [length − 1]."""
-    losses: list[Tensor] = [torch.empty(0)] * len(ids)
-    run = _loss_runner(subject, ids)
-    with torch.inference_mode(), progress(title, len(ids)) as advance:
-        for group in batched([len(r) for r in ids], budget):
-            for rows, values in halving(run, group):
-                for i, row in zip(rows, values, strict=True):
-                    losses[i] = row
-                advance(len(rows))
-    return losses
-
-
-def _loss_runner(subject: Subject, ids: Ids) -> Callable[[list[int]], tuple[list[int], list[Tensor]]]:
-    def run(rows: list[int]) -> tuple[list[int], list[Tensor]]:
-        batch, lengths = padded([ids[i] for i in rows], subject.device)
-        logits = subject.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        per_row = loss.view(len(rows), -1).cpu()
-        return rows, [per_row[j, : n - 1] for j, n in enumerate(lengths.tolist())]  # padding is left out
-
-    return run

@@ -26,6 +26,7 @@ from obliteratus.summon.forward import Prompts, halving, prepared, recurrent
 from obliteratus.summon.generate import Batch, Done, answer_groups, prefill, write
 from obliteratus.summon.kept import Kept
 from obliteratus.summon.logits import first_tokens, last_logits
+from obliteratus.summon.losses import losses
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import variants, variants_of
 from obliteratus.types import Subject
@@ -46,20 +47,28 @@ class Trunk:
     """
 
     def __init__(
-        self, subject: Subject, ids: Ids, *, budget: float, answers: Sequence[int] | None = None, leave: int = 1
+        self,
+        subject: Subject,
+        ids: Ids,
+        *,
+        budget: float,
+        answers: Sequence[int] | None = None,
+        leave: int = 1,
+        depths: Sequence[int] = (),
     ) -> None:
         """Runs the shared prefix, which leaves at least ``leave`` tokens of each row; all else at the first call that
         can use it.
 
         budget: bytes that may be held. answers: the rows that `generate` may be asked for, all by default: they need
-        keys and values, which are most of what is held.
+        keys and values, which are most of what is held. depths: blocks before which passes may begin, rising; by
+        default at eighths of the depth.
         """
         self.subject, self.answers = subject, list(range(len(ids)) if answers is None else answers)
         self.hooks = hooks(subject)
         with torch.inference_mode():
             self.prompts = prepared(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
-        self.kept = Kept(subject, self.prompts, self.prefix, budget if keepable(subject) else 0.0, self.answers)
+        self.kept = Kept(subject, self.prompts, self.prefix, budget if keepable(subject) else 0.0, self.answers, depths)
         self.checked, self.copies = False, 1
 
     def times(self, copies: int) -> Trunk:
@@ -73,6 +82,12 @@ class Trunk:
         with torch.inference_mode():
             prompts = self.now()
             return first_tokens(self.subject, prompts if rows is None else prompts.of(rows))
+
+    def losses(self, *, budget: int = 0) -> list[Tensor]:
+        """Of each token after the first, natural: a list of [length − 1]; see `losses.token_losses`. For a trunk that
+        has no shared prefix: ``leave`` as long as the longest row."""
+        with torch.inference_mode():
+            return losses(self.subject, self.now(), budget=budget)
 
     def generate(
         self,

@@ -11,7 +11,8 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.results import Score
 from obliteratus.shapes import Bool, Float
-from obliteratus.summon.logits import first_token, token_losses
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.losses import token_losses
 from obliteratus.summon.render import context_length, render
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers

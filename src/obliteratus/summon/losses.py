@@ -1,0 +1,135 @@
+"""How likely given texts are: the loss of each of their tokens.
+
+The logits of a batch are the largest tensor of all (512 tokens × 49 152 words are 100 MB in fp32) and are needed for
+one number a token: where the LM head is all that makes them, it runs over a part of the vocabulary at a time, which
+stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from obliteratus.progress import progress
+from obliteratus.shapes import Float, Int
+from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
+from obliteratus.summon.memory import LOGIT_TOKENS
+from obliteratus.summon.render import Ids
+from obliteratus.summon.variants import variants_of
+from obliteratus.types import Subject
+
+# 1024 words × 512 tokens in fp32 are 2 MB, the second-level cache of two cores: 183 of 201 GFLOP/s there, softmax and
+# all; 137 with 8192 words and 112 with the whole vocabulary at once (EXPERIMENTS.md, "The LM head in parts").
+WORDS = 1024
+SAME = 1e-4  # of two orders of the same fp32 sums; a soft cap or a scale moves logits by more
+
+Losses = tuple[list[int], list[Tensor]]
+"""Row numbers, and each row's losses [length − 1]."""
+
+
+def token_losses(subject: Subject, ids: Ids, *, budget: int = 0, title: str = "texts") -> list[Tensor]:
+    """Negative log-likelihood in nats of each token after the first, for each row: a list of [length − 1], fp32.
+
+    budget: tokens a batch; 0 lets memory decide.
+    """
+    return losses(subject, Prompts(ids, 0, None, variants=variants_of(len(ids))), budget=budget, title=title)
+
+
+def losses(subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = "texts") -> list[Tensor]:
+    """`token_losses` of rows that are prepared. ValueError where a prefix was taken off: its tokens have losses too."""
+    if prompts.skipped:
+        raise ValueError("losses are of all tokens, and a prefix was taken off")
+    found: list[Tensor] = [torch.empty(0)] * len(prompts.rows)
+    size = budget or token_budget(subject, state_bytes(subject))
+    with torch.inference_mode(), progress(title, len(found)) as advance:
+        run = _runner(subject, prompts)
+        for group in batched([len(r) for r in prompts.rows], size):
+            for rows, values in halving(run, group):
+                for i, row in zip(rows, values, strict=True):
+                    found[i] = row
+                advance(len(rows))
+    return found
+
+
+def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]:
+    """In parts, until a batch shows that the model does more to its logits than its head; from then on whole."""
+    head = _plain_head(subject)
+
+    def run(rows: list[int]) -> Losses:
+        nonlocal head
+        found = None if head is None else _in_parts(subject, prompts, rows, head)
+        if found is None:
+            head = None
+            found = _whole(subject, prompts, rows)
+        return found
+
+    return run
+
+
+def _plain_head(subject: Subject) -> nn.Linear | None:
+    head = subject.model.get_output_embeddings()
+    return head if type(head) is nn.Linear and head.weight.is_floating_point() else None
+
+
+# ------------------------------------------------------------------------------------------- in parts
+def _in_parts(subject: Subject, prompts: Prompts, rows: list[int], head: nn.Linear) -> Losses | None:
+    """None where the last position's logits are not those of the head alone."""
+    ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+    with prompts.around(rows), _set_apart(head) as given:
+        logits = subject.model(input_ids=ids, use_cache=False).logits[:, -1]
+    states = given[0]
+    if not torch.allclose(linear(states[:, -1], head.weight, head.bias).float(), logits.float(), SAME, SAME):
+        return None
+    there = torch.arange(ids.shape[1] - 1, device=ids.device) < (lengths - 1)[:, None]  # padding is left out
+    values = nll(states[:, :-1][there], ids[:, 1:][there].to(states.device), head)
+    return rows, list(values.cpu().split((lengths - 1).tolist()))
+
+
+@contextmanager
+def _set_apart(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Inside, what the head is given is kept, and it works on the last position alone."""
+    given: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(args[0])
+        return (args[0][:, -1:],)
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def nll(states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.Linear) -> Float[Tensor, " n"]:
+    """−log softmax(W h + b)[target], fp32: the sum over the vocabulary part by part."""
+    first = torch.zeros_like(targets)
+    total = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
+    for start in range(0, head.out_features, WORDS):
+        part = slice(start, start + WORDS)
+        logits = linear(states, head.weight[part], None if head.bias is None else head.bias[part]).float()
+        # log Σ exp of a row is its first logit plus that one's loss: one pass of a fused kernel instead of four
+        total = torch.logaddexp(total, cross_entropy(logits, first, reduction="none") + logits[:, 0])
+    own = (states.float() * head.weight[targets].float()).sum(-1)
+    return total - (own if head.bias is None else own + head.bias[targets].float())
+
+
+# --------------------------------------------------------------------------------------------- whole
+def _whole(subject: Subject, prompts: Prompts, rows: Sequence[int]) -> Losses:
+    """Few rows at a time, so that few logits are held at once; one longer text is not cut."""
+    lengths = [len(prompts.rows[i]) for i in rows]
+    parts = [_logits_losses(subject, prompts, [rows[k] for k in part]) for part in batched(lengths, LOGIT_TOKENS)]
+    return [i for own, _ in parts for i in own], [row for _, values in parts for row in values]
+
+
+def _logits_losses(subject: Subject, prompts: Prompts, rows: list[int]) -> Losses:
+    batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+    with prompts.around(rows):
+        logits = subject.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+    loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(rows), -1).cpu()
+    return rows, [loss[j, : n - 1] for j, n in enumerate(lengths.tolist())]  # padding is left out
