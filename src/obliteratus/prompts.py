@@ -70,6 +70,11 @@ def spread(n: int, most: int) -> list[int]:
     return [i * n // most for i in range(most)] if n > most else list(range(n))
 
 
+def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
+    """All prompts of one source, as of `load_prompts`, each once. Raises UserError."""
+    return _read(str(source), "target")
+
+
 # ------------------------------------------------------------------------------------------ sources
 def _read(source: str, group: str) -> tuple[Prompt, ...]:
     if source.startswith("hub:"):

@@ -99,8 +99,8 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
     if partial.exists() and not resume:
         raise UserError(f"{partial}: an interrupted run lies here; add --resume to go on with it, or remove it")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        _check_identity(partial / "identity.json", identity)
+    with locked(partial):
+        check_identity(partial / "identity.json", identity)
         try:
             yield partial
         except UserError:
@@ -129,7 +129,8 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process works in the folder. Raises UserError where one does already."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +139,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+def check_identity(path: Path, identity: dict[str, Any]) -> None:
+    """Keep in this file what a run is of; UserError where another run's lies there already."""
     if not path.is_file():
         write_atomic(path, json.dumps(identity, indent=1))
         return

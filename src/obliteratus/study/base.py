@@ -36,7 +36,7 @@ class Spec:
     part: int
     """Which of the block's parts: head, expert, neuron, chunk …; −1 where it is all of them."""
     size: int
-    """Parameters that no longer do anything."""
+    """Entries of writing matrices that no longer write."""
     plan: Plan
     control: bool = False
     """Drawn at random, as large as what it is a control of."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -72,8 +73,23 @@ def batched(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> lis
     return batches
 
 
+TOKENS: ContextVar[int] = ContextVar("tokens of one batch", default=0)
+
+
+@contextmanager
+def passes_of(tokens: int) -> Iterator[None]:
+    """Inside, a batch holds at most so many tokens, or one row; 0: as memory and cache decide."""
+    token = TOKENS.set(tokens)
+    try:
+        yield
+    finally:
+        TOKENS.reset(token)
+
+
 def token_budget(subject: Subject, bytes_per_token: float) -> int:
     """Tokens of one batch: follows free memory (half of it), and on a CPU the cache. Never cuts a prompt."""
+    if TOKENS.get():
+        return TOKENS.get()
     fit = max(1, int(0.5 * free_memory(subject) / bytes_per_token))
     return fit if subject.device.type == "cuda" else min(CPU_TOKENS, fit)
 

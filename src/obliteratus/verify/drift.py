@@ -87,11 +87,21 @@ def perplexity(context: Context, *, texts: str = "") -> Measured:
 
 
 def _tokens(context: Context, texts: str) -> list[list[int]]:
+    limit = context_length(context.subject)
+    rows = [list(row)[:limit] for row in context.subject.tokenizer(paragraphs(texts))["input_ids"]]
+    return [row for row in rows if len(row) > 1]  # a single token has no loss
+
+
+def paragraphs(texts: str = "") -> list[str]:
+    """What stands between empty lines of a text file, each in one line; by default the project's own sixteen.
+
+    Raises UserError where there is no such file, or nothing in it.
+    """
     path = Path(texts)
     if texts and not path.is_file():
         raise UserError(f"{texts}: no such text file for the perplexity scorer")
     content = path.read_text() if texts else (files("obliteratus.verify") / "texts.txt").read_text()
-    paragraphs = [" ".join(p.split()) for p in content.split("\n\n") if p.strip()]
-    limit = context_length(context.subject)
-    rows = [list(row)[:limit] for row in context.subject.tokenizer(paragraphs)["input_ids"]]
-    return [row for row in rows if len(row) > 1]  # a single token has no loss
+    found = [" ".join(p.split()) for p in content.split("\n\n") if p.strip()]
+    if not found:
+        raise UserError(f"{texts}: the text file is empty; give at least one paragraph")
+    return found

@@ -41,6 +41,11 @@ def paired_ratio(after: Float[Tensor, " n"], before: Float[Tensor, " n"], seed: 
     return _score(gap.mean().exp(), resampled, len(gap), "ratio")
 
 
+def paired_difference(after: Float[Tensor, " n"], before: Float[Tensor, " n"], unit: str, seed: int = 0) -> Score:
+    """mean(after) − mean(before) of the same texts or prompts, resampled in pairs so that what is hard cancels."""
+    return bootstrap((after - before).double(), mean, unit, seed)
+
+
 def group_ratio(above: Float[Tensor, " n"], below: Float[Tensor, " m"], seed: int = 0) -> Score:
     """exp(mean(above) − mean(below)) of two unrelated groups, each resampled by itself; n counts both."""
     first, second = above.double(), below.double()

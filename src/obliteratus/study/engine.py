@@ -1,0 +1,103 @@
+"""Measures parts one after the other on one loaded model: one baseline, live edits, lower blocks run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from time import perf_counter
+
+from obliteratus.excise.live import applied
+from obliteratus.excise.live_rows import applied_rows
+from obliteratus.results import Score
+from obliteratus.study.base import Ground, Result, Spec, strategies
+from obliteratus.study.material import material
+from obliteratus.study.metrics import Given, Meter, Values, metrics, told
+from obliteratus.study.settings import Study
+from obliteratus.summon.forward import passes_of
+from obliteratus.summon.generate import MAX_ROWS
+from obliteratus.summon.memory import free_memory
+from obliteratus.types import Plan, Subject
+
+# Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
+KEPT = 0.4
+# Specs measured before their results are written down: what a kill can lose. More would fill no pass better.
+TOGETHER = 16
+
+
+class Engine:
+    """A loaded model and what a study measures it on."""
+
+    def __init__(self, subject: Subject, made: Study) -> None:
+        """Raises UserError for a strategy that has nothing to knock out in this model."""
+        self.subject, self.made = subject, made
+        texts, prompts, questions = material(subject, made)
+        room = KEPT * free_memory(subject) / len(made.metrics)
+        self.ground, self.given = Ground(subject, texts, made.seed), Given(subject, texts, prompts, questions, room)
+        with passes_of(made.batch):
+            self.specs = tuple(
+                spec for step in made.strategies for spec in specs_of(self.ground, step.use, step.options)
+            )
+
+    @cached_property
+    def meters(self) -> tuple[Meter, ...]:
+        """One for each metric, made when the first is read."""
+        steps = self.made.metrics
+        return tuple(metrics[s.use].function(self.given, **metrics.check(s.use, s.options)) for s in steps)
+
+    @cached_property
+    def base(self) -> Values:
+        """What the meters say of the model as it is."""
+        with passes_of(self.made.batch):
+            return {name: values for meter in self.meters for name, values in meter.measure(1)[0].items()}
+
+    def baseline(self) -> Result:
+        """The model as it is."""
+        start = perf_counter()
+        scores = {name: told(name, values, values)[0] for name, values in self.base.items()}
+        return Result(scores=scores, seconds=round(perf_counter() - start, 3))
+
+    def measure(self, specs: Sequence[Spec]) -> list[Result]:
+        """These parts, each knocked out by itself; those of one block may share passes."""
+        start = perf_counter()
+        with passes_of(self.made.batch):
+            found = [measured(self.subject, meter, specs) for meter in self.meters]
+        seconds = round((perf_counter() - start) / len(specs), 3)
+        return [self._result(spec, [by_spec[i] for by_spec in found], seconds) for i, spec in enumerate(specs)]
+
+    def _result(self, spec: Spec, found: Sequence[Values], seconds: float) -> Result:
+        scores: dict[str, Score] = {}
+        change: dict[str, Score] = {}
+        for name, values in ((name, values) for one in found for name, values in one.items()):
+            scores[name], change[name] = told(name, values, self.base[name])
+        fields = {key: value for key, value in vars(spec).items() if key != "plan"}
+        return Result(**fields, scores=scores, change=change, seconds=seconds)
+
+
+def specs_of(ground: Ground, use: str, options: Mapping[str, object]) -> Iterator[Spec]:
+    """What a strategy yields. Raises UserError for a strategy or option that does not exist."""
+    entry = strategies[use]
+    return entry.function(ground, **strategies.check(use, dict(options)))
+
+
+def chunks(specs: Sequence[Spec], most: int = TOGETHER) -> list[list[Spec]]:
+    """Specs by the lowest block that they change, from the embeddings up, at most so many at once."""
+    ordered = sorted(specs, key=lambda spec: spec.layer)
+    made = [list(own) for _, own in groupby(ordered, key=lambda spec: spec.layer)]
+    return [own[i : i + most] for own in made for i in range(0, len(own), most)]
+
+
+def measured(subject: Subject, meter: Meter, specs: Sequence[Spec]) -> list[Values]:
+    """What a meter says of each part, several in one pass where that fills it."""
+    most = max(1, MAX_ROWS // meter.rows) if meter.together else 1
+    parts = [[spec.plan for spec in specs[i : i + most]] for i in range(0, len(specs), most)]
+    return [values for plans in parts for values in _together(subject, meter, plans)]
+
+
+def _together(subject: Subject, meter: Meter, plans: Sequence[Plan]) -> list[Values]:
+    if len(plans) == 1:
+        with applied(subject, plans[0]):
+            return meter.measure(1)
+    of_row = [i for i in range(len(plans)) for _ in range(meter.rows)]
+    with applied_rows(subject, plans, of_row):
+        return meter.measure(len(plans))

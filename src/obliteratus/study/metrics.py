@@ -1,0 +1,172 @@
+"""How the damage is told: each metric is a meter that measures the model as it is edited at that moment.
+
+A meter gives one number for each text or prompt, so that a part is compared with the baseline in pairs. It keeps what
+the blocks below an edit make of its texts (`summon.trunk`), and can measure several plans in one pass, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.registry import Registry
+from obliteratus.results import Score
+from obliteratus.shapes import Float
+from obliteratus.summon.render import Ids, render
+from obliteratus.summon.trunk import Trunk
+from obliteratus.types import PromptSet, Subject
+from obliteratus.verify.accuracy import Question, offered
+from obliteratus.verify.drift import kl
+from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, rate
+from obliteratus.verify.refusal import refused, verdict
+
+Values = Mapping[str, Float[Tensor, " n"]]
+"""By score name: a number for each text, prompt or question."""
+# nats: a model that says nothing finite is as far off as this. No loss or KL of a working model comes near, for a
+# vocabulary of 50 000 drawn evenly is about 11 away.
+WORST = 100.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What meters measure on."""
+
+    subject: Subject
+    texts: Ids
+    prompts: PromptSet | None
+    questions: Sequence[Question]
+    room: float
+    """Bytes that a meter may keep of the lower blocks."""
+
+    def trunk(self, ids: Ids, *, answers: bool = False, whole: bool = False) -> Trunk:
+        """These rows, begun at any block. answers: whether they are answered; whole: whether no prefix is taken off."""
+        every, leave = range(1, self.subject.n_layers), max(map(len, ids)) if whole else 1
+        kept = None if answers else ()
+        return Trunk(self.subject, ids, budget=self.room, answers=kept, leave=leave, depths=every)
+
+
+class Meter(Protocol):
+    """One metric on its texts or prompts."""
+
+    rows: int
+    """That one plan takes of a pass."""
+    together: bool
+    """Whether plans are measured in one pass."""
+
+    def measure(self, copies: int) -> list[Values]:
+        """Of so many plans, each under `applied_rows` on ``rows`` rows of its own; of one, as the model is edited."""
+        ...
+
+
+metrics: Registry[Callable[..., Meter]] = Registry("metric")
+"""(given, **options) → a meter."""
+
+
+@metrics.register("perplexity", needs=("texts",))
+def perplexity(given: Given) -> Meter:
+    """exp of the mean loss a text, nats a token; padding never counts."""
+    return Perplexity(given)
+
+
+@metrics.register("refusal", cite="arXiv:2307.15043", needs=("prompts",))
+def refusal(given: Given, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 48) -> Meter:
+    """Shares of refused and of degenerate answers of so many tokens, to target and to control prompts."""
+    return Refusal(given, tokens)
+
+
+@metrics.register("first_token_kl", cite="arXiv:2406.11717", needs=("prompts",))
+def first_token_kl(given: Given) -> Meter:
+    """KL(base ‖ edited) of the first answer token on control prompts, nats."""
+    return FirstTokenKl(given)
+
+
+@metrics.register("accuracy", needs=("labelled",))
+def accuracy(given: Given) -> Meter:
+    """Share of labelled questions of which the right choice is the likeliest."""
+    return Accuracy(given)
+
+
+class Perplexity:
+    # 16 texts of 128 tokens are four batches already: more rows would only wait for each other
+    together = False
+
+    def __init__(self, given: Given) -> None:
+        self.trunk, self.rows = given.trunk(given.texts, whole=True), len(given.texts)
+
+    def measure(self, copies: int) -> list[Values]:
+        means = [loss.double().mean() for loss in self.trunk.times(copies).losses()]
+        return [{"perplexity": finite(part)} for part in torch.stack(means).split(self.rows)]
+
+
+class Accuracy:
+    together = True
+
+    def __init__(self, given: Given) -> None:
+        self.offered = offered(given.subject, given.questions)
+        self.trunk, self.rows = given.trunk(self.offered.ids, whole=True), len(self.offered.ids)
+
+    def measure(self, copies: int) -> list[Values]:
+        losses = self.trunk.times(copies).losses()
+        parts = (losses[i * self.rows : (i + 1) * self.rows] for i in range(copies))
+        return [{"accuracy": self.offered.hits(part)} for part in parts]
+
+
+class FirstTokenKl:
+    together = True
+
+    def __init__(self, given: Given) -> None:
+        assert given.prompts is not None, "`check_study` comes first"
+        ids = render(given.subject, given.prompts["control"])
+        self.trunk, self.rows = given.trunk(ids), len(ids)
+        self.base = self.trunk.first_token()
+
+    def measure(self, copies: int) -> list[Values]:
+        found = self.trunk.times(copies).first_token().split(self.rows)
+        return [{"kl.first_token": finite(kl(self.base, logp))} for logp in found]
+
+
+class Refusal:
+    together = True
+
+    def __init__(self, given: Given, tokens: int) -> None:
+        assert given.prompts is not None, "`check_study` comes first"
+        self.subject, self.tokens = given.subject, tokens
+        self.sizes = {group: len(prompts) for group, prompts in given.prompts.groups.items()}
+        asked = [prompt for prompts in given.prompts.groups.values() for prompt in prompts]
+        self.trunk = given.trunk(render(given.subject, asked, reserve=tokens), answers=True)
+        self.rows = len(asked)
+
+    def measure(self, copies: int) -> list[Values]:
+        answers = self.trunk.times(copies).generate(self.tokens, done=lambda new: refused(self.subject, new))
+        assert answers is not None, "nothing gives up here"
+        told = [verdict(self.subject.tokenizer.decode(row, skip_special_tokens=True)) for row in answers]
+        return [self._shares(told[i * self.rows : (i + 1) * self.rows]) for i in range(copies)]
+
+    def _shares(self, told: Sequence[str]) -> Values:
+        ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
+        kinds = {"refusal": "refused", "degenerate": "degenerate"}
+        return {
+            f"{name}.{group}": torch.tensor([float(v == kind) for v in told[ends[group] - n : ends[group]]])
+            for group, n in self.sizes.items()
+            for name, kind in kinds.items()
+        }
+
+
+def finite(values: Tensor) -> Tensor:
+    """Nats, at most `WORST`: NaN and infinity are as bad as can be."""
+    return values.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST)
+
+
+def told(name: str, values: Float[Tensor, " n"], base: Float[Tensor, " n"]) -> tuple[Score, Score]:
+    """A score with its interval, and how it differs from the baseline's, in pairs."""
+    if name == "perplexity":
+        return bootstrap(values, lambda x: x.mean(-1).exp(), "perplexity"), paired_ratio(values, base)
+    if name.startswith("kl."):
+        return bootstrap(values, mean, "nats"), paired_difference(values, base, "nats")
+    return rate(int(values.sum()), len(values)), paired_difference(values, base, "share")

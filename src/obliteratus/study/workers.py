@@ -1,0 +1,161 @@
+"""Who measures: this process, several, or a Ray cluster. Parts travel as names, results as plain data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from obliteratus.errors import UserError
+from obliteratus.study.base import Result
+from obliteratus.study.engine import Engine, chunks
+from obliteratus.study.settings import Study
+from obliteratus.summon.open import open_subject
+
+Names = list[str]
+
+
+class Workers(Protocol):
+    """Inside its block, models are open."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def chunks(self) -> list[Names]:
+        """Components that are measured together, in order."""
+        ...
+
+    def baseline(self) -> Result: ...
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+        """Of each chunk, in order of finishing."""
+        ...
+
+
+class Worker:
+    """One opened model."""
+
+    def __init__(self, made: Study, opening: Mapping[str, Any], threads: int = 0) -> None:
+        """threads: of this process; 0 leaves them as they are."""
+        if threads:
+            torch.set_num_threads(threads)
+        self.engine = Engine(open_subject(made.model, **opening), made)
+        self.specs = {spec.component: spec for spec in reversed(self.engine.specs)}  # of two alike, the first
+
+    def chunks(self) -> list[Names]:
+        return [[spec.component for spec in chunk] for chunk in chunks(list(reversed(self.specs.values())))]
+
+    def baseline(self) -> Result:
+        return self.engine.baseline()
+
+    def measure(self, names: Names) -> list[Result]:
+        return self.engine.measure([self.specs[name] for name in names])
+
+
+class Local:
+    """This process."""
+
+    def __init__(self, made: Study, opening: Mapping[str, Any]) -> None:
+        self.worker = Worker(made, opening)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def chunks(self) -> list[Names]:
+        return self.worker.chunks()
+
+    def baseline(self) -> Result:
+        return self.worker.baseline()
+
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+        return map(self.worker.measure, wanted)
+
+
+# ------------------------------------------------------------------------------------ several processes
+_OWN: list[Worker] = []  # of a worker process, its one worker
+
+
+def _begin(made: Study, opening: Mapping[str, Any], threads: int) -> None:
+    _OWN.append(Worker(made, opening, threads))
+
+
+def _chunks() -> list[Names]:
+    return _OWN[0].chunks()
+
+
+def _baseline() -> Result:
+    return _OWN[0].baseline()
+
+
+def _measure(names: Names) -> list[Result]:
+    return _OWN[0].measure(names)
+
+
+class Processes:
+    """Processes of this machine, which share its cores."""
+
+    def __init__(self, made: Study, opening: Mapping[str, Any], workers: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        begin = (made, dict(opening), threads)
+        # spawned: a forked process would inherit locks of threads that it has not
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=begin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def chunks(self) -> list[Names]:
+        return self.pool.submit(_chunks).result()
+
+    def baseline(self) -> Result:
+        return self.pool.submit(_baseline).result()
+
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+        for future in as_completed([self.pool.submit(_measure, names) for names in wanted]):
+            yield future.result()
+
+
+# ----------------------------------------------------------------------------------------- a Ray cluster
+class Ray:
+    """Actors of a Ray cluster: each opens the model where it runs, so all that the study names must be there."""
+
+    def __init__(self, made: Study, opening: Mapping[str, Any], workers: int, address: str) -> None:
+        """address: ``local`` begins a cluster on this machine."""
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise UserError("--ray needs Ray; pip install 'obliteratus[ray]'") from error
+        self.ray: Any = ray
+        ray.init(address, log_to_driver=False, ignore_reinit_error=True)
+        actor = ray.remote(Worker)
+        self.actors = [actor.remote(made, dict(opening), 0) for _ in range(workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ray.shutdown()
+
+    def chunks(self) -> list[Names]:
+        found: list[Names] = self.ray.get(self.actors[0].chunks.remote())
+        return found
+
+    def baseline(self) -> Result:
+        found: Result = self.ray.get(self.actors[0].baseline.remote())
+        return found
+
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+        from ray.util import ActorPool
+
+        pool: Any = ActorPool(self.actors)
+        yield from pool.map_unordered(lambda actor, names: actor.measure.remote(names), list(wanted))

@@ -1,0 +1,106 @@
+"""Multiple choice: whether the right answer is the likeliest of those offered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from obliteratus.errors import UserError
+from obliteratus.registry import explain
+from obliteratus.shapes import Float
+from obliteratus.summon.losses import token_losses
+from obliteratus.summon.render import Ids, has_template, render
+from obliteratus.types import Prompt, Subject
+from obliteratus.verify.intervals import paired_difference, rate
+from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.work import Cost, number
+
+
+class Question(BaseModel):
+    """One line of a labelled file."""
+
+    model_config = ConfigDict(frozen=True)
+    prompt: str = Field(min_length=1)
+    choices: tuple[str, ...] = Field(min_length=2)
+    answer: int = Field(ge=0)
+    """Index of the right choice."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """All choices of some questions behind their prompts, one row each."""
+
+    ids: Ids
+    lengths: tuple[int, ...]
+    """Tokens of each row that are its choice: the last ones."""
+    choices: tuple[int, ...]
+    """Rows of each question."""
+    answers: tuple[int, ...]
+
+    def hits(self, losses: Sequence[Tensor]) -> Float[Tensor, " questions"]:
+        """1 where the right choice is the likeliest, summed over its tokens, else 0. losses: of each row's tokens."""
+        sums = torch.stack([loss[-n:].double().sum() for loss, n in zip(losses, self.lengths, strict=True)])
+        best = [int(part.argmin()) for part in sums.split(list(self.choices))]
+        return torch.tensor([float(b == a) for b, a in zip(best, self.answers, strict=True)])
+
+
+def questions(source: str | Path) -> list[Question]:
+    """The questions of a JSONL file: ``prompt``, ``choices`` and ``answer``, the right one's index; other keys are
+    ignored. Raises UserError naming file and line."""
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"{path}: no such labelled file; give JSONL of prompt, choices, answer")
+    found = [_question(line, f"{path}:{n}") for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    if not found:
+        raise UserError(f"{path}: the labelled file is empty; give at least one question a line")
+    return found
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        made = Question(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{where}: not a JSON object; one question a line") from error
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from error
+    if made.answer >= len(made.choices):
+        raise UserError(f"{where}: answer {made.answer} names none of {len(made.choices)} choices; they count from 0")
+    return made
+
+
+def offered(subject: Subject, asked: Sequence[Question]) -> Offered:
+    """Choices behind the rendered prompts: as an answer in chat models, behind a space in others."""
+    gap = "" if has_template(subject) else " "
+    texts = [gap + choice for q in asked for choice in q.choices]
+    tails = [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    prompts = render(subject, [Prompt(q.prompt) for q in asked], reserve=max(map(len, tails)))
+    counts = [len(q.choices) for q in asked]
+    ends = list(accumulate(counts, initial=0))
+    ids = [prompts[i] + tail for i, n in enumerate(counts) for tail in tails[ends[i] : ends[i] + n]]
+    return Offered(ids, tuple(map(len, tails)), tuple(counts), tuple(q.answer for q in asked))
+
+
+def _rows(labelled: str) -> int:
+    return sum(len(q.choices) for q in questions(labelled))
+
+
+@scorers.register("accuracy", cost=lambda options: Cost(texts=number(_rows(options["labelled"]))))
+def accuracy(context: Context, *, labelled: str) -> Measured:
+    """Share of multiple-choice questions of which the right choice is the likeliest behind the prompt.
+
+    labelled: JSONL of ``prompt``, ``choices`` and ``answer`` (the right one's index). A choice's likelihood is summed
+    over its tokens.
+    """
+    rows = offered(context.subject, questions(labelled))
+    hits = rows.hits(token_losses(context.subject, rows.ids, title="VERIFY accuracy"))
+    scores = {"accuracy": rate(int(hits.sum()), len(hits))}
+    if context.before is not None:
+        scores["accuracy.change"] = paired_difference(hits, context.before.tensors["hits.accuracy"], "share")
+    return Measured(scores, tensors={"hits.accuracy": hits})
