@@ -12,8 +12,8 @@ from obliteratus.errors import UserError
 from obliteratus.recipe import dump
 from obliteratus.registry import explain, unknown
 from obliteratus.settings import Frozen, Step
-from obliteratus.study.files import presets, study
-from obliteratus.study.settings import Study
+from obliteratus.study.files import parsed, presets, study
+from obliteratus.study.settings import Data, Study
 
 STRATEGIES = {
     "layer_removal": "layers",
@@ -86,25 +86,22 @@ def convert(source: Path) -> tuple[Study, list[str]]:
         raise UserError(f"{source}: {explain(error)}") from error
     notes: list[str] = []
     base = _preset(old, notes, source)
-    data = {
-        "texts": _texts(old.dataset, notes),
-        "samples": old.dataset.max_samples or base.get("data", {}).get("samples"),
-        "length": old.max_length or base.get("data", {}).get("length", LENGTH),
-    }
+    length = old.max_length or (base.data.length if base else LENGTH)
+    samples = old.dataset.max_samples or (base.data.samples if base else None)
+    texts = {"texts": _texts(old.dataset, notes), "length": length}
     made = {
         "name": source.stem,
         "model": old.model.name,
         "dtype": old.model.dtype,
         "output": old.output_dir,
-        "data": {key: value for key, value in data.items() if value},
-        "strategies": _strategies(old, notes, source) or base["strategies"],
-        "metrics": _metrics(old, notes, source) or base.get("metrics") or [{"use": "perplexity"}],
-        "batch": old.batch_size * data["length"] if old.batch_size else base.get("batch", 0),
+        "data": texts | ({"samples": samples} if samples else {}),
+        "strategies": _strategies(old, notes, source) or (base.strategies if base else ()),
+        "metrics": _metrics(old, notes, source) or (base.metrics if base else (Step(use="perplexity"),)),
+        "batch": old.batch_size * length if old.batch_size else (base.batch if base else 0),
     }
-    if data["samples"] is None:
-        notes.append(f"dataset.max_samples: not given, so it took every text; here {Study(**made).data.samples} are")
-    notes += _left(old)
-    return Study(**made), notes
+    if samples is None:
+        notes.append(f"dataset.max_samples: not given, and it took every text; here {Data().samples} are, at most")
+    return parsed(made, str(source)), notes + _left(old)
 
 
 def as_toml(made: Study, notes: Sequence[str], source: Path) -> str:
@@ -114,11 +111,11 @@ def as_toml(made: Study, notes: Sequence[str], source: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------- parts
-def _preset(old: _Yaml, notes: list[str], source: Path) -> dict[str, Any]:
-    """What the preset says, as plain data, for all that the file leaves open."""
+def _preset(old: _Yaml, notes: list[str], source: Path) -> Study | None:
+    """What fills all that the file leaves open."""
     name = old.preset or old.study_preset
     if not name:
-        return {}
+        return None
     known = {n: n for n in presets() if n != "refusal"} | PRESETS
     if name not in known:
         raise UserError(f"{source}: {unknown('preset', name, known)}")
@@ -126,17 +123,17 @@ def _preset(old: _Yaml, notes: list[str], source: Path) -> dict[str, Any]:
     notes.append(f"preset '{name}': what the file leaves open is as in the study '{known[name]}' of this program")
     if known[name] == "refusal" and old.metrics is None:
         notes.append(f"preset '{name}': it measured perplexity alone; answers need --target and --control")
-    return made.model_dump(mode="json", exclude_defaults=True)
+    return made
 
 
-def _strategies(old: _Yaml, notes: list[str], source: Path) -> list[dict[str, Any]]:
+def _strategies(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
     made = []
     for place, step in enumerate(old.strategies or ()):
         where = f"{source}: strategies.{place}"
         if step.name not in STRATEGIES:
             raise UserError(f"{where}: {unknown('strategy', step.name, STRATEGIES)}")
         use = STRATEGIES[step.name]
-        made.append({"use": use, **_options(use, step.params or {}, where, notes)})
+        made.append(Step(use=use, **_options(use, step.params or {}, where, notes)))
     return made
 
 
@@ -156,7 +153,7 @@ def _options(use: str, params: Mapping[str, Any], where: str, notes: list[str]) 
     return options
 
 
-def _metrics(old: _Yaml, notes: list[str], source: Path) -> list[dict[str, Any]]:
+def _metrics(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
     made = []
     for name in old.metrics or ():
         if name in ("accuracy", "f1", "macro_f1"):
@@ -166,7 +163,7 @@ def _metrics(old: _Yaml, notes: list[str], source: Path) -> list[dict[str, Any]]
         elif name != "perplexity":
             raise UserError(f"{source}: {unknown('metric', name, ['perplexity', 'accuracy', 'f1'])}")
         else:
-            made.append(Step(use=name).model_dump())
+            made.append(Step(use=name))
     return made
 
 

@@ -9,8 +9,7 @@ from obliteratus.analyze.page import document, embedded, name_of, rendered
 from obliteratus.analyze.page import table as html_table
 from obliteratus.study.base import Result
 from obliteratus.study.plots import Picture
-from obliteratus.study.ranking import told
-from obliteratus.study.tables import beside, ordered_metrics, shared_metrics, table
+from obliteratus.study.tables import beside, ordered_metrics, shared_metrics, table, told
 
 LEGEND = (
     "The whole model's row holds its scores. All others hold changes against it, with 95 % intervals: ratios (×) of "

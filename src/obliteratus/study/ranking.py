@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
@@ -12,7 +12,6 @@ from obliteratus.study.base import Result
 
 FALLS = frozenset({"refusal.target", "accuracy"})  # damage is a fall of these; of all others a rise
 RATIOS = frozenset({"perplexity"})  # changes are ratios, 1 is none; of all others differences, 0 is none
-NEVER_BELOW = frozenset({"kl.first_token"})  # no change is the least that these can show, so no interval reaches it
 
 
 def knocked(results: Iterable[Result]) -> list[Result]:
@@ -78,19 +77,3 @@ def ranked(results: Iterable[Result], metric: str) -> list[Result]:
 def clear(change: Score, metric: str) -> bool:
     """Whether the interval leaves 'no change' out, on the side of damage."""
     return min(harm(change.low, metric), harm(change.high, metric)) > 0
-
-
-def told(results: Sequence[Result], metric: str) -> str:
-    """What was found, in one line: the worst part, how many do clear damage, and what the controls do."""
-    parts = [r for r in ranked(results, metric) if not r.control and metric in r.change]
-    if not parts:
-        return "no part is knocked out yet"
-    said = [f"{parts[0].component} counts most"]
-    if metric not in NEVER_BELOW:
-        hurt = sum(clear(r.change[metric], metric) for r in parts)
-        said.append(f"the intervals of {hurt} of {len(parts)} parts show damage only")
-    chance = [damage(r, metric) for r in knocked(results) if r.control and metric in r.change]
-    if chance:
-        beyond = sum(damage(r, metric) > max(chance) for r in parts)
-        said.append(f"{beyond} of {len(parts)} do more damage than each of {len(chance)} drawn at random")
-    return "; ".join(said)

@@ -12,7 +12,7 @@ from typing import Any
 
 from obliteratus.results import Score
 from obliteratus.study.base import Result
-from obliteratus.study.ranking import RATIOS, baseline, damage, knocked, metric_of, metrics, ranked
+from obliteratus.study.ranking import RATIOS, baseline, clear, damage, knocked, metric_of, metrics, ranked
 
 Table = tuple[list[str], list[list[str]]]
 """Columns and rows."""
@@ -20,6 +20,8 @@ Table = tuple[list[str], list[list[str]]]
 WHOLE = "whole model"
 SHARES = ("refusal.", "degenerate.", "accuracy")  # what these names begin with is a share: its changes are in points
 FACTS = ("strategy", "component", "layer", "part", "size", "control", "seconds")
+LAST = "degenerate."  # whether answers are words at all: mostly they are, and the column says nothing
+NEVER_BELOW = frozenset({"kl.first_token"})  # no change is the least that these can show, so no interval reaches it
 LARGE = 1e5  # from here on a ratio's digits say nothing: 1.2e+07
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -33,18 +35,34 @@ SPECIAL = {
 
 
 # -------------------------------------------------------------------------------------------- for people
-def table(results: Sequence[Result], top: int | None = None, by: str = "") -> Table:
+def table(results: Sequence[Result], top: int | None = None, by: str = "", first: int | None = None) -> Table:
     """A row for the whole model, its scores as they are; then changes, the most damaging part first.
 
     top: at most so many parts, and as many controls beside them. by: the metric that orders them, by default the
-    study's first. UserError for a metric that was not taken.
+    study's first. first: only so many metrics. UserError for a metric that was not taken.
     """
-    names = ordered_metrics(results, by)
+    names = ordered_metrics(results, by)[:first]
     whole = baseline(results)
     rows = [[WHOLE, "", *(shown(whole.scores.get(n), scale(n)) for n in names)]]
     for result in most(ranked(results, names[0]), top):
         rows.append([called(result), f"{result.size:,}", *(shown_change(result, n) for n in names)])
     return ["part", "parameters", *(headed(n) for n in names)], rows
+
+
+def told(results: Sequence[Result], metric: str) -> str:
+    """What was found, in one line: the worst part, how many do clear damage, and what the controls do."""
+    parts = [r for r in ranked(results, metric) if not r.control and metric in r.change]
+    if not parts:
+        return "no part is knocked out yet"
+    said = [f"{parts[0].component} counts most, {shown_change(parts[0], metric)}"]
+    if metric not in NEVER_BELOW:
+        hurt = sum(clear(r.change[metric], metric) for r in parts)
+        said.append(f"the intervals of {hurt} of {len(parts)} parts show damage only")
+    chance = [damage(r, metric) for r in knocked(results) if r.control and metric in r.change]
+    if chance:
+        beyond = sum(damage(r, metric) > max(chance) for r in parts)
+        said.append(f"{beyond} of {len(parts)} do more damage than each of {len(chance)} drawn at random")
+    return "; ".join(said)
 
 
 def beside(studies: Mapping[str, Sequence[Result]], metric: str, top: int | None = None) -> Table:
@@ -67,9 +85,9 @@ def beside(studies: Mapping[str, Sequence[Result]], metric: str, top: int | None
 
 
 def ordered_metrics(results: Sequence[Result], by: str = "") -> list[str]:
-    """All metrics, the ordering one first. UserError for one that was not taken."""
+    """All metrics, the ordering one first, LAST last. UserError for one that was not taken."""
     first = metric_of(results, by)
-    return [first, *(n for n in metrics(results) if n != first)]
+    return sorted(metrics(results), key=lambda name: (name != first, name.startswith(LAST)))
 
 
 def shared_metrics(studies: Mapping[str, Sequence[Result]]) -> list[str]:
