@@ -219,10 +219,11 @@ def _check_keys(node: Any, source: Path) -> None:
     if node is None or isinstance(node.value, str):
         return
     if node.id == "mapping":
-        keys = [key.value for key, _ in node.value]
+        seen: set[str] = set()
         for key, value in node.value:
-            if keys.count(key.value) > 1:
+            if str(key.value) in seen:
                 raise UserError(f"{source}:{key.start_mark.line + 1}: '{key.value}' stands twice; leave one out")
+            seen.add(str(key.value))
             _check_keys(value, source)
     else:
         for value in node.value:
