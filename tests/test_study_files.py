@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from obliteratus.cli_study import KNOWN
 from obliteratus.errors import UserError
-from obliteratus.recipe import dump
+from obliteratus.recipe import dump, parse_overrides
 from obliteratus.study.files import parsed, presets, study, with_own_prompts
 
 WANTED = ["attention", "embeddings", "full", "knowledge", "layers", "pruning", "quick", "refusal", "robustness"]
@@ -129,3 +131,16 @@ def test_an_organism_has_its_own_prompts() -> None:
 
 def test_plain_data_is_a_study() -> None:
     assert parsed(BASE, "here").metrics[0].use == "perplexity"
+
+
+def test_the_readme_shows_a_study() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    texts = [t for t in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "[[strategies]]" in t]
+    assert len(texts) == 1
+    made = parsed(tomllib.loads(texts[0]), "README.md")
+    assert [s.use for s in made.strategies] == ["heads", "random"]
+    changes = re.findall(r"obliteratus study (\S+) (\S+) (.*) --out", readme)
+    assert len(changes) == 2
+    for source, model, options in changes:
+        pairs = [a or b for a, b in re.findall(r"--set (?:'([^']*)'|(\S+))", options)]
+        assert with_own_prompts(study(source, {**parse_overrides(pairs), "model": model})).data.samples == 8

@@ -47,7 +47,10 @@ def pictures(results: Sequence[Result], metric: str) -> dict[str, Picture]:
     for kind, name in GRIDS.items():
         parts = [r for r in taken if r.strategy == kind and r.part >= 0]
         if len({r.part for r in parts}) > 1:
-            size = (WIDE, EDGE + 0.22 * (1 + max(r.part for r in parts)))  # inches a row: ticks fit beside it
+            size = (
+                WIDE,
+                EDGE + min(8.0, 0.22 * (1 + max(r.part for r in parts))),
+            )  # inches: a page, a row with its tick
             draw = partial(grid, parts=parts, metric=metric, name=name)
             made[kind] = Picture(draw, size)
     if chunks := [r for r in taken if r.strategy == STRIP]:
