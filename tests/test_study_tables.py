@@ -18,7 +18,7 @@ from obliteratus.errors import UserError
 from obliteratus.study.base import Result
 from obliteratus.study.output import RESULTS, check_metric, read, title_of, write
 from obliteratus.study.ranking import clear, damage, metric_of, metrics, ranked
-from obliteratus.study.tables import as_csv, as_json, beside, escaped, latex, markdown, shown, table, told
+from obliteratus.study.tables import as_csv, as_json, beside, escaped, latex, markdown, shown, shown_number, table, told
 
 
 def kept(results: tuple[Result, ...], folder: Path) -> Path:
@@ -121,6 +121,10 @@ def test_top_keeps_parts_and_controls() -> None:
 )
 def test_shown(value: float, text: str) -> None:
     assert shown(score(value)) == text
+
+
+def test_nothing_has_no_sign() -> None:
+    assert [shown_number(x, 1, sign=True) for x in (-0.04, 0.0, 0.04, -0.06, 0.06)] == ["0.0"] * 3 + ["−0.1", "+0.1"]
 
 
 def test_studies_stand_side_by_side() -> None:

@@ -82,5 +82,5 @@ def written(harmful: float, metric: str) -> str:
     """Damage as the change that it is, in the metric's unit: three digits."""
     if math.isinf(harmful):
         return "∞"
-    value = value_of(harmful, metric) * scale(metric)
+    value = value_of(harmful, metric) * scale(metric) + 0.0  # −0 is 0
     return shown_number(value) if abs(value) >= 1e5 else f"{value:.3g}".replace("-", "−")  # 1e5: digits say nothing

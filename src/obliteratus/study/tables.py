@@ -151,7 +151,8 @@ def shown_number(x: float, digits: int = 3, sign: bool = False) -> str:
         return "undefined"
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
-    plain = f"{x:.3g}" if abs(x) >= LARGE else f"{x:{'+' if sign else ''}.{digits}f}"
+    rounded = round(x, digits) + 0.0  # −0 is 0
+    plain = f"{x:.3g}" if abs(x) >= LARGE else f"{rounded:{'+' if sign and rounded else ''}.{digits}f}"
     return plain.replace("-", "−").replace("e+", "e")
 
 
