@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from obliteratus.cli_analyze import analyze
+from obliteratus.cli_study import report, study, study_from_yaml
 from obliteratus.options import (
     Base,
     Bypass,
@@ -235,7 +236,8 @@ def apply(
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-app.command()(guarded(analyze))
+for command in (analyze, study, report, study_from_yaml):
+    app.command()(guarded(command))
 
 
 def main() -> None:

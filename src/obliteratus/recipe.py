@@ -1,4 +1,5 @@
-"""Recipes: TOML files, overrides by path, and validation against everything that is registered."""
+"""Recipes: TOML files, overrides by path, and validation against everything that is registered. Studies are read and
+written by the same means."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import json
 import re
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from obliteratus.analyze import analyses
 from obliteratus.distill import check_needs
@@ -21,12 +23,43 @@ from obliteratus.tune import extractors
 from obliteratus.verify import scorers
 from obliteratus.weigh import weighers
 
-FOLDER = files("obliteratus") / "recipes"
+
+@dataclass(frozen=True)
+class Shelf:
+    """TOML files of one kind: those that are shipped, and those that a user has."""
+
+    folder: str
+    """Of the shipped ones, in the package."""
+    file: str
+    """What a user's file is called in errors: ``recipe``."""
+    name: str
+    """What a shipped one is called there: ``method``."""
+    see: str
+    """Where to find out more."""
+
+    def names(self) -> list[str]:
+        """All that are shipped."""
+        place = files("obliteratus") / self.folder
+        return sorted(f.name.removesuffix(".toml") for f in place.iterdir() if f.name.endswith(".toml"))
+
+    def data(self, source: str) -> dict[str, Any]:
+        """A shipped one by name, or a file by path, as plain data; UserError where there is none, or it is no TOML."""
+        path = Path(source)
+        if path.suffix == ".toml":
+            if not path.is_file():
+                raise UserError(f"{path}: no such {self.file} file")
+            return _toml(path.read_bytes(), path.stem, source)
+        if source not in self.names():
+            raise UserError(unknown(self.name, source, self.names()) + f"; see '{self.see}'")
+        return _toml((files("obliteratus") / self.folder / f"{source}.toml").read_bytes(), source, source)
+
+
+METHODS = Shelf("recipes", "recipe", "method", "obliteratus methods")
 
 
 def names() -> list[str]:
     """All shipped methods."""
-    return sorted(f.name.removesuffix(".toml") for f in FOLDER.iterdir() if f.name.endswith(".toml"))
+    return METHODS.names()
 
 
 def recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -34,17 +67,22 @@ def recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recip
 
     Raises UserError for a method, step or option that does not exist, and for a value out of its range.
     """
-    data, where = _data(str(source))
-    made = parsed(data, where)
+    where = str(source)
+    made = parsed(METHODS.data(where), where)
     return replaced(made, overrides, where) if overrides else made
 
 
 def replaced(made: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
     """The recipe with values replaced by path, validated anew."""
+    return parsed(overridden(made, values), where)
+
+
+def overridden(made: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with values replaced by path, to be validated anew; UserError for a path that leads nowhere."""
     whole = made.model_dump(mode="json")  # defaults too, so that each of them can be replaced by its path
     for path, value in values.items():
         _replace(whole, path.split("."), value, path)
-    return parsed(whole, where)
+    return whole
 
 
 def value_at(made: Recipe, path: str) -> Any:
@@ -98,17 +136,6 @@ def check_runs(made: Recipe, groups: Collection[str]) -> None:
             raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")
 
 
-def _data(source: str) -> tuple[dict[str, Any], str]:
-    path = Path(source)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise UserError(f"{path}: no such recipe file")
-        return _toml(path.read_bytes(), path.stem, source), source
-    if source not in names():
-        raise UserError(unknown("method", source, names()) + "; see 'obliteratus methods'")
-    return _toml((FOLDER / f"{source}.toml").read_bytes(), source, source), source
-
-
 def _toml(text: bytes, name: str, where: str) -> dict[str, Any]:
     try:
         return {"name": name, **tomllib.loads(text.decode())}
@@ -160,8 +187,8 @@ def unnumbered(made: Recipe) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ writing
-def dump(made: Recipe) -> str:
-    """The recipe as TOML, defaults left out; reading it back gives the same recipe."""
+def dump(made: BaseModel) -> str:
+    """A recipe or a study as TOML, defaults left out; reading it back gives the same."""
     data = made.model_dump(exclude_defaults=True)
     plain = {k: v for k, v in data.items() if not _is_table(v)}
     lines = _entries(plain)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from obliteratus.settings import Frozen, Recipe
 
 
 class Score(Frozen):
     """A measured number, never without its interval and sample size."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity; a broken model's perplexity may be
 
     value: float
     low: float

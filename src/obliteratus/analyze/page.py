@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,11 @@ def page(found: Mapping[str, Finding], title: str, skipped: Mapping[str, str] = 
     links = "\n".join(f'<li><a href="#{name_of(n)}">{escape(n)}</a>: {escape(f.told())}</li>' for n, f in found.items())
     left = "".join(f'<p class="about">Skipped: {escape(n)}, {escape(why)}</p>\n' for n, why in skipped.items())
     sections = "\n".join(_section(name, finding) for name, finding in found.items())
+    return document(title, f"<nav><ol>\n{links}\n</ol></nav>\n{left}{sections}")
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML document of these pages' style, from HTML under its title."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -46,10 +51,7 @@ def page(found: Mapping[str, Finding], title: str, skipped: Mapping[str, str] = 
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<nav><ol>
-{links}
-</ol></nav>
-{left}{sections}
+{body}
 </body>
 </html>
 """
@@ -62,22 +64,32 @@ def name_of(name: str) -> str:
 
 def svg(finding: Finding, name: str) -> str:
     """The finding's plot. The same finding gives the same text."""
+    return rendered(finding.draw, name)
+
+
+def rendered(draw: Callable[[Any], None], name: str, size: tuple[float, float] = SIZE) -> str:
+    """What ``draw`` draws on a figure of that size in inches, as SVG; no two on one page may share a name."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # takes half a second to load, and few commands draw
 
-    figure, file = Figure(figsize=SIZE, layout="constrained"), io.StringIO()
+    figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
     with rc_context({"svg.hashsalt": name}):  # else the names of clip paths are drawn by chance
-        finding.draw(figure)
+        draw(figure)
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
+def embedded(svg: str) -> str:
+    """A picture as the address of an image that stands in the page itself."""
+    return f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
+
+
 def _section(name: str, finding: Finding) -> str:
-    told, picture = escape(finding.told()), b64encode(svg(finding, name).encode()).decode()
+    told, picture = escape(finding.told()), embedded(svg(finding, name))
     return f"""<section id="{name_of(name)}">
 <h2>{escape(name)}</h2>
 {_about(name)}<p class="told">{told}</p>
-<img alt="{told}" src="data:image/svg+xml;base64,{picture}">
+<img alt="{told}" src="{picture}">
 <details><summary>Numbers</summary>
 {tables(finding.numbers())}
 </details>
@@ -99,11 +111,11 @@ def tables(numbers: Mapping[str, Any]) -> str:
     lengths = [len(v) for v in flat.values() if isinstance(v, list)]
     together = {n for n in lengths if n > 1 and lengths.count(n) > 1}
     single = {k: v for k, v in flat.items() if not (isinstance(v, list) and len(v) in together)}
-    made = [_table(["", "value"], [[k, shown(v)] for k, v in single.items()])] if single else []
+    made = [table(["", "value"], [[k, shown(v)] for k, v in single.items()])] if single else []
     for n in sorted(together):
         columns = {k: v for k, v in flat.items() if isinstance(v, list) and len(v) == n}
         rows = [[str(i), *(shown(v[i]) for v in columns.values())] for i in range(n)]
-        made.append(_table(["index", *columns], rows))
+        made.append(table(["index", *columns], rows))
     return "\n".join(made)
 
 
@@ -134,7 +146,8 @@ def shown(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as an HTML table; what they say is escaped."""
     top = "".join(f"<th>{escape(h.replace('_', ' '))}</th>" for h in head)
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
     return f'<div class="wide"><table>\n<tr>{top}</tr>\n{body}\n</table></div>'
