@@ -134,7 +134,7 @@ def _checked(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> S
     from obliteratus.recipe import parse_overrides
     from obliteratus.study.files import study as read_study
     from obliteratus.study.files import with_own_prompts
-    from obliteratus.study.run import check_study
+    from obliteratus.study.material import check_study
     from obliteratus.summon.open import dtype_of
 
     given = {path: value for path, value in changes.items() if value is not None}

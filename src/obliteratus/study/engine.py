@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from time import perf_counter
 
+from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.live_rows import applied_rows
 from obliteratus.results import Score
@@ -35,7 +36,7 @@ class Engine:
         room = KEPT * free_memory(subject) / len(made.metrics)
         self.ground, self.given = Ground(subject, texts, made.seed), Given(subject, texts, prompts, questions, room)
         with passes_of(made.batch):
-            self.specs = tuple(
+            self.specs = _once(
                 spec for step in made.strategies for spec in specs_of(self.ground, step.use, step.options)
             )
 
@@ -72,6 +73,16 @@ class Engine:
             scores[name], change[name] = told(name, values, self.base[name])
         fields = {key: value for key, value in vars(spec).items() if key != "plan"}
         return Result(**fields, scores=scores, change=change, seconds=seconds)
+
+
+def _once(specs: Iterable[Spec]) -> tuple[Spec, ...]:
+    """All of them. Raises UserError where two strategies name the same part."""
+    found: dict[str, Spec] = {}
+    for spec in specs:
+        if spec.component in found:
+            raise UserError(f"study: strategies name {spec.component} twice; let them name different parts")
+        found[spec.component] = spec
+    return tuple(found.values())
 
 
 def specs_of(ground: Ground, use: str, options: Mapping[str, object]) -> Iterator[Spec]:

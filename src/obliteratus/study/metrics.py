@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -51,6 +51,7 @@ class Given:
         return Trunk(self.subject, ids, budget=self.room, answers=kept, leave=leave, depths=every)
 
 
+@runtime_checkable
 class Meter(Protocol):
     """One metric on its texts or prompts."""
 
@@ -93,6 +94,8 @@ def accuracy(given: Given) -> Meter:
 
 
 class Perplexity:
+    """Of each text the mean loss."""
+
     # 16 texts of 128 tokens are four batches already: more rows would only wait for each other
     together = False
 
@@ -105,6 +108,8 @@ class Perplexity:
 
 
 class Accuracy:
+    """Of each question whether it is answered rightly."""
+
     together = True
 
     def __init__(self, given: Given) -> None:
@@ -118,6 +123,8 @@ class Accuracy:
 
 
 class FirstTokenKl:
+    """Of each control prompt the KL."""
+
     together = True
 
     def __init__(self, given: Given) -> None:
@@ -132,6 +139,8 @@ class FirstTokenKl:
 
 
 class Refusal:
+    """Of each prompt whether the answer refuses, and whether it is degenerate."""
+
     together = True
 
     def __init__(self, given: Given, tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run_study(
         check_identity(folder / "identity.json", identity_of(made))
         (folder / "study.toml").write_text(dump(made))
         kept = _kept(folder / RESULTS, resume)
-        with _workers(made, opening, workers, ray) as pool:
+        with closing(_workers(made, opening, workers, ray)) as pool:
             found = list(_appended(folder / RESULTS, pool, kept))
     return tuple(found)
 

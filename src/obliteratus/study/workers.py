@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,13 +19,11 @@ from obliteratus.summon.open import open_subject
 Names = list[str]
 
 
+@runtime_checkable
 class Workers(Protocol):
-    """Inside its block, models are open."""
+    """Models are open until `close`."""
 
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def close(self) -> None: ...
     def chunks(self) -> list[Names]:
         """Components that are measured together, in order."""
         ...
@@ -45,10 +42,10 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         self.engine = Engine(open_subject(made.model, **opening), made)
-        self.specs = {spec.component: spec for spec in reversed(self.engine.specs)}  # of two alike, the first
+        self.specs = {spec.component: spec for spec in self.engine.specs}
 
     def chunks(self) -> list[Names]:
-        return [[spec.component for spec in chunk] for chunk in chunks(list(reversed(self.specs.values())))]
+        return [[spec.component for spec in chunk] for chunk in chunks(self.engine.specs)]
 
     def baseline(self) -> Result:
         return self.engine.baseline()
@@ -63,11 +60,8 @@ class Local:
     def __init__(self, made: Study, opening: Mapping[str, Any]) -> None:
         self.worker = Worker(made, opening)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def close(self) -> None:
+        """Nothing is to be closed."""
 
     def chunks(self) -> list[Names]:
         return self.worker.chunks()
@@ -108,10 +102,7 @@ class Processes:
         # spawned: a forked process would inherit locks of threads that it has not
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=begin)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
     def chunks(self) -> list[Names]:
@@ -137,13 +128,10 @@ class Ray:
             raise UserError("--ray needs Ray; pip install 'obliteratus[ray]'") from error
         self.ray: Any = ray
         ray.init(address, log_to_driver=False, ignore_reinit_error=True)
-        actor = ray.remote(Worker)
-        self.actors = [actor.remote(made, dict(opening), 0) for _ in range(workers)]
+        actor: Any = ray.remote(Worker)
+        self.actors: list[Any] = [actor.remote(made, dict(opening), 0) for _ in range(workers)]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.ray.shutdown()
 
     def chunks(self) -> list[Names]:
