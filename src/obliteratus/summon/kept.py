@@ -49,6 +49,8 @@ class Kept:
         self.streams: dict[int, Tensor] = {}
         self.states: KeyValues = []
         self.tuples = False
+        self.checked = False
+        """Whether passes that begin at a cut were compared with whole ones: once, for all copies of a trunk."""
 
     def bytes_held(self) -> int:
         """Bytes of what is kept now."""

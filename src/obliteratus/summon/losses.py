@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float, Int
+from obliteratus.summon.capture import DoneError
 from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
 from obliteratus.summon.memory import LOGIT_TOKENS
 from obliteratus.summon.render import Ids
@@ -57,16 +58,20 @@ def losses(subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = 
 
 
 def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]:
-    """In parts, until a batch shows that the model does more to its logits than its head; from then on whole."""
-    head = _plain_head(subject)
+    """In parts, unless the first batch shows that the model does more to its logits than its head."""
+    head, checked = _plain_head(subject), False
 
     def run(rows: list[int]) -> Losses:
-        nonlocal head
-        found = None if head is None else _in_parts(subject, prompts, rows, head)
-        if found is None:
-            head = None
-            found = _whole(subject, prompts, rows)
-        return found
+        nonlocal head, checked
+        if head is None:
+            return _whole(subject, prompts, rows)
+        ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+        with prompts.around(rows), _given(head, go_on=not checked) as given:
+            logits = subject.model(input_ids=ids, use_cache=False).logits
+            checked = True
+            if not _same(given[0], logits, head):
+                head = None
+        return _whole(subject, prompts, rows) if head is None else _in_parts(given[0], ids, lengths, rows, head)
 
     return run
 
@@ -77,33 +82,36 @@ def _plain_head(subject: Subject) -> nn.Linear | None:
 
 
 # ------------------------------------------------------------------------------------------- in parts
-def _in_parts(subject: Subject, prompts: Prompts, rows: list[int], head: nn.Linear) -> Losses | None:
-    """None where the last position's logits are not those of the head alone."""
-    ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-    with prompts.around(rows), _set_apart(head) as given:
-        logits = subject.model(input_ids=ids, use_cache=False).logits[:, -1]
-    states = given[0]
-    if not torch.allclose(linear(states[:, -1], head.weight, head.bias).float(), logits.float(), SAME, SAME):
-        return None
-    there = torch.arange(ids.shape[1] - 1, device=ids.device) < (lengths - 1)[:, None]  # padding is left out
-    values = nll(states[:, :-1][there], ids[:, 1:][there].to(states.device), head)
-    return rows, list(values.cpu().split((lengths - 1).tolist()))
-
-
 @contextmanager
-def _set_apart(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside, what the head is given is kept, and it works on the last position alone."""
-    given: list[Tensor] = []
+def _given(head: nn.Linear, go_on: bool) -> Iterator[list[Tensor]]:
+    """Inside, what the head is given is kept, and the pass ends there, or goes on with one position of one row."""
+    kept: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        given.append(args[0])
-        return (args[0][:, -1:],)
+        kept.append(args[0])
+        if not go_on:
+            raise DoneError
+        return (args[0][:1, :1],)
 
     handle = head.register_forward_pre_hook(hook)
     try:
-        yield given
+        yield kept
+    except DoneError:
+        pass
     finally:
         handle.remove()
+
+
+def _same(states: Tensor, logits: Tensor, head: nn.Linear) -> bool:
+    """Whether these logits of the first position are the head's own; a part of the vocabulary tells."""
+    own = linear(states[0, :1], head.weight[:WORDS], None if head.bias is None else head.bias[:WORDS])
+    return torch.allclose(own.float(), logits[0, :1, :WORDS].float(), SAME, SAME)
+
+
+def _in_parts(states: Tensor, ids: Tensor, lengths: Tensor, rows: list[int], head: nn.Linear) -> Losses:
+    there = torch.arange(ids.shape[1] - 1, device=ids.device) < (lengths - 1)[:, None]  # padding is left out
+    values = nll(states[:, :-1][there], ids[:, 1:][there].to(states.device), head)
+    return rows, list(values.cpu().split((lengths - 1).tolist()))
 
 
 def nll(states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.Linear) -> Float[Tensor, " n"]:

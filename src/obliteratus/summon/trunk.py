@@ -69,7 +69,7 @@ class Trunk:
             self.prompts = prepared(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
         self.kept = Kept(subject, self.prompts, self.prefix, budget if keepable(subject) else 0.0, self.answers, depths)
-        self.checked, self.copies = False, 1
+        self.copies = 1
 
     def times(self, copies: int) -> Trunk:
         """The same prompts so many times over, one trial's rows after the other's; what is kept is shared."""
@@ -129,8 +129,8 @@ class Trunk:
         """
         first = changed_from(self.subject, self.hooks)
         cut = max((c for c in self.kept.cuts if c <= first), default=0)
-        if cut and not self.checked:
-            self.checked = True
+        if cut and not self.kept.checked:
+            self.kept.checked = True
             if not same(self.subject, self._at(cut), self._at(0), self.answers):
                 self.kept.drop()
                 cut = 0
