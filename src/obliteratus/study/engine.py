@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from time import perf_counter
+
+import torch
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
@@ -18,6 +21,7 @@ from obliteratus.study.settings import Study
 from obliteratus.summon.forward import passes_of
 from obliteratus.summon.generate import MAX_ROWS
 from obliteratus.summon.memory import free_memory
+from obliteratus.summon.products import quick_products
 from obliteratus.types import Plan, Subject
 
 # Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
@@ -49,8 +53,13 @@ class Engine:
     @cached_property
     def base(self) -> Values:
         """What the meters say of the model as it is."""
-        with passes_of(self.made.batch):
+        with self._passes():
             return {name: values for meter in self.meters for name, values in meter.measure(1)[0].items()}
+
+    @contextmanager
+    def _passes(self) -> Iterator[None]:
+        with torch.inference_mode(), passes_of(self.made.batch), quick_products(self.subject):
+            yield
 
     def baseline(self) -> Result:
         """The model as it is."""
@@ -61,7 +70,7 @@ class Engine:
     def measure(self, specs: Sequence[Spec]) -> list[Result]:
         """These parts, each knocked out by itself; those of one block may share passes."""
         start = perf_counter()
-        with passes_of(self.made.batch):
+        with self._passes():
             found = [measured(self.subject, meter, specs) for meter in self.meters]
         seconds = round((perf_counter() - start) / len(specs), 3)
         return [self._result(spec, [by_spec[i] for by_spec in found], seconds) for i, spec in enumerate(specs)]

@@ -20,6 +20,7 @@ from obliteratus.shapes import Float, Int
 from obliteratus.summon.capture import DoneError
 from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
 from obliteratus.summon.memory import LOGIT_TOKENS
+from obliteratus.summon.products import product
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import variants_of
 from obliteratus.types import Subject
@@ -120,7 +121,7 @@ def nll(states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.L
     total = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
     for start in range(0, head.out_features, WORDS):
         part = slice(start, start + WORDS)
-        logits = linear(states, head.weight[part], None if head.bias is None else head.bias[part]).float()
+        logits = product(states, head.weight[part], None if head.bias is None else head.bias[part]).float()
         # log Σ exp of a row is its first logit plus that one's loss: one pass of a fused kernel instead of four
         total = torch.logaddexp(total, cross_entropy(logits, first, reduction="none") + logits[:, 0])
     own = (states.float() * head.weight[targets].float()).sum(-1)
