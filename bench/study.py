@@ -3,26 +3,26 @@
 The naive loop is the audited one: for each part zero its weights, tokenise the texts anew and measure with an evaluator
 of its own, through the whole model with its labels; then copy the whole state dict back. The floor is the FLOPs of what
 lies above each edit, attention's products and the LM head included, at the rate of matrix products measured between the
-parts. Both loops are interleaved; the naive one runs on a sample of parts, since each costs it the same.
+parts. The two take turns; the naive one runs on a sample of parts, since each costs it the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.common import arguments, machine, machine_rate, report, resident, say, timed, with_peak
 from obliteratus.settings import Step
-from obliteratus.study.base import Result, Spec
-from obliteratus.study.engine import Engine, chunks
+from obliteratus.study.base import Spec
 from obliteratus.study.metrics import Perplexity
 from obliteratus.study.settings import Data, Study
-from obliteratus.summon.open import open_subject
+from obliteratus.study.workers import Local
+from obliteratus.summon.memory import held
+from obliteratus.summon.products import product
 from obliteratus.types import Subject
 
 MODEL = "organism:base"
@@ -30,34 +30,43 @@ TEXTS, LENGTH = 16, 128
 # Words of a text, and from one's beginning to the next's: each has more than LENGTH tokens and is cut there
 WORDS, STRIDE = 120, 90
 NAIVE_ROWS = 8  # the audited loop's batch size
-NAIVE_EVERY, QUICK_EVERY = 25, 30
+
+
+class Shape(NamedTuple):
+    """How much is measured."""
+
+    every: int
+    """Of each chunk's parts, every so-many-th."""
+    rounds: int
+    naive: int
+    """Parts of the naive loop after each round."""
+    apart: int
+    """How far these are apart in what ours has measured."""
+
+
+WHOLE, QUICK = Shape(1, 6, 3, 17), Shape(11, 2, 2, 7)
 
 
 def main() -> None:
     """Prints seconds, ratios, memory and the largest relative difference of perplexities."""
     options = arguments(__doc__ or "")
-    bare = resident()
-    subject = open_subject(MODEL)
-    loaded = resident()
-    file = _texts()
-    engine = Engine(subject, _study(file))
-    every = QUICK_EVERY if options.quick else 1
-    specs = engine.specs[::every]
-    run = Race(engine, file).run(specs, 1 if options.quick else NAIVE_EVERY)
-    meter = engine.meters[0]
-    assert isinstance(meter, Perplexity)
-    kept = meter.trunk.kept.bytes_held()
+    bare, file = resident(), _texts()
+    ours = Local(_study(file), {})
+    subject, loaded = ours.worker.engine.subject, resident()
+    race = Race(ours, file)
+    race.run(QUICK if options.quick else WHOLE)
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    sizes = {"model_MB": weights, "libraries_MB": bare, "loaded_MB": loaded, "kept_MB": kept, "peak_MB": run.peak}
-    memory = {"peak_over_model_and_states": (run.peak - bare) / (weights + kept)}
-    memory |= {"peak_over_loaded": run.peak / (loaded + kept)}
+    kept = sum(m.trunk.kept.bytes_held() for w in ours.lanes for m in w.engine.meters if isinstance(m, Perplexity))
+    sizes = {"model_MB": weights, "libraries_MB": bare, "loaded_MB": loaded, "kept_MB": kept, "peak_MB": race.peak}
+    memory = {"peak_over_model_and_states": (race.peak - bare) / (weights + kept)}
+    memory |= {"peak_over_loaded": race.peak / (loaded + kept)}
     memory |= {name: size / 1e6 for name, size in sizes.items()}
-    report(run.told(specs, len(engine.specs)) | {"memory": memory, "machine": machine()}, options.json)
+    report(race.told() | {"memory": memory, "machine": machine()}, options.json)
 
 
 def _study(texts: Path) -> Study:
     steps = tuple(Step(use=name) for name in ("layers", "ffn", "heads"))
-    return Study(data=Data(texts=str(texts), samples=TEXTS, length=LENGTH), strategies=steps)
+    return Study(model=MODEL, data=Data(texts=str(texts), samples=TEXTS, length=LENGTH), strategies=steps)
 
 
 def _texts() -> Path:
@@ -68,69 +77,66 @@ def _texts() -> Path:
     return file
 
 
-@dataclass
-class Timed:
-    """What was measured of some parts."""
+class Race:
+    """Both loops, in turns: a round of ours, a few parts of the naive one."""
 
-    ours: float = 0.0
-    floor: float = 0.0
-    flops: float = 0.0
-    naive: float = 0.0
-    naive_parts: int = 0
-    peak: int = 0
-    """Resident bytes, at most, of ours."""
-    apart: float = 0.0
-    """Largest relative difference of perplexities."""
+    def __init__(self, ours: Local, file: Path) -> None:
+        self.ours, self.file, self.subject = ours, file, ours.worker.engine.subject
+        self.specs = ours.worker.specs
+        self.seconds, self.flops, self.floor, self.peak = 0.0, 0.0, 0.0, 0
+        self.naive: list[float] = []
+        self.measured: dict[str, float] = {}
+        """Perplexity by part."""
+        self.apart = 0.0
 
-    def told(self, specs: Sequence[Spec], whole: int) -> dict[str, Any]:
-        naive = self.naive / self.naive_parts * len(specs)
+    def run(self, shape: Shape) -> None:
+        self.seconds, _ = timed(self.ours.baseline)
+        chunks = [chunk[:: shape.every] for chunk in self.ours.chunks()]
+        for start in range(shape.rounds):
+            self._round(chunks[start :: shape.rounds])
+            for name in list(self.measured)[-1 - start % 3 :: -shape.apart][: shape.naive]:
+                self._naive(self.specs[name])
+
+    def _round(self, chunks: Sequence[list[str]]) -> None:
+        rate = best_rate()
+        held(self.subject)  # gives back to the system what the naive loop has freed
+        seconds, (_, peak, found) = timed(lambda: with_peak(lambda: list(self.ours.measured(chunks))))
+        rate = max(rate, best_rate())
+        results = [result for part in found for result in part]
+        flops = sum(floor_flops(self.subject, self.specs[r.component], TEXTS, LENGTH) for r in results)
+        self.seconds, self.flops, self.floor = self.seconds + seconds, self.flops + flops, self.floor + flops / rate
+        self.peak = max(self.peak, peak)
+        self.measured |= {result.component: result.scores["perplexity"].value for result in results}
+        each = f"{seconds / len(results):.2f} s each, {flops / rate / len(results):.2f} at best"
+        say(f"ours: {len(results)} parts, {each}, {resident() / 1e6:.0f} MB now, {peak / 1e6:.0f} at most")
+
+    def _naive(self, spec: Spec) -> None:
+        # kept for the whole study there; dropped between parts here, so that the memory told is ours
+        saved = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
+        seconds, theirs = timed(lambda: naive(self.subject, spec, self.file, saved))
+        own = self.measured[spec.component]
+        self.naive.append(seconds)
+        self.apart = max(self.apart, abs(own / theirs - 1))
+        say(f"    naive, {spec.component}: {seconds:.2f} s, perplexity {theirs:.5f}, ours {own:.5f}")
+
+    def told(self) -> dict[str, Any]:
+        """Seconds of the parts that ours measured; the naive loop's, from its sample, for as many and a baseline."""
+        naive = sum(self.naive) / len(self.naive) * (len(self.measured) + 1)
         return {
-            "seconds": {"ours": self.ours, "naive": naive, "floor": self.floor},
-            "ratio": {"naive": naive / self.ours, "floor": self.ours / self.floor},
-            "equal": {"largest_relative_difference": self.apart},
-            "parts": {"measured": len(specs), "of": whole, "naive_measured": self.naive_parts},
+            "seconds": {"ours": self.seconds, "naive": naive, "floor": self.floor},
+            "ratio": {"naive": naive / self.seconds, "floor": self.seconds / self.floor},
+            "equal": {"relative_difference": f"{self.apart:.1e}"},
+            "parts": {"ours": len(self.measured), "of": len(self.specs), "naive": len(self.naive)},
             "rate": {"GFLOPs": self.flops / self.floor / 1e9},
         }
 
 
-class Race:
-    """Both loops over the same parts, in turns."""
-
-    def __init__(self, engine: Engine, file: Path) -> None:
-        self.engine, self.subject, self.file = engine, engine.subject, file
-        self.seen = 0
-
-    def run(self, specs: Sequence[Spec], every: int) -> Timed:
-        total = Timed()
-        seconds, _ = timed(self.engine.baseline)
-        total.ours += seconds  # the baseline, and what is kept of it, are the study's too
-        for chunk in chunks(specs):
-            rate = machine_rate(2)
-            (_, peak, results), seconds = self._ours(chunk)
-            flops = sum(floor_flops(self.subject, spec, TEXTS, LENGTH) for spec in chunk)
-            total.ours, total.flops = total.ours + seconds, total.flops + flops
-            total.peak = max(total.peak, peak)
-            total.floor += flops / max(rate, machine_rate(2))
-            say(f"{chunk[0].component} … {chunk[-1].component}: {seconds / len(chunk):.2f} s a part")
-            for spec, result in zip(chunk, results, strict=True):
-                self._naive(spec, result, every, total)
-        return total
-
-    def _ours(self, chunk: Sequence[Spec]) -> tuple[tuple[int, int, list[Result]], float]:
-        seconds, found = timed(lambda: with_peak(lambda: self.engine.measure(chunk)))
-        return found, seconds
-
-    def _naive(self, spec: Spec, result: Result, every: int, total: Timed) -> None:
-        self.seen += 1
-        if self.seen % every:
-            return
-        # kept for the whole study there; dropped between parts here, so that the memory told is ours
-        saved = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
-        seconds, theirs = timed(lambda: naive(self.subject, spec, self.file, saved))
-        ours = result.scores["perplexity"].value
-        total.naive, total.naive_parts = total.naive + seconds, total.naive_parts + 1
-        total.apart = max(total.apart, abs(ours / theirs - 1))
-        say(f"    naive {seconds:.2f} s, perplexity {theirs:.5f}, ours {ours:.5f}")
+def best_rate() -> float:
+    """FLOP/s of fp32 products, MKL's or oneDNN's, whichever is more: a floor must not be too high."""
+    x, weight = torch.randn(2048, 1024), torch.randn(1024, 1024)
+    with torch.inference_mode():
+        seconds = min(timed(lambda: product(x, weight, None))[0] for _ in range(8))
+    return max(machine_rate(), 2.0 * len(x) * weight.numel() / seconds)
 
 
 # -------------------------------------------------------------------------------------- the naive loop

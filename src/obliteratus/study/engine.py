@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import nn
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
@@ -30,19 +34,31 @@ KEPT = 0.4
 TOGETHER = 16
 
 
+@dataclass(eq=False)
 class Engine:
-    """A loaded model and what a study measures it on."""
+    """A loaded model, what a study measures it on, and the parts that it knocks out."""
 
-    def __init__(self, subject: Subject, made: Study) -> None:
+    subject: Subject
+    made: Study
+    given: Given
+    specs: tuple[Spec, ...]
+
+    @classmethod
+    def of(cls, subject: Subject, made: Study) -> Engine:
         """Raises UserError for a strategy that has nothing to knock out in this model."""
-        self.subject, self.made = subject, made
         texts, prompts, questions = material(subject, made)
         room = KEPT * free_memory(subject) / len(made.metrics)
-        self.ground, self.given = Ground(subject, texts, made.seed), Given(subject, texts, prompts, questions, room)
+        given, ground = Given(subject, texts, prompts, questions, room), Ground(subject, texts, made.seed)
         with passes_of(made.batch):
-            self.specs = _once(
-                spec for step in made.strategies for spec in specs_of(self.ground, step.use, step.options)
-            )
+            specs = _once(spec for step in made.strategies for spec in specs_of(ground, step.use, step.options))
+        return cls(subject, made, given, specs)
+
+    def lane(self) -> Engine:
+        """The same study on the same weights, for another thread: edits of its own, and this one's baseline."""
+        subject = replace(self.subject, model=twin(self.subject.model))
+        other = Engine(subject, self.made, replace(self.given, subject=subject), self.specs)
+        other.base = self.base
+        return other
 
     @cached_property
     def meters(self) -> tuple[Meter, ...]:
@@ -82,6 +98,18 @@ class Engine:
             scores[name], change[name] = told(name, values, self.base[name])
         fields = {key: value for key, value in vars(spec).items() if key != "plan"}
         return Result(**fields, scores=scores, change=change, seconds=seconds)
+
+
+def shareable(subject: Subject) -> bool:
+    """Whether a twin of the model computes as it does: on a CPU, with nothing but plain weights in memory."""
+    held = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in subject.model.parameters())
+    return held and not any("_hf_hook" in vars(module) for module in subject.model.modules())
+
+
+def twin(model: Any) -> Any:
+    """The same modules over the same parameters and buffers: hooks on one are not on the other."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, shared)
 
 
 def _once(specs: Iterable[Spec]) -> tuple[Spec, ...]:
