@@ -147,7 +147,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_study_cannot_be_run_with(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("obliteratus.study.run")
     words, message = WRONG[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()

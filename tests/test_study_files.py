@@ -13,6 +13,7 @@ from obliteratus.cli_study import KNOWN
 from obliteratus.errors import UserError
 from obliteratus.recipe import dump, parse_overrides
 from obliteratus.study.files import parsed, presets, study, with_own_prompts
+from obliteratus.study.material import check_study
 
 WANTED = ["attention", "embeddings", "full", "knowledge", "layers", "pruning", "quick", "refusal", "robustness"]
 BASE: dict[str, Any] = {"strategies": [{"use": "layers"}]}
@@ -33,15 +34,13 @@ def test_a_preset_parses_and_says_what_it_is_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_names_what_is_registered(name: str) -> None:
-    run = pytest.importorskip("obliteratus.study.run")
     changes = {"model": "organism:astronomy"}
-    run.check_study(with_own_prompts(study(name, changes)))
+    check_study(with_own_prompts(study(name, changes)))
 
 
 def test_an_unknown_option_is_refused() -> None:
-    run = pytest.importorskip("obliteratus.study.run")
     with pytest.raises(UserError, match="sizes"):
-        run.check_study(study("robustness", {"strategies.3.sizes": 3}))
+        check_study(study("robustness", {"strategies.3.sizes": 3}))
 
 
 def test_presets_measure_what_the_earlier_program_measured() -> None:

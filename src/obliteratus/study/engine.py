@@ -30,8 +30,9 @@ from obliteratus.types import Plan, Subject
 
 # Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
 KEPT = 0.4
-# Specs measured before their results are written down: what a kill can lose. More would fill no pass better.
-TOGETHER = 16
+# Specs measured before their results are written down: what a kill can lose, and what lanes wait for at the end.
+# Prompts fill a pass with fewer: two plans of 48 + 48 prompts are 192 of its 256 rows.
+TOGETHER = 4
 
 
 @dataclass(eq=False)

@@ -25,9 +25,9 @@ from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import variants_of
 from obliteratus.types import Subject
 
-# 1024 words × 512 tokens in fp32 are 2 MB, the second-level cache of two cores: 183 of 201 GFLOP/s there, softmax and
-# all; 137 with 8192 words and 112 with the whole vocabulary at once (EXPERIMENTS.md, "The LM head in parts").
-WORDS = 1024
+# 512 words × 508 tokens in fp32 are 1 MB, the second-level cache of one core: 98 of 105 GFLOP/s there, softmax and all;
+# 94 with four times as many words (EXPERIMENTS.md, "The LM head in parts").
+WORDS = 512
 SAME = 1e-4  # of two orders of the same fp32 sums; a soft cap or a scale moves logits by more
 
 Losses = tuple[list[int], list[Tensor]]
