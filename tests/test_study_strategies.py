@@ -203,7 +203,7 @@ def test_what_cannot_be_asked_for(use: str, options: dict[str, Any], said: str) 
 
 
 def test_neurons_of_experts_are_no_neurons_of_a_block() -> None:
-    with pytest.raises(UserError, match="mlp.out or shared.out"):
+    with pytest.raises(UserError, match=r"mlp\.out or shared\.out"):
         made(opened("mixtral"), "neurons")
 
 

@@ -20,7 +20,7 @@ from obliteratus.excise.live_rows import applied_rows
 from obliteratus.results import Score
 from obliteratus.study.base import Ground, Result, Spec, strategies
 from obliteratus.study.material import material
-from obliteratus.study.metrics import Given, Meter, Values, metrics, told
+from obliteratus.study.metrics import Given, Meter, Values, metrics, on, told
 from obliteratus.study.settings import Study
 from obliteratus.summon.forward import passes_of
 from obliteratus.summon.generate import MAX_ROWS
@@ -58,7 +58,7 @@ class Engine:
         """The same study on the same weights, for another thread: edits of its own, and this one's baseline."""
         subject = replace(self.subject, model=twin(self.subject.model))
         other = Engine(subject, self.made, replace(self.given, subject=subject), self.specs)
-        other.base = self.base
+        other.base, other.meters = self.base, tuple(on(meter, subject) for meter in self.meters)
         return other
 
     @cached_property

@@ -7,6 +7,7 @@ the blocks below an edit make of its texts (`summon.trunk`), and can measure sev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Protocol, runtime_checkable
@@ -60,9 +61,18 @@ class Meter(Protocol):
     together: bool
     """Whether plans are measured in one pass."""
 
+    trunk: Trunk
+
     def measure(self, copies: int) -> list[Values]:
         """Of so many plans, each under `applied_rows` on ``rows`` rows of its own; of one, as the model is edited."""
         ...
+
+
+def on(meter: Meter, twin: Subject) -> Meter:
+    """The same meter for a twin of the model; what is kept is shared."""
+    other = copy(meter)
+    other.trunk = meter.trunk.on(twin)
+    return other
 
 
 metrics: Registry[Callable[..., Meter]] = Registry("metric")

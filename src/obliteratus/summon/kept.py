@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -48,9 +50,17 @@ class Kept:
         self.cuts = self._affordable(budget, depths or eighths(subject.n_layers))
         self.streams: dict[int, Tensor] = {}
         self.states: KeyValues = []
-        self.tuples = False
+        self.tuples: dict[int, bool] = {}
+        """By cut, whether the block below it returns a tuple that begins with the stream."""
+        self.lock = RLock()
         self.checked = False
         """Whether passes that begin at a cut were compared with whole ones: once, for all copies of a trunk."""
+
+    def on(self, twin: Subject) -> Kept:
+        """The same for a twin of the model, which another thread edits: a cut is run by whoever asks for it first."""
+        other = copy(self)
+        other.subject = twin
+        return other
 
     def bytes_held(self) -> int:
         """Bytes of what is kept now."""
@@ -67,11 +77,12 @@ class Kept:
         """The blocks below this cut, which are run now if they were not before; None at cut 0."""
         if not cut:
             return None
-        if cut not in self.streams:
-            self._keep(cut)
+        with self.lock:
+            if cut not in self.streams:
+                self._keep(cut)
         rows = tuple(range(len(self.ids)))
         states = self.states[:cut]
-        return Lower(self.subject, cut, self.layout, self.streams[cut], self.answered, states, self.tuples, rows)
+        return Lower(self.subject, cut, self.layout, self.streams[cut], self.answered, states, self.tuples[cut], rows)
 
     def drop(self) -> None:
         """Keep nothing, and have no cuts."""
@@ -124,7 +135,7 @@ class Kept:
         entered: list[Tensor] = []
 
         def left(module: nn.Module, args: tuple[Any, ...], states: Any) -> None:
-            self.tuples = isinstance(states, tuple)
+            self.tuples[cut] = isinstance(states, tuple)
 
         def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered.append(args[0] if args else kwargs["hidden_states"])

@@ -77,6 +77,12 @@ class Trunk:
         several.copies = copies
         return several
 
+    def on(self, twin: Subject) -> Trunk:
+        """The same prompts for a twin of the model, which another thread edits; what is kept is shared."""
+        other = copy(self)
+        other.subject, other.hooks, other.kept = twin, hooks(twin), self.kept.on(twin)
+        return other
+
     def first_token(self, rows: Sequence[int] | None = None) -> Float[Tensor, "rows vocabulary"]:
         """Log-probabilities (natural, fp32) of the first answer token, of all rows or of these in this order."""
         with torch.inference_mode():
