@@ -24,7 +24,7 @@ from obliteratus.study.metrics import Given, Meter, Values, metrics, on, told
 from obliteratus.study.settings import Study
 from obliteratus.summon.forward import passes_of
 from obliteratus.summon.generate import MAX_ROWS
-from obliteratus.summon.memory import free_memory
+from obliteratus.summon.memory import free_memory, trim
 from obliteratus.summon.products import quick_products
 from obliteratus.types import Plan, Subject
 
@@ -89,6 +89,7 @@ class Engine:
         start = perf_counter()
         with self._passes():
             found = [measured(self.subject, meter, specs) for meter in self.meters]
+        trim()  # each lane's thread has a heap of its own, which else grows by what it cannot fill
         seconds = round((perf_counter() - start) / len(specs), 3)
         return [self._result(spec, [by_spec[i] for by_spec in found], seconds) for i, spec in enumerate(specs)]
 

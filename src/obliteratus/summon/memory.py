@@ -51,11 +51,11 @@ def held(subject: Subject) -> int:
     """Bytes that this process holds on the model's device, the model's own included."""
     if subject.device.type == "cuda":
         return int(torch.cuda.memory_allocated(subject.device))
-    _trim()
+    trim()
     return int(psutil.Process().memory_info().rss)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Freed memory goes back to the system, which glibc else holds on to, and which would count as held."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
