@@ -180,12 +180,16 @@ def test_the_batch_shows_in_no_number(folder: Path, batch: int) -> None:
             assert one.scores[name].value == pytest.approx(other.scores[name].value, **CLOSE)
 
 
-def test_chunks_are_of_one_block_and_hold_every_part_once(folder: Path) -> None:
+def test_chunks_rise_and_hold_every_part_once(folder: Path) -> None:
     engine = Engine.of(tiny_subject("llama"), study_of(folder))
-    made = chunks(engine.specs, most=4)
-    assert all(len({spec.layer for spec in chunk}) == 1 and len(chunk) <= 4 for chunk in made)
+    made = chunks(engine.specs, 4)
+    assert [len(chunk) for chunk in made[:-1]] == [4] * (len(made) - 1)
+    layers = [spec.layer for chunk in made for spec in chunk]
+    assert layers == sorted(layers)
     assert sorted(s.component for c in made for s in c) == sorted(s.component for s in engine.specs)
-    assert [chunk[0].layer for chunk in made] == sorted(chunk[0].layer for chunk in made)
+    assert max(map(len, engine.chunks())) == 16  # twelve prompts: sixteen plans are 192 of 256 rows
+    alone = Engine.of(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
+    assert alone.chunks()
 
 
 # ------------------------------------------------------------------------------------------- numbers

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from time import perf_counter
 from typing import Any
 
@@ -30,9 +29,9 @@ from obliteratus.types import Plan, Subject
 
 # Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
 KEPT = 0.4
-# Specs measured before their results are written down: what a kill can lose, and what lanes wait for at the end.
-# Prompts fill a pass with fewer: two plans of 48 + 48 prompts are 192 of its 256 rows.
-TOGETHER = 4
+# Specs measured before their results are written down: what a kill can lose, and what lanes wait for at the end. Where
+# prompts are few, so many more that they fill a step of answering.
+LEAST, MOST = 4, 16
 
 
 @dataclass(eq=False)
@@ -61,6 +60,11 @@ class Engine:
         other.base, other.meters = self.base, tuple(on(meter, subject) for meter in self.meters)
         return other
 
+    def chunks(self) -> list[list[Spec]]:
+        """What is measured together: as many parts as fill a step with answers to the prompts."""
+        prompts = 0 if self.given.prompts is None else sum(map(len, self.given.prompts.groups.values()))
+        return chunks(self.specs, min(MOST, max(LEAST, MAX_ROWS // prompts)) if prompts else LEAST)
+
     @cached_property
     def meters(self) -> tuple[Meter, ...]:
         """One for each metric, made when the first is read."""
@@ -85,7 +89,7 @@ class Engine:
         return Result(scores=scores, seconds=round(perf_counter() - start, 3))
 
     def measure(self, specs: Sequence[Spec]) -> list[Result]:
-        """These parts, each knocked out by itself; those of one block may share passes."""
+        """These parts, each knocked out by itself; where prompts are few, they share passes."""
         start = perf_counter()
         with self._passes():
             found = [measured(self.subject, meter, specs) for meter in self.meters]
@@ -130,11 +134,11 @@ def specs_of(ground: Ground, use: str, options: Mapping[str, object]) -> Iterato
     return entry.function(ground, **strategies.check(use, dict(options)))
 
 
-def chunks(specs: Sequence[Spec], most: int = TOGETHER) -> list[list[Spec]]:
-    """Specs by the lowest block that they change, from the embeddings up, at most so many at once."""
+def chunks(specs: Sequence[Spec], size: int = LEAST) -> list[list[Spec]]:
+    """So many at once, by the lowest block that they change, from the embeddings up: those of one chunk begin near each
+    other, and what is kept of lower blocks grows from block to block."""
     ordered = sorted(specs, key=lambda spec: spec.layer)
-    made = [list(own) for _, own in groupby(ordered, key=lambda spec: spec.layer)]
-    return [own[i : i + most] for own in made for i in range(0, len(own), most)]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def measured(subject: Subject, meter: Meter, specs: Sequence[Spec]) -> list[Values]:

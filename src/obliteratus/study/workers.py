@@ -15,7 +15,7 @@ import torch
 
 from obliteratus.errors import UserError
 from obliteratus.study.base import Result
-from obliteratus.study.engine import Engine, chunks, shareable
+from obliteratus.study.engine import Engine, shareable
 from obliteratus.study.settings import Study
 from obliteratus.summon.open import open_subject
 
@@ -44,7 +44,7 @@ class Worker:
         self.engine, self.specs = engine, {spec.component: spec for spec in engine.specs}
 
     def chunks(self) -> list[Names]:
-        return [[spec.component for spec in chunk] for chunk in chunks(self.engine.specs)]
+        return [[spec.component for spec in chunk] for chunk in self.engine.chunks()]
 
     def baseline(self) -> Result:
         return self.engine.baseline()
