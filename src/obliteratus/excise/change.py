@@ -121,13 +121,8 @@ def filled_by(
     return tuple(map(whole, changes))
 
 
-def mean_weight(module: nn.Module, sites: Sequence[Site]) -> Matrix:
-    """The mean of some experts' matrices, each read once and none held."""
-    return mean_of(partial(read_weight, module), sites)
-
-
 def mean_of(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
-    """The same, from wherever they are read."""
+    """The mean of some experts' matrices, each read once and none held."""
     mean = torch.zeros_like(matrix(sites[0]))
     for number, site in enumerate(sites, 1):
         mean += (matrix(site) - mean) / number

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from obliteratus.errors import UserError
@@ -61,6 +63,25 @@ def cannot_write(path: Path, error: OSError) -> str:
     cause = error.strerror or str(error)
     remedy = "make room there, or give another --out" if error.errno in FULL else "mend that"
     return f"{path}: cannot be written: {cause}; {remedy}, and run it again. The model's own files are as they were"
+
+
+@contextmanager
+def full_is_told(folder: Path) -> Iterator[None]:
+    """A full disk, met by whoever writes into the folder, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(cannot_write(folder, error)) from error
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        if number is None or int(number[1]) not in FULL:
+            raise
+        raise UserError(cannot_write(folder, OSError(int(number[1]), os.strerror(int(number[1]))))) from error
+
+
+OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes what the system said
 
 
 def rewritten(source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor]) -> str:
@@ -152,6 +173,13 @@ def forget(folder: Path) -> None:
     for name in finished(folder):
         (folder / name).unlink(missing_ok=True)
     _record(folder).unlink(missing_ok=True)
+
+
+def sums_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """``bytes`` and ``sha256`` of each file; of what was baked, as it was told while it was written."""
+    known = finished(folder)
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return {p.name: {"bytes": p.stat().st_size, "sha256": known.get(p.name) or sha256_of(p)} for p in paths}
 
 
 def _has_sum(file: Path, known: str) -> bool:

@@ -87,10 +87,10 @@ def _framed(head: Mapping[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def numbers(part: Tensor, dtype: str) -> memoryview:
+def numbers(part: Tensor, dtype: str = "") -> memoryview:
     """The bytes as they are in memory, copied only where they are elsewhere or not in a row. ValueError unless they are
-    of that dtype, as the format names it."""
-    if part.dtype != DTYPES[dtype]:
+    of that dtype, as the format names it, if one is given."""
+    if dtype and part.dtype != DTYPES[dtype]:
         raise ValueError(f"a piece is {part.dtype}, and not {DTYPES[dtype]}")
     return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -130,6 +130,12 @@ def read_header(file: Path) -> Header:
     found = {name: _entry(entry) for name, entry in known.items()}
     ordered = sorted(found.items(), key=lambda item: (item[1].start, item[1].size))
     return Header(length + text, metadata, dict(ordered))
+
+
+def dtypes_in(folder: Path) -> set[str]:
+    """Of all numbers in a folder's files, as torch calls them, such as ``bfloat16``; formats of our own left out."""
+    entries = (e for file in folder.glob("*.safetensors") for e in read_header(file).entries.values())
+    return {str(DTYPES[e.dtype]).removeprefix("torch.") for e in entries if e.dtype in DTYPES}
 
 
 def _entry(entry: Mapping[str, Any]) -> Entry:
