@@ -29,7 +29,6 @@ from obliteratus.registry import unknown
 from obliteratus.results import Run
 from obliteratus.store import check_disk, check_free, publish, write_atomic
 from obliteratus.summon.anatomy import tied_ends
-from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.quantised import padded

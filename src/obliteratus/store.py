@@ -121,8 +121,8 @@ def check_free(out: Path) -> None:
 
 
 def check_disk(out: Path, needed: int, partial: Path | None = None) -> None:
-    """UserError where the disk that will hold ``out`` has fewer than ``needed`` bytes free. partial: where an interrupted
-    run may have left a part of its output, which is used or overwritten."""
+    """UserError where the disk that will hold ``out`` has fewer than ``needed`` bytes free. partial: where an
+    interrupted run may have left a part of its output, which is used or overwritten."""
     place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     left = [] if partial is None else [path for path in (partial / "output").rglob("*") if path.is_file()]
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in left)

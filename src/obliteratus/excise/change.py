@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
-from obliteratus.summon.codec import has_bias, read_bias, read_weight
+from obliteratus.summon.codec import read_bias, read_weight
 from obliteratus.types import Blend, Change, Edit, Mask, Shift, Silence, Site
 
 Matrix = Float[Tensor, "out in"]

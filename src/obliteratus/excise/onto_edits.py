@@ -1,4 +1,4 @@
-"""What a plan makes of the tensors of a checkpoint's files, each computed when it is to be written: no model is built."""
+"""What a plan makes of the tensors of a checkpoint's files, each computed when it is to be written."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.codec import has_bias, read_weight, stored
 from obliteratus.summon.shards import Pieces
 from obliteratus.types import Change, Plan, Shift, Site
+
 
 @dataclass
 class Edits:
@@ -81,8 +82,8 @@ def _edited(onto: Onto, changes: Sequence[Change]) -> Mapping[str, Pieces]:
 
 
 def _matrix(onto: Onto, changes: Sequence[Change]) -> Iterator[Tensor]:
-    """Edited in fp32 as it is stored, and rounded once to the stored dtype: that of the loaded model may be coarser, and
-    an edit of what was rounded before would round twice; or finer, and the file would grow without saying more."""
+    """Edited in fp32 as it is stored, and rounded once to the stored dtype: that of the loaded model may be coarser,
+    and an edit of what was rounded before would round twice; or finer, and the file would grow without saying more."""
     site = changes[0].site
     holder = onto.holder(site)
     check_same(onto.subject, site, holder, onto.files.name)

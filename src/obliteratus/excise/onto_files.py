@@ -1,5 +1,5 @@
-"""A plan baked onto a checkpoint's own files, one after the other and tensor by tensor: what the plan does not touch stays
-as it is, byte for byte, and a bake that was killed goes on behind the last whole file.
+"""A plan baked onto a checkpoint's own files, one after the other and tensor by tensor: what the plan does not touch
+stays as it is, byte for byte, and a bake that was killed goes on behind the last whole file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ OURS = ("config.json", "README.md", "run.json", "plan.json", "front.json", "fron
 
 
 def write_onto(onto: Onto, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Weights, index, what else lies beside them, and at last the configuration, in ``folder``; what an interrupted bake
-    of the same plan onto the same files left there is used. Returns what run.json says of it.
+    """Weights, index, what else lies beside them, and at last the configuration, in ``folder``; what an interrupted
+    bake of the same plan onto the same files left there is used. Returns what run.json says of it.
 
     `onto.why_not` comes first. UserError where a file was altered, or cannot be written.
     """
@@ -47,7 +47,9 @@ def write_onto(onto: Onto, plan: Plan, folder: Path) -> dict[str, Any]:
     _copy_others(files.folder, folder)
     _write_config(files.folder, edits.config, folder)
     counts = {"edited": len(edits.tensors.keys() - edits.added.keys()), "added": len(edits.added)}
-    notes: dict[str, Any] = {"onto": {"name": files.name, "files": len(files.shards), "copied": copies, "tensors": counts}}
+    notes: dict[str, Any] = {
+        "onto": {"name": files.name, "files": len(files.shards), "copied": copies, "tensors": counts}
+    }
     return notes | ({"base": files.name} if onto.quantised else {})
 
 

@@ -85,9 +85,9 @@ OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes what the system said
 
 
 def rewritten(source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor]) -> str:
-    """SHA-256 of ``target``: the tensors of ``source`` in their order, with its metadata; those in ``edits``, which have
-    the stored dtype and shape, come from there. added: shape and dtype of further tensors, whose numbers are in ``edits``
-    too. One tensor, or one piece of it, is in memory at a time.
+    """SHA-256 of ``target``: the tensors of ``source`` in their order, with its metadata; those in ``edits``, which
+    have the stored dtype and shape, come from there. added: shape and dtype of further tensors, whose numbers are in
+    ``edits`` too. One tensor, or one piece of it, is in memory at a time.
 
     Raises UserError where the disk is full or the source too short, ValueError for pieces of another dtype or size.
     """
@@ -132,7 +132,7 @@ class Finished:
     """Which files of a folder are whole, kept beside the folder: a bake that was killed goes on behind the last one."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """identity: of what the files are made from. Files of another, and those that have not their sum, are removed."""
+        """identity: of what the files are made from. Those of another, or without their sum, are removed."""
         self._folder, self._identity = folder, identity
         known, whose = _read(folder)
         self.sums = {n: s for n, s in known.items() if whose == identity and _has_sum(folder / n, s)}

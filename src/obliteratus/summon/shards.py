@@ -152,7 +152,9 @@ def with_added(header: Header, added: Mapping[str, Tensor]) -> Header:
         new = Entry(NAMES[like.dtype], tuple(like.shape), 0, like.nbytes)
         entries = _inserted(entries, name, new)
     starts = accumulate((entry.size for entry in entries.values()), initial=0)
-    entries = {n: Entry(e.dtype, e.shape, start, e.size) for (n, e), start in zip(entries.items(), starts, strict=False)}
+    entries = {
+        n: Entry(e.dtype, e.shape, start, e.size) for (n, e), start in zip(entries.items(), starts, strict=False)
+    }
     head: dict[str, Any] = {} if header.metadata is None else {"__metadata__": header.metadata}
     for name, e in entries.items():
         head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.start + e.size]}
