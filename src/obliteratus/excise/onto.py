@@ -117,12 +117,19 @@ def why_not(onto: Onto, plan: Plan) -> str:
             raise UserError(f"{onto.files.name}: {why}; {_OTHERWISE}")
         if why:
             return why
-        keys = [key for keys in onto.experts(site) for key in keys] or [onto.source(site.parameter)]
-        for key in keys:
-            onto.files.like(str(key))
-        if not onto.experts(site) and not onto.leads_to(onto.bias(site), f"{site.path}.{site.bias}"):
-            return f"there is no name under which {site.path}.{site.bias} could be stored"
+        apart = onto.experts(site)
+        for key in [key for keys in apart for key in keys] or [str(onto.source(site.parameter))]:
+            onto.files.like(key)
+        for name, key in _names(onto, site):
+            if not apart and not onto.leads_to(key, name):
+                return f"there is no name under which {name} could be stored"
     return ""
+
+
+def _names(onto: Onto, site: Site) -> list[tuple[str, str]]:
+    """Parameters that may have to be added for a site, and the names that they would be stored under."""
+    head = [(onto.tied[1], onto.target(onto.tied[1]))] if onto.tied and site.parameter in onto.tied else []
+    return [(f"{site.path}.{site.bias}", onto.bias(site)), *head]
 
 
 def switched(subject: Subject, plan: Plan) -> list[Site]:

@@ -189,7 +189,7 @@ def _has_sum(file: Path, known: str) -> bool:
 def _read(folder: Path) -> tuple[dict[str, str], str]:
     """What is kept of a folder: the files' sums, and what they were made from."""
     place = _record(folder)
-    kept = json.loads(place.read_text()) if place.is_file() else {"files": {}, "identity": ""}
+    kept: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {"files": {}, "identity": ""}
     return kept["files"], kept["identity"]
 
 
