@@ -126,7 +126,7 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
     with within(parsed(memory) if memory else math.inf), folder as partial:
         subject = opened(job.model, opening)
         if job.out is not None:
-            check_disk(job.out, space_for(subject, job.form, job.base))
+            check_disk(job.out, space_for(subject, job.form, job.base), partial)
         store = Store(partial)
         front = search(job.recipe, subject, job.prompts, store, job.place, job.pick) if job.place else None
         plan, found = (front.plan, front.run) if front else run(job.recipe, subject, job.prompts, store)
@@ -213,7 +213,7 @@ def apply_plan(
     made = _run_of(folder)
     subject: Subject = open_subject(model, **opening)
     check_fits(subject, plan)
-    check_disk(out, space_for(subject, cast(Form, form), base))
+    check_disk(out, space_for(subject, cast(Form, form), base), partial_of(out))
     with workspace(out, {"plan": str(folder), "model": model, "form": form}, resume=True) as partial:
         with applied(subject, plan):
             pass  # fails here, before anything is written, if a site cannot be edited

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,19 +20,21 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import baked, bias_switches, pieces
 from obliteratus.excise.live import applied
 from obliteratus.excise.lora import save_adapter
-from obliteratus.excise.onto_base import base_of, write_onto
+from obliteratus.excise.onto import Onto, files_of, why_not
+from obliteratus.excise.onto_files import write_onto
 from obliteratus.excise.packed import Losses
 from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.progress import note
 from obliteratus.registry import unknown
 from obliteratus.results import Run
 from obliteratus.store import check_disk, check_free, publish, write_atomic
-from obliteratus.summon.anatomy import is_tied
-from obliteratus.summon.checkpoint import Checkpoint
+from obliteratus.summon.anatomy import tied_ends
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.quantised import padded
 from obliteratus.summon.render import render
-from obliteratus.summon.shards import write_index, write_shard
+from obliteratus.summon.rewrite import forget, full_is_told, sums_of, tidied
+from obliteratus.summon.shards import dtypes_in, write_index, write_shard
 from obliteratus.summon.storage import mark_of
 from obliteratus.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.verify.agreement import is_quantised, tolerance
@@ -59,14 +60,14 @@ def save(
 
     form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or ``plan``. The subject stays
     as it was. prompts: held-out ones to score again with; some neutral ones if None. base: of a quantised model, the
-    full-precision checkpoint that ``merged`` bakes into; see `base_of`. Returns the run as saved.
+    full-precision checkpoint that ``merged`` bakes into; see `files_of`. Returns the run as saved.
     Raises UserError where the folder is in use, the disk is too small, the plan cannot take that form, or what
     was saved does not answer as what was measured.
     """
     out = Path(out)
     check_free(out)
-    check_disk(out, space_for(subject, form, base))
     partial = out.with_name(out.name + ".saving")  # not the folder of a run that could be resumed
+    check_disk(out, space_for(subject, form, base), partial)
     partial.mkdir(parents=True, exist_ok=True)
     run = write_output(subject, plan, run, partial, form, prompts, base)
     publish(partial, out)
@@ -78,18 +79,17 @@ def write_output(
 ) -> Run:
     """Everything of `save` but the last rename, into ``partial/output``."""
     folder = partial / "output"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    sibling = base_of(subject, base) if form == "merged" else None
-    notes = WRITERS[form](subject, plan, folder) if sibling is None else _write_onto(subject, plan, folder, sibling)
-    save_plan(plan, folder)
-    rescore = _rescored(subject, plan, folder, form, _sample(prompts))
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    run = run.model_copy(
-        update={"status": "done", "saved": {"form": form, **notes, "rescore": rescore, "files": files}}
-    )
-    (folder / "README.md").write_text(model_card(run))
-    write_atomic(folder / "run.json", run.model_dump_json(indent=1))
+    with full_is_told(folder):
+        tidied(folder)
+        files = files_of(subject, base) if form == "merged" else None
+        onto = None if files is None else Onto(subject, files, tied_ends(subject.model))
+        notes = _write_anew(subject, plan, folder, form) if onto is None else _write_onto(onto, plan, folder)
+        save_plan(plan, folder)
+        rescore = _rescored(subject, plan, folder, form, _sample(prompts))
+        saved = {"form": form, **notes, "rescore": rescore, "files": sums_of(folder)}
+        run = run.model_copy(update={"status": "done", "saved": saved})
+        (folder / "README.md").write_text(model_card(run))
+        write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run
 
 
@@ -105,9 +105,9 @@ def space_for(subject: Subject, form: Form, base: str = "") -> int:
     """Bytes that saving may take: all weights for a merged model, a tenth of them for the others. UserError for a
     ``base`` that is none."""
     check_form(form, base)
-    sibling = base_of(subject, base) if form == "merged" else None
+    files = files_of(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    weights = weights if sibling is None else sibling.size
+    weights = weights if files is None else files.size
     return int((1.1 if form == "merged" else 0.1) * weights) + 10**7  # tokenizer and cards: < 10 MB
 
 
@@ -121,12 +121,11 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = dict(subject.model.state_dict())
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
     state |= {name: like for name, like in padded(state).items() if name in edits}
-    if is_tied(subject.model):
-        table, head = _ends(subject)
-        if table in edits or head in edits:  # the other stays as it was, so the two part
+    if ends := tied_ends(subject.model):
+        if any(end in edits for end in ends):  # the other stays as it was, so the two part
             config.tie_word_embeddings = False
         else:
-            state.pop(head)
+            state.pop(ends[1])
     split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
     for name, members in split.filename_to_tensors.items():
         parts = {key: partial(pieces, edits[key]) for key in members if key in edits}
@@ -138,25 +137,24 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     return {"requantised": losses.summary()} if losses.by_path else {}
 
 
-def _write_onto(subject: Subject, plan: Plan, folder: Path, base: Checkpoint) -> dict[str, Any]:
-    notes = write_onto(subject, plan, base, folder, _ends(subject) if is_tied(subject.model) else None)
-    _write_rest(subject, folder)
+def _write_onto(onto: Onto, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Baked onto files that are there, or, where those of a plain model do not serve, written from memory."""
+    if why := why_not(onto, plan):
+        note("REBIRTH", f"{why}: all weights are written anew, from memory")
+        return {**_write_anew(onto.subject, plan, folder, "merged"), "from_memory": why}
+    notes = write_onto(onto, plan, folder)
+    _write_rest(onto.subject, folder)
     return notes
+
+
+def _write_anew(subject: Subject, plan: Plan, folder: Path, form: Form) -> dict[str, Any]:
+    forget(folder)
+    return WRITERS[form](subject, plan, folder)
 
 
 def _write_rest(subject: Subject, folder: Path) -> None:
     subject.model.generation_config.save_pretrained(folder)
     subject.tokenizer.save_pretrained(folder)
-
-
-def _ends(subject: Subject) -> tuple[str, str]:
-    """Parameter names of the input embedding and of the head."""
-    paths = {id(m): path for path, m in subject.model.named_modules()}
-    model = subject.model
-    return (
-        f"{paths[id(model.get_input_embeddings())]}.weight",
-        f"{paths[id(model.get_output_embeddings())]}.weight",
-    )
 
 
 def _write_adapter(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -223,7 +221,7 @@ def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: Pr
         live = first_token(subject, ids, title="REBIRTH live")
     with reloaded(subject, folder, form) as fresh:
         saved = first_token(fresh, ids, title="REBIRTH reloaded")
-    worst, limit = float(kl(live, saved).max()), tolerance(subject, form)
+    worst, limit = float(kl(live, saved).max()), tolerance(subject, form, dtypes_in(folder))
     if not worst <= limit:
         what = subject.source.quantisation or subject.source.dtype
         raise UserError(

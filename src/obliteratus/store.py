@@ -120,10 +120,12 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: the output folder is in use; name another with --out, or remove it")
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """UserError where the disk that will hold ``out`` has fewer than ``needed`` bytes free."""
+def check_disk(out: Path, needed: int, partial: Path | None = None) -> None:
+    """UserError where the disk that will hold ``out`` has fewer than ``needed`` bytes free. partial: where an
+    interrupted run may have left a part of its output, which is used or overwritten."""
     place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(place).free
+    left = [] if partial is None else [path for path in (partial / "output").rglob("*") if path.is_file()]
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in left)
     if free < needed:
         raise UserError(f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room")
 

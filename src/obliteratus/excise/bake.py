@@ -37,8 +37,8 @@ def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[st
         if is_packed(module):
             result |= packed_entries(site.path, module, edits, subject.model.dtype, losses)
             continue
-        result[name] = _weight(module, edits)
-        bias = _bias(module, edits)
+        result[name] = new_matrix(module, edits)
+        bias = new_biases(module, edits)
         if bias is not None:
             result[f"{site.path}.{site.bias}"] = _value(bias, module, site)
     return result
@@ -88,7 +88,8 @@ def no_bias(change: Change, what_kind: str = "a bias") -> str:
     )
 
 
-def _weight(module: nn.Module, changes: Sequence[Change]) -> Lazy:
+def new_matrix(module: nn.Module, changes: Sequence[Change]) -> Lazy:
+    """The matrix of a site after all its changes, a stack whole, as the module stores it."""
     site = changes[0].site
     whole = module.get_parameter(site.weight)
     return Restacked(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
@@ -127,7 +128,7 @@ def pieces(value: Lazy) -> Iterator[Tensor]:
     yield from value.pieces() if isinstance(value, Restacked) else [value()]
 
 
-def _bias(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
+def new_biases(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
     """The bias after all changes; of a stack, one for each expert."""
     site = changes[0].site
     if not site.stacked:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import torch
 from torch import Tensor, nn
 
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
-from obliteratus.summon.codec import has_bias, read_bias, read_weight
+from obliteratus.summon.codec import read_bias, read_weight
 from obliteratus.types import Blend, Change, Edit, Mask, Shift, Silence, Site
 
 Matrix = Float[Tensor, "out in"]
@@ -98,6 +98,13 @@ def _(change: Silence, bias: Bias | None, weight: Matrix | None) -> Bias | None:
 
 def filled(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
     """Blends with their donors' mean, taken from the module: one matrix for all that have the same donors."""
+    return filled_by(changes, partial(read_weight, module), partial(read_bias, module))
+
+
+def filled_by(
+    changes: Sequence[Change], matrix: Callable[[Site], Matrix], bias: Callable[[Site], Bias | None]
+) -> tuple[Change, ...]:
+    """The same, from wherever an expert's matrix and bias are read."""
     means: dict[tuple[int, ...], tuple[Matrix, Bias | None]] = {}
 
     def whole(change: Change) -> Change:
@@ -106,19 +113,19 @@ def filled(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
         donors = tuple(change.donors.tolist())
         if donors not in means:
             sites = [replace(change.site, expert=donor) for donor in donors]
-            biases = [read_bias(module, site) for site in sites] if has_bias(module, change.site) else []
-            means[donors] = mean_weight(module, sites), _mean([b for b in biases if b is not None])
-        weight, bias = means[donors]
-        return replace(change, weight=weight, bias=bias)
+            biases = [bias(site) for site in sites]
+            means[donors] = mean_of(matrix, sites), _mean([b for b in biases if b is not None])
+        weight, shift = means[donors]
+        return replace(change, weight=weight, bias=shift)
 
     return tuple(map(whole, changes))
 
 
-def mean_weight(module: nn.Module, sites: Sequence[Site]) -> Matrix:
+def mean_of(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
     """The mean of some experts' matrices, each read once and none held."""
-    mean = torch.zeros_like(read_weight(module, sites[0]))
+    mean = torch.zeros_like(matrix(sites[0]))
     for number, site in enumerate(sites, 1):
-        mean += (read_weight(module, site) - mean) / number
+        mean += (matrix(site) - mean) / number
     return mean
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from obliteratus.settings import Excise, asked
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of, norm_bias_of
 from obliteratus.summon.codec import columns, each, has_bias, rows
+from obliteratus.summon.shards import numbers
 from obliteratus.types import Activations, Blend, Change, Directions, Edit, Mask, Plan, Shift, Silence, Site, Subject
 
 FILES = ("plan.safetensors", "plan.json")
@@ -154,6 +156,16 @@ def load_plan(folder: Path) -> Plan:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
     _check_rules(plan, folder)
     return plan
+
+
+def digest_of_plan(plan: Plan) -> str:
+    """SHA-256 of all that the plan says: equal for equal plans alone."""
+    told = hashlib.sha256(plan.model.encode())
+    for change in plan.edits:
+        for name, value in vars(change).items():
+            told.update(f"{type(change).__name__} {name} ".encode())
+            told.update(numbers(value) if isinstance(value, Tensor) else repr(value).encode())
+    return told.hexdigest()
 
 
 def _loaded(item: dict[str, Any], held: dict[str, Tensor]) -> Change:

@@ -178,6 +178,16 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(table.untyped_storage().data_ptr() == head.untyped_storage().data_ptr())
 
 
+def tied_ends(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Parameter names of the input embedding and of the head, where they share their storage."""
+    if not is_tied(model):
+        return None
+    paths = {id(module): path for path, module in model.named_modules()}
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    table, head = (f"{paths[id(end)]}.weight" for end in ends)
+    return table, head
+
+
 def gain_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
     """γ, fp32: what the norm between this site and the stream multiplies by; None where nothing does."""
     return gain_in(subject.model, site)

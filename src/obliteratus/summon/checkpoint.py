@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -15,9 +18,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from obliteratus.errors import UserError
 from obliteratus.summon.files import Origin, check_weights, locate, weight_files
+from obliteratus.summon.rewrite import sha256_of
+from obliteratus.summon.shards import DTYPES, FLOATS, Entry, Header, read_header
 from obliteratus.summon.storage import mark_of
+from obliteratus.summon.stored import Naming, Where
+from obliteratus.types import Subject
 
 PATTERNS = ["*.safetensors", "*.json"]  # weights, index and configuration; the tokenizer is the subject's
+SHA256 = 64  # hex digits: what the hub's cache calls a large file by
 
 
 @dataclass(frozen=True)
@@ -26,33 +34,96 @@ class Checkpoint:
 
     name: str
     """As the user gave it."""
+    folder: Path
     config: PreTrainedConfig
-    shards: Mapping[Path, Sequence[str]]
-    """File → names in it, in the files' own order."""
-    prefix: str
-    """What module paths of a whole model begin with, and names of a file with the backbone alone may lack."""
+    shards: Mapping[Path, Header]
+    """Files with weights, and what their heads say."""
+    naming: Naming
+
+    @cached_property
+    def where(self) -> Mapping[str, Where]:
+        """By parameter of the model, what it is stored as; without those that are stored in another form."""
+        return self.naming.where({key: entry.shape for key, (_, entry) in self._places.items()})
+
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[Path, Entry]]:
+        return {key: (file, entry) for file, header in self.shards.items() for key, entry in header.entries.items()}
 
     def key(self, parameter: str) -> str | None:
         """The name under which a parameter of the model is stored; None where it is not, or not by itself."""
-        known = {name for names in self.shards.values() for name in names}
-        bare = parameter.removeprefix(f"{self.prefix}.")
-        return parameter if parameter in known else bare if bare in known else None
+        found = self.where.get(parameter)
+        return found.key or None if found else None
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, in the dtype that it is stored in. A view of the file where the platform allows."""
-        file = next(file for file, names in self.shards.items() if key in names)
-        with safe_open(file, "pt") as opened:
+        with safe_open(self._places[key][0], "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
+    def holds(self, key: str) -> bool:
+        """Whether a tensor is stored under that name."""
+        return key in self._places
+
     def like(self, key: str) -> Tensor:
-        """Its shape and dtype, as a tensor without numbers."""
-        return self.tensor(key).to("meta")  # of a file in memory's map, nothing is read
+        """Its shape and dtype, as a tensor without numbers. UserError for a dtype that is edited nowhere."""
+        file, entry = self._places[key]
+        if entry.dtype not in FLOATS:
+            raise UserError(
+                f"{file}: {key} is stored as {entry.dtype}, which cannot be edited in place; convert it to BF16, or "
+                "leave its part out (--set excise.parts=…)"
+            )
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.shards)
+
+    def check_sums(self) -> None:
+        """UserError for a file that is not the one of which a sum is known: from the run that wrote it, or from the
+        hub. The rest is told by sizes alone, see `check_weights`."""
+        for file in self.shards:
+            known = self._known_sum(file)
+            if known and sha256_of(file) != known:
+                raise UserError(f"{file} was altered: its SHA-256 is not the recorded {known[:12]}…; fetch it again")
+
+    def _known_sum(self, file: Path) -> str:
+        blob = file.resolve().name
+        if blob != file.name and len(blob) == SHA256:
+            return blob
+        return recorded(self.folder).get(file.name, "")
+
+
+def recorded(folder: Path) -> Mapping[str, str]:
+    """SHA-256 by file, as the run told that wrote the folder; empty where none did."""
+    place = folder / "run.json"
+    if not place.is_file():
+        return {}
+    try:
+        files = json.loads(place.read_text())["saved"]["files"]
+        return {name: about["sha256"] for name, about in files.items()}
+    except (ValueError, LookupError, TypeError):  # written by another program, or by us before there were sums
+        return {}
+
+
+def own_checkpoint(subject: Subject) -> Checkpoint | None:
+    """The files that the subject was loaded from, where they hold it in plain floats; None where there are none, as of
+    a GGUF file, a quantised model, or one that was put together in memory. UserError where they are not whole."""
+    source, loaded = subject.source, str(subject.model.name_or_path)
+    if source.quantisation or not loaded:
+        return None
+    try:
+        origin = locate(source.id)
+    except UserError:  # a name that was made up, or a folder that is gone
+        return None
+    if origin.gguf or origin.path != loaded:
+        return None
+    if not origin.local:
+        try:
+            loaded = snapshot_download(loaded, revision=source.revision or None, local_files_only=True)
+        except (OSError, ValueError, LocalEntryNotFoundError):  # not in the cache any more
+            return None
+    return _opened(source.id, Path(loaded), subject.model)
 
 
 def open_checkpoint(source: str, model: Any, revision: str = "") -> Checkpoint:
@@ -61,17 +132,18 @@ def open_checkpoint(source: str, model: Any, revision: str = "") -> Checkpoint:
     origin = locate(source)
     if origin.gguf:
         raise UserError(f"{source}: a GGUF file is no full-precision checkpoint; give a folder with safetensors")
-    folder = Path(origin.path) if origin.local else _fetched(origin, revision)
-    check_weights(Origin(source, str(folder)))
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if mark_of(config):
+    known = _opened(source, Path(origin.path) if origin.local else _fetched(origin, revision), model)
+    if mark_of(known.config):
         raise UserError(f"{source}: is quantised itself; give the full-precision checkpoint")
-    _check_sizes(source, config, model.config)
-    shards: dict[Path, list[str]] = {}
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
-            shards[file] = list(opened.keys())
-    return Checkpoint(source, config, shards, str(model.base_model_prefix))
+    _check_sizes(source, known.config, model.config)
+    return known
+
+
+def _opened(name: str, folder: Path, model: Any) -> Checkpoint:
+    check_weights(Origin(name, str(folder)))
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    shards = {file: read_header(file) for file in weight_files(folder)}
+    return Checkpoint(name, folder, config, shards, Naming(model))
 
 
 def _fetched(origin: Origin, revision: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from obliteratus.summon.quantised import is_packed
 from obliteratus.types import Subject
 
@@ -14,10 +16,11 @@ REQUANTISED = {"bitsandbytes nf4": 1.0, "bitsandbytes fp4": 1.0, "bitsandbytes i
 ADAPTED = {"bitsandbytes int8": 0.1}
 
 
-def tolerance(subject: Subject, form: str) -> float:
-    """Largest KL(live ‖ reloaded) in nats. Packing edited matrices again costs more than any rounding."""
+def tolerance(subject: Subject, form: str, stored: Iterable[str] = ()) -> float:
+    """Largest KL(live ‖ reloaded) in nats. Packing edited matrices again costs more than any rounding. stored: dtypes
+    of the saved weights, which may be coarser than those that were measured with."""
     kind = subject.source.quantisation if is_quantised(subject) and form != "plan" else ""
-    usual = TOLERANCE[subject.source.dtype]
+    usual = max(TOLERANCE.get(name, 0.0) for name in (subject.source.dtype, *stored))
     return max(usual, (REQUANTISED if form == "merged" else ADAPTED).get(kind, 0.0))
 
 
