@@ -179,7 +179,9 @@ def test_only_what_separates_gives_a_direction() -> None:
 def test_the_scale_of_the_rows_does_not_matter(factor: float) -> None:
     rows, _ = sparse_rows(ROWS)
     one, other = found(acts_of(rows)), found(acts_of(rows * factor))
-    torch.testing.assert_close(one.basis, other.basis, rtol=0, atol=1e-2)  # rounding grows over 200 steps of Adam
+    torch.testing.assert_close(
+        one.basis, other.basis, rtol=0, atol=3e-2
+    )  # rounding grows over 200 steps of Adam, to 0.02 on AMD
     torch.testing.assert_close(one.score, other.score, rtol=0, atol=1e-3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from obliteratus.coverage import edited
 from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.bake import baked
-from obliteratus.excise.change import mean_weight
+from obliteratus.excise.change import mean_of
 from obliteratus.excise.experts import foremost, own_basis
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
@@ -289,7 +290,9 @@ def test_the_mean_holds_one_matrix_whatever_the_number_of_donors() -> None:
     site = stacks(subject)[0]
     ones = each(subject.module(site.path), site)
     whole = torch.stack([read_weight(subject.module(site.path), one) for one in ones]).double().mean(0)
-    torch.testing.assert_close(mean_weight(subject.module(site.path), ones).double(), whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        mean_of(partial(read_weight, subject.module(site.path)), ones).double(), whole, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_a_weaker_plan_blends_less() -> None:

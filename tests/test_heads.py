@@ -202,7 +202,9 @@ def test_a_saved_plan_keeps_its_heads(tmp_path: Path) -> None:
     save_plan(plan, tmp_path)
     found = load_plan(tmp_path)
     assert [e.site for e in found.edits] == [e.site for e in plan.edits]
-    assert torch.equal(live(subject, found), live(subject, plan))
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(found.edits, plan.edits, strict=True))
+    # the last bit follows where a tensor lies in memory, on some processors
+    torch.testing.assert_close(live(subject, found), live(subject, plan), **CLOSE)
 
 
 def test_an_adapter_has_a_rank_for_each_head(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_plans_with_masks_round_trip_and_are_checked(tmp_path: Path) -> None:
     assert found.edits[0].neurons.dtype == torch.int64
     for wrong in (56, -1):  # the tiny model has 56
         bad = replace(plan, edits=(replace(plan.edits[0], neurons=torch.tensor([wrong])),))
-        with pytest.raises(UserError, match=r"silences neurons that .* has not"), applied(subject, bad):
+        with pytest.raises(UserError, match=r"silences inputs that .* has not"), applied(subject, bad):
             pass
 
 

@@ -20,7 +20,7 @@ from obliteratus.summon.render import Ids, has_template, render
 from obliteratus.types import Prompt, Subject
 from obliteratus.verify.intervals import paired_difference, rate
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Cost, number
+from obliteratus.work import Cost, amount, number
 
 
 class Question(BaseModel):
@@ -54,6 +54,8 @@ class Offered:
 def questions(source: str | Path) -> list[Question]:
     """The questions of a JSONL file: ``prompt``, ``choices`` and ``answer``, the right one's index; other keys are
     ignored. Raises UserError naming file and line."""
+    if not str(source):
+        raise UserError("accuracy: needs questions; give the step labelled, JSONL of prompt, choices, answer")
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such labelled file; give JSONL of prompt, choices, answer")
@@ -87,16 +89,18 @@ def offered(subject: Subject, asked: Sequence[Question]) -> Offered:
     return Offered(ids, tuple(map(len, tails)), tuple(counts), tuple(q.answer for q in asked))
 
 
-def _rows(labelled: str) -> int:
-    return sum(len(q.choices) for q in questions(labelled))
+def _cost(labelled: str) -> Cost:
+    """A text for each choice; by name as long as no file is given."""
+    known = number(sum(len(q.choices) for q in questions(labelled))) if labelled else amount("N_labelled")
+    return Cost(texts=known)
 
 
-@scorers.register("accuracy", cost=lambda options: Cost(texts=number(_rows(options["labelled"]))))
-def accuracy(context: Context, *, labelled: str) -> Measured:
+@scorers.register("accuracy", cost=lambda options: _cost(options["labelled"]))
+def accuracy(context: Context, *, labelled: str = "") -> Measured:
     """Share of multiple-choice questions of which the right choice is the likeliest behind the prompt.
 
     labelled: JSONL of ``prompt``, ``choices`` and ``answer`` (the right one's index). A choice's likelihood is summed
-    over its tokens.
+    over its tokens. UserError where none is given.
     """
     rows = offered(context.subject, questions(labelled))
     hits = rows.hits(token_losses(context.subject, rows.ids, title="VERIFY accuracy"))
