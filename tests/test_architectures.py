@@ -21,9 +21,9 @@ from obliteratus.recipe import recipe
 from obliteratus.settings import asked
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.codec import each
-from obliteratus.summon.forward import recurrent
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token
+from obliteratus.summon.prefix import recurrent
 from obliteratus.types import Plan, Prompt, PromptSet
 
 KINDS = [

@@ -27,8 +27,8 @@ from obliteratus.rebirth import save
 from obliteratus.settings import Excise
 from obliteratus.summon.anatomy import family_of, is_tied
 from obliteratus.summon.codec import read_weight
-from obliteratus.summon.forward import read
 from obliteratus.summon.open import assemble, open_subject
+from obliteratus.summon.readings import read
 from obliteratus.types import Activations, Directions, Plan, Subject
 
 NAMES = sorted(MODELS)

@@ -106,9 +106,9 @@ def test_what_is_counted_is_what_each_prompt_was_routed_to(name: str, many: Prom
     subject = opened(name)
     acts = probed(subject, many)
     for site in stacks(subject):
+        n = common_prefix(render(subject, [prompt for members in many.groups.values() for prompt in members]))
+        skipped = n if n >= MIN_PREFIX else 0
         for group, members in many.groups.items():
-            n = common_prefix(render(subject, list(members)))
-            skipped = n if n >= MIN_PREFIX else 0
             shares, count, mean, square = by_hand(subject, members, site, skipped)
             found = acts.routed[site.path][group]
             torch.testing.assert_close(found.share.double(), shares.mean(0), rtol=1e-5, atol=1e-7)

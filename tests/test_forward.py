@@ -19,11 +19,14 @@ from obliteratus.excise.live import applied
 from obliteratus.progress import Reporter, reporting
 from obliteratus.summon import forward, losses
 from obliteratus.summon import generate as generation
+from obliteratus.summon import prefix as prefixes
 from obliteratus.summon.capture import Taps
-from obliteratus.summon.forward import batched, blocks, common_prefix, prepared, read, recurrent
+from obliteratus.summon.forward import batched, blocks, common_prefix
 from obliteratus.summon.generate import generate
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.losses import token_losses
+from obliteratus.summon.prefix import prepared, recurrent
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import PromptSet, Subject
 
@@ -312,7 +315,7 @@ def test_a_cut_window_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Negative control: states that lost what lies outside the window, as a sliding cache keeps them."""
     subject = tiny_subject(name)
     ids = rows_of(prefix=12, tails=(1, 6, 20))
-    states = forward.prefix_states
+    states = prefixes.prefix_states
 
     def cut(subject: Subject, prefix: list[int]) -> Any:
         def zeroed(x: Tensor) -> Tensor:
@@ -320,10 +323,10 @@ def test_a_cut_window_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         return [(zeroed(k), zeroed(v)) for k, v in states(subject, prefix)]
 
-    monkeypatch.setattr(forward, "prefix_states", cut)
+    monkeypatch.setattr(prefixes, "prefix_states", cut)
     with torch.inference_mode():
         assert prepared(subject, ids).skipped == 0
-        monkeypatch.setattr(forward, "_equal", lambda *args: True)
+        monkeypatch.setattr(prefixes, "_equal", lambda *args: True)
         assert prepared(subject, ids).skipped == 12
     forced, _ = gathered(subject, ids)
     expected = torch.stack([plain_stream(subject, row) for row in ids])

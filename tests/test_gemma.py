@@ -21,9 +21,9 @@ from obliteratus.probe import probe
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth import save
 from obliteratus.settings import Excise, Step
-from obliteratus.summon.forward import read
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.organism import cache_folder
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import render
 from obliteratus.types import Directions, Plan, Prompt, PromptSet, Subject
 

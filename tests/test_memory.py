@@ -9,7 +9,6 @@ from tiny import tiny_subject
 
 from obliteratus.errors import UserError
 from obliteratus.jobs import opened
-from obliteratus.summon.forward import prepared
 from obliteratus.summon.generate import answer_groups, generate, kv_bytes
 from obliteratus.summon.memory import (
     check_room,
@@ -20,6 +19,7 @@ from obliteratus.summon.memory import (
     parsed,
     within,
 )
+from obliteratus.summon.prefix import prepared
 
 MB = 1e6
 

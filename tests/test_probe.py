@@ -65,7 +65,7 @@ def test_anchors_are_the_control_groups_mean_output(name: str, prompts: PromptSe
 def test_a_number_that_is_none_is_named(value: float, prompts: PromptSet) -> None:
     subject = tiny_subject("llama")
     subject.model.model.layers[1].mlp.down_proj.weight[3, 5] = value
-    with pytest.raises(UserError, match=r"target prompt \d, stream 2 \(after block 1\)") as caught:
+    with pytest.raises(UserError, match=r"(target|control) prompt \d, stream 2 \(after block 1\)") as caught:
         probe(subject, prompts)
     assert "\n" not in str(caught.value)
 

@@ -20,7 +20,8 @@ from obliteratus.errors import UserError
 from obliteratus.probe import probe
 from obliteratus.progress import Reporter, reporting
 from obliteratus.settings import Step
-from obliteratus.summon.forward import common_prefix, read
+from obliteratus.summon.forward import common_prefix
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import render
 from obliteratus.tune import Lab
 from obliteratus.tune.candidates import (

@@ -13,7 +13,8 @@ from tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.errors import UserError
-from obliteratus.excise.live import applied, unedited
+from obliteratus.excise.live import applied
+from obliteratus.excise.live_hooks import unedited
 from obliteratus.prompts import spread
 from obliteratus.settings import Step
 from obliteratus.summon.answers import answers_read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from obliteratus.errors import UserError
 from obliteratus.settings import Probe
 from obliteratus.summon import routing
 from obliteratus.summon.capture import Taps
-from obliteratus.summon.forward import Reading, read
+from obliteratus.summon.readings import Reading, read
 from obliteratus.summon.render import render
 from obliteratus.summon.routing import Counts
 from obliteratus.types import Activations, Moments, Prompt, PromptSet, Subject, digest_of
@@ -38,55 +38,74 @@ def probe(
     stacks: paths of stacks of experts of which it is wanted what the prompts were routed to, and what came of it.
     Raises UserError if any activation is NaN or Inf.
     """
-    groups: dict[str, Moments] = {}
-    outputs: dict[str, Tensor] = {}
-    inputs: dict[str, dict[str, Tensor]] = {}
+    asked = [(group, prompt) for group, members in prompts.groups.items() for prompt in members]
+    first = {group: next(i for i, (name, _) in enumerate(asked) if name == group) for group in prompts.groups}
+    found = {group: _Group(subject, members, options, taps, feeds) for group, members in prompts.groups.items()}
     counts = {path: Counts() for path in stacks}
-    for group, members in prompts.groups.items():
-        wanted = taps if group == ANCHOR_GROUP else ()
-        tapped = Taps(wanted, feeds, stacks)
-        groups[group], means, inputs[group] = _group(subject, group, members, options, tapped, counts)
-        outputs |= dict(zip(wanted, means, strict=True))
+    ids = render(subject, [prompt for _, prompt in asked])
+    for reading in read(subject, ids, position=options.position, taps=Taps(taps, feeds, stacks), title="PROBE"):
+        for group, places in _by_group(asked, reading.rows).items():
+            here = reading.of(places)
+            _check_finite(here, group, first[group])
+            found[group].add(here, first[group])
+            for path, routed in counts.items():
+                routed.add(group, here.routing[path])
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    routed = {path: found.routed() for path, found in counts.items()}
-    return Activations(groups, options.position, outputs, inputs, digest, routed)
+    anchors = found[ANCHOR_GROUP].outputs() if taps else {}
+    inputs = {group: of.inputs() for group, of in found.items()}
+    routed = {path: of.routed() for path, of in counts.items()}
+    moments = {group: of.moments() for group, of in found.items()}
+    return Activations(moments, options.position, anchors, inputs, digest, routed)
 
 
-def _group(
-    subject: Subject,
-    group: str,
-    prompts: Sequence[Prompt],
-    options: Probe,
-    taps: Taps,
-    counts: Mapping[str, Counts],
-) -> tuple[Moments, Tensor, dict[str, Tensor]]:
-    streams = subject.n_layers + 1
-    total = torch.zeros(streams, subject.width, dtype=torch.float64)
-    tapped = torch.zeros(len(taps.outputs), subject.width, dtype=torch.float64)
-    fed: dict[str, Tensor] = {path: torch.zeros(1, dtype=torch.float64) for path in taps.inputs}
-    rows = torch.empty(len(prompts), streams, subject.width) if options.keep == "rows" else None
-    ids = render(subject, prompts)
-    for reading in read(subject, ids, position=options.position, taps=taps, title=f"PROBE {group}"):
-        _check_finite(reading, group)
-        total += reading.stream.double().sum(0)
-        tapped += reading.outputs.double().sum(0)
-        fed = {path: fed[path] + reading.inputs[path].double().sum(0) for path in taps.inputs}
-        for path, found in counts.items():
-            found.add(group, reading.routing[path])
-        if rows is not None:
-            rows[reading.rows] = reading.stream
-    n = len(prompts)
-    means = {path: (summed / n).float() for path, summed in fed.items()}
-    categories = tuple(p.category for p in prompts)
-    return Moments(n, (total / n).float(), rows, categories), (tapped / n).float(), means
+def _by_group(asked: Sequence[tuple[str, Prompt]], rows: Sequence[int]) -> dict[str, list[int]]:
+    """By group, which places of a batch are its prompts'."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(asked[row][0], []).append(place)
+    return places
 
 
-def _check_finite(reading: Reading, group: str) -> None:
+class _Group:
+    """Running sums of one group, fp64, and its rows if they are kept. Its prompts may come in any order."""
+
+    def __init__(
+        self, subject: Subject, prompts: Sequence[Prompt], options: Probe, taps: Sequence[str], feeds: Sequence[str]
+    ) -> None:
+        self.prompts, self.taps = prompts, taps
+        self.total = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
+        self.tapped = torch.zeros(len(taps), subject.width, dtype=torch.float64)
+        self.fed = {path: torch.zeros(1, dtype=torch.float64) for path in feeds}
+        self.rows = torch.empty(len(prompts), *self.total.shape) if options.keep == "rows" else None
+
+    def add(self, reading: Reading, first: int) -> None:
+        """first: number of the group's first prompt among all."""
+        self.total += reading.stream.double().sum(0)
+        self.tapped += reading.outputs.double().sum(0)
+        self.fed = {path: total + reading.inputs[path].double().sum(0) for path, total in self.fed.items()}
+        if self.rows is not None:
+            self.rows[torch.tensor(reading.rows) - first] = reading.stream
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Mean output of each tapped module."""
+        return dict(zip(self.taps, (self.tapped / len(self.prompts)).float(), strict=True))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Mean input of each module that was asked for."""
+        return {path: (total / len(self.prompts)).float() for path, total in self.fed.items()}
+
+    def moments(self) -> Moments:
+        """Of the stream."""
+        n = len(self.prompts)
+        return Moments(n, (self.total / n).float(), self.rows, tuple(p.category for p in self.prompts))
+
+
+def _check_finite(reading: Reading, group: str, first: int) -> None:
     bad = ~torch.isfinite(reading.stream).flatten(2).all(-1)
     if bad.any():
         row, stream = (int(x) for x in bad.nonzero()[0])
         raise UserError(
-            f"NaN or Inf in the activations of {group} prompt {reading.rows[row] + 1}, stream {stream} (after "
+            f"NaN or Inf in the activations of {group} prompt {reading.rows[row] - first + 1}, stream {stream} (after "
             f"block {stream - 1}); load the model with --dtype float32, or check its weights"
         )
 

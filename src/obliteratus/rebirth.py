@@ -28,7 +28,7 @@ from obliteratus.progress import note
 from obliteratus.registry import unknown
 from obliteratus.results import Run
 from obliteratus.store import check_disk, check_free, publish, write_atomic
-from obliteratus.summon.anatomy import tied_ends
+from obliteratus.summon.anatomy import tied_in
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.open import open_subject
 from obliteratus.summon.quantised import padded
@@ -82,7 +82,7 @@ def write_output(
     with full_is_told(folder):
         tidied(folder)
         files = files_of(subject, base) if form == "merged" else None
-        onto = None if files is None else Onto(subject, files, tied_ends(subject.model))
+        onto = None if files is None else Onto(subject, files, tied_in(subject))
         notes = _write_anew(subject, plan, folder, form) if onto is None else _write_onto(onto, plan, folder)
         save_plan(plan, folder)
         rescore = _rescored(subject, plan, folder, form, _sample(prompts))
@@ -121,7 +121,7 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = dict(subject.model.state_dict())
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
     state |= {name: like for name, like in padded(state).items() if name in edits}
-    if ends := tied_ends(subject.model):
+    if ends := tied_in(subject):
         if any(end in edits for end in ends):  # the other stays as it was, so the two part
             config.tie_word_embeddings = False
         else:

@@ -159,6 +159,8 @@ class Subject:
     source: Source
     thinking: bool = False
     """In which mode templates with a thinking switch are rendered; recorded in the run."""
+    shelf: Any = None
+    """`summon.shelf.Shelf`: where the weights are, if they stay on disk; None where they are in memory."""
 
     def module(self, path: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(path)
@@ -167,8 +169,9 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where prompts enter the model."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        table = self.model.get_input_embeddings()
+        device: torch.device = table._hf_hook.execution_device if table.weight.is_meta else table.weight.device
+        return torch.device(device)
 
 
 # -------------------------------------------------------------------------------------- activations
@@ -191,7 +194,7 @@ class Routed:
 
     share: Float[Tensor, " experts"]
     """Share of a prompt's own tokens that have the expert among their chosen ones, the mean over prompts. Own tokens
-    are those up to the position that is probed, without what all prompts of the group begin with."""
+    are those up to the position that is probed, without what all prompts of a probe begin with."""
     variance: Float[Tensor, " experts"]
     """The same share's variance over prompts."""
     prompts: int

@@ -16,7 +16,7 @@ from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import family_of, gain_of, has_heads
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.codec import read_weight
-from obliteratus.summon.forward import Reading, read
+from obliteratus.summon.readings import Reading, read
 from obliteratus.summon.render import render
 from obliteratus.types import Prompt, Site, Subject
 from obliteratus.work import Cost, n_of

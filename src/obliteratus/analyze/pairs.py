@@ -18,7 +18,7 @@ from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import family_of, has_heads
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.codec import columns
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import Subject
 from obliteratus.verify.intervals import bootstrap, mean

@@ -14,7 +14,7 @@ from obliteratus.analyze.along import GROUPS
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import Contrast, between, told
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.work import Cost, n_of
 

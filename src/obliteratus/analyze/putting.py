@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.capture import Capture
-from obliteratus.summon.forward import NO_TAPS, backbone, batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.forward import backbone, batched, halving, padded, state_bytes, token_budget
+from obliteratus.summon.prefix import prepared
+from obliteratus.summon.readings import NO_TAPS
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 

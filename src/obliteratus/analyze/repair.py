@@ -18,7 +18,7 @@ from obliteratus.excise.live_rows import applied_rows
 from obliteratus.progress import SILENT, progress, reporting
 from obliteratus.results import Score
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify.intervals import RESAMPLES

@@ -17,7 +17,7 @@ from obliteratus.analyze.readout import promoted, read_out
 from obliteratus.distill.steps import rows_of
 from obliteratus.results import Score
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import render
 from obliteratus.verify.drift import kl
 from obliteratus.verify.intervals import bootstrap, mean

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.shapes import Float
-from obliteratus.summon.codec import read_bias, read_weight
+from obliteratus.summon.codec import device_of, read_bias, read_weight
 from obliteratus.types import Blend, Change, Edit, Mask, Shift, Silence, Site
 
 Matrix = Float[Tensor, "out in"]
@@ -171,7 +171,7 @@ def new_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
 def bias_after(module: nn.Module, changes: Sequence[Change], weight: Matrix | None) -> Bias | None:
     """The same, given W before the changes, which only `needs_weight` needs."""
     bias = read_bias(module, changes[0].site)
-    device = next(module.parameters()).device
+    device = device_of(module)
     for change in changes:
         bias = shifted(change, bias, weight)
         weight = None if weight is None else changed(change, weight)

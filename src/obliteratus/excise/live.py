@@ -6,24 +6,22 @@ stack of experts: a factor for each of their inputs; and a blend of experts: one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.change import at, changed, filled, hushed, new_bias
+from obliteratus.excise.change import at, changed, filled, hushed, needs_weight, new_bias
 from obliteratus.excise.linear import Scales, measure, restretched, scales
-from obliteratus.excise.live_ops import Live, Op, changed_experts, edited, fed
+from obliteratus.excise.live_hooks import Removable, attached, attached_late
+from obliteratus.excise.live_ops import Live, Op
 from obliteratus.excise.plan import check_fits
-from obliteratus.summon.codec import columns, each, read_bias, read_weight
-from obliteratus.summon.experts import Forward, Replaced, replaced
-from obliteratus.types import Blend, Change, Edit, Mask, Plan, Shift, Silence, Site, Subject
+from obliteratus.summon.codec import columns, device_of, each, read_bias, read_weight
+from obliteratus.types import Blend, Change, Edit, Mask, Plan, Shift, Silence, Subject
 
 
 @contextmanager
@@ -35,25 +33,19 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     try:
         for edits in plan.by_site().values():
             module = subject.module(edits[0].site.path)
-            handles += _attach(module, edits[0].site, compiled(module, edits))
+            live = partial(compiled, module, edits)
+            late = looks(subject, edits)
+            handles += attached_late(module, edits[0].site, live) if late else attached(module, edits[0].site, live())
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@contextmanager
-def unedited() -> Iterator[None]:
-    """Inside, live edits stand still: whatever is `applied` around it, a model computes as it was opened."""
-    token = _STILL.set(True)
-    try:
-        yield
-    finally:
-        _STILL.reset(token)
-
-
-_STILL: ContextVar[bool] = ContextVar("still", default=False)
-Removable = RemovableHandle | Replaced
+def looks(subject: Subject, changes: Sequence[Change]) -> bool:
+    """Whether making changes ready needs a weight that is on disk: then it is done when their block runs, no sooner."""
+    needs = not all(map(_plain, changes)) or needs_weight(changes) or any(isinstance(c, Blend) for c in changes)
+    return subject.shelf is not None and needs and changes[0].site.layout != "embedding"
 
 
 def compiled(module: nn.Module, changes: Sequence[Change]) -> Live:
@@ -67,7 +59,7 @@ def _stack(module: nn.Module, changes: Sequence[Change]) -> Live:
     if changes[0].site.role == "reads" and alike:
         return _one(module, changes)
     if alike:
-        return Live(tuple(_summed(change, _device(module)) for change in changes), (), None, None, None)
+        return Live(tuple(_summed(change, device_of(module)) for change in changes), (), None, None, None)
     sites = each(module, replace(changes[0].site, expert=None))
     changes = filled(module, changes)
     mine = (at(changes, site) for site in sites)
@@ -89,7 +81,7 @@ def _one(module: nn.Module, changes: Sequence[Change]) -> Live:
     its columns; one matrix at a time."""
     site = changes[0].site
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
-        return Live((), tuple(_reading(c, _device(module)) for c in reversed(changes)), None, None, None)
+        return Live((), tuple(_reading(c, device_of(module)) for c in reversed(changes)), None, None, None)
     bias = read_bias(module, site)
     weight = None if all(_plain(c) for c in changes) else read_weight(module, site).float()
     ops: list[Op] = []
@@ -140,7 +132,7 @@ def _compiling(
 
 @_compiling.register
 def _(change: Edit, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[Op, Tensor | None]:
-    basis = change.basis.to(_device(module), torch.float32)
+    basis = change.basis.to(device_of(module), torch.float32)
     if change.site.span is not None and weight is not None:
         return _columns(change, change.site.span, basis, weight, inputs), None
     return _whole(change, basis, weight)
@@ -165,7 +157,7 @@ def _silent(change: Silence) -> Op:
 
 @_compiling.register
 def _(change: Mask, module: nn.Module, weight: Tensor | None, inputs: Tensor | None) -> tuple[None, Tensor]:
-    whole = torch.ones(columns(module, change.site), device=_device(module))
+    whole = torch.ones(columns(module, change.site), device=device_of(module))
     return None, whole.index_fill(0, change.neurons.to(whole.device), 0.0)
 
 
@@ -208,43 +200,5 @@ def _columns(edit: Edit, span: tuple[int, int], basis: Tensor, weight: Tensor, i
     return op
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
 def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
-
-
-def _attach(module: nn.Module, site: Site, live: Live) -> list[Removable]:
-    if live.experts:
-        return [replaced(module, _experts_forward(module, site, live))]
-    handles: list[Removable] = (
-        [module.register_forward_hook(_output_hook(live))] if live.ops or live.after is not None else []
-    )
-    if live.inputs is not None or live.feeds:
-        handles.append(module.register_forward_pre_hook(_input_hook(live)))
-    return handles
-
-
-def _experts_forward(module: nn.Module, site: Site, live: Live) -> Forward:
-    own = module.forward
-
-    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        return own(x, chosen, weights) if _STILL.get() else changed_experts(module, site, live, (x, chosen, weights))
-
-    return forward
-
-
-def _input_hook(live: Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return None if _STILL.get() else (fed(args[0], live), *args[1:])
-
-    return hook
-
-
-def _output_hook(live: Live) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return None if _STILL.get() else edited(output.float(), args, live).to(output.dtype)
-
-    return hook

@@ -9,22 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.excise.live import Removable, compiled
+from obliteratus.excise.live import compiled, looks
+from obliteratus.excise.live_hooks import Removable
 from obliteratus.excise.live_ops import Live, changed_experts, edited, fed
 from obliteratus.excise.plan import check_fits
 from obliteratus.shapes import Float, Int
+from obliteratus.summon.codec import device_of
 from obliteratus.summon.experts import Forward, replaced
 from obliteratus.summon.variants import variants_of_pass, varied
 from obliteratus.types import Change, Edit, Plan, Site, Subject
 
 Changed = Callable[[Tensor, tuple[Any, ...], Tensor], Tensor]
 """(values [tokens, width], the module's arguments, which plan each token is under [tokens]) → values."""
+Lives = Callable[[], Sequence[Live | None]]
+"""By plan."""
 
 
 @contextmanager
@@ -46,7 +51,8 @@ def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int])
         for name in dict.fromkeys(name for site in sites for name in site):
             changes = [site.get(name, ()) for site in sites]
             path = next(c for of_plan in changes for c in of_plan).site.path
-            handles += _attach(subject.module(path), changes)
+            late = any(looks(subject, of_plan) for of_plan in changes if of_plan)
+            handles += _attach(subject.module(path), changes, late)
         with varied(of_row):
             yield
     finally:
@@ -54,20 +60,24 @@ def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int])
             handle.remove()
 
 
-def _attach(module: nn.Module, changes: Sequence[Sequence[Change]]) -> list[Removable]:
-    """changes: of one site, by plan."""
+def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], late: bool) -> list[Removable]:
+    """changes: of one site, by plan. late: make them ready when the module first runs."""
     first = next(c for of_plan in changes for c in of_plan).site
-    shared = _shared(changes, next(module.parameters()).device)
-    reads = first.role == "reads"
+    shared = None if late else _shared(changes, device_of(module))
     if shared is not None:
-        return [_before(module, _in_turn(shared[::-1])) if reads else _after(module, _in_turn(shared))]
-    lives = [compiled(module, of_plan) if of_plan else None for of_plan in changes]
+        return [_before(module, _in_turn(shared[::-1])) if first.role == "reads" else _after(module, _in_turn(shared))]
+
+    @cache
+    def lives() -> list[Live | None]:
+        return [compiled(module, of_plan) if of_plan else None for of_plan in changes]
+
     handles: list[Removable] = []
-    if any(live is not None and live.experts for live in lives):
-        handles.append(replaced(module, _experts_forward(module, first, lives)))
-    if any(live is not None and (live.ops or live.after is not None) for live in lives):
+    there = () if late else [live for live in lives() if live is not None]
+    if (late and first.stacked) or any(live.experts for live in there):
+        return [replaced(module, _experts_forward(module, first, lives))]
+    if late or any(live.ops or live.after is not None for live in there):
         handles.append(_after(module, _grouped(lives, edited)))
-    if any(live is not None and (live.feeds or live.inputs is not None) for live in lives):
+    if late or any(live.feeds or live.inputs is not None for live in there):
         handles.append(_before(module, _grouped(lives, lambda x, args, live: fed(x, live))))
     return handles
 
@@ -131,12 +141,12 @@ def _in_turn(edits: Sequence[_Shared]) -> Changed:
 
 
 # ----------------------------------------------------------------------------------------- all other plans
-def _grouped(lives: Sequence[Live | None], make: Callable[[Tensor, tuple[Any, ...], Live], Tensor]) -> Changed:
+def _grouped(lives: Lives, make: Callable[[Tensor, tuple[Any, ...], Live], Tensor]) -> Changed:
     """Each plan's tokens taken together."""
 
     def change(y: Tensor, args: tuple[Any, ...], plan: Tensor) -> Tensor:
         y = y.clone()
-        for i, live in enumerate(lives):
+        for i, live in enumerate(lives()):
             here = (plan == i).nonzero()[:, 0]
             if live is not None and len(here):
                 y[here] = make(y[here], _part(args, here, len(y)), live).to(y.dtype)
@@ -145,14 +155,14 @@ def _grouped(lives: Sequence[Live | None], make: Callable[[Tensor, tuple[Any, ..
     return change
 
 
-def _experts_forward(module: nn.Module, site: Site, lives: Sequence[Live | None]) -> Forward:
+def _experts_forward(module: nn.Module, site: Site, lives: Lives) -> Forward:
     """Each plan's tokens taken together, experts and their weights too."""
     own = module.forward
 
     def forward(*given: Tensor) -> Tensor:
         plan = _of_token(variants_of_pass().to(given[0].device), len(given[0]))
         result = torch.empty_like(given[0])
-        for i, live in enumerate(lives):
+        for i, live in enumerate(lives()):
             here = (plan == i).nonzero()[:, 0]
             x, chosen, weights = (one[here] for one in given)
             if live is not None and live.experts:

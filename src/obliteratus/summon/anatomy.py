@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.codec import brought
 from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
 from obliteratus.summon.quantised import is_packed
 from obliteratus.types import Layout, Role, Site, Subject
@@ -188,6 +189,11 @@ def tied_ends(model: PreTrainedModel) -> tuple[str, str] | None:
     return table, head
 
 
+def tied_in(subject: Subject) -> tuple[str, str] | None:
+    """`tied_ends`, wherever the weights are."""
+    return tied_ends(subject.model) if subject.shelf is None else subject.shelf.tied
+
+
 def gain_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
     """γ, fp32: what the norm between this site and the stream multiplies by; None where nothing does."""
     return gain_in(subject.model, site)
@@ -200,7 +206,7 @@ def gain_in(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | Non
     norm: Any = model.get_submodule(site.gain)
     if norm.weight is None:  # a LayerNorm without affine parameters
         return None
-    gain: Tensor = norm.weight.detach().float()
+    gain = brought(norm, "weight").detach().float()
     return 1.0 + gain if site.norm == "rms+1" else gain
 
 
@@ -208,5 +214,6 @@ def norm_bias_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None
     """β, fp32: what the LayerNorm between this site and the stream adds; None where nothing does."""
     if site.gain is None:
         return None
-    own = dict(subject.module(site.gain).named_parameters(recurse=False))
-    return own["bias"].detach().float() if "bias" in own else None
+    norm = subject.module(site.gain)
+    own = dict(norm.named_parameters(recurse=False))
+    return brought(norm, "bias").detach().float() if "bias" in own else None

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from obliteratus.progress import progress
-from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
 from obliteratus.summon.logits import narrowed, next_logits
 from obliteratus.summon.memory import LOGIT_TOKENS
+from obliteratus.summon.prefix import prepared
 from obliteratus.summon.render import Ids
 from obliteratus.types import Subject
 

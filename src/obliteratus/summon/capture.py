@@ -43,15 +43,20 @@ class Routing:
     outputs: Float[Tensor, "rows k width"]
     """fp32, before routing weighs them."""
 
+    def of(self, rows: Int[Tensor, " n"]) -> Routing:
+        """Some of the rows."""
+        return Routing(self.shares[rows], self.chosen[rows], self.outputs[rows])
+
 
 class Capture:
-    """The stream at every block boundary up to stream index ``top``, and the outputs and inputs of some modules.
+    """The stream at every block boundary from stream index ``first`` to ``top``, and the outputs and inputs of some
+    modules.
 
     at: position of each row, [rows], or positions, [rows, positions].
     """
 
-    def __init__(self, subject: Subject, at: Tensor, taps: Taps, top: int) -> None:
-        self.subject, self.at, self.taps, self.top = subject, at, taps, top
+    def __init__(self, subject: Subject, at: Tensor, taps: Taps, top: int, first: int = 0) -> None:
+        self.subject, self.at, self.taps, self.top, self.first = subject, at, taps, top, first
         self.stream: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -61,8 +66,9 @@ class Capture:
     def watching(self) -> Iterator[None]:
         """Hooks are on inside, and the pass ends early once all that is wanted is there."""
         layers = blocks(self.subject)
-        handles = [layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)]
-        handles += [layer.register_forward_hook(self._leaving) for layer in layers[: self.top]]
+        handles = [layer.register_forward_hook(self._leaving) for layer in layers[max(self.first - 1, 0) : self.top]]
+        if not self.first:
+            handles.append(layers[0].register_forward_pre_hook(self._entering, with_kwargs=True))
         handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps.outputs]
         handles += [self.subject.module(path).register_forward_pre_hook(self._feed(path)) for path in self.taps.inputs]
         handles += [
@@ -90,7 +96,7 @@ class Capture:
 
     def _keep(self, states: Any) -> None:
         self.stream.append(self._pick(states))
-        if len(self.stream) == self.top + 1:
+        if len(self.stream) == self.top - self.first + 1:
             raise DoneError
 
     def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

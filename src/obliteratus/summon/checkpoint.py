@@ -60,6 +60,11 @@ class Checkpoint:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
+    def place(self, key: str) -> tuple[Path, int, Entry]:
+        """The file that holds a tensor, where in it its bytes begin, and what its head says of it."""
+        file, entry = self._places[key]
+        return file, len(self.shards[file].raw) + entry.start, entry
+
     def holds(self, key: str) -> bool:
         """Whether a tensor is stored under that name."""
         return key in self._places
@@ -144,6 +149,11 @@ def _opened(name: str, folder: Path, model: Any) -> Checkpoint:
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     shards = {file: read_header(file) for file in weight_files(folder)}
     return Checkpoint(name, folder, config, shards, Naming(model))
+
+
+def open_files(origin: Origin, model: Any) -> Checkpoint:
+    """What `locate` found, of which the files are whole; from the hub they are fetched."""
+    return _opened(origin.name, Path(origin.path) if origin.local else _fetched(origin, ""), model)
 
 
 def _fetched(origin: Origin, revision: str) -> Path:

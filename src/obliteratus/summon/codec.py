@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
@@ -28,15 +29,18 @@ def read_weight(module: nn.Module, site: Site) -> Float[Tensor, "out inp"]:
     """
     if is_packed(module):  # [out, in] whatever the layout: transformers turns Conv1D before it packs
         return dequantised(module)
-    weight = _one(_plain(module, site), site).detach()
+    _check_plain(module, site)
+    weight = _one(brought(module, site.weight), site).detach()
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return matrix if _upright(site) else matrix.mT
 
 
 def read_bias(module: nn.Module, site: Site) -> Float[Tensor, " out"] | None:
     """b of y = Wx + b, fp32 (fp64 where stored so); None where there is none. Of a stack, that of `site.expert`."""
-    bias = dict(module.named_parameters(recurse=False)).get(site.bias)
-    return None if bias is None else _one(bias.detach(), site).to(torch.promote_types(bias.dtype, torch.float32))
+    if not has_bias(module, site):
+        return None
+    bias = brought(module, site.bias).detach()
+    return _one(bias, site).to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def has_bias(module: nn.Module, site: Site) -> bool:
@@ -58,7 +62,7 @@ def extent(module: nn.Module, site: Site) -> tuple[int, int]:
     """(out, in): the shape of what `read_weight` gives, without reading it."""
     if is_packed(module):
         return shape_of(module)
-    first, second = _plain(module, site).shape[-2:]
+    first, second = _check_plain(module, site).shape[-2:]
     return (first, second) if _upright(site) else (second, first)
 
 
@@ -66,7 +70,7 @@ def each(module: nn.Module, site: Site) -> list[Site]:
     """The site itself; of a stack, one for each of its experts."""
     if not site.stacked or site.expert is not None:
         return [site]
-    return [replace(site, expert=expert) for expert in range(len(_plain(module, site)))]
+    return [replace(site, expert=expert) for expert in range(len(_check_plain(module, site)))]
 
 
 def floats(module: nn.Module) -> dict[str, Tensor]:
@@ -117,6 +121,11 @@ def _spread(flat: Tensor) -> Tensor:
     return flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE]
 
 
+def spread(count: int) -> range:
+    """Which of so many values `sampled` looks at."""
+    return range(count)[:: max(count // SAMPLE, 1)][:SAMPLE]
+
+
 def drop_quantisation_mark(model: Any) -> None:
     """Forget that a file was quantised: its weights are plain floats now, yet with the mark transformers
     refuses to save them."""
@@ -130,7 +139,26 @@ def drop_quantisation_mark(model: Any) -> None:
             delattr(owner, name)
 
 
-def _plain(module: nn.Module, site: Site) -> Tensor:
+def brought(module: nn.Module, name: str) -> Tensor:
+    """A parameter of the module; where accelerate keeps it elsewhere, read from there."""
+    parameter = module.get_parameter(name)
+    if not (parameter.is_meta and has_offloaded_params(module)):
+        return parameter
+    hook: Any = module._hf_hook
+    found: Tensor = hook.weights_map[name]
+    return found.to(parameter.dtype)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes."""
+    device = next(module.parameters()).device
+    away = device.type == "meta" and has_offloaded_params(module)
+    hook: Any = module._hf_hook if away else None
+    return torch.device(hook.execution_device) if away else device
+
+
+def _check_plain(module: nn.Module, site: Site) -> nn.Parameter:
+    """The parameter that holds the matrix, numbers or not."""
     own = dict(module.named_parameters(recurse=False))
     if site.weight not in own:
         raise UnsupportedModelError(
@@ -139,8 +167,9 @@ def _plain(module: nn.Module, site: Site) -> Tensor:
     weight = own[site.weight]
     kind = type(weight).__name__
     plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.ndim == (3 if site.stacked else 2)
-    if not plain or weight.is_meta:
-        where = "not in memory" if weight.is_meta else str(weight.dtype).removeprefix("torch.")
+    lost = weight.is_meta and not has_offloaded_params(module)
+    if not plain or lost:
+        where = "not in memory" if lost else str(weight.dtype).removeprefix("torch.")
         shape = "×".join(map(str, weight.shape))
         raise UnsupportedModelError(
             f"{site.path} stores a {kind} [{shape}], {where}: not a plain float matrix; {_REMEDY}"

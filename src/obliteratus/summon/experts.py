@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
@@ -64,11 +65,12 @@ def run_experts(
     if kind.has_post_expert_norm:
         raise UnsupportedModelError(f"{site.path}: a norm stands behind each expert; use norm none")
     result = torch.zeros_like(x)
-    for expert in chosen.unique().tolist():
-        token, slot = torch.where(chosen == expert)
-        h = feed(expert, _hidden(kind, x[token], expert))
-        y = change(expert, h, _linear(kind, h, expert, site.weight))
-        result.index_add_(0, token, (y * weights[token, slot, None]).to(result.dtype))
+    with align_module_device(module):  # brings the stack in that is kept on disk
+        for expert in chosen.unique().tolist():
+            token, slot = torch.where(chosen == expert)
+            h = feed(expert, _hidden(kind, x[token], expert))
+            y = change(expert, h, _linear(kind, h, expert, site.weight))
+            result.index_add_(0, token, (y * weights[token, slot, None]).to(result.dtype))
     return result
 
 

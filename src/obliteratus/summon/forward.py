@@ -1,4 +1,4 @@
-"""The speed of everything: hidden states, first-token probabilities and losses of many prompts.
+"""The speed of everything: many prompts in batches, and what passes over them share.
 
 Batching is invisible: any batch size, any order, any padding side of the tokenizer, prefix reused or not, gives
 what one prompt at a time gives. Rows are right-padded and attention is causal, so padding is never seen.
@@ -16,16 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from obliteratus.progress import progress
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import family_of
-from obliteratus.summon.cache import KeyValues, expanded, prefix_states, shared
-from obliteratus.summon.capture import Capture, Routing, Taps, blocks
-from obliteratus.summon.lower import Lower
+from obliteratus.summon.cache import KeyValues, expanded, shared
+from obliteratus.summon.capture import blocks
+from obliteratus.summon.lower import Lower, entry
 from obliteratus.summon.memory import free_memory
 from obliteratus.summon.quantised import dims
 from obliteratus.summon.render import Ids
-from obliteratus.summon.variants import under, variants_of
+from obliteratus.summon.variants import under
 from obliteratus.types import Subject
 
 T = TypeVar("T")
@@ -34,23 +31,6 @@ T = TypeVar("T")
 CPU_TOKENS = 512
 # A shared prefix shorter than this saves less than its own pass and the longer attention cost.
 MIN_PREFIX = 4
-NO_TAPS = Taps()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one batch gave."""
-
-    rows: list[int]
-    """Which prompts these are."""
-    stream: Float[Tensor, "rows streams *positions width"]
-    """fp32, at the wanted position; the axis is there only where several were asked for."""
-    outputs: Float[Tensor, "rows taps *positions width"]
-    """fp32 outputs of the tapped modules at the same position, in the order asked for."""
-    inputs: dict[str, Tensor]
-    """Module path → fp32 input at the same position [rows, in]."""
-    routing: dict[str, Routing]
-    """Path of a stack of experts → what it did at the same position."""
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -163,88 +143,8 @@ class Prompts:
         return replace(self, rows=chosen, lower=lower, variants=None if kinds is None else tuple(kinds))
 
 
-def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> Prompts:
-    """Compute the shared prefix once, where that gives the same result."""
-    n = common_prefix(ids, leave) if reuse and len(ids) > 1 else 0
-    whole = Prompts(ids, 0, None, variants=variants_of(len(ids)))
-    if n < MIN_PREFIX or recurrent(subject):
-        return whole
-    prompts = replace(whole, rows=[row[n:] for row in ids], skipped=n, prefix=prefix_states(subject, ids[0][:n]))
-    return prompts if _plain(subject) or _equal(subject, whole, prompts) else whole
-
-
-def recurrent(subject: Subject) -> bool:
-    """Whether anything but attention keeps states between tokens: there is no prefix of keys and values to share, and
-    padding would enter the states of what comes after it."""
-    return family_of(subject.model.config).recurrent
-
-
-def _plain(subject: Subject) -> bool:
-    """Full attention in every layer: then a cached prefix is exact by construction."""
-    config = subject.model.config.get_text_config().to_dict()
-    kinds = set(config.get("layer_types") or ["full_attention"])
-    return kinds == {"full_attention"} and not config.get("sliding_window")
-
-
-def _equal(subject: Subject, whole: Prompts, prompts: Prompts) -> bool:
-    """Windows: reuse only if the shortest and the longest row come out equal."""
-    ends = whole.ends()
-    states: list[Tensor] = []
-    for trial in (prompts, whole):
-        run = _reader(subject, trial, -1, NO_TAPS)
-        states.append(torch.cat([run([i]).stream.detach() for i in ends]))
-    return bool(torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4 * float(states[1].abs().max())))
-
-
-def backbone(subject: Subject, ids: Tensor, start: int, cache: Any) -> Any:
+def backbone(subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower | None = None) -> Any:
     """One pass without the LM head over tokens whose positions begin at ``start``."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    return subject.model.base_model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-    )
-
-
-# ---------------------------------------------------------------------------------------- readings
-def read(
-    subject: Subject,
-    ids: Ids,
-    *,
-    position: int | Sequence[int] = -1,
-    taps: Taps = NO_TAPS,
-    last: int | None = None,
-    budget: int = 0,
-    reuse: bool = True,
-    title: str = "reading",
-) -> Iterator[Reading]:
-    """The stream at one position of every prompt, batch by batch.
-
-    position: counted from the end of each row (−1 is its last token; shorter rows give their first). Several are
-    read in the same pass.
-    taps: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
-    above do not run. budget: tokens a batch, 0 lets memory decide.
-    """
-    with torch.inference_mode(), progress(title, len(ids)) as advance:
-        prompts = prepared(subject, ids, reuse, leave=-(position if isinstance(position, int) else min(position)))
-        run = _reader(subject, prompts, position, taps, last)
-        size = budget or token_budget(subject, state_bytes(subject))
-        for rows in batched([len(r) for r in prompts.rows], size):
-            for reading in halving(run, rows):
-                advance(len(reading.rows))
-                yield reading
-
-
-def _reader(
-    subject: Subject, prompts: Prompts, position: int | Sequence[int], taps: Taps, last: int | None = None
-) -> Callable[[list[int]], Reading]:
-    top = subject.n_layers if last is None else last
-    wanted = torch.tensor(position, device=subject.device)
-
-    def run(rows: list[int]) -> Reading:
-        ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-        at = (lengths.view(-1, *[1] * wanted.ndim) + wanted).clamp(min=0)
-        capture = Capture(subject, at, taps, top)
-        with capture.watching(), prompts.around(rows):
-            backbone(subject, ids, prompts.skipped, prompts.cache(rows))
-        return Reading(rows, *capture.stacked(), capture.inputs, capture.routing)
-
-    return run
+    given = entry(subject, ids, lower)
+    return subject.model.base_model(**given, position_ids=positions, past_key_values=cache, use_cache=cache is not None)

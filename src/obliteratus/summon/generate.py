@@ -12,17 +12,10 @@ from transformers.cache_utils import DynamicCache
 
 from obliteratus.progress import progress
 from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing
-from obliteratus.summon.forward import (
-    Prompts,
-    batched,
-    halving,
-    prepared,
-    recurrent,
-    state_bytes,
-    token_budget,
-)
+from obliteratus.summon.forward import Prompts, batched, halving, state_bytes, token_budget
 from obliteratus.summon.logits import last_logits
 from obliteratus.summon.memory import free_memory
+from obliteratus.summon.prefix import prepared, recurrent
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import under
 from obliteratus.types import Subject

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import Prompts, batched, halving, padded, prepared, state_bytes, token_budget
+from obliteratus.summon.forward import TOKENS, Prompts, batched, halving, padded, passes_of, state_bytes, token_budget
+from obliteratus.summon.lower import Lower, entry
+from obliteratus.summon.prefix import prepared
 from obliteratus.summon.render import Ids
+from obliteratus.summon.sweep import Sweep, at_head
 from obliteratus.types import Subject
 
 
@@ -38,8 +41,11 @@ def first_token(
     subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
     """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
-    with torch.inference_mode():
-        return first_tokens(subject, prepared(subject, ids, reuse), budget=budget, title=title)
+    with torch.inference_mode(), passes_of(budget or TOKENS.get()):
+        if subject.shelf is None:
+            return first_tokens(subject, prepared(subject, ids, reuse), title=title)
+        with at_head(subject, [Sweep(subject, ids)], title) as (prompts,):
+            return first_tokens(subject, prompts, title=title)
 
 
 def first_tokens(
@@ -69,12 +75,15 @@ def last_logits(
     """One pass over some rows: the logits of what follows each row's last token."""
     batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
     with prompts.around(rows), only(subject, lengths - 1):
-        return next_logits(subject, batch, prompts.skipped, cache)
+        return next_logits(subject, batch, prompts.skipped, cache, prompts.lower)
 
 
-def next_logits(subject: Subject, ids: Tensor, start: int, cache: Any) -> Float[Tensor, "rows vocabulary"]:
+def next_logits(
+    subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower | None = None
+) -> Float[Tensor, "rows vocabulary"]:
     """One pass through the whole model; the caller has narrowed the LM head to one position (`only`)."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    out = subject.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    given = entry(subject, ids, lower)
+    out = subject.model(**given, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     logits: Tensor = out.logits[:, -1]
     return logits

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
@@ -19,9 +20,11 @@ from obliteratus.progress import progress
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.capture import DoneError
 from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
+from obliteratus.summon.lower import entry
 from obliteratus.summon.memory import LOGIT_TOKENS
 from obliteratus.summon.products import product
 from obliteratus.summon.render import Ids
+from obliteratus.summon.sweep import Sweep, at_head
 from obliteratus.summon.variants import variants_of
 from obliteratus.types import Subject
 
@@ -39,7 +42,15 @@ def token_losses(subject: Subject, ids: Ids, *, budget: int = 0, title: str = "t
 
     budget: tokens a batch; 0 lets memory decide.
     """
-    return losses(subject, Prompts(ids, 0, None, variants=variants_of(len(ids))), budget=budget, title=title)
+    if subject.shelf is None:
+        return losses(subject, Prompts(ids, 0, None, variants=variants_of(len(ids))), budget=budget, title=title)
+    with at_head(subject, [whole(subject, ids)], title) as (prompts,):
+        return losses(subject, prompts, budget=budget, title=title)
+
+
+def whole(subject: Subject, ids: Ids) -> Sweep:
+    """Rows of which no prefix is taken off."""
+    return Sweep(subject, ids, leave=max(map(len, ids)))
 
 
 def losses(subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = "texts") -> list[Tensor]:
@@ -68,11 +79,14 @@ def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]
             return _whole(subject, prompts, rows)
         ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
         with prompts.around(rows), _given(head, go_on=not checked) as given:
-            logits = subject.model(input_ids=ids, use_cache=False).logits
+            logits = subject.model(**entry(subject, ids, prompts.lower), use_cache=False).logits
             checked = True
-            if not _same(given[0], logits, head):
-                head = None
-        return _whole(subject, prompts, rows) if head is None else _in_parts(given[0], ids, lengths, rows, head)
+            with align_module_device(head):
+                head = head if _same(given[0], logits, head) else None
+        if head is None:
+            return _whole(subject, prompts, rows)
+        with align_module_device(head):  # brings it in where it is kept on disk
+            return _in_parts(given[0], ids, lengths, rows, head)
 
     return run
 
@@ -139,6 +153,6 @@ def _whole(subject: Subject, prompts: Prompts, rows: Sequence[int]) -> Losses:
 def _logits_losses(subject: Subject, prompts: Prompts, rows: list[int]) -> Losses:
     batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
     with prompts.around(rows):
-        logits = subject.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        logits = subject.model(**entry(subject, batch, prompts.lower), use_cache=False).logits[:, :-1].float()
     loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(rows), -1).cpu()
     return rows, [loss[j, : n - 1] for j, n in enumerate(lengths.tolist())]  # padding is left out

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.cache import KeyValues
 from obliteratus.summon.capture import blocks
+from obliteratus.summon.spill import Spilled
 from obliteratus.types import Subject
 
 
@@ -48,12 +49,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Lower:
-    """The blocks below ``cut``, run before: the stream that enters block ``cut``, and their keys and values."""
+    """The blocks below ``cut``, run before: the stream that enters block ``cut``, and their keys and values. At L, the
+    number of blocks, it is the stream that leaves the last one."""
 
     subject: Subject
     cut: int
     layout: Rows
-    stream: Float[Tensor, "tokens width"]
+    stream: Float[Tensor, "tokens width"] | Spilled
     answered: Rows
     states: KeyValues
     """Keys and values of each block below the cut, [tokens, heads, head], of rows that are to be answered."""
@@ -71,7 +73,8 @@ class Lower:
         """Inside, a pass over these rows begins at block ``cut``: the blocks below pass on what they are given."""
         layers = blocks(self.subject)
         places = self.layout.places([self.rows[i] for i in rows])
-        handle = _entered_by(layers[self.cut], self.stream[places.to(self.stream.device)])
+        states = self.stream[places.to(self.stream.device)]
+        handle = _left_by(layers[-1], states) if self.cut == len(layers) else _entered_by(layers[self.cut], states)
         try:
             with passing(layers[: self.cut], self.tuples):
                 yield
@@ -96,6 +99,27 @@ def _entered_by(block: nn.Module, states: Float[Tensor, "rows tokens width"]) ->
         return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
 
     return block.register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+
+
+def _left_by(block: nn.Module, states: Float[Tensor, "rows tokens width"]) -> RemovableHandle:
+    """Put these states in place of what the block gives."""
+
+    def put(module: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
+        plain = given[0] if isinstance(given, tuple) else given
+        kept = states.to(plain)
+        return (kept, *given[1:]) if isinstance(given, tuple) else kept
+
+    return block.register_forward_hook(put, prepend=True)
+
+
+def entry(subject: Subject, ids: Int[Tensor, "rows tokens"], lower: Lower | None) -> dict[str, Tensor]:
+    """What a pass is given: tokens; or nothing but their number, where the stream is known and the table of embeddings
+    would have to be read for it."""
+    if subject.shelf is None or lower is None:
+        return {"input_ids": ids}
+    return {
+        "inputs_embeds": torch.zeros((), dtype=subject.model.dtype, device=ids.device).expand(*ids.shape, subject.width)
+    }
 
 
 @contextmanager

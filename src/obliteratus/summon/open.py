@@ -14,20 +14,21 @@ from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.errors import UserError
 from obliteratus.registry import unknown
 from obliteratus.summon import anatomy, selftest
 from obliteratus.summon.anatomy import family_of, find_sites, n_layers_of
-from obliteratus.summon.checkpoint import open_checkpoint
 from obliteratus.summon.claims import coverage
-from obliteratus.summon.codec import drop_quantisation_mark, floats, sampled
+from obliteratus.summon.codec import drop_quantisation_mark, floats
+from obliteratus.summon.digest import digest, samples
 from obliteratus.summon.files import Origin, check_weights, locate
+from obliteratus.summon.finite import finite
 from obliteratus.summon.quantised import kept_portable
+from obliteratus.summon.shelf import Shelf
 from obliteratus.summon.storage import Storage, storage_of
-from obliteratus.types import Site, Source, Subject, digest_of
+from obliteratus.types import Source, Subject
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-CHUNK = 1 << 22  # values tested at once for NaN, where the cheap test failed: 16 MB in fp32
 
 
 def open_subject(
@@ -93,16 +93,19 @@ def assemble(
     quantisation: str = "",
     thinking: bool = False,
     base: str = "",
+    shelf: Shelf | None = None,
 ) -> Subject:
     """The subject of a model in memory; UnsupportedModelError where the table does not cover it.
 
     base: the full-precision checkpoint that the model was quantised from on loading: the digest is that one's.
+    shelf: where the weights are, if they stay on disk.
     """
     family = family_of(model.config)
     sites = find_sites(model, family)
     if missed := coverage(model, sites, family).paths:
         log.warning("%d matrices are in no table and are never edited: %s", len(missed), ", ".join(missed))
     dtype = str(model.dtype).removeprefix("torch.")
+    sample = samples(model, base, revision, shelf)
     return Subject(
         model=model,
         tokenizer=tokenizer,
@@ -110,24 +113,10 @@ def assemble(
         n_layers=n_layers_of(model, family),
         width=anatomy.width_of(model),
         layers=family.layers,
-        source=Source(id, revision, quantisation, dtype, _digest(model, sites, base, revision), base),
+        source=Source(id, revision, quantisation, dtype, digest(model, sites, sample), base),
         thinking=thinking,
+        shelf=shelf,
     )
-
-
-def _digest(model: PreTrainedModel, sites: tuple[Site, ...], base: str, revision: str) -> str:
-    """Architecture, sizes, and a sample of every writer. The same in fp32 and bf16 for one checkpoint, in fp16 too
-    where it is stored in bf16, and quantised on loading; a checkpoint stored in few bits has one of its own."""
-    config = model.config
-    known = open_checkpoint(base, model, revision) if base else None
-    samples = []
-    for site in (site for site in sites if site.role == "writes"):
-        key = None if known is None else known.key(site.parameter)
-        module = model.get_submodule(site.path)
-        with align_module_device(module):  # brings a weight in that accelerate keeps on disk
-            samples.append(sampled(known.tensor(key) if known and key else module, site.weight))
-    table: Any = model.get_input_embeddings()
-    return digest_of([config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0], samples])
 
 
 # ---------------------------------------------------------------------------------- what was asked for
@@ -178,6 +167,14 @@ def read_config(origin: Origin, revision: str = "", trust_remote_code: bool = Fa
 def width_of(source: str | Path) -> int:
     """Width of the residual stream, from the configuration alone. UserError as `open_subject`."""
     return int(read_config(locate(source)).get_text_config().hidden_size)
+
+
+def config_and_tokenizer(origin: Origin, asked: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    """All that is read of a model beside its weights. asked: as of `open_subject`."""
+    revision, trust = asked.get("revision", ""), bool(asked.get("trust_remote_code"))
+    config = read_config(origin, revision, trust)
+    family_of(config)
+    return config, _tokenizer(origin, _options(origin, revision, trust))
 
 
 def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
@@ -237,12 +234,5 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     for path, module in model.named_modules():
         with align_module_device(module):
             for key, tensor in floats(module).items():
-                if not _finite(tensor):
+                if not finite(tensor):
                     raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")
-
-
-def _finite(tensor: Tensor) -> bool:
-    if torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return True
-    # Large but finite values can overflow the sum: only then look at each value.
-    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(CHUNK))

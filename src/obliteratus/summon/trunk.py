@@ -22,11 +22,12 @@ from obliteratus.progress import progress
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.cache import prefix_states
-from obliteratus.summon.forward import Prompts, halving, prepared, recurrent
+from obliteratus.summon.forward import Prompts, halving
 from obliteratus.summon.generate import Batch, Done, answer_groups, prefill, write
 from obliteratus.summon.kept import Kept
 from obliteratus.summon.logits import first_tokens, last_logits
 from obliteratus.summon.losses import losses
+from obliteratus.summon.prefix import prepared, recurrent
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import variants, variants_of
 from obliteratus.types import Subject

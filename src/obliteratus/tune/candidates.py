@@ -19,8 +19,9 @@ from obliteratus.errors import UserError
 from obliteratus.progress import SILENT, note, progress, reporting
 from obliteratus.prompts import spread
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import common_prefix, read
+from obliteratus.summon.forward import common_prefix
 from obliteratus.summon.logits import first_token
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.lab import ablating, adding
 from obliteratus.types import Activations, Directions, Prompt, Subject

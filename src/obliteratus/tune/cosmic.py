@@ -13,7 +13,7 @@ from torch import Tensor
 from obliteratus.distill.steps import extractors
 from obliteratus.progress import SILENT, note, reporting
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import render
 from obliteratus.tune.candidates import (
     Candidate,

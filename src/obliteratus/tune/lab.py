@@ -16,8 +16,9 @@ from obliteratus.excise.live import applied
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
 from obliteratus.summon.capture import blocks
-from obliteratus.summon.forward import Prompts, padded, prepared
+from obliteratus.summon.forward import Prompts, padded
 from obliteratus.summon.logits import narrowed, next_logits
+from obliteratus.summon.prefix import prepared
 from obliteratus.types import Edit, Plan, PromptSet, Site, Subject
 
 Pair = tuple[list[int], list[int]]

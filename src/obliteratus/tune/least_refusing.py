@@ -15,8 +15,8 @@ from obliteratus.prompts import spread
 from obliteratus.settings import asked
 from obliteratus.shapes import Float
 from obliteratus.summon.capture import Taps
-from obliteratus.summon.forward import read
 from obliteratus.summon.generate import generate
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.candidates import everywhere, parted
 from obliteratus.tune.lab import Lab, ablating, answer_logits

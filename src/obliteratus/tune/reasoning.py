@@ -16,8 +16,8 @@ from obliteratus.errors import UserError
 from obliteratus.progress import note
 from obliteratus.prompts import spread
 from obliteratus.shapes import Float
-from obliteratus.summon.forward import read
 from obliteratus.summon.generate import generate
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.lab import Lab
 from obliteratus.types import Activations, Directions, Subject

@@ -11,7 +11,7 @@ from obliteratus.excise.live import applied
 from obliteratus.progress import note
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.capture import Taps
-from obliteratus.summon.forward import read
+from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.budget import PROMPTS, largest, weakened
 from obliteratus.types import Change, Plan, Prompt, Subject

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from obliteratus.errors import UserError
-from obliteratus.excise.live import unedited
+from obliteratus.excise.live_hooks import unedited
 from obliteratus.results import Score
 from obliteratus.shapes import Float
 from obliteratus.summon.answers import answers_read

@@ -1,0 +1,102 @@
+"""SUMMON for models larger than memory: everything but the weights is loaded, and these stay in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from obliteratus.errors import UserError
+from obliteratus.summon.anatomy import family_of, loader_of, tied_ends
+from obliteratus.summon.checkpoint import open_files
+from obliteratus.summon.files import Origin, check_weights, locate
+from obliteratus.summon.open import assemble, config_and_tokenizer, dtype_of
+from obliteratus.summon.shelf import Shelf
+from obliteratus.summon.storage import storage_of
+from obliteratus.types import Subject
+
+Options = Mapping[str, Any]
+
+
+def open_shelved(source: str | Path, *, thinking: bool = False, **options: Any) -> Subject:
+    """`open_subject`, with all weights left on disk: each block's are read when it is to run (`sweep`).
+
+    Anything runs on such a model as it would in memory, only that a pass reads all weights; `forward.read` and
+    `logits.first_token` read them once for all prompts. options: dtype, device, revision, trust_remote_code.
+    UserError as `open_subject`, and where the weights are not stored as plain numbers, tensor by tensor, or blocks use
+    what others computed.
+    """
+    origin = locate(source)
+    _check_plain(origin, options)
+    config, tokenizer = config_and_tokenizer(origin, options)
+    kind = _dtype(config, options.get("dtype", "auto"))
+    model = _empty(origin, config, kind, options)
+    shelf = _shelf(origin, model, _device(options.get("device", "auto")))
+    attach_align_device_hook(model, shelf.device, offload=True, weights_map=shelf)
+    _fill_buffers(model, shelf)
+    return assemble(model, tokenizer, id=origin.name, thinking=thinking, shelf=shelf)
+
+
+def _check_plain(origin: Origin, options: Options) -> None:
+    if origin.gguf or options.get("quantise"):
+        what = "a GGUF file" if origin.gguf else "a model quantised on loading"
+        raise UserError(f"{origin.name}: {what} cannot stay on disk; allow more memory, or give safetensors files")
+    check_weights(origin)
+
+
+def _empty(origin: Origin, config: PreTrainedConfig, kind: torch.dtype, options: Options) -> PreTrainedModel:
+    """The model without weights: parameters have shapes alone, buffers are real."""
+    if storage_of(origin, config, "", kind).label:
+        raise UserError(f"{origin.name}: a quantised checkpoint cannot stay on disk; give the full-precision one")
+    if family_of(config).hands_on:
+        raise UserError(f"{origin.name}: its blocks use what other blocks computed, so they cannot run one by one")
+    trust = bool(options.get("trust_remote_code"))
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust)
+    model.tie_weights()  # what was tied as it was built came apart when its parameters lost their numbers
+    if (Path(origin.path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(origin.path)
+    return model.eval().requires_grad_(False)
+
+
+def _shelf(origin: Origin, model: PreTrainedModel, device: torch.device) -> Shelf:
+    """Blocks and tables come and go; what else there is, norms and positions, stays."""
+    files = open_files(origin, model)
+    state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    tied = tied_ends(model)
+    blocks = f"{family_of(model.config).layers}."
+    ends = {f"{path}.weight" for path in tables(model)}
+    passing = {name for name in state if name.startswith(blocks) or name in ends}
+    return Shelf(files, state, passing, {tied[1]: tied[0]} if tied else {}, device)
+
+
+def tables(model: PreTrainedModel) -> list[str]:
+    """Module paths of embedding and head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [path for path, module in model.named_modules() if any(module is end for end in ends)]
+
+
+def _fill_buffers(model: PreTrainedModel, shelf: Shelf) -> None:
+    """Buffers that are stored, such as a router's correction: small, so they stay in memory."""
+    for name, buffer in model.named_buffers():
+        if name in shelf:
+            buffer.copy_(shelf[name])
+
+
+def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
+    asked = dtype_of(name)
+    stored = config.dtype if asked == "auto" else asked
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _device(name: str) -> torch.device:
+    """One device: that is where a block runs."""
+    if name in ("auto", "map"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
