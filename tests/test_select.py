@@ -36,8 +36,8 @@ from obliteratus.tune.candidates import (
     winner,
 )
 from obliteratus.tune.select import Judge
-from obliteratus.tune.tokens import log_odds, named, typical
 from obliteratus.types import Directions, Prompt, PromptSet, Subject
+from obliteratus.verify.openings import log_odds, named, typical
 
 SUFFIX = len("\nassistant:")  # a token a byte
 TOKENS = [70, 71, 100]

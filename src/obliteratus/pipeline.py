@@ -16,6 +16,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import anchorable
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
+from obliteratus.ondisk import compared, measured, suited_to
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
@@ -55,9 +56,10 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     check_runs(recipe, prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; give it to obliteratus search, or run what one found")
-    store = store or Store()
+    store, recipe = store or Store(), suited_to(subject, recipe)
     fit, search, report = parts_checked(prompts, recipe.seed, recipe.searched)
-    before = measured(store, "VERIFY before", subject, report, recipe.verify)
+    apart = subject.shelf is None  # else before and after are one pass over the weights, at the end
+    before = measured(store, "VERIFY before", subject, report, recipe.verify) if apart else None
     found: dict[str, Any] = {}
     if recipe.analyze:
         advice = informed(store, subject, fit, search, recipe)
@@ -121,16 +123,16 @@ def proved(
     subject: Subject,
     prompts: PromptSet,
     plan: Plan,
-    before: Measured,
+    before: Measured | None,
     found: dict[str, Any],
 ) -> Run:
     """The edited model measured on the report prompts, and the whole run's record.
 
+    before: the unedited model's measurement; None where it is still to be taken.
     found: what more the record is to say (`Run.passes`, `Run.search`, `Run.advice`).
     """
     report = parts_checked(prompts, recipe.seed)[2]
-    with applied(subject, plan):
-        after = measured(store, "VERIFY after", subject, report, recipe.verify, before)
+    before, after = compared(store, subject, plan, report, recipe.verify, before)
     covered = edited(subject, plan)
     if covered["warning"]:
         note("coverage", f"warning: {covered['warning']}")
@@ -145,23 +147,6 @@ def proved(
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},
         **found,
-    )
-
-
-def measured(
-    store: Store,
-    stage: str,
-    subject: Subject,
-    prompts: PromptSet,
-    steps: Sequence[Step],
-    before: Measured | None = None,
-) -> Measured:
-    """VERIFY as a stage. All edits are live, so the subject is its own base."""
-    return store.stage(
-        stage,
-        lambda: verify(subject, prompts, steps, before, base=subject),
-        lambda found, folder: found.save(folder / "measured"),
-        lambda folder: Measured.load(folder / "measured"),
     )
 
 
@@ -186,9 +171,9 @@ def _distilled(acts: Activations, steps: Sequence[Step], lab: Lab) -> Directions
 
 
 def still_refused(store: Store, number: int, subject: Subject, plan: Plan, search: PromptSet) -> float:
-    """Share of search target prompts that the model refuses after the passes so far; 1 if there are none."""
+    """Share of search target prompts that the model refuses after the passes so far; 1 if nobody asked."""
     few = PromptSet({"target": search["target"][:CHECKED]})
-    if not few["target"]:
+    if not few["target"] or subject.shelf is not None:  # answers would read all weights once a token
         return 1.0
     with applied(subject, plan):
         found = measured(store, f"CHECK {number}", subject, few, (Step(use="refusal", tokens=CHECK_TOKENS),))

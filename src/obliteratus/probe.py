@@ -48,13 +48,13 @@ def probe(
             here = reading.of(places)
             _check_finite(here, group, first[group])
             found[group].add(here, first[group])
-            for path, routed in counts.items():
-                routed.add(group, here.routing[path])
+            for path, of in counts.items():
+                of.add(group, here.routing[path])
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
     anchors = found[ANCHOR_GROUP].outputs() if taps else {}
-    inputs = {group: of.inputs() for group, of in found.items()}
+    inputs = {group: mine.inputs() for group, mine in found.items()}
     routed = {path: of.routed() for path, of in counts.items()}
-    moments = {group: of.moments() for group, of in found.items()}
+    moments = {group: mine.moments() for group, mine in found.items()}
     return Activations(moments, options.position, anchors, inputs, digest, routed)
 
 

@@ -16,9 +16,9 @@ from obliteratus.prompts import spread
 from obliteratus.results import Score
 from obliteratus.settings import Excise, Step, asked
 from obliteratus.shapes import Float
-from obliteratus.tune.tokens import SHARE, TIMES
 from obliteratus.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.verify import verify
+from obliteratus.verify.openings import SHARE, TIMES
 
 BOTH = "both"
 PARTS: Mapping[str, tuple[str, ...]] = {BOTH: ("attn.out", "mlp.out"), "attention": ("attn.out",), "mlp": ("mlp.out",)}

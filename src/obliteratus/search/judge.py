@@ -17,10 +17,10 @@ from obliteratus.shapes import Float
 from obliteratus.summon.memory import free_memory
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.trunk import Trunk
-from obliteratus.tune.tokens import SHARE, TIMES, shown
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.verify.drift import TAILS, kl
+from obliteratus.verify.openings import SHARE, TIMES, shown
 from obliteratus.verify.refusal import GROUPS, refused, verdict
 from obliteratus.verify.refusal import Verdict as Kind
 

@@ -29,7 +29,7 @@ def samples(model: PreTrainedModel, base: str, revision: str, shelf: Shelf | Non
 
     def sample(site: Site) -> list[Any]:
         if shelf is not None:
-            return sampled(shelf.values(site.parameter, spread(shelf.count(site.parameter))))
+            return sampled(shelf.picked(site.parameter, spread(shelf.count(site.parameter))))
         key = None if known is None else known.key(site.parameter)
         module = model.get_submodule(site.path)
         with align_module_device(module):  # brings a weight in that accelerate keeps on disk

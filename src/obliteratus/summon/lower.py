@@ -40,7 +40,7 @@ class Rows:
         steps = torch.arange(int(self.lengths[chosen].max()))
         return self.starts[chosen][:, None] + torch.minimum(steps[None], self.lengths[chosen][:, None] - 1)
 
-    def put(self, store: Tensor, rows: Sequence[int], values: Tensor) -> None:
+    def put(self, store: Tensor | Spilled, rows: Sequence[int], values: Tensor) -> None:
         """Values [batch, longest, …] of some rows into the store [tokens, …], without their padding."""
         places = self.places(rows)
         own = torch.arange(places.shape[1])[None] < self.lengths[torch.tensor(list(rows))][:, None]

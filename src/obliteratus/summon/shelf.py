@@ -22,7 +22,7 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.finite import finite
-from obliteratus.summon.shards import DTYPES
+from obliteratus.summon.shards import DTYPES, numbers
 
 ALIGNED = 64  # bytes: where vector loads begin
 CHUNK = 1 << 22  # bytes read at once where numbers are converted: 4 MB stay in the cache between reading and casting
@@ -131,7 +131,7 @@ class Shelf(Mapping[str, Tensor]):
             for name in found:
                 del self._kept[name]
 
-    def values(self, name: str, at: Sequence[int]) -> Tensor:
+    def picked(self, name: str, at: Sequence[int]) -> Tensor:
         """Single values of a parameter, as they are stored: of a file's pages, few are read."""
         return torch.cat([self._value(name, index) for index in at])
 
@@ -184,7 +184,7 @@ class Shelf(Mapping[str, Tensor]):
     def _read(self, file: Path, offset: int, into: Tensor) -> None:
         """Fill a flat tensor with the file's bytes. UserError where it ends too soon, as one cut short while it is
         in use."""
-        left = memoryview(into.view(torch.uint8).numpy())
+        left = numbers(into)
         while len(left):
             got = os.preadv(self._descriptor(file), [left], offset)
             if not got:

@@ -62,7 +62,8 @@ def _empty(origin: Origin, config: PreTrainedConfig, kind: torch.dtype, options:
     model.tie_weights()  # what was tied as it was built came apart when its parameters lost their numbers
     if (Path(origin.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(origin.path)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _shelf(origin: Origin, model: PreTrainedModel, device: torch.device) -> Shelf:

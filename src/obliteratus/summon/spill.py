@@ -10,6 +10,7 @@ from torch import Tensor
 
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.memory import free_memory
+from obliteratus.summon.shards import numbers
 from obliteratus.types import Subject
 
 # Of what is free, rows may take as much and stay in memory: half goes to batches, and DISTILL wants copies of some.
@@ -32,7 +33,7 @@ class Spilled:
     def __getitem__(self, rows: Int[Tensor, " *any"]) -> Float[Tensor, "*any width"]:
         first, last = int(rows.min()), int(rows.max())
         stretch = torch.empty(last - first + 1, self.width, dtype=self.dtype)
-        left, offset = memoryview(stretch.flatten().view(torch.uint8).numpy()), first * self._bytes
+        left, offset = numbers(stretch), first * self._bytes
         while len(left):
             got = os.preadv(self._file.fileno(), [left], offset)
             if not got:
@@ -42,7 +43,7 @@ class Spilled:
 
     def __setitem__(self, rows: Int[Tensor, " n"], values: Float[Tensor, "n width"]) -> None:
         """rows: rising without a gap."""
-        left = memoryview(values.to("cpu", self.dtype).contiguous().flatten().view(torch.uint8).numpy())
+        left = numbers(values.to(self.dtype))
         offset = int(rows[0]) * self._bytes
         while len(left):
             put = os.pwrite(self._file.fileno(), left, offset)

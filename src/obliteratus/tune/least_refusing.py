@@ -20,8 +20,8 @@ from obliteratus.summon.readings import read
 from obliteratus.summon.render import Ids, render
 from obliteratus.tune.candidates import everywhere, parted
 from obliteratus.tune.lab import Lab, ablating, answer_logits
-from obliteratus.tune.tokens import named, shown, typical
 from obliteratus.types import Activations, Directions, Subject
+from obliteratus.verify.openings import named, shown, typical
 from obliteratus.work import Answers, Cost, amount, n_of
 
 STEP = "least_refusing"

@@ -30,8 +30,8 @@ from obliteratus.tune.candidates import (
     winner,
 )
 from obliteratus.tune.lab import Lab
-from obliteratus.tune.tokens import log_odds, named, shown, typical
 from obliteratus.types import Activations, Directions, Subject
+from obliteratus.verify.openings import log_odds, named, shown, typical
 from obliteratus.work import Cost, n_of
 
 

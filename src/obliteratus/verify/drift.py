@@ -13,7 +13,8 @@ from obliteratus.results import Score
 from obliteratus.shapes import Bool, Float
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.losses import token_losses
-from obliteratus.summon.render import context_length, render
+from obliteratus.summon.render import Ids, context_length, render
+from obliteratus.types import Subject
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers
 from obliteratus.work import Cost, amount, n_of
@@ -78,17 +79,20 @@ def perplexity(context: Context, *, texts: str = "") -> Measured:
 
     texts: a file of paragraphs parted by empty lines; empty takes the project's own. Padding never counts.
     """
-    ids = _tokens(context, texts)
-    losses = torch.stack([loss.mean() for loss in token_losses(context.subject, ids, title="VERIFY perplexity")])
+    losses = context.found.tensors.get("losses.texts")
+    if losses is None:
+        ids = text_tokens(context.subject, texts)
+        losses = torch.stack([loss.mean() for loss in token_losses(context.subject, ids, title="VERIFY perplexity")])
     scores = {"perplexity": bootstrap(losses, lambda x: x.mean(-1).exp(), "perplexity")}
     if context.before is not None:
         scores["perplexity.ratio"] = paired_ratio(losses, context.before.tensors["losses.texts"])
     return Measured(scores, tensors={"losses.texts": losses})
 
 
-def _tokens(context: Context, texts: str) -> list[list[int]]:
-    limit = context_length(context.subject)
-    rows = [list(row)[:limit] for row in context.subject.tokenizer(paragraphs(texts))["input_ids"]]
+def text_tokens(subject: Subject, texts: str = "") -> Ids:
+    """The texts of the perplexity scorer as token rows, cut at the model's context."""
+    limit = context_length(subject)
+    rows = [list(row)[:limit] for row in subject.tokenizer(paragraphs(texts))["input_ids"]]
     return [row for row in rows if len(row) > 1]  # a single token has no loss
 
 

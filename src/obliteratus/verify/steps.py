@@ -67,6 +67,7 @@ Scorer = Callable[..., Measured]
 
 
 scorers: Registry[Scorer] = Registry("verify")
+NOTHING = Measured()
 
 
 def verify(
@@ -75,13 +76,15 @@ def verify(
     steps: Sequence[Step],
     before: Measured | None = None,
     base: Subject | None = None,
+    found: Measured = NOTHING,
 ) -> Measured:
     """Run the scorers on held-out prompts, in their order: later ones see what earlier ones found.
 
     before, base: what was measured of the unedited model, and that model; the subject itself where edits are live.
+    found: what is known beforehand: tensors that scorers would else pass prompts for.
     """
-    found = Measured()
+    told = Measured()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        found = found | scorers[step.use].function(Context(subject, prompts, before, found, base), **options)
-    return found
+        told = told | scorers[step.use].function(Context(subject, prompts, before, found | told, base), **options)
+    return told

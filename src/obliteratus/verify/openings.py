@@ -35,12 +35,20 @@ def typical(
 
     target, control: mean probability, or share of answers, of each token. Raises UserError where there is none.
     """
-    found = ((target >= least) & (target >= TIMES * control)).nonzero()[:, 0].tolist()
+    found = frequent(target, control, least)
     if not found:
         raise UserError(
             f"distill step '{step}': no token is typical of this model's answers to target prompts; name those that "
             'begin its refusals, e.g. tokens = ["I", "Sorry"]'
         )
+    return found
+
+
+def frequent(
+    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], least: float = SHARE
+) -> list[int]:
+    """The same; empty where there is none."""
+    found = ((target >= least) & (target >= TIMES * control)).nonzero()[:, 0].tolist()
     return [int(token) for token in found]
 
 
