@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import gain_of
+from obliteratus.summon.codec import brought
 from obliteratus.tune.lab import head_logits
 from obliteratus.types import Site, Subject
 
@@ -46,7 +47,7 @@ def promoted(subject: Subject, directions: Float[Tensor, "n width"]) -> Iterator
     the vocabulary, after their mean, which softmax does not see, is taken off. Soft caps and scales keep the order.
     """
     site = unembedding(subject)
-    weight, gain = subject.model.get_output_embeddings().weight.detach(), gain_of(subject, site)
+    weight, gain = brought(subject.model.get_output_embeddings(), "weight").detach(), gain_of(subject, site)
     for some in directions.split(_rows(subject)):
         rows = some.to(weight.device, torch.float32)
         rows = rows - rows.mean(1, keepdim=True) if site.norm == "layer" else rows

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
 from obliteratus.summon.codec import brought
+from obliteratus.summon.devices import own_part
 from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
 from obliteratus.summon.quantised import is_packed
 from obliteratus.types import Layout, Role, Site, Subject
@@ -173,7 +174,7 @@ def width_of(model: PreTrainedModel) -> int:
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether embedding and unembedding share their storage, whatever the configuration says."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    table, head = (end.weight for end in ends)
+    table, head = (own_part(end.weight) for end in ends)
     if table.is_meta or head.is_meta:
         return table is head
     return bool(table.untyped_storage().data_ptr() == head.untyped_storage().data_ptr())

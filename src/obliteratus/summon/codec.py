@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
 from obliteratus.shapes import Float
+from obliteratus.summon.devices import is_parted, whole
 from obliteratus.summon.quantised import dequantised, is_codes, is_packed, shape_of
 from obliteratus.types import Site
 
@@ -113,7 +114,7 @@ def sampled(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
     if isinstance(stored, nn.Module):
         own = dict(chain(stored.named_parameters(), stored.named_buffers()))
         stored = own.get(name, next(iter(own.values())))
-    values = _spread(stored.detach().flatten()).to("cpu", torch.bfloat16).float()
+    values = _spread(whole(stored).detach().flatten()).to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
 
 
@@ -140,10 +141,11 @@ def drop_quantisation_mark(model: Any) -> None:
 
 
 def brought(module: nn.Module, name: str) -> Tensor:
-    """A parameter of the module; where accelerate keeps it elsewhere, read from there."""
+    """A parameter of the module; where accelerate keeps it elsewhere, read from there; where it is parted among
+    processes, brought together from all of them, which must all ask."""
     parameter = module.get_parameter(name)
     if not (parameter.is_meta and has_offloaded_params(module)):
-        return parameter
+        return whole(parameter)
     hook: Any = module._hf_hook
     found: Tensor = hook.weights_map[name]
     return found.to(parameter.dtype)
@@ -166,7 +168,8 @@ def _check_plain(module: nn.Module, site: Site) -> nn.Parameter:
         )
     weight = own[site.weight]
     kind = type(weight).__name__
-    plain = type(weight) is nn.Parameter and weight.dtype in PLAIN and weight.ndim == (3 if site.stacked else 2)
+    ours = type(weight) is nn.Parameter or is_parted(weight)
+    plain = ours and weight.dtype in PLAIN and weight.ndim == (3 if site.stacked else 2)
     lost = weight.is_meta and not has_offloaded_params(module)
     if not plain or lost:
         where = "not in memory" if lost else str(weight.dtype).removeprefix("torch.")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from obliteratus.summon.cache import KeyValues, expanded, shared
 from obliteratus.summon.capture import blocks
+from obliteratus.summon.devices import several
 from obliteratus.summon.lower import Lower, entry
 from obliteratus.summon.memory import free_memory
 from obliteratus.summon.quantised import dims
@@ -85,7 +86,7 @@ def halving(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:
     try:
         result = run(rows)
     except torch.OutOfMemoryError:
-        if len(rows) == 1:
+        if len(rows) == 1 or several():
             raise
         middle = len(rows) // 2
         yield from halving(run, rows[:middle])

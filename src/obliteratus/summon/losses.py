@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, linear
 from obliteratus.progress import progress
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.capture import DoneError
+from obliteratus.summon.devices import is_parted
 from obliteratus.summon.forward import Prompts, batched, halving, padded, state_bytes, token_budget
 from obliteratus.summon.lower import entry
 from obliteratus.summon.memory import LOGIT_TOKENS
@@ -93,7 +94,8 @@ def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]
 
 def _plain_head(subject: Subject) -> nn.Linear | None:
     head = subject.model.get_output_embeddings()
-    return head if type(head) is nn.Linear and head.weight.is_floating_point() else None
+    plain = type(head) is nn.Linear and head.weight.is_floating_point() and not is_parted(head.weight)
+    return head if plain else None
 
 
 # ------------------------------------------------------------------------------------------- in parts

@@ -14,6 +14,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from obliteratus.errors import UserError
+from obliteratus.summon.devices import agreed
 from obliteratus.types import Subject
 
 LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
@@ -39,7 +40,8 @@ def free_memory(subject: Subject) -> int:
     """Bytes that may still be taken on the model's device; 0 where the budget is used up."""
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
     limit = LIMIT.get()
-    return int(free if limit == math.inf else max(0.0, min(free, limit - held(subject))))
+    here = free if limit == math.inf else max(0.0, min(free, limit - held(subject)))
+    return int(agreed(subject.model, here, subject.device))
 
 
 def host_memory() -> int:

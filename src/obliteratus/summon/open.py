@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from obliteratus.summon import anatomy, selftest
 from obliteratus.summon.anatomy import family_of, find_sites, n_layers_of
 from obliteratus.summon.claims import coverage
 from obliteratus.summon.codec import drop_quantisation_mark, floats
+from obliteratus.summon.devices import DeviceMap, check_parts, joined, placed, whole
 from obliteratus.summon.digest import digest, samples
 from obliteratus.summon.files import Origin, check_weights, locate
 from obliteratus.summon.finite import finite
@@ -46,7 +46,7 @@ def open_subject(
     source: str | Path,
     *,
     dtype: str = "auto",
-    device: str = "auto",
+    device: str | DeviceMap = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
     thinking: bool = False,
@@ -56,17 +56,20 @@ def open_subject(
     """Load a model and its tokenizer, and find what can be edited in it.
 
     `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device` is ``auto``, ``map`` (accelerate spreads
-    the model over devices, CPU and disk) or a torch device. `self_test` tries every claim of the table.
+    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device` is ``auto``, a torch device, ``map`` (accelerate
+    spreads the model over devices, CPU and disk; or a map of your own, module path → device or ``disk``), or ``tp``
+    (transformers parts every matrix among the processes that torchrun started; each calls this, and all else, alike).
+    `self_test` tries every claim of the table.
     `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
     UserError for whatever the user can mend: each says what, where and what to do.
     """
-    where, kind = _device(device), dtype_of(dtype)
+    where, kind = placed(device), dtype_of(dtype)
     origin = locate(source)
     gguf = check_weights(origin)
     config = read_config(origin, revision, trust_remote_code)
     storage = storage_of(origin, config, quantise, kind)
     family_of(config)
+    check_parts(config, origin.name, where, plain=not (gguf or storage.label))
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
     model = _stored(origin, config, storage, {**options, "dtype": kind, **where})
@@ -129,23 +132,6 @@ def dtype_of(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def _device(name: str) -> dict[str, Any]:
-    """Arguments of from_pretrained that put the model there."""
-    if torch.cuda.is_available() and "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Batches differ in length: fixed segments would fragment. Read at the first allocation.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if name == "map":
-        return {"device_map": "auto"}
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k, ok in there.items() if ok) if name == "auto" else name.partition(":")[0]
-    if kind not in there:
-        raise UserError(unknown("device", name, ["auto", "map", *there]))
-    if not there[kind]:
-        raise UserError(f"device '{name}' is not available here; use device='auto'")
-    # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
-    return {} if kind == "cpu" else {"device_map": {"": kind if name == "auto" else name}}
-
-
 def _options(origin: Origin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": origin.local}
     if origin.gguf:
@@ -204,6 +190,7 @@ def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedMo
             f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
         )
     model.eval().requires_grad_(False)
+    joined(model)
     return model
 
 
@@ -234,5 +221,5 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     for path, module in model.named_modules():
         with align_module_device(module):
             for key, tensor in floats(module).items():
-                if not finite(tensor):
+                if not finite(whole(tensor)):
                     raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")
