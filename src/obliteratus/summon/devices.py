@@ -7,7 +7,8 @@ which each holds a part. `whole` gives all of it; whatever is hooked onto a modu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_parted(tensor):
         return tensor
     parted: Any = tensor
-    full: Tensor = parted.detach().full_tensor()
+    with torch.inference_mode(False), torch.no_grad():  # torch makes no views of parameters as inference tensors
+        full: Tensor = parted.full_tensor()
     return full
 
 
@@ -106,6 +108,17 @@ def own_part(tensor: Tensor) -> Tensor:
     parted: Any = tensor
     part: Tensor = parted.to_local() if is_parted(tensor) else tensor
     return part
+
+
+@contextmanager
+def together(module: nn.Module) -> Iterator[None]:
+    """Inside, all of the module's own parameters are here, brought from all processes: they must all enter."""
+    parted = {name: p for name, p in module.named_parameters(recurse=False) if is_parted(p)}
+    module._parameters.update({name: nn.Parameter(whole(p), requires_grad=False) for name, p in parted.items()})
+    try:
+        yield
+    finally:
+        module._parameters.update(parted)
 
 
 def processes(model: PreTrainedModel) -> int:

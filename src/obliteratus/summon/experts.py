@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from obliteratus.errors import UnsupportedModelError
+from obliteratus.summon.devices import together
 from obliteratus.types import Site
 
 Forward = Callable[..., Tensor]
@@ -65,7 +66,7 @@ def run_experts(
     if kind.has_post_expert_norm:
         raise UnsupportedModelError(f"{site.path}: a norm stands behind each expert; use norm none")
     result = torch.zeros_like(x)
-    with align_module_device(module):  # brings the stack in that is kept on disk
+    with align_module_device(module), together(module):  # brings the stack in from disk or other processes
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
             h = feed(expert, _hidden(kind, x[token], expert))
