@@ -20,7 +20,7 @@ LEVELS = [
     ["tune"],
     ["analyze"],
     ["recipe", "coverage", "store"],
-    ["card", "record", "rules", "advise"],
+    ["card", "record", "rules", "advise", "ondisk"],
     ["pipeline", "search", "study", "analyze.report", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
     ["options"],

@@ -31,7 +31,7 @@ from obliteratus.tune.bypass import check_bypass
 from obliteratus.tune.fit import tuned
 from obliteratus.tune.steady import steadied
 from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 
 ADVISED = "ANALYZE"  # the stage, and its place in a run's folder

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -55,10 +56,14 @@ class Checkpoint:
         return found.key or None if found else None
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, in the dtype that it is stored in. A view of the file where the platform allows."""
-        with safe_open(self._places[key][0], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-        return tensor
+        """One tensor, in the dtype that it is stored in: a view of its part of the file, read as it is looked at.
+        Writing into it leaves the file as it is."""
+        file, offset, entry = self.place(key)
+        if entry.dtype not in DTYPES or not entry.size:
+            with safe_open(file, "pt") as opened:
+                return cast(Tensor, opened.get_tensor(key))
+        mapped = np.memmap(file, np.uint8, "c", offset, (entry.size,))
+        return torch.from_numpy(mapped).view(DTYPES[entry.dtype]).view(entry.shape)
 
     def place(self, key: str) -> tuple[Path, int, Entry]:
         """The file that holds a tensor, where in it its bytes begin, and what its head says of it."""

@@ -1,0 +1,45 @@
+"""What a model takes of memory, told from its outline: loaded whole, or with its weights on disk."""
+
+from __future__ import annotations
+
+import psutil
+
+from obliteratus.errors import UserError
+from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, trim
+from obliteratus.summon.outline import Outline
+
+# Of one batch of 512 tokens beside its weights: the stream and the widest projections a few times (`state_bytes`), and
+# what products pack; measured at most 60 MB on blocks of 150 MB.
+WORK = 64_000_000
+
+
+def libraries() -> int:
+    """Bytes that this process holds now, before any weight is loaded: Python, torch and transformers."""
+    trim()
+    return int(psutil.Process().memory_info().rss)
+
+
+def logits(made: Outline) -> int:
+    """Bytes of the logits that are held at once."""
+    return 4 * COPIES * LOGIT_TOKENS * made.vocabulary  # 4: bytes of fp32
+
+
+def in_memory(made: Outline) -> int:
+    """Bytes that are needed at least with all weights loaded."""
+    return libraries() + made.loaded_bytes + logits(made)
+
+
+def on_disk(made: Outline) -> int:
+    """Bytes that are needed at least with the weights on disk: of two blocks, or of a table and a block, one computes
+    while the other is read."""
+    ahead = max(2 * made.block_bytes, made.block_bytes + made.table_bytes)
+    return libraries() + ahead + logits(made) + WORK
+
+
+def check_on_disk(made: Outline) -> None:
+    """UserError where the budget is less than that."""
+    if (needed := on_disk(made)) > LIMIT.get():
+        raise UserError(
+            f"--memory: with the weights left on disk {needed / 1e9:.2f} GB are needed at least, and "
+            f"{LIMIT.get() / 1e9:.2f} GB are allowed; allow more"
+        )
