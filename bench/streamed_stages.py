@@ -14,6 +14,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.utils import logging
+
+from obliteratus.distill import distill
+from obliteratus.excise.live import applied
+from obliteratus.excise.onto import Onto, files_of
+from obliteratus.excise.onto_files import write_onto
+from obliteratus.excise.plan import excise
+from obliteratus.ondisk import compared, measured
+from obliteratus.probe import probe
+from obliteratus.prompts import load_prompts
+from obliteratus.recipe import recipe
+from obliteratus.store import Store
+from obliteratus.summon.anatomy import tied_in
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.memory import within
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.render import render
+from obliteratus.summon.shelved import open_shelved
+from obliteratus.tune import Lab
+from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.verify.streamed import streamable
+from obliteratus.weigh import weigh
+
 
 def limited(bytes_: int) -> None:
     """The system refuses this process any more memory than that, mapped files and code included."""
@@ -72,67 +96,52 @@ def main() -> None:
     """Prints JSON."""
     options = arguments()
     limited(options.limit)
-    import torch
-    from transformers.utils import logging
-
-    from obliteratus.distill import distill
-    from obliteratus.excise.live import applied
-    from obliteratus.excise.onto import Onto, files_of
-    from obliteratus.excise.onto_files import write_onto
-    from obliteratus.excise.plan import excise
-    from obliteratus.ondisk import compared, measured
-    from obliteratus.probe import probe
-    from obliteratus.prompts import load_prompts
-    from obliteratus.recipe import recipe
-    from obliteratus.store import Store
-    from obliteratus.summon.anatomy import tied_in
-    from obliteratus.summon.logits import first_token
-    from obliteratus.summon.memory import within
-    from obliteratus.summon.open import open_subject
-    from obliteratus.summon.render import render
-    from obliteratus.summon.shelved import open_shelved
-    from obliteratus.tune import Lab
-    from obliteratus.types import Plan, PromptSet
-    from obliteratus.verify.streamed import streamable
-    from obliteratus.weigh import weigh
-
     logging.disable_progress_bar()
-    opening = open_subject if options.loaded else open_shelved
-    made = recipe("advanced")
+    meter = Meter(options.folder, options.cold)
+    with within(options.memory):
+        told = run(meter, options)
+    print(json.dumps(told | {"stages": meter.stages, "peak": _peak(), "prompts": options.prompts}))
+
+
+def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
+    """All stages; what PROBE and DISTILL found is kept in OUT.pt."""
+    made, told = recipe("advanced"), dict[str, Any]()
     prompts = load_prompts("organism:astronomy", "organism:astronomy")
     fit, _, report = (
         PromptSet({g: ps[: options.prompts] for g, ps in part.groups.items()}) for part in prompts.split(made.seed)
     )
-    meter, told = Meter(options.folder, options.cold), dict[str, Any]()
-    with within(options.memory):
-        with meter.stage("SUMMON"):
-            subject = opening(options.folder)
-        with meter.stage("PROBE"):
-            acts = probe(subject, fit, made.probe)
-        with meter.stage("EXCISE"):
-            directions = distill(acts, made.distill, Lab(subject, fit))
-            plan = excise(subject, directions, weigh(directions, subject.sites, acts, made.weigh), acts, made.excise)
-        with meter.stage("VERIFY"):
-            steps, store = streamable(made.verify), Store()
-            before = measured(store, "VERIFY before", subject, report, steps) if options.loaded else None
-            before, after = compared(store, subject, plan, report, steps, before)
-        if not options.loaded:
-            files = files_of(subject)
-            assert files is not None, "it was opened from files"
-            options.out.mkdir(parents=True)
-            with meter.stage("SAVE"):
-                write_onto(Onto(subject, files, tied_in(subject)), plan, options.out)
-            ids = render(subject, report["control"][:8])
-            with meter.stage("SCORE live"), applied(subject, plan):
-                live = first_token(subject, ids)
-            with meter.stage("SCORE saved", options.out):
-                saved = first_token(open_shelved(options.out), ids)
-            told["saved_differs"] = float((saved.exp() - live.exp()).abs().max() / live.exp().max())
-        means = torch.stack([acts[group].mean for group in ("target", "control")])
-        torch.save({"means": means, "basis": directions.basis, "plan": len(plan.edits)}, f"{options.out}.pt")
-        told["scores"] = {name: score.value for name, score in after.scores.items()}
-        told |= {"plan": len(Plan.by_site(plan)), "stages": meter.stages, "peak": _peak(), "prompts": options.prompts}
-    print(json.dumps(told))
+    with meter.stage("SUMMON"):
+        subject = (open_subject if options.loaded else open_shelved)(options.folder)
+    with meter.stage("PROBE"):
+        acts = probe(subject, fit, made.probe)
+    with meter.stage("EXCISE"):
+        directions = distill(acts, made.distill, Lab(subject, fit))
+        plan = excise(subject, directions, weigh(directions, subject.sites, acts, made.weigh), acts, made.excise)
+    with meter.stage("VERIFY"):
+        steps, store = streamable(made.verify), Store()
+        before = measured(store, "VERIFY before", subject, report, steps) if options.loaded else None
+        after = compared(store, subject, plan, report, steps, before)[1]
+    if not options.loaded:
+        told["saved_differs"] = saved(meter, subject, plan, report, options.out)
+    means = torch.stack([acts[group].mean for group in ("target", "control")])
+    torch.save({"means": means, "basis": directions.basis}, f"{options.out}.pt")
+    return told | {"scores": {name: score.value for name, score in after.scores.items()}, "edits": len(plan.edits)}
+
+
+def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
+    """Bake the plan, and score some prompts live and as saved: the largest difference of first tokens' probabilities,
+    relative to the largest of them."""
+    files = files_of(subject)
+    assert files is not None, "it was opened from files"
+    out.mkdir(parents=True)
+    with meter.stage("SAVE"):
+        write_onto(Onto(subject, files, tied_in(subject)), plan, out)
+    ids = render(subject, report["control"][:8])
+    with meter.stage("SCORE live"), applied(subject, plan):
+        live = first_token(subject, ids)
+    with meter.stage("SCORE saved", out):
+        again = first_token(open_shelved(out), ids)
+    return float((again.exp() - live.exp()).abs().max() / live.exp().max())
 
 
 if __name__ == "__main__":

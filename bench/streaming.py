@@ -44,10 +44,6 @@ def main() -> None:
     loaded, away = _turns(small, prompts, 1 if options.quick else options.repeats)
     size = sum(file.stat().st_size for file in (PLACE / "large").glob("*.safetensors"))
     read = {stage: large["stages"][stage]["read"] / size for stage in STAGES}
-    seconds = {
-        stage: [median(run["stages"][stage]["seconds"] for run in runs) for runs in (loaded, away)]
-        for stage in STAGES[:2]
-    }
     report(
         {
             "seconds": {stage: large["stages"][stage]["seconds"] for stage in STAGES},
@@ -55,7 +51,7 @@ def main() -> None:
                 "peak_over_limit": large["peak"] / (LIMIT * 1e9),
                 "bytes_read": max(read.values()),
                 "checkpoint_over_limit": size / (LIMIT * 1e9),
-                **{f"throughput {stage}": inside / outside for stage, (inside, outside) in seconds.items()},
+                **throughput,
             },
             "read": read,
             "differs": {"saved": large["saved_differs"], **_differences(loaded[-1], away[-1])},
@@ -78,6 +74,10 @@ def _turns(folder: Path, prompts: int, repeats: int) -> tuple[list[dict[str, Any
         for of, flags in zip(runs, (["--loaded"], ["--memory", str(BUDGET * 1e9)]), strict=True):
             of.append(_child(folder, [*flags, "--prompts", str(prompts)]))
     return runs
+
+
+def _median(runs: list[dict[str, Any]], stage: str) -> float:
+    return median(run["stages"][stage]["seconds"] for run in runs)
 
 
 def _differences(loaded: dict[str, Any], away: dict[str, Any]) -> dict[str, float]:
