@@ -43,6 +43,7 @@ def main() -> None:
     small = write(PLACE / "small", SMALL, 1024)
     loaded, away = _turns(small, prompts, 1 if options.quick else options.repeats)
     size = sum(file.stat().st_size for file in (PLACE / "large").glob("*.safetensors"))
+    throughput = {f"throughput {stage}": _median(loaded, stage) / _median(away, stage) for stage in STAGES[:2]}
     read = {stage: large["stages"][stage]["read"] / size for stage in STAGES}
     report(
         {

@@ -16,7 +16,7 @@ from obliteratus.prompts import parts_checked
 from obliteratus.settings import Recipe
 from obliteratus.summon.forward import CPU_TOKENS, MIN_PREFIX, batched, common_prefix
 from obliteratus.summon.memory import within
-from obliteratus.summon.needs import WORK, check_on_disk, in_memory, libraries, logits
+from obliteratus.summon.needs import check_on_disk, in_memory, libraries, work
 from obliteratus.summon.outline import Outline
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.shelved import open_shelved
@@ -68,18 +68,19 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
     ahead = made.block_bytes + max(made.block_bytes, made.table_bytes)
     vocabulary = 4 * made.vocabulary
-    verify = ahead + _kept_table(made) + logits(made) + 2 * rows * vocabulary
-    score = ahead + _kept_table(made) + logits(made) + len(scored) * vocabulary
+    stream = 4 * made.width * twice
+    verify = ahead + _kept_table(made) + work(made) + stream + 2 * rows * vocabulary
+    score = ahead + _kept_table(made) + work(made) + len(scored) * vocabulary
     saved = _saved(made, base, weights, rates)
     return {
         f"PROBE × {recipe.passes}": Stage(
-            base + ahead + WORK + kept * (1 if recipe.probe.keep == "moments" else 2),
+            base + ahead + work(made) + kept * (1 if recipe.probe.keep == "moments" else 2),
             recipe.passes * (weights - _head(made, subject)),
             recipe.passes * _blocks(made, subject, probe, rates),
         ),
-        "VERIFY": Stage(base + verify + WORK, weights, _blocks(made, subject, twice, rates) + head / rates.gemm),
+        "VERIFY": Stage(base + verify, weights, _blocks(made, subject, twice, rates) + head / rates.gemm),
         "SAVE": saved,
-        "SCORE × 2": Stage(base + score + WORK, 2 * weights, 2 * _blocks(made, subject, _own(scored), rates)),
+        "SCORE × 2": Stage(base + score, 2 * weights, 2 * _blocks(made, subject, _own(scored), rates)),
     }
 
 

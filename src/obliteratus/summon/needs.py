@@ -5,12 +5,12 @@ from __future__ import annotations
 import psutil
 
 from obliteratus.errors import UserError
+from obliteratus.summon.forward import CPU_TOKENS, token_bytes
 from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, trim
 from obliteratus.summon.outline import Outline
 
-# Of one batch of 512 tokens beside its weights: the stream and the widest projections a few times (`state_bytes`), and
-# what products pack; measured at most 60 MB on blocks of 150 MB.
-WORK = 64_000_000
+# What matrix products pack, and other buffers that libraries make at their first use: measured 90 MB, whatever the model
+BUFFERS = 90_000_000
 
 
 def libraries() -> int:
@@ -24,6 +24,11 @@ def logits(made: Outline) -> int:
     return 4 * COPIES * LOGIT_TOKENS * made.vocabulary  # 4: bytes of fp32
 
 
+def work(made: Outline) -> int:
+    """Bytes that a batch takes in a block, beside its weights."""
+    return BUFFERS + int(CPU_TOKENS * token_bytes(made.width, made.inner))
+
+
 def in_memory(made: Outline) -> int:
     """Bytes that are needed at least with all weights loaded."""
     return libraries() + made.loaded_bytes + logits(made)
@@ -33,7 +38,7 @@ def on_disk(made: Outline) -> int:
     """Bytes that are needed at least with the weights on disk: of two blocks, or of a table and a block, one computes
     while the other is read."""
     ahead = max(2 * made.block_bytes, made.block_bytes + made.table_bytes)
-    return libraries() + ahead + logits(made) + WORK
+    return libraries() + ahead + max(logits(made), work(made))
 
 
 def check_on_disk(made: Outline) -> None:

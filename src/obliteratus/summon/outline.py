@@ -55,6 +55,8 @@ class Outline:
     """Of the weights as they would be loaded."""
     block_bytes: int
     """The same of the largest decoder block."""
+    inner: int
+    """The longest side of a matrix in the first block."""
     table_bytes: int
     """The same of the embeddings, or of the head if it is larger."""
     vocabulary: int
@@ -96,6 +98,7 @@ def outline(
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
         loaded_bytes=n_params * kind.itemsize - (_saved(model, storage, kind) if storage.packed else 0),
         block_bytes=max(_count(block) for block in model.get_submodule(family.layers).children()) * kind.itemsize,
+        inner=max(max(p.shape) for p in next(model.get_submodule(family.layers).children()).parameters()),
         table_bytes=max(_count(end) for end in _ends(model)) * kind.itemsize,
         vocabulary=model.get_output_embeddings().weight.shape[0],
         kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
