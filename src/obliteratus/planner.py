@@ -16,7 +16,7 @@ from obliteratus.prompts import parts_checked
 from obliteratus.settings import Recipe
 from obliteratus.summon.forward import CPU_TOKENS, MIN_PREFIX, batched, common_prefix
 from obliteratus.summon.memory import within
-from obliteratus.summon.needs import check_on_disk, in_memory, libraries, work
+from obliteratus.summon.needs import BUFFERS, check_on_disk, in_memory, libraries, work
 from obliteratus.summon.outline import Outline
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.shelved import open_shelved
@@ -133,10 +133,8 @@ def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float
 
 
 def _saved(made: Outline, base: int, weights: int, rates: Rates) -> Stage:
-    largest = max(
-        made.block_bytes // 2, WORK
-    )  # an edited matrix is at most half of its block, a copy in fp32 beside it
-    return Stage(base + 2 * largest, weights, weights / rates.read + weights / rates.written)
+    largest = made.block_bytes // 2  # an edited matrix is at most half of its block, and has a copy beside it
+    return Stage(base + 2 * largest + BUFFERS, weights, weights / rates.read + weights / rates.written)
 
 
 def _head(made: Outline, subject: Subject) -> int:

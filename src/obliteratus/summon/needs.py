@@ -9,7 +9,7 @@ from obliteratus.summon.forward import CPU_TOKENS, token_bytes
 from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, trim
 from obliteratus.summon.outline import Outline
 
-# What matrix products pack, and other buffers that libraries make at their first use: measured 90 MB, whatever the model
+# What matrix products pack, and other buffers that libraries make at their first use: 90 MB were measured.
 BUFFERS = 90_000_000
 
 
