@@ -16,7 +16,7 @@ from obliteratus.prompts import parts_checked
 from obliteratus.settings import Recipe
 from obliteratus.summon.forward import CPU_TOKENS, MIN_PREFIX, batched, common_prefix
 from obliteratus.summon.memory import within
-from obliteratus.summon.needs import BUFFERS, check_on_disk, in_memory, libraries, work
+from obliteratus.summon.needs import BUFFERS, check_on_disk, held, in_memory, libraries, work
 from obliteratus.summon.outline import Outline
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.shelved import open_shelved
@@ -66,7 +66,7 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     scored, rows = report[-SCORED:], 2 * len(report)
     head = _head_flops(made, rows + 2 * sum(map(len, texts)))
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
-    ahead = made.block_bytes + max(made.block_bytes, made.table_bytes)
+    ahead = held(made)
     vocabulary = 4 * made.vocabulary
     stream = 4 * made.width * twice
     verify = ahead + _kept_table(made) + work(made) + stream + 2 * rows * vocabulary

@@ -34,11 +34,15 @@ def in_memory(made: Outline) -> int:
     return libraries() + made.loaded_bytes + logits(made)
 
 
+def held(made: Outline) -> int:
+    """Bytes of weights that are in memory at once where they stay on disk: two blocks, of which one computes while the
+    other is read, or a table."""
+    return max(2 * made.block_bytes, made.table_bytes)
+
+
 def on_disk(made: Outline) -> int:
-    """Bytes that are needed at least with the weights on disk: of two blocks, or of a table and a block, one computes
-    while the other is read."""
-    ahead = max(2 * made.block_bytes, made.block_bytes + made.table_bytes)
-    return libraries() + ahead + max(logits(made), work(made))
+    """Bytes that are needed at least with the weights on disk."""
+    return libraries() + held(made) + max(logits(made), work(made))
 
 
 def check_on_disk(made: Outline) -> None:
