@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ from conftest import PlanMaker
 from test_streamed_bake import shards, stored
 from tiny import MODELS
 from torch import Tensor
+from typer.testing import CliRunner
 
+from obliteratus.cli import app
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.live_rows import applied_rows
@@ -21,6 +27,7 @@ from obliteratus.probe import probe
 from obliteratus.rebirth import save
 from obliteratus.recipe import recipe
 from obliteratus.settings import Probe, Step
+from obliteratus.store import Store
 from obliteratus.summon import spill
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.families import FAMILIES
@@ -28,10 +35,13 @@ from obliteratus.summon.forward import passes_of
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.losses import token_losses
 from obliteratus.summon.memory import within
+from obliteratus.summon.needs import held
 from obliteratus.summon.open import open_subject
+from obliteratus.summon.outline import outline
 from obliteratus.summon.readings import read
 from obliteratus.summon.shelved import open_shelved
 from obliteratus.summon.spill import Spilled
+from obliteratus.summon.sweep import Sweep, swept
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import verify
 from obliteratus.verify.streamed import side_by_side, streamable
@@ -112,6 +122,24 @@ def test_every_byte_is_read_once(name: str, tmp_path: Path) -> None:
             before = away.shelf.bytes_read
             job(away)
             assert 0.5 * size < away.shelf.bytes_read - before <= BESIDE * size
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_two_blocks_or_a_table_are_held(name: str, tmp_path: Path) -> None:
+    folder = stored(tmp_path, name)
+    away, made = open_shelved(folder), outline(str(folder))
+    sizes: list[int] = []
+
+    @contextmanager
+    def look(*of: Any) -> Iterator[None]:
+        sizes.append(sum(map(len, away.shelf._buffers)))
+        yield
+
+    swept(away, Sweep(away, IDS), look=look)
+    aligned = 64 * len(dict(away.model.named_parameters()))  # each begins at a multiple of so many bytes
+    assert max(sizes) <= held(made) + aligned
+    assert max(sizes) >= min(made.table_bytes, made.block_bytes)  # negative control: it is counted
+    assert sum(map(len, away.shelf._buffers)) == 0, "nothing is left"
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -239,6 +267,41 @@ def test_a_run_is_that_of_memory(tmp_path: Path, many: PromptSet) -> None:
 @pytest.fixture
 def many(prompts: PromptSet) -> PromptSet:
     return PromptSet({group: tuple(members) * 4 for group, members in prompts.groups.items()})
+
+
+def test_a_run_that_was_interrupted_reads_nothing_again(tmp_path: Path, many: PromptSet) -> None:
+    away = open_shelved(stored(tmp_path / "model", "llama", max_position_embeddings=128))
+    made, kept = recipe("advanced").model_copy(update={"verify": STEPS}), tmp_path / "kept"
+    kept.mkdir()
+    plan, told = run(made, away, many, Store(kept))
+    before = away.shelf.bytes_read
+    again, same = run(made, away, many, Store(kept))
+    assert away.shelf.bytes_read == before
+    assert (len(again.edits), same.after) == (len(plan.edits), told.after)
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stored(tmp_path / "model", "llama", max_position_embeddings=128)
+    for name in ("target", "control"):
+        (tmp_path / name).write_text("\n".join(f"{name} question {i} on boats" for i in range(40)))
+    sources = ["--target", str(tmp_path / "target"), "--control", str(tmp_path / "control")]
+    for module in ("ondisk", "planner"):
+        monkeypatch.setattr(f"obliteratus.{module}.in_memory", lambda made: 2 * 10**12)
+
+    def call(*words: str) -> Any:
+        return CliRunner().invoke(app, [*words, *sources, "--memory", "1TB", "--json"])
+
+    done = call("run", str(folder), "--method", "advanced", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {"refusal_score.target", "kl.first_token.mean"} <= found["after"].keys()
+    assert found["saved"]["rescore"]["max_kl"] < found["saved"]["rescore"]["tolerance"]
+    plan = json.loads(call("inspect", str(folder)).stdout)["plan"]
+    assert plan["weights"] == "on disk"
+    assert plan["stages"]["VERIFY"]["read"] > 0
+    refused = call("run", str(folder), "--method", "tuned")
+    assert refused.exit_code == 2
+    assert "larger --memory" in refused.stderr
 
 
 def test_an_adapter_needs_the_model_in_memory(tmp_path: Path, make_plan: PlanMaker, many: PromptSet) -> None:
