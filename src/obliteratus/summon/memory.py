@@ -62,19 +62,6 @@ def trim() -> None:
         libc.malloc_trim(0)
 
 
-def given_back_at_once() -> None:
-    """From now on freed tensors go back to the system, where else glibc keeps ever more of them in pieces: while blocks
-    come and go, some 50 MB a block. For as long as this process lives."""
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
-
-
-# glibc's name of the option, and bytes from which on memory is the system's own: activations of a batch are larger,
-# and what is smaller is reused soon enough.
-M_MMAP_THRESHOLD, MAPPED = -3, 2_000_000
-
-
 def parsed(text: str) -> float:
     """Bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
     try:

@@ -9,8 +9,9 @@ from obliteratus.summon.forward import CPU_TOKENS, token_bytes
 from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, trim
 from obliteratus.summon.outline import Outline
 
-# What matrix products pack, and other buffers that libraries make at their first use: 90 MB were measured.
-BUFFERS = 90_000_000
+# What matrix products pack and other buffers of the libraries (90 MB were measured), and what glibc holds on to until
+# a block is done (50 MB).
+BUFFERS = 140_000_000
 
 
 def libraries() -> int:

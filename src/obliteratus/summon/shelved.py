@@ -17,7 +17,6 @@ from obliteratus.errors import UserError
 from obliteratus.summon.anatomy import family_of, loader_of, tied_ends
 from obliteratus.summon.checkpoint import open_files
 from obliteratus.summon.files import Origin, check_weights, locate
-from obliteratus.summon.memory import given_back_at_once
 from obliteratus.summon.open import assemble, config_and_tokenizer, dtype_of
 from obliteratus.summon.shelf import Shelf
 from obliteratus.summon.storage import storage_of
@@ -36,7 +35,6 @@ def open_shelved(source: str | Path, *, thinking: bool = False, **options: Any) 
     """
     origin = locate(source)
     _check_plain(origin, options)
-    given_back_at_once()
     config, tokenizer = config_and_tokenizer(origin, options)
     kind = _dtype(config, options.get("dtype", "auto"))
     model = _empty(origin, config, kind, options)
