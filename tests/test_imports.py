@@ -19,7 +19,7 @@ LEVELS = [
     ["probe", "distill", "weigh", "excise", "verify"],
     ["tune"],
     ["analyze"],
-    ["recipe", "coverage", "store"],
+    ["recipe", "coverage", "store", "kept_probes"],
     ["card", "record", "rules", "advise", "ondisk"],
     ["pipeline", "search", "study", "analyze.report", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
