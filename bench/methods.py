@@ -26,7 +26,8 @@ from obliteratus.distill.steps import orthonormal
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise
-from obliteratus.pipeline import measured, probed, run
+from obliteratus.ondisk import measured
+from obliteratus.pipeline import probed, run
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import check_runs, names, recipe
 from obliteratus.results import Score

@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OBLITERATUS_PROBE_CACHE"] = "off"  # each test probes by itself, and leaves nothing in the user's cache
 
 import jaxtyping
 

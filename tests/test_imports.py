@@ -19,12 +19,12 @@ LEVELS = [
     ["probe", "distill", "weigh", "excise", "verify"],
     ["tune"],
     ["analyze"],
-    ["recipe", "coverage", "store"],
-    ["card", "record", "rules", "advise"],
+    ["recipe", "coverage", "store", "kept_probes"],
+    ["card", "record", "rules", "advise", "ondisk"],
     ["pipeline", "search", "study", "analyze.report", "rebirth", "report"],
     ["jobs", "terminal", "forecast", "costs"],
-    ["options"],
-    ["cli", "cli_analyze", "cli_study", "ui", "__main__"],
+    ["options", "planner"],
+    ["cli", "cli_analyze", "cli_inspect", "cli_study", "ui", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["distill", "weigh", "excise.linear"]

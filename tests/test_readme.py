@@ -40,7 +40,7 @@ def test_commands_and_options_exist() -> None:
 def test_the_tree_names_what_is_there() -> None:
     tree = re.search(r"## The tree\n```\n(.*?)```", README, re.DOTALL)
     assert tree is not None
-    for name in re.findall(r"([a-z]+\.py)", tree[1]):
+    for name in re.findall(r"([a-z_]+\.py)", tree[1]):
         assert (ROOT / "src/obliteratus" / name).is_file(), name
     for folder in re.findall(r"^(?:[├└]── )?([a-z]+)/", tree[1], re.MULTILINE):
         assert (ROOT / folder).is_dir() or (ROOT / "src/obliteratus" / folder).is_dir(), folder

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from obliteratus.cli_analyze import analyze
+from obliteratus.cli_inspect import inspect
 from obliteratus.cli_study import report, study, study_from_yaml
 from obliteratus.options import (
     Base,
@@ -163,26 +164,6 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
 
 @app.command()
 @guarded
-def inspect(
-    model: Model,
-    dtype: Dtype = "auto",
-    quantise: Quantise = "",
-    trust_remote_code: Trust = False,
-    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
-    json: Json = False,
-) -> None:
-    """Sites, coverage, memory and time forecast; loads no weights."""
-    from obliteratus.forecast import forecast, show
-    from obliteratus.summon.outline import outline
-    from obliteratus.terminal import show_json
-
-    with shown(quiet=True):
-        found = forecast(outline(model, dtype=dtype, trust_remote_code=trust_remote_code, quantise=quantise))
-    show_json(found) if json else show(found, sites)
-
-
-@app.command()
-@guarded
 def verify(
     model: Model,
     target: Target,
@@ -236,7 +217,7 @@ def apply(
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (analyze, study, report, study_from_yaml):
+for command in (inspect, analyze, study, report, study_from_yaml):
     app.command()(guarded(command))
 
 

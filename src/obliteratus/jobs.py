@@ -16,6 +16,7 @@ from obliteratus.distill import check_sizes
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import check_fits, load_plan
+from obliteratus.ondisk import both, opened
 from obliteratus.pipeline import ADVISED, run
 from obliteratus.progress import note
 from obliteratus.prompts import load_prompts, parts_checked
@@ -27,9 +28,8 @@ from obliteratus.search import Found, Place, check_pick, search, searchable, wit
 from obliteratus.search.output import JOURNAL, rows, write_front
 from obliteratus.settings import Recipe, Step
 from obliteratus.store import Store, check_disk, check_free, partial_of, publish, workspace
-from obliteratus.summon.memory import LIMIT, check_room, check_weights_fit, parsed, within
+from obliteratus.summon.memory import parsed, within
 from obliteratus.summon.open import open_subject, width_of
-from obliteratus.summon.outline import outline
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured
 from obliteratus.verify import verify as measure
@@ -141,19 +141,7 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
                 copytree(partial / ADVISED, partial / "output" / "analysis")
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
-    return Done(plan, found, store.values["VERIFY before"], store.values["VERIFY after"], front)
-
-
-def opened(model: str, opening: dict[str, Any]) -> Subject:
-    """The model, within the memory budget. Raises UserError where it leaves no room for the weights or for work."""
-    if LIMIT.get() < math.inf:
-        made = outline(model, dtype=opening.get("dtype", "auto"), quantise=opening.get("quantise", ""))
-        check_weights_fit(made.loaded_bytes)
-    start = perf_counter()
-    subject = open_subject(model, **opening)
-    check_room(subject)
-    note("SUMMON", f"{perf_counter() - start:.1f} s")
-    return subject
+    return Done(plan, found, *both(store), front)
 
 
 def report(done: Done, out: Path | None, json: bool) -> None:

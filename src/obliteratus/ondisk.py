@@ -1,14 +1,24 @@
-"""A run on a model whose weights stay on disk: what of a recipe can be done, and VERIFY in one pass over the weights."""
+"""A run on a model whose weights stay on disk: what can be done of a recipe, and VERIFY in one pass over them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 from obliteratus.distill.steps import needs_of
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
+from obliteratus.progress import note
 from obliteratus.settings import Recipe, Step
 from obliteratus.store import Store
+from obliteratus.summon.memory import LIMIT
+from obliteratus.summon.needs import check_on_disk, in_memory
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.outline import outline
+from obliteratus.summon.shelved import open_shelved
 from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
 from obliteratus.verify.streamed import side_by_side, streamable
@@ -57,7 +67,7 @@ def compared(
         return store.stage(
             "VERIFY",
             lambda: side_by_side(subject, plan, report, steps),
-            lambda pair, folder: [found.save(folder / name) for found, name in zip(pair, PAIR, strict=True)] and None,
+            _save_pair,
             lambda folder: (Measured.load(folder / PAIR[0]), Measured.load(folder / PAIR[1])),
         )
     with applied(subject, plan):
@@ -65,3 +75,34 @@ def compared(
 
 
 PAIR = ("before", "after")
+
+
+def _save_pair(pair: tuple[Measured, Measured], folder: Path) -> None:
+    for found, name in zip(pair, PAIR, strict=True):
+        found.save(folder / name)
+
+
+def both(store: Store) -> tuple[Measured, Measured]:
+    """What a run's VERIFY found before and after, however it was taken."""
+    pair: tuple[Measured, Measured] | None = store.values.get("VERIFY")
+    return pair or (store.values["VERIFY before"], store.values["VERIFY after"])
+
+
+def opened(model: str, opening: dict[str, Any]) -> Subject:
+    """The model within the memory budget: its weights stay on disk where they would not fit. Raises UserError where not
+    even one block would, or the model cannot be run block by block."""
+    start = perf_counter()
+    subject = _opened(model, opening)
+    note("SUMMON", f"{perf_counter() - start:.1f} s")
+    return subject
+
+
+def _opened(model: str, opening: dict[str, Any]) -> Subject:
+    limit = LIMIT.get()
+    if limit < math.inf:
+        made = outline(model, dtype=opening.get("dtype", "auto"), quantise=opening.get("quantise", ""))
+        if in_memory(made) > limit:
+            check_on_disk(made)
+            note("SUMMON", f"{made.loaded_bytes / 1e9:.2f} GB of weights stay on disk, a block at a time is in memory")
+            return open_shelved(model, **{k: v for k, v in opening.items() if k != "self_test"})
+    return open_subject(model, **opening)

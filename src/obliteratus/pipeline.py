@@ -16,6 +16,7 @@ from obliteratus.errors import UserError
 from obliteratus.excise.bake import anchorable
 from obliteratus.excise.live import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
+from obliteratus.kept_probes import kept
 from obliteratus.ondisk import compared, measured, suited_to
 from obliteratus.probe import load_activations, probe, save_activations
 from obliteratus.progress import note
@@ -31,7 +32,7 @@ from obliteratus.tune.bypass import check_bypass
 from obliteratus.tune.fit import tuned
 from obliteratus.tune.steady import steadied
 from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 
 ADVISED = "ANALYZE"  # the stage, and its place in a run's folder
@@ -155,7 +156,7 @@ def searched(
 ) -> tuple[Activations, Directions]:
     """PROBE and DISTILL as stages, on the model as the passes so far left it."""
     with applied(subject, plan):
-        acts = probed(store, f"PROBE {number}", subject, fit, recipe)
+        acts = probed(store, f"PROBE {number}", subject, fit, recipe, plan)
         directions = store.stage(
             f"DISTILL {number}",
             partial(_distilled, acts, recipe.distill, Lab(subject, fit)),
@@ -180,16 +181,18 @@ def still_refused(store: Store, number: int, subject: Subject, plan: Plan, searc
     return found.scores["refusal.target"].value
 
 
-def probed(store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe) -> Activations:
-    """PROBE as a stage."""
+def probed(
+    store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe, plan: Plan | None = None
+) -> Activations:
+    """PROBE as a stage. What it gives of the unedited model is kept for later runs; a plan that is live now is none."""
     anchored = [p for part in recipe.excise.parts for p in asked(part)] if recipe.excise.anchored else []
     taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
     wanted = asked("mlp.out") if recipe.excise.neurons is not None else ()
     feeds = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
     stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked and recipe.excise.experts is not None]
-    return store.stage(
-        stage, lambda: probe(subject, fit, recipe.probe, taps, feeds, stacks), save_activations, load_activations
-    )
+    look = probe if plan is not None and plan.edits else partial(kept, stage)
+    make = partial(look, subject, fit, recipe.probe, taps, feeds, stacks)
+    return store.stage(stage, make, save_activations, load_activations)
 
 
 def planned(

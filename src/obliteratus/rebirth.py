@@ -35,6 +35,7 @@ from obliteratus.summon.quantised import padded
 from obliteratus.summon.render import render
 from obliteratus.summon.rewrite import forget, full_is_told, sums_of, tidied
 from obliteratus.summon.shards import dtypes_in, write_index, write_shard
+from obliteratus.summon.shelved import open_shelved
 from obliteratus.summon.storage import mark_of
 from obliteratus.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.verify.agreement import is_quantised, tolerance
@@ -105,6 +106,8 @@ def space_for(subject: Subject, form: Form, base: str = "") -> int:
     """Bytes that saving may take: all weights for a merged model, a tenth of them for the others. UserError for a
     ``base`` that is none."""
     check_form(form, base)
+    if form == "adapter" and subject.shelf is not None:
+        raise UserError("--save adapter: needs the whole model in memory; allow more with --memory, or --save plan")
     files = files_of(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     weights = weights if files is None else files.size
@@ -139,7 +142,10 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
 
 def _write_onto(onto: Onto, plan: Plan, folder: Path) -> dict[str, Any]:
     """Baked onto files that are there, or, where those of a plain model do not serve, written from memory."""
-    if why := why_not(onto, plan):
+    why = why_not(onto, plan)
+    if why and onto.subject.shelf is not None:
+        raise UserError(f"{why}, and the weights do not fit into memory: allow more with --memory, or --save plan")
+    if why:
         note("REBIRTH", f"{why}: all weights are written anew, from memory")
         return {**_write_anew(onto.subject, plan, folder, "merged"), "from_memory": why}
     notes = write_onto(onto, plan, folder)
@@ -178,9 +184,11 @@ WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
 def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
     """What was saved, loaded from disk as a user would."""
     if form == "merged":
-        fresh = open_subject(
-            folder, dtype=subject.source.dtype, thinking=subject.thinking, quantise=_again(subject, folder)
-        )
+        alike: dict[str, Any] = {"dtype": subject.source.dtype, "thinking": subject.thinking}
+        if subject.shelf is None:
+            fresh = open_subject(folder, **alike, quantise=_again(subject, folder))
+        else:
+            fresh = open_shelved(folder, **alike)
         yield fresh
         del fresh
         gc.collect()  # once a run: the second model goes before anything else is made

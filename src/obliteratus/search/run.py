@@ -9,7 +9,8 @@ from typing import Any
 
 from obliteratus.errors import UserError
 from obliteratus.excise.live import applied
-from obliteratus.pipeline import measured, proved
+from obliteratus.ondisk import measured
+from obliteratus.pipeline import proved
 from obliteratus.progress import note
 from obliteratus.prompts import parts_checked
 from obliteratus.recipe import check_runs, unnumbered

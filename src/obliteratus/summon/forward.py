@@ -78,7 +78,12 @@ def token_budget(subject: Subject, bytes_per_token: float) -> int:
 def state_bytes(subject: Subject) -> float:
     """Working memory of one token in a forward pass: the stream, and the widest projections, a few times."""
     inner = max(max(dims(p)) for p in blocks(subject)[0].parameters())
-    return float(4 * (8 * subject.width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
+    return token_bytes(subject.width, inner)
+
+
+def token_bytes(width: int, inner: int) -> float:
+    """The same of any model; inner: the longest side of a block's matrices."""
+    return float(4 * (8 * width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
 
 
 def halving(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:

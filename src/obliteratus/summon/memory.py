@@ -70,25 +70,3 @@ def parsed(text: str) -> float:
         return float(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise UserError(f"--memory {text}: give a size such as 6GB or 900MB") from error
-
-
-def check_weights_fit(weights: int) -> None:
-    """UserError where the weights alone (bytes) are more than the budget."""
-    if weights >= LIMIT.get():
-        raise UserError(
-            f"--memory: the weights alone take {weights / 1e9:.2f} GB and {LIMIT.get() / 1e9:.2f} GB are allowed; "
-            "allow more, or load a smaller dtype with --dtype"
-        )
-
-
-def check_room(subject: Subject) -> None:
-    """UserError where the budget leaves too little beside the loaded model for even one short batch."""
-    if LIMIT.get() == math.inf:
-        return
-    vocabulary = int(subject.model.get_output_embeddings().weight.shape[0])
-    needed = held(subject) + 4 * COPIES * LOGIT_TOKENS * vocabulary  # 4: bytes of fp32
-    if needed > LIMIT.get():
-        raise UserError(
-            f"--memory: with the model loaded {needed / 1e9:.2f} GB are needed at least, and "
-            f"{LIMIT.get() / 1e9:.2f} GB are allowed; allow more"
-        )

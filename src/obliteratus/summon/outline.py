@@ -53,6 +53,13 @@ class Outline:
     """By dtype, were all of them plain."""
     loaded_bytes: int
     """Of the weights as they would be loaded."""
+    block_bytes: int
+    """The same of the largest decoder block."""
+    inner: int
+    """The longest side of a matrix in the first block."""
+    table_bytes: int
+    """The same of the embeddings, or of the head if it is larger."""
+    vocabulary: int
     kv_bytes_per_token: int
     """In `dtype`; an upper bound where layers keep a sliding window only."""
 
@@ -75,7 +82,7 @@ def outline(
     with torch.device("meta"):
         model = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     sites = find_sites(model, family)
-    n_params = sum(parameter.numel() for parameter in model.parameters())
+    n_params = _count(model)
     return Outline(
         source=origin.name,
         quantisation=gguf or storage.label,
@@ -90,8 +97,21 @@ def outline(
         dtype=str(kind).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
         loaded_bytes=n_params * kind.itemsize - (_saved(model, storage, kind) if storage.packed else 0),
+        block_bytes=max(_count(block) for block in model.get_submodule(family.layers).children()) * kind.itemsize,
+        inner=max(max(p.shape) for p in next(model.get_submodule(family.layers).children()).parameters()),
+        table_bytes=max(_count(end) for end in _ends(model)) * kind.itemsize,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
         kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
     )
+
+
+def _count(module: nn.Module) -> int:
+    """Parameters of a module and all in it."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _ends(model: PreTrainedModel) -> tuple[Any, ...]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _saved(model: PreTrainedModel, storage: Storage, kind: torch.dtype) -> int:

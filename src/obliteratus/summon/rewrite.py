@@ -84,42 +84,82 @@ def full_is_told(folder: Path) -> Iterator[None]:
 OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes what the system said
 
 
-def rewritten(source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor]) -> str:
+def rewritten(
+    source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor], known: str = ""
+) -> str:
     """SHA-256 of ``target``: the tensors of ``source`` in their order, with its metadata; those in ``edits``, which
     have the stored dtype and shape, come from there. added: shape and dtype of further tensors, whose numbers are in
-    ``edits`` too. One tensor, or one piece of it, is in memory at a time.
+    ``edits`` too. known: SHA-256 that the source should have. One tensor, or one piece of it, is in memory at a time.
 
-    Raises UserError where the disk is full or the source too short, ValueError for pieces of another dtype or size.
+    Raises UserError where the disk is full, or the source too short or not the known one; ValueError for pieces of
+    another dtype or size.
     """
     before = read_header(source)
     after = with_added(before, added)
-    with aside(target) as out, source.open("rb") as given:
+    with aside(target) as out, source.open("rb") as opened:
+        given = Source(opened, known)
+        given.pass_over(len(before.raw))
         out.write(after.raw)
         for name, entry in after.entries.items():
+            if name in before.entries:
+                given.pass_over(len(before.raw) + before.entries[name].start - opened.tell())
             if name in edits:
+                given.pass_over(before.entries[name].size if name in before.entries else 0)
                 written = sum(out.write(numbers(part, entry.dtype)) for part in edits[name]())
                 if written != entry.size:
                     raise ValueError(f"{name} takes {entry.size} bytes, and its pieces {written}")
             else:
-                given.seek(len(before.raw) + before.entries[name].start)
-                _copy(given, out, entry.size)
+                given.copy(out, entry.size)
+        given.check()
     return str(out.sum.hexdigest())
 
 
-def copied(source: Path, target: Path) -> str:
-    """SHA-256 of a file and of its copy."""
-    with aside(target) as out, source.open("rb") as given:
-        _copy(given, out, source.stat().st_size)
+def copied(source: Path, target: Path, known: str = "") -> str:
+    """SHA-256 of a file and of its copy; UserError where it is not the known one."""
+    with aside(target) as out, source.open("rb") as opened:
+        given = Source(opened, known)
+        given.copy(out, source.stat().st_size)
+        given.check()
     return str(out.sum.hexdigest())
 
 
-def _copy(given: IO[bytes], out: Output, size: int) -> None:
-    while size:
-        data = given.read(min(size, CHUNK))
-        if not data:
-            raise UserError(f"{given.name} is truncated: {size} bytes are missing; download it again")
-        out.write(data)
-        size -= len(data)
+@dataclass
+class Source:
+    """A file read from its beginning to its end, once, and the sum of what was read if one is known."""
+
+    file: IO[bytes]
+    known: str
+    sum: Any = field(default_factory=hashlib.sha256)
+
+    def copy(self, out: Output, size: int) -> None:
+        """So many bytes, from where it stands."""
+        for data in self._parts(size):
+            out.write(data)
+
+    def pass_over(self, size: int) -> None:
+        """So many bytes that are not copied: they are read only where a sum is to be checked."""
+        if not self.known:
+            self.file.seek(size, os.SEEK_CUR)
+            return
+        for _ in self._parts(size):
+            pass
+
+    def check(self) -> None:
+        """UserError where all that was read has not the known sum."""
+        if self.known and self.sum.hexdigest() != self.known:
+            raise UserError(
+                f"{self.file.name} was altered: its SHA-256 is not the recorded {self.known[:12]}…; fetch it again"
+            )
+
+    def _parts(self, size: int) -> Iterator[bytes]:
+        while size:
+            data = self.file.read(min(size, CHUNK))
+            if not data:
+                raise UserError(f"{self.file.name} is truncated: {size} bytes are missing; download it again")
+            if self.known:
+                self.sum.update(data)
+            yield data
+            size -= len(data)
 
 
 def sha256_of(file: Path) -> str:

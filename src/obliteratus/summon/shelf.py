@@ -110,7 +110,9 @@ class Shelf(Mapping[str, Tensor]):
         """Inside, these are in memory, and what comes ``then`` is being read. Nothing is left once nothing comes."""
         before = self._held
         self._held = before | self._arrived(self._own(names))
-        if then:
+        if not then:
+            self._buffers[1 - self._turn] = torch.empty(0, dtype=torch.uint8)  # nobody needs what was there before
+        else:
             following = self._own(then)
             self._coming = (following, self._reader.submit(self._load, following, self._buffer(following)))
         try:

@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.errors import UserError
@@ -57,13 +58,21 @@ def _empty(origin: Origin, config: PreTrainedConfig, kind: torch.dtype, options:
     if family_of(config).hands_on:
         raise UserError(f"{origin.name}: its blocks use what other blocks computed, so they cannot run one by one")
     trust = bool(options.get("trust_remote_code"))
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _Unallocated():
         model: PreTrainedModel = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust)
     model.tie_weights()  # what was tied as it was built came apart when its parameters lost their numbers
     if (Path(origin.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(origin.path)
     model.eval().requires_grad_(False)
     return model
+
+
+class _Unallocated(TorchFunctionMode):
+    """Inside, what is made without numbers, as matrices are, gets no memory; what is computed, as positions, does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **more})
 
 
 def _shelf(origin: Origin, model: PreTrainedModel, device: torch.device) -> Shelf:

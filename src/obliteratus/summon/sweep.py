@@ -31,7 +31,7 @@ from obliteratus.summon.forward import (
     token_budget,
 )
 from obliteratus.summon.lower import Lower, Rows
-from obliteratus.summon.memory import free_memory
+from obliteratus.summon.memory import free_memory, trim
 from obliteratus.summon.prefix import plain, recurrent
 from obliteratus.summon.render import Ids
 from obliteratus.summon.spill import SHARE, room_for
@@ -52,7 +52,7 @@ def swept(
 ) -> Prompts:
     """The prompts with their blocks below ``top`` run (default: all), so that what comes next begins there."""
     top = subject.n_layers if top is None else top
-    _through_blocks(subject, [sweep], top, look, (), title)
+    _through_blocks(subject, [sweep], top, look, title)
     return sweep.prompts(top)
 
 
@@ -61,7 +61,7 @@ def at_head(subject: Subject, sweeps: Sequence[Sweep], title: str = "blocks") ->
     """Inside, all blocks are run for these lists of prompts, in one go, and the head is in memory."""
     head = names_outside(subject, head=True)
     with _table_kept(subject):
-        _through_blocks(subject, sweeps, subject.n_layers, unseen, head, title)
+        _through_blocks(subject, sweeps, subject.n_layers, unseen, title)
         with subject.shelf.holding(head):
             yield [sweep.prompts(subject.n_layers) for sweep in sweeps]
 
@@ -76,17 +76,17 @@ def _table_kept(subject: Subject) -> Iterator[None]:
         yield
 
 
-def _through_blocks(
-    subject: Subject, sweeps: Sequence[Sweep], top: int, look: Look, then: tuple[str, ...], title: str
-) -> None:
-    """then: parameters that are to be read while the last block computes."""
-    stations = [names_outside(subject), *(names_of(subject, block) for block in range(top))]
+def _through_blocks(subject: Subject, sweeps: Sequence[Sweep], top: int, look: Look, title: str) -> None:
+    """While a block computes the next one is read. Tables are not read ahead: they may be larger than two blocks."""
+    own = [names_of(subject, block) for block in range(top)]
+    stations = [(names_outside(subject), ()), *zip(own, [*own[1:], ()], strict=False)]
     rows = sum(sweep.n for sweep in sweeps)
     with torch.inference_mode(), progress(title, (top + 1) * rows) as advance:
-        for stream, (names, following) in enumerate(zip(stations, [*stations[1:], then], strict=True)):
-            with subject.shelf.holding(names, following):
+        for stream, (names, then) in enumerate(stations):
+            with subject.shelf.holding(names, then):
                 for sweep in sweeps:
                     sweep.run(stream, look, advance)
+            trim()  # glibc holds on to some 10 MB of freed memory more with each block
 
 
 def names_of(subject: Subject, block: int) -> tuple[str, ...]:

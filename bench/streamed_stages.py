@@ -1,0 +1,148 @@
+"""One process of `bench.streaming`: probe, edit, verify and save a checkpoint, and what each stage took. Linux only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from obliteratus.distill import distill
+from obliteratus.excise.live import applied
+from obliteratus.excise.onto import Onto, files_of
+from obliteratus.excise.onto_files import write_onto
+from obliteratus.excise.plan import excise
+from obliteratus.ondisk import compared, measured
+from obliteratus.probe import probe
+from obliteratus.prompts import load_prompts
+from obliteratus.recipe import recipe
+from obliteratus.store import Store
+from obliteratus.summon.anatomy import tied_in
+from obliteratus.summon.logits import first_token
+from obliteratus.summon.memory import within
+from obliteratus.summon.open import open_subject
+from obliteratus.summon.render import render
+from obliteratus.summon.shelved import open_shelved
+from obliteratus.tune import Lab
+from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.verify.streamed import streamable
+from obliteratus.weigh import weigh
+
+
+def limited(bytes_: int) -> None:
+    """The system refuses this process any more memory than that, mapped files and code included."""
+    if bytes_:
+        resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--limit", type=int, default=0, help="of the system, in bytes; 0: none")
+    parser.add_argument("--memory", type=float, default=math.inf, help="the program's own budget, in bytes")
+    parser.add_argument("--loaded", action="store_true", help="all weights in memory")
+    parser.add_argument("--cold", action="store_true", help="the file cache forgets the checkpoint before each stage")
+    parser.add_argument("--prompts", type=int, default=96, help="of each group")
+    return parser.parse_args()
+
+
+class Meter:
+    """Seconds, and bytes that the disk had to give, by stage."""
+
+    def __init__(self, folder: Path, cold: bool) -> None:
+        self.folder, self.cold, self.stages = folder, cold, dict[str, dict[str, float]]()
+
+    @contextmanager
+    def stage(self, name: str, *folders: Path) -> Iterator[None]:
+        """folders: of which the file cache is to know nothing, beside the checkpoint's."""
+        for folder in (self.folder, *folders) if self.cold else ():
+            _forget(folder)
+        start, read = time.perf_counter(), _read_bytes()
+        yield
+        self.stages[name] = {"seconds": time.perf_counter() - start, "read": _read_bytes() - read, "peak": _peak()}
+        print(name, self.stages[name], file=sys.stderr, flush=True)
+
+
+def _forget(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bytes() -> int:
+    """What this process had read from disk, not from the file cache."""
+    told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(told["read_bytes"])
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+def main() -> None:
+    """Prints JSON."""
+    options = arguments()
+    limited(options.limit)
+    logging.disable_progress_bar()
+    meter = Meter(options.folder, options.cold)
+    with within(options.memory):
+        told = run(meter, options)
+    print(json.dumps(told | {"stages": meter.stages, "peak": _peak(), "prompts": options.prompts}))
+
+
+def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
+    """All stages; what PROBE and DISTILL found is kept in OUT.pt."""
+    made, told = recipe("advanced"), dict[str, Any]()
+    prompts = load_prompts("organism:astronomy", "organism:astronomy")
+    fit, _, report = (
+        PromptSet({g: ps[: options.prompts] for g, ps in part.groups.items()}) for part in prompts.split(made.seed)
+    )
+    with meter.stage("SUMMON"):
+        subject = (open_subject if options.loaded else open_shelved)(options.folder)
+    with meter.stage("PROBE"):
+        acts = probe(subject, fit, made.probe)
+    with meter.stage("EXCISE"):
+        directions = distill(acts, made.distill, Lab(subject, fit))
+        plan = excise(subject, directions, weigh(directions, subject.sites, acts, made.weigh), acts, made.excise)
+    with meter.stage("VERIFY"):
+        steps, store = streamable(made.verify), Store()
+        before = measured(store, "VERIFY before", subject, report, steps) if options.loaded else None
+        after = compared(store, subject, plan, report, steps, before)[1]
+    if not options.loaded:
+        told["saved_differs"] = saved(meter, subject, plan, report, options.out)
+    means = torch.stack([acts[group].mean for group in ("target", "control")])
+    torch.save({"means": means, "basis": directions.basis}, f"{options.out}.pt")
+    return told | {"scores": {name: score.value for name, score in after.scores.items()}, "edits": len(plan.edits)}
+
+
+def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
+    """Bake the plan, and score some prompts live and as saved: the largest difference of first tokens' probabilities,
+    relative to the largest of them."""
+    files = files_of(subject)
+    assert files is not None, "it was opened from files"
+    out.mkdir(parents=True)
+    with meter.stage("SAVE"):
+        write_onto(Onto(subject, files, tied_in(subject)), plan, out)
+    ids = render(subject, report["control"][:8])
+    with meter.stage("SCORE live"), applied(subject, plan):
+        live = first_token(subject, ids)
+    with meter.stage("SCORE saved", out):
+        again = first_token(open_shelved(out), ids)
+    return float((again.exp() - live.exp()).abs().max() / live.exp().max())
+
+
+if __name__ == "__main__":
+    main()

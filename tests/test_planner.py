@@ -1,0 +1,55 @@
+"""What `inspect --memory` reckons: the bytes are those that a run reads, and little memory means that weights stay on
+disk. How near seconds and peaks come is measured in `bench.streaming`: they are the machine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_streamed_bake import stored
+
+from obliteratus.errors import UserError
+from obliteratus.ondisk import suited_to
+from obliteratus.pipeline import run
+from obliteratus.planner import plan_for
+from obliteratus.recipe import recipe
+from obliteratus.summon.needs import in_memory, on_disk
+from obliteratus.summon.outline import outline
+from obliteratus.summon.shelved import open_shelved
+from obliteratus.types import PromptSet
+
+
+@pytest.fixture
+def many(prompts: PromptSet) -> PromptSet:
+    return PromptSet({group: tuple(members) * 4 for group, members in prompts.groups.items()})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_bytes_are_those_that_are_read(name: str, tmp_path: Path, many: PromptSet, tight: None) -> None:
+    folder = stored(tmp_path, name, max_position_embeddings=128)
+    made = recipe("advanced")
+    found = plan_for(outline(str(folder)), 1e12, made, many, {})
+    assert list(found.stages) == ["PROBE × 1", "VERIFY", "SAVE", "SCORE × 2"]
+    away = open_shelved(folder)
+    before = away.shelf.bytes_read
+    run(suited_to(away, made), away, many)
+    expected = found.stages["PROBE × 1"].read + found.stages["VERIFY"].read
+    # beside them the norm rule looks at a few, and what stays in memory after the first stage is not read again
+    assert away.shelf.bytes_read - before == pytest.approx(expected, rel=0.05)
+    assert all(stage.seconds > 0 for stage in found.stages.values())
+    assert found.told()["weights"] == "on disk"
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model fits into memory."""
+    monkeypatch.setattr("obliteratus.planner.in_memory", lambda made: 2 * 10**12)
+
+
+def test_what_fits_is_loaded(tmp_path: Path, many: PromptSet) -> None:
+    made = outline(str(stored(tmp_path, "llama")))
+    found = plan_for(made, 1e12, recipe("advanced"), many, {})
+    assert found.told()["weights"] == "in memory"
+    assert found.peak == pytest.approx(in_memory(made), rel=0.2)
+    with pytest.raises(UserError, match="with the weights left on disk"):
+        plan_for(made, on_disk(made) / 10, recipe("advanced"), many, {})
