@@ -44,7 +44,9 @@ def plans(subject: Subject) -> dict[str, Plan]:
     mlps = [s for s in writers if s.part == "mlp.out"]
     readers = [s for s in subject.sites if s.role == "reads" and s.part in ("attn.in", "mlp.in")]
     spans = [replace(s, span=(8, 16)) for s in writers if s.part == "attn.out"]
-    edits: dict[str, list[Any]] = {rule: [Edit(s, q, 1.0, rule) for s in writers] for rule in ("none", "columns", "rows")}
+    edits: dict[str, list[Any]] = {
+        rule: [Edit(s, q, 1.0, rule) for s in writers] for rule in ("none", "columns", "rows")
+    }
     edits["heads"] = [Edit(s, q, 1.0) for s in spans]
     edits["heads under a rule"] = [Edit(s, q, 0.7, "columns") for s in spans]
     edits["readers"] = [Edit(s, q, 1.0) for s in readers]

@@ -37,7 +37,7 @@ Base = Annotated[
     str,
     typer.Option(help="Of a quantised model: the full-precision checkpoint that merged bakes into; none packs again."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, map to spread the model, or tp under torchrun.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in their thinking mode.")]
 

@@ -80,7 +80,9 @@ def check_parts(config: PreTrainedConfig, name: str, options: Mapping[str, Any],
     sizes = text.to_dict()
     for key in ("num_attention_heads", "num_key_value_heads"):
         if (heads := sizes.get(key)) and heads % parts:
-            raise UserError(f"{name}: {key} is {heads}, not a multiple of {parts} processes; start as many as divide it")
+            raise UserError(
+                f"{name}: {key} is {heads}, not a multiple of {parts} processes; start as many as divide it"
+            )
 
 
 # -------------------------------------------------------------------------------------- parted weights

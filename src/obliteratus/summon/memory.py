@@ -41,7 +41,7 @@ def free_memory(subject: Subject) -> int:
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
     limit = LIMIT.get()
     here = free if limit == math.inf else max(0.0, min(free, limit - held(subject)))
-    return int(agreed(subject.model, here, subject.device))
+    return int(agreed(subject.model, float(here), subject.device))
 
 
 def host_memory() -> int:
