@@ -27,6 +27,7 @@ from obliteratus.settings import Probe
 from obliteratus.summon.organism import cache_folder
 from obliteratus.summon.render import render
 from obliteratus.summon.rewrite import sha256_of
+from obliteratus.summon.shards import numbers
 from obliteratus.types import Activations, PromptSet, Subject, digest_of
 
 SWITCH = "OBLITERATUS_PROBE_CACHE"
@@ -121,8 +122,7 @@ def weights_of(subject: Subject) -> str:
 
 
 def _sha256(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(numbers(tensor)).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------- on disk

@@ -28,7 +28,12 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 # ------------------------------------------------------------------------------------ what was asked for
 def placed(device: str | DeviceMap) -> dict[str, Any]:
-    """Arguments of from_pretrained that put the model there. UserError for a device that is not here."""
+    """Arguments of from_pretrained that put the model there. UserError for a device that is not here.
+
+    device: ``auto``, a torch device, ``map`` (accelerate spreads the model over devices, CPU and disk; or a map of your
+    own), or ``tp``: transformers parts every matrix among the processes that torchrun started, and each of them makes
+    the same calls in the same order.
+    """
     if torch.cuda.is_available() and "PYTORCH_ALLOC_CONF" not in os.environ:
         # Batches differ in length: fixed segments would fragment. Read at the first allocation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -60,7 +65,9 @@ def _parallel() -> dict[str, Any]:
             f"device 'tp': this torch has no {BACKENDS[kind]}, through which processes on {kind} talk; install another"
             " build of torch, or use device='map'"
         )
-    from transformers.distributed import DistributedConfig  # not in builds of torch without processes
+    from transformers.distributed.configuration_utils import (
+        DistributedConfig,  # not in builds of torch without processes
+    )
 
     return {"distributed_config": DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]))}
 

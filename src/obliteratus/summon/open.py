@@ -56,10 +56,8 @@ def open_subject(
     """Load a model and its tokenizer, and find what can be edited in it.
 
     `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device` is ``auto``, a torch device, ``map`` (accelerate
-    spreads the model over devices, CPU and disk; or a map of your own, module path → device or ``disk``), or ``tp``
-    (transformers parts every matrix among the processes that torchrun started; each calls this, and all else, alike).
-    `self_test` tries every claim of the table.
+    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device`: see `placed`. `self_test` tries every claim of the
+    table.
     `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
     UserError for whatever the user can mend: each says what, where and what to do.
     """
