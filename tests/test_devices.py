@@ -68,7 +68,7 @@ def on_disk(blocks: int) -> dict[str, str]:
     return there | {f"model.layers.{i}": "disk" if i else "cpu" for i in range(blocks)}
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_a_model_on_disk_in_part_is_the_plain_model(tmp_path: Path, name: str) -> None:
     plain = open_subject(saved(tmp_path, name))
     spread = open_subject(tmp_path, device=on_disk(plain.n_layers))
