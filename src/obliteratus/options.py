@@ -37,7 +37,7 @@ Base = Annotated[
     str,
     typer.Option(help="Of a quantised model: the full-precision checkpoint that merged bakes into; none packs again."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, map to spread the model, or tp under torchrun.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in their thinking mode.")]
 
@@ -51,6 +51,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_one_process(kwargs)
             command(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
@@ -60,6 +61,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from error
 
     return run
+
+
+def _check_one_process(asked: dict[str, Any]) -> None:
+    if asked.get("device") == "tp":
+        raise UserError(
+            "--device tp: the command line runs one process; use ob.open_subject(…, device='tp') in a script"
+        )
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def _parallel() -> dict[str, Any]:
     """Tensor parallelism over all processes that torchrun started."""
     if not all(name in os.environ for name in LAUNCHED):
         raise UserError(
-            "device 'tp': this process was not started by torchrun; run torchrun --nproc-per-node N -m obliteratus …"
+            "device 'tp': this process was not started by torchrun; run torchrun --nproc-per-node N your_program.py"
         )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if not (torch.distributed.is_available() and torch.distributed.is_backend_available(BACKENDS[kind])):

@@ -56,7 +56,7 @@ def open_subject(
     """Load a model and its tokenizer, and find what can be edited in it.
 
     `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    `dtype` is ``auto`` (as stored) or a name in `DTYPES`; `device`: see `placed`. `self_test` tries the table's claims.
+    `dtype`: ``auto`` (as stored) or a name in `DTYPES`. `device`: see `placed`. `self_test` tries the table's claims.
     `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
     UserError for whatever the user can mend: each says what, where and what to do.
     """
