@@ -6,6 +6,8 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,16 +16,15 @@ from obliteratus.forecast import gemm_rate
 from obliteratus.ondisk import suited_to
 from obliteratus.prompts import parts_checked
 from obliteratus.settings import Recipe
-from obliteratus.summon.forward import CPU_TOKENS, MIN_PREFIX, batched, common_prefix
-from obliteratus.summon.memory import within
-from obliteratus.summon.needs import BUFFERS, check_on_disk, held, in_memory, libraries, work
+from obliteratus.summon.forward import CPU_TOKENS, batched, shared_prefix
+from obliteratus.summon.memory import resident, within
+from obliteratus.summon.needs import BUFFERS, check_on_disk, held, in_memory, work
 from obliteratus.summon.outline import Outline
 from obliteratus.summon.render import Ids, render
 from obliteratus.summon.shelved import open_shelved
 from obliteratus.summon.sweep import Sweep, names_of, names_outside, swept
 from obliteratus.types import PromptSet, Subject
 from obliteratus.verify.drift import text_tokens
-from obliteratus.verify.streamed import streamable
 
 BLOCKS = 3  # that are run: the first warms up, and the fastest of the others stands for all
 # Of a saved file, so many bytes are written, summed and synced to measure the disk: half a second on a slow one.
@@ -56,11 +57,12 @@ class Rates:
 
 
 def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[PromptSet, PromptSet]) -> dict[str, Stage]:
-    """By stage of a run whose weights stay on disk. parts: the prompts to fit on, and those to report on."""
+    """By stage of a run whose weights stay on disk. recipe: as it is `suited_to` that. parts: the prompts to fit on,
+    and those to report on."""
     fit, report = (_ids(subject, part) for part in parts)
-    texts = text_tokens(subject) if any(s.use == "perplexity" for s in streamable(recipe.verify)) else []
+    texts = text_tokens(subject) if any(s.use == "perplexity" for s in recipe.verify) else []
     rates = measured(subject, fit)
-    base = libraries()
+    base = resident()
     weights = subject.shelf.stored_bytes(list(subject.shelf))
     kept = 4 * len(fit) * (made.n_layers + 1) * made.width  # fp32
     scored, rows = report[-SCORED:], 2 * len(report)
@@ -86,7 +88,8 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
 
 def measured(subject: Subject, ids: Ids) -> Rates:
     """Run a batch through the first blocks, and write a little."""
-    own = [len(row) - _shared(ids) for row in ids]
+    n = shared_prefix(ids)
+    own = [len(row) - n for row in ids]
     rows = [ids[i] for i in batched(own, CPU_TOKENS)[0]]  # as a pass of the run will be
     names = names_of(subject, subject.n_layers - 1)
     start = time.perf_counter()
@@ -98,18 +101,18 @@ def measured(subject: Subject, ids: Ids) -> Rates:
 def _token(subject: Subject, rows: Ids) -> float:
     """Seconds a token takes in one block, beyond what reading takes: the least of some blocks."""
     seconds: list[float] = []
-    begun = [0.0]
 
-    class Clock:
-        def __enter__(self) -> None:
-            begun[0] = time.perf_counter()
-
-        def __exit__(self, *error: object) -> None:
-            seconds.append(time.perf_counter() - begun[0])
+    @contextmanager
+    def clock(*of: Any) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:  # a pass ends by an exception
+            seconds.append(time.perf_counter() - start)
 
     sweep = Sweep(subject, rows)
     tokens = sum(map(len, sweep.rows[: sweep.n]))
-    swept(subject, sweep, top=min(BLOCKS, subject.n_layers), look=lambda *of: Clock(), title="measuring")
+    swept(subject, sweep, top=min(BLOCKS, subject.n_layers), look=clock, title="measuring")
     return min(seconds[1:]) / tokens  # the first is of the table
 
 
@@ -154,13 +157,8 @@ def _head_flops(made: Outline, rows: int) -> float:
 
 def _own(ids: Ids) -> int:
     """Tokens that are run: those that all share once."""
-    n = _shared(ids)
+    n = shared_prefix(ids)
     return sum(len(row) - n for row in ids) + n
-
-
-def _shared(ids: Ids) -> int:
-    n = common_prefix(ids) if len(ids) > 1 else 0
-    return n if n >= MIN_PREFIX else 0
 
 
 def _ids(subject: Subject, prompts: PromptSet) -> Ids:
@@ -202,10 +200,11 @@ def plan_for(made: Outline, limit: float, recipe: Recipe, prompts: PromptSet, op
     blocks are read and run. UserError where it cannot work."""
     fit, _, report = parts_checked(prompts, recipe.seed)
     count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
-    if in_memory(made) <= limit:
-        return Forecast(limit, in_memory(made), {}, count)
+    needed = in_memory(made)
+    if needed <= limit:
+        return Forecast(limit, needed, {}, count)
     with within(limit):
         check_on_disk(made)
         subject = open_shelved(made.source, **opening)
         stages = planned(made, subject, suited_to(subject, recipe), (fit, report))
-    return Forecast(limit, in_memory(made), stages, count)
+    return Forecast(limit, needed, stages, count)

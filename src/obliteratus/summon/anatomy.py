@@ -184,10 +184,14 @@ def tied_ends(model: PreTrainedModel) -> tuple[str, str] | None:
     """Parameter names of the input embedding and of the head, where they share their storage."""
     if not is_tied(model):
         return None
+    table, head = end_paths(model)
+    return f"{table}.weight", f"{head}.weight"
+
+
+def end_paths(model: PreTrainedModel) -> tuple[str, str]:
+    """Module paths of the input embedding and of the head."""
     paths = {id(module): path for path, module in model.named_modules()}
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    table, head = (f"{paths[id(end)]}.weight" for end in ends)
-    return table, head
+    return paths[id(model.get_input_embeddings())], paths[id(model.get_output_embeddings())]
 
 
 def tied_in(subject: Subject) -> tuple[str, str] | None:

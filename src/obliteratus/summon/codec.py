@@ -119,7 +119,8 @@ def sampled(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
 
 
 def _spread(flat: Tensor) -> Tensor:
-    return flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE]
+    at = spread(len(flat))
+    return flat[at.start : at.stop : at.step]
 
 
 def spread(count: int) -> range:

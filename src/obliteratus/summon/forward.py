@@ -43,6 +43,12 @@ def common_prefix(ids: Ids, leave: int = 1) -> int:
     return min(same, limit)
 
 
+def shared_prefix(ids: Ids, leave: int = 1) -> int:
+    """`common_prefix`, where it is long enough to be worth a pass of its own; else 0."""
+    n = common_prefix(ids, leave) if len(ids) > 1 else 0
+    return n if n >= MIN_PREFIX else 0
+
+
 def batched(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> list[list[int]]:
     """Row numbers by batch: longest first, at most ``most`` rows and rows × longest ≤ budget (or one row)."""
     batches: list[list[int]] = []

@@ -49,7 +49,7 @@ def first_token(
 
 
 def first_tokens(
-    subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = "first tokens"
+    subject: Subject, prompts: Prompts, *, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
     """`first_token` of prompts that are prepared."""
     result: Tensor | None = None
@@ -58,7 +58,7 @@ def first_tokens(
         logits = last_logits(subject, prompts, rows, prompts.cache(rows))
         return rows, logits.float().log_softmax(-1).cpu()
 
-    size = budget or token_budget(subject, state_bytes(subject))
+    size = token_budget(subject, state_bytes(subject))
     with torch.inference_mode(), progress(title, len(prompts.rows)) as advance:
         for group in batched([len(r) for r in prompts.rows], size):
             for rows, logp in halving(run, group):

@@ -53,6 +53,11 @@ def held(subject: Subject) -> int:
     """Bytes that this process holds on the model's device, the model's own included."""
     if subject.device.type == "cuda":
         return int(torch.cuda.memory_allocated(subject.device))
+    return resident()
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds, without what it has freed."""
     trim()
     return int(psutil.Process().memory_info().rss)
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import psutil
-
 from obliteratus.errors import UserError
 from obliteratus.summon.forward import CPU_TOKENS, token_bytes
-from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, trim
+from obliteratus.summon.memory import COPIES, LIMIT, LOGIT_TOKENS, resident
 from obliteratus.summon.outline import Outline
 
 # What matrix products pack and other buffers of the libraries (90 MB were measured), and what glibc holds on to until
 # a block is done (50 MB).
 BUFFERS = 140_000_000
-
-
-def libraries() -> int:
-    """Bytes that this process holds now, before any weight is loaded: Python, torch and transformers."""
-    trim()
-    return int(psutil.Process().memory_info().rss)
 
 
 def logits(made: Outline) -> int:
@@ -31,8 +23,8 @@ def work(made: Outline) -> int:
 
 
 def in_memory(made: Outline) -> int:
-    """Bytes that are needed at least with all weights loaded."""
-    return libraries() + made.loaded_bytes + logits(made)
+    """Bytes that are needed at least with all weights loaded, asked before any is: this process now, and they."""
+    return resident() + made.loaded_bytes + logits(made)
 
 
 def held(made: Outline) -> int:
@@ -43,7 +35,7 @@ def held(made: Outline) -> int:
 
 def on_disk(made: Outline) -> int:
     """Bytes that are needed at least with the weights on disk."""
-    return libraries() + held(made) + max(logits(made), work(made))
+    return resident() + held(made) + max(logits(made), work(made))
 
 
 def check_on_disk(made: Outline) -> None:

@@ -78,7 +78,7 @@ def outline(
     config = read_config(origin, revision, trust_remote_code)
     storage = storage_of(origin, config, quantise, dtype_of(dtype))
     family = family_of(config)
-    kind = _dtype(config, dtype)
+    kind = dtype_in(config, dtype)
     with torch.device("meta"):
         model = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     sites = find_sites(model, family)
@@ -122,7 +122,8 @@ def _saved(model: PreTrainedModel, storage: Storage, kind: torch.dtype) -> int:
     return int(n * kind.itemsize - (n + 4 * rows if storage.label.endswith("int8") else n / 2 + 4 * n / 64))
 
 
-def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
+def dtype_in(config: PreTrainedConfig, name: str) -> torch.dtype:
+    """What a model of that configuration is loaded in, where ``name`` is asked for (``auto``: as stored)."""
     asked = dtype_of(name)
     stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name none
     kind = stored if asked == "auto" else asked

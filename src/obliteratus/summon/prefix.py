@@ -11,7 +11,7 @@ from obliteratus.shapes import Float
 from obliteratus.summon.anatomy import family_of
 from obliteratus.summon.cache import prefix_states
 from obliteratus.summon.capture import Capture, Taps
-from obliteratus.summon.forward import MIN_PREFIX, Prompts, backbone, common_prefix, padded
+from obliteratus.summon.forward import Prompts, backbone, padded, shared_prefix
 from obliteratus.summon.render import Ids
 from obliteratus.summon.variants import variants_of
 from obliteratus.types import Subject
@@ -19,9 +19,9 @@ from obliteratus.types import Subject
 
 def prepared(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> Prompts:
     """Compute the shared prefix once, where that gives the same result."""
-    n = common_prefix(ids, leave) if reuse and len(ids) > 1 else 0
+    n = shared_prefix(ids, leave) if reuse else 0
     whole = Prompts(ids, 0, None, variants=variants_of(len(ids)))
-    if n < MIN_PREFIX or recurrent(subject):
+    if not n or recurrent(subject):
         return whole
     prompts = replace(whole, rows=[row[n:] for row in ids], skipped=n, prefix=prefix_states(subject, ids[0][:n]))
     return prompts if plain(subject) or _equal(subject, whole, prompts) else whole

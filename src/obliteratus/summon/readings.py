@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.progress import progress
-from obliteratus.shapes import Float
+from obliteratus.shapes import Float, Int
 from obliteratus.summon.capture import Capture, Routing, Taps
 from obliteratus.summon.forward import (
     TOKENS,
@@ -92,17 +92,21 @@ def _reader(
     subject: Subject, prompts: Prompts, position: int | Sequence[int], taps: Taps, last: int | None = None
 ) -> Callable[[list[int]], Reading]:
     top = subject.n_layers if last is None else last
-    wanted = torch.tensor(position, device=subject.device)
+    wanted = torch.tensor(position)
 
     def run(rows: list[int]) -> Reading:
         ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-        at = (lengths.view(-1, *[1] * wanted.ndim) + wanted).clamp(min=0)
-        capture = Capture(subject, at, taps, top)
+        capture = Capture(subject, _at(lengths, wanted), taps, top)
         with capture.watching(), prompts.around(rows):
             backbone(subject, ids, prompts.skipped, prompts.cache(rows))
         return Reading(rows, *capture.stacked(), capture.inputs, capture.routing)
 
     return run
+
+
+def _at(lengths: Int[Tensor, " rows"], wanted: Int[Tensor, " *positions"]) -> Tensor:
+    """Where in each row the positions are, which are counted from its end: [rows, *positions]."""
+    return (lengths.view(-1, *[1] * wanted.ndim) + wanted.to(lengths)).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------- weights on disk
@@ -124,8 +128,7 @@ def _swept(
 
     @contextmanager
     def look(stream: int, rows: list[int], lengths: Tensor) -> Iterator[None]:
-        at = (lengths.view(-1, *[1] * wanted.ndim) + wanted.to(lengths)).clamp(min=0)
-        capture = Capture(subject, at, _within(subject, taps, stream - 1), stream, first=stream)
+        capture = Capture(subject, _at(lengths, wanted), _within(subject, taps, stream - 1), stream, first=stream)
         with capture.watching():
             yield
         mine = kept.setdefault(tuple(rows), _Kept())

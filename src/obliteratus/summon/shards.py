@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -93,6 +94,14 @@ def numbers(part: Tensor, dtype: str = "") -> memoryview:
     if dtype and part.dtype != DTYPES[dtype]:
         raise ValueError(f"a piece is {part.dtype}, and not {DTYPES[dtype]}")
     return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def read_fully(descriptor: int, into: memoryview, offset: int) -> int:
+    """Bytes read from an open file: all that there is room for, or fewer where it ends."""
+    done = 0
+    while done < len(into) and (got := os.preadv(descriptor, [into[done:]], offset + done)):
+        done += got
+    return done
 
 
 # -------------------------------------------------------------------------------- files that are there

@@ -22,7 +22,7 @@ from torch import Tensor
 from obliteratus.errors import UserError
 from obliteratus.summon.checkpoint import Checkpoint
 from obliteratus.summon.finite import finite
-from obliteratus.summon.shards import DTYPES, numbers
+from obliteratus.summon.shards import DTYPES, numbers, read_fully
 
 ALIGNED = 64  # bytes: where vector loads begin
 CHUNK = 1 << 22  # bytes read at once where numbers are converted: 4 MB stay in the cache between reading and casting
@@ -186,12 +186,10 @@ class Shelf(Mapping[str, Tensor]):
     def _read(self, file: Path, offset: int, into: Tensor) -> None:
         """Fill a flat tensor with the file's bytes. UserError where it ends too soon, as one cut short while it is
         in use."""
-        left = numbers(into)
-        while len(left):
-            got = os.preadv(self._descriptor(file), [left], offset)
-            if not got:
-                raise UserError(f"{file} is truncated: {len(left)} bytes are missing; download it again")
-            left, offset, self.bytes_read = left[got:], offset + got, self.bytes_read + got
+        got = read_fully(self._descriptor(file), numbers(into), offset)
+        self.bytes_read += got
+        if got < into.nbytes:
+            raise UserError(f"{file} is truncated: {into.nbytes - got} bytes are missing; download it again")
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._open:

@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.errors import UserError
-from obliteratus.summon.anatomy import family_of, loader_of, tied_ends
+from obliteratus.summon.anatomy import end_paths, family_of, loader_of, tied_ends
 from obliteratus.summon.checkpoint import open_files
 from obliteratus.summon.files import Origin, check_weights, locate
-from obliteratus.summon.open import assemble, config_and_tokenizer, dtype_of
+from obliteratus.summon.open import assemble, config_and_tokenizer
+from obliteratus.summon.outline import dtype_in
 from obliteratus.summon.shelf import Shelf
 from obliteratus.summon.storage import storage_of
 from obliteratus.types import Subject
@@ -36,7 +37,7 @@ def open_shelved(source: str | Path, *, thinking: bool = False, **options: Any) 
     origin = locate(source)
     _check_plain(origin, options)
     config, tokenizer = config_and_tokenizer(origin, options)
-    kind = _dtype(config, options.get("dtype", "auto"))
+    kind = dtype_in(config, options.get("dtype", "auto"))
     model = _empty(origin, config, kind, options)
     shelf = _shelf(origin, model, _device(options.get("device", "auto")))
     attach_align_device_hook(model, shelf.device, offload=True, weights_map=shelf)
@@ -81,15 +82,9 @@ def _shelf(origin: Origin, model: PreTrainedModel, device: torch.device) -> Shel
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     tied = tied_ends(model)
     blocks = f"{family_of(model.config).layers}."
-    ends = {f"{path}.weight" for path in tables(model)}
+    ends = {f"{path}.weight" for path in end_paths(model)}
     passing = {name for name in state if name.startswith(blocks) or name in ends}
     return Shelf(files, state, passing, {tied[1]: tied[0]} if tied else {}, device)
-
-
-def tables(model: PreTrainedModel) -> list[str]:
-    """Module paths of embedding and head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [path for path, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def _fill_buffers(model: PreTrainedModel, shelf: Shelf) -> None:
@@ -97,12 +92,6 @@ def _fill_buffers(model: PreTrainedModel, shelf: Shelf) -> None:
     for name, buffer in model.named_buffers():
         if name in shelf:
             buffer.copy_(shelf[name])
-
-
-def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
-    asked = dtype_of(name)
-    stored = config.dtype if asked == "auto" else asked
-    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obliteratus.shapes import Float, Int
 from obliteratus.summon.memory import free_memory
-from obliteratus.summon.shards import numbers
+from obliteratus.summon.shards import numbers, read_fully
 from obliteratus.types import Subject
 
 # Of what is free, rows may take as much and stay in memory: half goes to batches, and DISTILL wants copies of some.
@@ -33,12 +33,8 @@ class Spilled:
     def __getitem__(self, rows: Int[Tensor, " *any"]) -> Float[Tensor, "*any width"]:
         first, last = int(rows.min()), int(rows.max())
         stretch = torch.empty(last - first + 1, self.width, dtype=self.dtype)
-        left, offset = numbers(stretch), first * self._bytes
-        while len(left):
-            got = os.preadv(self._file.fileno(), [left], offset)
-            if not got:
-                raise ValueError(f"rows {first} to {last} were never written")
-            left, offset = left[got:], offset + got
+        if read_fully(self._file.fileno(), numbers(stretch), first * self._bytes) < stretch.nbytes:
+            raise ValueError(f"rows {first} to {last} were never written")
         return stretch[rows - first]
 
     def __setitem__(self, rows: Int[Tensor, " n"], values: Float[Tensor, "n width"]) -> None:

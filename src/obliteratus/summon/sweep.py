@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,16 +18,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from obliteratus.progress import progress
+from obliteratus.summon.anatomy import end_paths
 from obliteratus.summon.cache import KeyValues
 from obliteratus.summon.capture import DoneError, blocks
 from obliteratus.summon.forward import (
-    MIN_PREFIX,
     Prompts,
     backbone,
     batched,
-    common_prefix,
     halving,
     padded,
+    shared_prefix,
     state_bytes,
     token_budget,
 )
@@ -97,9 +98,8 @@ def names_of(subject: Subject, block: int) -> tuple[str, ...]:
 
 def names_outside(subject: Subject, head: bool = False) -> tuple[str, ...]:
     """The table of embeddings, or that of the head."""
-    module = subject.model.get_output_embeddings() if head else subject.model.get_input_embeddings()
-    path = next(path for path, other in subject.model.named_modules() if other is module)
-    return tuple(f"{path}.{name}" for name, _ in module.named_parameters())
+    path = end_paths(subject.model)[head]
+    return tuple(f"{path}.{name}" for name, _ in subject.module(path).named_parameters())
 
 
 class Sweep:
@@ -112,8 +112,7 @@ class Sweep:
         """leave: tokens of each row that no shared prefix may take."""
         self.subject, self.kinds = subject, variants()
         self.own = variants_of(len(ids))
-        skipped = common_prefix(ids, leave) if len(ids) > 1 and plain(subject) and not recurrent(subject) else 0
-        self.skipped = skipped if skipped >= MIN_PREFIX else 0
+        self.skipped = shared_prefix(ids, leave) if plain(subject) and not recurrent(subject) else 0
         prefix = [ids[0][: self.skipped]] * len(self.kinds) if self.skipped else []
         self.rows: Ids = [*(row[self.skipped :] for row in ids), *prefix]
         self.n = len(ids)
@@ -125,9 +124,7 @@ class Sweep:
 
     def prompts(self, top: int) -> Prompts:
         """What was given, as far as it was run."""
-        rows = tuple(range(self.n))
-        lower = Lower(self.subject, top, self.layout, self.stream, Rows.of([0]), [], self.tuples, rows)
-        return Prompts(self.rows[: self.n], self.skipped, None, lower, self.own)
+        return Prompts(self.rows[: self.n], self.skipped, None, self._lower(top + 1, range(self.n)), self.own)
 
     def run(self, stream: int, look: Look, advance: Callable[[int], None]) -> None:
         """Make the stream ℓ of all rows from ℓ − 1; at 0, from their tokens."""
@@ -145,15 +142,14 @@ class Sweep:
         return [(layer.keys, layer.values) for layer in cache.layers[stream - 1 : stream]]
 
     def _pass(self, stream: int, rows: list[int], prefix: KeyValues | None, look: Look) -> int:
-        own = None if self.own is None else tuple(self.own[i] for i in rows)
-        here = [self.rows[i] for i in rows]
         # Of the blocks' caches only this block's is used; the others tell how long the prefix is.
         states = prefix * self.subject.n_layers if prefix else None
-        held = Prompts(here, self.skipped, states, self._lower(stream, rows), own)
+        held = replace(self.prompts(stream - 1), prefix=states).of(rows)
         self._through(stream, held, rows, held.cache(range(len(rows))), look)
         return len(rows)
 
     def _lower(self, stream: int, rows: Sequence[int]) -> Lower | None:
+        """What the stream ℓ of these rows is made from; None at 0."""
         if not stream:
             return None
         return Lower(self.subject, stream - 1, self.layout, self.stream, Rows.of([0]), [], self.tuples, tuple(rows))
