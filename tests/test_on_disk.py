@@ -351,6 +351,14 @@ def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
         streams(away)
 
 
+def test_a_device_that_is_none(tmp_path: Path) -> None:
+    folder = stored(tmp_path, "llama")
+    for name, why in {"tpu9": "tpu9", "tp": "run on one device"}.items():
+        with pytest.raises(UserError, match=why):
+            open_shelved(folder, device=name)
+    assert open_shelved(folder, device="cpu").device == torch.device("cpu")
+
+
 def test_what_cannot_stay_on_disk(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantised on loading cannot stay on disk"):
         open_shelved(stored(tmp_path, "llama"), quantise="4bit")

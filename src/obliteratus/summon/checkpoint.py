@@ -149,9 +149,9 @@ def _opened(name: str, folder: Path, model: Any) -> Checkpoint:
     return Checkpoint(name, folder, config, shards, Naming(model))
 
 
-def open_files(origin: Origin, model: Any) -> Checkpoint:
+def open_files(origin: Origin, model: Any, revision: str = "") -> Checkpoint:
     """What `locate` found, of which the files are whole; from the hub they are fetched."""
-    return _opened(origin.name, Path(origin.path) if origin.local else _fetched(origin, ""), model)
+    return _opened(origin.name, Path(origin.path) if origin.local else _fetched(origin, revision), model)
 
 
 def _fetched(origin: Origin, revision: str) -> Path:

@@ -43,14 +43,20 @@ def placed(device: str | DeviceMap) -> dict[str, Any]:
         return {"device_map": "auto"}
     if device == "tp":
         return _parallel()
+    kind = kind_of(device)
+    # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
+    return {} if kind == "cpu" else {"device_map": {"": kind if device == "auto" else device}}
+
+
+def kind_of(device: str) -> str:
+    """cuda, mps or cpu; of ``auto``, the first that is here. UserError for one that is not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k, ok in there.items() if ok) if device == "auto" else device.partition(":")[0]
     if kind not in there:
         raise UserError(unknown("device", device, ["auto", "map", "tp", *there]))
     if not there[kind]:
         raise UserError(f"device '{device}' is not available here; use device='auto'")
-    # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
-    return {} if kind == "cpu" else {"device_map": {"": kind if device == "auto" else device}}
+    return kind
 
 
 def _parallel() -> dict[str, Any]:

@@ -74,7 +74,7 @@ def open_subject(
         model,
         tokenizer,
         id=origin.name,
-        revision=_commit(origin, revision),
+        revision=commit_of(origin, revision),
         quantisation=gguf or storage.label,
         thinking=thinking,
         base=origin.name if storage.here else "",
@@ -205,7 +205,7 @@ def _explained(origin: Origin, what: str) -> Iterator[None]:
         raise UserError(f"{origin.name}: {what}: {cause.rstrip('.')}; {remedy}") from error
 
 
-def _commit(origin: Origin, revision: str) -> str:
+def commit_of(origin: Origin, revision: str) -> str:
     """The commit that a hub id stood for; what was asked for, where that is not known."""
     if origin.local:
         return ""

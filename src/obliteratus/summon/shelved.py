@@ -15,9 +15,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.errors import UserError
 from obliteratus.summon.anatomy import end_paths, family_of, loader_of, tied_ends
-from obliteratus.summon.checkpoint import open_files
+from obliteratus.summon.checkpoint import Checkpoint, open_files
+from obliteratus.summon.devices import kind_of
 from obliteratus.summon.files import Origin, check_weights, locate
-from obliteratus.summon.open import assemble, config_and_tokenizer
+from obliteratus.summon.open import assemble, commit_of, config_and_tokenizer
 from obliteratus.summon.outline import dtype_in
 from obliteratus.summon.shelf import Shelf
 from obliteratus.summon.storage import storage_of
@@ -39,10 +40,14 @@ def open_shelved(source: str | Path, *, thinking: bool = False, **options: Any) 
     config, tokenizer = config_and_tokenizer(origin, options)
     kind = dtype_in(config, options.get("dtype", "auto"))
     model = _empty(origin, config, kind, options)
-    shelf = _shelf(origin, model, _device(options.get("device", "auto")))
+    revision = options.get("revision", "")
+    shelf = _shelf(open_files(origin, model, revision), model, _device(options.get("device", "auto")))
     attach_align_device_hook(model, shelf.device, offload=True, weights_map=shelf)
     _fill_buffers(model, shelf)
-    return assemble(model, tokenizer, id=origin.name, thinking=thinking, shelf=shelf)
+    if (shelf.files.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(shelf.files.folder)
+    told = {"id": origin.name, "revision": commit_of(origin, revision)}
+    return assemble(model, tokenizer, **told, thinking=thinking, shelf=shelf)
 
 
 def _check_plain(origin: Origin, options: Options) -> None:
@@ -62,8 +67,6 @@ def _empty(origin: Origin, config: PreTrainedConfig, kind: torch.dtype, options:
     with init_empty_weights(include_buffers=False), _Unallocated():
         model: PreTrainedModel = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust)
     model.tie_weights()  # what was tied as it was built came apart when its parameters lost their numbers
-    if (Path(origin.path) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(origin.path)
     model.eval().requires_grad_(False)
     return model
 
@@ -76,9 +79,8 @@ class _Unallocated(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **more})
 
 
-def _shelf(origin: Origin, model: PreTrainedModel, device: torch.device) -> Shelf:
+def _shelf(files: Checkpoint, model: PreTrainedModel, device: torch.device) -> Shelf:
     """Blocks and tables come and go; what else there is, norms and positions, stays."""
-    files = open_files(origin, model)
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     tied = tied_ends(model)
     blocks = f"{family_of(model.config).layers}."
@@ -98,4 +100,7 @@ def _device(name: str) -> torch.device:
     """One device: that is where a block runs."""
     if name in ("auto", "map"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "tp":
+        raise UserError("device 'tp': blocks that stay on disk run on one device; name that, or use device='auto'")
+    kind_of(name)
     return torch.device(name)
