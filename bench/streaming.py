@@ -78,7 +78,7 @@ def _turns(folder: Path, prompts: int, repeats: int) -> tuple[list[dict[str, Any
 
 
 def _median(runs: list[dict[str, Any]], stage: str) -> float:
-    return median(run["stages"][stage]["seconds"] for run in runs)
+    return float(median(run["stages"][stage]["seconds"] for run in runs))
 
 
 def _differences(loaded: dict[str, Any], away: dict[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from obliteratus.summon.organism import base_folder
 from obliteratus.summon.shards import write_index, write_shard
@@ -52,7 +52,8 @@ def write(folder: Path, gb: float, width: int = 1536) -> Path:
     made.architectures, made.dtype = ["LlamaForCausalLM"], DTYPE
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_folder()).save_pretrained(folder)
-    like, where = _empty(made).state_dict(), {}
+    like = _empty(made).state_dict()
+    where: dict[str, str] = {}
     files = list(_files(like))
     for number, names in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -65,7 +66,8 @@ def write(folder: Path, gb: float, width: int = 1536) -> Path:
 
 def _empty(made: LlamaConfig) -> LlamaForCausalLM:
     with torch.device("meta"):
-        return LlamaForCausalLM(made).to(DTYPE)
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(made, dtype=DTYPE)
+    return model
 
 
 def _bytes(made: LlamaConfig, layers: int) -> int:
