@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from obliteratus.summon.variants import under, variants
@@ -17,13 +18,23 @@ from obliteratus.types import Subject
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments that give ``model`` this cache; None for a pass that keeps nothing.
+
+    transformers 5.24 calls it ``cache``; what came before, and code that comes with a checkpoint, ``past_key_values``.
+    """
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": cache is not None}
+
+
 def prefix_states(subject: Subject, prefix: list[int], lowest: int = 0) -> KeyValues:
     """Keys and values [variants, heads, len(prefix), head] of each layer from ``lowest``, once for all prompts."""
     cache: Any = DynamicCache()
     kinds = variants()
     ids = torch.tensor([prefix] * len(kinds), device=subject.device)
     with under(kinds):
-        subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        trunk = subject.model.base_model
+        trunk(input_ids=ids, **with_cache(trunk, cache))
     return [(layer.keys, layer.values) for layer in cache.layers[lowest:]]
 
 

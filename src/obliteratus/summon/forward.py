@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from obliteratus.summon.cache import KeyValues, expanded, shared
+from obliteratus.summon.cache import KeyValues, expanded, shared, with_cache
 from obliteratus.summon.capture import blocks
 from obliteratus.summon.devices import several
 from obliteratus.summon.lower import Lower, entry
@@ -159,4 +159,5 @@ def backbone(subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower
     """One pass without the LM head over tokens whose positions begin at ``start``."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     given = entry(subject, ids, lower)
-    return subject.model.base_model(**given, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    trunk = subject.model.base_model
+    return trunk(**given, position_ids=positions, **with_cache(trunk, cache))

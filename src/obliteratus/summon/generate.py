@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from obliteratus.progress import progress
-from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing
+from obliteratus.summon.cache import Filling, GrowingLayer, filling, growing, with_cache
 from obliteratus.summon.forward import Prompts, batched, halving, state_bytes, token_budget
 from obliteratus.summon.logits import last_logits
 from obliteratus.summon.memory import free_memory
@@ -219,7 +219,6 @@ def _advance(subject: Subject, batch: Batch) -> None:
             input_ids=batch.tokens,
             attention_mask=mask,
             position_ids=batch.positions,
-            past_key_values=batch.cache,
-            use_cache=True,
+            **with_cache(subject.model, batch.cache),
         )
     batch.tokens, batch.positions = out.logits[:, -1].argmax(-1, keepdim=True), batch.positions + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from obliteratus.progress import progress
 from obliteratus.shapes import Float
+from obliteratus.summon.cache import with_cache
 from obliteratus.summon.forward import TOKENS, Prompts, batched, halving, padded, passes_of, state_bytes, token_budget
 from obliteratus.summon.lower import Lower, entry
 from obliteratus.summon.prefix import prepared
@@ -84,6 +85,6 @@ def next_logits(
     """One pass through the whole model; the caller has narrowed the LM head to one position (`only`)."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     given = entry(subject, ids, lower)
-    out = subject.model(**given, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    out = subject.model(**given, position_ids=positions, **with_cache(subject.model, cache))
     logits: Tensor = out.logits[:, -1]
     return logits

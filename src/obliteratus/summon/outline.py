@@ -140,6 +140,7 @@ def _kv_values(model: PreTrainedModel, family: Family) -> int:
     if family.beside:  # tables beside the embeddings are looked up by the token's number
         token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}
     with torch.no_grad():
-        cache = model(**token, use_cache=True).past_key_values
+        out = model(**token, use_cache=True)
+    cache = out["cache" if "cache" in out else "past_key_values"]  # its name before transformers 5.24
     grow = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
     return sum(states.numel() for layer in grow for states in (layer.keys, layer.values) if states is not None)
