@@ -47,7 +47,8 @@ def methods_page(made: list[Recipe]) -> str:
 {_reference()}.
 
 *Memory* is what is held beside the model: `means` O(L·H), running sums; `rows` O(N_fit·L·H), every prompt's stream;
-`gradients` O(prompts·tokens·L·H) of a step, for the way back.
+`sketch` O(64·L·H), how each group spreads (`--set probe.keep=sketch`, for methods whose steps are svd, whitened_svd,
+discriminant or leace); `gradients` O(prompts·tokens·L·H) of a step, for the way back.
 
 `obliteratus methods NAME` prints a recipe with its formula; `obliteratus methods --json` has that of each stage.
 """

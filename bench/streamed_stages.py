@@ -22,15 +22,18 @@ from obliteratus.excise.live import applied
 from obliteratus.excise.onto import Onto, files_of
 from obliteratus.excise.onto_files import write_onto
 from obliteratus.excise.plan import excise
-from obliteratus.ondisk import compared, measured
+from obliteratus.ondisk import compared, measured, suited_to
+from obliteratus.planner import SCORED, planned
 from obliteratus.probe import probe
 from obliteratus.prompts import load_prompts
 from obliteratus.recipe import recipe
+from obliteratus.settings import Recipe
 from obliteratus.store import Store
 from obliteratus.summon.anatomy import tied_in
 from obliteratus.summon.logits import first_token
 from obliteratus.summon.memory import within
 from obliteratus.summon.open import open_subject
+from obliteratus.summon.outline import outline
 from obliteratus.summon.render import render
 from obliteratus.summon.shelved import open_shelved
 from obliteratus.tune import Lab
@@ -53,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=math.inf, help="the program's own budget, in bytes")
     parser.add_argument("--loaded", action="store_true", help="all weights in memory")
     parser.add_argument("--cold", action="store_true", help="the file cache forgets the checkpoint before each stage")
+    parser.add_argument("--forecast", action="store_true", help="only say what `inspect --memory` expects")
     parser.add_argument("--prompts", type=int, default=96, help="of each group")
     return parser.parse_args()
 
@@ -68,6 +72,7 @@ class Meter:
         """folders: of which the file cache is to know nothing, beside the checkpoint's."""
         for folder in (self.folder, *folders) if self.cold else ():
             _forget(folder)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is of this stage
         start, read = time.perf_counter(), _read_bytes()
         yield
         self.stages[name] = {"seconds": time.perf_counter() - start, "read": _read_bytes() - read, "peak": _peak()}
@@ -99,17 +104,32 @@ def main() -> None:
     logging.disable_progress_bar()
     meter = Meter(options.folder, options.cold)
     with within(options.memory):
-        told = run(meter, options)
-    print(json.dumps(told | {"stages": meter.stages, "peak": _peak(), "prompts": options.prompts}))
+        told = (expected if options.forecast else run)(meter, options)
+    peak = max((stage["peak"] for stage in meter.stages.values()), default=0)
+    print(json.dumps(told | {"stages": meter.stages, "peak": peak, "prompts": options.prompts}))
+
+
+def parts_of(made: Recipe, prompts: int) -> tuple[PromptSet, PromptSet]:
+    """Prompts to fit on, and those to report on; so many of each group."""
+    fit, _, report = load_prompts("organism:astronomy", "organism:astronomy").split(made.seed)
+    first, last = (PromptSet({g: ps[:prompts] for g, ps in part.groups.items()}) for part in (fit, report))
+    return first, last
+
+
+def expected(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
+    """The planner's word on each stage, with the files in the cache or not, as the run will find them."""
+    made = recipe("advanced")
+    with meter.stage("FORECAST"):
+        subject = open_shelved(options.folder)
+        suited = suited_to(subject, made)
+        stages = planned(outline(str(options.folder)), subject, suited, parts_of(made, options.prompts))
+    return {"expected": {name: stage._asdict() for name, stage in stages.items()}, "passes": suited.passes}
 
 
 def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """All stages; what PROBE and DISTILL found is kept in OUT.pt."""
     made, told = recipe("advanced"), dict[str, Any]()
-    prompts = load_prompts("organism:astronomy", "organism:astronomy")
-    fit, _, report = (
-        PromptSet({g: ps[: options.prompts] for g, ps in part.groups.items()}) for part in prompts.split(made.seed)
-    )
+    fit, report = parts_of(made, options.prompts)
     with meter.stage("SUMMON"):
         subject = (open_subject if options.loaded else open_shelved)(options.folder)
     with meter.stage("PROBE"):
@@ -136,7 +156,7 @@ def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Pa
     out.mkdir(parents=True)
     with meter.stage("SAVE"):
         write_onto(Onto(subject, files, tied_in(subject)), plan, out)
-    ids = render(subject, report["control"][:8])
+    ids = render(subject, report["control"][:SCORED])
     with meter.stage("SCORE live"), applied(subject, plan):
         live = first_token(subject, ids)
     with meter.stage("SCORE saved", out):

@@ -32,6 +32,7 @@ SMALL, PROMPTS = 1.5, 32
 # Without the comparison of three times: a limit cannot be below what Python, torch and two blocks take.
 QUICK_LARGE, QUICK_PROMPTS = 1.5, 6
 CGROUPS = Path("/sys/fs/cgroup/memory")
+AWAY = ["--memory", str(BUDGET * 1e9)]
 STAGES = ("PROBE", "VERIFY", "SAVE", "SCORE live", "SCORE saved")
 
 
@@ -39,8 +40,9 @@ def main() -> None:
     """Prints seconds, ratios, memory, and by how much results differ."""
     options = arguments(__doc__ or "")
     prompts = QUICK_PROMPTS if options.quick else PROMPTS
-    large = _large(write(PLACE / "large", QUICK_LARGE if options.quick else LARGE), prompts)
+    large, large_expected = _large(write(PLACE / "large", QUICK_LARGE if options.quick else LARGE), prompts)
     small = write(PLACE / "small", SMALL, 1024)
+    small_expected = _child(small, [*AWAY, "--forecast", "--prompts", str(prompts)])
     loaded, away = _turns(small, prompts, 1 if options.quick else options.repeats)
     size = sum(file.stat().st_size for file in (PLACE / "large").glob("*.safetensors"))
     throughput = {f"throughput {stage}": _median(loaded, stage) / _median(away, stage) for stage in STAGES[:2]}
@@ -55,6 +57,10 @@ def main() -> None:
                 **throughput,
             },
             "read": read,
+            "forecast_over_measured": {
+                "large": _told(large_expected, [large]),
+                "small": _told(small_expected, away),
+            },
             "differs": {"saved": large["saved_differs"], **_differences(loaded[-1], away[-1])},
             "machine": {"what": machine(), "limit": large["limited by"], "prompts": prompts},
         },
@@ -62,17 +68,33 @@ def main() -> None:
     )
 
 
-def _large(folder: Path, prompts: int) -> dict[str, Any]:
+def _large(folder: Path, prompts: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run took, and what the planner had said of it."""
     with _limit(int(LIMIT * 1e9)) as (how, join, flags):
-        found = _child(folder, ["--cold", "--memory", str(BUDGET * 1e9), "--prompts", str(prompts), *flags], join)
-    return {**found, "limited by": how}
+        flags = ["--cold", *AWAY, "--prompts", str(prompts), *flags]
+        expected = _child(folder, [*flags, "--forecast"], join)
+        found = _child(folder, flags, join)
+    return {**found, "limited by": how}, expected
+
+
+def _told(expected: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each stage what was forecast over what was measured; the planner takes some together."""
+    of = {"VERIFY": ["VERIFY"], "SAVE": ["SAVE"], "SCORE × 2": ["SCORE live", "SCORE saved"]}
+    told = {}
+    for name, said in expected["expected"].items():
+        times = expected["passes"] if name.startswith("PROBE") else 1
+        parts = [[run["stages"][part] for part in of.get(name, ["PROBE"])] for run in runs]
+        took = median(sum(part["seconds"] for part in run) for run in parts) * times
+        peak = median(max(part["peak"] for part in run) for run in parts)
+        told[name] = {"seconds": said["seconds"] / took, "peak": said["peak"] / peak}
+    return told
 
 
 def _turns(folder: Path, prompts: int, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Runs in memory and on disk, one after the other."""
     runs: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for _ in range(repeats):
-        for of, flags in zip(runs, (["--loaded"], ["--memory", str(BUDGET * 1e9)]), strict=True):
+        for of, flags in zip(runs, (["--loaded"], AWAY), strict=True):
             of.append(_child(folder, [*flags, "--prompts", str(prompts)]))
     return runs
 
@@ -97,7 +119,9 @@ def _child(folder: Path, flags: list[str], join: Any = None) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "bench.streamed_stages", str(folder), str(out), *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=join, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
-    found["kept"] = torch.load(f"{out}.pt")
+    if Path(f"{out}.pt").is_file():  # a forecast leaves none
+        found["kept"] = torch.load(f"{out}.pt")
+        Path(f"{out}.pt").unlink()
     shutil.rmtree(out, ignore_errors=True)
     return found
 

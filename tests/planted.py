@@ -10,10 +10,12 @@ from conftest import random_basis
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.sketch import FrequentDirections, Sketch
 from obliteratus.types import Activations, Directions, Moments
 
 STREAMS, WIDTH, PROMPTS = 5, 64, 200
 SHIFT = 4.0
+SIZE = 64  # of a sketch, as recipes have it
 LOOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
 
 
@@ -54,6 +56,23 @@ def shuffled(acts: Activations, seed: int = 3) -> Activations:
 def with_rows(acts: Activations, name: str, rows: Tensor) -> Activations:
     """The same activations with other rows in one group."""
     return replace(acts, groups={**acts.groups, name: group(rows)})
+
+
+def sketch(rows: Tensor, size: int = SIZE, batch: int = 24) -> Sketch:
+    running = FrequentDirections(rows.shape[1], rows.shape[2], size)
+    for part in rows.split(batch):
+        running.add(part)
+    return running.sketch()
+
+
+def sketched(acts: Activations, size: int = SIZE) -> Activations:
+    """The same prompts as ``probe.keep = "sketch"`` would keep them."""
+
+    def of(moments: Moments) -> Moments:
+        assert moments.rows is not None
+        return replace(moments, rows=None, sketch=sketch(moments.rows, size))
+
+    return replace(acts, groups={name: of(moments) for name, moments in acts.groups.items()})
 
 
 def cosine(found: Directions, truth: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ ROOT = Path(obliteratus.__file__).parent
 # A module may import from its own level's package and from levels before it. Longest prefix wins.
 # Recipes are checked against the registries of distill, weigh and verify, so `recipe` stands above these.
 LEVELS = [
-    ["types", "settings", "results", "errors", "shapes", "progress", "work"],
+    ["types", "settings", "results", "errors", "shapes", "sketch", "progress", "work"],
     ["registry"],
     ["prompts", "summon", "excise.linear"],
     ["probe", "distill", "weigh", "excise", "verify"],
@@ -115,8 +115,9 @@ def test_the_search_for_libraries_can_fail() -> None:
     assert any("transformers" in {n.partition(".")[0] for n in imported(MODULES[m])} for m in closure("excise.lora"))
 
 
-def test_types_import_nothing_of_ours_but_shapes() -> None:
-    assert ours(MODULES["types"]) == {"shapes"}
+def test_types_import_nothing_of_ours_but_shapes_and_what_stands_for_rows() -> None:
+    assert ours(MODULES["types"]) == {"shapes", "sketch"}
+    assert ours(MODULES["sketch"]) == {"shapes"}
 
 
 def test_the_public_names_are_few_and_there() -> None:

@@ -72,7 +72,7 @@ def test_a_number_that_is_none_is_named(value: float, prompts: PromptSet) -> Non
 
 def test_saved_activations_are_the_same(subject: Subject, prompts: PromptSet, tmp_path: Path) -> None:
     path = TAPS["llama"]
-    for keep in ("rows", "moments"):
+    for keep in ("rows", "sketch", "moments"):
         acts = probe(subject, prompts, Probe(keep=keep), taps=[path])
         save_activations(acts, tmp_path)
         assert_same(load_activations(tmp_path), acts)
@@ -87,6 +87,10 @@ def assert_same(found: Activations, expected: Activations) -> None:
         assert torch.equal(again.mean, moments.mean)
         assert (again.rows is None) == (moments.rows is None)
         assert moments.rows is None or (again.rows is not None and torch.equal(again.rows, moments.rows))
+        assert (again.sketch is None) == (moments.sketch is None)
+        if again.sketch is not None and moments.sketch is not None:
+            parts = zip(vars(again.sketch).values(), vars(moments.sketch).values(), strict=True)
+            assert all(torch.equal(x, y) for x, y in parts)
     assert all(torch.equal(found.outputs[k], v) for k, v in expected.outputs.items())
 
 

@@ -139,12 +139,13 @@ def cost_class(made: Recipe) -> str:
 
 
 def memory(made: Recipe) -> tuple[str, str]:
-    """The class (means, rows or gradients: the largest that is held beside the model) and its formula."""
+    """The class (means, sketch, rows or gradients: the largest that is held beside the model) and its formula."""
     training = total(made).training
     if training:
         held = max(training, key=lambda t: t.prompts * t.tokens)
         return "gradients", f"O({held.prompts}·tokens·L·H)"
-    return ("rows", "O(N_fit·L·H)") if made.probe.keep == "rows" else ("means", "O(L·H)")
+    kept = {"rows": "O(N_fit·L·H)", "sketch": f"O({made.probe.sketch}·L·H)", "moments": "O(L·H)"}
+    return "means" if made.probe.keep == "moments" else made.probe.keep, kept[made.probe.keep]
 
 
 def described(made: Recipe) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Job:
         fit, _, _ = parts_checked(prompts, made.seed, made.searched)
         check_runs(made, prompts.groups)
         counts = {group: len(members) for group, members in fit.groups.items()}
-        check_sizes(made.distill, Given(counts, lambda: width_of(model)))
+        check_sizes(made.distill, Given(counts, lambda: width_of(model), made.probe.keep))
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from obliteratus.forecast import gemm_rate
 from obliteratus.ondisk import suited_to
 from obliteratus.prompts import parts_checked
-from obliteratus.settings import Recipe
+from obliteratus.settings import Probe, Recipe
 from obliteratus.summon.forward import CPU_TOKENS, batched, shared_prefix
 from obliteratus.summon.memory import resident, within
 from obliteratus.summon.needs import BUFFERS, check_on_disk, held, in_memory, work
@@ -64,7 +64,7 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     rates = measured(subject, fit)
     base = resident()
     weights = subject.shelf.stored_bytes(list(subject.shelf))
-    kept = 4 * len(fit) * (made.n_layers + 1) * made.width  # fp32
+    row = 4 * (made.n_layers + 1) * made.width  # bytes of a prompt's streams, fp32
     scored, rows = report[-SCORED:], 2 * len(report)
     head = _head_flops(made, rows + 2 * sum(map(len, texts)))
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
@@ -76,7 +76,7 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     saved = _saved(made, base, weights, rates)
     return {
         f"PROBE × {recipe.passes}": Stage(
-            base + ahead + work(made) + kept * (1 if recipe.probe.keep == "moments" else 2),
+            base + ahead + work(made) + row * (len(fit) + _rows_kept(recipe.probe, parts[0])),
             recipe.passes * (weights - _head(made, subject)),
             recipe.passes * _blocks(made, subject, probe, rates),
         ),
@@ -138,6 +138,12 @@ def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float
 def _saved(made: Outline, base: int, weights: int, rates: Rates) -> Stage:
     largest = made.block_bytes // 2  # an edited matrix is at most half of its block, and has a copy beside it
     return Stage(base + 2 * largest + BUFFERS, weights, weights / rates.read + weights / rates.written)
+
+
+def _rows_kept(options: Probe, fit: PromptSet) -> int:
+    """Prompts' worth of streams that PROBE holds, beside those that it reads."""
+    sizes = [len(members) for members in fit.groups.values()]
+    return {"rows": sum(sizes), "sketch": 2 * options.sketch * len(sizes), "moments": 0}[options.keep]
 
 
 def _head(made: Outline, subject: Subject) -> int:

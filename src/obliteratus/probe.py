@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.errors import UserError
+from obliteratus.progress import note
 from obliteratus.settings import Probe
+from obliteratus.sketch import FrequentDirections, Sketch
 from obliteratus.summon import routing
 from obliteratus.summon.capture import Taps
 from obliteratus.summon.readings import Reading, read
@@ -55,6 +57,7 @@ def probe(
     inputs = {group: mine.inputs() for group, mine in found.items()}
     routed = {path: of.routed() for path, of in counts.items()}
     moments = {group: mine.moments() for group, mine in found.items()}
+    _say_error(moments)
     return Activations(moments, options.position, anchors, inputs, digest, routed)
 
 
@@ -67,7 +70,8 @@ def _by_group(asked: Sequence[tuple[str, Prompt]], rows: Sequence[int]) -> dict[
 
 
 class _Group:
-    """Running sums of one group, fp64, and its rows if they are kept. Its prompts may come in any order."""
+    """Running sums of one group, fp64, and its rows or a sketch of them if that is kept. Its prompts may come in any
+    order."""
 
     def __init__(
         self, subject: Subject, prompts: Sequence[Prompt], options: Probe, taps: Sequence[str], feeds: Sequence[str]
@@ -77,6 +81,8 @@ class _Group:
         self.tapped = torch.zeros(len(taps), subject.width, dtype=torch.float64)
         self.fed = {path: torch.zeros(1, dtype=torch.float64) for path in feeds}
         self.rows = torch.empty(len(prompts), *self.total.shape) if options.keep == "rows" else None
+        size = options.sketch if options.keep == "sketch" else 0
+        self.sketch = FrequentDirections(subject.n_layers + 1, subject.width, size) if size else None
 
     def add(self, reading: Reading, first: int) -> None:
         """first: number of the group's first prompt among all."""
@@ -85,6 +91,8 @@ class _Group:
         self.fed = {path: total + reading.inputs[path].double().sum(0) for path, total in self.fed.items()}
         if self.rows is not None:
             self.rows[torch.tensor(reading.rows) - first] = reading.stream
+        if self.sketch is not None:
+            self.sketch.add(reading.stream)
 
     def outputs(self) -> dict[str, Tensor]:
         """Mean output of each tapped module."""
@@ -97,7 +105,16 @@ class _Group:
     def moments(self) -> Moments:
         """Of the stream."""
         n = len(self.prompts)
-        return Moments(n, (self.total / n).float(), self.rows, tuple(p.category for p in self.prompts))
+        sketch = None if self.sketch is None else self.sketch.sketch()
+        return Moments(n, (self.total / n).float(), self.rows, tuple(p.category for p in self.prompts), sketch)
+
+
+def _say_error(moments: Mapping[str, Moments]) -> None:
+    """What sketches leave out, at most."""
+    short = {group: of.sketch.error.max().item() for group, of in moments.items() if of.sketch is not None}
+    if short:
+        said = ", ".join(f"{group} {share:.1%}" for group, share in short.items())
+        note("PROBE", f"sketched; short of the spread along any direction by at most ({said}) of the largest")
 
 
 def _check_finite(reading: Reading, group: str, first: int) -> None:
@@ -120,6 +137,8 @@ def save_activations(acts: Activations, folder: Path) -> None:
         tensors[f"mean/{group}"] = moments.mean
         if moments.rows is not None:
             tensors[f"rows/{group}"] = moments.rows
+        if moments.sketch is not None:
+            tensors |= {f"sketch/{group}/{name}": tensor for name, tensor in vars(moments.sketch).items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "activations.safetensors")
     counts = {group: moments.count for group, moments in acts.groups.items()}
     data = {"counts": counts, "position": acts.position, "digest": acts.digest}
@@ -132,7 +151,7 @@ def load_activations(folder: Path) -> Activations:
     data = json.loads((folder / "activations.json").read_text())
     tensors = load_file(folder / "activations.safetensors")
     groups = {
-        g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}"), tuple(data["categories"][g]))
+        g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}"), tuple(data["categories"][g]), _sketch(tensors, g))
         for g, n in data["counts"].items()
     }
     outputs = {k.removeprefix("output/"): v for k, v in tensors.items() if k.startswith("output/")}
@@ -141,3 +160,9 @@ def load_activations(folder: Path) -> Activations:
         _, group, path = name.split("/")
         inputs[group][path] = tensors[name]
     return Activations(groups, data["position"], outputs, inputs, data["digest"], routing.unnamed(tensors))
+
+
+def _sketch(tensors: Mapping[str, Tensor], group: str) -> Sketch | None:
+    parts = {name: tensors.get(f"sketch/{group}/{name}") for name in ("rows", "lost", "total")}
+    found = {name: part for name, part in parts.items() if part is not None}
+    return Sketch(**found) if found else None

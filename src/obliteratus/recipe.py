@@ -130,7 +130,7 @@ def check_runs(made: Recipe, groups: Collection[str]) -> None:
 
     Raises UserError.
     """
-    check_needs(made.distill, groups, made.probe.keep == "rows")
+    check_needs(made.distill, groups, made.probe.keep)
     for step in made.analyze:
         if "rows" in analyses[step.use].needs and made.probe.keep != "rows":
             raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")

@@ -26,6 +26,8 @@ class Given:
     """Fit prompts by group."""
     width: Callable[[], int]
     """Of the model's stream; asked for only where a step must know, since it reads the model's configuration."""
+    keep: str = "rows"
+    """``probe.keep``."""
 
 
 Fits = Callable[[Mapping[str, Any], Given], None]

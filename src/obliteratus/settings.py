@@ -31,8 +31,9 @@ class Probe(Frozen):
 
     position: int = Field(-1, ge=-64, le=-1)  # 64 reaches past the suffix of every chat template known
     """Token, counted from the end of the templated prompt."""
-    keep: Literal["rows", "moments"] = "rows"
-    """``rows`` keeps every prompt (SVD needs them), ``moments`` only running means: O(layers × width) memory."""
+    keep: Literal["rows", "sketch", "moments"] = "rows"
+    """``rows`` keeps every prompt, ``moments`` running means alone, ``sketch`` these and how each group spreads."""
+    sketch: int = Field(64, ge=64, le=4096)  # rows, exact for as many prompts a group; k of any step is less
 
 
 WRITERS = frozenset({"embed", "attn.out", "mlp.out", "expert.out", "shared.out"})
@@ -41,8 +42,7 @@ EXPERTS = ("expert.out", "shared.out")
 
 
 def asked(part: str) -> tuple[str, ...]:
-    """The parts of sites that a recipe's part stands for: ``mlp.out`` is all that the feed-forward half writes, so a
-    recipe edits the experts of a model that has some in place of a dense MLP, or beside one."""
+    """The parts of sites that a recipe's part stands for: ``mlp.out`` is all that the feed-forward half writes."""
     return (part, *EXPERTS) if part == "mlp.out" else (part,)
 
 

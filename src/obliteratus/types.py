@@ -1,6 +1,6 @@
 """The nouns of the system: prompts, models, activations, directions, plans.
 
-This module imports nothing of ours but the shape annotations.
+This module imports nothing of ours but the shape annotations and the sketch that stands for rows.
 
 Indices and shapes, written down once:
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.shapes import Float, Int
+from obliteratus.sketch import Sketch
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
@@ -177,7 +178,7 @@ class Subject:
 # -------------------------------------------------------------------------------------- activations
 @dataclass(frozen=True)
 class Moments:
-    """What is known of one group's stream: its mean, and the prompts themselves where they were kept."""
+    """What is known of one group's stream: its mean, and the prompts themselves where they were kept, or a sketch."""
 
     count: int
     mean: Float[Tensor, "streams width"]
@@ -186,6 +187,7 @@ class Moments:
     """Every prompt's stream, fp32; None where only running moments were kept."""
     categories: tuple[str, ...] = ()
     """Each prompt's; empty where they were not kept."""
+    sketch: Sketch | None = None
 
 
 @dataclass(frozen=True)

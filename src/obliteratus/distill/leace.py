@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.distill.steps import aligned, difference, extractors, rows_of, scored
+from obliteratus.distill.scatter import scatter_of
+from obliteratus.distill.steps import aligned, difference, extractors, no_rows, rows_of, scored
 from obliteratus.distill.whiten import SHRINKAGE, Shrinkage, Spread
 from obliteratus.errors import UserError
+from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
 
@@ -18,7 +21,12 @@ from obliteratus.types import Activations, Directions
 NONE = 1e-4
 
 
-@extractors.register("leace", cite="arXiv:2306.03819", needs=("rows",))
+def _fits(options: Mapping[str, Any], given: Given) -> None:
+    if options["k"] > 1 and given.keep != "rows":
+        raise no_rows("leace")
+
+
+@extractors.register("leace", cite="arXiv:2306.03819", needs=("spread",), fits=_fits)
 def leace(
     acts: Activations,
     so_far: Directions | None,
@@ -37,16 +45,17 @@ def leace(
     Cut at strength 1, the groups' means are equal (of k > 1: as far as k directions go) and nothing along them is
     measured any more; that the constant part stays as it was, too, needs ``excise.anchored`` (the published eraser
     keeps the mean). raw: tr BΣ⁻¹Bᵀ with rows as long as what they stand for; for k = 1 δᵀΣ⁻¹δ, at most 4 / (1 − s)
-    for groups of one size. Steps that change directions do not take oblique ones. Needs rows; k categories of target
-    prompts, or UserError.
+    for groups of one size. Steps that change directions do not take oblique ones. Needs rows or a sketch; for k > 1
+    rows, and k categories of target prompts, or UserError.
     """
     delta, apart = difference(acts), _apart(acts, k)
     basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     covectors = torch.zeros_like(basis)
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found
         length, found = _rows(apart[:, stream], k)
-        rows = torch.cat([rows_of(acts, group, "leace")[:, stream] for group in ("target", "control")])
-        spread = Spread(rows - rows.mean(0), shrinkage)
+        target, control = (scatter_of(acts, group, stream, "leace") for group in ("target", "control"))
+        between = (target.prompts * control.prompts / (target.prompts + control.prompts)) ** 0.5
+        spread = Spread((target + control).beside(between * delta[stream]), shrinkage)
         whitened = torch.stack([spread.inverse(row) for row in found])
         gram = whitened.double() @ found.T
         basis[stream, : len(found)] = found.float()

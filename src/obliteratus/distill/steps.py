@@ -47,17 +47,21 @@ def distill(acts: Activations, steps: Sequence[Step], lab: object = None) -> Dir
     return replace(found, trace=tuple(step.use for step in steps))
 
 
-def check_needs(steps: Sequence[Step], groups: Collection[str], keep_rows: bool) -> None:
-    """Refuse, before weights are loaded, steps that will lack prompts or their rows.
+KEPT = {"rows": ("rows",), "spread": ("rows", "sketch")}
+"""What a step may need of PROBE, and the values of ``probe.keep`` that give it."""
 
-    groups: the groups of prompts that were given; keep_rows: whether PROBE keeps every prompt (``probe.keep``).
-    Raises UserError, the same as the step would later.
+
+def check_needs(steps: Sequence[Step], groups: Collection[str], keep: str) -> None:
+    """Refuse, before weights are loaded, steps that will lack prompts, their rows or their spread.
+
+    groups: the groups of prompts that were given; keep: ``probe.keep``. Raises UserError, the same as the step would
+    later.
     """
     for step in _flat(steps):
         for need in extractors[step.use].needs:
-            if need == "rows" and not keep_rows:
-                raise _no_rows(step.use)
-            if need not in ("rows", MODEL, *groups):
+            if need in KEPT and keep not in KEPT[need]:
+                raise no_rows(step.use, need)
+            if need not in (*KEPT, MODEL, *groups):
                 raise _no_group(need, step.use)
 
 
@@ -128,12 +132,15 @@ def rows_of(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts 
     """A group's kept rows. Raises UserError where the recipe kept only moments, or the group has no prompts."""
     rows = group_of(acts, group, step).rows
     if rows is None:
-        raise _no_rows(step)
+        raise no_rows(step)
     return rows
 
 
-def _no_rows(step: str) -> UserError:
-    return UserError(f"distill step '{step}' needs every prompt's activations; set probe.keep = \"rows\"")
+def no_rows(step: str, need: str = "rows") -> UserError:
+    """The error of a step whose need (of `KEPT`) PROBE did not keep."""
+    what = {"rows": "every prompt's activations", "spread": "every prompt's activations or a sketch of them"}[need]
+    ways = " or ".join(f'"{way}"' for way in KEPT[need])
+    return UserError(f"distill step '{step}' needs {what}; set probe.keep = {ways}")
 
 
 def _no_group(group: str, step: str) -> UserError:

@@ -8,22 +8,23 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from obliteratus.distill.steps import aligned, difference, enough, extractors, orthonormal, rows_of, scored
+from obliteratus.distill.scatter import Scatter, scatter_of
+from obliteratus.distill.steps import aligned, difference, enough, extractors, no_rows, orthonormal, rows_of, scored
 from obliteratus.errors import UserError
 from obliteratus.registry import Given
-from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions, Moments
 
 
 def _fits(options: Mapping[str, Any], given: Given) -> None:
     enough("svd", options["k"], given.counts["target"])
     if options["paired"]:
+        if given.keep != "rows":
+            raise no_rows("svd")
         _matched(given.counts["target"], given.counts["control"])
 
 
-@extractors.register("svd", cite="arXiv:2512.18901", needs=("rows",), fits=_fits)
+@extractors.register("svd", cite="arXiv:2512.18901", needs=("spread",), fits=_fits)
 def svd(
     acts: Activations,
     so_far: Directions | None,
@@ -39,18 +40,19 @@ def svd(
     centred: subtract the mean of the differences first, so that the singular vectors are spread alone and do not
     mix with the shift; row 0 is then the mean difference, and the k − 1 rows of most spread follow, clear of it.
     raw: Σσ² over the k rows and the prompts' number, in squared stream units (‖Δμ‖² stands for σ₀²/n where
-    centred). Needs rows; k ≤ prompts.
+    centred). Needs rows or a sketch, paired: rows; k ≤ prompts.
     """
-    rows = _differences(acts, paired)
-    enough("svd", k, min(rows.shape[0], rows.shape[2]))
-    mean = rows.mean(0) if centred else torch.zeros_like(rows[0])
-    _, sigma, v = torch.linalg.svd((rows - mean).transpose(0, 1), full_matrices=False)
-    delta = difference(acts)
+    delta, prompts = difference(acts), acts["target"].count
+    enough("svd", k, min(prompts, delta.shape[1]))
+    spread = [_differences(acts, stream, paired) for stream in range(len(delta))]
+    rows = spread if centred else [x.beside(prompts**0.5 * d) for x, d in zip(spread, delta, strict=True)]
+    found = [torch.linalg.svd(x.rows, full_matrices=False)[1:] for x in rows]
+    sigma, v = (torch.stack(parts) for parts in zip(*((s[:k], v[:k]) for s, v in found), strict=True))
     unit = torch.nn.functional.normalize(delta, dim=1)[:, None]
-    basis = orthonormal(torch.cat([unit, v[:, : k - 1]], 1)) if centred else v[:, :k]
-    basis = aligned(basis, delta)
+    basis = aligned(orthonormal(torch.cat([unit, v[:, : k - 1]], 1)) if centred else v, delta)
     basis = basis * (delta.norm(dim=1) > 0)[:, None, None]  # no mean difference: nothing was found here
-    raw = sigma[:, : k - 1 if centred else k].square().sum(1) / rows.shape[0] + mean.square().sum(1)
+    own = sigma[:, : k - 1 if centred else k].square().sum(1) / prompts
+    raw = own + delta.square().sum(1) if centred else own
     return Directions(basis.contiguous(), scored(acts, basis), raw, "Σσ²/n")
 
 
@@ -67,13 +69,14 @@ def pairs(acts: Activations, so_far: Directions | None) -> Activations:
     return replace(acts, groups={**acts.groups, **cut})
 
 
-def _differences(acts: Activations, paired: bool) -> Float[Tensor, "prompts streams width"]:
-    target = rows_of(acts, "target", "svd")
+def _differences(acts: Activations, stream: int, paired: bool) -> Scatter:
+    """About their mean."""
     if not paired:
-        return target - acts["control"].mean
-    control = rows_of(acts, "control", "svd")
+        return scatter_of(acts, "target", stream, "svd")
+    target, control = (rows_of(acts, group, "svd")[:, stream] for group in ("target", "control"))
     _matched(len(target), len(control))
-    return target - control
+    rows = target - control
+    return Scatter(rows - rows.mean(0), float(rows.var(0, correction=0).sum()) * len(rows), len(rows))
 
 
 def _matched(target: int, control: int) -> None:

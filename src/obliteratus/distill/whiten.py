@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.distill.steps import aligned, difference, enough, extractors, rows_of, scored
+from obliteratus.distill.scatter import Scatter, scatter_of
+from obliteratus.distill.steps import aligned, difference, enough, extractors, scored
 from obliteratus.registry import Given
 from obliteratus.shapes import Float
 from obliteratus.types import Activations, Directions
@@ -36,7 +37,7 @@ def _fits(options: Mapping[str, Any], given: Given) -> None:
     enough("whitened_svd", options["k"], given.counts["target"])
 
 
-@extractors.register("whitened_svd", cite="arXiv:1512.00809", needs=("rows",), fits=_fits)
+@extractors.register("whitened_svd", cite="arXiv:1512.00809", needs=("spread",), fits=_fits)
 def whitened_svd(
     acts: Activations,
     so_far: Directions | None,
@@ -50,22 +51,21 @@ def whitened_svd(
     the whitened space is used as it is, and rows are orthonormal. Mapping back with Σ^½ would undo the whitening:
     it gives the raw difference, massive dimensions first. Σ⁻¹ of the difference is `discriminant`; removing that
     leaves more of the difference itself. shrinkage: s above, in (0, 1]; 1 is plain `svd`. raw: Σσ² over the k rows
-    and the prompts' number, in units of Σ. Needs rows; k ≤ prompts.
+    and the prompts' number, in units of Σ. Needs rows or a sketch; k ≤ prompts.
     """
-    target, control = (rows_of(acts, group, "whitened_svd") for group in ("target", "control"))
-    enough("whitened_svd", k, min(len(target), target.shape[2]))
-    delta = difference(acts)
+    delta, prompts = difference(acts), acts["target"].count
+    enough("whitened_svd", k, min(prompts, delta.shape[1]))
     basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found
-        mean = acts["control"].mean[stream]
-        rows = Spread(control[:, stream] - mean, shrinkage).half(target[:, stream] - mean)
+        target, control = (scatter_of(acts, group, stream, "whitened_svd") for group in ("target", "control"))
+        rows = Spread(control, shrinkage).half(target.beside(prompts**0.5 * delta[stream]).rows)
         _, sigma, v = torch.linalg.svd(rows, full_matrices=False)
-        basis[stream], raw[stream] = v[:k], sigma[:k].square().sum() / len(rows)
+        basis[stream], raw[stream] = v[:k], sigma[:k].square().sum() / prompts
     basis = aligned(basis, delta)
     return Directions(basis, scored(acts, basis), raw, "Σσ²/n, whitened")
 
 
-@extractors.register("discriminant", cite="doi:10.1111/j.1469-1809.1936.tb02137.x", needs=("rows",))
+@extractors.register("discriminant", cite="doi:10.1111/j.1469-1809.1936.tb02137.x", needs=("spread",))
 def discriminant(
     acts: Activations,
     so_far: Directions | None,
@@ -78,30 +78,41 @@ def discriminant(
     within: whose covariance Σ is, "both" groups about their own means (Fisher's) or "control" alone (what the
     audited program names Wasserstein-optimal). shrinkage: s above, in (0, 1]. It tells the groups apart best, and
     leans away from dimensions that vary much by themselves. raw: δᵀΣ⁻¹δ, the squared Mahalanobis distance; with
-    fewer prompts than width it flatters. Needs rows.
+    fewer prompts than width it flatters. Needs rows or a sketch.
     """
     delta = difference(acts)
     groups = ("target", "control") if within == "both" else ("control",)
     basis, raw = torch.zeros_like(delta)[:, None], delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():
-        rows = [rows_of(acts, g, "discriminant")[:, stream] - acts[g].mean[stream] for g in groups]
-        found = Spread(torch.cat(rows), shrinkage, len(groups)).inverse(delta[stream])
+        first, *more = (scatter_of(acts, group, stream, "discriminant") for group in groups)
+        found = Spread(sum(more, first), shrinkage, len(groups)).inverse(delta[stream])
         basis[stream, 0], raw[stream] = torch.nn.functional.normalize(found, dim=0), found @ delta[stream]
     return Directions(basis, scored(acts, basis), raw, "δᵀΣ⁻¹δ")
+
+
+def typical(values: Float[Tensor, " rows"], rank: int, total: float) -> float:
+    """Median of ``rank`` eigenvalues that make up ``total``, of which the largest are known (ascending).
+
+    Those that a sketch leaves out are taken for equal: they are what its rows fall short of the total by.
+    """
+    known = values[-rank:]
+    missing = rank - len(known)
+    rest = known.new_full((missing,), max(total - known.sum().item(), 0.0) / max(missing, 1))
+    return torch.cat([rest, known]).median().item()
 
 
 class Spread:
     """Σ as above, known by its prompts: products with its inverse and root cost O(prompts × width) a row."""
 
-    def __init__(self, centred: Rows, s: float, means: int = 1) -> None:
-        """centred: rows of mean zero within each group; means: how many means were taken out of them."""
-        free = max(len(centred) - means, 1)
-        rows = centred.double() / free**0.5
+    def __init__(self, scatter: Scatter, s: float, means: int = 1) -> None:
+        """means: how many means were taken out of the prompts."""
+        free = max(scatter.prompts - means, 1)
+        rows = scatter.rows.double() / free**0.5
         # With more prompts than width, the triangular factor has the same RᵀR in fewer rows.
         self.rows: Tensor = torch.linalg.qr(rows, mode="r")[1] if len(rows) > rows.shape[1] else rows
         values, self.vectors = torch.linalg.eigh(self.rows @ self.rows.T)
-        rank = min(free, rows.shape[1])
-        self.floor = s * max(values[-rank:].median().item() * rank / rows.shape[1], TINY)
+        rank, width = min(free, rows.shape[1]), rows.shape[1]
+        self.floor = s * max(typical(values, rank, scatter.total / free) * rank / width, TINY)
         self.values = (1 - s) * values.clamp(min=0) + self.floor
         self.own = 1 - s
 
