@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from obliteratus.forecast import gemm_rate
@@ -18,17 +18,20 @@ from obliteratus.prompts import parts_checked
 from obliteratus.settings import Probe, Recipe
 from obliteratus.summon.forward import CPU_TOKENS, batched, shared_prefix
 from obliteratus.summon.memory import resident, within
-from obliteratus.summon.needs import BUFFERS, check_on_disk, held, in_memory, work
+from obliteratus.summon.needs import BUFFERS, check_on_disk, in_memory, work
 from obliteratus.summon.outline import Outline
 from obliteratus.summon.render import Ids, render
+from obliteratus.summon.rewrite import Output, Source
 from obliteratus.summon.shelved import open_shelved
 from obliteratus.summon.sweep import Sweep, names_of, names_outside, swept
 from obliteratus.types import PromptSet, Subject
 from obliteratus.verify.drift import text_tokens
 
 BLOCKS = 3  # that are run: the first warms up, and the fastest of the others stands for all
-# Of a saved file, so many bytes are written, summed and synced to measure the disk: half a second on a slow one.
-WRITTEN = 128_000_000
+# Of prompts, so many passes are run through each: enough for the next block to be read meanwhile, as it will be.
+PASSES = 6
+# Of a file, so many bytes are copied, summed and synced to measure the disk: half a second on a slow one.
+COPIED = 256_000_000
 SCORED = 16  # prompts that REBIRTH scores again, live and as saved
 
 
@@ -49,11 +52,13 @@ class Rates:
     read: float
     """Bytes a second, of a block's weights."""
     token: float
-    """Seconds a token takes in one block."""
+    """Seconds a token takes in one block while nothing is read."""
+    block: float
+    """Seconds that a block takes beside, or beyond reading it where that takes longer."""
     gemm: float
     """FLOP/s of the head's products."""
-    written: float
-    """Bytes a second, summed and synced."""
+    copied: float
+    """Bytes a second, read, summed, written and synced."""
 
 
 def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[PromptSet, PromptSet]) -> dict[str, Stage]:
@@ -62,69 +67,84 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     fit, report = (_ids(subject, part) for part in parts)
     texts = text_tokens(subject) if any(s.use == "perplexity" for s in recipe.verify) else []
     rates = measured(subject, fit)
-    base = resident()
     weights = subject.shelf.stored_bytes(list(subject.shelf))
     row = 4 * (made.n_layers + 1) * made.width  # bytes of a prompt's streams, fp32
     scored, rows = report[-SCORED:], 2 * len(report)
-    head = _head_flops(made, rows + 2 * sum(map(len, texts)))
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
-    ahead = held(made)
+    head = _head_flops(made, rows + 2 * sum(map(len, texts))) / rates.gemm
+    at_head = _at_head(made, subject, rates)
     vocabulary = 4 * made.vocabulary
-    stream = 4 * made.width * twice
-    verify = ahead + _kept_table(made) + work(made) + stream + 2 * rows * vocabulary
-    score = ahead + _kept_table(made) + work(made) + len(scored) * vocabulary
-    saved = _saved(made, base, weights, rates)
+    base = resident()
+    passing = base + max(made.table_bytes, 2 * made.block_bytes + work(made))
     return {
         f"PROBE × {recipe.passes}": Stage(
-            base + ahead + work(made) + row * (len(fit) + _rows_kept(recipe.probe, parts[0])),
+            passing + row * (len(fit) + _rows_kept(recipe.probe, parts[0])),
             recipe.passes * (weights - _head(made, subject)),
             recipe.passes * _blocks(made, subject, probe, rates),
         ),
-        "VERIFY": Stage(base + verify, weights, _blocks(made, subject, twice, rates) + head / rates.gemm),
-        "SAVE": saved,
-        "SCORE × 2": Stage(base + score, 2 * weights, 2 * _blocks(made, subject, _own(scored), rates)),
+        "VERIFY": Stage(
+            passing + _kept_table(made) + 4 * made.width * twice + 2 * rows * vocabulary,
+            weights,
+            _blocks(made, subject, twice, rates) + at_head + head,
+        ),
+        "SAVE": _saved(made, base, weights, rates),
+        "SCORE × 2": Stage(
+            passing + _kept_table(made) + len(scored) * vocabulary,
+            2 * weights,
+            2 * (_blocks(made, subject, _own(scored), rates) + at_head),
+        ),
     }
 
 
 def measured(subject: Subject, ids: Ids) -> Rates:
-    """Run a batch through the first blocks, and write a little."""
+    """Read some blocks, run prompts through the first of them, and copy a little."""
+    read = _read(subject)
+    token, block = _block(subject, ids, read)
+    files = list(subject.shelf.files.shards)
+    return Rates(read, token, block, gemm_rate(), _copied(files[len(files) // 2]))
+
+
+def _read(subject: Subject) -> float:
+    """Bytes a second: of the last blocks, the faster of those that are read into memory that was in use before."""
+    names = [names_of(subject, block) for block in range(subject.n_layers)[-BLOCKS - 1 :]]
+    times = [time.perf_counter()]
+    for own, then in zip(names, [*names[1:], ()], strict=True):
+        with subject.shelf.holding(own, then):
+            times.append(time.perf_counter())
+    seconds = [after - before for before, after in pairwise(times)]
+    return float(subject.shelf.stored_bytes(names[-1]) / min(seconds[-2:]))
+
+
+def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
+    """Seconds of a token in a block, and of a block beside (`Rates`): of the first blocks, those that took least."""
     n = shared_prefix(ids)
-    own = [len(row) - n for row in ids]
-    rows = [ids[i] for i in batched(own, CPU_TOKENS)[0]]  # as a pass of the run will be
-    names = names_of(subject, subject.n_layers - 1)
-    start = time.perf_counter()
-    with subject.shelf.holding(names):
-        read = subject.shelf.stored_bytes(names) / (time.perf_counter() - start)
-    return Rates(read, _token(subject, rows), gemm_rate(), _written())
-
-
-def _token(subject: Subject, rows: Ids) -> float:
-    """Seconds a token takes in one block, beyond what reading takes: the least of some blocks."""
-    seconds: list[float] = []
+    rows = [ids[i] for batch in batched([len(row) - n for row in ids], CPU_TOKENS)[:PASSES] for i in batch]
+    begun: dict[int, float] = {}
+    rate: list[float] = []
 
     @contextmanager
-    def clock(*of: Any) -> Iterator[None]:
+    def clock(stream: int, of: Sequence[int], lengths: Any) -> Iterator[None]:
         start = time.perf_counter()
+        begun.setdefault(stream, start)
         try:
             yield
         finally:  # a pass ends by an exception
-            seconds.append(time.perf_counter() - start)
+            if stream:  # not the table
+                rate.append((time.perf_counter() - start) / int(lengths.sum()))
 
-    sweep = Sweep(subject, rows)
-    tokens = sum(map(len, sweep.rows[: sweep.n]))
-    swept(subject, sweep, top=min(BLOCKS, subject.n_layers), look=clock, title="measuring")
-    return min(seconds[1:]) / tokens  # the first is of the table
+    swept(subject, Sweep(subject, rows), top=min(BLOCKS + 1, subject.n_layers), look=clock, title="measuring")
+    walls = [after - before for before, after in pairwise(begun[stream] for stream in sorted(begun))][1:]
+    token, reading = min(rate), subject.shelf.stored_bytes(names_of(subject, subject.n_layers - 1)) / read
+    return token, max(0.0, min(walls, default=0.0) - max(reading, _own(rows) * token))
 
 
-def _written() -> float:
-    data, start = os.urandom(WRITTEN // 8), time.perf_counter()
-    with tempfile.TemporaryFile() as file:
-        for _ in range(8):
-            hashlib.sha256(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return WRITTEN / (time.perf_counter() - start)
+def _copied(file: Path) -> float:
+    size, start = min(file.stat().st_size, COPIED), time.perf_counter()
+    with tempfile.TemporaryFile() as copy, file.open("rb") as opened:
+        Source(opened, "").copy(Output(copy), size)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return size / (time.perf_counter() - start)
 
 
 def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float:
@@ -132,12 +152,17 @@ def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float
     shelf = subject.shelf
     reading = shelf.stored_bytes(names_of(subject, made.n_layers - 1)) / rates.read
     table = shelf.stored_bytes(names_outside(subject)) / rates.read
-    return float(table + reading + made.n_layers * max(reading, tokens * rates.token))
+    return float(table + reading + made.n_layers * (max(reading, tokens * rates.token) + rates.block))
+
+
+def _at_head(made: Outline, subject: Subject, rates: Rates) -> float:
+    """Seconds of reading a head that is not the table of embeddings."""
+    return _head(made, subject) / rates.read
 
 
 def _saved(made: Outline, base: int, weights: int, rates: Rates) -> Stage:
     largest = made.block_bytes // 2  # an edited matrix is at most half of its block, and has a copy beside it
-    return Stage(base + 2 * largest + BUFFERS, weights, weights / rates.read + weights / rates.written)
+    return Stage(base + 2 * largest + BUFFERS, weights, weights / rates.copied)
 
 
 def _rows_kept(options: Probe, fit: PromptSet) -> int:
