@@ -144,8 +144,11 @@ def memory(made: Recipe) -> tuple[str, str]:
     if training:
         held = max(training, key=lambda t: t.prompts * t.tokens)
         return "gradients", f"O({held.prompts}·tokens·L·H)"
-    kept = {"rows": "O(N_fit·L·H)", "sketch": f"O({made.probe.sketch}·L·H)", "moments": "O(L·H)"}
-    return "means" if made.probe.keep == "moments" else made.probe.keep, kept[made.probe.keep]
+    return {
+        "rows": ("rows", "O(N_fit·L·H)"),
+        "sketch": ("sketch", f"O({made.probe.sketch}·L·H)"),
+        "moments": ("means", "O(L·H)"),
+    }[made.probe.keep]
 
 
 def described(made: Recipe) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     scored, rows = report[-SCORED:], 2 * len(report)
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
     head = _head_flops(made, rows + 2 * sum(map(len, texts))) / rates.gemm
-    at_head = _at_head(made, subject, rates)
+    at_head = _head(made, subject) / rates.read  # a tied one is in memory
     vocabulary = 4 * made.vocabulary
     base = resident()
     passing = base + max(made.table_bytes, 2 * made.block_bytes + work(made))
@@ -134,8 +134,13 @@ def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
 
     swept(subject, Sweep(subject, rows), top=min(BLOCKS + 1, subject.n_layers), look=clock, title="measuring")
     walls = [after - before for before, after in pairwise(begun[stream] for stream in sorted(begun))][1:]
-    token, reading = min(rate), subject.shelf.stored_bytes(names_of(subject, subject.n_layers - 1)) / read
-    return token, max(0.0, min(walls, default=0.0) - max(reading, _own(rows) * token))
+    token = min(rate)
+    return token, max(0.0, min(walls, default=0.0) - max(_reading(subject, read), _own(rows) * token))
+
+
+def _reading(subject: Subject, read: float) -> float:
+    """Seconds that a block takes to be read, at so many bytes a second."""
+    return float(subject.shelf.stored_bytes(names_of(subject, subject.n_layers - 1)) / read)
 
 
 def _copied(file: Path) -> float:
@@ -149,15 +154,9 @@ def _copied(file: Path) -> float:
 
 def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float:
     """Seconds of one pass: the table, then each block, read while the one before it computes."""
-    shelf = subject.shelf
-    reading = shelf.stored_bytes(names_of(subject, made.n_layers - 1)) / rates.read
-    table = shelf.stored_bytes(names_outside(subject)) / rates.read
+    reading = _reading(subject, rates.read)
+    table = subject.shelf.stored_bytes(names_outside(subject)) / rates.read
     return float(table + reading + made.n_layers * (max(reading, tokens * rates.token) + rates.block))
-
-
-def _at_head(made: Outline, subject: Subject, rates: Rates) -> float:
-    """Seconds of reading a head that is not the table of embeddings."""
-    return _head(made, subject) / rates.read
 
 
 def _saved(made: Outline, base: int, weights: int, rates: Rates) -> Stage:

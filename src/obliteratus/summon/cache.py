@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -19,12 +20,15 @@ KeyValues = list[tuple[Tensor, Tensor]]
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The arguments that give ``model`` this cache; None for a pass that keeps nothing.
+    """The arguments that give ``model`` this cache; None for a pass that keeps nothing."""
+    return {_name_of_cache(type(model).forward): cache, "use_cache": cache is not None}
 
-    transformers 5.24 calls it ``cache``; what came before, and code that comes with a checkpoint, ``past_key_values``.
-    """
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    return {name: cache, "use_cache": cache is not None}
+
+@lru_cache
+def _name_of_cache(forward: Callable[..., Any]) -> str:
+    """transformers 5.24 calls it ``cache``; what came before, and code that comes with a checkpoint,
+    ``past_key_values``. Asked once a class: answers pass here with each token."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def prefix_states(subject: Subject, prefix: list[int], lowest: int = 0) -> KeyValues:
