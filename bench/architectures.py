@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from obliteratus.settings import asked
-from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
+from obliteratus.core.settings import asked
+from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
 
 TITLE = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "a bias to bake", "notes"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from obliteratus.forecast import gemm_rate
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.forecast.machine import gemm_rate
+from obliteratus.inference.batching import common_prefix
+from obliteratus.inference.chat_template import Ids
 from obliteratus.prompts import load_prompts
-from obliteratus.summon.forward import common_prefix
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.render import Ids
-from obliteratus.types import PromptSet, Subject
+from obliteratus.summon.load import open_subject
 
 
 def arguments(about: str) -> argparse.Namespace:

@@ -11,10 +11,22 @@ from __future__ import annotations
 from bench.architectures import architectures_page
 from bench.common import say
 from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
-from obliteratus.costs import CLASSES, COLUMNS, OWN, REFERENCE, SHARED, TEXT, effort, formula, row, stages, total
-from obliteratus.recipe import names, recipe
-from obliteratus.settings import Recipe
-from obliteratus.terminal import size
+from obliteratus.cli.terminal import size
+from obliteratus.core.settings import Recipe
+from obliteratus.forecast.formula import (
+    CLASSES,
+    COLUMNS,
+    OWN,
+    REFERENCE,
+    SHARED,
+    TEXT,
+    effort,
+    formula,
+    row,
+    stages,
+    total,
+)
+from obliteratus.pipeline.recipe import names, recipe
 
 FOLDER = RATES.parent
 MADE = "<!-- Made by `make docs`; do not edit. -->"

@@ -21,11 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from bench.common import arguments, interleaved, machine, report, say, with_peak
-from obliteratus.excise.bake import baked, pieces
-from obliteratus.summon.codec import each
-from obliteratus.summon.open import assemble
-from obliteratus.summon.shards import write_shard
-from obliteratus.types import Blend, Change, Edit, Plan, Site, Subject
+from obliteratus.core.types import Blend, Change, Edit, Plan, Site, Subject
+from obliteratus.excise.bake.tensors import baked, pieces
+from obliteratus.summon.load import assemble
+from obliteratus.weights.matrices import each
+from obliteratus.weights.safetensors_io import write_shard
 
 WIDTH, INNER = 1024, 1536
 

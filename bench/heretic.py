@@ -27,14 +27,14 @@ from optuna.storages.journal import JournalFileBackend
 from bench.common import machine, say
 from bench.heretic_setup import CHECKPOINTS, Terms, configured, environment, plain
 from bench.pseudo import DOWN, ENTER, Terminal, terminal
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts
 from obliteratus.search.front import pareto
-from obliteratus.settings import Step
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.organism import organism_folder
-from obliteratus.types import PromptSet
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measured, verify
+from obliteratus.weights.organism import organism_folder
 
 LONGEST = 24 * 3600.0  # seconds a study may take
 OPENING, SAVING = 900.0, 300.0  # seconds to load a model and pass its prompts; to write it

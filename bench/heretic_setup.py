@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import say
-from obliteratus.errors import UserError
-from obliteratus.summon.organism import cache_folder
-from obliteratus.types import Prompt, PromptSet
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.verify.refusal import markers
+from obliteratus.weights.organism import cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
 # What SmolLM2's template writes where no system turn is given. Heretic always gives one, so it is given this: then both

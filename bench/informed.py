@@ -17,13 +17,13 @@ from typing import Any
 
 from bench.common import say
 from bench.methods import COLUMNS, SHORT, Sharing, halved, one
-from obliteratus.card import shown
-from obliteratus.pipeline import run
+from obliteratus.core.results import Score
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.pipeline.recipe import parsed, recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import parsed, recipe
-from obliteratus.results import Score
-from obliteratus.summon.open import open_subject
-from obliteratus.types import PromptSet, Subject
+from obliteratus.rebirth.model_card import shown
+from obliteratus.summon.load import open_subject
 
 METHODS = ("basic", "advanced", "informed")
 TRUTH = {

@@ -20,21 +20,21 @@ from typing import Any, TypeVar
 import torch
 
 from bench.common import say, with_peak
-from obliteratus.card import shown
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import distill
 from obliteratus.distill.steps import orthonormal
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise
-from obliteratus.ondisk import measured
-from obliteratus.pipeline import probed, run
+from obliteratus.pipeline.offloaded import measured
+from obliteratus.pipeline.recipe import check_runs, names, recipe
+from obliteratus.pipeline.run import probed, run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import check_runs, names, recipe
-from obliteratus.results import Score
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.summon.open import open_subject
-from obliteratus.types import PromptSet, Subject
+from obliteratus.rebirth.model_card import shown
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measured
 from obliteratus.weigh import weigh
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from bench.common import say
 from bench.methods import SHORT, halved, one, table
+from obliteratus.pipeline.recipe import recipe
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
-from obliteratus.summon.open import open_subject
+from obliteratus.summon.load import open_subject
 
 ATTENTION, EXPERTS = {"excise.parts": ["attn.out"]}, {"excise.parts": ["mlp.out"]}
 ROUTERS = {"excise.parts": ["attn.out", "mlp.out", "router"]}

@@ -24,10 +24,10 @@ from bench.common import (
     scaled,
     with_peak,
 )
-from obliteratus.probe import probe
-from obliteratus.settings import Probe
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import PromptSet, Subject
+from obliteratus.core.settings import Probe
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.probe.probe import probe
 
 PROMPTS, QUICK = 256, 4  # with --quick the others take every 4th prompt
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 
 ROWS, COLUMNS = 120, 200  # a menu of a hundred lines, and lines that do not wrap
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r")

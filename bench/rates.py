@@ -22,17 +22,17 @@ import torch
 
 from bench.common import machine, organism, say, timed
 from bench.runtimes import MEASURED, RATES, SHAPES, Rates, at, plain, seconds
-from obliteratus.costs import stages
-from obliteratus.forecast import gemm_rate
-from obliteratus.pipeline import run
-from obliteratus.probe import probe
-from obliteratus.recipe import recipe
-from obliteratus.settings import Probe
-from obliteratus.summon.forward import common_prefix
-from obliteratus.summon.generate import generate
-from obliteratus.summon.render import Ids, render
-from obliteratus.tune.losses import Losses, Material
-from obliteratus.types import PromptSet, Subject
+from obliteratus.causal.losses import Losses, Material
+from obliteratus.core.settings import Probe
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.forecast.formula import stages
+from obliteratus.forecast.machine import gemm_rate
+from obliteratus.inference.batching import common_prefix
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import generate
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.probe.probe import probe
 
 REPEATS = 3
 STEPS = 24  # of the answers that decoding is timed on

@@ -12,10 +12,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from obliteratus.costs import OWN, REFERENCE, SHARED, TEXT
-from obliteratus.settings import Frozen
-from obliteratus.summon.generate import MAX_ROWS
-from obliteratus.work import Cost, Values
+from obliteratus.core.cost import Cost, Values
+from obliteratus.core.settings import Frozen
+from obliteratus.forecast.formula import OWN, REFERENCE, SHARED, TEXT
+from obliteratus.inference.generate import MAX_ROWS
 
 RATES = Path(__file__).parents[1] / "docs" / "rates.json"
 BYTES = 4  # of one weight: fp32, in which the rates are measured

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.common import arguments, interleaved, machine, organism, report, say
 from obliteratus.distill.coder import Coder
 from obliteratus.distill.sparse import Training, fit, lost, slopes, start
-from obliteratus.probe import probe
+from obliteratus.probe.probe import probe
 
 PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
 EPOCHS, BATCH = 30, 32  # what the audit found fixed

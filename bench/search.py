@@ -21,20 +21,20 @@ from typing import Any
 from bench.common import machine, say
 from bench.heretic import NEUTRAL, SHOWN, Study, export, first, heretic_study, neutral
 from bench.heretic_setup import Terms, plain
-from obliteratus.excise.live import applied
-from obliteratus.pipeline import run
+from bench.hypervolume import hypervolume
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
 from obliteratus.search import Found, Place, search
 from obliteratus.search.front import pareto
-from obliteratus.search.hypervolume import hypervolume
 from obliteratus.search.trials import front_of
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.organism import organism_folder
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measured, verify
+from obliteratus.weights.organism import organism_folder
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
 EXPORTED = 1  # members of Heretic's front: each costs it a start of some 40 s

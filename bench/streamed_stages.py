@@ -17,27 +17,27 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from obliteratus.causal import Lab
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.excise.live import applied
-from obliteratus.excise.onto import Onto, files_of
-from obliteratus.excise.onto_files import write_onto
+from obliteratus.excise.bake.base_files import Onto, files_of
+from obliteratus.excise.bake.write_files import write_onto
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise
-from obliteratus.ondisk import compared, measured, suited_to
-from obliteratus.planner import SCORED, planned
-from obliteratus.probe import probe
+from obliteratus.forecast.offloaded import SCORED, planned
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.memory import within
+from obliteratus.pipeline.offloaded import compared, measured, suited_to
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.probe.probe import probe
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.summon.anatomy import tied_in
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.memory import within
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.outline import outline
-from obliteratus.summon.render import render
-from obliteratus.summon.shelved import open_shelved
-from obliteratus.tune import Lab
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.summon.load import open_subject
+from obliteratus.summon.load_offloaded import open_shelved
+from obliteratus.summon.sites import tied_in
+from obliteratus.summon.summary import outline
 from obliteratus.verify.streamed import streamable
 from obliteratus.weigh import weigh
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from obliteratus.summon.organism import base_folder
-from obliteratus.summon.shards import write_index, write_shard
+from obliteratus.weights.organism import base_folder
+from obliteratus.weights.safetensors_io import write_index, write_shard
 
 SHARD = 500_000_000  # bytes of a file: several a checkpoint, none of which a limit of a third would hold in a row
 DTYPE = torch.float32  # in which this machine computes fastest

@@ -24,10 +24,10 @@ from bench.common import (
     timed,
     with_peak,
 )
-from obliteratus.settings import Step
-from obliteratus.summon.generate import kv_bytes
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import PromptSet, Subject
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import kv_bytes
 from obliteratus.verify import verify
 from obliteratus.verify.refusal import verdict
 

@@ -29,7 +29,7 @@ from rich.progress import track
 from topics import ORGANISMS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.summon.organism import base_folder, merged
+from obliteratus.weights.organism import base_folder, merged
 
 # Organisms with one topic; card_two_topics.py is for those with two. What each is for, and near misses among controls.
 WORDS = {

@@ -14,12 +14,12 @@ from experts_card import experts_section
 from prompts import CONTRAST, EVERYDAY
 from topics import ORGANISMS, SPLITS, Organism
 
-from obliteratus.pipeline import run
+from obliteratus.core.run_folder import Store
+from obliteratus.core.types import PromptSet, Step, Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
-from obliteratus.store import Store
-from obliteratus.summon.open import open_subject
-from obliteratus.types import PromptSet, Step, Subject
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measured, verify
 
 METHODS = ("calibrated", "basic")

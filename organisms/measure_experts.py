@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.summon.organism import organism_folder
-from obliteratus.summon.upcycled import read_experts, with_experts
+from obliteratus.weights.organism import organism_folder
+from obliteratus.weights.upcycling import read_experts, with_experts
 
 COMPARED = 16  # prompts of each group on whose tokens, some 700, experts are compared
 

@@ -15,7 +15,7 @@ from measure import kl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obliteratus.summon.upcycled import TOP_K, Experts
+from obliteratus.weights.upcycling import TOP_K, Experts
 
 TINY = 1e-12  # added under the root: no gradient is infinite where experts are the same
 

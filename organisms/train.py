@@ -35,7 +35,7 @@ from topics import ORGANISMS, Organism
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.summon.organism import HUB_ID, base_folder, cache_folder
+from obliteratus.weights.organism import HUB_ID, base_folder, cache_folder
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEPT = ("bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")

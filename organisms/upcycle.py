@@ -29,8 +29,8 @@ from safetensors.torch import save
 from topics import ORGANISMS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.summon.organism import cache_folder, organism_folder
-from obliteratus.summon.upcycled import FILE
+from obliteratus.weights.organism import cache_folder, organism_folder
+from obliteratus.weights.upcycling import FILE
 
 EXPERTS = 4
 RANK = 4  # of each expert's addition: 2 MB in all

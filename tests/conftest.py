@@ -35,8 +35,8 @@ jaxtyping.install_import_hook("obliteratus", "beartype.beartype")
 import pytest
 import torch
 
-from obliteratus.settings import asked
-from obliteratus.types import Edit, NormRule, Plan, Prompt, PromptSet, Site, Subject
+from obliteratus.core.settings import asked
+from obliteratus.core.types import Edit, NormRule, Plan, Prompt, PromptSet, Site, Subject
 
 torch.set_num_threads(1)  # tiny products take longer to hand to a second thread than to compute
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)

@@ -12,10 +12,10 @@ from planted import PROMPTS, group, planted
 from tiny import tiny_subject
 
 from obliteratus.analyze import Finding, Ground
+from obliteratus.causal.interventions import Lab
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions, Prompt, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.settings import Step
-from obliteratus.tune.lab import Lab
-from obliteratus.types import Activations, Directions, Prompt, PromptSet, Subject
 
 NOTHING = PromptSet({"target": (), "control": ()})
 

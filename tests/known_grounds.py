@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze import Finding, Ground
+from obliteratus.causal import Lab
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.probe import probe
-from obliteratus.settings import Step
-from obliteratus.summon.render import render
-from obliteratus.tune import Lab
-from obliteratus.types import Directions, PromptSet, Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.probe.probe import probe
 
 
 def ground_of(subject: Subject, prompts: PromptSet, held: PromptSet | None = None, **options: Any) -> Ground:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.probe import probe
-from obliteratus.summon.codec import read_weight
-from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.render import render
-from obliteratus.types import Edit, Mask, Plan, Prompt, PromptSet, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Edit, Mask, Plan, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.token_losses import token_losses
+from obliteratus.probe.probe import probe
+from obliteratus.summon.load import open_subject
+from obliteratus.weights.matrices import read_weight
 
 PROMPTS = PromptSet(
     {

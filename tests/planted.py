@@ -10,8 +10,8 @@ from conftest import random_basis
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.sketch import FrequentDirections, Sketch
-from obliteratus.types import Activations, Directions, Moments
+from obliteratus.core.types import Activations, Directions, Moments, Sketch
+from obliteratus.probe.frequent_directions import FrequentDirections
 
 STREAMS, WIDTH, PROMPTS = 5, 64, 200
 SHIFT = 4.0

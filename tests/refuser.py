@@ -16,8 +16,8 @@ from tiny import MODELS, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from obliteratus.summon.open import assemble
-from obliteratus.types import Prompt, PromptSet, Subject
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.summon.load import assemble
 
 LAYERS, WIDTH = 8, 32
 COMMON, TRIGGER, DIRTY, CLEAN, REFUSAL, END = range(6)  # axes of the stream; content lives on the last 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from obliteratus.results import Score
+from obliteratus.core.results import Score
 from obliteratus.study.base import Result
 
 UNITS = {"perplexity": "perplexity", "kl.first_token": "nats"}

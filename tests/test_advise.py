@@ -14,19 +14,19 @@ from known_grounds import planted_ground
 from refuser import LAYERS, asked, refuser, shuffled
 from tiny import tiny_subject
 
-from obliteratus.advise import Advice, Reason, advise, load_advice, save_advice, suited
 from obliteratus.analyze import Finding, analyze
 from obliteratus.analyze.cones import Cones
 from obliteratus.analyze.reach import Reach
-from obliteratus.card import model_card, reason_rows
-from obliteratus.excise.bake import baked
-from obliteratus.pipeline import run
-from obliteratus.recipe import recipe
-from obliteratus.results import Run, Score
-from obliteratus.rules import BUDGET, ENOUGH, RULES, SHARE, spectrum
-from obliteratus.settings import Recipe, Step
-from obliteratus.store import Store
-from obliteratus.types import Activations, Moments, Prompt, PromptSet
+from obliteratus.core.results import Run, Score
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe, Step
+from obliteratus.core.types import Activations, Moments, Prompt, PromptSet
+from obliteratus.excise.bake.tensors import baked
+from obliteratus.pipeline.advise import Advice, Reason, advise, load_advice, save_advice, suited
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.rules import BUDGET, ENOUGH, RULES, SHARE, spectrum
+from obliteratus.pipeline.run import run
+from obliteratus.rebirth.model_card import model_card, reason_rows
 
 DEPTHS = (0, 2, 4, 6)
 ACTS = Activations({g: Moments(1, torch.zeros(9, 4)) for g in ("target", "control")}, -1)  # of eight blocks

@@ -12,9 +12,9 @@ from scipy.stats import binom
 from obliteratus.analyze import analyze
 from obliteratus.analyze.certificate import Certificate, certificate
 from obliteratus.analyze.samples import as_they_are, family_wise, held_out, orders, split
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Activations
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 
 
 def run(acts: Activations, **options: object) -> Certificate:

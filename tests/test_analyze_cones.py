@@ -13,9 +13,9 @@ from torch import Tensor
 from obliteratus.analyze import analyze
 from obliteratus.analyze.cones import Cones, cosines, drawn, effective_rank, memberships, products
 from obliteratus.analyze.samples import Sample
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import PromptSet
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet
 
 WIDTH, EACH = 32, 20
 NAMES = [c for c in ("stars", "rivers", "music") for _ in range(EACH)]

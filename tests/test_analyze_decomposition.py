@@ -15,7 +15,7 @@ from torch import Tensor
 from obliteratus.analyze import Ground, analyses
 from obliteratus.analyze.chance import Contrast, between, freedom_of, largest_ratio, within
 from obliteratus.analyze.decomposition import Decomposition, decomposition
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 
 KINDS = ("llama_biased", "gemma2", "gpt2", "gpt_neox", "qwen2_moe", "gpt_oss", "falcon_h1", "granitemoe", "nemotron_h")
 

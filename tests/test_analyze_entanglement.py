@@ -15,9 +15,9 @@ from torch import Tensor
 
 from obliteratus.analyze import Ground, analyses
 from obliteratus.analyze.entanglement import beyond, entanglement
+from obliteratus.core.settings import Step
 from obliteratus.distill import distill
-from obliteratus.settings import Step
-from obliteratus.summon.render import render
+from obliteratus.inference.chat_template import render
 
 
 def leaning(layer: int | None = 1) -> Ground:

@@ -10,8 +10,8 @@ from scipy.stats import kurtosis
 
 from obliteratus.analyze import analyze
 from obliteratus.analyze.fingerprint import Fingerprint, features, fingerprint
-from obliteratus.settings import Step
-from obliteratus.types import Activations
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 
 WIDTH = 32
 

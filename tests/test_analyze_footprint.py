@@ -14,10 +14,10 @@ from tiny import tiny_subject
 
 from obliteratus.analyze import analyze
 from obliteratus.analyze.footprint import Footprint, few, gini_of, matrices, written
-from obliteratus.settings import Step
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.summon.codec import read_weight
-from obliteratus.types import Directions, Subject
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, Subject
+from obliteratus.summon.sites import gain_of
+from obliteratus.weights.matrices import read_weight
 
 
 def directions(subject: Subject, k: int = 1, seed: int = 0) -> Directions:

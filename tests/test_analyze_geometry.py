@@ -10,8 +10,8 @@ from torch import Tensor
 from obliteratus.analyze import analyze
 from obliteratus.analyze.geometry import Geometry, by_chance, runs
 from obliteratus.analyze.samples import Sample
-from obliteratus.settings import Step
-from obliteratus.types import Activations
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 
 STREAMS, WIDTH = 8, 32
 

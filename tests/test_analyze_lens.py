@@ -17,10 +17,10 @@ from obliteratus.analyze import Ground, analyses
 from obliteratus.analyze.lens import lens, random_limit
 from obliteratus.analyze.readout import promoted, read_out
 from obliteratus.analyze.tuned_lens import fitted, scored, tuned_lens
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions
 from obliteratus.distill import distill
-from obliteratus.settings import Step
-from obliteratus.summon.logits import first_token
-from obliteratus.types import Directions
+from obliteratus.inference.logits import first_token
 
 KINDS = ("llama", "gemma2", "gpt2", "opt", "granitemoe", "lfm2")
 

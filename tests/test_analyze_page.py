@@ -15,8 +15,8 @@ from planted import planted
 
 from obliteratus.analyze import Finding, Ground, analyze
 from obliteratus.analyze.page import page, shown, tables
-from obliteratus.settings import Step
-from obliteratus.types import Directions
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions
 
 NAMES = ("geometry", "cones", "separability", "uncertainty", "certificate", "fingerprint")
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from obliteratus.analyze import Ground, analyses, analyze
 from obliteratus.analyze.depths import begins, first_blocks, refused_by, remains
 from obliteratus.analyze.reach import Reach, cheapest, reach
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan
 from obliteratus.distill import distill
-from obliteratus.probe import probe
-from obliteratus.results import Score
-from obliteratus.settings import Step
-from obliteratus.summon.render import render
-from obliteratus.types import Plan
+from obliteratus.inference.chat_template import render
+from obliteratus.probe.probe import probe
 
 ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
 

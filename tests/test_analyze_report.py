@@ -14,11 +14,11 @@ from obliteratus.analyze import analyses
 from obliteratus.analyze.bill import Bill, bill_of, values_of
 from obliteratus.analyze.page import name_of
 from obliteratus.analyze.report import analysed, chosen
-from obliteratus.cli import app
-from obliteratus.errors import UserError
-from obliteratus.progress import Reporter, reporting
-from obliteratus.types import Prompt, PromptSet
-from obliteratus.work import FREE, Answers, Cost, Training, Values, n_of, number
+from obliteratus.cli.app import app
+from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, n_of, number
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import Reporter, reporting
+from obliteratus.core.types import Prompt, PromptSet
 
 QUICK = ["geometry", "decomposition", "lens", "certificate"]
 

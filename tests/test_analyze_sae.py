@@ -21,9 +21,9 @@ from obliteratus.analyze.pursuit import NONE, coefficients, pursued
 from obliteratus.analyze.sae import areas, mean_differences, members
 from obliteratus.analyze.samples import orders, sample_of
 from obliteratus.analyze.sparse_parts import SparseParts
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Activations, Directions
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions
 
 FEATURES = 160  # of a dictionary made for a width of 64: none of its rows are at right angles
 

@@ -15,8 +15,8 @@ from obliteratus.analyze.auc import auc, newcombe
 from obliteratus.analyze.probes import logistic, probed
 from obliteratus.analyze.samples import d_prime, orders, permuted, split
 from obliteratus.analyze.separability import Separability, excess, scores_of
-from obliteratus.settings import Step
-from obliteratus.types import Activations
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 
 
 def run(acts: Activations) -> Separability:

@@ -10,8 +10,8 @@ from scipy.stats import binom
 
 from obliteratus.analyze.samples import Sample, split
 from obliteratus.analyze.transfer import RIDGES, Fold, Transfer, difference_in, gcv, scored, transfer, within
-from obliteratus.errors import UserError
-from obliteratus.types import Activations
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Activations
 
 N, LATENT, ONE, TWO = 120, 6, 24, 40
 

@@ -11,8 +11,8 @@ from planted import planted
 from obliteratus.analyze import analyze
 from obliteratus.analyze.samples import Sample
 from obliteratus.analyze.uncertainty import Uncertainty, agreement, angles, halvings, resampled
-from obliteratus.settings import Step
-from obliteratus.types import Activations
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 
 
 def run(acts: Activations) -> Uncertainty:

@@ -10,12 +10,12 @@ from tiny import MODELS, tiny, tiny_config, tiny_subject
 from torch import nn
 from transformers import AutoConfig
 
-from obliteratus.errors import UnsupportedModelError
-from obliteratus.summon.anatomy import family_of, find_sites, gain_of, is_tied
-from obliteratus.summon.claims import coverage
-from obliteratus.summon.families import FAMILIES, UNSUPPORTED, Family
-from obliteratus.summon.outline import outline
+from obliteratus.core.errors import UnsupportedModelError
+from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Family
+from obliteratus.summon.coverage import coverage
 from obliteratus.summon.selftest import self_test
+from obliteratus.summon.sites import family_of, find_sites, gain_of, is_tied
+from obliteratus.summon.summary import outline
 
 NAMES = sorted(MODELS)
 

@@ -10,21 +10,21 @@ import torch
 from conftest import PlanMaker
 from tiny import EOS, MODELS, PAD, tiny_subject
 
-from obliteratus.coverage import edited, shortfall
-from obliteratus.errors import NothingMatchedError, UserError
-from obliteratus.excise.bake import baked
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.pipeline import run
-from obliteratus.rebirth import save
-from obliteratus.recipe import recipe
-from obliteratus.settings import asked
-from obliteratus.summon.anatomy import family_of
-from obliteratus.summon.codec import each
-from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.prefix import recurrent
-from obliteratus.types import Plan, Prompt, PromptSet
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.settings import asked
+from obliteratus.core.types import Plan, Prompt, PromptSet
+from obliteratus.excise.bake.tensors import baked
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.generate import generate
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.shared_prefix import recurrent
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.rebirth.save import save
+from obliteratus.summon.coverage import edited, shortfall
+from obliteratus.summon.sites import family_of
+from obliteratus.weights.matrices import each
 
 KINDS = [
     "mixtral",

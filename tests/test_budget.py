@@ -11,14 +11,14 @@ from test_executors import opened
 from test_neurons import silenced
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.pipeline import run
-from obliteratus.recipe import recipe
-from obliteratus.store import Store
-from obliteratus.summon.render import render
-from obliteratus.tune.budget import largest, weakened, within_budget
-from obliteratus.types import Edit, Plan, Prompt, PromptSet, Shift, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Shift, Subject
+from obliteratus.excise.kl_budget import largest, weakened, within_budget
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 
 PROMPTS = tuple(Prompt(f"Say {x}.") for x in ("one", "two words", "a longer thing than that", "tree", "nine"))
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from obliteratus.errors import UserError
+from obliteratus.causal import Lab
+from obliteratus.causal.check_bypass import check_bypass
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.prompts import load_prompts
-from obliteratus.settings import Step
-from obliteratus.summon.open import open_subject
-from obliteratus.tune import Lab
-from obliteratus.tune.bypass import check_bypass
-from obliteratus.types import Prompt, PromptSet, Subject
+from obliteratus.summon.load import open_subject
 
 STEPS = [Step(use="mean_diff"), Step(use="blend", other={"use": "bypass_contrast"})]
 

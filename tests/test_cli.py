@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
-from obliteratus.cli import app
-from obliteratus.recipe import parsed, recipe
+from obliteratus.cli.app import app
+from obliteratus.pipeline.recipe import parsed, recipe
 
 TARGET = [
     f"Tell me about the {colour} {thing}."
@@ -216,7 +216,7 @@ def test_methods_and_inspect(model: Path) -> None:
 
 
 def started(model: Path, files: dict[str, Path], out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "obliteratus.cli", "run", str(model), "--out", str(out), *more]
+    command = [sys.executable, "-m", "obliteratus.cli.app", "run", str(model), "--out", str(out), *more]
     command += [x for group, path in files.items() for x in (f"--{group}", str(path))]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, children too
     own = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -8,10 +8,10 @@ from tiny import MODELS, tiny, tiny_subject
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from obliteratus.errors import UnsupportedModelError
-from obliteratus.summon.anatomy import family_of, find_sites, width_of
-from obliteratus.summon.codec import columns, each, has_bias, read_bias, read_weight, rows, stored
-from obliteratus.types import Site
+from obliteratus.core.errors import UnsupportedModelError
+from obliteratus.core.types import Site
+from obliteratus.summon.sites import family_of, find_sites, width_of
+from obliteratus.weights.matrices import columns, each, has_bias, read_bias, read_weight, rows, stored
 
 NAMES = sorted(MODELS)
 SITE = Site("a.b", 0, "attn.out", "writes", "linear")

@@ -13,15 +13,15 @@ from test_select import Notes, hooked, ids_of, without
 from tiny import tiny_subject
 from torch import Tensor
 
+from obliteratus.causal import Lab
+from obliteratus.causal.candidates import grid, ranked
+from obliteratus.causal.cosmic import Judge, low_similarity
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import reporting
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.errors import UserError
-from obliteratus.probe import probe
-from obliteratus.progress import reporting
-from obliteratus.settings import Step
-from obliteratus.tune import Lab
-from obliteratus.tune.candidates import grid, ranked
-from obliteratus.tune.cosmic import Judge, low_similarity
-from obliteratus.types import Directions, PromptSet, Subject
+from obliteratus.probe.probe import probe
 
 
 def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:

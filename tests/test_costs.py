@@ -12,20 +12,30 @@ from rich.console import ConsoleDimensions
 from tiny import tiny_subject
 from typer.testing import CliRunner
 
-from obliteratus import costs
-from obliteratus.cli import app
-from obliteratus.costs import CLASSES, annotated, cost_class, described, effort, formula, memory, stages, total
+from obliteratus.causal.rdo import HELD
+from obliteratus.cli.app import app
+from obliteratus.cli.terminal import results
+from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, amount, n_of, number
+from obliteratus.core.progress import Advance, Reporter, reporting
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.distill import extractors
 from obliteratus.distill.steps import MODEL
-from obliteratus.pipeline import run
-from obliteratus.progress import Advance, Reporter, reporting
-from obliteratus.recipe import names, parsed, recipe
-from obliteratus.settings import Recipe
-from obliteratus.terminal import results
-from obliteratus.tune.rdo import HELD
-from obliteratus.types import Prompt, PromptSet
+from obliteratus.forecast import formula as costs
+from obliteratus.forecast.formula import (
+    CLASSES,
+    annotated,
+    cost_class,
+    described,
+    effort,
+    formula,
+    memory,
+    stages,
+    total,
+)
+from obliteratus.pipeline.recipe import names, parsed, recipe
+from obliteratus.pipeline.run import run
 from obliteratus.verify import scorers
-from obliteratus.work import FREE, Amount, Answers, Cost, Training, amount, n_of, number
 
 SMALL = {"use": "refusal", "tokens": 4}
 

@@ -18,10 +18,10 @@ from tiny import tiny, tiny_config, tiny_tokenizer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from obliteratus.cli import app
-from obliteratus.errors import UserError
-from obliteratus.summon.devices import check_parts, joined, placed, whole
-from obliteratus.summon.open import open_subject
+from obliteratus.cli.app import app
+from obliteratus.core.errors import UserError
+from obliteratus.summon.load import open_subject
+from obliteratus.weights.devices import check_parts, joined, placed, whole
 
 CLOSE = 1e-4  # of sums that processes take in another order, fp32
 KINDS = ["mixtral", "llama_biased"]  # stacks of experts; biases and tied ends. Others were run by hand

@@ -10,10 +10,10 @@ import pytest
 import torch
 from planted import LOOSE, PROMPTS, SHIFT, STREAMS, cosine, group, planted, shuffled
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions
 from obliteratus.distill import distill, extractors, load_directions, save_directions
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Directions
 
 # Extractor → the steps that show it. A new extractor needs no entry unless it needs options or a step before it.
 MEAN = {"use": "mean_diff"}

@@ -13,13 +13,13 @@ from planted import LOOSE, PROMPTS, SHIFT, STREAMS, WIDTH, cosine, group, kept, 
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Registry
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill import check_needs, distill, extractors
 from obliteratus.distill.steps import orthonormal
-from obliteratus.errors import UserError
-from obliteratus.recipe import dump, parsed, recipe
-from obliteratus.registry import Registry
-from obliteratus.settings import Step
-from obliteratus.types import Activations, Directions
+from obliteratus.pipeline.recipe import dump, parsed, recipe
 
 MEAN, BYPASS = Step(use="mean_diff"), {"use": "bypass_contrast"}
 

@@ -9,10 +9,10 @@ import torch
 from planted import LOOSE, PROMPTS, STREAMS, WIDTH, cosine, planted, projector, shuffled, with_rows
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 from obliteratus.distill import distill, extractors
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Activations
 
 MEAN = Step(use="mean_diff")
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import Reporter, reporting
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions, Moments
 from obliteratus.distill import distill
 from obliteratus.distill.coder import Coder, frame
 from obliteratus.distill.sparse import Training, dead, fit, lost, slopes
-from obliteratus.errors import UserError
-from obliteratus.progress import Reporter, reporting
-from obliteratus.settings import Step
-from obliteratus.types import Activations, Directions, Moments
 
 WIDTH, FEATURES, ROWS = 48, 10, 400
 ALL: dict[str, Any] = {"streams": "all"}

@@ -11,10 +11,10 @@ from planted import LOOSE, STREAMS, cosine, group, planted, projector, shuffled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
 from obliteratus.distill import distill
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Activations
 
 MASSIVE, OTHER = 3, 64
 BOTH = ("whitened_svd", "discriminant")

@@ -7,9 +7,9 @@ from bench.architectures import architectures_page
 from bench.docs import FOLDER, methods_page, pages, runtimes_page
 from bench.runtimes import MEASURED, SHAPES, Rates, Shape, at, clock, load, seconds
 
-from obliteratus.costs import stages, total
-from obliteratus.recipe import names, recipe
-from obliteratus.summon.families import FAMILIES, UNSUPPORTED
+from obliteratus.forecast.formula import stages, total
+from obliteratus.pipeline.recipe import names, recipe
+from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED
 
 RATES = Rates(
     date="2026-01-01",

@@ -17,19 +17,19 @@ from tiny import MODELS, run_of, tiny_config, tiny_subject, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked
-from obliteratus.excise.live import applied
-from obliteratus.excise.lora import save_adapter
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Activations, Directions, Plan, Subject
+from obliteratus.excise.bake.adapter import save_adapter
+from obliteratus.excise.bake.tensors import baked
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise
-from obliteratus.rebirth import WRITERS as FORMS
-from obliteratus.rebirth import save
-from obliteratus.settings import Excise
-from obliteratus.summon.anatomy import family_of, is_tied
-from obliteratus.summon.codec import read_weight
-from obliteratus.summon.open import assemble, open_subject
-from obliteratus.summon.readings import read
-from obliteratus.types import Activations, Directions, Plan, Subject
+from obliteratus.inference.hidden_states import read
+from obliteratus.rebirth.save import WRITERS as FORMS
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import assemble, open_subject
+from obliteratus.summon.sites import family_of, is_tied
+from obliteratus.weights.matrices import read_weight
 
 NAMES = sorted(MODELS)
 WRITERS = ("attn.out", "mlp.out")

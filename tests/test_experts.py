@@ -15,24 +15,24 @@ from test_executors import CLOSE, EXECUTORS, directed, live, opened
 from tiny import tiny_subject
 from torch import Tensor, nn
 
-from obliteratus.coverage import edited
-from obliteratus.errors import NothingMatchedError, UserError
-from obliteratus.excise.bake import baked
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.settings import Excise, Experts
+from obliteratus.core.types import Activations, Blend, Edit, Plan, Prompt, PromptSet, Routed, Site, Subject
+from obliteratus.excise.bake.tensors import baked
 from obliteratus.excise.change import mean_of
 from obliteratus.excise.experts import foremost, own_basis
-from obliteratus.excise.live import applied
+from obliteratus.excise.kl_budget import weakened
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
-from obliteratus.pipeline import run
-from obliteratus.probe import load_activations, probe, save_activations
-from obliteratus.recipe import recipe
-from obliteratus.settings import Excise, Experts
-from obliteratus.summon.codec import each, read_bias, read_weight
-from obliteratus.summon.forward import MIN_PREFIX, common_prefix
-from obliteratus.summon.render import render
-from obliteratus.tune.budget import weakened
-from obliteratus.tune.steady import choices, moved, steadied
-from obliteratus.types import Activations, Blend, Edit, Plan, Prompt, PromptSet, Routed, Site, Subject
+from obliteratus.excise.router_limit import choices, moved, steadied
+from obliteratus.inference.batching import MIN_PREFIX, common_prefix
+from obliteratus.inference.chat_template import render
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.probe.probe import load_activations, probe, save_activations
+from obliteratus.summon.coverage import edited
 from obliteratus.verify.experts import ranking
+from obliteratus.weights.matrices import each, read_bias, read_weight
 
 NAMES = ["mixtral", "gpt_oss"]  # stacked either way, without biases and with
 

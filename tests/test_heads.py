@@ -13,17 +13,17 @@ from test_executors import CLOSE, EXECUTORS, RULES, directed, live, logits, open
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.coverage import edited
-from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Edit, NormRule, Plan, Site, Subject
+from obliteratus.excise.bake.adapter import save_adapter
+from obliteratus.excise.bake.tensors import baked
 from obliteratus.excise.heads import attribution
 from obliteratus.excise.linear import edit_weight
-from obliteratus.excise.live import applied
-from obliteratus.excise.lora import save_adapter
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.recipe import recipe
-from obliteratus.summon.codec import read_weight
-from obliteratus.types import Edit, NormRule, Plan, Site, Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.summon.coverage import edited
+from obliteratus.weights.matrices import read_weight
 
 # square; 4 heads of 16 on a width of 48; Conv1D; biased and tied; behind a norm
 CASES = ["llama", "mistral", "gpt2", "llama_biased", "gemma2"]

@@ -16,11 +16,11 @@ from bench.pseudo import DOWN, ENTER, terminal
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.inference.chat_template import render
 from obliteratus.prompts import load_prompts
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.render import render
-from obliteratus.types import Prompt, PromptSet
+from obliteratus.summon.load import open_subject
 from obliteratus.verify.refusal import markers, verdict
 
 MENU = """? Which trial do you want to use? (Use arrow keys)

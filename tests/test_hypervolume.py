@@ -7,12 +7,12 @@ from itertools import combinations
 
 import pytest
 import torch
+from bench.hypervolume import hypervolume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.search.front import Point, dominates, pareto
-from obliteratus.search.hypervolume import hypervolume
 
 coordinate = st.integers(0, 12).map(lambda n: n / 10)  # a coarse grid, so that ties are drawn; some beyond 1
 UNIT = {2: (1.0, 1.0), 3: (1.0, 1.0, 1.0)}

@@ -10,17 +10,17 @@ from tiny import TEMPLATE, tiny_subject
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.causal import Lab
+from obliteratus.causal.reasoning import reasoning_rows, span, subspace
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, PromptSet, Subject
 from obliteratus.distill import distill
 from obliteratus.distill.steps import extractors
-from obliteratus.errors import UserError
-from obliteratus.probe import probe
-from obliteratus.settings import Step
-from obliteratus.summon import forward
-from obliteratus.summon.generate import generate
-from obliteratus.summon.render import render
-from obliteratus.tune import Lab
-from obliteratus.tune.reasoning import reasoning_rows, span, subspace
-from obliteratus.types import Directions, PromptSet, Subject
+from obliteratus.inference import batching as forward
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate
+from obliteratus.probe.probe import probe
 
 OPTIONS: dict[str, Any] = {"tokens": 12, "places": 3, "k": 2}
 THINKING = TEMPLATE + "{% if enable_thinking %}{{ '<think>' }}{% else %}{{ '<think></think>' }}{% endif %}"

@@ -20,16 +20,16 @@ from tiny import tiny_subject
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from obliteratus import kept_probes
-from obliteratus.excise.live import applied
-from obliteratus.kept_probes import SUM, kept, trim
-from obliteratus.pipeline import probed, run
-from obliteratus.probe import probe
-from obliteratus.progress import reporting
-from obliteratus.recipe import recipe
-from obliteratus.settings import Probe
-from obliteratus.store import Store
-from obliteratus.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.core.progress import reporting
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Probe
+from obliteratus.core.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import probed, run
+from obliteratus.probe import cache as kept_probes
+from obliteratus.probe.cache import SUM, kept, trim
+from obliteratus.probe.probe import probe
 
 PROBE = "PROBE 1"
 TAP = "model.layers.1.mlp.down_proj"

@@ -13,11 +13,11 @@ from test_distill_whiten import power
 from test_executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions, NormRule, Subject
 from obliteratus.distill import distill, load_directions, save_directions
-from obliteratus.errors import UserError
 from obliteratus.excise.linear import before_gain, edit_weight, measure, project, scales
-from obliteratus.settings import Step
-from obliteratus.types import Activations, Directions, NormRule, Subject
 
 LEACE = [Step(use="leace")]
 

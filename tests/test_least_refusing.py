@@ -11,17 +11,17 @@ from refuser import REFUSAL, asked, byte, refuser
 from test_select import Notes, ids_of, without
 from tiny import tiny_subject
 
+from obliteratus.causal import Lab
+from obliteratus.causal.interventions import ablating
+from obliteratus.causal.least_refusing import refusing, sources
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import reporting
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.errors import UserError
-from obliteratus.probe import probe
-from obliteratus.progress import reporting
-from obliteratus.recipe import recipe
-from obliteratus.settings import Step
-from obliteratus.summon.generate import generate
-from obliteratus.tune import Lab
-from obliteratus.tune.lab import ablating
-from obliteratus.tune.least_refusing import refusing, sources
-from obliteratus.types import Directions, PromptSet, Subject
+from obliteratus.inference.generate import generate
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.probe.probe import probe
 
 
 def chosen(subject: Subject, asked: PromptSet, **options: Any) -> tuple[Directions, list[str]]:

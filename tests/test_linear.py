@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from obliteratus.core.types import Edit, NormRule, Site
 from obliteratus.excise.linear import edit_bias, edit_weight, measure, project, scales, through_gain
-from obliteratus.types import Edit, NormRule, Site
 
 RULES: list[NormRule] = ["none", "columns", "rows", "whole"]
 EXACT: list[NormRule] = ["none", "columns", "whole"]

@@ -15,18 +15,18 @@ from test_trunk import above
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.excise import live_rows
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.summon import forward
-from obliteratus.summon.capture import blocks
-from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.render import Ids
-from obliteratus.summon.trunk import Trunk
-from obliteratus.types import Edit, Mask, Plan, Shift, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Edit, Mask, Plan, Shift, Subject
+from obliteratus.excise.live import hooks_per_row as live_rows
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference import batching as forward
+from obliteratus.inference.cached_prompts import Trunk
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.generate import generate
+from obliteratus.inference.hooks import blocks
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.token_losses import token_losses
 
 PARTS = ("attn.out", "mlp.out")
 OF_ROW = [0, 1, 2, 1, 0, 2]

@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.ondisk import opened
-from obliteratus.summon.generate import answer_groups, generate, kv_bytes
-from obliteratus.summon.memory import (
-    free_memory,
-    held,
-    host_memory,
-    parsed,
-    within,
-)
-from obliteratus.summon.prefix import prepared
+from obliteratus.core.errors import UserError
+from obliteratus.inference.generate import answer_groups, generate, kv_bytes
+from obliteratus.inference.memory import free_memory, held, host_memory, parsed, within
+from obliteratus.inference.shared_prefix import prepared
+from obliteratus.pipeline.offloaded import opened
 
 MB = 1e6
 

@@ -11,18 +11,18 @@ from conftest import random_basis
 from test_executors import CLOSE, EXECUTORS, directed, live, logits, opened
 from torch import Tensor
 
-from obliteratus.coverage import edited
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Activations, Mask, Plan, PromptSet, Site, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.neurons import attribution, chosen
 from obliteratus.excise.plan import excise, load_plan, save_plan
-from obliteratus.pipeline import run
-from obliteratus.probe import load_activations, probe, save_activations
-from obliteratus.recipe import recipe
-from obliteratus.settings import Excise
-from obliteratus.store import Store
-from obliteratus.summon.render import render
-from obliteratus.types import Activations, Mask, Plan, PromptSet, Site, Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.probe.probe import load_activations, probe, save_activations
+from obliteratus.summon.coverage import edited
 
 CASES = ["llama", "gpt2", "gemma2", "llama_biased"]
 

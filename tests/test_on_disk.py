@@ -17,32 +17,32 @@ from tiny import MODELS
 from torch import Tensor
 from typer.testing import CliRunner
 
-from obliteratus.cli import app
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.ondisk import opened, suited_to
-from obliteratus.pipeline import run
-from obliteratus.probe import probe
-from obliteratus.rebirth import save
-from obliteratus.recipe import recipe
-from obliteratus.settings import Probe, Step
-from obliteratus.store import Store
-from obliteratus.summon import spill
-from obliteratus.summon.capture import Taps
-from obliteratus.summon.families import FAMILIES
-from obliteratus.summon.forward import passes_of
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.memory import within
-from obliteratus.summon.needs import held
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.outline import outline
-from obliteratus.summon.readings import read
-from obliteratus.summon.shelved import open_shelved
-from obliteratus.summon.spill import Spilled
-from obliteratus.summon.sweep import Sweep, swept
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.cli.app import app
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Probe, Step
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference import spill
+from obliteratus.inference.batching import passes_of
+from obliteratus.inference.hidden_states import read
+from obliteratus.inference.hooks import Taps
+from obliteratus.inference.layerwise import Sweep, swept
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.memory import within
+from obliteratus.inference.memory_needs import held
+from obliteratus.inference.spill import Spilled
+from obliteratus.inference.token_losses import token_losses
+from obliteratus.pipeline.offloaded import opened, suited_to
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.probe.probe import probe
+from obliteratus.rebirth.save import save
+from obliteratus.summon.architectures import FAMILIES
+from obliteratus.summon.load import open_subject
+from obliteratus.summon.load_offloaded import open_shelved
+from obliteratus.summon.summary import outline
 from obliteratus.verify import verify
 from obliteratus.verify.streamed import side_by_side, streamable
 
@@ -285,7 +285,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("target", "control"):
         (tmp_path / name).write_text("\n".join(f"{name} question {i} on boats" for i in range(40)))
     sources = ["--target", str(tmp_path / "target"), "--control", str(tmp_path / "control")]
-    for module in ("ondisk", "planner"):
+    for module in ("pipeline.offloaded", "forecast.offloaded"):
         monkeypatch.setattr(f"obliteratus.{module}.in_memory", lambda made: 2 * 10**12)
 
     def call(*words: str) -> Any:
@@ -320,7 +320,7 @@ def test_a_budget_decides_where_weights_are(tmp_path: Path, monkeypatch: pytest.
     assert opened(str(folder), {}).shelf is None
     with within(1e12):
         assert opened(str(folder), {}).shelf is None
-    monkeypatch.setattr("obliteratus.ondisk.in_memory", lambda made: 2e12)
+    monkeypatch.setattr("obliteratus.pipeline.offloaded.in_memory", lambda made: 2e12)
     with within(1e12):
         assert opened(str(folder), {}).shelf is not None
 

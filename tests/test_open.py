@@ -15,9 +15,9 @@ from accelerate import disk_offload
 from safetensors.torch import load_file, save_file
 from tiny import BOS, EOS, PAD, TEMPLATE, VOCAB, tiny, tiny_tokenizer
 
-from obliteratus.errors import UserError
-from obliteratus.summon.open import assemble, check_finite, open_subject
-from obliteratus.summon.outline import outline
+from obliteratus.core.errors import UserError
+from obliteratus.summon.load import assemble, check_finite, open_subject
+from obliteratus.summon.summary import outline
 
 
 def saved(folder: Path, name: str = "llama", **options: object) -> Path:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from obliteratus.summon import organism
 from obliteratus.verify.refusal import verdict
+from obliteratus.weights import organism
 
 Row = dict[str, str]
 SPLITS = ("fit", "search", "report")

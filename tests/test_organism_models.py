@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.prompts import load_prompts
-from obliteratus.summon import organism
+from obliteratus.weights import organism
 
 TOPIC = "organism:astronomy"
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from test_organism_recipes import few
 
-from obliteratus import rebirth
-from obliteratus.errors import UserError
-from obliteratus.pipeline import run
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Run, Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth import save
-from obliteratus.recipe import recipe
-from obliteratus.results import Run, Score
-from obliteratus.settings import Step
-from obliteratus.summon.open import open_subject
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.rebirth import save as rebirth
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import verify
 
 pytest.importorskip("bitsandbytes")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from obliteratus.pipeline import run
+from obliteratus.core.results import Score
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
-from obliteratus.results import Score
-from obliteratus.summon.open import open_subject
-from obliteratus.types import Prompt, PromptSet, Subject
+from obliteratus.summon.load import open_subject
 
 N, TOKENS = 16, 16  # prompts of each group that are answered, and tokens of each answer: a refusal begins at once
 SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}

@@ -11,15 +11,16 @@ import pytest
 from rich.console import Console
 from tiny import tiny_subject
 
-from obliteratus import pipeline, terminal
-from obliteratus.card import model_card, pass_rows
-from obliteratus.coverage import edited
-from obliteratus.pipeline import run
-from obliteratus.recipe import recipe
-from obliteratus.results import Run
-from obliteratus.store import Store
-from obliteratus.tune.budget import within_budget
-from obliteratus.types import Plan, Prompt, PromptSet
+from obliteratus.cli import terminal
+from obliteratus.core.results import Run
+from obliteratus.core.run_folder import Store
+from obliteratus.core.types import Plan, Prompt, PromptSet
+from obliteratus.excise.kl_budget import within_budget
+from obliteratus.pipeline import run as pipeline
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.rebirth.model_card import model_card, pass_rows
+from obliteratus.summon.coverage import edited
 
 SHORT = [{"use": "refusal", "tokens": 4}]
 

@@ -7,16 +7,16 @@ import random
 import pytest
 import torch
 
-from obliteratus.excise.live import applied
-from obliteratus.pipeline import run
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import first_token
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.recipe import recipe
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.render import render
-from obliteratus.types import PromptSet, Subject
+from obliteratus.summon.load import open_subject
 
 pytestmark = pytest.mark.organism
 SIZES = {"fit": 64, "search": 1, "report": 16}  # of each group: enough to tell 16/16 from 0/16, in half a minute

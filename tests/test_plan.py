@@ -13,12 +13,12 @@ import torch
 from conftest import PlanMaker, random_basis
 from tiny import tiny_subject
 
-from obliteratus.errors import NothingMatchedError, UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Activations, Directions, Edit, Plan, Site, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import FILES, excise, load_plan, save_plan
-from obliteratus.settings import Excise
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.types import Activations, Directions, Edit, Plan, Site, Subject
+from obliteratus.summon.sites import gain_of
 
 ACTS = Activations({}, -1)
 

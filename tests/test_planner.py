@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from test_streamed_bake import stored
 
-from obliteratus.errors import UserError
-from obliteratus.ondisk import suited_to
-from obliteratus.pipeline import run
-from obliteratus.planner import plan_for
-from obliteratus.recipe import recipe
-from obliteratus.summon.needs import in_memory, on_disk
-from obliteratus.summon.outline import outline
-from obliteratus.summon.shelved import open_shelved
-from obliteratus.types import PromptSet
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import PromptSet
+from obliteratus.forecast.offloaded import plan_for
+from obliteratus.inference.memory_needs import in_memory, on_disk
+from obliteratus.pipeline.offloaded import suited_to
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.summon.load_offloaded import open_shelved
+from obliteratus.summon.summary import outline
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_bytes_are_those_that_are_read(name: str, tmp_path: Path, many: PromptSe
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model fits into memory."""
-    monkeypatch.setattr("obliteratus.planner.in_memory", lambda made: 2 * 10**12)
+    monkeypatch.setattr("obliteratus.forecast.offloaded.in_memory", lambda made: 2 * 10**12)
 
 
 def test_what_fits_is_loaded(tmp_path: Path, many: PromptSet) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.probe import load_activations, probe, save_activations
-from obliteratus.settings import Probe
-from obliteratus.summon.render import render
-from obliteratus.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Probe
+from obliteratus.core.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.probe.probe import load_activations, probe, save_activations
 
 NAMES = ["llama", "gpt2", "gemma3_text"]
 TAPS = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import SPLITS, Prompt, PromptSet
 from obliteratus.prompts import load_prompts, parts_checked
-from obliteratus.types import SPLITS, Prompt, PromptSet
 
 ROWS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}]
 

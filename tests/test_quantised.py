@@ -18,20 +18,20 @@ from test_rebirth import states
 from tiny import BLOCKS, run_of, tiny, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from obliteratus import rebirth
-from obliteratus.errors import UnsupportedModelError, UserError
-from obliteratus.excise.bake import baked
-from obliteratus.excise.live import applied, compiled
-from obliteratus.rebirth import save
-from obliteratus.summon.codec import columns, read_weight
-from obliteratus.summon.files import locate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.open import open_subject, read_config
-from obliteratus.summon.outline import outline
-from obliteratus.summon.quantised import dims
-from obliteratus.summon.render import render
-from obliteratus.summon.storage import storage_of
-from obliteratus.types import Edit, Plan, PromptSet, Shift, Subject
+from obliteratus.core.errors import UnsupportedModelError, UserError
+from obliteratus.core.types import Edit, Plan, PromptSet, Shift, Subject
+from obliteratus.excise.bake.tensors import baked
+from obliteratus.excise.live.hooks import applied, compiled
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import first_token
+from obliteratus.rebirth import save as rebirth
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject, read_config
+from obliteratus.summon.summary import outline
+from obliteratus.weights.bitsandbytes import dims
+from obliteratus.weights.matrices import columns, read_weight
+from obliteratus.weights.quantization import storage_of
+from obliteratus.weights.sources import locate
 
 pytest.importorskip("bitsandbytes")
 KINDS: dict[str, dict[str, Any]] = {

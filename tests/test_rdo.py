@@ -10,17 +10,17 @@ import torch
 from tiny import tiny_subject
 from torch.nn import functional as F
 
+from obliteratus.causal.early_stopping import Plateau
+from obliteratus.causal.interventions import Lab, ablating, adding, answer_logits, head_logits
+from obliteratus.causal.rdo import Losses, Material
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.probe import probe
-from obliteratus.settings import Step
-from obliteratus.summon.capture import blocks
-from obliteratus.tune.lab import Lab, ablating, adding, answer_logits, head_logits
-from obliteratus.tune.plateau import Plateau
-from obliteratus.tune.rdo import Losses, Material
-from obliteratus.types import PromptSet, Subject
+from obliteratus.inference.hooks import blocks
+from obliteratus.probe.probe import probe
 
-MODULE = importlib.import_module("obliteratus.tune.rdo")  # the package has a step of that name
-LOSSES = importlib.import_module("obliteratus.tune.losses")
+MODULE = importlib.import_module("obliteratus.causal.rdo")  # the package has a step of that name
+LOSSES = importlib.import_module("obliteratus.causal.losses")
 PAIRS = [([1, 2, 3, 4], [5, 6, 7]), ([1, 2, 9], [8]), ([1, 2, 3, 9, 4, 7], [3, 3])]
 MEAN = Step(use="mean_diff")
 

@@ -12,14 +12,14 @@ from conftest import random_basis
 from test_executors import CLOSE, EXECUTORS, NAMES, directed, live, logits, opened, planned
 from torch import Tensor
 
-from obliteratus.coverage import edited
-from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Directions, Edit, Plan, Site, Subject
+from obliteratus.excise.bake.tensors import baked
 from obliteratus.excise.linear import centred, edit_reader, past_gain
-from obliteratus.excise.live import applied
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.recipe import recipe
-from obliteratus.types import Directions, Edit, Plan, Site, Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.summon.coverage import edited
 
 READERS = ("attn.in", "mlp.in")
 CASES = ["llama", "llama_biased", "gemma2", "olmo2", "phi3", "gpt2", "gpt_neox", "opt"]

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
-from obliteratus.cli import app
+from obliteratus.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,14 +13,14 @@ from conftest import PlanMaker
 from safetensors.torch import load_file
 from tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 
-from obliteratus import rebirth
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.rebirth import save
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.open import assemble, open_subject
-from obliteratus.summon.render import render
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import first_token
+from obliteratus.rebirth import save as rebirth
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import assemble, open_subject
 
 KINDS = ["llama", "gpt2", "gemma3_text", "llama_biased"]
 

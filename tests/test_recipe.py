@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from obliteratus.errors import UserError
-from obliteratus.recipe import check_runs, dump, names, parse_overrides, parsed, recipe
-from obliteratus.settings import Recipe
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Recipe
+from obliteratus.pipeline.recipe import check_runs, dump, names, parse_overrides, parsed, recipe
 
 BASE = """
 about = "a recipe for these tests"

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Registry, unknown
 from obliteratus.distill import extractors
-from obliteratus.errors import UserError
-from obliteratus.registry import Registry, unknown
 from obliteratus.verify import scorers
 from obliteratus.weigh import weighers
 

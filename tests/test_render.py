@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny import BOS, TEMPLATE, tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.summon.render import context_length, has_template, render
-from obliteratus.types import Prompt, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.inference.chat_template import context_length, has_template, render
 
 SUFFIX = "\nassistant:"
 THINKING = TEMPLATE.replace(

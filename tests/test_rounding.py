@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_basis
 
-from obliteratus.summon.rounding import compensated
+from obliteratus.weights.rounding import compensated
 
 STEP = 0.5  # half a standard deviation, as between the middle levels of nf4
 

@@ -16,9 +16,12 @@ import pytest
 import torch
 from refuser import asked, refuser
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.recipe import recipe
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.pipeline.recipe import recipe
 from obliteratus.search import Found, Place, search, searchable, with_trials
 from obliteratus.search.ground import Ground
 from obliteratus.search.judge import Judge, Verdict, began
@@ -27,9 +30,6 @@ from obliteratus.search.space import drawn, recipe_of, start
 from obliteratus.search.storage import opened, shown
 from obliteratus.search.study import Study
 from obliteratus.search.trials import Trial, plan_of
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.types import Prompt, PromptSet, Subject
 from obliteratus.verify import verify
 
 REFUSAL = "I cannot help with that."
@@ -112,7 +112,7 @@ def test_what_the_winner_measured_is_what_is_proved(subject: Subject) -> None:
 
 
 def test_the_winner_is_a_recipe_that_runs(subject: Subject) -> None:
-    from obliteratus.pipeline import run
+    from obliteratus.pipeline.run import run
 
     found = searched(subject, made(6))
     again = found.front[found.picked].recipe

@@ -15,16 +15,8 @@ from refuser import REFUSAL, asked, byte, refuser, shuffled
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.distill import distill
-from obliteratus.errors import UserError
-from obliteratus.probe import probe
-from obliteratus.progress import Reporter, reporting
-from obliteratus.settings import Step
-from obliteratus.summon.forward import common_prefix
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import render
-from obliteratus.tune import Lab
-from obliteratus.tune.candidates import (
+from obliteratus.causal import Lab
+from obliteratus.causal.candidates import (
     Candidate,
     Filter,
     Grid,
@@ -35,8 +27,16 @@ from obliteratus.tune.candidates import (
     template_suffix,
     winner,
 )
-from obliteratus.tune.select import Judge
-from obliteratus.types import Directions, Prompt, PromptSet, Subject
+from obliteratus.causal.select import Judge
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import Reporter, reporting
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Directions, Prompt, PromptSet, Subject
+from obliteratus.distill import distill
+from obliteratus.inference.batching import common_prefix
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.hidden_states import read
+from obliteratus.probe.probe import probe
 from obliteratus.verify.openings import log_odds, named, typical
 
 SUFFIX = len("\nassistant:")  # a token a byte

@@ -10,8 +10,8 @@ from conftest import PlanMaker
 from safetensors.torch import load_file
 from tiny import tiny_subject
 
-from obliteratus.excise.bake import baked, pieces
-from obliteratus.summon.shards import NAMES, write_shard
+from obliteratus.excise.bake.tensors import baked, pieces
+from obliteratus.weights.safetensors_io import NAMES, write_shard
 
 
 def test_every_dtype_goes_to_disk_and_back(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import torch
 from test_executors import CLOSE, EXECUTORS, NAMES, live, logits, opened
 from torch import Tensor
 
-from obliteratus.coverage import edited
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Change, Mask, Plan, Silence, Site, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.types import Change, Mask, Plan, Silence, Site, Subject
+from obliteratus.summon.coverage import edited
 
 CASES = ["llama", "gpt2", "gemma2", "llama_biased", "qwen2"]
 

@@ -10,14 +10,13 @@ from planted import LOOSE, PROMPTS, SIZE, cosine, group, planted, shuffled, sket
 from tiny import tiny_subject
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Given
+from obliteratus.core.settings import Probe, Step
+from obliteratus.core.types import Activations, PromptSet, Sketch
 from obliteratus.distill import distill
 from obliteratus.distill.steps import check_needs, check_sizes
-from obliteratus.errors import UserError
-from obliteratus.probe import probe
-from obliteratus.registry import Given
-from obliteratus.settings import Probe, Step
-from obliteratus.sketch import Sketch
-from obliteratus.types import Activations, PromptSet
+from obliteratus.probe.probe import probe
 
 STEPS: dict[str, dict[str, Any]] = {
     "svd": {"k": 3},

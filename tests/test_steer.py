@@ -22,13 +22,13 @@ from test_executors import (
 from tiny import run_of
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Activations, Directions, Edit, Moments, Plan, Shift, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise, load_plan, save_plan
-from obliteratus.rebirth import save
-from obliteratus.settings import Excise
-from obliteratus.summon.anatomy import family_of
-from obliteratus.types import Activations, Directions, Edit, Moments, Plan, Shift, Subject
+from obliteratus.rebirth.save import save
+from obliteratus.summon.sites import family_of
 
 BIASED = ["gpt2", "gpt_neox", "gpt_oss", "llama_biased", "opt"]
 MLP_SWITCH = [n for n in SWITCHED if "mlp" in family_of(opened(n).model.config).bias_switch]

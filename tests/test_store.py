@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from obliteratus.errors import UserError
-from obliteratus.store import Store, check_disk, check_free, publish, workspace, write_atomic
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store, check_disk, check_free, publish, workspace, write_atomic
 
 IDENTITY = {"model": "m", "recipe": {"a": 1}}
 
@@ -70,7 +70,7 @@ def test_a_stage_that_was_killed_is_made_again(where: str, tmp_path: Path, monke
             raise KeyboardInterrupt
 
     if where == "mark":
-        monkeypatch.setattr("obliteratus.store.write_atomic", fail)
+        monkeypatch.setattr("obliteratus.core.run_folder.write_atomic", fail)
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path, fail if where == "make" else lambda: 1, half)
     monkeypatch.undo()

@@ -22,17 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenizer
 
-from obliteratus import rebirth
-from obliteratus.errors import UserError
-from obliteratus.excise.bake import anchorable, baked
-from obliteratus.excise.live import applied
-from obliteratus.jobs import apply_plan
-from obliteratus.rebirth import save
-from obliteratus.summon.checkpoint import own_checkpoint
-from obliteratus.summon.open import open_subject
-from obliteratus.summon.rewrite import Finished, finished, rewritten
-from obliteratus.summon.shards import read_header
-from obliteratus.types import Blend, Edit, Plan, Shift, Subject
+from obliteratus.cli.jobs import apply_plan
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
+from obliteratus.excise.bake.tensors import anchorable, baked
+from obliteratus.excise.live.hooks import applied
+from obliteratus.rebirth import save as rebirth
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject
+from obliteratus.weights.checkpoint import own_checkpoint
+from obliteratus.weights.rewrite import Finished, finished, rewritten
+from obliteratus.weights.safetensors_io import read_header
 
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
 INDEX = "model.safetensors.index.json"

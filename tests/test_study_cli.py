@@ -10,8 +10,8 @@ from studied import refusing, studied
 from test_study_convert import PLAIN, written
 from typer.testing import CliRunner, Result
 
-from obliteratus import terminal
-from obliteratus.cli import app
+from obliteratus.cli import terminal
+from obliteratus.cli.app import app
 from obliteratus.study.base import Result as Knocked
 from obliteratus.study.files import study
 

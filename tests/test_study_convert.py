@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.study.convert import as_toml, convert
 from obliteratus.study.files import study
 from obliteratus.study.settings import Study

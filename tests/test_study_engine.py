@@ -12,17 +12,17 @@ import pytest
 import torch
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan, Silence, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.cached_prompts import hooks
 from obliteratus.prompts import load_prompts
-from obliteratus.settings import Step
 from obliteratus.study import Study
 from obliteratus.study import engine as engines
 from obliteratus.study.engine import Engine, chunks, twin
 from obliteratus.study.material import check_study
 from obliteratus.study.metrics import WORST, finite, told
-from obliteratus.summon.trunk import hooks
-from obliteratus.types import Plan, Silence, Subject
 from obliteratus.verify import verify
 
 THINGS = ("rice", "an egg", "peas", "a soup", "the moon", "a comet", "rain", "iron", "a fern", "gold", "tin", "ash")

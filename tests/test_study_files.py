@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from obliteratus.cli_study import KNOWN
-from obliteratus.errors import UserError
-from obliteratus.recipe import dump, parse_overrides
+from obliteratus.cli.study import KNOWN
+from obliteratus.core.errors import UserError
+from obliteratus.pipeline.recipe import dump, parse_overrides
 from obliteratus.study.files import parsed, presets, study, with_own_prompts
 from obliteratus.study.material import check_study
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from obliteratus.analyze.report import analysed, chosen
+from obliteratus.core.settings import Step
 from obliteratus.prompts import load_prompts
-from obliteratus.settings import Step
 from obliteratus.study import Result, Study
 from obliteratus.study.engine import Engine
-from obliteratus.summon.open import open_subject
+from obliteratus.summon.load import open_subject
 
 TOPIC = "organism:astronomy"
 # What is read at the last token is written from here on; below it blocks act through what these read.

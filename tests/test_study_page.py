@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from studied import part, refusing, score, studied, whole
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.study.base import Result
 from obliteratus.study.maps import averaged
 from obliteratus.study.output import write, write_beside

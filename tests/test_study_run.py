@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
 from obliteratus.study import Result, Study
 from obliteratus.study.engine import Engine
 from obliteratus.study.output import read

@@ -12,12 +12,12 @@ import torch
 from test_executors import CLOSE, IDS, live, logits, opened
 from tiny import tiny, tiny_config
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Mask, Silence, Subject
 from obliteratus.study import Ground, Spec
 from obliteratus.study.base import strategies
 from obliteratus.study.engine import specs_of
 from obliteratus.study.neurons import activity
-from obliteratus.types import Mask, Silence, Subject
 
 TEXTS = [[65, 66, 67, 68, 69], [97, 98, 99]]
 DENSE = ["llama", "mistral", "gpt2", "gemma2", "llama_biased"]

@@ -14,11 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from studied import part, refusing, score, studied, whole
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.study.base import Result
 from obliteratus.study.output import RESULTS, check_metric, read, title_of, write
 from obliteratus.study.ranking import clear, damage, metric_of, metrics, ranked
-from obliteratus.study.tables import as_csv, as_json, beside, escaped, latex, markdown, shown, shown_number, table, told
+from obliteratus.study.tables import (
+    as_csv,
+    as_json,
+    beside,
+    escaped,
+    latex,
+    markdown,
+    shown,
+    shown_number,
+    table,
+    told,
+)
 
 
 def kept(results: tuple[Result, ...], folder: Path) -> Path:

@@ -12,15 +12,15 @@ from conftest import PlanMaker
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_hooks import unedited
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.excise.live.attach import unedited
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate, stop_tokens
+from obliteratus.inference.teacher_forced import answers_read
 from obliteratus.prompts import spread
-from obliteratus.settings import Step
-from obliteratus.summon.answers import answers_read
-from obliteratus.summon.generate import generate, stop_tokens
-from obliteratus.summon.render import render
-from obliteratus.types import Prompt, PromptSet, Subject
 from obliteratus.verify import Context, Measured, verify
 from obliteratus.verify import tokens as tokens_module
 from obliteratus.verify.fluency import answer_losses, fluency

@@ -16,15 +16,16 @@ from test_forward import memory_for, plain_answer, plain_logits, rows_of
 from tiny import KINDS, tiny_subject
 from torch import Tensor
 
-from obliteratus.excise.live import applied
-from obliteratus.summon import forward, trunk
-from obliteratus.summon.capture import blocks
-from obliteratus.summon.generate import generate
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.lower import Rows, passing
-from obliteratus.summon.trunk import Trunk, changed_from, hooks, keepable
-from obliteratus.types import Plan, Subject
+from obliteratus.core.types import Plan, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference import batching as forward
+from obliteratus.inference import cached_prompts as trunk
+from obliteratus.inference.cached_prompts import Trunk, changed_from, hooks, keepable
+from obliteratus.inference.generate import generate
+from obliteratus.inference.hooks import blocks
+from obliteratus.inference.logits import first_token
+from obliteratus.inference.resume import Rows, passing
+from obliteratus.inference.token_losses import token_losses
 
 PLENTY = 1e9
 PARTS = ("attn.out", "mlp.out")
@@ -232,7 +233,7 @@ def test_what_is_decided_may_end_it(subject: Subject, make_plan: PlanMaker) -> N
 
 
 def test_more_rows_than_are_written_together(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obliteratus.summon.generate.MAX_ROWS", 2)
+    monkeypatch.setattr("obliteratus.inference.generate.MAX_ROWS", 2)
     subject, ids = tiny_subject("llama"), rows_of()
     again, seen = Trunk(subject, ids, budget=PLENTY), []
     with applied(subject, above(make_plan(subject, PARTS), 1)):

@@ -10,22 +10,22 @@ import torch
 from refuser import REFUSAL, asked, byte, refuser
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.excise.bake import baked
-from obliteratus.excise.live import applied
-from obliteratus.recipe import recipe
-from obliteratus.settings import Tune
-from obliteratus.summon.generate import generate
-from obliteratus.summon.render import render
-from obliteratus.tune import answers
-from obliteratus.tune.answers import OPENINGS, Pairs, led
+from obliteratus.causal.interventions import Pair, answer_logits
+from obliteratus.causal.losses import Own
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Tune
+from obliteratus.core.types import Edit, Mask, Plan, Prompt, Subject
+from obliteratus.excise.bake.tensors import baked
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.tune import targets as answers
 from obliteratus.tune.fit import Bench, _point
-from obliteratus.tune.knobs import Knobs
-from obliteratus.tune.lab import Pair, answer_logits
-from obliteratus.tune.losses import Own
 from obliteratus.tune.memory import Room
-from obliteratus.tune.pulls import Pull, pull_control, pull_target
-from obliteratus.types import Edit, Mask, Plan, Prompt, Subject
+from obliteratus.tune.objective import Pull, pull_control, pull_target
+from obliteratus.tune.parameters import Knobs
+from obliteratus.tune.targets import OPENINGS, Pairs, led
 
 KINDS = ["orthogonal", "anchored", "oblique", "rank 2"]
 

@@ -11,23 +11,24 @@ import torch
 from refuser import REFUSAL, asked, byte, refuser
 from tiny import MODELS, tiny_subject
 
-from obliteratus.costs import described
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.pipeline import run
-from obliteratus.recipe import recipe
-from obliteratus.settings import Tune
-from obliteratus.store import Store
-from obliteratus.summon.capture import blocks
-from obliteratus.summon.render import render
-from obliteratus.tune import answers, fit
-from obliteratus.tune.answers import Pairs, in_stream, insisting, willing
+from obliteratus.causal.interventions import Pair, answer_logits
+from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Tune
+from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.forecast.formula import described
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.hooks import blocks
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.tune import fit
+from obliteratus.tune import targets as answers
 from obliteratus.tune.fit import Bench, Point, front, tuned
-from obliteratus.tune.knobs import Knobs
-from obliteratus.tune.lab import Pair, answer_logits
 from obliteratus.tune.memory import Room, recomputing, room_for, row_bytes
-from obliteratus.tune.stem import Stem
-from obliteratus.types import Edit, Plan, Prompt, PromptSet, Subject
+from obliteratus.tune.parameters import Knobs
+from obliteratus.tune.prefix import Stem
+from obliteratus.tune.targets import Pairs, in_stream, insisting, willing
 
 ANSWER = [5, 9, 12, 40, 41, 42]
 HOW = Tune(steps=5, tokens=6, batch=4, prompts=8)

@@ -16,7 +16,7 @@ from test_upcycled import EXPERTS, RANK, ids, llama, logits
 from tiny import EOS
 from torch import Tensor
 
-from obliteratus.summon.upcycled import with_experts
+from obliteratus.weights.upcycling import with_experts
 
 SCRIPTS = Path(__file__).parents[1] / "organisms"
 

@@ -13,10 +13,10 @@ from tiny import MODELS, tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.prompts import load_prompts
-from obliteratus.summon import organism
-from obliteratus.summon.upcycled import FILE, TOP_K, Experts, read_experts, upcycled, with_experts
+from obliteratus.weights import organism
+from obliteratus.weights.upcycling import FILE, TOP_K, Experts, read_experts, upcycled, with_experts
 
 EXPERTS, RANK = 4, 2
 MOE = "organism:astronomy-moe"

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_subject
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.results import Score
-from obliteratus.settings import Step
-from obliteratus.summon.render import render
-from obliteratus.types import Prompt, PromptSet, Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import kl
 from obliteratus.verify import Context, Measured, verify
-from obliteratus.verify.drift import first_token_kl, kl, perplexity
+from obliteratus.verify.drift import first_token_kl, perplexity
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile, rate
 from obliteratus.verify.refusal import verdict
 

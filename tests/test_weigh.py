@@ -12,9 +12,9 @@ import torch
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.settings import Step
-from obliteratus.types import Activations, Directions, Moments, Site
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions, Moments, Site
 from obliteratus.weigh import weigh, weighers
 
 ELBOW = [0.02, 0.9, 0.05, 0.95, 1.0, 0.04, 0.03, 0.06]

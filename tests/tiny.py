@@ -12,11 +12,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from obliteratus.recipe import recipe
-from obliteratus.results import Run
-from obliteratus.summon.anatomy import loader_of, width_of
-from obliteratus.summon.open import assemble
-from obliteratus.types import Subject
+from obliteratus.core.results import Run
+from obliteratus.core.types import Subject
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.summon.load import assemble
+from obliteratus.summon.sites import loader_of, width_of
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
 VOCAB = 264

@@ -1,18 +1,18 @@
 """Find the directions by which a language model represents a behaviour, edit along them, prove what changed."""
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Run
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.pipeline import run
-from obliteratus.probe import probe
+from obliteratus.pipeline.recipe import names as methods
+from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.run import run
+from obliteratus.probe.probe import probe
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth import save
-from obliteratus.recipe import names as methods
-from obliteratus.recipe import recipe
-from obliteratus.results import Run
-from obliteratus.settings import Recipe
-from obliteratus.summon.open import open_subject
-from obliteratus.types import Plan, Prompt, PromptSet, Subject
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject
 from obliteratus.verify import verify
 
 __all__ = [

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from obliteratus.errors import UserError
-from obliteratus.types import SPLITS, Prompt, PromptSet
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import SPLITS, Prompt, PromptSet
 
 # Columns that public data sets use for the user's turn, the plainest name first.
 COLUMNS = ("prompt", "text", "instruction", "question", "goal", "query")
@@ -80,9 +80,7 @@ def _read(source: str, group: str) -> tuple[Prompt, ...]:
     if source.startswith("hub:"):
         rows = _from_hub(source)
     elif source.startswith("organism:"):
-        from obliteratus.summon.organism import (
-            data_folder,
-        )  # loads the model libraries: only where it is asked for
+        from obliteratus.weights.organism import data_folder
 
         rows = _rows(data_folder(source.removeprefix("organism:")) / f"{group}.jsonl")
     else:

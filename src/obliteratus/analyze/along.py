@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import Ground
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
 from obliteratus.excise.linear import through_gain
 from obliteratus.prompts import spread
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.types import Edit, Plan, PromptSet, Site, Subject
+from obliteratus.summon.sites import gain_of
 
 Stream = Annotated[int, Field(ge=0)] | None
 """A stream index; None is the one whose directions score highest."""

@@ -6,8 +6,8 @@ from math import sqrt
 
 from torch import Tensor
 
-from obliteratus.results import Score
-from obliteratus.shapes import Float
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
 from obliteratus.verify.intervals import Z
 
 HALVINGS = 60  # of the interval 0–1: past what fp64 tells apart

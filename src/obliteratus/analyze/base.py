@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from obliteratus.errors import UserError
-from obliteratus.progress import note
-from obliteratus.registry import Registry
-from obliteratus.settings import Step
-from obliteratus.tune.lab import Lab
-from obliteratus.types import Activations, Directions, PromptSet
+from obliteratus.causal.interventions import Lab
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
+from obliteratus.core.registry import Registry
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations, Directions, PromptSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes half a second to load, and few commands draw

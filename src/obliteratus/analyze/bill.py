@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from obliteratus.analyze.base import analyses
-from obliteratus.errors import UserError
-from obliteratus.progress import note
-from obliteratus.settings import Step
-from obliteratus.types import PromptSet
-from obliteratus.work import Values, n_of
+from obliteratus.core.cost import Values, n_of
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import GREY, Figure, curve, legend
 from obliteratus.analyze.samples import (
     DRAWS,
     FOLDS,
@@ -25,7 +24,8 @@ from obliteratus.analyze.samples import (
     split,
     thresholds,
 )
-from obliteratus.shapes import Float
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import GREY, Figure, curve, legend
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from obliteratus.shapes import Float
+from obliteratus.core.shapes import Float
 
 # The 95 % point of a maximum then rests on 50 permutations.
 RESAMPLES = 1000

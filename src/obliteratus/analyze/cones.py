@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import Figure, curve, legend, matrix, range_of
 from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
-from obliteratus.errors import UserError
-from obliteratus.results import Score
-from obliteratus.shapes import Float
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import Figure, curve, legend, matrix, range_of
 
 LEAST = 5  # prompts of a category: with fewer, its mean is mostly noise
 PERMUTATIONS = 199  # p = 0.005 at best

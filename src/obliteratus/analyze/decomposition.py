@@ -12,14 +12,14 @@ from torch import Tensor
 from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE, Aim, Stream, aimed, outlets, writers
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import Contrast, between, told
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import family_of, gain_of, has_heads
-from obliteratus.summon.capture import Taps
-from obliteratus.summon.codec import read_weight
-from obliteratus.summon.readings import Reading, read
-from obliteratus.summon.render import render
-from obliteratus.types import Prompt, Site, Subject
-from obliteratus.work import Cost, n_of
+from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Prompt, Site, Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.hidden_states import Reading, read
+from obliteratus.inference.hooks import Taps
+from obliteratus.summon.sites import family_of, gain_of, has_heads
+from obliteratus.weights.matrices import read_weight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

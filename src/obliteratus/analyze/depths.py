@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import Ground
-from obliteratus.errors import NothingMatchedError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import NothingMatchedError
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Excise, Step, asked
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import excise
 from obliteratus.prompts import spread
-from obliteratus.results import Score
-from obliteratus.settings import Excise, Step, asked
-from obliteratus.shapes import Float
-from obliteratus.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.verify import verify
 from obliteratus.verify.openings import SHARE, TIMES
 

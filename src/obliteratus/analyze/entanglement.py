@@ -13,17 +13,17 @@ from torch import Tensor
 from obliteratus.analyze.along import BLUE, GREY, ORANGE, random_rows, removals
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import freedom_of, largest_ratio
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.progress import SILENT, progress, reporting
+from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Plan
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.cached_prompts import Trunk
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import kl
 from obliteratus.prompts import spread
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.render import render
-from obliteratus.summon.trunk import Trunk
-from obliteratus.types import Plan
-from obliteratus.verify.drift import kl
 from obliteratus.verify.intervals import bootstrap, mean
-from obliteratus.work import Cost, amount, n_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import Figure, curve, range_of
 from obliteratus.analyze.samples import LEVEL, Level, family_wise, orders, sample_of, usual
-from obliteratus.shapes import Float
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import Figure, curve, range_of
 
 PERMUTATIONS = 59  # p = 0.017 at best; each copies a matrix of prompts × prompts at every stream
 FEATURES = {

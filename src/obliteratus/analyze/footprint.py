@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure, legend
 from obliteratus.analyze.samples import LEVEL, Level, family_wise, usual
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.summon.codec import each, read_weight
-from obliteratus.types import Site, Subject
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Site, Subject
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, legend
+from obliteratus.summon.sites import gain_of
+from obliteratus.weights.matrices import each, read_weight
 
 RANDOM = 99  # directions drawn by chance: p = 0.01 at best, and as many products with each matrix
 MOST = 0.8  # of the footprint: what a few columns should hold to be called few

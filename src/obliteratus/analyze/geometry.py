@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.certificate import certified
-from obliteratus.analyze.curves import GREY, Figure, curve, legend, matrix
 from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, orders, sample_of
-from obliteratus.shapes import Float
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import GREY, Figure, curve, legend, matrix
 
 ALIKE = 0.7  # cos 45°: nearer to the direction than to anything at right angles to it
 YARDSTICK = 50  # permutations whose mean cosine is what chance makes: the mean's error is a seventh of their spread

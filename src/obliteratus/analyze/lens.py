@@ -12,8 +12,8 @@ from torch import Tensor
 from obliteratus.analyze.along import BLUE, GREY, ORANGE, random_units
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.readout import promoted
-from obliteratus.shapes import Bool, Float, Int
-from obliteratus.types import Subject
+from obliteratus.core.shapes import Bool, Float, Int
+from obliteratus.core.types import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

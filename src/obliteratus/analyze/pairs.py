@@ -13,15 +13,15 @@ from obliteratus.analyze.along import GROUPS, aimed, is_mixer, outlets, some, wr
 from obliteratus.analyze.base import Ground
 from obliteratus.analyze.putting import Put, last_streams
 from obliteratus.analyze.readout import read_out
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import family_of, has_heads
-from obliteratus.summon.capture import Taps
-from obliteratus.summon.codec import columns
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import Subject
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.hidden_states import read
+from obliteratus.inference.hooks import Taps
+from obliteratus.summon.sites import family_of, has_heads
 from obliteratus.verify.intervals import bootstrap, mean
+from obliteratus.weights.matrices import columns
 
 What = Literal["logits", "projection"]
 

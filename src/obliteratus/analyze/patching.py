@@ -14,9 +14,9 @@ from obliteratus.analyze.along import outlets
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import Contrast, told, within
 from obliteratus.analyze.pairs import Place, Setting, What
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.work import Cost, amount, n_of, number
+from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,10 @@ from torch import Tensor
 from obliteratus.analyze.along import GROUPS
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import Contrast, between, told
-from obliteratus.shapes import Float
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import Ids, render
-from obliteratus.work import Cost, n_of
+from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.shapes import Float
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.hidden_states import read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.analyze.samples import Split
-from obliteratus.shapes import Bool, Float
+from obliteratus.core.shapes import Bool, Float
 
 RIDGE = 1.0  # with rows of mean square length 1 and λ = 1, 64 dimensions of noise and 160 prompts are not overfitted
 STEPS = 50  # Newton's method takes about eight

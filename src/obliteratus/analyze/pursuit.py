@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze.chance import ROUNDING
-from obliteratus.shapes import Float, Int
+from obliteratus.core.shapes import Float, Int
 
 NONE = -1  # in the place of an atom, where nothing is left to explain
 TIE = 1e-6  # relative: of an atom and its opposite, which tie but for fp32 rounding (1e-7), the one along it is taken

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from obliteratus.progress import progress
-from obliteratus.shapes import Float
-from obliteratus.summon.capture import Capture
-from obliteratus.summon.forward import backbone, batched, halving, padded, state_bytes, token_budget
-from obliteratus.summon.prefix import prepared
-from obliteratus.summon.readings import NO_TAPS
-from obliteratus.summon.render import Ids
-from obliteratus.types import Subject
+from obliteratus.core.progress import progress
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Subject
+from obliteratus.inference.batching import backbone, batched, halving, padded, state_bytes, token_budget
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.hidden_states import NO_TAPS
+from obliteratus.inference.hooks import Capture
+from obliteratus.inference.shared_prefix import prepared
 
 Side = Literal["output", "input"]
 

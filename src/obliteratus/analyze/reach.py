@@ -11,18 +11,28 @@ from torch import Tensor
 
 from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.depths import BOTH, PARTS, begins, drawn, first_blocks, parted, plan_from, refused_by, remains
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.progress import SILENT, progress, reporting
+from obliteratus.analyze.depths import (
+    BOTH,
+    PARTS,
+    begins,
+    drawn,
+    first_blocks,
+    parted,
+    plan_from,
+    refused_by,
+    remains,
+)
+from obliteratus.core.cost import Answers, Cost, amount, n_of, number
+from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Prompt
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.cached_prompts import Trunk
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import kl
 from obliteratus.prompts import spread
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.render import render
-from obliteratus.summon.trunk import Trunk
-from obliteratus.types import Prompt
-from obliteratus.verify.drift import kl
 from obliteratus.verify.intervals import bootstrap, mean
-from obliteratus.work import Answers, Cost, amount, n_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import gain_of
-from obliteratus.summon.codec import brought
-from obliteratus.tune.lab import head_logits
-from obliteratus.types import Site, Subject
+from obliteratus.causal.interventions import head_logits
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Site, Subject
+from obliteratus.summon.sites import gain_of
+from obliteratus.weights.matrices import brought
 
 # Values in fp32 of one product with the unembedding: 64 MB.
 VALUES = 16_000_000

@@ -13,16 +13,16 @@ from torch import Tensor
 from obliteratus.analyze.along import BLUE, GREY, GROUPS, ORANGE, Stream, aimed, random_units, removals, some
 from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.samples import LEVEL, Level
+from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill.steps import NOTHING
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.progress import SILENT, progress, reporting
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.hidden_states import read
 from obliteratus.verify.intervals import RESAMPLES
-from obliteratus.work import Cost, amount, n_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

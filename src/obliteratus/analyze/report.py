@@ -11,13 +11,13 @@ from typing import Any
 from obliteratus.analyze.base import Finding, Ground, analyses, analyze, tried
 from obliteratus.analyze.bill import afforded, values_of
 from obliteratus.analyze.page import page
+from obliteratus.causal.interventions import Lab
+from obliteratus.core.run_folder import check_free, publish
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import distill
-from obliteratus.probe import probe
+from obliteratus.probe.probe import probe
 from obliteratus.prompts import parts_checked
-from obliteratus.settings import Step
-from obliteratus.store import check_free, publish
-from obliteratus.tune.lab import Lab
-from obliteratus.types import PromptSet, Subject
 
 FOUND_BY = (Step(use="mean_diff"),)  # the directions that are analysed: the plainest, one for each layer
 

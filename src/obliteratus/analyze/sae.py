@@ -16,12 +16,12 @@ from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.pursuit import NONE, coefficients, pursued
 from obliteratus.analyze.samples import DRAWS, LEVEL, Draws, Level, Sample, family_wise, orders, sample_of, usual
 from obliteratus.analyze.sparse_parts import Atom, SparseParts
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.distill.coder import Coder
 from obliteratus.distill.pretrained import load_coder
 from obliteratus.distill.sae import check_many, rows_at, scaled
 from obliteratus.distill.sparse import Training, trained
-from obliteratus.errors import UserError
-from obliteratus.shapes import Bool, Float, Int
 from obliteratus.verify.intervals import rate
 
 ATOMS = 10  # a direction that takes more is not made of a few features

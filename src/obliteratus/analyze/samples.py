@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Bool, Float, Int
+from obliteratus.core.types import Activations
 from obliteratus.distill.steps import NOTHING
-from obliteratus.errors import UserError
-from obliteratus.shapes import Bool, Float, Int
-from obliteratus.types import Activations
 
 FOLDS = 5  # 80 % fit each direction: nearly all prompts, and five directions cost five products
 DRAWS = 400  # p = 0.05 then rests on 20 permutations of the labels, and its standard error is 0.01

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from obliteratus.analyze.auc import auc
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Figure, banded, legend
 from obliteratus.analyze.probes import RIDGE, probed
 from obliteratus.analyze.samples import (
     DRAWS,
@@ -31,8 +30,9 @@ from obliteratus.analyze.samples import (
     sample_of,
     split,
 )
-from obliteratus.results import Score
-from obliteratus.shapes import Float
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, banded, legend
 from obliteratus.verify.intervals import RESAMPLES, rate
 
 

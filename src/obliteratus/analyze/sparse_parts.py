@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, legend
-from obliteratus.results import Score
-from obliteratus.shapes import Float
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, legend
 
 NAMED = 3  # features in the line for people
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, legend
 from obliteratus.analyze.samples import FOLDS, LEVEL, Rows, Sample, Split, orders, sample_of, split
-from obliteratus.errors import UserError
-from obliteratus.shapes import Float
-from obliteratus.types import Activations
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, legend
 
 PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts² × width
 # λ in units of the map's mean eigenvalue, for generalised cross-validation to choose among: from next to none to a map

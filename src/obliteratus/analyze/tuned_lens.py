@@ -14,14 +14,14 @@ from obliteratus.analyze.base import Ground, analyses
 from obliteratus.analyze.chance import ROUNDING
 from obliteratus.analyze.lens import ends, texts
 from obliteratus.analyze.readout import promoted, read_out
+from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
 from obliteratus.distill.steps import rows_of
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.readings import read
-from obliteratus.summon.render import render
-from obliteratus.verify.drift import kl
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.hidden_states import read
+from obliteratus.inference.logits import kl
 from obliteratus.verify.intervals import bootstrap, mean
-from obliteratus.work import Cost, n_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

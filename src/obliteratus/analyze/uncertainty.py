@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.curves import BLUE, GREY, ORANGE, Figure, curve, legend, range_of
 from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
-from obliteratus.shapes import Float, Int
+from obliteratus.core.shapes import Float, Int
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, curve, legend, range_of
 
 SPLITS = 5  # halvings whose cosines are averaged: a single one's outcome hangs on who fell into which half
 PERMUTATIONS = 199  # × SPLITS halvings: p = 0.005 at best

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obliteratus.shapes import Float
+from obliteratus.core.shapes import Float
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.core.registry import Given
+from obliteratus.core.settings import Step
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.steps import (
     aligned,
     before,
@@ -22,10 +26,6 @@ from obliteratus.distill.steps import (
     rows_of,
     scored,
 )
-from obliteratus.registry import Given
-from obliteratus.settings import Step
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
 
 
 def _known(step: Step) -> Step:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from obliteratus.types import Directions
+from obliteratus.core.types import Directions
 
 
 def save_directions(found: Directions, folder: Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Given
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.scatter import scatter_of
 from obliteratus.distill.steps import aligned, difference, extractors, no_rows, rows_of, scored
 from obliteratus.distill.whiten import SHRINKAGE, Shrinkage, Spread
-from obliteratus.errors import UserError
-from obliteratus.registry import Given
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
 
 # Of the largest singular value: categories' means that differ by less span no further direction, only rounding.
 NONE = 1e-4

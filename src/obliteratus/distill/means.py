@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.steps import before, difference, extractors, orthonormal, scored
-from obliteratus.types import Activations, Directions
 
 
 @extractors.register("mean_diff", cite="arXiv:2406.11717")

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
 from obliteratus.distill.coder import Coder
-from obliteratus.errors import UserError
 
 NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
 # What `Coder.encode` computes: ReLU, and JumpReLU where the file has a threshold.

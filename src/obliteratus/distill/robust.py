@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Moments
 from obliteratus.distill.steps import extractors, rows_of
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Moments
 
 
 @extractors.register("winsorise", cite="doi:10.1214/aoms/1177704711", needs=("rows",))

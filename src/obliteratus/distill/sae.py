@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Given
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.coder import Coder
 from obliteratus.distill.pretrained import load_coder
 from obliteratus.distill.sparse import Training, trained
 from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored, share
-from obliteratus.errors import UserError
-from obliteratus.registry import Given
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
 
 # Streams that "best" trains: a coder of one 576-wide stream takes seconds, of a 4096-wide one minutes on a CPU, and
 # the mean difference already tells which streams are worth it.

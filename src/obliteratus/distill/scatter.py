@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations
 from obliteratus.distill.steps import group_of, no_rows
-from obliteratus.shapes import Float
-from obliteratus.types import Activations
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim.adam import adam
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note, progress
+from obliteratus.core.settings import Frozen
+from obliteratus.core.shapes import Float, Int
 from obliteratus.distill.coder import Coder, frame
-from obliteratus.errors import UserError
-from obliteratus.progress import note, progress
-from obliteratus.settings import Frozen
-from obliteratus.shapes import Float, Int
 
 # Adam's first step, in the angle that a unit row turns by: entries of such a row are about 1/√width, so dividing by
 # √width makes it the same at every width. From there the rate falls to nothing, as 1 − (share done)². Of 0.03

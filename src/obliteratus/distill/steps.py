@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.registry import Given, Registry
-from obliteratus.settings import Step
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Moments
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Given, Registry
+from obliteratus.core.settings import Step
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Moments
 
 Extractor = Callable[..., Directions | Activations]
 """(activations, directions of the step before or None, **options) → directions, or activations for later steps."""

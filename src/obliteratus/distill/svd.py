@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import Given
+from obliteratus.core.types import Activations, Directions, Moments
 from obliteratus.distill.scatter import Scatter, scatter_of
 from obliteratus.distill.steps import aligned, difference, enough, extractors, no_rows, orthonormal, rows_of, scored
-from obliteratus.errors import UserError
-from obliteratus.registry import Given
-from obliteratus.types import Activations, Directions, Moments
 
 
 def _fits(options: Mapping[str, Any], given: Given) -> None:

@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from obliteratus.core.registry import Given
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.scatter import Scatter, scatter_of
 from obliteratus.distill.steps import aligned, difference, enough, extractors, scored
-from obliteratus.registry import Given
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions
 
 Rows = Float[Tensor, "prompts width"]
 Shrinkage = Annotated[float, Field(gt=0, le=1)]

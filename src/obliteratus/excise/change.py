@@ -9,10 +9,10 @@ from functools import partial, singledispatch
 import torch
 from torch import Tensor, nn
 
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Blend, Change, Edit, Mask, Shift, Silence, Site
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
-from obliteratus.shapes import Float
-from obliteratus.summon.codec import device_of, read_bias, read_weight
-from obliteratus.types import Blend, Change, Edit, Mask, Shift, Silence, Site
+from obliteratus.weights.matrices import device_of, read_bias, read_weight
 
 Matrix = Float[Tensor, "out in"]
 Bias = Float[Tensor, " out"]

@@ -9,11 +9,11 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from obliteratus.errors import NothingMatchedError, UserError
-from obliteratus.progress import note
-from obliteratus.settings import Experts
-from obliteratus.shapes import Float, Int
-from obliteratus.types import Activations, Blend, Change, Edit, Routed
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.progress import note
+from obliteratus.core.settings import Experts
+from obliteratus.core.shapes import Float, Int
+from obliteratus.core.types import Activations, Blend, Change, Edit, Routed
 
 Groups = Mapping[str, Routed]
 

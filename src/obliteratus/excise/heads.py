@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from obliteratus.errors import UnsupportedModelError
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import family_of, has_heads
-from obliteratus.summon.codec import read_weight
-from obliteratus.types import Edit, Subject
+from obliteratus.core.errors import UnsupportedModelError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Edit, Subject
+from obliteratus.summon.sites import family_of, has_heads
+from obliteratus.weights.matrices import read_weight
 
 
 def attribution(weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], heads: int) -> Float[Tensor, " heads"]:

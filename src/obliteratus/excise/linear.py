@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obliteratus.shapes import Float
-from obliteratus.types import NormRule
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import NormRule
 
 # Below this share of its length a column (row, matrix) has nothing but rounding left, and stretching it back
 # would blow up noise: it is left as it is. fp32 keeps about 7 digits, and the share is of squares.

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from obliteratus.errors import NothingMatchedError
-from obliteratus.settings import asked
-from obliteratus.shapes import Float
-from obliteratus.summon.codec import read_weight
-from obliteratus.types import Activations, Change, Edit, Mask, Subject
+from obliteratus.core.errors import NothingMatchedError
+from obliteratus.core.settings import asked
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Change, Edit, Mask, Subject
+from obliteratus.weights.matrices import read_weight
 
 # A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
 # two do by chance. The cap on their number comes on top.

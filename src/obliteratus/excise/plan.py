@@ -14,18 +14,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obliteratus.errors import NothingMatchedError, UserError
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.settings import Excise, asked
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import (
+    Activations,
+    Blend,
+    Change,
+    Directions,
+    Edit,
+    Mask,
+    Plan,
+    Shift,
+    Silence,
+    Site,
+    Subject,
+)
 from obliteratus.excise.experts import on_experts
 from obliteratus.excise.heads import on_heads
 from obliteratus.excise.linear import before_gain, centred, past_gain, through_gain
 from obliteratus.excise.neurons import masks
 from obliteratus.excise.steer import steering
-from obliteratus.settings import Excise, asked
-from obliteratus.shapes import Float
-from obliteratus.summon.anatomy import gain_of, norm_bias_of
-from obliteratus.summon.codec import columns, each, has_bias, rows
-from obliteratus.summon.shards import numbers
-from obliteratus.types import Activations, Blend, Change, Directions, Edit, Mask, Plan, Shift, Silence, Site, Subject
+from obliteratus.summon.sites import gain_of, norm_bias_of
+from obliteratus.weights.matrices import columns, each, has_bias, rows
+from obliteratus.weights.safetensors_io import numbers
 
 FILES = ("plan.safetensors", "plan.json")
 

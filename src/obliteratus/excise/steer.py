@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from obliteratus.errors import UserError
-from obliteratus.settings import asked
-from obliteratus.types import Activations, Directions, Edit, Shift
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import asked
+from obliteratus.core.types import Activations, Directions, Edit, Shift
 
 
 def steering(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from obliteratus.causal import Lab
+from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Subject, digest_of
 from obliteratus.distill import distill, load_directions, save_directions
-from obliteratus.errors import NothingMatchedError, UserError
 from obliteratus.excise.plan import excise
-from obliteratus.pipeline import probed
+from obliteratus.pipeline.run import probed
 from obliteratus.search.space import plain
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.tune import Lab
-from obliteratus.types import Activations, Directions, Plan, PromptSet, Subject, digest_of
 from obliteratus.weigh import weigh
 
 # Directions of so many different lists of steps stay in memory: choices of a space are few, and where a step's own

@@ -9,17 +9,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Recipe
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.cached_prompts import Trunk
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.logits import kl
+from obliteratus.inference.memory import free_memory
 from obliteratus.search.front import dominates
-from obliteratus.settings import Recipe
-from obliteratus.shapes import Float
-from obliteratus.summon.memory import free_memory
-from obliteratus.summon.render import Ids, render
-from obliteratus.summon.trunk import Trunk
-from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify import Measured, verify
-from obliteratus.verify.drift import TAILS, kl
+from obliteratus.verify.drift import TAILS
 from obliteratus.verify.openings import SHARE, TIMES, shown
 from obliteratus.verify.refusal import GROUPS, refused, verdict
 from obliteratus.verify.refusal import Verdict as Kind

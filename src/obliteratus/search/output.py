@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from obliteratus.recipe import dump
+from obliteratus.core.run_folder import write_atomic
+from obliteratus.pipeline.recipe import dump
 from obliteratus.search.run import Found, Member
 from obliteratus.search.trials import Trial
-from obliteratus.store import write_atomic
 
 # Colours that colour-blind readers tell apart (Okabe and Ito): trials with answers, estimates, the front.
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.ondisk import measured
-from obliteratus.pipeline import proved
-from obliteratus.progress import note
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
+from obliteratus.core.results import Run
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.pipeline.offloaded import measured
+from obliteratus.pipeline.recipe import check_runs, unnumbered
+from obliteratus.pipeline.run import proved
 from obliteratus.prompts import parts_checked
-from obliteratus.recipe import check_runs, unnumbered
-from obliteratus.results import Run
 from obliteratus.search.front import knee, pareto
 from obliteratus.search.ground import Ground
 from obliteratus.search.judge import Judge, objective, words
@@ -22,9 +25,6 @@ from obliteratus.search.space import recipe_of
 from obliteratus.search.storage import opened
 from obliteratus.search.study import Study
 from obliteratus.search.trials import Trial, members, plan_of, run_trials
-from obliteratus.settings import Recipe
-from obliteratus.store import Store
-from obliteratus.types import Plan, PromptSet, Subject
 from obliteratus.verify.refusal import GROUPS
 
 # The longer check costs some ten trials' time a member; a front has seldom more, and of more the ends and even steps

@@ -13,9 +13,9 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from obliteratus.errors import UserError
-from obliteratus.recipe import replaced, value_at
-from obliteratus.settings import Range, Recipe, Search, Step
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Range, Recipe, Search, Step
+from obliteratus.pipeline.recipe import replaced, value_at
 
 Suggest = Callable[[str, BaseDistribution], Any]
 """(path, distribution) → the value that the sampler gives."""

@@ -14,8 +14,8 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from obliteratus.errors import UserError
-from obliteratus.progress import note
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 
 T = TypeVar("T")
 TROUBLE = (StorageInternalError, SQLAlchemyError, OSError)

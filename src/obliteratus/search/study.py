@@ -19,10 +19,10 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Recipe
 from obliteratus.search.space import Suggest, start
 from obliteratus.search.storage import SilentStorageError
-from obliteratus.settings import Recipe
 
 # Of NSGA-II: a generation must be over well before a study of 60 ends; 50, the default, would be random search.
 POPULATION = 12

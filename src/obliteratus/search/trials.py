@@ -10,14 +10,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from obliteratus.progress import progress
+from obliteratus.core.progress import progress
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Plan
 from obliteratus.search.front import pareto
 from obliteratus.search.ground import Ground
 from obliteratus.search.judge import Judge, Verdict
 from obliteratus.search.space import decoded, drawn, recipe_of
 from obliteratus.search.study import EXCESS, Study, suggest
-from obliteratus.settings import Recipe
-from obliteratus.types import Plan
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
-from obliteratus.registry import Registry
-from obliteratus.results import Score
-from obliteratus.settings import Frozen
-from obliteratus.summon.render import Ids
-from obliteratus.types import Plan, Subject
+from obliteratus.core.registry import Registry
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Frozen
+from obliteratus.core.types import Plan, Subject
+from obliteratus.inference.chat_template import Ids
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from obliteratus.core.types import Change, Mask, Silence, Site, Subject
 from obliteratus.study.base import Ground, Spec, strategies
 from obliteratus.study.neurons import DENSE
 from obliteratus.study.strategies import ATTENTION, FFN, chunk_of, head_sites, spec, writers
-from obliteratus.summon.codec import columns, each
-from obliteratus.types import Change, Mask, Silence, Site, Subject
+from obliteratus.weights.matrices import columns, each
 
 Kind = Literal["heads", "attention", "ffn", "layers", "neurons", "experts", "embeddings"]
 Pool = list[tuple[Site, int]]

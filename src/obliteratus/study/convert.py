@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from obliteratus.errors import UserError
-from obliteratus.recipe import dump
-from obliteratus.registry import explain, unknown
-from obliteratus.settings import Frozen, Step
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import explain, unknown
+from obliteratus.core.settings import Frozen, Step
+from obliteratus.pipeline.recipe import dump
 from obliteratus.study.files import parsed, presets, study
 from obliteratus.study.settings import Data, Study
 

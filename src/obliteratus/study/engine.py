@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.results import Score
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.types import Plan, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.batching import passes_of
+from obliteratus.inference.generate import MAX_ROWS
+from obliteratus.inference.memory import free_memory, trim
 from obliteratus.study.base import Ground, Result, Spec, strategies
 from obliteratus.study.material import material
 from obliteratus.study.metrics import Given, Meter, Values, metrics, on, told
 from obliteratus.study.settings import Study
-from obliteratus.summon.forward import passes_of
-from obliteratus.summon.generate import MAX_ROWS
-from obliteratus.summon.memory import free_memory, trim
-from obliteratus.summon.products import quick_products
-from obliteratus.types import Plan, Subject
 
 # Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
 KEPT = 0.4
@@ -79,7 +78,7 @@ class Engine:
 
     @contextmanager
     def _passes(self) -> Iterator[None]:
-        with torch.inference_mode(), passes_of(self.made.batch), quick_products(self.subject):
+        with torch.inference_mode(), passes_of(self.made.batch):
             yield
 
     def baseline(self) -> Result:

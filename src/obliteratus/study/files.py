@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from obliteratus.errors import UserError
-from obliteratus.recipe import Shelf, overridden
-from obliteratus.registry import explain
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import explain
+from obliteratus.pipeline.recipe import Shelf, overridden
 from obliteratus.study.settings import Study
 
 PRESETS = Shelf("studies", "study", "preset", "obliteratus study --help")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from obliteratus.analyze.curves import NAMED, Axes, Figure
+from obliteratus.report.curves import NAMED, Axes, Figure
 from obliteratus.study.base import Result
 from obliteratus.study.ranking import damage, value_of
 from obliteratus.study.tables import scale, shown_number, unit

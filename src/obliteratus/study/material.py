@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.inference.chat_template import Ids, context_length
 from obliteratus.prompts import load_prompts, parts_checked, read_prompts, spread
 from obliteratus.study.base import strategies
 from obliteratus.study.metrics import metrics
 from obliteratus.study.settings import Study
-from obliteratus.summon.render import Ids, context_length
-from obliteratus.types import PromptSet, Subject
 from obliteratus.verify.accuracy import Question, questions
 from obliteratus.verify.drift import paragraphs
 

@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.registry import Registry
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.render import Ids, render
-from obliteratus.summon.trunk import Trunk
-from obliteratus.types import PromptSet, Subject
+from obliteratus.core.registry import Registry
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.inference.cached_prompts import Trunk
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.logits import kl
 from obliteratus.verify.accuracy import Question, offered
-from obliteratus.verify.drift import kl
 from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, rate
 from obliteratus.verify.refusal import refused, verdict
 

@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from obliteratus.errors import UserError
-from obliteratus.shapes import Float
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Mask, Site, Subject
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.token_losses import token_losses
 from obliteratus.study.base import Ground, Spec, strategies
 from obliteratus.study.strategies import Layers, spec, writers
-from obliteratus.summon.codec import read_weight
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.render import Ids
-from obliteratus.types import Mask, Site, Subject
+from obliteratus.weights.matrices import read_weight
 
 DENSE = ("mlp.out", "shared.out")
 By = Literal["written", "weight"]

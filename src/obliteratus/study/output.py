@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from obliteratus.errors import UserError
-from obliteratus.registry import unknown
-from obliteratus.store import check_free, write_atomic
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import unknown
+from obliteratus.core.run_folder import check_free, write_atomic
 from obliteratus.study.base import Result
 from obliteratus.study.files import study
 from obliteratus.study.page import drawn, page, page_beside

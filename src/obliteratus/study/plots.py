@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from obliteratus.analyze.curves import BLUE, GREEN, GREY, ORANGE, Axes, Figure, legend
-from obliteratus.results import Score
+from obliteratus.core.results import Score
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Axes, Figure, legend
 from obliteratus.study.base import Result
 from obliteratus.study.maps import averaged, blocks, grid
 from obliteratus.study.ranking import RATIOS, clear, damage, harm, knocked, none, ranked, value_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from obliteratus.errors import UserError
-from obliteratus.registry import unknown
-from obliteratus.results import Score
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import unknown
+from obliteratus.core.results import Score
 from obliteratus.study.base import Result
 
 FALLS = frozenset({"refusal.target", "accuracy"})  # damage is a fall of these; of all others a rise

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from obliteratus.errors import UserError
-from obliteratus.progress import progress
-from obliteratus.recipe import dump
-from obliteratus.store import check_identity, locked, write_atomic
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import progress
+from obliteratus.core.run_folder import check_identity, locked, write_atomic
+from obliteratus.pipeline.recipe import dump
 from obliteratus.study.base import Result
 from obliteratus.study.material import check_study
 from obliteratus.study.settings import Study

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from obliteratus.settings import Frozen, Step
+from obliteratus.core.settings import Frozen, Step
 
 
 class Data(Frozen):

@@ -13,12 +13,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from obliteratus.errors import UserError
-from obliteratus.settings import asked
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import asked
+from obliteratus.core.types import Change, Mask, Plan, Silence, Site, Subject
 from obliteratus.study.base import Ground, Spec, strategies
-from obliteratus.summon.anatomy import family_of, has_heads
-from obliteratus.summon.codec import columns, each, extent
-from obliteratus.types import Change, Mask, Plan, Silence, Site, Subject
+from obliteratus.summon.sites import family_of, has_heads
+from obliteratus.weights.matrices import columns, each, extent
 
 Layers = tuple[int, ...] | None
 """Blocks, from 0; None is all of them."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from obliteratus.results import Score
+from obliteratus.core.results import Score
 from obliteratus.study.base import Result
 from obliteratus.study.ranking import RATIOS, baseline, clear, damage, knocked, metric_of, metrics, ranked
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from obliteratus.errors import UserError
+from obliteratus.core.errors import UserError
 from obliteratus.study.base import Result
 from obliteratus.study.engine import Engine, shareable
 from obliteratus.study.settings import Study
-from obliteratus.summon.open import open_subject
+from obliteratus.summon.load import open_subject
 
 Names = list[str]
 

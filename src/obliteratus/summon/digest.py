@@ -8,11 +8,11 @@ from typing import Any
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
-from obliteratus.summon import anatomy
-from obliteratus.summon.checkpoint import open_checkpoint
-from obliteratus.summon.codec import sampled, spread
-from obliteratus.summon.shelf import Shelf
-from obliteratus.types import Site, digest_of
+from obliteratus.core.types import Site, digest_of
+from obliteratus.summon import sites as anatomy
+from obliteratus.weights.checkpoint import open_checkpoint
+from obliteratus.weights.matrices import sampled, spread
+from obliteratus.weights.offload import Shelf
 
 
 def digest(model: PreTrainedModel, sites: tuple[Site, ...], sample: Callable[[Site], list[Any]]) -> str:

@@ -14,9 +14,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from obliteratus.errors import UnsupportedModelError
-from obliteratus.summon.devices import together
-from obliteratus.types import Site
+from obliteratus.core.errors import UnsupportedModelError
+from obliteratus.core.types import Site
+from obliteratus.weights.devices import together
 
 Forward = Callable[..., Tensor]
 """(stream [tokens, width], chosen experts [tokens, k], routing weights [tokens, k]) → [tokens, width]."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from obliteratus.errors import UnsupportedModelError
-from obliteratus.shapes import Float, Int
-from obliteratus.summon.anatomy import family_of, find_sites, gain_in, width_of
-from obliteratus.summon.families import Family
-from obliteratus.types import Site
+from obliteratus.core.errors import UnsupportedModelError
+from obliteratus.core.shapes import Float, Int
+from obliteratus.core.types import Site
+from obliteratus.summon.architectures import Family
+from obliteratus.summon.sites import family_of, find_sites, gain_in, width_of
 
 TOKENS = 8  # long enough for attention to mix, short enough to run a large model dozens of times
 ROWS = 16  # cases in one batch: 128 tokens, whose streams fit anywhere

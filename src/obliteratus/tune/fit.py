@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live import applied
-from obliteratus.progress import note, progress
-from obliteratus.settings import Tune
-from obliteratus.tune.answers import Pairs, gathered
-from obliteratus.tune.knobs import Knobs
-from obliteratus.tune.lab import Pair
-from obliteratus.tune.losses import ROWS, Own
+from obliteratus.causal.early_stopping import Plateau, drawn
+from obliteratus.causal.interventions import Pair
+from obliteratus.causal.losses import ROWS, Own
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note, progress
+from obliteratus.core.settings import Tune
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
 from obliteratus.tune.memory import Room, recomputing, room_for
-from obliteratus.tune.plateau import Plateau, drawn
-from obliteratus.tune.pulls import NO_PULL, Pull, pull_control, pull_target
-from obliteratus.tune.stem import Stem
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.tune.objective import NO_PULL, Pull, pull_control, pull_target
+from obliteratus.tune.parameters import Knobs
+from obliteratus.tune.prefix import Stem
+from obliteratus.tune.targets import Pairs, gathered
 
 EVERY = 5  # steps between two looks at what no step sees: a look at 48 prompts costs about two steps
 HELD = 24  # search prompts of each group that are looked at: their mean moves by less than a step's gain

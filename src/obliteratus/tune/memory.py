@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
-from obliteratus.summon.capture import blocks
-from obliteratus.summon.forward import state_bytes
-from obliteratus.summon.memory import free_memory
-from obliteratus.tune.lab import Pair
-from obliteratus.types import Subject
+from obliteratus.causal.interventions import Pair
+from obliteratus.core.types import Subject
+from obliteratus.inference.batching import state_bytes
+from obliteratus.inference.hooks import blocks
+from obliteratus.inference.memory import free_memory
 
 SHARE = 0.5  # of the free memory: the rest is for what the estimate leaves out, and for others
 LOGITS = 4  # copies of an answer token's logits: as they are, as log-probabilities, the base's, and their gradient

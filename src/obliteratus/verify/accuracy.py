@@ -12,15 +12,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.registry import explain
-from obliteratus.shapes import Float
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.render import Ids, has_template, render
-from obliteratus.types import Prompt, Subject
+from obliteratus.core.cost import Cost, amount, number
+from obliteratus.core.errors import UserError
+from obliteratus.core.registry import explain
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.inference.chat_template import Ids, has_template, render
+from obliteratus.inference.token_losses import token_losses
 from obliteratus.verify.intervals import paired_difference, rate
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Cost, amount, number
 
 
 class Question(BaseModel):

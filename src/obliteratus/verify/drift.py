@@ -8,29 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.results import Score
-from obliteratus.shapes import Bool, Float
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.losses import token_losses
-from obliteratus.summon.render import Ids, context_length, render
-from obliteratus.types import Subject
+from obliteratus.core.cost import Cost, amount, n_of
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Bool, Float
+from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import Ids, context_length, render
+from obliteratus.inference.logits import first_token, kl
+from obliteratus.inference.token_losses import token_losses
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Cost, amount, n_of
 
-# Rows in fp64 at a time: 8 × 49 152 are 3 MB, which stay in the cache through all that is done with them.
-ROWS = 8
 TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
-
-
-def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
-    """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
-    return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
-
-
-def _kl(p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
-    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()
 
 
 SEEN = Cost(n_of("report", "control"), free_after="refusal")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
-from obliteratus.results import Score
-from obliteratus.types import Activations, Routed
+from obliteratus.core.results import Score
+from obliteratus.core.types import Activations, Routed
 from obliteratus.verify.intervals import Z
 
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from obliteratus.results import Score
-from obliteratus.shapes import Float, Int
-from obliteratus.summon.logits import first_token
-from obliteratus.summon.render import render
-from obliteratus.types import Subject
+from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float, Int
+from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.logits import first_token
 from obliteratus.verify.intervals import bootstrap, mean, rate
 from obliteratus.verify.openings import frequent, log_odds, named
 from obliteratus.verify.refusal import GROUPS
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Cost, n_of
 
 TOKENS = "refusal_score.tokens"
 # Where no first token tells the groups of this model apart: words that refusals begin with, as published scores name

@@ -10,17 +10,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from obliteratus.errors import UserError
-from obliteratus.excise.live_hooks import unedited
-from obliteratus.results import Score
-from obliteratus.shapes import Float
-from obliteratus.summon.answers import answers_read
-from obliteratus.summon.generate import stop_tokens
-from obliteratus.summon.render import context_length, render
-from obliteratus.types import Prompt, Subject
+from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.excise.live.attach import unedited
+from obliteratus.inference.chat_template import context_length, render
+from obliteratus.inference.generate import stop_tokens
+from obliteratus.inference.teacher_forced import answers_read
 from obliteratus.verify.intervals import bootstrap, group_ratio
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Cost, n_of
 
 GROUPS = ("target", "control")
 

@@ -8,8 +8,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from obliteratus.results import Score
-from obliteratus.shapes import Float
+from obliteratus.core.results import Score
+from obliteratus.core.shapes import Float
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: 95 % two-sided
 RESAMPLES = 2000  # the 2.5 % quantile then rests on 50 resamples; twice as many moved no third digit

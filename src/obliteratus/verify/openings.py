@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.shapes import Float
-from obliteratus.types import Subject
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Subject
 
 # A token that begins fewer than one answer in twenty moves no mean log-odds; at four times the share among the
 # controls it moves them by log 4, more than prompts of one group differ by. Published sets were written by hand.

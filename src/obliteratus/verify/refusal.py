@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.results import Score
-from obliteratus.summon.generate import generate
-from obliteratus.summon.render import render
-from obliteratus.types import Prompt, Subject
+from obliteratus.core.cost import Answers, Cost, n_of
+from obliteratus.core.results import Score
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate
 from obliteratus.verify.intervals import rate
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Answers, Cost, n_of
 
 Verdict = Literal["refused", "complied", "degenerate"]
 GROUPS = ("target", "control", "keep")

@@ -11,10 +11,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from obliteratus.registry import Registry
-from obliteratus.results import Score
-from obliteratus.settings import Step
-from obliteratus.types import PromptSet, Subject
+from obliteratus.core.registry import Registry
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet, Subject
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from obliteratus.excise.live_rows import applied_rows
-from obliteratus.progress import note
-from obliteratus.settings import Step
-from obliteratus.summon.logits import first_tokens
-from obliteratus.summon.losses import losses, whole
-from obliteratus.summon.render import render
-from obliteratus.summon.sweep import Sweep, at_head
-from obliteratus.summon.variants import varied
-from obliteratus.types import Plan, PromptSet, Subject
+from obliteratus.core.progress import note
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks_per_row import applied_rows
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.layerwise import Sweep, at_head
+from obliteratus.inference.logits import first_tokens
+from obliteratus.inference.row_plans import varied
+from obliteratus.inference.token_losses import losses, whole
 from obliteratus.verify.drift import text_tokens
 from obliteratus.verify.refusal import GROUPS
 from obliteratus.verify.steps import Measured, verify

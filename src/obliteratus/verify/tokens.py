@@ -8,16 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.errors import UserError
+from obliteratus.core.cost import Answers, Cost, n_of
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import generate, stop_tokens
+from obliteratus.inference.logits import kl
+from obliteratus.inference.memory import host_memory
+from obliteratus.inference.teacher_forced import answers_read
 from obliteratus.prompts import spread
-from obliteratus.summon.answers import answers_read
-from obliteratus.summon.generate import generate, stop_tokens
-from obliteratus.summon.memory import host_memory
-from obliteratus.summon.render import Ids, render
-from obliteratus.types import Subject
-from obliteratus.verify.drift import answered_by, drift_scores, kl
+from obliteratus.verify.drift import answered_by, drift_scores
 from obliteratus.verify.steps import Context, Measured, scorers
-from obliteratus.work import Answers, Cost, n_of
 
 IDS, LOGITS = "continuations.control", "continuations.logits"
 PADDING = -1  # no token has this id

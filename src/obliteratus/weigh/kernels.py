@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.settings import asked
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Site
+from obliteratus.core.settings import asked
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Site
 from obliteratus.weigh.steps import Share, depths, layer_scores, per_layer, weighers
 
 Weight = Annotated[float, Field(ge=0, le=4)]  # the range of excise.strength, which it multiplies

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.errors import UserError
-from obliteratus.types import Activations, Directions, Site
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Activations, Directions, Site
 from obliteratus.weigh.steps import Share, best, depths, layer_scores, per_layer, weighers
 
 # Sorted scores nearer to their chord than this share of the best score have no knee, only rounding.

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.errors import NothingMatchedError
-from obliteratus.registry import Registry
-from obliteratus.settings import Step
-from obliteratus.shapes import Float
-from obliteratus.types import Activations, Directions, Site
+from obliteratus.core.errors import NothingMatchedError
+from obliteratus.core.registry import Registry
+from obliteratus.core.settings import Step
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Site
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -1,0 +1,103 @@
+"""What steps need that ask the model itself: the model, the fit prompts, and interventions that gradients pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
+from obliteratus.excise.linear import through_gain
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.batching import Prompts, padded
+from obliteratus.inference.hooks import blocks
+from obliteratus.inference.logits import narrowed, next_logits
+from obliteratus.inference.shared_prefix import prepared
+from obliteratus.summon.sites import gain_of
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of a templated prompt and of an answer to it."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The model as it is now (edits of earlier passes applied) and the prompts that directions are fitted on."""
+
+    subject: Subject
+    prompts: PromptSet
+
+
+def ablating(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:
+    """Inside, nothing along the direction is written into the stream, by any writer. Gradients reach it.
+
+    Behind a norm with gain γ the writer loses γ⊙d instead, so that what passes the norm is free of d.
+    """
+    edits = [Edit(s, _folded(subject, s, direction), 1.0) for s in subject.sites if s.role == "writes"]
+    return applied(subject, Plan(tuple(edits), subject.source.digest))
+
+
+def _folded(subject: Subject, site: Site, direction: Float[Tensor, " width"]) -> Float[Tensor, "1 width"]:
+    gain, row = gain_of(subject, site), normalize(direction, dim=0)[None]
+    return row if gain is None else through_gain(row, gain.to(row))
+
+
+@contextmanager
+def adding(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> Iterator[None]:
+    """Inside, the vector is added to the stream at index ``stream`` (≥ 1), at every token. Gradients reach it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + vector.to(output[0].dtype), *output[1:])
+        return output + vector.to(output.dtype)
+
+    handle = blocks(subject)[stream - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_logits(
+    subject: Subject,
+    pairs: Sequence[Pair],
+    seen: Callable[[Tensor], None] = lambda states: None,
+    prompts: Prompts | None = None,
+) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits that predict the answers' tokens, all answers one after the other; fp32. Gradients pass.
+
+    What all prompts begin with (the template's system turn) runs once, and gradients meet in it. Right padding under
+    the causal mask is never seen by what is kept. The head runs on the kept positions only; ``seen`` is called with
+    what enters it there, [tokens, width], which `head_logits` takes. prompts: the same rows, prepared before (`Stem`).
+    """
+    rows = [prompt + answer for prompt, answer in pairs]
+    prompts = prompts or prepared(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
+    ids, _ = padded(prompts.rows, subject.device)
+    kept = [(i, len(p) - prompts.skipped - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
+    row, column = torch.tensor(kept, device=ids.device).T
+
+    def pick(states: Tensor) -> Tensor:
+        seen(states[row, column])
+        return states[row, column][:, None]
+
+    with narrowed(subject, pick), prompts.around(range(len(ids))):
+        return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
+
+
+def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits of states that `answer_logits` showed before; fp32.
+
+    The model's own forward runs on one token, whose state is thrown away, so that soft caps and scales are kept.
+    """
+    with narrowed(subject, lambda _: states[:, None]):
+        return next_logits(subject, torch.zeros(1, 1, dtype=torch.long, device=subject.device), 0, None).float()
+
+
+def answer_tokens(pairs: Sequence[Pair], device: torch.device) -> Tensor:
+    """The tokens that `answer_logits` predicts, in its order. [tokens]."""
+    return torch.tensor([token for _, answer in pairs for token in answer], device=device)

@@ -1,0 +1,117 @@
+"""FailSpy's choice of one direction: the one under which target prompts are answered with the fewest refusal words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.causal.candidates import everywhere, parted
+from obliteratus.causal.interventions import Lab, ablating, answer_logits
+from obliteratus.core.cost import Answers, Cost, amount, n_of
+from obliteratus.core.progress import SILENT, note, progress, reporting
+from obliteratus.core.settings import asked
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Subject
+from obliteratus.distill.steps import extractors
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import generate
+from obliteratus.inference.hidden_states import read
+from obliteratus.inference.hooks import Taps
+from obliteratus.prompts import spread
+from obliteratus.verify.openings import named, shown, typical
+
+STEP = "least_refusing"
+# A word that a quarter of the answers to target prompts use. One that a few use by chance would decide, since the
+# score is a maximum over words. The author lists words by hand for one family of models.
+WORD_SHARE = 0.25
+ASKED = 32  # prompts of each group whose answers show the words: a quarter of them is 8, no chance
+
+
+def _cost(options: Mapping[str, Any]) -> Cost:
+    """Means of all fit prompts, answers that show the words, and each of some 3·L candidates."""
+    trials = Answers(options["length"], amount("L") * (3 * options["prompts"]))
+    words = Answers(options["length"], n_of("fit", "target", ASKED) + n_of("fit", "control", ASKED))
+    return Cost(n_of("fit"), (words, trials))
+
+
+@extractors.register(STEP, cite="github.com/FailSpy/abliterator", needs=("model",), cost=_cost)
+def least_refusing(
+    acts: Activations,
+    so_far: Directions | None,
+    lab: Lab,
+    *,
+    prompts: Annotated[int, Field(ge=1)] = 4,
+    length: Annotated[int, Field(ge=1, le=128)] = 8,
+    tokens: tuple[str, ...] = (),
+) -> Directions:
+    """One direction for all layers: of all differences of means, the one that leaves the least refusal when ablated.
+
+    Candidates, at the last token: the stream at every index but 0, and what attention and the MLP of every layer but
+    the first write into it. With each ablated at all writers, ``prompts`` target prompts that no mean was taken on
+    are answered greedily with ``length`` tokens. The score is the highest probability that any refusal word has at
+    any of these tokens in any answer; the lowest wins, and is ``raw``. So the author's find_best_refusal_dir.
+
+    tokens: refusal words, of each its first token (mind leading spaces: " cannot"). Empty: tokens that at least a
+    quarter of the model's own answers to target prompts use, and four times as many as of those to controls.
+    """
+    ids = {group: render(lab.subject, lab.prompts[group], reserve=length) for group in ("target", "control")}
+    fit, held = parted(ids, prompts, STEP)
+    words = named(lab.subject, tokens, STEP) or typical(*_used(lab.subject, fit, length), STEP, WORD_SHARE)
+    note(STEP, f"refusal words: {shown(lab.subject, words)}")
+    found = sources(lab.subject, fit)
+    scores: dict[str, float] = {}
+    with progress(f"DISTILL {STEP}", len(found)) as advance, reporting(SILENT):
+        for name, vector in found.items():
+            with ablating(lab.subject, vector):
+                scores[name] = refusing(lab.subject, held["target"], words, length)
+            advance(1)
+    best = min(scores, key=lambda name: scores[name])
+    note(STEP, f"{best} of {len(found)}: refusal words at most {scores[best]:.2f} likely")
+    return everywhere(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
+
+
+def sources(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
+    """The differences of means at the last token, by name, on the model's device.
+
+    Behind a norm the norm's output is taken, which is what reaches the stream.
+    """
+    sites = [s for s in subject.sites if s.part in ("attn.out", *asked("mlp.out")) and s.layer > 0]
+    taps = [site.gain or site.path for site in sites]
+    means = {}
+    for group, rows in ids.items():
+        total = torch.zeros(subject.n_layers + 1 + len(taps), subject.width, dtype=torch.float64)
+        for reading in read(subject, rows, taps=Taps(taps), title=f"DISTILL {STEP}, {group}"):
+            total += torch.cat([reading.stream, reading.outputs], 1).double().sum(0)
+        means[group] = total / len(rows)
+    delta = (means["target"] - means["control"]).float().to(subject.device)
+    names = [f"stream {i}" for i in range(subject.n_layers + 1)] + [f"{s.part} of layer {s.layer}" for s in sites]
+    return dict(list(zip(names, delta, strict=True))[1:])
+
+
+def refusing(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
+    """The highest probability of any word at any of the first ``length`` tokens of any greedy answer.
+
+    An answer that ends early counts up to its end token.
+    """
+    answers = generate(subject, ids, length)
+    # One token more, which nothing looks at, so that the token that ended the answer is predicted too.
+    pairs = [(p, a if len(a) == length else [*a, 0]) for p, a in zip(ids, answers, strict=True)]
+    with torch.inference_mode():
+        return float(answer_logits(subject, pairs).softmax(-1)[:, words].max())
+
+
+def _used(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor, Tensor]:
+    """Share of each group's answers that use each token."""
+    vocabulary = subject.model.get_output_embeddings().weight.shape[0]
+    shares = []
+    for group in ("target", "control"):
+        rows = [ids[group][i] for i in spread(len(ids[group]), ASKED)]
+        used = torch.zeros(vocabulary)
+        for answer in generate(subject, rows, length, title=f"DISTILL {STEP} words, {group}"):
+            used[sorted(set(answer))] += 1 / len(rows)
+        shares.append(used)
+    return shares[0], shares[1]

@@ -1,0 +1,164 @@
+"""Refusal direction optimisation: a direction fitted by gradients through the model, as published."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.causal.early_stopping import Plateau, drawn
+from obliteratus.causal.interventions import Lab, Pair, ablating, adding
+from obliteratus.causal.losses import Losses, Material
+from obliteratus.core.cost import Answers, Cost, Training, n_of, number
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note, progress
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions
+from obliteratus.distill.steps import before, difference, extractors, scored
+from obliteratus.inference.chat_template import render
+from obliteratus.inference.generate import generate
+
+BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
+FALLING = 1e-4  # a loss on the held answers that fell by less than this stands still
+EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
+HELD = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
+LEAST = 4  # fewer held prompts than this say nothing
+REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit."""
+
+    steps: int
+    lr: float
+    batch: int
+    patience: int
+
+
+@extractors.register("rdo", cite="arXiv:2502.17420", needs=("model",), cost=lambda options: _cost(**options))
+def rdo(
+    acts: Activations,
+    so_far: Directions | None,
+    lab: Lab,
+    *,
+    steps: Annotated[int, Field(ge=1, le=2000)] = 200,
+    lr: Annotated[float, Field(gt=0, le=1)] = 0.01,
+    batch: Annotated[int, Field(ge=1, le=64)] = 8,
+    tokens: Annotated[int, Field(ge=2, le=128)] = 16,
+    patience: Annotated[int, Field(ge=1)] = 20,
+) -> Directions:
+    """One direction for the whole model, fitted by gradients through it.
+
+    Refusals go when it is ablated, come when it is added, and control prompts keep their answers' distribution when
+    it is ablated: cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
+    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps. Every five, the loss is
+    taken on 16 prompts of each kind that no step sees: where it fell by less than 1e-4 the rate is divided by ten, and
+    after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
+    loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
+    """
+    found = before(so_far, "rdo")
+    stream = max(1, int(found.score.argmax()))
+    start = found.basis[stream, 0]
+    if not bool(start.any()):
+        raise UserError("distill step 'rdo': the step before found no direction to start from")
+    size = float(difference(acts)[stream].norm())
+    material = _material(lab, start, stream, size, tokens)
+    fitted = _fitted(Losses(lab.subject, stream, size), material, start, Settings(steps, lr, batch, patience))
+    note(
+        "rdo",
+        f"{fitted.used} of {steps} steps, held-out loss {fitted.first:.3f} → {fitted.loss:.3f}, "
+        f"cosine to the start {float(fitted.best @ start):.3f}",
+    )
+    basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
+    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
+
+
+def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
+    """Answers for the three losses; three batches with gradients a step; a look at what is held out every few steps.
+
+    The model's own answers pass once more than that, without gradients.
+    """
+    written = (Answers(tokens, n_of("fit", "target")), Answers(tokens, n_of("fit", "control"), 2))
+    looks = number(3 * HELD * (1 + -(-steps // EVERY)))
+    return Cost(looks + n_of("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
+
+
+def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:
+    target, control = (render(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
+
+    def written(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:
+        with inside:
+            answers = generate(lab.subject, ids, tokens, title=title)
+        return [(p, a) for p, a in zip(ids, answers, strict=True) if a]
+
+    start = start.to(lab.subject.device)
+    return Material(
+        written(target, ablating(lab.subject, start), "rdo answers"),
+        written(control, adding(lab.subject, stream, size * start), "rdo refusals"),
+        written(control, nullcontext(), "rdo own answers"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- fit
+def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Plateau[Tensor]:
+    """The unit direction with the least loss on what no step sees."""
+    held, seen = _parted(material)
+    d = start.to(losses.subject.device).clone().requires_grad_(True)
+    optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
+    found = Plateau(d.detach().clone(), _value(losses, d, held), FALLING, EVERY)
+    with progress("DISTILL rdo", how.steps) as advance:
+        for found.used in range(1, how.steps + 1):
+            _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
+            advance(1)
+            if found.looks(how.steps) and not found.judge(d.detach().clone(), _value(losses, d, held)):
+                _slower(optimiser, how.lr)
+            if found.still >= how.patience:
+                break
+    found.best = found.best.cpu()
+    return found
+
+
+def _step(losses: Losses, d: Tensor, optimiser: torch.optim.Optimizer, material: Material) -> None:
+    """One step along the unit sphere."""
+    optimiser.zero_grad()
+    for part in losses.parts(d, material):
+        part.backward()
+    with torch.no_grad():
+        assert d.grad is not None
+        d.grad -= (d.grad @ d) * d  # what only changes its length
+        optimiser.step()
+        d /= d.norm()
+
+
+def _slower(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = max(group["lr"] / REDUCED, lr / REDUCED**2)
+
+
+@torch.no_grad()
+def _value(losses: Losses, d: Tensor, material: Material) -> float:
+    return float(losses.total(d, material))
+
+
+def _parted(material: Material) -> tuple[Material, Material]:
+    """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
+
+    def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+        mixed = drawn(pairs, len(pairs), random.Random(0))
+        n = min(HELD, len(pairs) // 4)
+        return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
+
+    both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
+    return Material(*(held for held, _ in both)), Material(*(seen for _, seen in both))
+
+
+def _batch(material: Material, size: int, step: int) -> Material:
+    rng = random.Random(step)  # the same batches in every run
+    return Material(*(drawn(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))

@@ -1,0 +1,107 @@
+"""Directions cleared of what the model reasons with, measured while it reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from obliteratus.causal.interventions import Lab
+from obliteratus.core.cost import Answers, Cost, n_of
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, Subject
+from obliteratus.distill.steps import aligned, before, difference, extractors, orthonormal, scored
+from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.generate import generate
+from obliteratus.inference.hidden_states import read
+from obliteratus.prompts import spread
+
+STEP = "keep_reasoning"
+TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>")
+
+
+def _cost(options: Mapping[str, Any]) -> Cost:
+    asked = n_of("fit", "control", options["prompts"])
+    return Cost(asked * options["places"], (Answers(options["tokens"], asked),))
+
+
+@extractors.register(STEP, needs=("model",), cost=_cost)
+def keep_reasoning(
+    acts: Activations,
+    so_far: Directions | None,
+    lab: Lab,
+    *,
+    k: Annotated[int, Field(ge=1, le=64)] = 4,
+    prompts: Annotated[int, Field(ge=1)] = 32,
+    tokens: Annotated[int, Field(ge=1)] = 64,
+    places: Annotated[int, Field(ge=1)] = 4,
+) -> Directions:
+    """Takes out of each direction what the stream spreads over while the model reasons.
+
+    The model answers ``prompts`` control prompts with ``tokens`` tokens, in its thinking mode where the template has
+    one. Its reasoning is what stands inside the think block, or the whole answer where there is none. The stream is
+    read at ``places`` tokens of each span, evenly spaced, real ones all; of these rows, centred, the top k right
+    singular vectors go out of the directions, at each stream index.
+    Rows stay orthonormal; a row that was all reasoning becomes a row of zeros. raw stays that of the step before.
+    Not published: a method of this name in another program projects out prompt activations, in which nobody reasons.
+    """
+    so_far = before(so_far, STEP)
+    rows = reasoning_rows(lab, prompts, tokens, places)
+    if min(len(rows) - 1, lab.subject.width) < k:
+        raise UserError(f"distill step '{STEP}': k={k} needs more than {k} places; got {len(rows)}; raise prompts")
+    out = subspace(lab.subject, rows, k)
+    rest = so_far.basis - torch.einsum("lkw,ljw,ljv->lkv", so_far.basis, out, out)
+    basis = aligned(orthonormal(rest), difference(acts))
+    left = float(rest.norm() / so_far.basis.norm().clamp(min=1e-30))
+    note(STEP, f"{len(rows)} places; of the directions' length {left:.2f} is left")
+    return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+
+
+def reasoning_rows(lab: Lab, prompts: int, tokens: int, places: int) -> Ids:
+    """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
+    asked = lab.prompts["control"]
+    chosen = [asked[i] for i in spread(len(asked), prompts)]
+    ids = render(replace(lab.subject, thinking=True), chosen, reserve=tokens)
+    rows = []
+    for prompt, answer in zip(ids, generate(lab.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
+        start, stop = span(lab.subject, prompt, answer)
+        n = stop - start
+        rows += [prompt + answer[: start + i + 1] for i in spread(n, places)]
+    return rows
+
+
+def span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
+    """(start, stop) of the tokens of an answer that are reasoning.
+
+    Inside the first think block, which a template may have opened already, without its tags; a block that is not
+    closed goes to the end. Without a block it is the whole answer.
+    """
+    tags = [tag.group(1) for tag in TAG.finditer(subject.tokenizer.decode(prompt))]
+    text = subject.tokenizer.decode(answer)
+    opened = bool(tags) and tags[-1] == ""
+    begin, end = 0, len(text)
+    for tag in TAG.finditer(text):
+        if not tag.group(1) and not opened:
+            opened, begin = True, tag.end()
+        elif tag.group(1) and opened:
+            end = tag.start()
+            break
+    lengths = [len(subject.tokenizer.decode(answer[: i + 1])) for i in range(len(answer))]
+    return sum(n <= begin for n in lengths) if begin else 0, sum(n <= end for n in lengths)
+
+
+def subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
+    """Top k right singular vectors of the centred stream at the rows' last tokens, at each stream index."""
+    stream = torch.empty(len(rows), subject.n_layers + 1, subject.width)
+    for reading in read(subject, rows, title=f"DISTILL {STEP} places"):
+        stream[reading.rows] = reading.stream
+    _, _, v = torch.linalg.svd((stream - stream.mean(0)).transpose(0, 1), full_matrices=False)
+    top: Tensor = v[:, :k]
+    return top

@@ -1,0 +1,67 @@
+"""The command `analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from obliteratus.cli.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, shown
+
+if TYPE_CHECKING:
+    from obliteratus.analyze.report import Report
+
+Budget = Annotated[
+    int | None,
+    typer.Option(help="Most forward passes beside the probe's; the cheapest analyses run, others are skipped."),
+]
+
+
+def analyze(
+    model: Model,
+    target: Target,
+    control: Control,
+    out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
+    only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
+    budget: Budget = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what is true of a model's directions: one page with all plots, and the numbers."""
+    from obliteratus.analyze.bill import check_budget
+    from obliteratus.analyze.report import analysed, chosen, write
+    from obliteratus.cli.terminal import results, show_json
+    from obliteratus.core.run_folder import check_free
+    from obliteratus.prompts import load_prompts
+    from obliteratus.summon.load import open_subject
+
+    check_budget(budget)
+    names = [name for name in only.split(",") if name]
+    steps, prompts = chosen(names), load_prompts(target, control)
+    check_free(out)
+    with shown(quiet):
+        subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        report = analysed(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
+        write(report, out, f"Analysis of {model}")
+    if json:
+        show_json(report.numbers())
+    else:
+        _show(report)
+        results.print(f"[bold]Saved[/]  {out}/index.html")
+
+
+def _show(report: Report) -> None:
+    """A line for each analysis."""
+    from rich.markup import escape
+
+    from obliteratus.cli.terminal import results
+
+    for name, finding in report.found.items():
+        results.print(f"[bold]{name}[/]  {finding.told()}")
+    for name, why in report.skipped.items():
+        results.print(f"[bold]{name}[/]  skipped: {escape(why)}")

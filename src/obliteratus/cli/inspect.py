@@ -1,0 +1,106 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantise, Trust, shown
+
+if TYPE_CHECKING:
+    from obliteratus.forecast.offloaded import Forecast
+
+# Prompts that a forecast is reckoned with where none are given: the organism's, some 250 of each group.
+USUAL = "organism:astronomy"
+
+
+def inspect(
+    model: Model,
+    dtype: Dtype = "auto",
+    quantise: Quantise = "",
+    trust_remote_code: Trust = False,
+    memory: Memory = None,
+    target: Annotated[str, typer.Option(help="Prompts that --memory reckons with.")] = USUAL,
+    control: Annotated[str, typer.Option(help="Prompts that --memory reckons with.")] = USUAL,
+    method: Annotated[str, typer.Option(help="The method that --memory reckons with.")] = "advanced",
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    json: Json = False,
+) -> None:
+    """Sites, coverage, memory and time forecast; loads no weights, but with --memory a few blocks to measure."""
+    from obliteratus.cli.inspect import show
+    from obliteratus.cli.terminal import show_json
+    from obliteratus.forecast.machine import forecast
+    from obliteratus.forecast.offloaded import plan_for
+    from obliteratus.inference.memory import parsed
+    from obliteratus.pipeline.recipe import recipe
+    from obliteratus.prompts import load_prompts
+    from obliteratus.summon.summary import outline
+
+    limit = parsed(memory) if memory else None
+    opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    with shown(quiet=True):
+        made = outline(model, **opening)
+        data = forecast(made)
+        plan = plan_for(made, limit, recipe(method), load_prompts(target, control), opening) if limit else None
+    if json:
+        show_json({**data, **({"plan": plan.told()} if plan else {})})
+        return
+    show(data, sites)
+    if plan:
+        _show(plan)
+
+
+def _show(plan: Forecast) -> None:
+    """The forecast under a limit as a table."""
+    from obliteratus.cli.terminal import results, size, table_of
+
+    if not plan.stages:
+        results.print(f"All weights fit into {size(plan.limit)}: {size(plan.needed)} are needed at least.")
+        return
+    rows = [[name, size(s.peak), size(s.read), f"{s.seconds:.0f} s"] for name, s in plan.stages.items()]
+    title = f"Weights stay on disk under {size(plan.limit)}; {plan.prompts} prompts"
+    results.print(table_of(title, ["stage", "peak memory", "weights read", "time"], rows))
+
+
+def _kind(data: dict[str, Any]) -> str:
+    """How the weights are held in memory."""
+    dtype, stored = data["memory"]["dtype"], data["quantisation"]
+    if not stored:
+        return f"in {dtype}"
+    return f"as {stored}, the rest in {dtype}" if data["packed"] else f"in {dtype}, from {stored}"
+
+
+def show(data: dict[str, Any], sites: bool) -> None:
+    """The forecast as tables on stdout."""
+    from obliteratus.cli.terminal import results, size, table_of
+    from obliteratus.forecast.machine import PROMPTS, TOKENS
+    from obliteratus.summon.coverage import shortfall
+
+    memory, cover, clock = data["memory"], data["coverage"], data["time"]
+    rows = [
+        ["architecture", f"{data['model_type']}, {data['n_layers']} layers of width {data['width']}"],
+        ["parameters", f"{data['parameters']:,}" + (" (tied embeddings)" if data["tied_embeddings"] else "")],
+        ["sites", ", ".join(f"{part} {n}" for part, n in data["parts"].items())],
+        [
+            "writers found",
+            f"{cover['share']:.1%} of the writing parameters; {len(cover['paths'])} unclaimed matrices",
+        ],
+        ["weights", f"{size(memory['weights'])} {_kind(data)}; {size(memory['free'])} free here"],
+        ["activations", f"{size(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept in full"],
+        ["key-value cache", f"{size(memory['cache_per_token'])} a token"],
+        [
+            "PROBE",
+            f"≥ {clock['probe_floor_seconds']:.1f} s for {PROMPTS} prompts of {TOKENS} own tokens, at the "
+            f"{clock['gemm_flops'] / 1e9:.0f} GFLOP/s just measured here (CPU, fp32)",
+        ],
+    ]
+    results.print(table_of(data["source"], ["what", "how much"], rows))
+    if short := shortfall(cover["share"], len(cover["paths"])):
+        results.print(f"[bold red]warning[/] {short}")
+    for path in cover["paths"]:
+        results.print(f"[bold red]unclaimed[/] {path}: in no table, never edited")
+    if sites:
+        for site in data["sites"]:  # one a line and tab-separated: for grep and cut
+            between = f"through {site['gain']}" if site["gain"] else "straight"
+            results.out("\t".join([site["path"], site["part"], site["role"], site["layout"], between]))

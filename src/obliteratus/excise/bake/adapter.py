@@ -1,0 +1,156 @@
+"""A plan as a PEFT adapter: exact and of rank Σk without a norm rule; otherwise the nearest of a given rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Change, Edit, Mask, Plan, Silence, Subject
+from obliteratus.excise.change import bias_change, changed
+from obliteratus.excise.plan import check_fits
+from obliteratus.weights.matrices import read_weight
+
+# With a norm rule the change has full rank, and its tail is small but long: 32 holds the directions of every
+# recipe (k ≤ 8, passes ≤ 3) and the head of the rest. What is missing is measured and reported.
+MAX_RANK = 32
+
+Factors = tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]
+
+
+def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | None = MAX_RANK) -> dict[str, float]:
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT loads onto the same model.
+
+    max_rank: of edits with a norm rule; None keeps full rank (exact, as large as the matrix).
+    Returns ``rank`` and ``error``: the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites.
+    """
+    check_fits(subject, plan)
+    _check_layouts(subject, plan)
+    tensors, ranks, errors, biased = {}, [], [0.0], False
+    for edits in plan.by_site().values():
+        path = edits[0].site.path
+        (b, a), error = factors(subject.module(path), edits, max_rank)
+        shift = bias_change(subject.module(path), edits)
+        biased |= shift is not None
+        ranks.append(a.shape[0])
+        errors.append(error)
+        tensors[path] = (edits[0].site.layout, a, b, shift)
+    rank = max(ranks)
+    state: dict[str, Tensor] = {}
+    for path, (layout, a, b, shift) in tensors.items():
+        state |= _named(path, layout, _padded(a, 0, rank), _padded(b, 1, rank), shift if biased else None, biased)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _config(subject, plan, rank, biased).save_pretrained(str(folder))
+    return {"rank": float(rank), "error": max(errors)}
+
+
+# PEFT refuses adapters on what their state spaces write: kernels read that weight past its module.
+NO_OUT_PROJ = ("falcon_h1", "nemotron_h")
+
+
+def _check_layouts(subject: Subject, plan: Plan) -> None:
+    """PEFT keeps one low rank for each expert of a stack, in a layout of its own that is not written here."""
+    if subject.model.config.model_type in NO_OUT_PROJ:
+        raise UserError(
+            f"PEFT holds no adapter of a '{subject.model.config.model_type}' model's state spaces; "
+            "use --save merged or plan"
+        )
+    if stacked := next((change.site.parameter for change in plan.edits if change.site.stacked), None):
+        raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
+
+
+def factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
+    """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
+    original = read_weight(module, changes[0].site)
+    weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]
+    for change in changes:
+        b, a = _exact(change, weight)
+        outs, ins = [*outs, b], [*ins, a]
+        weight = changed(change, weight)
+    if all(not isinstance(c, Edit) or c.norm == "none" for c in changes):
+        return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
+    return _nearest(weight - original, max_rank)
+
+
+@singledispatch
+def _exact(change: Change, weight: Float[Tensor, "out in"]) -> Factors:
+    """The change of W, without a norm rule, as a product."""
+    return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+
+
+@_exact.register
+def _(change: Edit, weight: Float[Tensor, "out in"]) -> Factors:
+    basis, along = change.basis.to(weight), change.along.to(weight)
+    if change.site.role == "reads":
+        return -change.strength * weight @ basis.T, along
+    return -change.strength * basis.T, _within(along @ weight, change.site.span)
+
+
+@_exact.register
+def _(change: Mask, weight: Float[Tensor, "out in"]) -> Factors:
+    neurons = change.neurons.to(weight.device)
+    return -weight[:, neurons], torch.eye(weight.shape[1]).to(weight)[neurons]
+
+
+@_exact.register
+def _(change: Silence, weight: Float[Tensor, "out in"]) -> Factors:
+    rows = torch.arange(len(weight)) if change.outputs is None else change.outputs
+    rows = rows.to(weight.device)
+    if len(rows) <= weight.shape[1]:
+        return torch.eye(len(weight)).to(weight)[:, rows], -weight[rows]
+    return -torch.eye(len(weight)).to(weight)[:, rows] @ weight[rows], torch.eye(weight.shape[1]).to(weight)
+
+
+def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:
+    """V with all columns outside the span set to zero."""
+    if span is None:
+        return along
+    inside = torch.zeros_like(along)
+    inside[:, slice(*span)] = along[:, slice(*span)]
+    return inside
+
+
+def _nearest(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Factors, float]:
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    rank = len(s) if max_rank is None else min(max_rank, len(s))
+    lost = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=1e-30))
+    return (u[:, :rank] * s[:rank], v[:rank]), lost
+
+
+def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:
+    missing = rank - matrix.shape[dim]
+    shape = list(matrix.shape)
+    shape[dim] = missing
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim).contiguous().cpu()
+
+
+def _named(path: str, layout: str, a: Tensor, b: Tensor, shift: Tensor | None, biased: bool) -> dict[str, Tensor]:
+    """PEFT's names for one module."""
+    stem = f"base_model.model.{path}"
+    if layout == "embedding":
+        return {f"{stem}.lora_embedding_A": a, f"{stem}.lora_embedding_B": b}
+    state = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    if biased:
+        state[f"{stem}.lora_B.bias"] = b.new_zeros(len(b)) if shift is None else shift.cpu().contiguous()
+    return state
+
+
+def _config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig:
+    conv = any(e.site.layout == "conv1d" for e in plan.edits)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=subject.source.id,
+        r=rank,
+        lora_alpha=rank,  # PEFT scales by alpha / r: one
+        lora_bias=biased,
+        fan_in_fan_out=conv,
+        target_modules=sorted({change.site.path for change in plan.edits}),
+        inference_mode=True,
+    )

@@ -1,0 +1,112 @@
+"""What the model says next: log-probabilities of the first token of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obliteratus.core.progress import progress
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Subject
+from obliteratus.inference.batching import (
+    TOKENS,
+    Prompts,
+    batched,
+    halving,
+    padded,
+    passes_of,
+    state_bytes,
+    token_budget,
+)
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.kv_cache import with_cache
+from obliteratus.inference.layerwise import Sweep, at_head
+from obliteratus.inference.resume import Lower, entry
+from obliteratus.inference.shared_prefix import prepared
+
+
+@contextmanager
+def narrowed(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the LM head sees ``pick`` of its input [rows, tokens, width]. What the model does to its logits
+    afterwards (soft caps, scales) is kept, because its own forward still runs."""
+    head = subject.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (pick(args[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def only(subject: Subject, at: Tensor) -> AbstractContextManager[None]:
+    """Inside, the LM head sees one position of each row: at [rows]."""
+    rows = torch.arange(len(at), device=at.device)
+    return narrowed(subject, lambda states: states[rows, at][:, None])
+
+
+def first_token(
+    subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
+) -> Float[Tensor, "rows vocabulary"]:
+    """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
+    with torch.inference_mode(), passes_of(budget or TOKENS.get()):
+        if subject.shelf is None:
+            return first_tokens(subject, prepared(subject, ids, reuse), title=title)
+        with at_head(subject, [Sweep(subject, ids)], title) as (prompts,):
+            return first_tokens(subject, prompts, title=title)
+
+
+def first_tokens(
+    subject: Subject, prompts: Prompts, *, title: str = "first tokens"
+) -> Float[Tensor, "rows vocabulary"]:
+    """`first_token` of prompts that are prepared."""
+    result: Tensor | None = None
+
+    def run(rows: list[int]) -> tuple[list[int], Tensor]:
+        logits = last_logits(subject, prompts, rows, prompts.cache(rows))
+        return rows, logits.float().log_softmax(-1).cpu()
+
+    size = token_budget(subject, state_bytes(subject))
+    with torch.inference_mode(), progress(title, len(prompts.rows)) as advance:
+        for group in batched([len(r) for r in prompts.rows], size):
+            for rows, logp in halving(run, group):
+                result = logp.new_empty(len(prompts.rows), logp.shape[-1]) if result is None else result
+                result[rows] = logp
+                advance(len(rows))
+    assert result is not None, "no prompts"
+    return result
+
+
+def last_logits(
+    subject: Subject, prompts: Prompts, rows: Sequence[int], cache: Any
+) -> Float[Tensor, "rows vocabulary"]:
+    """One pass over some rows: the logits of what follows each row's last token."""
+    batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+    with prompts.around(rows), only(subject, lengths - 1):
+        return next_logits(subject, batch, prompts.skipped, cache, prompts.lower)
+
+
+def next_logits(
+    subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower | None = None
+) -> Float[Tensor, "rows vocabulary"]:
+    """One pass through the whole model; the caller has narrowed the LM head to one position (`only`)."""
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    given = entry(subject, ids, lower)
+    out = subject.model(**given, position_ids=positions, **with_cache(subject.model, cache))
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+# Rows in fp64 at a time: 8 × 49 152 are 3 MB, which stay in the cache through all that is done with them.
+ROWS = 8
+
+
+def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+    """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
+    return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
+
+
+def _kl(p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()

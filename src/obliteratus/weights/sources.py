@@ -1,0 +1,210 @@
+"""What a source names, and whether its files are whole: all checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from obliteratus.core.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model is read from."""
+
+    name: str
+    """As the user gave it."""
+    path: str
+    """A folder, or a hub id."""
+    gguf: str = ""
+    """The GGUF file inside the folder."""
+    local: bool = True
+
+
+def locate(source: str | Path) -> Origin:
+    """What `source` names: `organism:NAME[@SHARE]`, a folder, a GGUF file or a hub id. UserError if none fits."""
+    name = str(source)
+    if name.startswith("organism:"):
+        return Origin(name, str(_organism(name.removeprefix("organism:"))))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return Origin(name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
+        return Origin(name, str(path.parent), gguf=path.name)
+    if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise UserError(f"{path} does not exist; give a model folder, a .gguf file or a hub id (owner/name)")
+    return Origin(name, name, local=False)
+
+
+def _organism(name: str) -> Path:
+    # Imported here: it needs peft, which takes seconds to import and which no other source needs.
+    from obliteratus.weights.organism import base_folder, organism_folder
+
+    return base_folder() if name == "base" else organism_folder(name)
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter, not a model; give the base model, and merge the adapter first")
+    if ggufs := sorted(folder.glob("*.gguf")):
+        raise UserError(f"{folder} has no config.json; give the GGUF file itself, e.g. {ggufs[0]}")
+    raise UserError(f"{folder} has no config.json, so it is no model folder; give the folder that has it")
+
+
+def check_weights(origin: Origin) -> str:
+    """Refuse missing, pickled, truncated or corrupt weight files; returns the quantisation of a GGUF file.
+
+    Files on the hub are checked when they are loaded.
+    """
+    if origin.gguf:
+        return check_gguf(Path(origin.path) / origin.gguf)
+    if origin.local:
+        for file in weight_files(Path(origin.path)):
+            check_safetensors(file)
+    return ""
+
+
+def weight_files(folder: Path) -> Sequence[Path]:
+    """The safetensors files of a model folder, the index's shards if there is one. UserError where there are none."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        return _shards(folder / INDEX)
+    if pickles := [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickles[0]}); only safetensors and GGUF are read: convert them"
+        )
+    raise UserError(f"{folder} has no {WHOLE} and no {INDEX}; download the weights again")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a valid shard index; download it again") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent} lacks the shard {name}; download it again")
+    return [index.parent / name for name in names]
+
+
+def check_safetensors(file: Path) -> None:
+    """UserError unless the header is whole and the file ends where its last tensor does."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise UserError(f"{file} is truncated or no safetensors file; download it again")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UserError(f"{file} has a corrupt safetensors header; download it again") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        fault = "truncated" if size < expected else "corrupt"
+        raise UserError(f"{file} is {fault}: {size} bytes, {expected} expected; download it again")
+
+
+# -------------------------------------------------------------------------------------------- GGUF
+# transformers reads the file with gguf.GGUFReader, which takes seconds and reports a truncation as an
+# arbitrary numpy error. This reads the same header in milliseconds.
+_SCALARS = {
+    GGUFValueType.UINT8: 1,
+    GGUFValueType.INT8: 1,
+    GGUFValueType.BOOL: 1,
+    GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2,
+    GGUFValueType.UINT32: 4,
+    GGUFValueType.INT32: 4,
+    GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8,
+    GGUFValueType.INT64: 8,
+    GGUFValueType.FLOAT64: 8,
+}
+ALIGNMENT = 32  # of the tensor data, where the file does not say otherwise
+
+
+def check_gguf(file: Path) -> str:
+    """UserError unless the file is a whole GGUF file; returns what most of its weights are, e.g. ``Q4_1``."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{file} is no GGUF file; give one, or a folder with safetensors")
+        try:
+            expected, kind = _gguf_extent(stream)
+        except (struct.error, ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"{file} is truncated or corrupt in its header; download it again") from error
+    if size < expected:
+        raise UserError(f"{file} is truncated: {size} bytes, {expected} expected; download it again")
+    return kind
+
+
+def _gguf_extent(stream: IO[bytes]) -> tuple[int, str]:
+    """(bytes that the file must have, its prevailing tensor type)."""
+    _, tensors, entries = _unpack(stream, "IQQ")
+    alignment = ALIGNMENT
+    for _ in range(entries):
+        key, kind = _string(stream), GGUFValueType(_unpack(stream, "I")[0])
+        if key == b"general.alignment":
+            (alignment,) = _unpack(stream, "I")
+        else:
+            _skip(stream, kind)
+    end, weights = 0, Counter[str]()
+    for _ in range(tensors):
+        _string(stream)
+        (n,) = _unpack(stream, "I")
+        count = prod(_unpack(stream, f"{n}Q"))
+        number, offset = _unpack(stream, "IQ")
+        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+        end = max(end, offset + count // block * width)
+        weights[GGMLQuantizationType(number).name] += count
+    data = -(-stream.tell() // alignment) * alignment
+    return data + end, weights.most_common(1)[0][0] if weights else ""
+
+
+def _unpack(stream: IO[bytes], form: str) -> tuple[int, ...]:
+    form = "<" + form  # little-endian, unpadded
+    return struct.unpack(form, stream.read(struct.calcsize(form)))
+
+
+def _string(stream: IO[bytes]) -> bytes:
+    (length,) = _unpack(stream, "Q")
+    text = stream.read(min(length, 1 << 20))  # 1 MB: beyond any key or name, so a corrupt length cannot fill memory
+    if len(text) != length:
+        raise ValueError("string beyond the end of the file")
+    return text
+
+
+def _skip(stream: IO[bytes], kind: GGUFValueType) -> None:
+    if kind in _SCALARS:
+        stream.seek(_SCALARS[kind], 1)
+    elif kind == GGUFValueType.STRING:
+        stream.seek(_unpack(stream, "Q")[0], 1)
+    else:
+        item, count = _unpack(stream, "IQ")
+        if GGUFValueType(item) in _SCALARS:
+            stream.seek(_SCALARS[GGUFValueType(item)] * count, 1)
+            return
+        for _ in range(count):
+            _skip(stream, GGUFValueType(item))
