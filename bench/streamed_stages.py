@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Subject
@@ -135,7 +135,7 @@ def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     with meter.stage("PROBE"):
         acts = probe(subject, fit, made.probe)
     with meter.stage("EXCISE"):
-        directions = distill(acts, made.distill, Lab(subject, fit))
+        directions = distill(acts, made.distill, FitContext(subject, fit))
         plan = excise(subject, directions, weigh(directions, subject.sites, acts, made.weigh), acts, made.excise)
     with meter.stage("VERIFY"):
         steps, store = streamable(made.verify), Store()

@@ -12,7 +12,7 @@ from planted import PROMPTS, group, planted
 from tiny import tiny_subject
 
 from obliteratus.analyze import Finding, Ground
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations, Directions, Prompt, PromptSet, Subject
 from obliteratus.distill import distill
@@ -31,7 +31,7 @@ def ground_of(
 ) -> Ground:
     """The mean differences, unless other directions are given."""
     found = distill(acts, [Step(use="mean_diff")]) if directions is None else directions
-    return Ground(acts, found, Lab(model or subject(), prompts), NOTHING)
+    return Ground(acts, found, FitContext(model or subject(), prompts), NOTHING)
 
 
 def null(seed: int = 0, n: int = PROMPTS) -> Activations:

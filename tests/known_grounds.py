@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze import Finding, Ground
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, PromptSet, Subject
 from obliteratus.distill import distill
@@ -25,7 +25,7 @@ from obliteratus.probe.probe import probe
 def ground_of(subject: Subject, prompts: PromptSet, held: PromptSet | None = None, **options: Any) -> Ground:
     """Mean differences of these prompts; they are held too unless others are given."""
     acts = probe(subject, prompts, **options)
-    return Ground(acts, distill(acts, [Step(use="mean_diff")]), Lab(subject, prompts), held or prompts)
+    return Ground(acts, distill(acts, [Step(use="mean_diff")]), FitContext(subject, prompts), held or prompts)
 
 
 def planted_ground(**options: Any) -> Ground:
@@ -55,7 +55,7 @@ def same_groups(ground: Ground) -> Ground:
     prompts = ground.lab.prompts
     same = PromptSet({"target": prompts["control"], "control": prompts["control"]})
     acts = replace(ground.acts, groups={g: ground.acts["control"] for g in ("target", "control")})
-    return replace(ground, acts=acts, lab=Lab(ground.lab.subject, same), held=same)
+    return replace(ground, acts=acts, lab=FitContext(ground.lab.subject, same), held=same)
 
 
 def ids_of(ground: Ground, group: str) -> list[list[int]]:

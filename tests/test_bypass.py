@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.check_bypass import check_bypass
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
@@ -30,13 +30,13 @@ def groups() -> dict[str, tuple[Prompt, ...]]:
 
 @pytest.mark.organism
 def test_prompts_that_are_answered_pass(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
-    check_bypass(Lab(subject, PromptSet({**groups, "bypass": groups["control"][:8]})), STEPS)
+    check_bypass(FitContext(subject, PromptSet({**groups, "bypass": groups["control"][:8]})), STEPS)
 
 
 @pytest.mark.organism
 def test_prompts_that_are_refused_too_are_turned_down(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
     again = tuple(replace(p, text=f"Please: {p.text}") for p in groups["target"][:8])
-    lab = Lab(subject, PromptSet({**groups, "bypass": again}))
+    lab = FitContext(subject, PromptSet({**groups, "bypass": again}))
     with pytest.raises(UserError, match=r"do not get round the behaviour: the model refuses \d+% of them"):
         check_bypass(lab, STEPS)
     check_bypass(lab, STEPS[:1])  # nobody asked
@@ -48,4 +48,4 @@ def test_a_behaviour_that_is_not_there_cannot_be_got_round(
 ) -> None:
     quiet = {"target": groups["control"][:8], "control": groups["control"][8:16], "bypass": groups["control"][16:]}
     with pytest.raises(UserError, match="0% of the target prompts"):
-        check_bypass(Lab(subject, PromptSet(quiet)), STEPS)
+        check_bypass(FitContext(subject, PromptSet(quiet)), STEPS)

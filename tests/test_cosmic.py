@@ -13,7 +13,7 @@ from test_select import Notes, hooked, ids_of, without
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.candidates import grid, ranked
 from obliteratus.causal.cosmic import Judge, low_similarity
 from obliteratus.core.errors import UserError
@@ -27,7 +27,7 @@ from obliteratus.probe.probe import probe
 def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
     notes, step = Notes(), Step(use="cosmic", **{"held_out": 4, **options})
     with reporting(notes):
-        return distill(probe(subject, prompts), [step], Lab(subject, prompts)), notes.texts
+        return distill(probe(subject, prompts), [step], FitContext(subject, prompts)), notes.texts
 
 
 def place(model: Any, ids: list[list[int]], streams: list[int]) -> Tensor:

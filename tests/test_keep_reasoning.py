@@ -10,7 +10,7 @@ from tiny import TEMPLATE, tiny_subject
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.reasoning import reasoning_rows, span, subspace
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
@@ -34,7 +34,7 @@ def subject() -> Subject:
 def kept(subject: Subject, asked: PromptSet, start: Directions, **options: Any) -> Directions:
     entry = extractors["keep_reasoning"]
     given = extractors.check("keep_reasoning", {**OPTIONS, **options})
-    found = entry.function(probe(subject, asked), start, Lab(subject, asked), **given)
+    found = entry.function(probe(subject, asked), start, FitContext(subject, asked), **given)
     assert isinstance(found, Directions)
     return found
 
@@ -93,7 +93,7 @@ def test_a_planted_axis_goes_and_what_is_beside_it_stays(subject: Subject, promp
 
 
 def test_a_direction_that_is_all_reasoning_becomes_zeros(subject: Subject, prompts: PromptSet) -> None:
-    rows = reasoning_rows(Lab(subject, prompts), 32, 12, 3)
+    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
     start = Directions(subspace(subject, rows, 2), torch.ones(4), torch.ones(4), "")
     found = kept(subject, prompts, start)
     assert (found.basis == 0).all()
@@ -113,7 +113,7 @@ def test_batches_are_invisible(name: str, prompts: PromptSet, monkeypatch: pytes
 def test_rows_end_in_the_answer(subject: Subject, prompts: PromptSet) -> None:
     ids = render(subject, prompts["control"])
     answers = generate(subject, ids, 12)
-    rows = reasoning_rows(Lab(subject, prompts), 32, 12, 3)
+    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
     for row in rows:
         (at,) = [i for i, p in enumerate(ids) if row[: len(p)] == p]
         assert len(row) > len(ids[at])
@@ -143,7 +143,7 @@ def test_the_span_is_what_stands_in_the_block(subject: Subject, prompt: str, ans
 def test_a_template_with_thinking_is_rendered_so(subject: Subject, prompts: PromptSet) -> None:
     """Also where the subject's own mode is not to think."""
     subject.tokenizer.chat_template = THINKING
-    (row, *_) = reasoning_rows(Lab(subject, prompts), 1, 4, 1)
+    (row, *_) = reasoning_rows(FitContext(subject, prompts), 1, 4, 1)
     text = subject.tokenizer.decode(row)
     assert "<think>" in text
     assert "</think>" not in text
@@ -155,12 +155,12 @@ def test_too_few_places_and_no_directions_say_so(subject: Subject, prompts: Prom
     with pytest.raises(UserError, match="k=4 needs more than 4 places; got 3; raise prompts"):
         kept(subject, prompts, start, prompts=1, k=4)
     with pytest.raises(UserError, match=r"put e\.g\. mean_diff first"):
-        distill(probe(subject, prompts), [Step(use="keep_reasoning")], Lab(subject, prompts))
+        distill(probe(subject, prompts), [Step(use="keep_reasoning")], FitContext(subject, prompts))
 
 
 def test_shuffled_rows_would_take_out_something_else(subject: Subject, prompts: PromptSet) -> None:
     """Negative control: read at the prompts' ends, which is no reasoning, another subspace is found."""
-    rows = reasoning_rows(Lab(subject, prompts), 32, 12, 3)
+    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
     ends = [row for group in ("target", "control") for row in render(subject, prompts[group])]
     one, other = (subspace(subject, r, 2)[1:] for r in (rows, ends))
     overlap = torch.linalg.svdvals(torch.einsum("lkw,ljw->lkj", one, other))

@@ -11,7 +11,7 @@ from refuser import REFUSAL, asked, byte, refuser
 from test_select import Notes, ids_of, without
 from tiny import tiny_subject
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.interventions import ablating
 from obliteratus.causal.least_refusing import refusing, sources
 from obliteratus.core.errors import UserError
@@ -27,7 +27,7 @@ from obliteratus.probe.probe import probe
 def chosen(subject: Subject, asked: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
     notes, step = Notes(), Step(use="least_refusing", **{"length": 1, **options})
     with reporting(notes):
-        return distill(probe(subject, asked), [step], Lab(subject, asked)), notes.texts
+        return distill(probe(subject, asked), [step], FitContext(subject, asked)), notes.texts
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])

@@ -11,7 +11,7 @@ from tiny import tiny_subject
 from torch.nn import functional as F
 
 from obliteratus.causal.early_stopping import Plateau
-from obliteratus.causal.interventions import Lab, ablating, adding, answer_logits, head_logits
+from obliteratus.causal.interventions import FitContext, ablating, adding, answer_logits, head_logits
 from obliteratus.causal.rdo import Losses, Material
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
@@ -184,7 +184,7 @@ def fitted(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Any, l
         patch.setattr(MODULE, "_value", seen)
         patch.setattr(MODULE, "_step", stepped)
         steps = [MEAN, Step(use="rdo", batch=64, tokens=4, **options)]
-        return distill(acts, steps, Lab(subject, prompts)), looks, rates
+        return distill(acts, steps, FitContext(subject, prompts)), looks, rates
 
 
 def test_the_loss_falls_and_the_direction_moves(subject: Subject, prompts: PromptSet) -> None:
@@ -229,6 +229,6 @@ def test_no_step_sees_what_is_held(subject: Subject) -> None:
 def test_it_needs_a_start_and_a_model(subject: Subject, prompts: PromptSet) -> None:
     acts = probe(subject, prompts)
     with pytest.raises(Exception, match=r"put e\.g\. mean_diff first"):
-        distill(acts, [Step(use="rdo")], Lab(subject, prompts))
+        distill(acts, [Step(use="rdo")], FitContext(subject, prompts))
     with pytest.raises(ValueError, match="must be given a lab"):
         distill(acts, [MEAN, Step(use="rdo")])

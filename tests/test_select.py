@@ -15,7 +15,7 @@ from refuser import REFUSAL, asked, byte, refuser, shuffled
 from tiny import tiny_subject
 from torch import Tensor
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.candidates import (
     Candidate,
     Filter,
@@ -56,7 +56,7 @@ class Notes(Reporter):
 def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
     notes, step = Notes(), Step(use="select", **{"held_out": 4, **options})
     with reporting(notes):
-        return distill(probe(subject, prompts), [step], Lab(subject, prompts)), notes.texts
+        return distill(probe(subject, prompts), [step], FitContext(subject, prompts)), notes.texts
 
 
 def ids_of(subject: Subject, prompts: PromptSet) -> dict[str, list[list[int]]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import Registry
@@ -24,7 +24,7 @@ class Ground:
     acts: Activations
     """Of the fit prompts, every prompt's rows kept."""
     directions: Directions
-    lab: Lab
+    lab: FitContext
     """The model and the fit prompts."""
     held: PromptSet
     """Search prompts: for what must be scored on prompts that nothing was fitted on."""

@@ -11,7 +11,7 @@ from typing import Any
 from obliteratus.analyze.base import Finding, Ground, analyses, analyze, tried
 from obliteratus.analyze.bill import afforded, values_of
 from obliteratus.analyze.page import page
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
@@ -60,7 +60,7 @@ def analysed(
     fit, held, _ = parts_checked(prompts, seed, searched=True)
     kept, skipped = afforded(steps, values_of(fit, held, subject.n_layers), budget)
     acts = probe(subject, fit)
-    ground = Ground(acts, distill(acts, FOUND_BY), Lab(subject, fit), held)
+    ground = Ground(acts, distill(acts, FOUND_BY), FitContext(subject, fit), held)
     if strict:
         return Report(analyze(ground, kept), skipped)
     found, unable = tried(ground, kept)

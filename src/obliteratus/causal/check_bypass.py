@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Step
@@ -16,7 +16,7 @@ ASKED, TOKENS = 24, 16  # a refusal shows in its first words, and 24 answers tel
 AT_MOST = 0.5  # of the target prompts' refusals: with more than half of them left, the contrast is mostly the wording
 
 
-def check_bypass(lab: Lab, steps: Sequence[Step]) -> None:
+def check_bypass(lab: FitContext, steps: Sequence[Step]) -> None:
     """Where a step needs the group bypass, ask the model. Raises UserError where it refuses those prompts too.
 
     Some of each group's fit prompts are answered; refusals of bypass prompts may be at most half as many.
@@ -32,7 +32,7 @@ def check_bypass(lab: Lab, steps: Sequence[Step]) -> None:
         )
 
 
-def _refused(lab: Lab, prompts: Sequence[Prompt]) -> float:
+def _refused(lab: FitContext, prompts: Sequence[Prompt]) -> float:
     few = PromptSet({"target": tuple(prompts[:ASKED])})
     found = verify(lab.subject, few, (Step(use="refusal", tokens=TOKENS),))
     return found.scores["refusal.target"].value

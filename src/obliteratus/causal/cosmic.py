@@ -25,7 +25,7 @@ from obliteratus.causal.candidates import (
     report,
     winner,
 )
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.progress import SILENT, note, reporting
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Subject
@@ -40,7 +40,7 @@ STEP = "cosmic"
 def cosmic(
     acts: Activations,
     so_far: Directions | None,
-    lab: Lab,
+    lab: FitContext,
     *,
     positions: Positions = 5,
     held_out: HeldOut = 32,

@@ -26,7 +26,7 @@ Pair = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
-class Lab:
+class FitContext:
     """The model as it is now (edits of earlier passes applied) and the prompts that directions are fitted on."""
 
     subject: Subject

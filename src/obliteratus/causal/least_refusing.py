@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.causal.candidates import everywhere, parted
-from obliteratus.causal.interventions import Lab, ablating, answer_logits
+from obliteratus.causal.interventions import FitContext, ablating, answer_logits
 from obliteratus.core.cost import Answers, Cost, amount, n_of
 from obliteratus.core.progress import SILENT, note, progress, reporting
 from obliteratus.core.settings import asked
@@ -42,7 +42,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 def least_refusing(
     acts: Activations,
     so_far: Directions | None,
-    lab: Lab,
+    lab: FitContext,
     *,
     prompts: Annotated[int, Field(ge=1)] = 4,
     length: Annotated[int, Field(ge=1, le=128)] = 8,

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.causal.early_stopping import Plateau, drawn
-from obliteratus.causal.interventions import Lab, Pair, ablating, adding
+from obliteratus.causal.interventions import FitContext, Pair, ablating, adding
 from obliteratus.causal.losses import Losses, Material
 from obliteratus.core.cost import Answers, Cost, Training, n_of, number
 from obliteratus.core.errors import UserError
@@ -46,7 +46,7 @@ class Settings:
 def rdo(
     acts: Activations,
     so_far: Directions | None,
-    lab: Lab,
+    lab: FitContext,
     *,
     steps: Annotated[int, Field(ge=1, le=2000)] = 200,
     lr: Annotated[float, Field(gt=0, le=1)] = 0.01,
@@ -90,7 +90,7 @@ def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
     return Cost(looks + n_of("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
 
 
-def _material(lab: Lab, start: Tensor, stream: int, size: float, tokens: int) -> Material:
+def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> Material:
     target, control = (render(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
 
     def written(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.cost import Answers, Cost, n_of
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -36,7 +36,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 def keep_reasoning(
     acts: Activations,
     so_far: Directions | None,
-    lab: Lab,
+    lab: FitContext,
     *,
     k: Annotated[int, Field(ge=1, le=64)] = 4,
     prompts: Annotated[int, Field(ge=1)] = 32,
@@ -64,7 +64,7 @@ def keep_reasoning(
     return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)
 
 
-def reasoning_rows(lab: Lab, prompts: int, tokens: int, places: int) -> Ids:
+def reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:
     """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
     asked = lab.prompts["control"]
     chosen = [asked[i] for i in spread(len(asked), prompts)]

@@ -25,7 +25,7 @@ from obliteratus.causal.candidates import (
     report,
     winner,
 )
-from obliteratus.causal.interventions import Lab
+from obliteratus.causal.interventions import FitContext
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.progress import note
 from obliteratus.core.types import Activations, Directions, Subject
@@ -43,7 +43,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 def select(
     acts: Activations,
     so_far: Directions | None,
-    lab: Lab,
+    lab: FitContext,
     *,
     positions: Positions = 5,
     held_out: HeldOut = 32,
@@ -102,7 +102,7 @@ class Judge:
         return float(log_odds(self.trial.first(self.trial.added(candidate), "control"), self.tokens).mean())
 
 
-def _first(lab: Lab) -> tuple[dict[str, Ids], dict[str, Tensor]]:
+def _first(lab: FitContext) -> tuple[dict[str, Ids], dict[str, Tensor]]:
     ids = {group: render(lab.subject, lab.prompts[group]) for group in ("target", "control")}
     return ids, {g: first_token(lab.subject, rows, title=f"DISTILL first tokens, {g}") for g, rows in ids.items()}
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from obliteratus.analyze import Finding, Ground, tried
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.causal.check_bypass import check_bypass
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -77,7 +77,7 @@ def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, 
     acts = probed(store, "PROBE 1", subject, fit, start)
 
     def make() -> Advice:
-        lab, found, along = Lab(subject, fit), dict[str, Finding](), start.distill
+        lab, found, along = FitContext(subject, fit), dict[str, Finding](), start.distill
         directions = distill(acts, along, lab)
         for step in recipe.analyze:  # each looks along the directions that those before it have settled
             found |= tried(Ground(acts, directions, lab, search), [step])[0]
@@ -159,14 +159,14 @@ def searched(
         acts = probed(store, f"PROBE {number}", subject, fit, recipe, plan)
         directions = store.stage(
             f"DISTILL {number}",
-            partial(_distilled, acts, recipe.distill, Lab(subject, fit)),
+            partial(_distilled, acts, recipe.distill, FitContext(subject, fit)),
             save_directions,
             load_directions,
         )
     return acts, directions
 
 
-def _distilled(acts: Activations, steps: Sequence[Step], lab: Lab) -> Directions:
+def _distilled(acts: Activations, steps: Sequence[Step], lab: FitContext) -> Directions:
     check_bypass(lab, steps)
     return distill(acts, steps, lab)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from obliteratus.causal import Lab
+from obliteratus.causal import FitContext
 from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
@@ -23,7 +23,7 @@ KEPT = 8
 class Ground:
     """Model, fit prompts and activations: recipes become plans over them, with no pass through the model.
 
-    Only steps that ask the model themselves (`Lab`) cost passes, and each list of distill steps costs them once.
+    Only steps that ask the model themselves (`FitContext`) cost passes, and each list of distill steps costs them once.
     """
 
     def __init__(self, subject: Subject, fit: PromptSet, made: Recipe, store: Store) -> None:
@@ -52,7 +52,7 @@ class Ground:
         return self._directions[key]
 
     def _distilled(self, made: Recipe) -> Directions:
-        lab = Lab(self.subject, self.fit)
+        lab = FitContext(self.subject, self.fit)
         if not self.fixed:
             return distill(self.acts, made.distill, lab)
         return self.store.stage(
