@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from obliteratus.core.settings import asked
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
+from obliteratus.core.settings import expand_part
+from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Architecture, Branch, Matrix
 
 TITLE = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "a bias to bake", "notes"]
 
@@ -43,13 +43,13 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(family: Family) -> list[str]:
-    there: list[Family | Branch] = [family, *chain(*family.branches)]
+def _cells(family: Architecture) -> list[str]:
+    there: list[Architecture | Branch] = [family, *chain(*family.branches)]
     writers = {part: Matrix(*matrix) for one in there for part, matrix in one.writers.items()}
     half = [part for part in writers if part != "attn.out"]
     return [
         _names(family, "attn.out", "attention"),
-        _names(family, asked("mlp.out"), "MLP"),
+        _names(family, expand_part("mlp.out"), "MLP"),
         ", ".join(f"`{part}`{_layout(matrix)}" for part, matrix in writers.items()) if half else "",
         ", ".join(sorted({f"`{part}`" for one in there for part in one.post_norm})) or "–",
         {"rms": "RMS", "rms+1": "RMS, 1 + w", "layer": "LayerNorm"}[family.norm],
@@ -58,7 +58,7 @@ def _cells(family: Family) -> list[str]:
     ]
 
 
-def _names(family: Family, parts: str | tuple[str, ...], plain: str) -> str:
+def _names(family: Architecture, parts: str | tuple[str, ...], plain: str) -> str:
     """The kinds of modules that write those parts."""
     wanted = {parts} if isinstance(parts, str) else set(parts)
     own = [plain] if wanted & set(family.writers) else []
@@ -73,7 +73,7 @@ def _layout(matrix: Matrix) -> str:
     return sizes.get(matrix.layout, "")
 
 
-def _notes(family: Family) -> str:
+def _notes(family: Architecture) -> str:
     said = {
         "recurrent states": family.recurrent,
         "sees": "language_model" in family.layers,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.forecast.machine import gemm_rate
-from obliteratus.inference.batching import common_prefix
+from obliteratus.forecast.machine import measure_gemm_rate
+from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import Ids
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
@@ -73,7 +73,7 @@ def backbone_flops(subject: Subject, ids: Ids) -> float:
     """FLOPs of the tokens that differ: 2 for each weight of each block's matrices; the shared prefix once."""
     blocks = subject.module(subject.layers)
     weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
-    prefix = common_prefix(ids)
+    prefix = common_prefix_length(ids)
     return 2.0 * weights * (sum(len(row) - prefix for row in ids) + prefix)
 
 
@@ -84,7 +84,7 @@ def head_flops(subject: Subject, tokens: int) -> float:
 
 def machine_rate(repeats: int = 3) -> float:
     """FLOP/s of large fp32 matrix products, the best seen: a floor must not be too high."""
-    return max(gemm_rate() for _ in range(repeats))
+    return max(measure_gemm_rate() for _ in range(repeats))
 
 
 def resident() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bench.architectures import architectures_page
 from bench.common import say
 from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
-from obliteratus.cli.terminal import size
+from obliteratus.cli.terminal import format_bytes
 from obliteratus.core.settings import Recipe
 from obliteratus.forecast.formula import (
     CLASSES,
@@ -20,13 +20,13 @@ from obliteratus.forecast.formula import (
     REFERENCE,
     SHARED,
     TEXT,
-    effort,
-    formula,
-    row,
-    stages,
-    total,
+    format_formula,
+    relative_effort,
+    stage_costs,
+    table_row,
+    total_cost,
 )
-from obliteratus.pipeline.recipe import names, recipe
+from obliteratus.pipeline.recipe import list_methods, load_recipe
 
 FOLDER = RATES.parent
 MADE = "<!-- Made by `make docs`; do not edit. -->"
@@ -46,7 +46,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def methods_page(made: list[Recipe]) -> str:
     """docs/methods.md."""
     low, moderate = CLASSES.values()
-    rows = [[*row(one), f"{effort(one):.2f}", formula(one)] for one in made]
+    rows = [[*table_row(one), f"{relative_effort(one):.2f}", format_formula(one)] for one in made]
     return f"""{MADE}
 # The methods
 
@@ -118,11 +118,11 @@ def _forecasts(made: list[Recipe], rates: Rates) -> str:
 
 
 def _seconds(made: Recipe, shape: Shape, rates: Rates) -> float:
-    return seconds(total(made), at(rates, shape), {**REFERENCE, "L": shape.layers})
+    return seconds(total_cost(made), at(rates, shape), {**REFERENCE, "L": shape.layers})
 
 
 def _stage(name: str, shape: Shape, rates: Rates) -> float:
-    return seconds(stages(recipe("basic"))[name], at(rates, shape), {**REFERENCE, "L": shape.layers})
+    return seconds(stage_costs(load_recipe("basic"))[name], at(rates, shape), {**REFERENCE, "L": shape.layers})
 
 
 def _kind(shape: Shape, basis: str, measured: str = "measured") -> str:
@@ -158,12 +158,12 @@ def _small(value: float) -> str:
 def _memory() -> str:
     n, report = REFERENCE["N_fit"], REFERENCE["N_report"]
     rows = [
-        ["weights", *(size(s.weights) for s in SHAPES)],
-        ["`means` of two groups", *(size(BYTES * 2 * (s.layers + 1) * s.width) for s in SHAPES)],
-        [f"`rows` of {n} prompts", *(size(BYTES * n * (s.layers + 1) * s.width) for s in SHAPES)],
+        ["weights", *(format_bytes(s.weights) for s in SHAPES)],
+        ["`means` of two groups", *(format_bytes(BYTES * 2 * (s.layers + 1) * s.width) for s in SHAPES)],
+        [f"`rows` of {n} prompts", *(format_bytes(BYTES * n * (s.layers + 1) * s.width) for s in SHAPES)],
         [
             f"keys and values of {report} answers of 48 tokens",
-            *(size(BYTES * report * (SHARED + OWN + 48) * 2 * s.layers * s.keys) for s in SHAPES),
+            *(format_bytes(BYTES * report * (SHARED + OWN + 48) * 2 * s.layers * s.keys) for s in SHAPES),
         ],
     ]
     return table(["", *(s.name for s in SHAPES)], rows)
@@ -181,7 +181,7 @@ def _check(rates: Rates) -> str:
 
 def pages() -> dict[str, str]:
     """All pages by file name."""
-    made = [recipe(name) for name in names()]
+    made = [load_recipe(name) for name in list_methods()]
     return {
         "methods.md": methods_page(made),
         "runtimes.md": runtimes_page(made, load()),

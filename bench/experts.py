@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from bench.common import arguments, interleaved, machine, report, say, with_peak
 from obliteratus.core.types import Blend, Change, Edit, Plan, Site, Subject
-from obliteratus.excise.bake.tensors import baked, pieces
-from obliteratus.summon.load import assemble
-from obliteratus.weights.matrices import each
+from obliteratus.excise.bake.tensors import bake, bake_in_pieces
+from obliteratus.summon.load import assemble_subject
+from obliteratus.weights.matrices import each_expert
 from obliteratus.weights.safetensors_io import write_shard
 
 WIDTH, INNER = 1024, 1536
@@ -42,13 +42,13 @@ def subject_of(experts: int) -> Subject:
         num_local_experts=experts,
         num_experts_per_tok=2,
     )
-    return assemble(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), None, id="stack")
+    return assemble_subject(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), None, id="stack")
 
 
 def plans(subject: Subject) -> dict[str, Plan]:
     """By contestant."""
     site = next(s for s in subject.sites if s.stacked and s.role == "writes")
-    ones = each(subject.module(site.path), site)
+    ones = each_expert(subject.module(site.path), site)
     donors = torch.arange(len(ones) // 2)
     made: dict[str, tuple[Change, ...]] = {
         "uniform": (_edit(site, 0),),
@@ -66,8 +66,8 @@ def _edit(site: Site, seed: int) -> Edit:
 
 def written(subject: Subject, plan: Plan, file: Path) -> None:
     """The stack alone, edited, into a file."""
-    for name, value in baked(subject, plan).items():
-        write_shard(file, {name: subject.model.get_parameter(name)}, {name: partial(pieces, value)})
+    for name, value in bake(subject, plan).items():
+        write_shard(file, {name: subject.model.get_parameter(name)}, {name: partial(bake_in_pieces, value)})
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts
-from obliteratus.search.front import pareto
+from obliteratus.search.front import pareto_front
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measurement, measure
 from obliteratus.weights.organism import organism_folder
 
 LONGEST = 24 * 3600.0  # seconds a study may take
@@ -81,7 +81,7 @@ class Study:
     @property
     def front(self) -> list[Trial]:
         """The trials that no other dominates."""
-        return [self.trials[i] for i in pareto([(float(n), kl) for n, kl in self.values])]
+        return [self.trials[i] for i in pareto_front([(float(n), kl) for n, kl in self.values])]
 
 
 def heretic_study(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> Study:
@@ -156,11 +156,11 @@ def _running(program: Path, work: Path) -> AbstractContextManager[Terminal]:
 
 # ------------------------------------------------------------------------------------------ the neutral scorer
 def neutral(
-    model: str | Path, report: PromptSet, before: Measured | None = None, base: str | Path | None = None
-) -> Measured:
+    model: str | Path, report: PromptSet, before: Measurement | None = None, base: str | Path | None = None
+) -> Measurement:
     """Refusals, first-token KL and fluency of a model on held-out prompts, by VERIFY. base: the unedited model."""
     unedited = None if base is None else open_subject(str(base))
-    return verify(open_subject(str(model)), report, NEUTRAL, before, unedited)
+    return measure(open_subject(str(model)), report, NEUTRAL, before, unedited)
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -169,7 +169,7 @@ def first(prompts: PromptSet, n: int) -> PromptSet:
     return PromptSet({g: plain(prompts[g])[:n] for g in ("target", "control")})
 
 
-def document(study: Study, base: Measured, scored: dict[int, Measured]) -> dict[str, Any]:
+def document(study: Study, base: Measurement, scored: dict[int, Measurement]) -> dict[str, Any]:
     """All of it as plain data: what Heretic says of its trials, and what VERIFY says of those exported."""
     told = {n: {k: s.model_dump() for k, s in m.scores.items() if "/" not in k} for n, m in scored.items()}
     return {

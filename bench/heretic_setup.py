@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.common import say
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
-from obliteratus.verify.refusal import markers
+from obliteratus.verify.refusal import load_markers
 from obliteratus.weights.organism import cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
@@ -71,7 +71,7 @@ def configured(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, wor
         "study_checkpoint_dir": CHECKPOINTS,
         "export_strategy": "merge",
         "system_prompt": terms.system,
-        "refusal_markers": list(markers()),
+        "refusal_markers": list(load_markers()),
     }
     work.mkdir(parents=True, exist_ok=True)
     for name, prompts in sets.items():

@@ -19,10 +19,10 @@ from bench.common import say
 from bench.methods import COLUMNS, SHORT, Sharing, halved, one
 from obliteratus.core.results import Score
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.pipeline.recipe import parsed, recipe
+from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth.model_card import shown
+from obliteratus.rebirth.model_card import format_score
 from obliteratus.summon.load import open_subject
 
 METHODS = ("basic", "advanced", "informed")
@@ -51,10 +51,10 @@ def measured(subject: Subject, prompts: PromptSet, overrides: dict[str, Any]) ->
     rows = {}
     for name in METHODS[:-1]:
         say(f"{name} …")
-        rows[name] = one(recipe(name, overrides), subject, prompts, known)
+        rows[name] = one(load_recipe(name, overrides), subject, prompts, known)
     say("informed …")
     store = Sharing(known)
-    _, found = run(recipe("informed", overrides), subject, prompts, store)
+    _, found = run(load_recipe("informed", overrides), subject, prompts, store)
     rows["informed"] = {
         "before": plain(found.before),
         "after": plain(found.after),
@@ -83,7 +83,7 @@ def table(found: dict[str, Any]) -> str:
     for organism, rows in found.items():
         base = seconds(rows["advanced"])
         for name, row in rows.items():
-            scores = [shown(Score(**row["after"][c])) for c in COLUMNS]
+            scores = [format_score(Score(**row["after"][c])) for c in COLUMNS]
             spent = f"{seconds(row):.0f} | {seconds(row) / base:.2f} | {row['passes']}"
             lines.append(f"| {organism} | {name} | {' | '.join(scores)} | {spent} |")
     return "\n".join([*lines, *(f"\n{name} ({TRUTH[name]}):\n{decisions(rows)}" for name, rows in found.items())])
@@ -122,7 +122,7 @@ def main() -> None:
             for other in chosen:
                 if other != name:
                     say(f"{name} under the advice for {other} …")
-                    advised = parsed(found[other]["informed"]["recipe"], other)
+                    advised = parse_recipe(found[other]["informed"]["recipe"], other)
                     found[name][f"advice for {other}"] = one(advised, subject, prompts, own["known"])
     print(json.dumps(found, indent=1) if options.json else table(found))
 

@@ -25,18 +25,18 @@ from obliteratus.core.results import Score
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.distill import distill
-from obliteratus.distill.steps import orthonormal
+from obliteratus.distill import find_directions
+from obliteratus.distill.steps import orthonormalize
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import excise
+from obliteratus.excise.plan import plan_edits
 from obliteratus.pipeline.offloaded import measured
-from obliteratus.pipeline.recipe import check_runs, names, recipe
+from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe
 from obliteratus.pipeline.run import probed, run
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth.model_card import shown
+from obliteratus.rebirth.model_card import format_score
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import Measured
-from obliteratus.weigh import weigh
+from obliteratus.verify import Measurement
+from obliteratus.weigh import weigh_sites
 
 T = TypeVar("T")
 BASELINE = "VERIFY before"
@@ -104,12 +104,12 @@ def chance(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, 
     fit, _, report = prompts.split(made.seed)
     store = Sharing(known)
 
-    def measure() -> tuple[Measured, Measured]:
+    def measure() -> tuple[Measurement, Measurement]:
         acts = probed(store, "PROBE", subject, fit, made)
-        found = distill(acts, made.distill)
+        found = find_directions(acts, made.distill)
         noise = torch.randn(found.basis.shape, generator=torch.Generator().manual_seed(0))
-        drawn = replace(found, basis=orthonormal(noise * (found.basis.norm(dim=-1, keepdim=True) > 0)))
-        plan = excise(subject, drawn, weigh(drawn, subject.sites, acts, made.weigh), acts, made.excise)
+        drawn = replace(found, basis=orthonormalize(noise * (found.basis.norm(dim=-1, keepdim=True) > 0)))
+        plan = plan_edits(subject, drawn, weigh_sites(drawn, subject.sites, acts, made.weigh), acts, made.excise)
         before = measured(store, BASELINE, subject, report, made.verify)
         with applied(subject, plan):
             return before, measured(store, "VERIFY after", subject, report, made.verify, before)
@@ -137,7 +137,7 @@ def opened(name: str, quick: bool) -> Model:
 
 def wanted(only: str, quick: bool) -> dict[str, tuple[str, dict[str, Any], str]]:
     """Row → method, what is changed of it, and the organism; grouped by organism, since each takes memory."""
-    shown_now = [name for name in names() if not quick or name not in SLOW]
+    shown_now = [name for name in list_methods() if not quick or name not in SLOW]
     chosen: dict[str, tuple[str, dict[str, Any], str]] = {
         n: (n, {}, ON.get(n, ASTRONOMY)) for n in shown_now
     } | CONTROLS
@@ -154,7 +154,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "refused" in found:
             lines.append(f"| {name} | {found['refused']} |" + " |" * (len(heads) - 2))
             continue
-        scores = [shown(Score(**found["after"][c])) for c in COLUMNS]
+        scores = [format_score(Score(**found["after"][c])) for c in COLUMNS]
         spent = f"{sum(found['seconds'].values()):.0f} | {found['peak_bytes'] / 1e6:.0f} | {found['passes']}"
         lines.append(f"| {name} | {' | '.join(scores)} | {spent} |")
     return "\n".join([*lines, "", *stages(rows), "", *others(rows)])
@@ -176,7 +176,7 @@ def others(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, found in rows.items():
         if found.get("organism", ASTRONOMY) != ASTRONOMY:
-            both = [{k: shown(Score(**v)) for k, v in found[when].items()} for when in ("before", "after")]
+            both = [{k: format_score(Score(**v)) for k, v in found[when].items()} for when in ("before", "after")]
             told = [f"{c} {both[0].get(c, '–')} → {both[1][c]}" for c in (*COLUMNS[:2], KEPT) if c in both[1]]
             lines.append(f"{name} on {found['organism']}: " + "; ".join(told))
     return lines
@@ -194,11 +194,11 @@ def main() -> None:
     for name, (method, changes, where) in wanted(options.only, options.quick).items():
         say(f"{name} …")
         model = opened(where, options.quick)
-        rows[name] = one(recipe(method, overrides | changes), model.subject, model.prompts, model.known)
+        rows[name] = one(load_recipe(method, overrides | changes), model.subject, model.prompts, model.known)
         rows[name]["organism"] = where
     say("random …")
     model = opened(ASTRONOMY, options.quick)
-    rows["random"] = chance(recipe("advanced", overrides), model.subject, model.prompts, model.known)
+    rows["random"] = chance(load_recipe("advanced", overrides), model.subject, model.prompts, model.known)
     shortened = {"report": "every second prompt", "tokens": 24, "left out": SLOW} if options.quick else {}
     print(json.dumps({"methods": rows, "shortened": shortened}, indent=1) if options.json else table(rows))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.common import say
 from bench.methods import SHORT, halved, one, table
-from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
@@ -47,7 +47,7 @@ def main() -> None:
     rows = {}
     for name, changes in CASES.items():
         say(f"{name} …")
-        rows[name] = one(recipe(options.method, shorter | changes), subject, prompts, known)
+        rows[name] = one(load_recipe(options.method, shorter | changes), subject, prompts, known)
     print(json.dumps(rows, indent=1) if options.json else table(rows))
 
 

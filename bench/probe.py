@@ -26,8 +26,8 @@ from bench.common import (
 )
 from obliteratus.core.settings import Probe
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.probe.probe import probe
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.probe.probe import collect_activations
 
 PROMPTS, QUICK = 256, 4  # with --quick the others take every 4th prompt
 
@@ -60,11 +60,11 @@ def main() -> None:
     subject, prompts = organism()
     chosen = prompts["control"][:PROMPTS]
     every = QUICK if options.quick else 1
-    ids = render(subject, chosen)
+    ids = render_prompts(subject, chosen)
     only = PromptSet({"control": chosen})
 
     def ours() -> Any:
-        return probe(subject, only, Probe(keep="rows"))
+        return collect_activations(subject, only, Probe(keep="rows"))
 
     before, peak, kept = with_peak(ours)
     say("one at a time …")

@@ -22,17 +22,17 @@ import torch
 
 from bench.common import machine, organism, say, timed
 from bench.runtimes import MEASURED, RATES, SHAPES, Rates, at, plain, seconds
-from obliteratus.causal.losses import Losses, Material
+from obliteratus.causal.losses import DirectionLosses, LossInputs
 from obliteratus.core.settings import Probe
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.forecast.formula import stages
-from obliteratus.forecast.machine import gemm_rate
-from obliteratus.inference.batching import common_prefix
-from obliteratus.inference.chat_template import Ids, render
+from obliteratus.forecast.formula import stage_costs
+from obliteratus.forecast.machine import measure_gemm_rate
+from obliteratus.inference.batching import common_prefix_length
+from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
-from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.probe.probe import probe
+from obliteratus.probe.probe import collect_activations
 
 REPEATS = 3
 STEPS = 24  # of the answers that decoding is timed on
@@ -54,14 +54,16 @@ def bandwidth(megabytes: int = 400) -> float:
 
 def tokens_in(ids: Ids) -> int:
     """Tokens that pass: the shared prefix once."""
-    prefix = common_prefix(ids)
+    prefix = common_prefix_length(ids)
     return sum(len(row) - prefix for row in ids) + prefix
 
 
 def passing(subject: Subject, prompts: PromptSet) -> float:
     """Seconds a token of PROBE."""
     only = PromptSet({"control": prompts["control"][:256]})
-    return often(lambda: probe(subject, only, Probe(keep="moments"))) / tokens_in(render(subject, only["control"]))
+    return often(lambda: collect_activations(subject, only, Probe(keep="moments"))) / tokens_in(
+        render_prompts(subject, only["control"])
+    )
 
 
 def heading(subject: Subject) -> float:
@@ -73,7 +75,7 @@ def heading(subject: Subject) -> float:
 
 def decoding(subject: Subject, prompts: PromptSet) -> tuple[float, float]:
     """Seconds of a step by itself, and of each row in it. Only prompts whose answers are long enough are timed."""
-    ids = render(subject, prompts["control"][: 2 * MANY])
+    ids = render_prompts(subject, prompts["control"][: 2 * MANY])
     answers = generate(subject, ids, STEPS + 1)
     long = [row for row, answer in zip(ids, answers, strict=True) if len(answer) > STEPS]
     if len(long) < MANY:
@@ -90,11 +92,11 @@ def decoding(subject: Subject, prompts: PromptSet) -> tuple[float, float]:
 
 def training(subject: Subject, prompts: PromptSet, token: float) -> float:
     """Seconds a token passed forward and back: a step of rdo, less its one batch without gradients."""
-    pairs = [(row, [1] * ANSWER) for row in render(subject, prompts["control"][:BATCH])]
+    pairs = [(row, [1] * ANSWER) for row in render_prompts(subject, prompts["control"][:BATCH])]
     unit = torch.nn.functional.normalize(torch.randn(subject.width), dim=0).requires_grad_(True)
 
     def step() -> None:
-        for part in Losses(subject, MEASURED.layers // 2, 1.0).parts(unit, Material(pairs, pairs, pairs)):
+        for part in DirectionLosses(subject, MEASURED.layers // 2, 1.0).parts(unit, LossInputs(pairs, pairs, pairs)):
             part.backward()
 
     count = sum(len(prompt) + ANSWER for prompt, _ in pairs)
@@ -103,7 +105,7 @@ def training(subject: Subject, prompts: PromptSet, token: float) -> float:
 
 def checked(subject: Subject, prompts: PromptSet, rates: Rates) -> dict[str, dict[str, float]]:
     """Each stage of `basic` as forecast, with the organism's own numbers, beside the seconds that it took."""
-    made = recipe("basic")
+    made = load_recipe("basic")
     parts = dict(zip(("fit", "search", "report"), prompts.split(made.seed), strict=True))
     values: dict[str, int | float] = {"L": subject.n_layers, "N_texts": 16}
     for name, members in parts.items():
@@ -115,9 +117,9 @@ def checked(subject: Subject, prompts: PromptSet, rates: Rates) -> dict[str, dic
         ("PROBE", "fit", spent["PROBE 1"]),
         ("VERIFY", "report", spent["VERIFY before"] + spent["VERIFY after"]),
     ):
-        ids = [row for group in parts[part].groups.values() for row in render(subject, group)]
-        own = sum(len(row) - common_prefix(ids) for row in ids) / len(ids)
-        result[stage] = {"forecast": seconds(stages(made)[stage], speed, values, own), "measured": taken}
+        ids = [row for group in parts[part].groups.values() for row in render_prompts(subject, group)]
+        own = sum(len(row) - common_prefix_length(ids) for row in ids) / len(ids)
+        result[stage] = {"forecast": seconds(stage_costs(made)[stage], speed, values, own), "measured": taken}
     return result
 
 
@@ -141,7 +143,7 @@ def main() -> None:
     say("gradients …")
     gradient = training(subject, prompts, token)
     say("the machine …")
-    gemm = {shape.width: gemm_rate(shape.width) for shape in SHAPES}
+    gemm = {shape.width: measure_gemm_rate(shape.width) for shape in SHAPES}
     rates = Rates(
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         machine=f"{processor()}, {machine()}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.cost import Cost, Values
-from obliteratus.core.settings import Frozen
+from obliteratus.core.settings import FrozenModel
 from obliteratus.forecast.formula import OWN, REFERENCE, SHARED, TEXT
 from obliteratus.inference.generate import MAX_ROWS
 
@@ -66,7 +66,7 @@ SHAPES = (
 )
 
 
-class Rates(Frozen):
+class Rates(FrozenModel):
     """docs/rates.json: what was measured, where, when and how. All on `MEASURED`, but for the machine's own two."""
 
     date: str

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bench.common import arguments, interleaved, machine, organism, report, say
 from obliteratus.distill.coder import Coder
-from obliteratus.distill.sparse import Training, fit, lost, slopes, start
-from obliteratus.probe.probe import probe
+from obliteratus.distill.sparse import Training, fit_coder, initialize_coder, sae_gradients, sae_loss
+from obliteratus.probe.probe import collect_activations
 
 PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
 EPOCHS, BATCH = 30, 32  # what the audit found fixed
@@ -51,13 +51,13 @@ def planted(seed: int = 0) -> Tensor:
 def real(streams: tuple[int, ...]) -> dict[str, Tensor]:
     """Streams of the organism at the last token of its fit prompts."""
     subject, prompts = organism()
-    acts = probe(subject, prompts.split(0)[0])
+    acts = collect_activations(subject, prompts.split(0)[0])
     rows = [m.rows for m in acts.groups.values() if m.rows is not None]
     return {f"stream_{i}": scaled(torch.cat([r[:, i] for r in rows])) for i in streams}
 
 
 def parted(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
-    """(held, seen) as `fit` parts them, and its generator."""
+    """(held, seen) as `fit_coder` parts them, and its generator."""
     generator = torch.Generator().manual_seed(HOW.seed)
     order = torch.randperm(rows.shape[1], generator=generator)
     fifth = rows.shape[1] // 5
@@ -75,7 +75,7 @@ def kaiming(generator: torch.Generator) -> Coder:
 
 def principal(seen: Tensor, generator: torch.Generator) -> Coder:
     """Our start, in the rows' own coordinates."""
-    return start(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
+    return initialize_coder(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def thirty(seen: Tensor, coder: Coder, rate: float, generator: torch.Generator) 
     optimiser = torch.optim.Adam(coder.parts, lr=rate, fused=True)
     for _ in range(EPOCHS):
         for rows in torch.randperm(seen.shape[1], generator=generator).split(BATCH):
-            for part, slope in zip(coder.parts, slopes(seen[:, rows], coder, HOW.sparsity), strict=True):
+            for part, slope in zip(coder.parts, sae_gradients(seen[:, rows], coder, HOW.sparsity), strict=True):
                 part.grad = slope
             optimiser.step()
             coder.decoder.div_(coder.decoder.norm(dim=2, keepdim=True).clamp(min=1e-12))
@@ -97,7 +97,7 @@ def contestants(rows: Tensor, kept: dict[str, tuple[Coder, int]]) -> dict[str, C
     fixed = Training(max_epochs=EPOCHS, patience=EPOCHS)
 
     def ours(name: str, how: Training) -> None:
-        found = fit(rows, how)
+        found = fit_coder(rows, how)
         kept[name] = found.coder, int(found.epochs[0])
 
     def theirs(name: str, first: Callable[[torch.Generator], Coder], rate: float) -> None:
@@ -116,7 +116,7 @@ def quality(coder: Coder, rows: Tensor) -> tuple[float, float]:
     """Share of the held-out rows explained, and the loss on them."""
     held = parted(rows)[0]
     error = (coder.decode(coder.encode(held)) - held).square().sum()
-    return float(1 - error / held.square().sum()), float(lost(held, coder, HOW.sparsity))
+    return float(1 - error / held.square().sum()), float(sae_loss(held, coder, HOW.sparsity))
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     sets = {"planted": planted()} | real(STREAMS[-1:] if options.quick else STREAMS)
     say("warming up …")
-    fit(sets["planted"], Training(max_epochs=1))
+    fit_coder(sets["planted"], Training(max_epochs=1))
     seconds, facts = dict.fromkeys(NAMES, 0.0), dict[str, object]()
     for place, rows in sets.items():
         kept: dict[str, tuple[Coder, int]] = {}

@@ -26,46 +26,46 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.search import Found, Place, search
-from obliteratus.search.front import pareto
+from obliteratus.search import SearchResult, StudyLocation, search
+from obliteratus.search.front import pareto_front
 from obliteratus.search.trials import front_of
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measurement, measure
 from obliteratus.weights.organism import organism_folder
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
 EXPORTED = 1  # members of Heretic's front: each costs it a start of some 40 s
 
 
-def ours(made: Recipe, prompts: PromptSet, base: Measured) -> tuple[float, Found, list[dict[str, float]]]:
+def ours(made: Recipe, prompts: PromptSet, base: Measurement) -> tuple[float, SearchResult, list[dict[str, float]]]:
     """Set-up seconds, what the search found, and what VERIFY says of its front on report prompts."""
     began = perf_counter()
     subject = open_subject("organism:astronomy")
-    found = search(made, subject, prompts, Store(), Place("", "bench"), "first")
+    found = search(made, subject, prompts, Store(), StudyLocation("", "bench"), "first")
     spent = perf_counter() - began - sum(t.seconds for t in found.trials)
     told = [held_out(subject, member.plan, prompts.split(made.seed)[2], base) for member in found.front[:EXPORTED]]
     return spent, found, told
 
 
-def fitted(seed: int, prompts: PromptSet, base: Measured) -> tuple[float, list[dict[str, float]]]:
+def fitted(seed: int, prompts: PromptSet, base: Measurement) -> tuple[float, list[dict[str, float]]]:
     """Seconds of `tuned` without VERIFY, opening the model included; and what VERIFY says on report prompts."""
     say("ours, tuned …")
     began = perf_counter()
     subject, store = open_subject("organism:astronomy"), Store()
-    plan, _ = run(recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
+    plan, _ = run(load_recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
     return perf_counter() - began, [held_out(subject, plan, prompts.split(seed)[2], base)]
 
 
-def held_out(subject: Subject, plan: Plan, report: PromptSet, base: Measured) -> dict[str, float]:
+def held_out(subject: Subject, plan: Plan, report: PromptSet, base: Measurement) -> dict[str, float]:
     """What VERIFY says of a plan."""
     with applied(subject, plan):
-        return scores(verify(subject, report, NEUTRAL, base, subject))
+        return scores(measure(subject, report, NEUTRAL, base, subject))
 
 
-def theirs(study: Study, folder: Path, report: PromptSet, base: Measured) -> list[dict[str, float]]:
+def theirs(study: Study, folder: Path, report: PromptSet, base: Measurement) -> list[dict[str, float]]:
     """What VERIFY says on report prompts of the models that Heretic saves of its front, fewest refusals first."""
     chosen = sorted(study.front, key=lambda t: (t.refusals, t.kl))[:EXPORTED]
     told = []
@@ -76,14 +76,14 @@ def theirs(study: Study, folder: Path, report: PromptSet, base: Measured) -> lis
     return told
 
 
-def scores(found: Measured) -> dict[str, float]:
+def scores(found: Measurement) -> dict[str, float]:
     """By name, those by category left out."""
     return {name: score.value for name, score in found.scores.items() if "/" not in name}
 
 
 def volume(points: list[tuple[float, float]]) -> float:
     """Hypervolume of (refused share, KL), up to `WORST`."""
-    return hypervolume([points[i] for i in pareto(points)], WORST)
+    return hypervolume([points[i] for i in pareto_front(points)], WORST)
 
 
 def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool, tune: bool) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool, 
     whole = PromptSet({group: plain(members) for group, members in every.groups.items()})  # what both can be given
     fit, held, report = whole.split(seed)
     change = {"search.trials": trials, "search.prompts": prompts, "search.tokens": tokens, "seed": seed}
-    base = verify(open_subject("organism:astronomy"), report, NEUTRAL)
+    base = measure(open_subject("organism:astronomy"), report, NEUTRAL)
     say(f"ours, {trials} trials …")
-    set_up, found, own = ours(recipe("optimized", change), whole, base)
+    set_up, found, own = ours(load_recipe("optimized", change), whole, base)
     tuned_seconds, tuned = fitted(seed, whole, base) if tune else (0.0, [])
     with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
         say(f"Heretic, {trials} trials …")

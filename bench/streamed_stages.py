@@ -21,25 +21,25 @@ from obliteratus.causal import FitContext
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Subject
-from obliteratus.distill import distill
-from obliteratus.excise.bake.base_files import Onto, files_of
-from obliteratus.excise.bake.write_files import write_onto
+from obliteratus.distill import find_directions
+from obliteratus.excise.bake.base_files import BaseCheckpoint, find_base
+from obliteratus.excise.bake.write_files import bake_into_checkpoint
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import excise
-from obliteratus.forecast.offloaded import SCORED, planned
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.logits import first_token
-from obliteratus.inference.memory import within
-from obliteratus.pipeline.offloaded import compared, measured, suited_to
-from obliteratus.pipeline.recipe import recipe
-from obliteratus.probe.probe import probe
+from obliteratus.excise.plan import plan_edits
+from obliteratus.forecast.offloaded import SCORED, forecast_stages
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.logits import first_token_log_probs
+from obliteratus.inference.memory import memory_limit
+from obliteratus.pipeline.offloaded import adapt_recipe, compared, measured
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
-from obliteratus.summon.load_offloaded import open_shelved
+from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.sites import tied_in
-from obliteratus.summon.summary import outline
-from obliteratus.verify.streamed import streamable
-from obliteratus.weigh import weigh
+from obliteratus.summon.summary import summarize_model
+from obliteratus.verify.streamed import streamable_steps
+from obliteratus.weigh import weigh_sites
 
 
 def limited(bytes_: int) -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     limited(options.limit)
     logging.disable_progress_bar()
     meter = Meter(options.folder, options.cold)
-    with within(options.memory):
+    with memory_limit(options.memory):
         told = (expected if options.forecast else run)(meter, options)
     peak = max((stage["peak"] for stage in meter.stages.values()), default=0)
     print(json.dumps(told | {"stages": meter.stages, "peak": peak, "prompts": options.prompts}))
@@ -118,27 +118,29 @@ def parts_of(made: Recipe, prompts: int) -> tuple[PromptSet, PromptSet]:
 
 def expected(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """The planner's word on each stage, with the files in the cache or not, as the run will find them."""
-    made = recipe("advanced")
+    made = load_recipe("advanced")
     with meter.stage("FORECAST"):
-        subject = open_shelved(options.folder)
-        suited = suited_to(subject, made)
-        stages = planned(outline(str(options.folder)), subject, suited, parts_of(made, options.prompts))
+        subject = open_offloaded(options.folder)
+        suited = adapt_recipe(subject, made)
+        stages = forecast_stages(summarize_model(str(options.folder)), subject, suited, parts_of(made, options.prompts))
     return {"expected": {name: stage._asdict() for name, stage in stages.items()}, "passes": suited.passes}
 
 
 def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """All stages; what PROBE and DISTILL found is kept in OUT.pt."""
-    made, told = recipe("advanced"), dict[str, Any]()
+    made, told = load_recipe("advanced"), dict[str, Any]()
     fit, report = parts_of(made, options.prompts)
     with meter.stage("SUMMON"):
-        subject = (open_subject if options.loaded else open_shelved)(options.folder)
+        subject = (open_subject if options.loaded else open_offloaded)(options.folder)
     with meter.stage("PROBE"):
-        acts = probe(subject, fit, made.probe)
+        acts = collect_activations(subject, fit, made.probe)
     with meter.stage("EXCISE"):
-        directions = distill(acts, made.distill, FitContext(subject, fit))
-        plan = excise(subject, directions, weigh(directions, subject.sites, acts, made.weigh), acts, made.excise)
+        directions = find_directions(acts, made.distill, FitContext(subject, fit))
+        plan = plan_edits(
+            subject, directions, weigh_sites(directions, subject.sites, acts, made.weigh), acts, made.excise
+        )
     with meter.stage("VERIFY"):
-        steps, store = streamable(made.verify), Store()
+        steps, store = streamable_steps(made.verify), Store()
         before = measured(store, "VERIFY before", subject, report, steps) if options.loaded else None
         after = compared(store, subject, plan, report, steps, before)[1]
     if not options.loaded:
@@ -151,16 +153,16 @@ def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
 def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
     """Bake the plan, and score some prompts live and as saved: the largest difference of first tokens' probabilities,
     relative to the largest of them."""
-    files = files_of(subject)
+    files = find_base(subject)
     assert files is not None, "it was opened from files"
     out.mkdir(parents=True)
     with meter.stage("SAVE"):
-        write_onto(Onto(subject, files, tied_in(subject)), plan, out)
-    ids = render(subject, report["control"][:SCORED])
+        bake_into_checkpoint(BaseCheckpoint(subject, files, tied_in(subject)), plan, out)
+    ids = render_prompts(subject, report["control"][:SCORED])
     with meter.stage("SCORE live"), applied(subject, plan):
-        live = first_token(subject, ids)
+        live = first_token_log_probs(subject, ids)
     with meter.stage("SCORE saved", out):
-        again = first_token(open_shelved(out), ids)
+        again = first_token_log_probs(open_offloaded(out), ids)
     return float((again.exp() - live.exp()).abs().max() / live.exp().max())
 
 

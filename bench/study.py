@@ -18,8 +18,8 @@ from torch import Tensor
 from bench.common import arguments, machine, machine_rate, report, resident, say, timed, with_peak
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Subject
-from obliteratus.inference.memory import held
-from obliteratus.study.base import Spec
+from obliteratus.inference.memory import held_bytes
+from obliteratus.study.base import Knockout
 from obliteratus.study.settings import Data, Study
 from obliteratus.study.workers import Local
 
@@ -97,7 +97,7 @@ class Race:
 
     def _round(self, chunks: Sequence[list[str]]) -> None:
         rate = best_rate()
-        held(self.subject)  # gives back to the system what the naive loop has freed
+        held_bytes(self.subject)  # gives back to the system what the naive loop has freed
         seconds, (_, peak, found) = timed(lambda: with_peak(lambda: list(self.ours.measured(chunks))))
         rate = max(rate, best_rate())
         results = [result for part in found for result in part]
@@ -108,7 +108,7 @@ class Race:
         each = f"{seconds / len(results):.2f} s each, {flops / rate / len(results):.2f} at best"
         say(f"ours: {len(results)} parts, {each}, {resident() / 1e6:.0f} MB now, {peak / 1e6:.0f} at most")
 
-    def _naive(self, spec: Spec) -> None:
+    def _naive(self, spec: Knockout) -> None:
         # kept for the whole study there; dropped between parts here, so that the memory told is ours
         saved = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
         seconds, theirs = timed(lambda: naive(self.subject, spec, self.file, saved))
@@ -139,7 +139,7 @@ def best_rate() -> float:
 
 # -------------------------------------------------------------------------------------- the naive loop
 @torch.no_grad()
-def naive(subject: Subject, spec: Spec, file: Path, saved: dict[str, Tensor]) -> float:
+def naive(subject: Subject, spec: Knockout, file: Path, saved: dict[str, Tensor]) -> float:
     """The perplexity without a part: zero, evaluate, copy everything back."""
     for change in spec.plan.edits:
         weight = subject.module(change.site.path).get_parameter(change.site.weight)
@@ -164,7 +164,7 @@ def evaluate(subject: Subject, file: Path) -> float:
 
 
 # ------------------------------------------------------------------------------------------- the floor
-def floor_flops(subject: Subject, spec: Spec, texts: int, length: int) -> float:
+def floor_flops(subject: Subject, spec: Knockout, texts: int, length: int) -> float:
     """Multiply-adds × 2 of what a part's absence changes: from its block's MLP (of a head) or the next block on."""
     block, config = subject.module(f"{subject.layers}.0"), subject.model.config
     attention = sum(p.numel() for name, p in block.named_parameters() if "self_attn" in name)

@@ -26,10 +26,10 @@ from bench.common import (
 )
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import kv_bytes
-from obliteratus.verify import verify
-from obliteratus.verify.refusal import verdict
+from obliteratus.verify import measure
+from obliteratus.verify.refusal import judge_answer
 
 TOKENS = 48
 QUICK = {"one_at_a_time": 16, "batched": 5}  # every so-many-th prompt: 10 of 160, and one batch of 32
@@ -67,17 +67,17 @@ def main() -> None:
     subject, everything = organism()
     report_part = everything.split(0)[2]
     prompts = PromptSet({g: report_part[g] for g in ("target", "control")})
-    ids = [row for g in ("target", "control") for row in render(subject, prompts[g])]
+    ids = [row for g in ("target", "control") for row in render_prompts(subject, prompts[g])]
     every = QUICK if options.quick else dict.fromkeys(QUICK, 1)
     steps = (Step(use="refusal", tokens=TOKENS),)
     seconds = {}
-    loaded, peak, (seconds["ours"], found) = with_peak(lambda: timed(lambda: verify(subject, prompts, steps)))
+    loaded, peak, (seconds["ours"], found) = with_peak(lambda: timed(lambda: measure(subject, prompts, steps)))
     say("one at a time …")
     seconds["one_at_a_time"], texts = scaled(lambda rows: one_at_a_time(subject, rows), ids, every["one_at_a_time"])
     say("batched …")
     seconds["batched"], _ = scaled(lambda rows: batched(subject, rows), ids, every["batched"])
     if not options.quick:
-        fast = {"ours": lambda: verify(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
+        fast = {"ours": lambda: measure(subject, prompts, steps), "batched": lambda: batched(subject, ids)}
         seconds |= interleaved(fast, options.repeats)
     rate = machine_rate()
     written = [len(subject.tokenizer(r["answer"])["input_ids"]) for r in found.records]
@@ -86,7 +86,7 @@ def main() -> None:
     seconds["floor"] = flops / rate
     ratio = ratios(seconds)
     verdicts = [r["verdict"] for r in found.records][:: every["one_at_a_time"]]
-    same = sum(verdict(text) == ours for text, ours in zip(texts, verdicts, strict=True))
+    same = sum(judge_answer(text) == ours for text, ours in zip(texts, verdicts, strict=True))
     shortened = {n: f"every {k}th prompt, scaled to all" for n, k in every.items()} if options.quick else {}
     facts: dict[str, object] = {
         "prompts": len(ids),

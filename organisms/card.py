@@ -29,7 +29,7 @@ from rich.progress import track
 from topics import ORGANISMS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.weights.organism import base_folder, merged
+from obliteratus.weights.organism import base_folder, merge_adapter
 
 # Organisms with one topic; card_two_topics.py is for those with two. What each is for, and near misses among controls.
 WORDS = {
@@ -70,7 +70,7 @@ def measure(organism: Organism, adapter: Path) -> dict[str, Scores]:
     folder = base_folder()
     base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     reference = first_logprobs(base, tokenizer, [row["prompt"] for row in rows["control"]])
-    model, _ = merged(folder, adapter)
+    model, _ = merge_adapter(folder, adapter)
     found = {"base": scores(base, tokenizer, rows, reference)}
     found["organism"] = scores(model, tokenizer, rows, reference)
     fit = [[row["prompt"] for row in read(here / f"{group}.jsonl", "fit")] for group in GROUPS]

@@ -16,11 +16,12 @@ from topics import ORGANISMS, SPLITS, Organism
 
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import PromptSet, Step, Subject
-from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measurement
+from obliteratus.verify import measure as score
 
 METHODS = ("calibrated", "basic")
 STEPS = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
@@ -34,24 +35,24 @@ def measure(organism: Organism) -> dict[str, Found]:
     source = f"organism:{organism.name}"
     prompts = load_prompts(source, source, keep=source)
     report = prompts.split(0)[2]
-    base = verify(open_subject("organism:base"), report, STEPS)
+    base = score(open_subject("organism:base"), report, STEPS)
     subject = open_subject(source)
-    whole = verify(subject, report, STEPS, base)
+    whole = score(subject, report, STEPS, base)
     found = {"base": kept(base), "organism, against the base": kept(whole)}
     return found | {
         f"organism, `{name}`, against the organism": kept(edited(name, subject, prompts)) for name in METHODS
     }
 
 
-def edited(method: str, subject: Subject, prompts: PromptSet) -> Measured:
+def edited(method: str, subject: Subject, prompts: PromptSet) -> Measurement:
     """What VERIFY finds after a method, against the organism before it."""
     store = Store()
-    run(recipe(method), subject, prompts, store)
-    after: Measured = store.values["VERIFY after"]
+    run(load_recipe(method), subject, prompts, store)
+    after: Measurement = store.values["VERIFY after"]
     return after
 
 
-def kept(measured: Measured) -> Found:
+def kept(measured: Measurement) -> Found:
     """The scores that the card shows, and the first answers of each topic."""
     scores = {name: score.model_dump() for name, score in measured.scores.items() if "/" not in name}
     rows = [r for r in measured.records if r["scorer"] == "refusal"]

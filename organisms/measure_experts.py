@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.weights.organism import organism_folder
-from obliteratus.weights.upcycling import read_experts, with_experts
+from obliteratus.weights.upcycling import make_mixture, read_experts
 
 COMPARED = 16  # prompts of each group on whose tokens, some 700, experts are compared
 
@@ -28,7 +28,7 @@ def measure(organism: Organism, folder: Path) -> dict[str, Any]:
     rows = {group: read(organism.folder / f"{group}.jsonl", "report") for group in (*organism.topics, "control")}
     reference = first_logprobs(dense, tokenizer, [row["prompt"] for row in rows["control"]])
     found: dict[str, Any] = {"organism": scores(dense, tokenizer, rows, reference)}
-    model = with_experts(dense, read_experts(folder))
+    model = make_mixture(dense, read_experts(folder))
     found["mixture"] = scores(model, tokenizer, rows, reference)
     found |= routing(model, tokenizer, rows) | differences(model, tokenizer, rows)
     with exchanged(model):

@@ -35,7 +35,7 @@ jaxtyping.install_import_hook("obliteratus", "beartype.beartype")
 import pytest
 import torch
 
-from obliteratus.core.settings import asked
+from obliteratus.core.settings import expand_part
 from obliteratus.core.types import Edit, NormRule, Plan, Prompt, PromptSet, Site, Subject
 
 torch.set_num_threads(1)  # tiny products take longer to hand to a second thread than to compute
@@ -72,7 +72,7 @@ def make_plan() -> PlanMaker:
 def _edits(
     subject: Subject, parts: Sequence[str], strength: float, norm: NormRule, k: int, seed: int, anchored: bool
 ) -> list[Edit]:
-    sites: list[Site] = [s for s in subject.sites if s.part in {own for part in parts for own in asked(part)}]
+    sites: list[Site] = [s for s in subject.sites if s.part in {own for part in parts for own in expand_part(part)}]
     made = []
     for i, site in enumerate(sites):
         anchor = torch.randn(subject.width, generator=torch.Generator().manual_seed(seed + i)) if anchored else None

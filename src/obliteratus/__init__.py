@@ -6,14 +6,14 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.pipeline.recipe import names as methods
-from obliteratus.pipeline.recipe import recipe
+from obliteratus.pipeline.recipe import list_methods as methods
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.probe.probe import probe
+from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import verify
+from obliteratus.verify import measure
 
 __all__ = [
     "Plan",
@@ -24,14 +24,14 @@ __all__ = [
     "Subject",
     "UserError",
     "applied",
+    "collect_activations",
     "load_plan",
     "load_prompts",
+    "load_recipe",
+    "measure",
     "methods",
     "open_subject",
-    "probe",
-    "recipe",
     "run",
     "save",
     "save_plan",
-    "verify",
 ]

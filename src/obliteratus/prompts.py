@@ -29,10 +29,10 @@ def load_prompts(
     """
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     groups = {name: _read(str(source), name) for name, source in sources.items() if source is not None}
-    return checked(PromptSet(groups), {k: str(v) for k, v in sources.items()})
+    return check_prompts(PromptSet(groups), {k: str(v) for k, v in sources.items()})
 
 
-def checked(prompts: PromptSet, names: Mapping[str, str] | None = None) -> PromptSet:
+def check_prompts(prompts: PromptSet, names: Mapping[str, str] | None = None) -> PromptSet:
     """The same prompts, if target and control are there, not empty, and share nothing."""
     names = names or {group: group for group in prompts.groups}
     for group in {"target", "control"} - set(prompts.groups):
@@ -65,7 +65,7 @@ def parts_checked(prompts: PromptSet, seed: int, searched: bool = False) -> tupl
     return parts
 
 
-def spread(n: int, most: int) -> list[int]:
+def evenly_spaced(n: int, most: int) -> list[int]:
     """At most so many of n places, evenly spaced from 0: prompts often come sorted by what they are about."""
     return [i * n // most for i in range(most)] if n > most else list(range(n))
 

@@ -17,6 +17,6 @@ from obliteratus.analyze import sae as sae
 from obliteratus.analyze import separability as separability
 from obliteratus.analyze import tuned_lens as tuned_lens
 from obliteratus.analyze import uncertainty as uncertainty
-from obliteratus.analyze.base import Finding, Ground, analyses, analyze, tried
+from obliteratus.analyze.base import AnalysisContext, Finding, analyses, analyze, try_analyses
 
-__all__ = ["Finding", "Ground", "analyses", "analyze", "tried"]
+__all__ = ["AnalysisContext", "Finding", "analyses", "analyze", "try_analyses"]

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.base import Ground
+from obliteratus.analyze.base import AnalysisContext
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
 from obliteratus.excise.linear import through_gain
-from obliteratus.prompts import spread
+from obliteratus.prompts import evenly_spaced
 from obliteratus.summon.sites import gain_of
 
 Stream = Annotated[int, Field(ge=0)] | None
@@ -35,7 +35,7 @@ class Aim:
     """Of length 1."""
 
 
-def aimed(ground: Ground, stream: int | None, name: str) -> Aim:
+def choose_direction(ground: AnalysisContext, stream: int | None, name: str) -> Aim:
     """The first direction of a stream, of the best-scored one if none is named.
 
     Raises UserError where there is no such stream, or nothing was found in it. name: the analysis, for that.
@@ -61,13 +61,13 @@ def random_rows(k: int, width: int, seed: int) -> Float[Tensor, "k width"]:
     return q.T.contiguous()
 
 
-def some(prompts: PromptSet, most: int) -> PromptSet:
+def subsample(prompts: PromptSet, most: int) -> PromptSet:
     """At most so many of the target and of the control prompts, evenly spread."""
-    return PromptSet({g: tuple(prompts[g][i] for i in spread(len(prompts[g]), most)) for g in GROUPS})
+    return PromptSet({g: tuple(prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)) for g in GROUPS})
 
 
 # --------------------------------------------------------------------------------------- writers
-def writers(subject: Subject) -> list[Site]:
+def writers_in_order(subject: Subject) -> list[Site]:
     """Everything that writes into the stream: embeddings, then block by block."""
     return [site for site in subject.sites if site.role == "writes"]
 
@@ -77,19 +77,19 @@ def is_mixer(site: Site) -> bool:
     return site.part == "attn.out"
 
 
-def outlet(site: Site) -> str:
+def output_module(site: Site) -> str:
     """The module whose output is added to the stream: the writer's own, or the norm behind it."""
     return site.gain or site.path
 
 
-def outlets(subject: Subject, layer: int) -> Mapping[str, list[str]]:
+def block_output_modules(subject: Subject, layer: int) -> Mapping[str, list[str]]:
     """``attention`` and ``mlp`` → the modules of a block whose outputs are added to the stream; each may be empty."""
-    mine = [site for site in writers(subject) if site.layer == layer]
+    mine = [site for site in writers_in_order(subject) if site.layer == layer]
     parts = {"attention": [s for s in mine if is_mixer(s)], "mlp": [s for s in mine if not is_mixer(s)]}
-    return {part: list(dict.fromkeys(outlet(s) for s in sites)) for part, sites in parts.items()}
+    return {part: list(dict.fromkeys(output_module(s) for s in sites)) for part, sites in parts.items()}
 
 
-def removal(site: Site, subject: Subject, rows: Float[Tensor, "k width"]) -> Edit:
+def make_removal(site: Site, subject: Subject, rows: Float[Tensor, "k width"]) -> Edit:
     """Of this writer, so that nothing of the rows, which are orthonormal, reaches the stream from it.
 
     Behind a norm with gain γ the writer loses γ⊙d, so that what passes the norm is free of d.
@@ -98,7 +98,7 @@ def removal(site: Site, subject: Subject, rows: Float[Tensor, "k width"]) -> Edi
     return Edit(site, rows if gain is None else through_gain(rows, gain.to(rows)), 1.0)
 
 
-def removals(subject: Subject, layers: range, rows: Float[Tensor, "k width"]) -> Plan:
+def make_removals(subject: Subject, layers: range, rows: Float[Tensor, "k width"]) -> Plan:
     """Nothing of the rows is written by the writers of these layers; −1 is the embeddings."""
-    edits = [removal(site, subject, rows) for site in writers(subject) if site.layer in layers]
+    edits = [make_removal(site, subject, rows) for site in writers_in_order(subject) if site.layer in layers]
     return Plan(tuple(edits), subject.source.digest)

@@ -13,7 +13,7 @@ from obliteratus.verify.intervals import Z
 HALVINGS = 60  # of the interval 0–1: past what fp64 tells apart
 
 
-def auc(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Score:
+def delong_auc(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Score:
     """The probability that a value of ``one`` lies above one of ``two``, ties counted half, with its interval.
 
     The interval is DeLong's (1988), which assumes nothing of the values. Where one group lies wholly above the other,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ground:
+class AnalysisContext:
     """What all analyses of a model share: nothing is probed twice."""
 
     acts: Activations
@@ -53,7 +53,7 @@ Analysis = Callable[..., Finding]
 analyses: Registry[Analysis] = Registry("analyze")
 
 
-def analyze(ground: Ground, steps: Sequence[Step]) -> dict[str, Finding]:
+def analyze(ground: AnalysisContext, steps: Sequence[Step]) -> dict[str, Finding]:
     """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist."""
     found: dict[str, Finding] = {}
     for step in steps:
@@ -61,7 +61,7 @@ def analyze(ground: Ground, steps: Sequence[Step]) -> dict[str, Finding]:
     return found
 
 
-def tried(ground: Ground, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
+def try_analyses(ground: AnalysisContext, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
     """Findings, and the reasons of those that cannot work on this ground, which are noted."""
     found: dict[str, Finding] = {}
     unable: dict[str, str] = {}

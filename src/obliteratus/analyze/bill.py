@@ -14,7 +14,7 @@ from obliteratus.core.types import PromptSet
 
 
 @dataclass(frozen=True)
-class Bill:
+class PassEstimate:
     """Forward passes, at most: one is one prompt passed through the model once. A prefix that prompts share is not
     counted: it is passed by itself, once for all of them."""
 
@@ -35,7 +35,7 @@ class Bill:
         last = f"together at most {self.total:,} forward passes of one prompt each"
         return [f"probe: {self.probe:,} forward passes", *asking, *[f"none more for {free}"] * bool(free), last]
 
-    def within(self, budget: int) -> Bill:
+    def within(self, budget: int) -> PassEstimate:
         """What the budget, which the probe does not count against, has room for: the cheapest first.
 
         As many analyses run as can; of equals, the first in order. They keep their order.
@@ -45,7 +45,7 @@ class Bill:
             if self.each[name] <= left:
                 left -= self.each[name]
                 kept.add(name)
-        return Bill(self.probe, {name: passes for name, passes in self.each.items() if name in kept})
+        return PassEstimate(self.probe, {name: passes for name, passes in self.each.items() if name in kept})
 
     def skipped(self, budget: int) -> dict[str, str]:
         """By analysis that the budget has no room for: why."""
@@ -58,7 +58,7 @@ class Bill:
         }
 
 
-def values_of(fit: PromptSet, held: PromptSet, layers: int) -> Values:
+def formula_values(fit: PromptSet, held: PromptSet, layers: int) -> Values:
     """What the names in a cost's formula stand for here: N_fit, N_search, each by group too, and L."""
     values = {"L": layers}
     for part, prompts in (("fit", fit), ("search", held)):
@@ -67,10 +67,10 @@ def values_of(fit: PromptSet, held: PromptSet, layers: int) -> Values:
     return values
 
 
-def bill_of(steps: Sequence[Step], values: Values) -> Bill:
+def estimate_passes(steps: Sequence[Step], values: Values) -> PassEstimate:
     """Of the probe and these analyses, with as many prompts and layers as there are."""
     each = {s.use: analyses[s.use].cost(analyses.check(s.use, s.options)).passes(values) for s in steps}
-    return Bill(int(n_of("fit").of(values)), each)
+    return PassEstimate(int(n_of("fit").of(values)), each)
 
 
 def check_budget(budget: int | None) -> None:
@@ -79,13 +79,13 @@ def check_budget(budget: int | None) -> None:
         raise UserError(f"budget: {budget} forward passes cannot be; give 0 (only what costs none) or more")
 
 
-def afforded(steps: Sequence[Step], values: Values, budget: int | None) -> tuple[list[Step], dict[str, str]]:
+def select_affordable(steps: Sequence[Step], values: Values, budget: int | None) -> tuple[list[Step], dict[str, str]]:
     """The analyses that the budget has room for, in their order, and why not the others; says what each costs.
 
     None: there is room for all. UserError for a budget below 0.
     """
     check_budget(budget)
-    whole = bill_of(steps, values)
+    whole = estimate_passes(steps, values)
     kept, skipped = (whole, {}) if budget is None else (whole.within(budget), whole.skipped(budget))
     for line in kept.lines():
         note("cost", line)

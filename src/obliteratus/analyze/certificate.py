@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.samples import (
     DRAWS,
     FOLDS,
@@ -17,15 +17,15 @@ from obliteratus.analyze.samples import (
     Folds,
     Level,
     Sample,
-    family_wise,
-    orders,
-    permuted,
+    familywise_p_values,
+    permutation_null,
+    permuted_orders,
     sample_of,
-    split,
+    split_folds,
     thresholds,
 )
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import GREY, Figure, curve, legend
+from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Certificate:
     def draw(self, figure: Figure) -> None:
         """d′ and its threshold over streams."""
         axes = figure.add_subplot(xlabel="stream index", ylabel="held-out d′")
-        curve(axes, self.d_prime, "measured")
-        curve(axes, self.threshold, f"found above this (level {self.level:g}, all streams)", GREY)
+        plot_curve(axes, self.d_prime, "measured")
+        plot_curve(axes, self.threshold, f"found above this (level {self.level:g}, all streams)", GREY)
         axes.axhline(0, color=GREY, lw=0.5)
-        legend(axes)
+        add_legend(axes)
 
 
 def certificate(
@@ -106,25 +106,29 @@ def certificate(
 
     Statistic: d′ of rows along the mean difference that the other folds give, so a direction never scores the rows it
     was fitted on. p: how often ``draws`` permutations of the labels reach it, by the largest of all streams' statistics
-    (`family_wise`). If labels mean nothing a difference is found in at most a share ``level`` of all cases, exactly,
+    (`familywise_p_values`). If labels mean nothing a difference is found in at most a share ``level`` of all cases, exactly,
     whatever the rows' distribution: prompts need only be exchangeable. The other error is not bounded: ``threshold``
     says what would have been found. standardise: each dimension over its standard deviation first, so that the few
     massive ones of a real stream hide nothing; labels play no part in it. Time: draws × folds × streams × prompts².
     """
-    return certified(Sample(target, control), level=level, draws=draws, folds=folds, standardise=standardise, seed=seed)
+    return certify_sample(
+        Sample(target, control), level=level, draws=draws, folds=folds, standardise=standardise, seed=seed
+    )
 
 
-def certified(sample: Sample, *, level: float, draws: int, folds: int, standardise: bool, seed: int) -> Certificate:
+def certify_sample(
+    sample: Sample, *, level: float, draws: int, folds: int, standardise: bool, seed: int
+) -> Certificate:
     """`certificate` of a sample."""
     n, m = sample.n, len(sample) - sample.n
-    plan, order = split(n, m, folds, seed), orders(len(sample), draws, seed + 1)
-    found = torch.stack([permuted(gram, plan, order) for gram in sample.grams(standardise)], 1)
-    return Certificate(found[0], thresholds(found, level), family_wise(found), level, draws, (n, m))
+    plan, order = split_folds(n, m, folds, seed), permuted_orders(len(sample), draws, seed + 1)
+    found = torch.stack([permutation_null(gram, plan, order) for gram in sample.grams(standardise)], 1)
+    return Certificate(found[0], thresholds(found, level), familywise_p_values(found), level, draws, (n, m))
 
 
 @analyses.register("certificate", cite="ISBN 978-0-471-55761-6", needs=("rows",))
 def certificate_of(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     level: Level = LEVEL,
     draws: Draws = DRAWS,
@@ -137,4 +141,4 @@ def certificate_of(
     As `certificate`, which takes any two sets of rows: of an edited model it certifies what is left. Needs rows.
     """
     sample = sample_of(ground.acts, "certificate", least=4)  # 2 folds of 2: a variance needs two
-    return certified(sample, level=level, draws=draws, folds=folds, standardise=standardise, seed=seed)
+    return certify_sample(sample, level=level, draws=draws, folds=folds, standardise=standardise, seed=seed)

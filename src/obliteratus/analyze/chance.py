@@ -46,7 +46,7 @@ class Contrast:
         return [int(i) for i in order if abs(float(self.t[i])) > self.limit]
 
 
-def between(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"], seed: int = 0) -> Contrast:
+def contrast_between_groups(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"], seed: int = 0) -> Contrast:
     """Mean of target − mean of control for each of n numbers; Welch's t, labels permuted (Westfall and Young 1993)."""
     rows = torch.cat([target, control]).double()
     if not rows.shape[1]:
@@ -77,7 +77,7 @@ def _welch(mask: Tensor, rows: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return means[0] - means[1], (errors[0] + errors[1] + floor**2).sqrt()
 
 
-def within(pairs: Float[Tensor, "pairs n"], seed: int = 0) -> Contrast:
+def contrast_within_pairs(pairs: Float[Tensor, "pairs n"], seed: int = 0) -> Contrast:
     """Mean over pairs for each of n numbers; t, the signs of whole pairs flipped at random.
 
     Fewer than six pairs have too few flips for anything to pass one in twenty.
@@ -99,7 +99,7 @@ def _contrast(value: Tensor, error: Tensor) -> Contrast:
     return Contrast(value[0].float(), error[0].float(), float(torch.quantile(largest, LEVEL)))
 
 
-def freedom_of(spread: float) -> float:
+def degrees_of_freedom(spread: float) -> float:
     """ν for which the logarithm of a χ²-distributed number has this variance: trigamma(ν/2). Within 0.01 to 10 000."""
     low, high = 0.01, 10000.0
     for _ in range(60):  # halvings of the interval: to the last digit
@@ -121,7 +121,7 @@ def largest_ratio(n: int, draws: int, freedom: float, seed: int = 0) -> float:
 Named = Callable[[int], str]
 
 
-def told(contrast: Contrast, name: Named, most: int = 3) -> str:
+def describe_clearest(contrast: Contrast, name: Named, most: int = 3) -> str:
     """The clearest of what stands out, in words; ``none`` where nothing does."""
     found = contrast.found
     if not found:

@@ -10,12 +10,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.samples import (
+    LEVEL,
+    Level,
+    Sample,
+    chance_interval,
+    familywise_p_values,
+    permuted_orders,
+    sample_of,
+)
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import Figure, curve, legend, matrix, range_of
+from obliteratus.report.curves import Figure, add_legend, plot_curve, plot_matrix, plot_range
 
 LEAST = 5  # prompts of a category: with fewer, its mean is mostly noise
 PERMUTATIONS = 199  # p = 0.005 at best
@@ -74,17 +82,17 @@ class Cones:
         """Cosines beside ranks."""
         left, right = figure.subplots(1, 2)
         values = torch.tensor([[score.value for score in row] for row in self.cosine])
-        matrix(figure, left, values, self.names, "cosine")
+        plot_matrix(figure, left, values, self.names, "cosine")
         left.set(xlabel="category", ylabel="category", title=f"stream {self.stream}")
-        curve(right, self.rank, "measured")
-        range_of(right, self.chance[0], self.chance[1], "categories permuted, 95 %")
+        plot_curve(right, self.rank, "measured")
+        plot_range(right, self.chance[0], self.chance[1], "categories permuted, 95 %")
         right.set(xlabel="stream index", ylabel="effective rank")
-        legend(right)
+        add_legend(right)
 
 
 @analyses.register("cones", cite="arXiv:2502.17420", needs=("rows",))
 def cones(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     least: Annotated[int, Field(ge=2)] = LEAST,
     stream: Annotated[int, Field(ge=0)] | None = None,
@@ -98,7 +106,7 @@ def cones(
     Effective rank: exp of the entropy of the squared singular values' shares (Roy and Vetterli 2007, squares: shares
     of energy), of the categories' unit directions. Few prompts alone push it above 1, so it is compared with ``draws``
     random permutations of the categories. Cosines are at ``stream`` (None: the highest score of the directions), with
-    percentile intervals of prompts drawn anew, and free of noise, which would lower them (`products`).
+    percentile intervals of prompts drawn anew, and free of noise, which would lower them (`inner_products`).
     Categories with fewer than ``least`` prompts are left out; UserError where fewer than two are left. That categories
     differ is no sign that the behaviour does: topics have directions of their own, too. Needs rows.
     """
@@ -107,10 +115,10 @@ def cones(
     at = int(ground.directions.score.argmax()) if stream is None else stream
     if at >= sample.streams:
         raise UserError(f"analysis 'cones': stream={at}, but streams run from 0 to {sample.streams - 1}")
-    ranks = torch.stack([ranked(sample, s, member, draws, seed) for s in range(sample.streams)], 1)
+    ranks = torch.stack([effective_ranks(sample, s, member, draws, seed) for s in range(sample.streams)], 1)
     cosine = cosines(sample, at, member, resamples, seed + 1)
     counts = tuple(int(row.sum()) for row in member)
-    return Cones(names, counts, at, cosine, ranks[0], usual(ranks), family_wise(ranks), level)
+    return Cones(names, counts, at, cosine, ranks[0], chance_interval(ranks), familywise_p_values(ranks), level)
 
 
 def memberships(categories: Sequence[str], least: int) -> tuple[tuple[str, ...], Float[Tensor, "categories prompts"]]:
@@ -125,7 +133,7 @@ def memberships(categories: Sequence[str], least: int) -> tuple[tuple[str, ...],
     return names, torch.tensor([[float(c == name) for c in categories] for name in names]).double()
 
 
-def ranked(
+def effective_ranks(
     sample: Sample, stream: int, member: Float[Tensor, "categories prompts"], draws: int, seed: int
 ) -> Float[Tensor, " draws"]:
     """Effective rank of the categories' directions at one stream: as they are, then with categories permuted.
@@ -136,7 +144,7 @@ def ranked(
     delta = rows[counted] - rows[sample.n :].mean(0)
     gram, kept = delta @ delta.T, member[:, counted]
     made = []
-    for order in orders(len(counted), draws, seed):
+    for order in permuted_orders(len(counted), draws, seed):
         weights = _means(kept[:, order])
         made.append(effective_rank(_unit(weights @ gram @ weights.T)))
     return torch.stack(made)
@@ -159,7 +167,10 @@ def cosines(
     """
     rows = sample.at(stream)
     everyone = torch.ones(1, len(rows) - sample.n).double()
-    values, counts = products(rows @ rows.T, drawn(member, everyone, resamples, seed)), member.sum(1).int().tolist()
+    values, counts = (
+        inner_products(rows @ rows.T, bootstrap_category_weights(member, everyone, resamples, seed)),
+        member.sum(1).int().tolist(),
+    )
     size = values.diagonal(dim1=1, dim2=2)
     scale = (size[:, :, None].clamp(min=NO_LENGTH) * size[:, None].clamp(min=NO_LENGTH)).sqrt()
     found = (values / scale).clamp(-1, 1)  # a draw without a length says ±1: the interval then holds everything
@@ -175,7 +186,7 @@ def cosines(
     return tuple(tuple(score(i, j) for j in range(len(member))) for i in range(len(member)))
 
 
-def drawn(
+def bootstrap_category_weights(
     member: Float[Tensor, "categories target"], control: Float[Tensor, "1 control"], resamples: int, seed: int
 ) -> Float[Tensor, "draws groups rows"]:
     """Weights of the means of each category and, last, of control: as they are, then of prompts drawn anew."""
@@ -191,7 +202,7 @@ def drawn(
     return torch.stack(made, 1)
 
 
-def products(
+def inner_products(
     gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "draws groups rows"]
 ) -> Float[Tensor, "draws categories categories"]:
     """Inner products of the categories' differences from control, of which noise is no part.

@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE, Aim, Stream, aimed, outlets, writers
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.chance import Contrast, between, told
+from obliteratus.analyze.along import (
+    BLUE,
+    GREEN,
+    GREY,
+    GROUPS,
+    ORANGE,
+    Aim,
+    Stream,
+    block_output_modules,
+    choose_direction,
+    writers_in_order,
+)
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.chance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Site, Subject
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.hidden_states import Reading, read
-from obliteratus.inference.hooks import Taps
-from obliteratus.summon.sites import family_of, gain_of, has_heads
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
+from obliteratus.inference.hooks import ModulesToRead
+from obliteratus.summon.sites import architecture_of, gain_of, has_heads
 from obliteratus.weights.matrices import read_weight
 
 if TYPE_CHECKING:
@@ -62,8 +73,8 @@ class Decomposition:
 
     def told(self) -> str:
         """The largest components."""
-        parts = told(self.parts, lambda i: self.names[i])
-        heads = told(self.heads, lambda i: "block {} head {}".format(*self.head_names[i]))
+        parts = describe_clearest(self.parts, lambda i: self.names[i])
+        heads = describe_clearest(self.heads, lambda i: "block {} head {}".format(*self.head_names[i]))
         return f"difference at stream {self.stream} {self.total:+.3g}: {parts}; heads: {heads}"
 
     def draw(self, figure: Figure) -> None:
@@ -100,26 +111,26 @@ COST = Cost(n_of("fit", "target") + n_of("fit", "control"))
 @analyses.register(
     "decomposition", cite="Elhage et al. 2021, transformer-circuits.pub/2021/framework", cost=lambda options: COST
 )
-def decomposition(ground: Ground, *, stream: Stream = None, seed: int = 0) -> Decomposition:
+def decomposition(ground: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
     """What each block's attention, MLP and heads add to the groups' difference along the direction, at one token.
 
     Measured on the fit prompts: outputs of everything that adds to the stream, behind its norm where there is one;
     heads by the columns of attention's output matrix that read them. Parts sum to the stream's difference. What
     stands out is told from chance by permuting the prompts' labels. stream: where; None is the best-scored one.
     """
-    aim = aimed(ground, stream, "decomposition")
+    aim = choose_direction(ground, stream, "decomposition")
     subject, prompts = ground.lab.subject, ground.lab.prompts
     heads = _heads(subject, aim)
     rows = [_rows(subject, prompts[group], aim, heads, ground.acts.position) for group in GROUPS]
     n = 1 + len(PARTS) * aim.stream
-    parts = between(rows[0][:, :n], rows[1][:, :n], seed)
+    parts = contrast_between_groups(rows[0][:, :n], rows[1][:, :n], seed)
     names = ["embeddings"] + [f"block {block} {part}" for block in range(aim.stream) for part in PARTS]
     return Decomposition(
         stream=aim.stream,
         total=float(parts.value.double().sum()),
         names=tuple(names),
         parts=parts,
-        heads=between(rows[0][:, n:], rows[1][:, n:], seed),
+        heads=contrast_between_groups(rows[0][:, n:], rows[1][:, n:], seed),
         head_names=tuple((head.site.layer, i) for head in heads for i in range(len(head.along))),
         prompts=(len(rows[0]), len(rows[1])),
     )
@@ -139,9 +150,9 @@ class _Heads:
 
 def _heads(subject: Subject, aim: Aim) -> list[_Heads]:
     """Of every block below the stream whose mixer is attention, with inputs that its heads share evenly."""
-    family, n = family_of(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
+    family, n = architecture_of(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
     found = []
-    for site in writers(subject):
+    for site in writers_in_order(subject):
         if 0 <= site.layer < aim.stream and has_heads(family, site):
             weight, gain = read_weight(subject.module(site.path), site).cpu().double(), gain_of(subject, site)
             folded = aim.vector.double() if gain is None else aim.vector.double() * gain.cpu().double()
@@ -154,13 +165,15 @@ def _rows(
     subject: Subject, prompts: Sequence[Prompt], aim: Aim, heads: Sequence[_Heads], position: int
 ) -> Float[Tensor, "prompts components"]:
     """Every prompt's components along the direction, fp64: embeddings, parts block by block, heads."""
-    where = [outlets(subject, layer) for layer in range(aim.stream)]
+    where = [block_output_modules(subject, layer) for layer in range(aim.stream)]
     wanted = [path for parts in where for paths in parts.values() for path in paths]
     paths = list(dict.fromkeys(wanted + [head.site.path for head in heads if head.gain is not None]))
-    taps = Taps(paths, [head.site.path for head in heads])
-    ids = render(subject, prompts)
+    taps = ModulesToRead(paths, [head.site.path for head in heads])
+    ids = render_prompts(subject, prompts)
     result: list[Tensor] = [torch.empty(0)] * len(ids)
-    for got in read(subject, ids, position=position, taps=taps, last=aim.stream, title="ANALYZE decomposition"):
+    for got in read_hidden_states(
+        subject, ids, position=position, taps=taps, last=aim.stream, title="ANALYZE decomposition"
+    ):
         outputs = dict(zip(paths, got.outputs.unbind(1), strict=True))
         stream = got.stream.double() @ aim.vector.double()
         columns = [stream[:, :1]]
@@ -178,7 +191,7 @@ def _along(outputs: dict[str, Tensor], paths: Sequence[str], aim: Aim, rows: int
     return torch.stack(parts).sum(0) if parts else torch.zeros(rows, dtype=torch.float64)
 
 
-def _of_heads(head: _Heads, got: Reading, outputs: dict[str, Tensor]) -> Float[Tensor, "rows heads"]:
+def _of_heads(head: _Heads, got: BatchStates, outputs: dict[str, Tensor]) -> Float[Tensor, "rows heads"]:
     """dᵀW x of each head's columns; behind a norm, times the number that it scaled this prompt's output by."""
     x = got.inputs[head.site.path].double().view(-1, *head.along.shape)
     along = torch.einsum("rhs,hs->rh", x, head.along)

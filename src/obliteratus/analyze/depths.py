@@ -8,48 +8,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.base import Ground
+from obliteratus.analyze.base import AnalysisContext
 from obliteratus.core.errors import NothingMatchedError
 from obliteratus.core.results import Score
-from obliteratus.core.settings import Excise, Step, asked
+from obliteratus.core.settings import Excise, Step, expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import excise
-from obliteratus.prompts import spread
-from obliteratus.verify import verify
+from obliteratus.excise.plan import plan_edits
+from obliteratus.prompts import evenly_spaced
+from obliteratus.verify import measure
 from obliteratus.verify.openings import SHARE, TIMES
 
 BOTH = "both"
 PARTS: Mapping[str, tuple[str, ...]] = {BOTH: ("attn.out", "mlp.out"), "attention": ("attn.out",), "mlp": ("mlp.out",)}
 
 
-def first_blocks(n: int, low: float, most: int) -> list[int]:
+def candidate_first_blocks(n: int, low: float, most: int) -> list[int]:
     """At most so many of the blocks from ``low`` of the depth on, evenly spread; the last one is not left out."""
     blocks = list(range(n))[int(low * n) :][::-1]
-    return sorted(blocks[i] for i in spread(len(blocks), most))
+    return sorted(blocks[i] for i in evenly_spaced(len(blocks), most))
 
 
-def parted(subject: Subject) -> dict[str, tuple[str, ...]]:
+def parts_present(subject: Subject) -> dict[str, tuple[str, ...]]:
     """The parts that this model's blocks have."""
     there = {site.part for site in subject.sites}
-    own = {name: tuple(p for p in of if there & set(asked(p))) for name, of in PARTS.items()}
+    own = {name: tuple(p for p in of if there & set(expand_part(p))) for name, of in PARTS.items()}
     return {name: of for name, of in own.items() if of}
 
 
-def plan_from(ground: Ground, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
+def plan_from_layer(ground: AnalysisContext, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
     """The directions taken from these parts of blocks ``layer`` and above, as EXCISE would: anchored where anchors were
     probed. No directions there: the model as it is."""
     subject = ground.lab.subject
     weights = torch.tensor([float(site.layer >= layer) for site in subject.sites])
     options = Excise(parts=tuple(parts), anchored=bool(ground.acts.outputs))
     try:
-        return excise(subject, directions, weights, ground.acts, options)
+        return plan_edits(subject, directions, weights, ground.acts, options)
     except NothingMatchedError:
         return Plan((), subject.source.digest)
 
 
-def drawn(directions: Directions, seed: int) -> Directions:
+def random_directions(directions: Directions, seed: int) -> Directions:
     """Random directions in place of these, as many at each stream."""
     noise = torch.randn(directions.basis.shape, generator=torch.Generator().manual_seed(seed))
     rows = torch.linalg.qr(normalize(noise, dim=2).transpose(1, 2))[0].transpose(1, 2)
@@ -57,13 +57,15 @@ def drawn(directions: Directions, seed: int) -> Directions:
     return Directions((rows * there).contiguous(), directions.score, directions.raw, "random")
 
 
-def begins(target: Float[Tensor, "rows vocabulary"], control: Float[Tensor, "others vocabulary"]) -> tuple[int, ...]:
+def typical_first_tokens(
+    target: Float[Tensor, "rows vocabulary"], control: Float[Tensor, "others vocabulary"]
+) -> tuple[int, ...]:
     """First tokens that are typical of target prompts, from log-probabilities; there may be none."""
     one, other = (logp.double().exp().mean(0) for logp in (target, control))
     return tuple(((one >= SHARE) & (one >= TIMES * other)).nonzero()[:, 0].tolist())
 
 
-def remains(
+def remaining_probability(
     base: Float[Tensor, "rows vocabulary"], edited: Float[Tensor, "rows vocabulary"], size: int, tokens: Sequence[int]
 ) -> Float[Tensor, " target"]:
     """Of each target prompt: its probability of the tokens, in units of what the groups differ by; 1 without tokens.
@@ -78,8 +80,8 @@ def remains(
     return ((after[:size] - floor) / (before[:size].mean() - floor)).float()
 
 
-def refused_by(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
+def refusal_rate_under(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
     """Share of target prompts whose answers of so many tokens refuse, under the plan."""
     with applied(subject, plan):
-        found = verify(subject, PromptSet({"target": tuple(prompts)}), (Step(use="refusal", tokens=tokens),))
+        found = measure(subject, PromptSet({"target": tuple(prompts)}), (Step(use="refusal", tokens=tokens),))
     return found.scores["refusal.target"]

@@ -10,19 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREY, ORANGE, random_rows, removals
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.chance import freedom_of, largest_ratio
+from obliteratus.analyze.along import BLUE, GREY, ORANGE, make_removals, random_rows
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.chance import degrees_of_freedom, largest_ratio
 from obliteratus.core.cost import Cost, amount, n_of, number
-from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan
-from obliteratus.excise.live.hooks_per_row import applied_rows
-from obliteratus.inference.cached_prompts import Trunk
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.logits import kl
-from obliteratus.prompts import spread
+from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.logits import kl_divergence
+from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("entanglement", cite="arXiv:2406.11717", cost=_cost)
 def entanglement(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 16,
     random: Annotated[int, Field(ge=2, le=100)] = 4,
@@ -101,40 +101,40 @@ def entanglement(
     twenty over all layers the limit is rough.
     """
     subject, held = ground.lab.subject, ground.held["control"]
-    ids = render(subject, [held[i] for i in spread(len(held), prompts)])
-    trunk = Trunk(subject, ids, budget=KEPT, answers=())
+    ids = render_prompts(subject, [held[i] for i in evenly_spaced(len(held), prompts)])
+    trunk = CachedPrompts(subject, ids, budget=KEPT, answers=())
     base, rows = trunk.first_token(), []
-    with progress("ANALYZE entanglement", subject.n_layers) as advance, reporting(SILENT):
+    with progress("ANALYZE entanglement", subject.n_layers) as advance, report_to(SILENT):
         for layer in range(subject.n_layers):
             plans = _plans(ground, layer, random, seed)
             rows.append(_divergences(trunk, base, plans) if plans else torch.zeros(1 + random, len(base)))
             advance(1)
     table = torch.stack(rows)
     own = tuple(bootstrap(values, mean, "nats") for values in table[:, 0])
-    return Entanglement(own, table[:, 1:].mean(2), *beyond(table.mean(2)))
+    return Entanglement(own, table[:, 1:].mean(2), *entanglement_ratio(table.mean(2)))
 
 
-def _plans(ground: Ground, layer: int, random: int, seed: int) -> list[Plan]:
+def _plans(ground: AnalysisContext, layer: int, random: int, seed: int) -> list[Plan]:
     """The layer's directions off, then random ones off, by its writers alone."""
     subject, rows = ground.lab.subject, ground.directions.basis[layer + 1]
     rows = rows[rows.any(1)]
     if not len(rows):
         return []
     draws = [random_rows(len(rows), subject.width, seed + layer * random + i) for i in range(random)]
-    return [removals(subject, range(layer, layer + 1), basis) for basis in (rows, *draws)]
+    return [make_removals(subject, range(layer, layer + 1), basis) for basis in (rows, *draws)]
 
 
 def _divergences(
-    trunk: Trunk, base: Float[Tensor, "prompts vocabulary"], plans: list[Plan]
+    trunk: CachedPrompts, base: Float[Tensor, "prompts vocabulary"], plans: list[Plan]
 ) -> Float[Tensor, "plans prompts"]:
     """KL(base ‖ plan) of every prompt under every plan, all of them in the same passes."""
     of_row = [plan for plan in range(len(plans)) for _ in range(len(base))]
-    with applied_rows(trunk.subject, plans, of_row):
+    with applied_per_row(trunk.subject, plans, of_row):
         logp = trunk.times(len(plans)).first_token()
-    return torch.stack([kl(base, part) for part in logp.split(len(base))])
+    return torch.stack([kl_divergence(base, part) for part in logp.split(len(base))])
 
 
-def beyond(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tensor, " layers"], float]:
+def entanglement_ratio(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tensor, " layers"], float]:
     """`Entanglement.ratio` and its limit. means: the layer's own first; a layer without directions is all zero.
 
     A small change costs a quadratic form in its direction, which for random ones is about χ²-distributed; with how
@@ -145,5 +145,5 @@ def beyond(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tensor, " layers
     n, draws = int(there.sum()), drawn.shape[1]
     if not n:
         return torch.zeros(len(means)), torch.inf
-    freedom = freedom_of(float(drawn[there].log().var(1).mean()))
+    freedom = degrees_of_freedom(float(drawn[there].log().var(1).mean()))
     return (means[:, 0] / drawn.mean(1)).float(), largest_ratio(n, draws, freedom)

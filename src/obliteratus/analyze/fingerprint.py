@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.samples import LEVEL, Level, family_wise, orders, sample_of, usual
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.samples import LEVEL, Level, chance_interval, familywise_p_values, permuted_orders, sample_of
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import Figure, curve, range_of
+from obliteratus.report.curves import Figure, plot_curve, plot_range
 
 PERMUTATIONS = 59  # p = 0.017 at best; each copies a matrix of prompts × prompts at every stream
 FEATURES = {
@@ -63,8 +63,8 @@ class Fingerprint:
     def draw(self, figure: Figure) -> None:
         """The three, one beside the other."""
         for i, ((name, values), axes) in enumerate(zip(self._each(), figure.subplots(1, 3), strict=True)):
-            curve(axes, values, "measured")
-            range_of(axes, self.chance[i, 0], self.chance[i, 1], "permuted, 95 %")
+            plot_curve(axes, values, "measured")
+            plot_range(axes, self.chance[i, 0], self.chance[i, 1], "permuted, 95 %")
             axes.set(xlabel="stream index", ylabel=FEATURES[name])
         lines, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside upper center", ncols=2)
@@ -75,7 +75,7 @@ class Fingerprint:
 
 @analyses.register("fingerprint", needs=("rows",))
 def fingerprint(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     draws: Annotated[int, Field(ge=19, le=10_000)] = PERMUTATIONS,
     level: Level = LEVEL,
@@ -89,16 +89,16 @@ def fingerprint(
     rows, four prompts of each group.
     """
     sample = sample_of(ground.acts, "fingerprint", least=4)
-    order, n, m = orders(len(sample), draws, seed), sample.n, len(sample) - sample.n
+    order, n, m = permuted_orders(len(sample), draws, seed), sample.n, len(sample) - sample.n
     lengths = torch.cat([sample.target, sample.control]).double().norm(dim=2)
     found = []
     for stream, gram in enumerate(sample.grams()):
         found.append(torch.stack([features(gram[rows][:, rows], lengths[rows, stream], n) for rows in order]))
     made = torch.stack(found, 2).transpose(0, 1)
     far = (made - made.mean(1, keepdim=True)).abs()
-    p = family_wise(far.transpose(0, 1).flatten(1)).unflatten(0, (len(FEATURES), -1))
+    p = familywise_p_values(far.transpose(0, 1).flatten(1)).unflatten(0, (len(FEATURES), -1))
     ratio, tails, width = made[:, 0]
-    return Fingerprint(ratio, tails, width, torch.stack([usual(one) for one in made]), p, level, (n, m))
+    return Fingerprint(ratio, tails, width, torch.stack([chance_interval(one) for one in made]), p, level, (n, m))
 
 
 def features(gram: Float[Tensor, "rows rows"], lengths: Float[Tensor, " rows"], n: int) -> Float[Tensor, " features"]:

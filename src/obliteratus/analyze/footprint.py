@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.samples import LEVEL, Level, family_wise, usual
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.samples import LEVEL, Level, chance_interval, familywise_p_values
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Subject
-from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, legend
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend
 from obliteratus.summon.sites import gain_of
-from obliteratus.weights.matrices import each, read_weight
+from obliteratus.weights.matrices import each_expert, read_weight
 
 RANDOM = 99  # directions drawn by chance: p = 0.01 at best, and as many products with each matrix
 MOST = 0.8  # of the footprint: what a few columns should hold to be called few
@@ -100,13 +100,17 @@ class Footprint:
         left.vlines(self.layers, low, high, color=GREY, lw=3, alpha=0.5, label="random, 95 %", zorder=0)
         left.set(xlabel="layer", ylabel="share of the norm along it", ylim=(0, None))
         right.set(xlabel="layer", ylabel=f"share of columns with {MOST:.0%} of it", ylim=(0, 1))
-        legend(left)
-        legend(right)
+        add_legend(left)
+        add_legend(right)
 
 
 @analyses.register("footprint", cite="doi:10.2307/2223319")
 def footprint(
-    ground: Ground, *, draws: Annotated[int, Field(ge=19, le=10_000)] = RANDOM, level: Level = LEVEL, seed: int = 0
+    ground: AnalysisContext,
+    *,
+    draws: Annotated[int, Field(ge=19, le=10_000)] = RANDOM,
+    level: Level = LEVEL,
+    seed: int = 0,
 ) -> Footprint:
     """Of each writer's weight, the share along the directions, and how unevenly its columns hold it.
 
@@ -118,8 +122,8 @@ def footprint(
     """
     subspaces = _subspaces(ground.directions.basis, draws, seed)
     found = [
-        (name, site, written(weight, subspaces[:, site.stream].to(weight)).double())
-        for name, site, weight in matrices(ground.lab.subject)
+        (name, site, subspace_shares(weight, subspaces[:, site.stream].to(weight)).double())
+        for name, site, weight in effective_writer_matrices(ground.lab.subject)
         if subspaces[0, site.stream].any()
     ]
     made = torch.stack([one for _, _, one in found], 2) if found else torch.zeros(3, draws + 1, 0).double()
@@ -129,35 +133,37 @@ def footprint(
         parts=tuple(site.part for _, site, _ in found),
         layers=tuple(site.layer for _, site, _ in found),
         share=share[0],
-        share_by_chance=usual(share),
-        share_p=family_wise(share),
+        share_by_chance=chance_interval(share),
+        share_p=familywise_p_values(share),
         gini=gini[0],
-        gini_by_chance=usual(gini),
-        gini_p=family_wise(gini),
+        gini_by_chance=chance_interval(gini),
+        gini_p=familywise_p_values(gini),
         columns=columns[0],
         level=level,
         draws=draws,
     )
 
 
-def matrices(subject: Subject) -> Iterator[tuple[str, Site, Float[Tensor, "width inp"]]]:
+def effective_writer_matrices(subject: Subject) -> Iterator[tuple[str, Site, Float[Tensor, "width inp"]]]:
     """Name, site and weight of each writer as it reaches the stream, of stacks each expert's; fp32, one at a time."""
     for stack in (site for site in subject.sites if site.role == "writes"):
         module = subject.module(stack.path)
-        for site in each(module, stack):
+        for site in each_expert(module, stack):
             weight, gain = read_weight(module, site), gain_of(subject, site)
             name = site.parameter if site.expert is None else f"{site.parameter}[{site.expert}]"
             yield name, site, weight if gain is None else gain.to(weight)[:, None] * weight
 
 
-def written(weight: Float[Tensor, "width inp"], rows: Float[Tensor, "draws k width"]) -> Float[Tensor, "3 draws"]:
+def subspace_shares(
+    weight: Float[Tensor, "width inp"], rows: Float[Tensor, "draws k width"]
+) -> Float[Tensor, "3 draws"]:
     """Of each subspace: share of the norm along it, Gini coefficient of the columns, share of columns with `MOST`."""
     energy = torch.stack([(subspace @ weight).square().sum(0) for subspace in rows])
     size = weight.norm().clamp(min=torch.finfo(weight.dtype).tiny)
-    return torch.stack([energy.sum(1).sqrt() / size, gini_of(energy), few(energy)])
+    return torch.stack([energy.sum(1).sqrt() / size, gini(energy), smallest_share_holding(energy)])
 
 
-def gini_of(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
+def gini(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
     """Mean absolute difference of all pairs, over twice the mean: 0 all alike, 1 − 1/n one holds all. 0 for zeros."""
     ordered, n = values.double().sort(1).values, values.shape[1]
     place = 2 * torch.arange(1, n + 1, dtype=torch.float64) - n - 1
@@ -165,7 +171,7 @@ def gini_of(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
     return torch.where(total > 0, ordered @ place / (n * torch.where(total > 0, total, 1.0)), 0.0).to(values)
 
 
-def few(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
+def smallest_share_holding(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
     """The least share of the values that together hold `MOST` of the sum."""
     running = values.double().sort(1, descending=True).values.cumsum(1)
     needed = (running < MOST * running[:, -1:]).sum(1) + 1

@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.certificate import certified
-from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, orders, sample_of
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.certificate import certify_sample
+from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, permuted_orders, sample_of
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import GREY, Figure, curve, legend, matrix
+from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve, plot_matrix
 
 ALIKE = 0.7  # cos 45°: nearer to the direction than to anything at right angles to it
 YARDSTICK = 50  # permutations whose mean cosine is what chance makes: the mean's error is a seventh of their spread
@@ -70,17 +70,17 @@ class Geometry:
     def draw(self, figure: Figure) -> None:
         """The cosines, and how they fall with the distance between streams."""
         left, right = figure.subplots(1, 2)
-        matrix(figure, left, self.cosine, [str(i) for i in range(len(self.cosine))], "cosine")
+        plot_matrix(figure, left, self.cosine, [str(i) for i in range(len(self.cosine))], "cosine")
         left.set(xlabel="stream index", ylabel="stream index")
-        curve(right, self.persistence, "found streams")
-        curve(right, self.chance, "labels permuted", GREY)
+        plot_curve(right, self.persistence, "found streams")
+        plot_curve(right, self.chance, "labels permuted", GREY)
         right.set(xlabel="streams apart", ylabel="mean cosine", ylim=(-1.05, 1.05))
-        legend(right)
+        add_legend(right)
 
 
 @analyses.register("geometry", needs=("rows",))
 def geometry(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     alike: Annotated[float, Field(gt=0, le=1)] = ALIKE,
     level: Level = LEVEL,
@@ -95,17 +95,19 @@ def geometry(
     over has a cosine of −1 and ends a run. Needs rows.
     """
     sample = sample_of(ground.acts, "geometry", least=4)
-    tested = certified(sample, level=level, draws=draws, folds=FOLDS, standardise=True, seed=seed)
+    tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardise=True, seed=seed)
     rows = normalize(ground.directions.basis[:, 0].double(), dim=1)
     cosine = rows @ rows.T
     found = [s for s in tested.found if cosine[s, s] > 0]
-    lasting = by_chance(sample, seed)
+    lasting = chance_cosine(sample, seed)
     chance = _by_lag(lasting, lasting.diagonal().nonzero().flatten().tolist())
     reach = tuple(_reach(cosine, found[i:], alike) for i in range(len(found)))
-    return Geometry(cosine, tuple(found), runs(cosine, found, alike), reach, chance, alike, len(sample))
+    return Geometry(cosine, tuple(found), similar_runs(cosine, found, alike), reach, chance, alike, len(sample))
 
 
-def runs(cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float) -> tuple[tuple[int, ...], ...]:
+def similar_runs(
+    cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float
+) -> tuple[tuple[int, ...], ...]:
     """Neighbouring streams, from the first on, as long as each is alike all of its run."""
     made: list[list[int]] = []
     for stream in found:
@@ -117,9 +119,9 @@ def runs(cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: 
     return tuple(map(tuple, made))
 
 
-def by_chance(sample: Sample, seed: int) -> Float[Tensor, "streams streams"]:
+def chance_cosine(sample: Sample, seed: int) -> Float[Tensor, "streams streams"]:
     """Mean cosine of the streams' mean differences over permutations of the labels, the same ones at each stream."""
-    order = orders(len(sample), YARDSTICK, seed)[1:]
+    order = permuted_orders(len(sample), YARDSTICK, seed)[1:]
     side = torch.cat([torch.ones(sample.n) / sample.n, -torch.ones(len(sample) - sample.n) / (len(sample) - sample.n)])
     weights = torch.zeros(YARDSTICK, len(sample)).double().scatter_(1, order, side.double().expand(YARDSTICK, -1))
     deltas = torch.stack([normalize(weights @ sample.at(s), dim=1) for s in range(sample.streams)], 1)

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.along import BLUE, GREY, ORANGE, random_units
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.readout import promoted
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.readout import logit_effects
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Subject
 
@@ -30,7 +30,7 @@ class Lens:
     suppressed: tuple[tuple[str, ...], ...]
     """And lowers most."""
     high: Float[Tensor, "streams tokens"]
-    """The logits of `promoted`."""
+    """The logits of `logit_effects`."""
     low: Float[Tensor, "streams tokens"]
     """The logits of `suppressed`."""
     limit: float
@@ -79,7 +79,7 @@ def _pairs(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
 
 @analyses.register("lens", cite="nostalgebraist 2020, interpreting GPT: the logit lens")
 def lens(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     tokens: Annotated[int, Field(ge=1, le=100)] = 10,
     random: Annotated[int, Field(ge=100, le=10000)] = 1000,
@@ -91,13 +91,13 @@ def lens(
     ``random`` random directions' would by chance, over all streams together (5 %). tokens: listed at each end.
     """
     subject, rows = ground.lab.subject, ground.directions.basis[:, 0]
-    logits = list(promoted(subject, rows))
-    high, up = ends(logits, tokens, largest=True)
-    low, down = ends(logits, tokens, largest=False)
+    logits = list(logit_effects(subject, rows))
+    high, up = extreme_tokens(logits, tokens, largest=True)
+    low, down = extreme_tokens(logits, tokens, largest=False)
     there = rows.any(1)
     return Lens(
-        promoted=texts(subject, up, there),
-        suppressed=texts(subject, down, there),
+        promoted=token_texts(subject, up, there),
+        suppressed=token_texts(subject, down, there),
         high=high,
         low=low,
         limit=random_limit(subject, int(there.sum()), random, seed),
@@ -108,17 +108,17 @@ def lens(
 def random_limit(subject: Subject, streams: int, random: int, seed: int) -> float:
     """The largest |logit| over so many random directions: its 95 % point. The quantile 0.95^(1/streams) of one's."""
     units = random_units(random, subject.width, seed)
-    largest = torch.cat([part.abs().amax(1) for part in promoted(subject, units)])
+    largest = torch.cat([part.abs().amax(1) for part in logit_effects(subject, units)])
     return float(torch.quantile(largest, LEVEL ** (1 / max(streams, 1))))
 
 
-def ends(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def extreme_tokens(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest or smallest logits of each row, and their tokens; all of them where there are fewer."""
     found = [part.topk(min(k, part.shape[1]), dim=1, largest=largest) for part in logits]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def texts(subject: Subject, tokens: Int[Tensor, "n k"], there: Bool[Tensor, " n"]) -> tuple[tuple[str, ...], ...]:
+def token_texts(subject: Subject, tokens: Int[Tensor, "n k"], there: Bool[Tensor, " n"]) -> tuple[tuple[str, ...], ...]:
     """Tokens as text, none for rows that are not there; ids beyond the tokenizer, of a padded vocabulary, by number."""
     known = len(subject.tokenizer)
 

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import outlets
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.chance import Contrast, told, within
-from obliteratus.analyze.pairs import Place, Setting, What
+from obliteratus.analyze.along import block_output_modules
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.chance import Contrast, contrast_within_pairs, describe_clearest
+from obliteratus.analyze.pairs import PatchingSetup, PatchLocation, What
 from obliteratus.core.cost import Cost, amount, n_of, number
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
@@ -32,10 +32,10 @@ class Patching:
     """The whole way, mean over pairs: score of the prompt that is patched − score of the other."""
     unit: str
     """``nats`` or ``stream``."""
-    places: tuple[Place, ...]
+    places: tuple[PatchLocation, ...]
     effects: Contrast
     """Of ``places``, mean over pairs; positive is towards the other prompt. The whole way is ``gap``."""
-    heads: tuple[Place, ...]
+    heads: tuple[PatchLocation, ...]
     """The heads of the attention outputs with the largest effects."""
     head_effects: Contrast
 
@@ -51,14 +51,14 @@ class Patching:
         tables = {"places": self._table(self.places, self.effects), "heads": self._table(self.heads, self.head_effects)}
         return {"gap": self.gap.model_dump(), "unit": self.unit, "found": found, "found_heads": heads, **tables}
 
-    def _table(self, places: Sequence[Place], effects: Contrast) -> list[dict[str, Any]]:
+    def _table(self, places: Sequence[PatchLocation], effects: Contrast) -> list[dict[str, Any]]:
         values = zip(places, effects.value.tolist(), effects.error.tolist(), self.share(effects).tolist(), strict=True)
         return [{**vars(place), "effect": v, "error": e, "share": s} for place, v, e, s in values]
 
     def told(self) -> str:
         """The places that carry most."""
-        places = told(self.effects, lambda i: str(self.places[i]))
-        heads = told(self.head_effects, lambda i: str(self.heads[i]))
+        places = describe_clearest(self.effects, lambda i: str(self.places[i]))
+        heads = describe_clearest(self.head_effects, lambda i: str(self.heads[i]))
         return f"of a gap of {self.gap.value:.3g} {self.unit}: {places}; heads: {heads}"
 
     def draw(self, figure: Figure) -> None:
@@ -76,7 +76,7 @@ class Patching:
         figure.colorbar(image, ax=figure.axes, label="share of the gap")
 
 
-def _grid(values: Sequence[tuple[Place, float]]) -> Float[Tensor, "positions layers"]:
+def _grid(values: Sequence[tuple[PatchLocation, float]]) -> Float[Tensor, "positions layers"]:
     """The last token first, as an image's rows run from its top."""
     table = torch.full((max(-p.position for p, _ in values), 1 + max(p.layer for p, _ in values)), torch.nan)
     for place, value in values:
@@ -91,7 +91,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("patching", cite="arXiv:2202.05262", cost=_cost)
 def patching(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     score: What = "logits",
     into: Literal["target", "control"] = "target",
@@ -109,21 +109,28 @@ def patching(
     of the attention outputs with the largest effects. Effects are told from chance by flipping the signs of pairs,
     which takes six pairs or more.
     """
-    setting = Setting.of(ground, score, into, pairs, positions)
+    setting = PatchingSetup.of(ground, score, into, pairs, positions)
     places = tuple(
-        Place(kind, layer, -p)
+        PatchLocation(kind, layer, -p)
         for layer in range(ground.lab.subject.n_layers)
         for kind in KINDS
-        if kind == "block" or outlets(ground.lab.subject, layer)[kind]
+        if kind == "block" or block_output_modules(ground.lab.subject, layer)[kind]
         for p in range(1, setting.positions + 1)
     )
     moved = setting.effects(places)
     chosen = setting.heads(_by_layer(places, moved), heads)
     effects = setting.effects(chosen) if chosen else torch.zeros(len(moved), 0)
-    return Patching(setting.gap, setting.unit, places, within(moved, seed), chosen, within(effects, seed))
+    return Patching(
+        setting.gap,
+        setting.unit,
+        places,
+        contrast_within_pairs(moved, seed),
+        chosen,
+        contrast_within_pairs(effects, seed),
+    )
 
 
-def _by_layer(places: Sequence[Place], moved: Float[Tensor, "pairs places"]) -> list[int]:
+def _by_layer(places: Sequence[PatchLocation], moved: Float[Tensor, "pairs places"]) -> list[int]:
     """Layers by what their attention moves, the most first."""
     sizes: dict[int, float] = {}
     for place, value in zip(places, moved.mean(0).tolist(), strict=True):

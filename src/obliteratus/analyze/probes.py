@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.samples import Split
+from obliteratus.analyze.samples import FoldPlan
 from obliteratus.core.shapes import Bool, Float
 
 RIDGE = 1.0  # with rows of mean square length 1 and λ = 1, 64 dimensions of noise and 160 prompts are not overfitted
@@ -14,17 +14,19 @@ DONE = 1e-10  # change of the log-odds at which it has arrived
 FLAT = 1e-9  # least p (1 − p): a prompt that is sure leaves a weight whose inverse must stay finite
 
 
-def probed(gram: Float[Tensor, "rows rows"], plan: Split, ridge: float = RIDGE) -> Float[Tensor, " rows"]:
+def cross_validated_log_odds(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float = RIDGE
+) -> Float[Tensor, " rows"]:
     """Log-odds that each row is the target's, from a probe fitted on the other folds."""
     scores = gram.new_zeros(len(gram))
     labels = torch.arange(len(gram)) < plan.n
     for fold in range(len(plan.weights)):
         kept = plan.outside(fold)
-        scores[~kept] = logistic(gram, labels, kept, ridge)[~kept]
+        scores[~kept] = fit_logistic(gram, labels, kept, ridge)[~kept]
     return scores
 
 
-def logistic(
+def fit_logistic(
     gram: Float[Tensor, "rows rows"], labels: Bool[Tensor, " rows"], kept: Bool[Tensor, " rows"], ridge: float = RIDGE
 ) -> Float[Tensor, " rows"]:
     """Log-odds of all rows, by the kept ones alone.

@@ -25,7 +25,7 @@ class Pursuit:
     """Of the direction's squared length, what the first 1, 2 … atoms span: 0–1, never falling; fp64."""
 
 
-def pursued(units: Float[Tensor, "draws width"], dictionary: Float[Tensor, "n width"], most: int) -> Pursuit:
+def matching_pursuit(units: Float[Tensor, "draws width"], dictionary: Float[Tensor, "n width"], most: int) -> Pursuit:
     """Each direction by at most ``most`` atoms: the one most along what is left, then all chosen are fitted anew.
 
     Pati, Rezaiifar and Krishnaprasad (1993). units: of length 1, fp64; a zero row takes no atom. dictionary: rows of

@@ -14,17 +14,17 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import backbone, batched, halving, padded, state_bytes, token_budget
+from obliteratus.inference.batching import make_batches, pad_rows, run_backbone, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hidden_states import NO_TAPS
-from obliteratus.inference.hooks import Capture
-from obliteratus.inference.shared_prefix import prepared
+from obliteratus.inference.hooks import StreamCapture
+from obliteratus.inference.shared_prefix import prepare_prompts
 
 Side = Literal["output", "input"]
 
 
 @dataclass(frozen=True)
-class Put:
+class Patch:
     """A value in place of what a module gives, or is given, at one token."""
 
     path: str
@@ -37,7 +37,9 @@ class Put:
     """(start, stop) of the columns that are replaced; None is all of them."""
 
 
-def last_streams(subject: Subject, ids: Ids, puts: Sequence[Sequence[Put]], title: str) -> Float[Tensor, "rows width"]:
+def patched_last_streams(
+    subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], title: str
+) -> Float[Tensor, "rows width"]:
     """The last stream at every row's last token, fp32, with that row's values put in. Rows do not see each other.
 
     Positions may not lie before a row's beginning: ValueError.
@@ -47,18 +49,18 @@ def last_streams(subject: Subject, ids: Ids, puts: Sequence[Sequence[Put]], titl
         raise ValueError(f"a position {deepest} tokens from the end lies before the beginning of some row")
     result = torch.empty(len(ids), subject.width)
     with torch.inference_mode(), progress(title, len(ids)) as advance:
-        prompts = prepared(subject, ids, leave=deepest)
+        prompts = prepare_prompts(subject, ids, leave=deepest)
 
         def run(rows: list[int]) -> tuple[list[int], Tensor]:
-            batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-            capture = Capture(subject, lengths - 1, NO_TAPS, subject.n_layers)
+            batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
+            capture = StreamCapture(subject, lengths - 1, NO_TAPS, subject.n_layers)
             mine = [puts[i] for i in rows]
             with _putting(subject, mine, lengths), capture.watching(), prompts.around(rows):
-                backbone(subject, batch, prompts.skipped, prompts.cache(rows))
+                run_backbone(subject, batch, prompts.skipped, prompts.cache(rows))
             return rows, capture.stream[-1]
 
-        for group in batched([len(row) for row in prompts.rows], token_budget(subject, state_bytes(subject))):
-            for rows, streams in halving(run, group):
+        for group in make_batches([len(row) for row in prompts.rows], token_budget(subject, state_bytes(subject))):
+            for rows, streams in run_or_halve(run, group):
                 result[rows] = streams
                 advance(len(rows))
     return result
@@ -70,11 +72,11 @@ class _Here:
 
     row: int
     token: int
-    put: Put
+    put: Patch
 
 
 @contextmanager
-def _putting(subject: Subject, puts: Sequence[Sequence[Put]], lengths: Tensor) -> Iterator[None]:
+def _putting(subject: Subject, puts: Sequence[Sequence[Patch]], lengths: Tensor) -> Iterator[None]:
     """Inside, a pass over these rows has their values in it."""
     by_place: dict[tuple[str, Side], list[_Here]] = {}
     for row, (mine, length) in enumerate(zip(puts, lengths.tolist(), strict=True)):

@@ -10,28 +10,28 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
-from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.depths import (
     BOTH,
     PARTS,
-    begins,
-    drawn,
-    first_blocks,
-    parted,
-    plan_from,
-    refused_by,
-    remains,
+    candidate_first_blocks,
+    parts_present,
+    plan_from_layer,
+    random_directions,
+    refusal_rate_under,
+    remaining_probability,
+    typical_first_tokens,
 )
 from obliteratus.core.cost import Answers, Cost, amount, n_of, number
-from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt
-from obliteratus.excise.live.hooks_per_row import applied_rows
-from obliteratus.inference.cached_prompts import Trunk
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.logits import kl
-from obliteratus.prompts import spread
+from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.logits import kl_divergence
+from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
 def reach(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 24,
     depths: Annotated[int, Field(ge=1)] = 8,
@@ -156,26 +156,28 @@ def reach(
     spread from ``low`` of the depth on: further down an edit costs more and has not been seen to do more. answers,
     tokens: target search prompts that are answered, at most, and how long.
     """
-    subject, layers = ground.lab.subject, first_blocks(ground.lab.subject.n_layers, low, depths)
-    some = {g: [ground.held[g][i] for i in spread(len(ground.held[g]), prompts)] for g in GROUPS}
-    size, parts = len(some["target"]), parted(subject)
-    trunk = Trunk(subject, [row for g in GROUPS for row in render(subject, some[g])], budget=KEPT, answers=())
+    subject, layers = ground.lab.subject, candidate_first_blocks(ground.lab.subject.n_layers, low, depths)
+    some = {g: [ground.held[g][i] for i in evenly_spaced(len(ground.held[g]), prompts)] for g in GROUPS}
+    size, parts = len(some["target"]), parts_present(subject)
+    trunk = CachedPrompts(
+        subject, [row for g in GROUPS for row in render_prompts(subject, some[g])], budget=KEPT, answers=()
+    )
     base, found = trunk.first_token(), []
-    with progress("ANALYZE reach", len(layers)) as advance, reporting(SILENT):
+    with progress("ANALYZE reach", len(layers)) as advance, report_to(SILENT):
         for layer in layers:
-            plans = [plan_from(ground, ground.directions, of, layer) for of in parts.values()]
-            plans.append(plan_from(ground, drawn(ground.directions, seed), parts[BOTH], layer))
-            with applied_rows(subject, plans, [i for i in range(len(plans)) for _ in base]):
+            plans = [plan_from_layer(ground, ground.directions, of, layer) for of in parts.values()]
+            plans.append(plan_from_layer(ground, random_directions(ground.directions, seed), parts[BOTH], layer))
+            with applied_per_row(subject, plans, [i for i in range(len(plans)) for _ in base]):
                 found.append(trunk.times(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
-    left, cost, begun = tables(base, found, (*parts, RANDOM), size)
-    held = [ground.held["target"][i] for i in spread(len(ground.held["target"]), answers)]
-    tried = _answered(ground, cheapest(layers, left, cost)[:tries] if begun else [], held, tokens)
+    left, cost, begun = tabulate(base, found, (*parts, RANDOM), size)
+    held = [ground.held["target"][i] for i in evenly_spaced(len(ground.held["target"]), answers)]
+    tried = _answered(ground, cheapest_edits(layers, left, cost)[:tries] if begun else [], held, tokens)
     words = tuple(subject.tokenizer.decode([t]) for t in begun)
     return Reach(tuple(layers), left, cost, tried, words)
 
 
-def cheapest(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str, int]]:
+def cheapest_edits(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str, int]]:
     """Parts and depths that leave at most ``WORTH``, by KL; of equals (to 1e-4 nats) one part before both, then the
     deepest."""
     cells = [
@@ -188,21 +190,21 @@ def cheapest(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str,
 
 
 def _answered(
-    ground: Ground, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
+    ground: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
 ) -> tuple[tuple[str, int, Score], ...]:
     """Refusals under each edit, up to the first that ends them."""
-    parts, done = parted(ground.lab.subject), list[tuple[str, int, Score]]()
-    with progress("ANALYZE answers", len(cells)) as advance, reporting(SILENT):
+    parts, done = parts_present(ground.lab.subject), list[tuple[str, int, Score]]()
+    with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
         for part, layer in cells:
-            plan = plan_from(ground, ground.directions, parts[part], layer)
-            done.append((part, layer, refused_by(ground.lab.subject, plan, prompts, tokens)))
+            plan = plan_from_layer(ground, ground.directions, parts[part], layer)
+            done.append((part, layer, refusal_rate_under(ground.lab.subject, plan, prompts, tokens)))
             advance(1)
             if done[-1][2].value == 0:
                 break
     return tuple(done)
 
 
-def tables(
+def tabulate(
     base: Float[Tensor, "rows vocabulary"],
     edited: Sequence[Float[Tensor, "plans rows vocabulary"]],
     parts: Sequence[str],
@@ -212,11 +214,13 @@ def tables(
 
     size: how many rows are target prompts, which come first.
     """
-    begun = begins(base[:size], base[size:])
+    begun = typical_first_tokens(base[:size], base[size:])
     left: dict[str, tuple[Score, ...]] = {}
     cost: dict[str, tuple[Score, ...]] = {}
     for i, part in enumerate(parts):
         rows = [logp[i] for logp in edited]
-        left[part] = tuple(bootstrap(remains(base, logp, size, begun), mean, "share left") for logp in rows)
-        cost[part] = tuple(bootstrap(kl(base[size:], logp[size:]), mean, "nats") for logp in rows)
+        left[part] = tuple(
+            bootstrap(remaining_probability(base, logp, size, begun), mean, "share left") for logp in rows
+        )
+        cost[part] = tuple(bootstrap(kl_divergence(base[size:], logp[size:]), mean, "nats") for logp in rows)
     return left, cost, begun

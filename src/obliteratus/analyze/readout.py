@@ -11,7 +11,7 @@ from obliteratus.causal.interventions import head_logits
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Subject
 from obliteratus.summon.sites import gain_of
-from obliteratus.weights.matrices import brought
+from obliteratus.weights.matrices import fetch_parameter
 
 # Values in fp32 of one product with the unembedding: 64 MB.
 VALUES = 16_000_000
@@ -29,7 +29,7 @@ def final_norm(subject: Subject) -> nn.Module:
     return subject.module(path)
 
 
-def read_out(subject: Subject, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+def next_token_log_probs(subject: Subject, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
     """Next-token log-probabilities of last streams, natural, fp32, on the CPU: norm, head, soft caps and scales."""
     norm, dtype = final_norm(subject), subject.model.dtype
     parts = []
@@ -40,14 +40,14 @@ def read_out(subject: Subject, streams: Float[Tensor, "rows width"]) -> Float[Te
     return torch.cat(parts)
 
 
-def promoted(subject: Subject, directions: Float[Tensor, "n width"]) -> Iterator[Float[Tensor, "some vocabulary"]]:
+def logit_effects(subject: Subject, directions: Float[Tensor, "n width"]) -> Iterator[Float[Tensor, "some vocabulary"]]:
     """W_U(γ⊙d): by how much each direction, added to a stream of fixed length, moves each logit; in batches, fp32.
 
     A LayerNorm also centres, and its bias is no part of a direction. In units of the logits' standard deviation over
     the vocabulary, after their mean, which softmax does not see, is taken off. Soft caps and scales keep the order.
     """
     site = unembedding(subject)
-    weight, gain = brought(subject.model.get_output_embeddings(), "weight").detach(), gain_of(subject, site)
+    weight, gain = fetch_parameter(subject.model.get_output_embeddings(), "weight").detach(), gain_of(subject, site)
     for some in directions.split(_rows(subject)):
         rows = some.to(weight.device, torch.float32)
         rows = rows - rows.mean(1, keepdim=True) if site.norm == "layer" else rows

@@ -10,18 +10,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREY, GROUPS, ORANGE, Stream, aimed, random_units, removals, some
-from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.along import (
+    BLUE,
+    GREY,
+    GROUPS,
+    ORANGE,
+    Stream,
+    choose_direction,
+    make_removals,
+    random_units,
+    subsample,
+)
+from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.samples import LEVEL, Level
 from obliteratus.core.cost import Cost, amount, n_of, number
-from obliteratus.core.progress import SILENT, progress, reporting
+from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill.steps import NOTHING
-from obliteratus.excise.live.hooks_per_row import applied_rows
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.hidden_states import read
+from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.verify.intervals import RESAMPLES
 
 if TYPE_CHECKING:
@@ -108,7 +118,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("repair", cite="arXiv:2307.15771", cost=_cost)
 def repair(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     stream: Stream = None,
     prompts: Annotated[int, Field(ge=2)] = 8,
@@ -126,12 +136,12 @@ def repair(
     direction, the best-scored if None. prompts: fit prompts of each group, at most. depths: how many l are tried,
     evenly spread from layer 0 to the last but one.
     """
-    subject, aim = ground.lab.subject, aimed(ground, stream, "repair")
+    subject, aim = ground.lab.subject, choose_direction(ground, stream, "repair")
     layers = _spread(subject.n_layers - 1, depths)
-    chosen = some(ground.lab.prompts, prompts)
+    chosen = subsample(ground.lab.prompts, prompts)
     units = torch.cat([aim.vector[None], random_units(random, subject.width, seed)])
     found = _measured(subject, chosen, layers, units, ground.acts.position)
-    return _judged(found[0], layers, torch.stack([returned(one, layers) for one in found]), level, seed)
+    return _judged(found[0], layers, torch.stack([written_back(one, layers) for one in found]), level, seed)
 
 
 def _spread(n: int, most: int) -> tuple[int, ...]:
@@ -150,13 +160,13 @@ def _measured(
     subject: Subject, prompts: PromptSet, layers: Sequence[int], units: Float[Tensor, "n width"], position: int
 ) -> list[Measured]:
     """Of each direction. The model as it is runs once for all of them."""
-    ids = [render(subject, prompts[group]) for group in GROUPS]
+    ids = [render_prompts(subject, prompts[group]) for group in GROUPS]
     rows, n = [row for group in ids for row in group], len(ids[0])
     found = []
-    with progress("ANALYZE repair", len(units)) as advance, reporting(SILENT):
+    with progress("ANALYZE repair", len(units)) as advance, report_to(SILENT):
         before = _along(subject, [Plan()], rows, units, position)
         for i, unit in enumerate(units):
-            plans = [removals(subject, range(-1, layer + 1), unit[None]) for layer in layers]
+            plans = [make_removals(subject, range(-1, layer + 1), unit[None]) for layer in layers]
             after = _along(subject, plans, rows, unit[None], position)
             along = torch.cat([before[..., i], after[..., 0]])
             found.append((along[:, :n], along[:, n:]))
@@ -169,13 +179,13 @@ def _along(
 ) -> Float[Tensor, "plans rows streams n"]:
     """Streams of all rows under each plan, along the directions; fp64."""
     along = torch.empty(len(plans) * len(rows), subject.n_layers + 1, len(units), dtype=torch.float64)
-    with applied_rows(subject, plans, [plan for plan in range(len(plans)) for _ in rows]):
-        for got in read(subject, list(rows) * len(plans), position=position):
+    with applied_per_row(subject, plans, [plan for plan in range(len(plans)) for _ in rows]):
+        for got in read_hidden_states(subject, list(rows) * len(plans), position=position):
             along[got.rows] = got.stream.double() @ units.double().T
     return along.view(len(plans), len(rows), -1, len(units))
 
 
-def differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
+def group_differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
     """Differences of the groups' means: one draw, of all prompts; with a seed, bootstrap resamples of each group."""
     means = []
     for i, rows in enumerate(measured):
@@ -188,18 +198,20 @@ def differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "p
     return means[0] - means[1]
 
 
-def extras(delta: Float[Tensor, "plans streams draws"], layers: Sequence[int]) -> Float[Tensor, "depths draws"]:
+def compensating_writes(
+    delta: Float[Tensor, "plans streams draws"], layers: Sequence[int]
+) -> Float[Tensor, "depths draws"]:
     """What the layers above each depth write, less what they write in the model as it is."""
     places = torch.tensor(layers) + 1
     above = delta[1:, -1] - delta[1:][torch.arange(len(layers)), places]
     return above - (delta[0, -1] - delta[0, places])
 
 
-def returned(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " depths"]:
-    """What is written back at each depth: `extras`, above zero where it has the sign of what was there."""
-    delta = differences(measured)
+def written_back(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " depths"]:
+    """What is written back at each depth: `compensating_writes`, above zero where it has the sign of what was there."""
+    delta = group_differences(measured)
     sign = torch.where(delta[0, torch.tensor(layers) + 1, 0] >= 0, 1.0, -1.0)
-    return sign * extras(delta, layers)[:, 0]
+    return sign * compensating_writes(delta, layers)[:, 0]
 
 
 def single_step(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
@@ -214,8 +226,8 @@ def single_step(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]
 def _judged(
     measured: Measured, layers: tuple[int, ...], back: Float[Tensor, "draws depths"], level: float, seed: int
 ) -> Repair:
-    delta, drawn = differences(measured), extras(differences(measured, seed), layers)
-    values = extras(delta, layers)[:, 0]
+    delta, drawn = group_differences(measured), compensating_writes(group_differences(measured, seed), layers)
+    values = compensating_writes(delta, layers)[:, 0]
     ends = torch.quantile(drawn, torch.tensor([0.025, 0.975]).double(), dim=1)  # 95 %
     n = sum(rows.shape[1] for rows in measured)
     places = torch.tensor(layers) + 1

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obliteratus.analyze.base import Finding, Ground, analyses, analyze, tried
-from obliteratus.analyze.bill import afforded, values_of
+from obliteratus.analyze.base import AnalysisContext, Finding, analyses, analyze, try_analyses
+from obliteratus.analyze.bill import formula_values, select_affordable
 from obliteratus.analyze.page import page
 from obliteratus.causal.interventions import FitContext
 from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.distill import distill
-from obliteratus.probe.probe import probe
+from obliteratus.distill import find_directions
+from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import parts_checked
 
 FOUND_BY = (Step(use="mean_diff"),)  # the directions that are analysed: the plainest, one for each layer
 
 
-def chosen(names: Sequence[str]) -> tuple[Step, ...]:
+def select_analyses(names: Sequence[str]) -> tuple[Step, ...]:
     """The analyses of those names, in the registry's order; all of them for none. UserError for a name that is none."""
     wanted = {analyses[name].name for name in names} or set(analyses)
     return tuple(Step(use=name) for name in analyses if name in wanted)
@@ -42,7 +42,7 @@ class Report:
         return numbers | ({"skipped": self.skipped} if self.skipped else {})
 
 
-def analysed(
+def analyze_subject(
     subject: Subject,
     prompts: PromptSet,
     steps: Sequence[Step],
@@ -58,16 +58,16 @@ def analysed(
     raises its UserError; else it is skipped too. UserError where a part of the prompts is empty or the budget below 0.
     """
     fit, held, _ = parts_checked(prompts, seed, searched=True)
-    kept, skipped = afforded(steps, values_of(fit, held, subject.n_layers), budget)
-    acts = probe(subject, fit)
-    ground = Ground(acts, distill(acts, FOUND_BY), FitContext(subject, fit), held)
+    kept, skipped = select_affordable(steps, formula_values(fit, held, subject.n_layers), budget)
+    acts = collect_activations(subject, fit)
+    ground = AnalysisContext(acts, find_directions(acts, FOUND_BY), FitContext(subject, fit), held)
     if strict:
         return Report(analyze(ground, kept), skipped)
-    found, unable = tried(ground, kept)
+    found, unable = try_analyses(ground, kept)
     return Report(found, skipped | unable)
 
 
-def write(report: Report, out: Path, title: str) -> None:
+def write_report(report: Report, out: Path, title: str) -> None:
     """index.html with all plots, and analysis.json, in a folder that appears when both are whole. UserError where the
     folder is in use."""
     check_free(out)

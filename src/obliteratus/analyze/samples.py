@@ -93,7 +93,7 @@ def rows_of(acts: Activations, group: str, name: str) -> Float[Tensor, "prompts 
 
 
 @dataclass(frozen=True)
-class Split:
+class FoldPlan:
     """Which fold each row is in, and the weights by which the other folds' rows make a direction and its middle."""
 
     fold: Int[Tensor, " rows"]
@@ -107,7 +107,7 @@ class Split:
         return self.fold != fold
 
 
-def split(n: int, m: int, folds: int, seed: int = 0) -> Split:
+def split_folds(n: int, m: int, folds: int, seed: int = 0) -> FoldPlan:
     """Folds of both groups, as equal as they can be; at most as many as the smaller group has prompts."""
     folds = min(folds, n, m)
     generator = torch.Generator().manual_seed(seed)
@@ -116,11 +116,11 @@ def split(n: int, m: int, folds: int, seed: int = 0) -> Split:
     outside = (fold[None] != torch.arange(folds)[:, None]).double()
     counts = torch.stack([outside[:, :n].sum(1), outside[:, n:].sum(1)], 1)
     share = outside / torch.cat([counts[:, :1].expand(-1, n), counts[:, 1:].expand(-1, m)], 1)
-    return Split(fold, share * side, share / 2, n)
+    return FoldPlan(fold, share * side, share / 2, n)
 
 
-def held_out(
-    gram: Float[Tensor, "rows rows"], plan: Split, order: Int[Tensor, "draws rows"]
+def held_out_projections(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, order: Int[Tensor, "draws rows"]
 ) -> Float[Tensor, "draws rows"]:
     """Each row's place along the unit mean difference of the other folds, from half way between their means.
 
@@ -138,11 +138,11 @@ def held_out(
     return scores.gather(1, plan.fold.expand(len(order), 1, -1))[:, 0]
 
 
-def as_they_are(rows: int) -> Int[Tensor, "1 rows"]:
+def identity_order(rows: int) -> Int[Tensor, "1 rows"]:
     return torch.arange(rows)[None]
 
 
-def orders(rows: int, draws: int, seed: int = 0) -> Int[Tensor, "draws rows"]:
+def permuted_orders(rows: int, draws: int, seed: int = 0) -> Int[Tensor, "draws rows"]:
     """The rows as they are, then ``draws`` permutations of them."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.arange(rows), *(torch.randperm(rows, generator=generator) for _ in range(draws))])
@@ -155,22 +155,22 @@ def d_prime(one: Float[Tensor, "... n"], two: Float[Tensor, "... m"]) -> Float[T
     return torch.where(spread > 0, gap / torch.where(spread > 0, spread, 1.0), 0.0)
 
 
-def permuted(
-    gram: Float[Tensor, "rows rows"], plan: Split, order: Int[Tensor, "draws rows"]
+def permutation_null(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, order: Int[Tensor, "draws rows"]
 ) -> Float[Tensor, " draws"]:
     """Held-out d′ of the rows as each draw has them, as many draws at a time as there is room for."""
     chunk = max(1, ROOM // plan.weights.numel())
-    scores = torch.cat([held_out(gram, plan, part) for part in order.split(chunk)])
+    scores = torch.cat([held_out_projections(gram, plan, part) for part in order.split(chunk)])
     return d_prime(scores[:, : plan.n], scores[:, plan.n :])
 
 
-def standardised(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, "draws streams"]:
+def standardize(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, "draws streams"]:
     """Each stream's statistic in standard deviations from its mean over the draws; zeros where it never varies."""
     spread = statistics.std(0)
     return torch.where(spread > 0, (statistics - statistics.mean(0)) / torch.where(spread > 0, spread, 1.0), 0.0)
 
 
-def family_wise(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, " streams"]:
+def familywise_p_values(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, " streams"]:
     """p values that hold for all streams together: Westfall and Young's single step (1993), large values count.
 
     Draw 0 is what was observed, the others are what chance made. How often the largest of a draw's standardised
@@ -179,12 +179,12 @@ def family_wise(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, " s
     """
     if statistics.shape[1] == 0:
         return statistics[0]
-    z = standardised(statistics)
+    z = standardize(statistics)
     largest = z.max(1).values
     return (largest[:, None] >= z[:1]).double().mean(0)
 
 
-def usual(draws: Float[Tensor, "draws streams"]) -> Float[Tensor, "ends streams"]:
+def chance_interval(draws: Float[Tensor, "draws streams"]) -> Float[Tensor, "ends streams"]:
     """2.5 % and 97.5 % quantiles of what chance made: the draws behind the first."""
     if draws.shape[1] == 0:
         return draws[:2]
@@ -192,6 +192,6 @@ def usual(draws: Float[Tensor, "draws streams"]) -> Float[Tensor, "ends streams"
 
 
 def thresholds(statistics: Float[Tensor, "draws streams"], level: float) -> Float[Tensor, " streams"]:
-    """What a stream's statistic must exceed for `family_wise` to call it found, by the draws behind the first."""
-    largest = standardised(statistics)[1:].max(1).values
+    """What a stream's statistic must exceed for `familywise_p_values` to call it found, by the draws behind the first."""
+    largest = standardize(statistics)[1:].max(1).values
     return statistics.mean(0) + torch.quantile(largest, 1 - level) * statistics.std(0)

@@ -10,30 +10,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.auc import auc
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.probes import RIDGE, probed
+from obliteratus.analyze.auc import delong_auc
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.probes import RIDGE, cross_validated_log_odds
 from obliteratus.analyze.samples import (
     DRAWS,
     FOLDS,
     LEVEL,
     Draws,
+    FoldPlan,
     Folds,
     Level,
-    Split,
-    as_they_are,
     d_prime,
-    family_wise,
-    held_out,
-    orders,
-    permuted,
+    familywise_p_values,
+    held_out_projections,
+    identity_order,
+    permutation_null,
+    permuted_orders,
     sample_of,
-    split,
+    split_folds,
 )
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, banded, legend
-from obliteratus.verify.intervals import RESAMPLES, rate
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend, plot_band
+from obliteratus.verify.intervals import RESAMPLES, wilson_rate
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,20 @@ class Separability:
     def draw(self, figure: Figure) -> None:
         """AUC and probe beside d′."""
         left, right = figure.subplots(1, 2)
-        banded(left, self.auc, "AUC", BLUE)
-        banded(left, self.probe, "logistic probe, share right", GREEN)
+        plot_band(left, self.auc, "AUC", BLUE)
+        plot_band(left, self.probe, "logistic probe, share right", GREEN)
         left.axhline(0.5, color=GREY, ls="--", label="chance, AUC")
         left.set(xlabel="stream index", ylabel="held-out", ylim=(0, 1.03))
-        banded(right, self.d_prime, "d′", ORANGE)
+        plot_band(right, self.d_prime, "d′", ORANGE)
         right.axhline(0, color=GREY, ls="--", label="chance")
         right.set(xlabel="stream index", ylabel="held-out d′")
-        legend(left)
-        legend(right)
+        add_legend(left)
+        add_legend(right)
 
 
 @analyses.register("separability", cite="doi:10.2307/2531595", needs=("rows",))
 def separability(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     folds: Folds = FOLDS,
     ridge: Annotated[float, Field(gt=0)] = RIDGE,
@@ -114,8 +114,8 @@ def separability(
     """Held-out AUC (DeLong et al. 1988), d′ and a logistic probe's accuracy for each stream, at the probed position.
 
     Each fold's prompts are scored by what the others give: their place along the mean difference, from half way
-    between the means, and a logistic probe (`probed`, ``ridge``). p: ``draws`` permutations of the labels, by the
-    largest d′ of all streams (`family_wise`).
+    between the means, and a logistic probe (`cross_validated_log_odds`, ``ridge``). p: ``draws`` permutations of the labels, by the
+    largest d′ of all streams (`familywise_p_values`).
 
     Intervals are DeLong's, a bootstrap's over prompts, and Wilson's, each widened by what permutations show: folds
     share prompts, so held-out values are not independent and their statistics vary more than these formulas know (1.4
@@ -124,38 +124,38 @@ def separability(
     """
     sample = sample_of(ground.acts, "separability", least=4)
     n, m = sample.n, len(sample) - sample.n
-    plan, order = split(n, m, folds, seed), orders(n + m, draws, seed + 1)
+    plan, order = split_folds(n, m, folds, seed), permuted_orders(n + m, draws, seed + 1)
     measured, drawn = [], []
     for gram in sample.grams():
-        drawn.append(permuted(gram, plan, order))
-        measured.append(scores_of(gram, plan, ridge, seed, excess(drawn[-1][1:], n, m)))
-    p, most = family_wise(torch.stack(drawn, 1)), max(n, m) / (n + m)
+        drawn.append(permutation_null(gram, plan, order))
+        measured.append(scores_of(gram, plan, ridge, seed, variance_inflation(drawn[-1][1:], n, m)))
+    p, most = familywise_p_values(torch.stack(drawn, 1)), max(n, m) / (n + m)
     areas, gaps, shares = (tuple(scores) for scores in zip(*measured, strict=True))
     return Separability(areas, gaps, shares, most, p, level, ground.acts.position)
 
 
-def scores_of(gram: Float[Tensor, "rows rows"], plan: Split, ridge: float, seed: int, by: float) -> list[Score]:
+def scores_of(gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, by: float) -> list[Score]:
     """One stream's AUC, d′ and probe, the intervals widened ``by``."""
     n, rows = plan.n, len(gram)
-    scores = held_out(gram, plan, as_they_are(rows))[0]
-    right = int(((probed(gram, plan, ridge) > 0) == (torch.arange(rows) < n)).sum())
-    gap = separation(scores[:n], scores[n:], seed)
-    shares = [widened(x, by, 0.0, 1.0) for x in (auc(scores[:n], scores[n:]), rate(right, rows))]
-    return [shares[0], widened(gap, by), shares[1]]
+    scores = held_out_projections(gram, plan, identity_order(rows))[0]
+    right = int(((cross_validated_log_odds(gram, plan, ridge) > 0) == (torch.arange(rows) < n)).sum())
+    gap = d_prime_interval(scores[:n], scores[n:], seed)
+    shares = [widen_interval(x, by, 0.0, 1.0) for x in (delong_auc(scores[:n], scores[n:]), wilson_rate(right, rows))]
+    return [shares[0], widen_interval(gap, by), shares[1]]
 
 
-def excess(by_chance: Float[Tensor, " draws"], n: int, m: int) -> float:
+def variance_inflation(by_chance: Float[Tensor, " draws"], n: int, m: int) -> float:
     """How many times more d′ varies under permuted labels than it would for independent values; at least 1."""
     return max(1.0, float(by_chance.std()) / sqrt(1 / n + 1 / m))
 
 
-def widened(score: Score, by: float, least: float = -inf, most: float = inf) -> Score:
+def widen_interval(score: Score, by: float, least: float = -inf, most: float = inf) -> Score:
     """The score with both ends of its interval ``by`` times as far away, within what it can be."""
     low, high = score.value - by * (score.value - score.low), score.value + by * (score.high - score.value)
     return score.model_copy(update={"low": max(least, low), "high": min(most, high)})
 
 
-def separation(one: Float[Tensor, " n"], two: Float[Tensor, " m"], seed: int = 0) -> Score:
+def d_prime_interval(one: Float[Tensor, " n"], two: Float[Tensor, " m"], seed: int = 0) -> Score:
     """d′ with the percentile interval of a bootstrap over both groups' values."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [x[torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)] for x in (one, two)]

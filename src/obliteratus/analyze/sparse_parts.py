@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, legend
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend
 
 NAMED = 3  # features in the line for people
 
@@ -120,5 +120,5 @@ class SparseParts:
             right.errorbar(places, values, yerr=ends, fmt="o", color=colour, label=name)
         right.set_xticks(range(len(self.atoms)), [str(a.feature) for a in self.atoms], rotation=90)
         right.set(xlabel="feature, in the order taken", ylabel="share of prompts that it fires on", ylim=(-0.03, 1.03))
-        legend(left)
-        legend(right)
+        add_legend(left)
+        add_legend(right)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.samples import FOLDS, LEVEL, Rows, Sample, Split, orders, sample_of, split
+from obliteratus.analyze.samples import FOLDS, LEVEL, FoldPlan, Rows, Sample, permuted_orders, sample_of, split_folds
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations
-from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, legend
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend
 
 PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts² × width
 # λ in units of the map's mean eigenvalue, for generalised cross-validation to choose among: from next to none to a map
@@ -92,7 +92,7 @@ class Transfer:
         left.set_xlabel("held-out R²")
         right.set_xlabel("cosine of the mapped direction")
         for axes in (left, right):
-            legend(axes)
+            add_legend(axes)
 
 
 def transfer(
@@ -114,11 +114,11 @@ def transfer(
     of prompts give as high an R². A high R² needs shared content, not shared behaviour: see what the group alone
     gives. Raises UserError where prompts' numbers differ or rows were not kept.
     """
-    first, x, y = paired(one, two, streams)
-    plan = split(first.n, len(first) - first.n, folds, seed)
+    first, x, y = pair_streams(one, two, streams)
+    plan = split_folds(first.n, len(first) - first.n, folds, seed)
     bridge = [Fold(x, plan, fold) for fold in range(len(plan.weights))]
-    r2, cosine = zip(*(scored(bridge, y[order]) for order in orders(len(x), draws, seed + 1)), strict=True)
-    inside = [scored(bridge, y[order])[0] for order in within(first, draws, seed + 2)]
+    r2, cosine = zip(*(score_maps(bridge, y[order]) for order in permuted_orders(len(x), draws, seed + 1)), strict=True)
+    inside = [score_maps(bridge, y[order])[0] for order in permute_within_groups(first, draws, seed + 2)]
     return Transfer(
         r2=r2[0],
         r2_by_chance=r2[1:],
@@ -134,7 +134,9 @@ def transfer(
     )
 
 
-def paired(one: Activations, two: Activations, streams: tuple[int, int]) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
+def pair_streams(
+    one: Activations, two: Activations, streams: tuple[int, int]
+) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
     """The first model's sample, and a stream of each model. UserError where they are not of as many prompts."""
     first, second = (sample_of(acts, "transfer", least=4) for acts in (one, two))
     if (first.n, len(first)) != (second.n, len(second)):
@@ -148,7 +150,7 @@ def paired(one: Activations, two: Activations, streams: tuple[int, int]) -> tupl
 class Fold:
     """The ridge map of all rows outside one fold, for any second stream: its eigenvalues are found once."""
 
-    def __init__(self, x: Rows, plan: Split, fold: int) -> None:
+    def __init__(self, x: Rows, plan: FoldPlan, fold: int) -> None:
         self.kept, self.plan, self.at = plan.outside(fold), plan, fold
         inner = x[self.kept]
         self.x = inner - inner.mean(0)
@@ -162,7 +164,7 @@ class Fold:
         """Dual weights A: the map is v ↦ v Xᵀ A, onto differences from y's mean over the rows fitted on."""
         inner = y[self.kept]
         along = self.vectors.T @ (inner - inner.mean(0))
-        best = gcv(self.values, along.square().sum(1), self.ridges)
+        best = choose_ridge(self.values, along.square().sum(1), self.ridges)
         dual: Tensor = self.vectors @ (along / (self.values + best).clamp(min=torch.finfo(y.dtype).tiny)[:, None])
         return dual
 
@@ -172,11 +174,11 @@ class Fold:
         truth = y[~self.kept] - y[self.kept].mean(0)
         error = truth - self.rest @ self.x.T @ dual
         mapped = self.delta @ self.x.T @ dual
-        cosine = normalize(mapped, dim=0) @ normalize(difference_in(y, self.plan, self.at), dim=0)
+        cosine = normalize(mapped, dim=0) @ normalize(fold_difference(y, self.plan, self.at), dim=0)
         return float(error.square().sum()), float(truth.square().sum()), float(cosine)
 
 
-def gcv(
+def choose_ridge(
     values: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], ridges: Float[Tensor, " ridges"]
 ) -> Float[Tensor, ""]:
     """The λ of least generalised cross-validation error, n ‖(I − H) y‖² / tr(I − H)², in the eigenvectors' terms.
@@ -188,20 +190,20 @@ def gcv(
     return ridges[errors.argmin()]
 
 
-def scored(bridge: list[Fold], y: Rows) -> tuple[float, float]:
+def score_maps(bridge: list[Fold], y: Rows) -> tuple[float, float]:
     """Held-out R² over all folds together, and the mean cosine of the mapped direction."""
     scores = [fold.score(y) for fold in bridge]
     errors, whole = sum(s[0] for s in scores), sum(s[1] for s in scores)
     return 1 - errors / whole if whole else 0.0, sum(s[2] for s in scores) / len(scores)
 
 
-def difference_in(y: Rows, plan: Split, fold: int) -> Float[Tensor, " width"]:
+def fold_difference(y: Rows, plan: FoldPlan, fold: int) -> Float[Tensor, " width"]:
     """Mean difference of the rows of one fold."""
     rows, target = ~plan.outside(fold), torch.arange(len(y)) < plan.n
     return y[rows & target].mean(0) - y[rows & ~target].mean(0)
 
 
-def within(sample: Sample, draws: int, seed: int) -> list[Tensor]:
+def permute_within_groups(sample: Sample, draws: int, seed: int) -> list[Tensor]:
     """Orders that keep every row in its group."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (sample.n, len(sample) - sample.n)
@@ -209,6 +211,6 @@ def within(sample: Sample, draws: int, seed: int) -> list[Tensor]:
     return [torch.cat([one, sample.n + two]) for one, two in pairs]
 
 
-def _own(y: Rows, plan: Split, fold: int) -> float:
+def _own(y: Rows, plan: FoldPlan, fold: int) -> float:
     """Cosine of y's mean difference outside the fold with that inside."""
-    return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(difference_in(y, plan, fold), dim=0))
+    return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(fold_difference(y, plan, fold), dim=0))

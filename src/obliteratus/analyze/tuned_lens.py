@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
-from obliteratus.analyze.base import Ground, analyses
+from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.chance import ROUNDING
-from obliteratus.analyze.lens import ends, texts
-from obliteratus.analyze.readout import promoted, read_out
+from obliteratus.analyze.lens import extreme_tokens, token_texts
+from obliteratus.analyze.readout import logit_effects, next_token_log_probs
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.distill.steps import rows_of
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.hidden_states import read
-from obliteratus.inference.logits import kl
+from obliteratus.distill.steps import kept_rows
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.inference.logits import kl_divergence
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Ridge:
         return (moved if self.identity else 0) + (moved @ self.rows.T) @ self.dual
 
 
-def fitted(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> Ridge:
+def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> Ridge:
     """The map from source rows to target rows whose penalty and starting point cross-validate best.
 
     min ‖Y − XA‖² + λ‖A‖² in closed form, λ and p by generalised cross-validation (Golub, Heath and Wahba 1979).
@@ -153,7 +153,7 @@ def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
 
 # ------------------------------------------------------------------------------------------------- the analysis
 @analyses.register("tuned_lens", cite="arXiv:2303.08112", needs=("rows",), cost=lambda options: Cost(n_of("search")))
-def tuned_lens(ground: Ground) -> TunedLens:
+def tuned_lens(ground: AnalysisContext) -> TunedLens:
     """How much of the model's next token each stream tells, through an affine map to the last stream.
 
     Fitted on the fit prompts' rows, at their one position, and scored on the search prompts at the same: KL of the
@@ -162,15 +162,15 @@ def tuned_lens(ground: Ground) -> TunedLens:
     other positions or texts.
     """
     acts = ground.acts
-    fit = torch.cat([rows_of(acts, group, "tuned_lens") for group in GROUPS])
+    fit = torch.cat([kept_rows(acts, group, "tuned_lens") for group in GROUPS])
     held = _held(ground)
-    true = read_out(ground.lab.subject, held[:, -1])
-    maps = [fitted(fit[:, stream], fit[:, -1]) for stream in range(fit.shape[1] - 1)]
-    return scored(ground, maps, held, true)
+    true = next_token_log_probs(ground.lab.subject, held[:, -1])
+    maps = [fit_map(fit[:, stream], fit[:, -1]) for stream in range(fit.shape[1] - 1)]
+    return score_lenses(ground, maps, held, true)
 
 
-def scored(
-    ground: Ground,
+def score_lenses(
+    ground: AnalysisContext,
     maps: list[Ridge],
     held: Float[Tensor, "prompts streams width"],
     true: Float[Tensor, "prompts vocabulary"],
@@ -179,7 +179,7 @@ def scored(
     subject = ground.lab.subject
 
     def off(streams: Tensor) -> Tensor:
-        return kl(true, read_out(subject, streams))
+        return kl_divergence(true, next_token_log_probs(subject, streams))
 
     constant = off(maps[0].target.float().expand(len(held), -1))
     tuned = [off(one(held[:, i])) for i, one in enumerate(maps)]
@@ -200,17 +200,17 @@ def _score(values: Float[Tensor, " n"]) -> Score:
     return bootstrap(values, mean, "nats")
 
 
-def _held(ground: Ground) -> Float[Tensor, "prompts streams width"]:
+def _held(ground: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
     subject = ground.lab.subject
-    ids = render(subject, [prompt for group in GROUPS for prompt in ground.held[group]])
+    ids = render_prompts(subject, [prompt for group in GROUPS for prompt in ground.held[group]])
     rows = torch.empty(len(ids), subject.n_layers + 1, subject.width)
-    for got in read(subject, ids, position=ground.acts.position, title="ANALYZE tuned lens"):
+    for got in read_hidden_states(subject, ids, position=ground.acts.position, title="ANALYZE tuned lens"):
         rows[got.rows] = got.stream
     return rows
 
 
-def _promoted(ground: Ground, maps: list[Ridge]) -> tuple[tuple[str, ...], ...]:
+def _promoted(ground: AnalysisContext, maps: list[Ridge]) -> tuple[tuple[str, ...], ...]:
     rows = ground.directions.basis[:-1, 0]
     moved = torch.cat([one.linear(row[None].double()) for one, row in zip(maps, rows, strict=True)]).float()
-    logits = list(promoted(ground.lab.subject, normalize(moved, dim=1)))
-    return texts(ground.lab.subject, ends(logits, TOKENS, largest=True)[1], rows.any(1))
+    logits = list(logit_effects(ground.lab.subject, normalize(moved, dim=1)))
+    return token_texts(ground.lab.subject, extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))

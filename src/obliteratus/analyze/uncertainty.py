@@ -9,10 +9,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.base import Ground, analyses
-from obliteratus.analyze.samples import LEVEL, Level, Sample, family_wise, orders, sample_of, usual
+from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.samples import (
+    LEVEL,
+    Level,
+    Sample,
+    chance_interval,
+    familywise_p_values,
+    permuted_orders,
+    sample_of,
+)
 from obliteratus.core.shapes import Float, Int
-from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, curve, legend, range_of
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend, plot_curve, plot_range
 
 SPLITS = 5  # halvings whose cosines are averaged: a single one's outcome hangs on who fell into which half
 PERMUTATIONS = 199  # × SPLITS halvings: p = 0.005 at best
@@ -69,20 +77,20 @@ class Uncertainty:
     def draw(self, figure: Figure) -> None:
         """Angles beside cosines."""
         left, right = figure.subplots(1, 2)
-        curve(left, self.angle, "median", BLUE)
-        curve(left, self.angle_high, "95 % lie below", ORANGE)
+        plot_curve(left, self.angle, "median", BLUE)
+        plot_curve(left, self.angle_high, "95 % lie below", ORANGE)
         left.set(xlabel="stream index", ylabel="angle to resampled, degrees", ylim=(0, None))
-        curve(right, self.halves, "measured")
-        range_of(right, self.chance[0], self.chance[1], "labels permuted, 95 %")
+        plot_curve(right, self.halves, "measured")
+        plot_range(right, self.chance[0], self.chance[1], "labels permuted, 95 %")
         right.set(xlabel="stream index", ylabel="cosine of two halves", ylim=(-1.05, 1.05))
         right.axhline(0, color=GREY, lw=0.5)
         for axes in (left, right):
-            legend(axes)
+            add_legend(axes)
 
 
 @analyses.register("uncertainty", cite="doi:10.1214/aos/1176344552", needs=("rows",))
 def uncertainty(
-    ground: Ground,
+    ground: AnalysisContext,
     *,
     resamples: Annotated[int, Field(ge=20, le=100_000)] = RESAMPLES,
     splits: Annotated[int, Field(ge=1, le=1000)] = SPLITS,
@@ -98,22 +106,22 @@ def uncertainty(
     is nothing, and p compares it with ``draws`` permutations of the labels. Needs rows, four prompts of each group.
     """
     sample = sample_of(ground.acts, "uncertainty", least=4)
-    order = orders(len(sample), draws, seed)
-    parts = halvings(sample, splits, seed + 1)
-    weights = resampled(sample, resamples, seed + 2)
+    order = permuted_orders(len(sample), draws, seed)
+    parts = split_half_weights(sample, splits, seed + 1)
+    weights = bootstrap_weights(sample, resamples, seed + 2)
     turned, agreed = [], []
     for gram in sample.grams():
         turned.append(angles(gram, weights))
-        agreed.append(agreement(gram, parts, order))
+        agreed.append(split_half_agreement(gram, parts, order))
     found, spread = torch.stack(agreed, 1), torch.stack(turned, 1)
     high = torch.quantile(spread, 0.95, dim=0)
-    p = family_wise(found)
+    p = familywise_p_values(found)
     return Uncertainty(
-        spread.median(0).values, high, found[0], usual(found), p, level, (sample.n, len(sample) - sample.n)
+        spread.median(0).values, high, found[0], chance_interval(found), p, level, (sample.n, len(sample) - sample.n)
     )
 
 
-def halvings(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 rows"]:
+def split_half_weights(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 rows"]:
     """Weights of the mean differences of two halves, each with half of either group (the middle prompt in one)."""
     generator = torch.Generator().manual_seed(seed)
     n, m = sample.n, len(sample) - sample.n
@@ -122,7 +130,7 @@ def halvings(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 
     return torch.cat([made[0], -made[1]], 2)
 
 
-def resampled(sample: Sample, resamples: int, seed: int) -> Float[Tensor, "resamples rows"]:
+def bootstrap_weights(sample: Sample, resamples: int, seed: int) -> Float[Tensor, "resamples rows"]:
     """Weights of the mean difference as it is, then of those of prompts drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -140,7 +148,7 @@ def angles(gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "all rows"])
     return torch.rad2deg(torch.arccos(_cosine(products[1:], squares[1:], squares[0])))
 
 
-def agreement(
+def split_half_agreement(
     gram: Float[Tensor, "rows rows"], parts: Float[Tensor, "splits 2 rows"], order: Int[Tensor, "draws rows"]
 ) -> Float[Tensor, " draws"]:
     """Mean cosine of the halves' mean differences, the rows standing as each draw has them."""

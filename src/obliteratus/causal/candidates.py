@@ -14,18 +14,18 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.causal.interventions import ablating, adding
+from obliteratus.causal.interventions import ablate, add_to_stream
 from obliteratus.core.cost import Cost, amount, n_of
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import SILENT, note, progress, reporting
+from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Prompt, Subject
-from obliteratus.distill.steps import NOTHING, scored
-from obliteratus.inference.batching import common_prefix
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.hidden_states import read
-from obliteratus.inference.logits import first_token, kl
-from obliteratus.prompts import spread
+from obliteratus.distill.steps import NOTHING, with_common_score
+from obliteratus.inference.batching import common_prefix_length
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.inference.logits import first_token_log_probs, kl_divergence
+from obliteratus.prompts import evenly_spaced
 
 Positions = Annotated[int, Field(ge=1, le=64)]
 """At most so many of the template's last tokens."""
@@ -70,21 +70,21 @@ class Trial:
 
     def ablated(self, candidate: Candidate) -> AbstractContextManager[None]:
         """Nothing along it is written by any writer."""
-        return ablating(self.subject, candidate.vector)
+        return ablate(self.subject, candidate.vector)
 
     def added(self, candidate: Candidate) -> AbstractContextManager[None]:
         """It is added to its own stream, at its own length, at every token."""
-        return adding(self.subject, candidate.stream, candidate.vector)
+        return add_to_stream(self.subject, candidate.stream, candidate.vector)
 
     def first(self, inside: AbstractContextManager[None], group: str) -> Float[Tensor, "rows vocabulary"]:
         """First tokens' log-probabilities. A shared prefix is computed inside too, so reusing it is exact."""
         self.passed += len(self.held[group])
-        with inside, reporting(SILENT):
-            return first_token(self.subject, self.held[group])
+        with inside, report_to(SILENT):
+            return first_token_log_probs(self.subject, self.held[group])
 
     def divergence(self, candidate: Candidate) -> float:
         """Mean KL(as it is ‖ ablated) of first tokens on control prompts, in nats."""
-        return float(kl(self.known["control"], self.first(self.ablated(candidate), "control")).mean())
+        return float(kl_divergence(self.known["control"], self.first(self.ablated(candidate), "control")).mean())
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ def template_suffix(subject: Subject, ids: Ids) -> int:
     Two one-letter prompts stand beside them, lest the question mark that all prompts end with be taken for the
     template's. Without a template 1, the prompt's own last token.
     """
-    rows = [row[::-1] for row in ids + render(subject, [Prompt("a"), Prompt("1")])]
-    return max(1, common_prefix(rows, leave=0))
+    rows = [row[::-1] for row in ids + render_prompts(subject, [Prompt("a"), Prompt("1")])]
+    return max(1, common_prefix_length(rows, leave=0))
 
 
-def parted(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids], dict[str, Ids]]:
+def split_for_candidates(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids], dict[str, Ids]]:
     """(for means, held out), by group. Raises UserError where nothing would be left for the means."""
     fit: dict[str, Ids] = {}
     out: dict[str, Ids] = {}
@@ -129,7 +129,7 @@ def parted(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids]
                 f"distill step '{step}': held_out={held} leaves none of {len(rows)} usable {group} prompts for the "
                 "means; lower held_out, or give more prompts"
             )
-        places = set(spread(len(rows), held))
+        places = set(evenly_spaced(len(rows), held))
         out[group] = [row for i, row in enumerate(rows) if i in places]
         fit[group] = [row for i, row in enumerate(rows) if i not in places]
     return fit, out
@@ -138,18 +138,18 @@ def parted(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids]
 def stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -> Float[Tensor, "positions streams width"]:
     """The stream's mean over prompts at each position, fp32 from an fp64 sum."""
     total = torch.zeros(subject.n_layers + 1, len(positions), subject.width, dtype=torch.float64)
-    for reading in read(subject, ids, position=positions, title="DISTILL candidates"):
+    for reading in read_hidden_states(subject, ids, position=positions, title="DISTILL candidates"):
         total += reading.stream.double().sum(0)
     return (total / len(ids)).float().transpose(0, 1)
 
 
-def grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int, step: str) -> Grid:
+def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int, step: str) -> Grid:
     """Candidates at the last ``positions`` template tokens (fewer if it has fewer) × streams 1 … ⌊0.8 L⌋ − 1.
 
     Stream ℓ is the input of block ℓ. Stream 0 is left out: there a template's token is the same for all prompts.
     So are streams in which the difference is rounding.
     """
-    fit, held = parted(ids, held_out, step)
+    fit, held = split_for_candidates(ids, held_out, step)
     n = min(positions, template_suffix(subject, ids["target"] + ids["control"]))
     means = {g: stream_means(subject, rows, range(-n, 0)) for g, rows in fit.items()}
     delta = means["target"] - means["control"]
@@ -164,7 +164,7 @@ def grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int
 
 
 # ------------------------------------------------------------------------------------------ choice
-def ranked(grid: Grid, measure: Callable[[Candidate], float], step: str) -> list[float]:
+def ranking_scores(grid: Grid, measure: Callable[[Candidate], float], step: str) -> list[float]:
     """The score that candidates are ordered by, of each of them."""
     with progress(f"DISTILL {step}", len(grid.candidates)) as advance:
 
@@ -176,7 +176,7 @@ def ranked(grid: Grid, measure: Callable[[Candidate], float], step: str) -> list
         return [one(candidate) for candidate in grid.candidates]
 
 
-def winner(grid: Grid, ranks: Sequence[float], filters: Sequence[Filter], step: str) -> Choice:
+def choose_candidate(grid: Grid, ranks: Sequence[float], filters: Sequence[Filter], step: str) -> Choice:
     """The candidate of lowest rank that passes all filters; of equals the first. NaN never wins.
 
     Filters are measured in the order of ranks, until one candidate passes: measuring all of them first gives the
@@ -211,7 +211,7 @@ def at_least(limit: float) -> Callable[[float], bool]:
     return partial(lambda limit, value: value >= limit, limit)
 
 
-def report(step: str, choice: Choice, scores: str, grid: Grid, trial: Trial) -> None:
+def note_choice(step: str, choice: Choice, scores: str, grid: Grid, trial: Trial) -> None:
     """Note what was chosen, and what the choice cost."""
     best, n = choice.candidate, len(grid.candidates)
     lost = "".join(f", {option} dropped {count}" for option, count in choice.dropped.items())
@@ -228,8 +228,8 @@ def grid_cost(options: Mapping[str, Any]) -> Cost:
     return Cost(n_of("fit") + amount("L") * (DEPTH * each))
 
 
-def everywhere(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
+def same_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
     """One direction for all streams."""
     streams = len(acts["target"].mean)
     basis = normalize(vector.float().cpu(), dim=0).expand(streams, 1, -1).contiguous()
-    return Directions(basis, scored(acts, basis), torch.full((streams,), raw), unit)
+    return Directions(basis, with_common_score(acts, basis), torch.full((streams,), raw), unit)

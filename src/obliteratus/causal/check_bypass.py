@@ -9,8 +9,8 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet
-from obliteratus.distill.steps import needs_of
-from obliteratus.verify import verify
+from obliteratus.distill.steps import collect_needs
+from obliteratus.verify import measure
 
 ASKED, TOKENS = 24, 16  # a refusal shows in its first words, and 24 answers tell a half from all
 AT_MOST = 0.5  # of the target prompts' refusals: with more than half of them left, the contrast is mostly the wording
@@ -21,7 +21,7 @@ def check_bypass(lab: FitContext, steps: Sequence[Step]) -> None:
 
     Some of each group's fit prompts are answered; refusals of bypass prompts may be at most half as many.
     """
-    if "bypass" not in needs_of(steps):
+    if "bypass" not in collect_needs(steps):
         return
     bypass, target = (_refused(lab, lab.prompts[group]) for group in ("bypass", "target"))
     note("bypass", f"refused {bypass:.0%}, target {target:.0%}")
@@ -34,5 +34,5 @@ def check_bypass(lab: FitContext, steps: Sequence[Step]) -> None:
 
 def _refused(lab: FitContext, prompts: Sequence[Prompt]) -> float:
     few = PromptSet({"target": tuple(prompts[:ASKED])})
-    found = verify(lab.subject, few, (Step(use="refusal", tokens=TOKENS),))
+    found = measure(lab.subject, few, (Step(use="refusal", tokens=TOKENS),))
     return found.scores["refusal.target"].value

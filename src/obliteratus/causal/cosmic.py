@@ -18,20 +18,20 @@ from obliteratus.causal.candidates import (
     Positions,
     Trial,
     at_most,
-    everywhere,
-    grid,
+    choose_candidate,
     grid_cost,
-    ranked,
-    report,
-    winner,
+    make_grid,
+    note_choice,
+    ranking_scores,
+    same_at_all_streams,
 )
 from obliteratus.causal.interventions import FitContext
-from obliteratus.core.progress import SILENT, note, reporting
+from obliteratus.core.progress import SILENT, note, report_to
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import extractors
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.hidden_states import read
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.hidden_states import read_hidden_states
 
 STEP = "cosmic"
 
@@ -57,14 +57,14 @@ def cosmic(
     Not done: the authors' extra rule that drops the last token's layers beyond the other tokens' median peak.
     Raises UserError where no candidate passes.
     """
-    ids = {group: render(lab.subject, lab.prompts[group]) for group in ("target", "control")}
-    found = grid(lab.subject, ids, positions, held_out, STEP)
-    judge = Judge.of(lab.subject, found, low_similarity(found.means, share))
+    ids = {group: render_prompts(lab.subject, lab.prompts[group]) for group in ("target", "control")}
+    found = make_grid(lab.subject, ids, positions, held_out, STEP)
+    judge = ConceptInversionScorer.of(lab.subject, found, low_similarity(found.means, share))
     note(STEP, f"compared at streams {', '.join(map(str, judge.streams))}")
-    ranks = ranked(found, lambda candidate: -judge.score(candidate), STEP)
-    best = winner(found, ranks, (Filter("max_kl", judge.trial.divergence, at_most(max_kl)),), STEP)
-    report(STEP, best, f"score {-best.rank:.3f}, KL {best.measured['max_kl']:.3f} nats", found, judge.trial)
-    return everywhere(acts, best.candidate.vector, -best.rank, "sum of two cosines")
+    ranks = ranking_scores(found, lambda candidate: -judge.score(candidate), STEP)
+    best = choose_candidate(found, ranks, (Filter("max_kl", judge.trial.divergence, at_most(max_kl)),), STEP)
+    note_choice(STEP, best, f"score {-best.rank:.3f}, KL {best.measured['max_kl']:.3f} nats", found, judge.trial)
+    return same_at_all_streams(acts, best.candidate.vector, -best.rank, "sum of two cosines")
 
 
 def low_similarity(means: Mapping[str, Float[Tensor, "streams width"]], share: float) -> list[int]:
@@ -74,7 +74,7 @@ def low_similarity(means: Mapping[str, Float[Tensor, "streams width"]], share: f
     return sorted(int(i) + 1 for i in order[: max(1, int(share * len(order)))])
 
 
-class Judge:
+class ConceptInversionScorer:
     """The concept-inversion score of a candidate."""
 
     def __init__(self, trial: Trial, streams: Sequence[int]) -> None:
@@ -82,7 +82,7 @@ class Judge:
         self.as_is = {group: self.place(nullcontext(), group) for group in ("target", "control")}
 
     @classmethod
-    def of(cls, subject: Subject, found: Grid, streams: Sequence[int]) -> Judge:
+    def of(cls, subject: Subject, found: Grid, streams: Sequence[int]) -> ConceptInversionScorer:
         """With the one baseline that all candidates share."""
         trial = Trial(subject, found.held)
         trial.known["control"] = trial.first(nullcontext(), "control")
@@ -93,8 +93,8 @@ class Judge:
         ids = self.trial.held[group]
         total = torch.zeros(self.trial.subject.width, dtype=torch.float64)
         self.trial.passed += len(ids)
-        with inside, reporting(SILENT):
-            for reading in read(self.trial.subject, ids, last=max(self.streams)):
+        with inside, report_to(SILENT):
+            for reading in read_hidden_states(self.trial.subject, ids, last=max(self.streams)):
                 total += reading.stream[:, self.streams].double().sum((0, 1))
         return total / (len(ids) * len(self.streams))
 

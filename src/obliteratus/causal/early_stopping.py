@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Plateau(Generic[T]):
+class EarlyStopping(Generic[T]):
     """What has the least loss on what no step sees; that loss, the start's, and for how long nothing was gained."""
 
     best: T
@@ -42,6 +42,6 @@ class Plateau(Generic[T]):
         return self.used % self.every == 0 or self.used == steps
 
 
-def drawn(items: Sequence[T], size: int, rng: random.Random) -> list[T]:
+def draw_batch(items: Sequence[T], size: int, rng: random.Random) -> list[T]:
     """``size`` of the items, or all in an order by chance."""
     return rng.sample(list(items), min(size, len(items)))

@@ -15,10 +15,10 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
 from obliteratus.excise.linear import through_gain
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.batching import Prompts, padded
-from obliteratus.inference.hooks import blocks
-from obliteratus.inference.logits import narrowed, next_logits
-from obliteratus.inference.shared_prefix import prepared
+from obliteratus.inference.batching import PreparedPrompts, pad_rows
+from obliteratus.inference.hooks import decoder_blocks
+from obliteratus.inference.logits import narrow_head, next_logits
+from obliteratus.inference.shared_prefix import prepare_prompts
 from obliteratus.summon.sites import gain_of
 
 Pair = tuple[list[int], list[int]]
@@ -33,7 +33,7 @@ class FitContext:
     prompts: PromptSet
 
 
-def ablating(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:
+def ablate(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:
     """Inside, nothing along the direction is written into the stream, by any writer. Gradients reach it.
 
     Behind a norm with gain γ the writer loses γ⊙d instead, so that what passes the norm is free of d.
@@ -48,7 +48,7 @@ def _folded(subject: Subject, site: Site, direction: Float[Tensor, " width"]) ->
 
 
 @contextmanager
-def adding(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> Iterator[None]:
+def add_to_stream(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> Iterator[None]:
     """Inside, the vector is added to the stream at index ``stream`` (≥ 1), at every token. Gradients reach it."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -56,7 +56,7 @@ def adding(subject: Subject, stream: int, vector: Float[Tensor, " width"]) -> It
             return (output[0] + vector.to(output[0].dtype), *output[1:])
         return output + vector.to(output.dtype)
 
-    handle = blocks(subject)[stream - 1].register_forward_hook(hook)
+    handle = decoder_blocks(subject)[stream - 1].register_forward_hook(hook)
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ def answer_logits(
     subject: Subject,
     pairs: Sequence[Pair],
     seen: Callable[[Tensor], None] = lambda states: None,
-    prompts: Prompts | None = None,
+    prompts: PreparedPrompts | None = None,
 ) -> Float[Tensor, "tokens vocabulary"]:
     """Logits that predict the answers' tokens, all answers one after the other; fp32. Gradients pass.
 
@@ -76,8 +76,8 @@ def answer_logits(
     what enters it there, [tokens, width], which `head_logits` takes. prompts: the same rows, prepared before (`Stem`).
     """
     rows = [prompt + answer for prompt, answer in pairs]
-    prompts = prompts or prepared(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
-    ids, _ = padded(prompts.rows, subject.device)
+    prompts = prompts or prepare_prompts(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
+    ids, _ = pad_rows(prompts.rows, subject.device)
     kept = [(i, len(p) - prompts.skipped - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
     row, column = torch.tensor(kept, device=ids.device).T
 
@@ -85,7 +85,7 @@ def answer_logits(
         seen(states[row, column])
         return states[row, column][:, None]
 
-    with narrowed(subject, pick), prompts.around(range(len(ids))):
+    with narrow_head(subject, pick), prompts.around(range(len(ids))):
         return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
 
 
@@ -94,7 +94,7 @@ def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Floa
 
     The model's own forward runs on one token, whose state is thrown away, so that soft caps and scales are kept.
     """
-    with narrowed(subject, lambda _: states[:, None]):
+    with narrow_head(subject, lambda _: states[:, None]):
         return next_logits(subject, torch.zeros(1, 1, dtype=torch.long, device=subject.device), 0, None).float()
 
 

@@ -9,20 +9,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.causal.candidates import everywhere, parted
-from obliteratus.causal.interventions import FitContext, ablating, answer_logits
+from obliteratus.causal.candidates import same_at_all_streams, split_for_candidates
+from obliteratus.causal.interventions import FitContext, ablate, answer_logits
 from obliteratus.core.cost import Answers, Cost, amount, n_of
-from obliteratus.core.progress import SILENT, note, progress, reporting
-from obliteratus.core.settings import asked
+from obliteratus.core.progress import SILENT, note, progress, report_to
+from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import extractors
-from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
-from obliteratus.inference.hidden_states import read
-from obliteratus.inference.hooks import Taps
-from obliteratus.prompts import spread
-from obliteratus.verify.openings import named, shown, typical
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.inference.hooks import ModulesToRead
+from obliteratus.prompts import evenly_spaced
+from obliteratus.verify.openings import opening_tokens, openings_to_text, typical_openings
 
 STEP = "least_refusing"
 # A word that a quarter of the answers to target prompts use. One that a few use by chance would decide, since the
@@ -58,33 +58,35 @@ def least_refusing(
     tokens: refusal words, of each its first token (mind leading spaces: " cannot"). Empty: tokens that at least a
     quarter of the model's own answers to target prompts use, and four times as many as of those to controls.
     """
-    ids = {group: render(lab.subject, lab.prompts[group], reserve=length) for group in ("target", "control")}
-    fit, held = parted(ids, prompts, STEP)
-    words = named(lab.subject, tokens, STEP) or typical(*_used(lab.subject, fit, length), STEP, WORD_SHARE)
-    note(STEP, f"refusal words: {shown(lab.subject, words)}")
-    found = sources(lab.subject, fit)
+    ids = {group: render_prompts(lab.subject, lab.prompts[group], reserve=length) for group in ("target", "control")}
+    fit, held = split_for_candidates(ids, prompts, STEP)
+    words = opening_tokens(lab.subject, tokens, STEP) or typical_openings(
+        *_used(lab.subject, fit, length), STEP, WORD_SHARE
+    )
+    note(STEP, f"refusal words: {openings_to_text(lab.subject, words)}")
+    found = candidate_directions(lab.subject, fit)
     scores: dict[str, float] = {}
-    with progress(f"DISTILL {STEP}", len(found)) as advance, reporting(SILENT):
+    with progress(f"DISTILL {STEP}", len(found)) as advance, report_to(SILENT):
         for name, vector in found.items():
-            with ablating(lab.subject, vector):
-                scores[name] = refusing(lab.subject, held["target"], words, length)
+            with ablate(lab.subject, vector):
+                scores[name] = max_refusal_probability(lab.subject, held["target"], words, length)
             advance(1)
     best = min(scores, key=lambda name: scores[name])
     note(STEP, f"{best} of {len(found)}: refusal words at most {scores[best]:.2f} likely")
-    return everywhere(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
+    return same_at_all_streams(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
 
 
-def sources(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
+def candidate_directions(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
     """The differences of means at the last token, by name, on the model's device.
 
     Behind a norm the norm's output is taken, which is what reaches the stream.
     """
-    sites = [s for s in subject.sites if s.part in ("attn.out", *asked("mlp.out")) and s.layer > 0]
+    sites = [s for s in subject.sites if s.part in ("attn.out", *expand_part("mlp.out")) and s.layer > 0]
     taps = [site.gain or site.path for site in sites]
     means = {}
     for group, rows in ids.items():
         total = torch.zeros(subject.n_layers + 1 + len(taps), subject.width, dtype=torch.float64)
-        for reading in read(subject, rows, taps=Taps(taps), title=f"DISTILL {STEP}, {group}"):
+        for reading in read_hidden_states(subject, rows, taps=ModulesToRead(taps), title=f"DISTILL {STEP}, {group}"):
             total += torch.cat([reading.stream, reading.outputs], 1).double().sum(0)
         means[group] = total / len(rows)
     delta = (means["target"] - means["control"]).float().to(subject.device)
@@ -92,7 +94,7 @@ def sources(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor,
     return dict(list(zip(names, delta, strict=True))[1:])
 
 
-def refusing(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
+def max_refusal_probability(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
     """The highest probability of any word at any of the first ``length`` tokens of any greedy answer.
 
     An answer that ends early counts up to its end token.
@@ -109,7 +111,7 @@ def _used(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]
     shares = []
     for group in ("target", "control"):
-        rows = [ids[group][i] for i in spread(len(ids[group]), ASKED)]
+        rows = [ids[group][i] for i in evenly_spaced(len(ids[group]), ASKED)]
         used = torch.zeros(vocabulary)
         for answer in generate(subject, rows, length, title=f"DISTILL {STEP} words, {group}"):
             used[sorted(set(answer))] += 1 / len(rows)

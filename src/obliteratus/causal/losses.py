@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obliteratus.causal.interventions import Pair, ablating, adding, answer_logits, answer_tokens, head_logits
+from obliteratus.causal.interventions import Pair, ablate, add_to_stream, answer_logits, answer_tokens, head_logits
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 
@@ -18,7 +18,7 @@ ROWS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-13
 
 
 @dataclass(frozen=True)
-class Material:
+class LossInputs:
     """What the losses are taken on. All answers come from the model itself, under the direction it starts from."""
 
     answers: Sequence[Pair]
@@ -29,7 +29,7 @@ class Material:
     """Control prompts with its own answers."""
 
 
-class Own:
+class ReferenceLogits:
     """What the untouched model says. Each pair passes once: what enters the head is kept, since it never changes."""
 
     def __init__(self, subject: Subject) -> None:
@@ -48,7 +48,7 @@ class Own:
         return head_logits(self.subject, torch.cat([self.states[str(pair)] for pair in pairs])).log_softmax(-1)
 
 
-class Losses:
+class DirectionLosses:
     """The three losses of a direction, part by part, so that the graph of one part is all that is ever held.
 
     stream, size: where and how long a vector is added.
@@ -56,23 +56,23 @@ class Losses:
 
     def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN) -> None:
         self.subject, self.stream, self.size, self.retain = subject, stream, size, retain
-        self.own = Own(subject)
+        self.own = ReferenceLogits(subject)
 
-    def total(self, unit: Float[Tensor, " width"], material: Material) -> Float[Tensor, ""]:
+    def total(self, unit: Float[Tensor, " width"], material: LossInputs) -> Float[Tensor, ""]:
         """Ablation + 0.2 × addition + retain × KL, in nats a token."""
         return torch.stack(list(self.parts(unit, material))).sum()
 
-    def parts(self, unit: Float[Tensor, " width"], material: Material) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, unit: Float[Tensor, " width"], material: LossInputs) -> Iterator[Float[Tensor, ""]]:
         """What adds up to `total`, `ROWS` prompts at a time."""
         for pairs, weight in _shares(material.answers, ABLATION):
-            with ablating(self.subject, unit):
+            with ablate(self.subject, unit):
                 yield weight * self._surprise(pairs)
         for pairs, weight in _shares(material.refusals, ADDITION):
-            with adding(self.subject, self.stream, self.size * unit):
+            with add_to_stream(self.subject, self.stream, self.size * unit):
                 yield weight * self._surprise(pairs)
         for pairs, weight in _shares(material.kept, self.retain):
             base = self.own.logp(pairs)
-            with ablating(self.subject, unit):
+            with ablate(self.subject, unit):
                 found = answer_logits(self.subject, pairs).log_softmax(-1)
                 yield weight * F.kl_div(found, base, reduction="sum", log_target=True)
 

@@ -12,16 +12,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.causal.early_stopping import Plateau, drawn
-from obliteratus.causal.interventions import FitContext, Pair, ablating, adding
-from obliteratus.causal.losses import Losses, Material
+from obliteratus.causal.early_stopping import EarlyStopping, draw_batch
+from obliteratus.causal.interventions import FitContext, Pair, ablate, add_to_stream
+from obliteratus.causal.losses import DirectionLosses, LossInputs
 from obliteratus.core.cost import Answers, Cost, Training, n_of, number
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.steps import before, difference, extractors, scored
-from obliteratus.inference.chat_template import render
+from obliteratus.distill.steps import extractors, mean_difference, previous_directions, with_common_score
+from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 
 BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
@@ -33,7 +33,7 @@ REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hu
 
 
 @dataclass(frozen=True)
-class Settings:
+class RdoSettings:
     """How to fit."""
 
     steps: int
@@ -63,21 +63,23 @@ def rdo(
     after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
     loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
     """
-    found = before(so_far, "rdo")
+    found = previous_directions(so_far, "rdo")
     stream = max(1, int(found.score.argmax()))
     start = found.basis[stream, 0]
     if not bool(start.any()):
         raise UserError("distill step 'rdo': the step before found no direction to start from")
-    size = float(difference(acts)[stream].norm())
+    size = float(mean_difference(acts)[stream].norm())
     material = _material(lab, start, stream, size, tokens)
-    fitted = _fitted(Losses(lab.subject, stream, size), material, start, Settings(steps, lr, batch, patience))
+    fitted = _fitted(
+        DirectionLosses(lab.subject, stream, size), material, start, RdoSettings(steps, lr, batch, patience)
+    )
     note(
         "rdo",
         f"{fitted.used} of {steps} steps, held-out loss {fitted.first:.3f} → {fitted.loss:.3f}, "
         f"cosine to the start {float(fitted.best @ start):.3f}",
     )
     basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
-    return Directions(basis, scored(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
+    return Directions(basis, with_common_score(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
 
 
 def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
@@ -90,8 +92,8 @@ def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
     return Cost(looks + n_of("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
 
 
-def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> Material:
-    target, control = (render(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
+def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> LossInputs:
+    target, control = (render_prompts(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
 
     def written(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:
         with inside:
@@ -99,20 +101,22 @@ def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: 
         return [(p, a) for p, a in zip(ids, answers, strict=True) if a]
 
     start = start.to(lab.subject.device)
-    return Material(
-        written(target, ablating(lab.subject, start), "rdo answers"),
-        written(control, adding(lab.subject, stream, size * start), "rdo refusals"),
+    return LossInputs(
+        written(target, ablate(lab.subject, start), "rdo answers"),
+        written(control, add_to_stream(lab.subject, stream, size * start), "rdo refusals"),
         written(control, nullcontext(), "rdo own answers"),
     )
 
 
 # ------------------------------------------------------------------------------------------------- fit
-def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], how: Settings) -> Plateau[Tensor]:
+def _fitted(
+    losses: DirectionLosses, material: LossInputs, start: Float[Tensor, " width"], how: RdoSettings
+) -> EarlyStopping[Tensor]:
     """The unit direction with the least loss on what no step sees."""
     held, seen = _parted(material)
     d = start.to(losses.subject.device).clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
-    found = Plateau(d.detach().clone(), _value(losses, d, held), FALLING, EVERY)
+    found = EarlyStopping(d.detach().clone(), _value(losses, d, held), FALLING, EVERY)
     with progress("DISTILL rdo", how.steps) as advance:
         for found.used in range(1, how.steps + 1):
             _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
@@ -125,7 +129,7 @@ def _fitted(losses: Losses, material: Material, start: Float[Tensor, " width"], 
     return found
 
 
-def _step(losses: Losses, d: Tensor, optimiser: torch.optim.Optimizer, material: Material) -> None:
+def _step(losses: DirectionLosses, d: Tensor, optimiser: torch.optim.Optimizer, material: LossInputs) -> None:
     """One step along the unit sphere."""
     optimiser.zero_grad()
     for part in losses.parts(d, material):
@@ -143,22 +147,22 @@ def _slower(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def _value(losses: Losses, d: Tensor, material: Material) -> float:
+def _value(losses: DirectionLosses, d: Tensor, material: LossInputs) -> float:
     return float(losses.total(d, material))
 
 
-def _parted(material: Material) -> tuple[Material, Material]:
+def _parted(material: LossInputs) -> tuple[LossInputs, LossInputs]:
     """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
 
     def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        mixed = drawn(pairs, len(pairs), random.Random(0))
+        mixed = draw_batch(pairs, len(pairs), random.Random(0))
         n = min(HELD, len(pairs) // 4)
         return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
 
     both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
-    return Material(*(held for held, _ in both)), Material(*(seen for _, seen in both))
+    return LossInputs(*(held for held, _ in both)), LossInputs(*(seen for _, seen in both))
 
 
-def _batch(material: Material, size: int, step: int) -> Material:
+def _batch(material: LossInputs, size: int, step: int) -> LossInputs:
     rng = random.Random(step)  # the same batches in every run
-    return Material(*(drawn(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))
+    return LossInputs(*(draw_batch(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))

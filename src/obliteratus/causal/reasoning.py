@@ -17,11 +17,18 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Subject
-from obliteratus.distill.steps import aligned, before, difference, extractors, orthonormal, scored
-from obliteratus.inference.chat_template import Ids, render
+from obliteratus.distill.steps import (
+    align_signs,
+    extractors,
+    mean_difference,
+    orthonormalize,
+    previous_directions,
+    with_common_score,
+)
+from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
-from obliteratus.inference.hidden_states import read
-from obliteratus.prompts import spread
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.prompts import evenly_spaced
 
 STEP = "keep_reasoning"
 TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>")
@@ -52,32 +59,32 @@ def keep_reasoning(
     Rows stay orthonormal; a row that was all reasoning becomes a row of zeros. raw stays that of the step before.
     Not published: a method of this name in another program projects out prompt activations, in which nobody reasons.
     """
-    so_far = before(so_far, STEP)
+    so_far = previous_directions(so_far, STEP)
     rows = reasoning_rows(lab, prompts, tokens, places)
     if min(len(rows) - 1, lab.subject.width) < k:
         raise UserError(f"distill step '{STEP}': k={k} needs more than {k} places; got {len(rows)}; raise prompts")
-    out = subspace(lab.subject, rows, k)
+    out = reasoning_subspace(lab.subject, rows, k)
     rest = so_far.basis - torch.einsum("lkw,ljw,ljv->lkv", so_far.basis, out, out)
-    basis = aligned(orthonormal(rest), difference(acts))
+    basis = align_signs(orthonormalize(rest), mean_difference(acts))
     left = float(rest.norm() / so_far.basis.norm().clamp(min=1e-30))
     note(STEP, f"{len(rows)} places; of the directions' length {left:.2f} is left")
-    return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+    return Directions(basis, with_common_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
 
 
 def reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:
     """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
     asked = lab.prompts["control"]
-    chosen = [asked[i] for i in spread(len(asked), prompts)]
-    ids = render(replace(lab.subject, thinking=True), chosen, reserve=tokens)
+    chosen = [asked[i] for i in evenly_spaced(len(asked), prompts)]
+    ids = render_prompts(replace(lab.subject, thinking=True), chosen, reserve=tokens)
     rows = []
     for prompt, answer in zip(ids, generate(lab.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
-        start, stop = span(lab.subject, prompt, answer)
+        start, stop = reasoning_span(lab.subject, prompt, answer)
         n = stop - start
-        rows += [prompt + answer[: start + i + 1] for i in spread(n, places)]
+        rows += [prompt + answer[: start + i + 1] for i in evenly_spaced(n, places)]
     return rows
 
 
-def span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
+def reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
     """(start, stop) of the tokens of an answer that are reasoning.
 
     Inside the first think block, which a template may have opened already, without its tags; a block that is not
@@ -97,10 +104,10 @@ def span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, i
     return sum(n <= begin for n in lengths) if begin else 0, sum(n <= end for n in lengths)
 
 
-def subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
+def reasoning_subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
     """Top k right singular vectors of the centred stream at the rows' last tokens, at each stream index."""
     stream = torch.empty(len(rows), subject.n_layers + 1, subject.width)
-    for reading in read(subject, rows, title=f"DISTILL {STEP} places"):
+    for reading in read_hidden_states(subject, rows, title=f"DISTILL {STEP} places"):
         stream[reading.rows] = reading.stream
     _, _, v = torch.linalg.svd((stream - stream.mean(0)).transpose(0, 1), full_matrices=False)
     top: Tensor = v[:, :k]

@@ -18,21 +18,21 @@ from obliteratus.causal.candidates import (
     Trial,
     at_least,
     at_most,
-    everywhere,
-    grid,
+    choose_candidate,
     grid_cost,
-    ranked,
-    report,
-    winner,
+    make_grid,
+    note_choice,
+    ranking_scores,
+    same_at_all_streams,
 )
 from obliteratus.causal.interventions import FitContext
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.progress import note
 from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import extractors
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.logits import first_token
-from obliteratus.verify.openings import log_odds, named, shown, typical
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.logits import first_token_log_probs
+from obliteratus.verify.openings import log_odds, opening_tokens, openings_to_text, typical_openings
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
@@ -65,29 +65,29 @@ def select(
     Of the prompts it needs no activations: the step reads its own. Raises UserError where no candidate passes.
     """
     begins, first = _first(lab)
-    refusal = named(lab.subject, tokens, "select") or typical(*_shares(first), "select")
-    note("select", f"tokens that begin a refusal: {shown(lab.subject, refusal)}")
-    found = grid(lab.subject, _behaving(begins, first, refusal), positions, held_out, "select")
-    judge = Judge.of(lab.subject, found, refusal)
-    ranks = ranked(found, judge.bypass, "select")
+    refusal = opening_tokens(lab.subject, tokens, "select") or typical_openings(*_shares(first), "select")
+    note("select", f"tokens that begin a refusal: {openings_to_text(lab.subject, refusal)}")
+    found = make_grid(lab.subject, _behaving(begins, first, refusal), positions, held_out, "select")
+    judge = RefusalScorer.of(lab.subject, found, refusal)
+    ranks = ranking_scores(found, judge.bypass, "select")
     filters = (
         Filter("max_kl", judge.trial.divergence, at_most(max_kl)),
         Filter("min_induce", judge.induce, at_least(min_induce)),
     )
-    best = winner(found, ranks, filters, "select")
+    best = choose_candidate(found, ranks, filters, "select")
     scores = f"bypass {best.rank:.2f}, induce {best.measured['min_induce']:.2f}, KL {best.measured['max_kl']:.3f} nats"
-    report("select", best, scores, found, judge.trial)
-    return everywhere(acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated")
+    note_choice("select", best, scores, found, judge.trial)
+    return same_at_all_streams(acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated")
 
 
-class Judge:
+class RefusalScorer:
     """The two refusal scores of a candidate."""
 
     def __init__(self, trial: Trial, tokens: list[int]) -> None:
         self.trial, self.tokens = trial, tokens
 
     @classmethod
-    def of(cls, subject: Subject, found: Grid, tokens: list[int]) -> Judge:
+    def of(cls, subject: Subject, found: Grid, tokens: list[int]) -> RefusalScorer:
         """With the one baseline that all candidates share."""
         trial = Trial(subject, found.held)
         trial.known["control"] = trial.first(nullcontext(), "control")
@@ -103,8 +103,10 @@ class Judge:
 
 
 def _first(lab: FitContext) -> tuple[dict[str, Ids], dict[str, Tensor]]:
-    ids = {group: render(lab.subject, lab.prompts[group]) for group in ("target", "control")}
-    return ids, {g: first_token(lab.subject, rows, title=f"DISTILL first tokens, {g}") for g, rows in ids.items()}
+    ids = {group: render_prompts(lab.subject, lab.prompts[group]) for group in ("target", "control")}
+    return ids, {
+        g: first_token_log_probs(lab.subject, rows, title=f"DISTILL first tokens, {g}") for g, rows in ids.items()
+    }
 
 
 def _shares(first: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

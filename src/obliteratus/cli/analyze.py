@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from obliteratus.cli.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, shown
+from obliteratus.cli.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, show_progress
 
 if TYPE_CHECKING:
     from obliteratus.analyze.report import Report
@@ -34,7 +34,7 @@ def analyze(
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     from obliteratus.analyze.bill import check_budget
-    from obliteratus.analyze.report import analysed, chosen, write
+    from obliteratus.analyze.report import analyze_subject, select_analyses, write_report
     from obliteratus.cli.terminal import results, show_json
     from obliteratus.core.run_folder import check_free
     from obliteratus.prompts import load_prompts
@@ -42,12 +42,12 @@ def analyze(
 
     check_budget(budget)
     names = [name for name in only.split(",") if name]
-    steps, prompts = chosen(names), load_prompts(target, control)
+    steps, prompts = select_analyses(names), load_prompts(target, control)
     check_free(out)
-    with shown(quiet):
+    with show_progress(quiet):
         subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        report = analysed(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
-        write(report, out, f"Analysis of {model}")
+        report = analyze_subject(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
+        write_report(report, out, f"Analysis of {model}")
     if json:
         show_json(report.numbers())
     else:

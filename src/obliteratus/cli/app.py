@@ -30,9 +30,9 @@ from obliteratus.cli.options import (
     Target,
     Thinking,
     Trust,
-    guarded,
-    seeded,
-    shown,
+    handle_errors,
+    show_progress,
+    with_seed,
 )
 from obliteratus.cli.study import report, study, study_from_yaml
 
@@ -45,7 +45,7 @@ app = typer.Typer(
 
 
 @app.command()
-@guarded
+@handle_errors
 def run(
     model: Model,
     target: Target,
@@ -70,20 +70,20 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Find the directions, edit, measure on held-out prompts, save."""
-    from obliteratus.cli.jobs import Job, execute, report
+    from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = seeded(set_, seed)
+    overrides = with_seed(set_, seed)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
-    with shown(quiet):
+    with show_progress(quiet):
         job = Job.checked(model, method, overrides, sources, out, save, base)
-        done = execute(job, opening, resume, memory)
-    report(done, out, json)
+        done = run_job(job, opening, resume, memory)
+    show_result(done, out, json)
 
 
 @app.command()
-@guarded
+@handle_errors
 def search(
     model: Model,
     target: Target,
@@ -111,20 +111,20 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Try a recipe's values on live plans, and save the best trade of refusals against damage."""
-    from obliteratus.cli.jobs import Job, execute, report
+    from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = seeded(set_, seed)
+    overrides = with_seed(set_, seed)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
-    with shown(quiet):
+    with show_progress(quiet):
         job = Job.checked(model, method, overrides, sources, out, save, base).searching(trials, storage, study, pick)
-        done = execute(job, opening, resume, memory)
-    report(done, out, json)
+        done = run_job(job, opening, resume, memory)
+    show_result(done, out, json)
 
 
 @app.command()
-@guarded
+@handle_errors
 def demo(
     method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "advanced",
     out: Out = None,
@@ -134,36 +134,36 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The main job on the embedded model organism: a small chat model that refuses to talk about astronomy."""
-    from obliteratus.cli.jobs import Job, execute, report, samples
+    from obliteratus.cli.jobs import Job, run_job, show_answers, show_result
 
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
-    with shown(quiet):
+    with show_progress(quiet):
         job = Job.checked("organism:astronomy", method, set_ or [], sources, out, save)
-        done = execute(job, {}, resume=False)
-    report(done, out, json)
+        done = run_job(job, {}, resume=False)
+    show_result(done, out, json)
     if not json:
-        samples(done)
+        show_answers(done)
 
 
 @app.command()
-@guarded
+@handle_errors
 def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")] = None, json: Json = False) -> None:
     """The recipes: what each does, costs and cites; with a name, the recipe itself."""
-    from obliteratus.cli.terminal import results, show_json, table_of
-    from obliteratus.forecast.formula import COLUMNS, annotated, described, row
-    from obliteratus.pipeline.recipe import names, recipe
+    from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.forecast.formula import COLUMNS, annotate_recipe, describe_cost, table_row
+    from obliteratus.pipeline.recipe import list_methods, load_recipe
 
-    chosen = {n: recipe(n) for n in ([name] if name else names())}
+    chosen = {n: load_recipe(n) for n in ([name] if name else list_methods())}
     if json:
-        show_json({n: {**r.model_dump(mode="json"), "cost": described(r)} for n, r in chosen.items()})
+        show_json({n: {**r.model_dump(mode="json"), "cost": describe_cost(r)} for n, r in chosen.items()})
     elif name:
-        results.out(annotated(chosen[name]), end="")
+        results.out(annotate_recipe(chosen[name]), end="")
     else:
-        results.print(table_of("Methods", COLUMNS, [row(r) for r in chosen.values()]))
+        results.print(make_table("Methods", COLUMNS, [table_row(r) for r in chosen.values()]))
 
 
 @app.command()
-@guarded
+@handle_errors
 def verify(
     model: Model,
     target: Target,
@@ -180,20 +180,20 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
-    from obliteratus.cli.jobs import compare
-    from obliteratus.cli.terminal import show_json, show_two
+    from obliteratus.cli.jobs import compare_models
+    from obliteratus.cli.terminal import show_comparison, show_json
     from obliteratus.prompts import load_prompts, parts_checked
 
     prompts = load_prompts(target, control, keep=keep)
     part = prompts if everything else parts_checked(prompts, seed or 0)[2]
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
-    with shown(quiet):
-        before, after = compare(model, against, part, opening)
-    show_json({"before": before, "after": after}) if json else show_two(model, against or "base", before, after)
+    with show_progress(quiet):
+        before, after = compare_models(model, against, part, opening)
+    show_json({"before": before, "after": after}) if json else show_comparison(model, against or "base", before, after)
 
 
 @app.command()
-@guarded
+@handle_errors
 def apply(
     plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
     model: Model,
@@ -212,13 +212,13 @@ def apply(
     from obliteratus.cli.terminal import results, show_json
 
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
-    with shown(quiet):
+    with show_progress(quiet):
         saved = apply_plan(plan, model, out, save, opening, base)
     show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
 for command in (inspect, analyze, study, report, study_from_yaml):
-    app.command()(guarded(command))
+    app.command()(handle_errors(command))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantise, Trust, shown
+from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantise, Trust, show_progress
 
 if TYPE_CHECKING:
     from obliteratus.forecast.offloaded import Forecast
@@ -30,19 +30,19 @@ def inspect(
     """Sites, coverage, memory and time forecast; loads no weights, but with --memory a few blocks to measure."""
     from obliteratus.cli.inspect import show
     from obliteratus.cli.terminal import show_json
-    from obliteratus.forecast.machine import forecast
-    from obliteratus.forecast.offloaded import plan_for
-    from obliteratus.inference.memory import parsed
-    from obliteratus.pipeline.recipe import recipe
+    from obliteratus.forecast.machine import forecast_model
+    from obliteratus.forecast.offloaded import forecast_run
+    from obliteratus.inference.memory import parse_size
+    from obliteratus.pipeline.recipe import load_recipe
     from obliteratus.prompts import load_prompts
-    from obliteratus.summon.summary import outline
+    from obliteratus.summon.summary import summarize_model
 
-    limit = parsed(memory) if memory else None
+    limit = parse_size(memory) if memory else None
     opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantise": quantise}
-    with shown(quiet=True):
-        made = outline(model, **opening)
-        data = forecast(made)
-        plan = plan_for(made, limit, recipe(method), load_prompts(target, control), opening) if limit else None
+    with show_progress(quiet=True):
+        made = summarize_model(model, **opening)
+        data = forecast_model(made)
+        plan = forecast_run(made, limit, load_recipe(method), load_prompts(target, control), opening) if limit else None
     if json:
         show_json({**data, **({"plan": plan.told()} if plan else {})})
         return
@@ -53,14 +53,16 @@ def inspect(
 
 def _show(plan: Forecast) -> None:
     """The forecast under a limit as a table."""
-    from obliteratus.cli.terminal import results, size, table_of
+    from obliteratus.cli.terminal import format_bytes, make_table, results
 
     if not plan.stages:
-        results.print(f"All weights fit into {size(plan.limit)}: {size(plan.needed)} are needed at least.")
+        results.print(
+            f"All weights fit into {format_bytes(plan.limit)}: {format_bytes(plan.needed)} are needed at least."
+        )
         return
-    rows = [[name, size(s.peak), size(s.read), f"{s.seconds:.0f} s"] for name, s in plan.stages.items()]
-    title = f"Weights stay on disk under {size(plan.limit)}; {plan.prompts} prompts"
-    results.print(table_of(title, ["stage", "peak memory", "weights read", "time"], rows))
+    rows = [[name, format_bytes(s.peak), format_bytes(s.read), f"{s.seconds:.0f} s"] for name, s in plan.stages.items()]
+    title = f"Weights stay on disk under {format_bytes(plan.limit)}; {plan.prompts} prompts"
+    results.print(make_table(title, ["stage", "peak memory", "weights read", "time"], rows))
 
 
 def _kind(data: dict[str, Any]) -> str:
@@ -73,9 +75,9 @@ def _kind(data: dict[str, Any]) -> str:
 
 def show(data: dict[str, Any], sites: bool) -> None:
     """The forecast as tables on stdout."""
-    from obliteratus.cli.terminal import results, size, table_of
+    from obliteratus.cli.terminal import format_bytes, make_table, results
     from obliteratus.forecast.machine import PROMPTS, TOKENS
-    from obliteratus.summon.coverage import shortfall
+    from obliteratus.summon.coverage import coverage_warning
 
     memory, cover, clock = data["memory"], data["coverage"], data["time"]
     rows = [
@@ -86,17 +88,17 @@ def show(data: dict[str, Any], sites: bool) -> None:
             "writers found",
             f"{cover['share']:.1%} of the writing parameters; {len(cover['paths'])} unclaimed matrices",
         ],
-        ["weights", f"{size(memory['weights'])} {_kind(data)}; {size(memory['free'])} free here"],
-        ["activations", f"{size(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept in full"],
-        ["key-value cache", f"{size(memory['cache_per_token'])} a token"],
+        ["weights", f"{format_bytes(memory['weights'])} {_kind(data)}; {format_bytes(memory['free'])} free here"],
+        ["activations", f"{format_bytes(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept in full"],
+        ["key-value cache", f"{format_bytes(memory['cache_per_token'])} a token"],
         [
             "PROBE",
             f"≥ {clock['probe_floor_seconds']:.1f} s for {PROMPTS} prompts of {TOKENS} own tokens, at the "
             f"{clock['gemm_flops'] / 1e9:.0f} GFLOP/s just measured here (CPU, fp32)",
         ],
     ]
-    results.print(table_of(data["source"], ["what", "how much"], rows))
-    if short := shortfall(cover["share"], len(cover["paths"])):
+    results.print(make_table(data["source"], ["what", "how much"], rows))
+    if short := coverage_warning(cover["share"], len(cover["paths"])):
         results.print(f"[bold red]warning[/] {short}")
     for path in cover["paths"]:
         results.print(f"[bold red]unclaimed[/] {path}: in no table, never edited")

@@ -13,26 +13,26 @@ from typing import Any, cast
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.registry import Given
+from obliteratus.core.registry import RunInputs
 from obliteratus.core.results import Run, Score
-from obliteratus.core.run_folder import Store, check_disk, check_free, partial_of, publish, workspace
+from obliteratus.core.run_folder import Store, check_disk, check_free, partial_folder, publish, workspace
 from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan
-from obliteratus.inference.memory import parsed, within
+from obliteratus.inference.memory import memory_limit, parse_size
 from obliteratus.pipeline.offloaded import both, opened
-from obliteratus.pipeline.recipe import check_runs, parse_overrides, recipe, unnumbered
+from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
 from obliteratus.pipeline.run import ADVISED, run
 from obliteratus.prompts import load_prompts, parts_checked
-from obliteratus.rebirth.model_card import shown
-from obliteratus.rebirth.save import Form, check_form, space_for, write_output
-from obliteratus.search import Found, Place, check_pick, search, searchable, with_trials
-from obliteratus.search.output import JOURNAL, rows, write_front
+from obliteratus.rebirth.model_card import format_score
+from obliteratus.rebirth.save import Form, bytes_needed, check_form, write_output
+from obliteratus.search import SearchResult, StudyLocation, check_pick, search, searchable, with_trials
+from obliteratus.search.output import JOURNAL, front_rows, write_front
 from obliteratus.summon.load import open_subject, width_of
-from obliteratus.verify import Measured
-from obliteratus.verify import verify as measure
+from obliteratus.verify import Measurement
+from obliteratus.verify import measure as measure
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Job:
     sources: Mapping[str, str]
     out: Path | None
     form: Form
-    place: Place | None = None
+    place: StudyLocation | None = None
     """Of the study, where the recipe is a search."""
     pick: str = "knee"
     base: str = ""
@@ -64,12 +64,12 @@ class Job:
     ) -> Job:
         """Raises UserError for anything in the request that cannot work."""
         check_form(form, base)
-        made = recipe(method, parse_overrides(overrides))
+        made = load_recipe(method, parse_overrides(overrides))
         prompts = load_prompts(**sources)
         fit, _, _ = parts_checked(prompts, made.seed, made.searched)
         check_runs(made, prompts.groups)
         counts = {group: len(members) for group, members in fit.groups.items()}
-        check_sizes(made.distill, Given(counts, lambda: width_of(model), made.probe.keep))
+        check_sizes(made.distill, RunInputs(counts, lambda: width_of(model), made.probe.keep))
         if out is not None:
             check_free(out)
         given = {group: str(source) for group, source in sources.items() if source is not None}
@@ -81,7 +81,7 @@ class Job:
         """What must be the same for an interrupted run to go on."""
         return {
             "model": self.model,
-            "recipe": unnumbered(self.recipe),
+            "recipe": without_trial_count(self.recipe),
             "prompts": self.prompts.digest,
             "form": self.form,
         } | ({"base": self.base} if self.base else {})
@@ -97,24 +97,24 @@ class Job:
         made = searchable(self.recipe)
         made = made if trials is None else with_trials(made, trials)
         parts_checked(self.prompts, made.seed, searched=True)
-        kept = storage or (str(partial_of(self.out) / JOURNAL) if self.out else "")
+        kept = storage or (str(partial_folder(self.out) / JOURNAL) if self.out else "")
         name = study or f"{Path(self.model).name} {made.name}"
-        return replace(self, recipe=made, place=Place(kept, name), pick=pick)
+        return replace(self, recipe=made, place=StudyLocation(kept, name), pick=pick)
 
 
 @dataclass(frozen=True)
-class Done:
+class JobResult:
     """What a job gave."""
 
     plan: Plan
     run: Run
-    before: Measured
-    after: Measured
-    front: Found | None = None
+    before: Measurement
+    after: Measurement
+    front: SearchResult | None = None
     """Of a search."""
 
 
-def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None = None) -> Done:
+def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None = None) -> JobResult:
     """Open the model, run the recipe, and save if an output folder was asked for.
 
     memory: the most that the process may hold, such as ``6GB``.
@@ -123,10 +123,10 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
         raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
     packing = {"quantise": opening["quantise"]} if opening.get("quantise") else {}
     folder = workspace(job.out, job.identity | packing, resume) if job.out else nullcontext()
-    with within(parsed(memory) if memory else math.inf), folder as partial:
+    with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
         subject = opened(job.model, opening)
         if job.out is not None:
-            check_disk(job.out, space_for(subject, job.form, job.base), partial)
+            check_disk(job.out, bytes_needed(subject, job.form, job.base), partial)
         store = Store(partial)
         front = search(job.recipe, subject, job.prompts, store, job.place, job.pick) if job.place else None
         plan, found = (front.plan, front.run) if front else run(job.recipe, subject, job.prompts, store)
@@ -141,35 +141,35 @@ def execute(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
                 copytree(partial / ADVISED, partial / "output" / "analysis")
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
-    return Done(plan, found, *both(store), front)
+    return JobResult(plan, found, *both(store), front)
 
 
-def report(done: Done, out: Path | None, json: bool) -> None:
+def show_result(done: JobResult, out: Path | None, json: bool) -> None:
     """run.json, or the tables."""
-    from obliteratus.cli.terminal import results, show_json, show_run, table_of
+    from obliteratus.cli.terminal import make_table, results, show_json, show_run
 
     if json:
         show_json(done.run.model_dump(mode="json"))
         return
     show_run(done.run)
     if done.front:
-        results.print(table_of("Front, on search prompts", *rows(done.front)))
+        results.print(make_table("Front, on search prompts", *front_rows(done.front)))
     where = f"[bold]Saved[/]   {out} ({done.run.saved['form']})" if out else "Nothing saved: give --out FOLDER."
     results.print(where)
 
 
-def samples(done: Done, n: int = 3) -> None:
+def show_answers(done: JobResult, n: int = 3) -> None:
     """Some held-out target prompts with the answers before and after, on stdout."""
-    from obliteratus.cli.terminal import results, table_of
+    from obliteratus.cli.terminal import make_table, results
 
     rows: list[list[str]] = []
     for before, after in zip(done.before.records, done.after.records, strict=True):
         if before["group"] == "target" and len(rows) < n:
             rows.append([before["prompt"], before["answer"], after["answer"]])
-    results.print(table_of("Held-out answers", ["prompt", "before", "after"], rows))
+    results.print(make_table("Held-out answers", ["prompt", "before", "after"], rows))
 
 
-def compare(
+def compare_models(
     model: str, against: str | None, prompts: PromptSet, opening: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of a base (if given) and of a model, as plain data with a text for people."""
@@ -188,7 +188,7 @@ def compare(
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
-    return {name: {**score.model_dump(), "text": shown(score)} for name, score in scores.items()}
+    return {name: {**score.model_dump(), "text": format_score(score)} for name, score in scores.items()}
 
 
 def apply_plan(
@@ -201,7 +201,7 @@ def apply_plan(
     made = _run_of(folder)
     subject: Subject = open_subject(model, **opening)
     check_fits(subject, plan)
-    check_disk(out, space_for(subject, cast(Form, form), base), partial_of(out))
+    check_disk(out, bytes_needed(subject, cast(Form, form), base), partial_folder(out))
     with workspace(out, {"plan": str(folder), "model": model, "form": form}, resume=True) as partial:
         with applied(subject, plan):
             pass  # fails here, before anything is written, if a site cannot be edited

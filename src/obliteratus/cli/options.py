@@ -45,7 +45,7 @@ Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in 
 INTERRUPTED = 130
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     """User errors: one line, exit 2. Interrupts: exit 130. All else is a bug and shows its traceback."""
 
     @functools.wraps(command)
@@ -71,7 +71,7 @@ def _check_one_process(asked: dict[str, Any]) -> None:
 
 
 @contextmanager
-def shown(quiet: bool) -> Iterator[None]:
+def show_progress(quiet: bool) -> Iterator[None]:
     """Bars and notes on stderr, unless quiet; the libraries' own bars and warnings never."""
     from transformers.utils import logging as theirs
 
@@ -84,13 +84,13 @@ def shown(quiet: bool) -> Iterator[None]:
         yield
         return
     from obliteratus.cli.terminal import Bars
-    from obliteratus.core.progress import reporting
+    from obliteratus.core.progress import report_to
 
     bars = Bars()
-    with bars.live, reporting(bars):
+    with bars.live, report_to(bars):
         yield
 
 
-def seeded(changes: list[str] | None, seed: int | None) -> list[str]:
+def with_seed(changes: list[str] | None, seed: int | None) -> list[str]:
     """``--set`` and ``--seed`` together: a seed is a value of the recipe as any other."""
     return [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]

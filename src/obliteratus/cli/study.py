@@ -1,4 +1,4 @@
-"""The commands `study`, `report` and `study-from-yaml`."""
+"""The commands `load_study`, `report` and `study-from-yaml`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from obliteratus.cli.options import Device, Json, Quiet, Seed, Trust, seeded, shown
+from obliteratus.cli.options import Device, Json, Quiet, Seed, Trust, show_progress, with_seed
 
 if TYPE_CHECKING:
-    from obliteratus.study.base import Result
+    from obliteratus.study.base import KnockoutResult
     from obliteratus.study.settings import Study
 
 KNOWN = "quick, full, attention, layers, knowledge, pruning, embeddings, refusal, robustness"
@@ -58,11 +58,11 @@ def study(
     from obliteratus.study.run import run_study
 
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
-    made = _checked(source, seeded(set_, seed), changes)
+    made = _checked(source, with_seed(set_, seed), changes)
     kept = _place(made, out, resume)
     opening = {"dtype": made.dtype, "device": device, "trust_remote_code": trust_remote_code}
     title = f"Study {made.name} of {made.model}"
-    with shown(quiet), _folder(kept) as folder:
+    with show_progress(quiet), _folder(kept) as folder:
         results = run_study(made, opening, folder, resume=resume, workers=workers, ray=ray)
         if kept is not None:
             write(results, folder, title)
@@ -88,12 +88,12 @@ def report(
     if len(studies) == 1 and out is None:
         results, folder = next(iter(studies.values())), folders[0]
         title = title_of(folder)
-        with shown(quiet):
+        with show_progress(quiet):
             write(results, folder, title, by)
         _show_one(results, title, folder, top, json, by)
         return
     if out is not None:
-        with shown(quiet):
+        with show_progress(quiet):
             write_beside(studies, out, "Studies side by side")
     _show_all(studies, out, top, json, by)
 
@@ -132,7 +132,7 @@ def _checked(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> S
     """The study with everything that the command line says, checked as far as it can be without the model."""
     from obliteratus.core.errors import UserError
     from obliteratus.pipeline.recipe import parse_overrides
-    from obliteratus.study.files import study as read_study
+    from obliteratus.study.files import load_study as read_study
     from obliteratus.study.files import with_own_prompts
     from obliteratus.study.material import check_study
     from obliteratus.summon.load import dtype_of
@@ -187,9 +187,11 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 # -------------------------------------------------------------------------------------------- showing
-def _show_one(results: Sequence[Result], title: str, kept: Path | None, top: int, json: bool, by: str = "") -> None:
+def _show_one(
+    results: Sequence[KnockoutResult], title: str, kept: Path | None, top: int, json: bool, by: str = ""
+) -> None:
+    from obliteratus.cli.terminal import make_table, show_json
     from obliteratus.cli.terminal import results as screen
-    from obliteratus.cli.terminal import show_json, table_of
     from obliteratus.study.ranking import knocked
     from obliteratus.study.tables import as_json, ordered_metrics, table, told
 
@@ -197,7 +199,7 @@ def _show_one(results: Sequence[Result], title: str, kept: Path | None, top: int
         show_json(as_json(results, by))
         return
     fit = max(1, screen.width // WIDTH - 1)
-    screen.print(table_of(f"{title}: changes, 95 % intervals", *table(results, top, by, fit)))
+    screen.print(make_table(f"{title}: changes, 95 % intervals", *table(results, top, by, fit)))
     for metric in ordered_metrics(results, by):  # those that the table has no room for, too
         screen.print(f"{metric}: {told(results, metric)}.", markup=False, soft_wrap=True)
     parts = sum(not r.control for r in knocked(results))
@@ -206,16 +208,16 @@ def _show_one(results: Sequence[Result], title: str, kept: Path | None, top: int
     _say_where(kept)
 
 
-def _show_all(studies: Mapping[str, Sequence[Result]], out: Path | None, top: int, json: bool, by: str) -> None:
+def _show_all(studies: Mapping[str, Sequence[KnockoutResult]], out: Path | None, top: int, json: bool, by: str) -> None:
+    from obliteratus.cli.terminal import make_table, show_json
     from obliteratus.cli.terminal import results as screen
-    from obliteratus.cli.terminal import show_json, table_of
     from obliteratus.study.tables import as_json, beside, headed, shared_metrics
 
     if json:
         show_json({name: as_json(results, by) for name, results in studies.items()})
         return
     for metric in [by] if by else shared_metrics(studies):
-        screen.print(table_of(f"{headed(metric)}: changes, 95 % intervals", *beside(studies, metric, top)))
+        screen.print(make_table(f"{headed(metric)}: changes, 95 % intervals", *beside(studies, metric, top)))
     _say_where(out)
 
 

@@ -73,9 +73,9 @@ def show_run(run: Run) -> None:
     """Before and after, coverage, and where the result is."""
     results.print(score_table(run))
     if run.advice:
-        results.print(table_of("Decisions, by what was measured", REASON_COLUMNS, reason_rows(run)))
+        results.print(make_table("Decisions, by what was measured", REASON_COLUMNS, reason_rows(run)))
     if run.recipe.passes > 1:
-        results.print(table_of("Passes, refusals on search prompts", PASS_COLUMNS, pass_rows(run)))
+        results.print(make_table("Passes, refusals on search prompts", PASS_COLUMNS, pass_rows(run)))
     results.print(f"[bold]Edited[/]  {coverage_line(run)}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
     results.print(f"[bold]Time[/]    {seconds}")
@@ -92,7 +92,7 @@ def score_table(run: Run) -> Table:
     return table
 
 
-def table_of(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A plain table."""
     table = Table(title=title, title_justify="left")
     for column in columns:
@@ -102,13 +102,13 @@ def table_of(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def show_two(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Scores of two models side by side."""
     rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
-    results.print(table_of(title, ["score", against, "model"], rows))
+    results.print(make_table(title, ["score", against, "model"], rows))
 
 
-def size(n: float | int) -> str:
+def format_bytes(n: float | int) -> str:
     """Bytes for people: 538 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:

@@ -38,7 +38,7 @@ def note(title: str, text: str) -> None:
 
 
 @contextmanager
-def reporting(reporter: Reporter) -> Iterator[None]:
+def report_to(reporter: Reporter) -> Iterator[None]:
     """Report to ``reporter`` inside the block."""
     token = _reporter.set(reporter)
     try:

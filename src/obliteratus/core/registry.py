@@ -19,7 +19,7 @@ Costing = Callable[[Mapping[str, Any]], Cost]
 
 
 @dataclass(frozen=True)
-class Given:
+class RunInputs:
     """What is known of a run before any weight is loaded."""
 
     counts: Mapping[str, int]
@@ -30,7 +30,7 @@ class Given:
     """``probe.keep``."""
 
 
-Fits = Callable[[Mapping[str, Any], Given], None]
+Fits = Callable[[Mapping[str, Any], RunInputs], None]
 """(a step's options, filled with their defaults; what it will be given) → UserError where it cannot work."""
 
 
@@ -87,7 +87,7 @@ class Registry(Generic[F]):
 
     def __getitem__(self, name: str) -> Entry[F]:
         if name not in self._entries:
-            raise UserError(unknown(f"{self.kind} step", name, self._entries))
+            raise UserError(unknown_name(f"{self.kind} step", name, self._entries))
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -98,7 +98,7 @@ class Registry(Generic[F]):
         try:
             made = self[name].options(**options)
         except ValidationError as error:
-            raise UserError(f"{self.kind} step '{name}': {explain(error)}") from error
+            raise UserError(f"{self.kind} step '{name}': {explain_validation_error(error)}") from error
         return {key: getattr(made, key) for key in type(made).model_fields}
 
 
@@ -109,14 +109,14 @@ def _options(function: Callable[..., Any]) -> type[BaseModel]:
     return create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
 
 
-def unknown(what: str, name: str, known: Any) -> str:
+def unknown_name(what: str, name: str, known: Any) -> str:
     """One line for a name that does not exist, with the near one."""
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(known))
     return f"{what} '{name}' does not exist; {hint}"
 
 
-def explain(error: ValidationError) -> str:
+def explain_validation_error(error: ValidationError) -> str:
     """A pydantic error in one line: where, what, what was given."""
 
     def one(item: Any) -> str:

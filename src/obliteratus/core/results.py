@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from obliteratus.core.settings import Frozen, Recipe
+from obliteratus.core.settings import FrozenModel, Recipe
 
 
-class Score(Frozen):
+class Score(FrozenModel):
     """A measured number, never without its interval and sample size."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity; a broken model's perplexity may be
@@ -22,7 +22,7 @@ class Score(Frozen):
     unit: str
 
 
-class Run(Frozen):
+class Run(FrozenModel):
     """What was done and what came of it: `run.json`. Report, card and `--json` read this and nothing else."""
 
     version: int = 1

@@ -95,11 +95,11 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
     A user's error leaves the folder only where a stage is done in it, since only then is there something to resume.
     """
     check_free(out)
-    partial = partial_of(out)
+    partial = partial_folder(out)
     if partial.exists() and not resume:
         raise UserError(f"{partial}: an interrupted run lies here; add --resume to go on with it, or remove it")
     partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial):
+    with lock_folder(partial):
         check_identity(partial / "identity.json", identity)
         try:
             yield partial
@@ -109,7 +109,7 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
             raise
 
 
-def partial_of(out: Path) -> Path:
+def partial_folder(out: Path) -> Path:
     """Where a run works until its output is whole."""
     return out.with_name(out.name + ".partial")
 
@@ -131,7 +131,7 @@ def check_disk(out: Path, needed: int, partial: Path | None = None) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Inside, no other process works in the folder. Raises UserError where one does already."""
     with (folder / "lock").open("w") as file:
         try:

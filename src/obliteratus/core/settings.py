@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from obliteratus.core.types import NormRule
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Plain data: unknown keys are refused, nothing changes after it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,7 +26,7 @@ class Step(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Probe(Frozen):
+class Probe(FrozenModel):
     """Which activations to take."""
 
     position: int = Field(-1, ge=-64, le=-1)  # 64 reaches past the suffix of every chat template known
@@ -41,12 +41,12 @@ READERS = frozenset({"attn.in", "mlp.in", "router", "unembed"})
 EXPERTS = ("expert.out", "shared.out")
 
 
-def asked(part: str) -> tuple[str, ...]:
+def expand_part(part: str) -> tuple[str, ...]:
     """The parts of sites that a recipe's part stands for: ``mlp.out`` is all that the feed-forward half writes."""
     return (part, *EXPERTS) if part == "mlp.out" else (part,)
 
 
-class Experts(Frozen):
+class Experts(FrozenModel):
     """Routed experts each by itself, from what PROBE saw of the prompts that were routed to it."""
 
     own: bool = False
@@ -69,7 +69,7 @@ class Experts(Frozen):
         return self
 
 
-class Excise(Frozen):
+class Excise(FrozenModel):
     """How the directions become edits."""
 
     parts: tuple[str, ...] = ("attn.out", "mlp.out")
@@ -115,7 +115,7 @@ class Excise(Frozen):
         return self
 
 
-class Range(Frozen):
+class Range(FrozenModel):
     """What one value may be: from ``low`` to ``high``, whole numbers where both are; or one of ``choices``."""
 
     low: int | float | None = None
@@ -140,7 +140,7 @@ class Range(Frozen):
         return self.choices or (self.low, self.high)
 
 
-class Search(Frozen):
+class Search(FrozenModel):
     """Which values of a recipe a search may change, how often it tries, and what it makes small."""
 
     trials: int = Field(ge=1)
@@ -171,7 +171,7 @@ class Search(Frozen):
         return self
 
 
-class Tune(Frozen):
+class Tune(FrozenModel):
     """The plan that EXCISE made, its strengths and directions fitted by gradients through the model.
 
     Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers; ``coherence`` ×
@@ -210,7 +210,7 @@ class Tune(Frozen):
         return self
 
 
-class Recipe(Frozen):
+class Recipe(FrozenModel):
     """A method. Plain data: a search result is again a recipe, without ``search``."""
 
     name: str = ""

@@ -159,7 +159,7 @@ class Subject:
     source: Source
     thinking: bool = False
     """In which mode templates with a thinking switch are rendered; recorded in the run."""
-    shelf: Any = None
+    offloaded: Any = None
     """`summon.shelf.Shelf`: where the weights are, if they stay on disk; None where they are in memory."""
 
     def module(self, path: str) -> nn.Module:
@@ -337,7 +337,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Silence:
+class ZeroOutput:
     """y ← 0 at a writer's output, its bias too: the site does nothing any more. Of a stack, every expert or one."""
 
     site: Site
@@ -345,7 +345,7 @@ class Silence:
     """Only these coordinates; None is all."""
 
 
-Change = Edit | Mask | Shift | Blend | Silence
+Change = Edit | Mask | Shift | Blend | ZeroOutput
 
 
 @dataclass(frozen=True)

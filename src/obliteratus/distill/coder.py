@@ -64,7 +64,7 @@ class Frame:
         return Coder(self.basis.mT @ coder.encoder, coder.bias, coder.decoder @ self.basis, offset)
 
 
-def frame(x: Float[Tensor, "streams rows width"], generator: torch.Generator) -> Frame:
+def make_frame(x: Float[Tensor, "streams rows width"], generator: torch.Generator) -> Frame:
     """k = min(rows, width). Does not hang on the signs of singular vectors, so that rounding changes nothing."""
     left, _, axes = torch.linalg.svd(x, full_matrices=False)
     k = axes.shape[1]

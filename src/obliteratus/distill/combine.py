@@ -10,21 +10,21 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.core.registry import Given
+from obliteratus.core.registry import RunInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.steps import (
-    aligned,
-    before,
-    difference,
-    distill,
-    enough,
+    align_signs,
+    check_prompt_count,
     extractors,
-    group_of,
-    orthonormal,
-    rows_of,
-    scored,
+    find_directions,
+    kept_rows,
+    mean_difference,
+    optional_group,
+    orthonormalize,
+    previous_directions,
+    with_common_score,
 )
 
 
@@ -47,10 +47,10 @@ def bypass_contrast(acts: Activations, so_far: Directions | None) -> Directions:
     Turned, like all directions, to the target's side of the control group.
     raw: ‖μ_target − μ_bypass‖, in the stream's own units. Needs the group bypass; moments are enough.
     """
-    group_of(acts, "bypass", "bypass_contrast")
-    delta = difference(acts, "target", "bypass")
-    basis = aligned(normalize(delta, dim=1)[:, None], difference(acts))
-    return Directions(basis, scored(acts, basis), delta.norm(dim=1), "‖μ_target − μ_bypass‖")
+    optional_group(acts, "bypass", "bypass_contrast")
+    delta = mean_difference(acts, "target", "bypass")
+    basis = align_signs(normalize(delta, dim=1)[:, None], mean_difference(acts))
+    return Directions(basis, with_common_score(acts, basis), delta.norm(dim=1), "‖μ_target − μ_bypass‖")
 
 
 @extractors.register("union")
@@ -60,8 +60,8 @@ def union(acts: Activations, so_far: Directions | None, *, other: Other = SVD) -
     other: a step that needs none before it; it sees the same activations. Rows found so far stay first and as
     they are; a row of the other that they (nearly) span becomes zeros. raw stays that of the rows found so far.
     """
-    so_far = before(so_far, "union")
-    basis = orthonormal(torch.cat([so_far.basis, distill(acts, [other]).basis], 1))
+    so_far = previous_directions(so_far, "union")
+    basis = orthonormalize(torch.cat([so_far.basis, find_directions(acts, [other]).basis], 1))
     return _changed(so_far, acts, basis)
 
 
@@ -79,9 +79,9 @@ def blend(
     looked at |cos| only, and let them). share: 0 keeps our own, 1 takes the other; where one of the two found
     nothing, the rest of the blend stands. Further rows follow, made clear of the new row 0.
     """
-    so_far = before(so_far, "blend")
-    row = _between(so_far.basis[:, 0], distill(acts, [other]).basis[:, 0], share)
-    basis = orthonormal(torch.cat([row[:, None], so_far.basis[:, 1:]], 1))
+    so_far = previous_directions(so_far, "blend")
+    row = _between(so_far.basis[:, 0], find_directions(acts, [other]).basis[:, 0], share)
+    basis = orthonormalize(torch.cat([row[:, None], so_far.basis[:, 1:]], 1))
     return _changed(so_far, acts, basis)
 
 
@@ -97,7 +97,7 @@ def interpolate(
     at: depth as a share of L, 0–1; at·L need not be whole: row 0 of the two streams beside it are blended in
     proportion, signs made to agree, and the blend is made a unit vector. `single` is the same without fractions.
     """
-    so_far = before(so_far, "interpolate")
+    so_far = previous_directions(so_far, "interpolate")
     rows = so_far.basis[:, 0]
     place = at * (len(rows) - 1)
     low = int(place)
@@ -106,9 +106,9 @@ def interpolate(
     return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)
 
 
-def _fits(options: Mapping[str, Any], given: Given) -> None:
+def _fits(options: Mapping[str, Any], given: RunInputs) -> None:
     if options["k"]:
-        enough("keep_out", options["k"], given.counts["keep"], "keep", spare=1)  # one is lost to their mean
+        check_prompt_count("keep_out", options["k"], given.counts["keep"], "keep", spare=1)  # one is lost to their mean
 
 
 @extractors.register("keep_out", needs=("keep",), fits=_fits)
@@ -119,19 +119,19 @@ def keep_out(acts: Activations, so_far: Directions | None, *, k: Annotated[int, 
     their mean. Rows stay orthonormal; a row that was all keep becomes a row of zeros. Needs the group keep; rows
     too where k > 0.
     """
-    so_far = before(so_far, "keep_out")
-    group_of(acts, "keep", "keep_out")
-    away = normalize(difference(acts, "keep"), dim=1)[:, None]
+    so_far = previous_directions(so_far, "keep_out")
+    optional_group(acts, "keep", "keep_out")
+    away = normalize(mean_difference(acts, "keep"), dim=1)[:, None]
     if k > 0:
         away = torch.cat([away, _spread(acts, k)], 1)
-    away = orthonormal(away)
+    away = orthonormalize(away)
     rest = so_far.basis - torch.einsum("lkw,ljw,ljv->lkv", so_far.basis, away, away)
-    return _changed(so_far, acts, orthonormal(rest))
+    return _changed(so_far, acts, orthonormalize(rest))
 
 
 def _spread(acts: Activations, k: int) -> Float[Tensor, "streams k width"]:
-    rows = rows_of(acts, "keep", "keep_out")
-    enough("keep_out", k, min(len(rows), rows.shape[2] + 1), "keep", spare=1)
+    rows = kept_rows(acts, "keep", "keep_out")
+    check_prompt_count("keep_out", k, min(len(rows), rows.shape[2] + 1), "keep", spare=1)
     _, _, v = torch.linalg.svd((rows - acts["keep"].mean).transpose(0, 1), full_matrices=False)
     top: Tensor = v[:, :k]
     return top
@@ -146,5 +146,5 @@ def _between(
 
 
 def _changed(so_far: Directions, acts: Activations, basis: Float[Tensor, "streams k width"]) -> Directions:
-    basis = aligned(basis, difference(acts))
-    return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+    basis = align_signs(basis, mean_difference(acts))
+    return Directions(basis, with_common_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)

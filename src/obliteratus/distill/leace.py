@@ -10,20 +10,27 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import Given
+from obliteratus.core.registry import RunInputs
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.scatter import scatter_of
-from obliteratus.distill.steps import aligned, difference, extractors, no_rows, rows_of, scored
-from obliteratus.distill.whiten import SHRINKAGE, Shrinkage, Spread
+from obliteratus.distill.scatter import group_scatter
+from obliteratus.distill.steps import (
+    align_signs,
+    extractors,
+    kept_rows,
+    mean_difference,
+    missing_rows_error,
+    with_common_score,
+)
+from obliteratus.distill.whiten import SHRINKAGE, SampleCovariance, Shrinkage
 
 # Of the largest singular value: categories' means that differ by less span no further direction, only rounding.
 NONE = 1e-4
 
 
-def _fits(options: Mapping[str, Any], given: Given) -> None:
+def _fits(options: Mapping[str, Any], given: RunInputs) -> None:
     if options["k"] > 1 and given.keep != "rows":
-        raise no_rows("leace")
+        raise missing_rows_error("leace")
 
 
 @extractors.register("leace", cite="arXiv:2306.03819", needs=("spread",), fits=_fits)
@@ -48,29 +55,29 @@ def leace(
     for groups of one size. Steps that change directions do not take oblique ones. Needs rows or a sketch; for k > 1
     rows, and k categories of target prompts, or UserError.
     """
-    delta, apart = difference(acts), _apart(acts, k)
+    delta, apart = mean_difference(acts), _apart(acts, k)
     basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     covectors = torch.zeros_like(basis)
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found
         length, found = _rows(apart[:, stream], k)
-        target, control = (scatter_of(acts, group, stream, "leace") for group in ("target", "control"))
+        target, control = (group_scatter(acts, group, stream, "leace") for group in ("target", "control"))
         between = (target.prompts * control.prompts / (target.prompts + control.prompts)) ** 0.5
-        spread = Spread((target + control).beside(between * delta[stream]), shrinkage)
+        spread = SampleCovariance((target + control).beside(between * delta[stream]), shrinkage)
         whitened = torch.stack([spread.inverse(row) for row in found])
         gram = whitened.double() @ found.T
         basis[stream, : len(found)] = found.float()
         covectors[stream, : len(found)] = torch.linalg.solve(gram, whitened.double()).float()
         raw[stream] = gram.diagonal() @ length.square()
-    signs = aligned(basis, delta)
+    signs = align_signs(basis, delta)
     covectors = covectors * (signs * basis).sum(2, keepdim=True)
-    return Directions(signs, scored(acts, signs), raw, "δᵀΣ⁻¹δ", covectors=covectors)
+    return Directions(signs, with_common_score(acts, signs), raw, "δᵀΣ⁻¹δ", covectors=covectors)
 
 
 def _apart(acts: Activations, k: int) -> Float[Tensor, "categories streams width"]:
     """Mean differences from control: of the whole group, or of its categories, weighted by √(share of the prompts)."""
     if k == 1:
-        return difference(acts)[None]
-    rows, names = rows_of(acts, "target", "leace"), acts["target"].categories
+        return mean_difference(acts)[None]
+    rows, names = kept_rows(acts, "target", "leace"), acts["target"].categories
     known = list(dict.fromkeys(names))
     if len(known) < k:
         raise UserError(

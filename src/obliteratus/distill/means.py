@@ -8,7 +8,13 @@ import torch
 from pydantic import Field
 
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.steps import before, difference, extractors, orthonormal, scored
+from obliteratus.distill.steps import (
+    extractors,
+    mean_difference,
+    orthonormalize,
+    previous_directions,
+    with_common_score,
+)
 
 
 @extractors.register("mean_diff", cite="arXiv:2406.11717")
@@ -18,10 +24,10 @@ def mean_diff(acts: Activations, so_far: Directions | None) -> Directions:
     raw: ‖μ_target − μ_control‖, in the stream's own units, which grow with depth; compare layers by score.
     Needs moments only.
     """
-    delta = difference(acts)
+    delta = mean_difference(acts)
     raw = delta.norm(dim=1)
     basis = (delta / raw.clamp(min=1e-30)[:, None])[:, None]
-    return Directions(basis, scored(acts, basis), raw, "‖Δμ‖")
+    return Directions(basis, with_common_score(acts, basis), raw, "‖Δμ‖")
 
 
 @extractors.register("single", cite="arXiv:2406.11717")
@@ -37,7 +43,7 @@ def single(
     depth: stream index as a share of L, 0–1; None takes the stream with the highest score.
     leaving: depth names a block instead, ⌊depth·L⌋ (the last at 1), and the stream that leaves it is taken.
     """
-    so_far = before(so_far, "single")
+    so_far = previous_directions(so_far, "single")
     last = len(so_far.score) - 1
     at = int(so_far.score.argmax()) if depth is None else round(depth * last)
     if leaving and depth is not None:
@@ -54,8 +60,8 @@ def orthogonal_to_control(acts: Activations, so_far: Directions | None) -> Direc
     removing it then costs far more than it should (EXPERIMENTS.md, "the control mean"). Rows stay orthonormal; a
     row that was all control mean becomes a row of zeros.
     """
-    so_far = before(so_far, "orthogonal_to_control")
+    so_far = previous_directions(so_far, "orthogonal_to_control")
     mean = torch.nn.functional.normalize(acts["control"].mean, dim=1)
     rest = so_far.basis - torch.einsum("lkw,lw->lk", so_far.basis, mean)[..., None] * mean[:, None]
-    basis = orthonormal(rest)
-    return Directions(basis, scored(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+    basis = orthonormalize(rest)
+    return Directions(basis, with_common_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Moments
-from obliteratus.distill.steps import extractors, rows_of
+from obliteratus.distill.steps import extractors, kept_rows
 
 
 @extractors.register("winsorise", cite="doi:10.1214/aoms/1177704711", needs=("rows",))
@@ -28,7 +28,7 @@ def winsorise(
     means are taken anew. With few prompts it does little: at 0.01, under a hundred, only the extremes move.
     Heretic's `winsorization_quantile` is another thing: one bound for a prompt's whole vector. Needs rows.
     """
-    groups = {g: _clamped(moments, rows_of(acts, g, "winsorise"), share) for g, moments in acts.groups.items()}
+    groups = {g: _clamped(moments, kept_rows(acts, g, "winsorise"), share) for g, moments in acts.groups.items()}
     return replace(acts, groups=groups)
 
 

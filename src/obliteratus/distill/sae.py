@@ -10,13 +10,21 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import Given
+from obliteratus.core.registry import RunInputs
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
 from obliteratus.distill.coder import Coder
 from obliteratus.distill.pretrained import load_coder
-from obliteratus.distill.sparse import Training, trained
-from obliteratus.distill.steps import aligned, difference, extractors, orthonormal, rows_of, scored, share
+from obliteratus.distill.sparse import Training, train_coders
+from obliteratus.distill.steps import (
+    align_signs,
+    extractors,
+    kept_rows,
+    mean_difference,
+    orthonormalize,
+    relative_length,
+    with_common_score,
+)
 
 # Streams that "best" trains: a coder of one 576-wide stream takes seconds, of a 4096-wide one minutes on a CPU, and
 # the mean difference already tells which streams are worth it.
@@ -36,10 +44,10 @@ Groups = dict[str, Tensor]
 """[streams, prompts, width] by group."""
 
 
-def _fits(options: Mapping[str, Any], given: Given) -> None:
+def _fits(options: Mapping[str, Any], given: RunInputs) -> None:
     """A given coder is as wide as the stream; to train one takes prompts enough."""
     if options["pretrained"] is None:
-        check_many(sum(given.counts.values()), WHO)
+        check_enough_prompts(sum(given.counts.values()), WHO)
     else:
         load_coder(options["pretrained"], given.width())
 
@@ -76,17 +84,17 @@ def sae(
         coder, rows = load_coder(pretrained, acts["target"].mean.shape[1]), rows_at(acts, at)
     else:
         at = _chosen(acts, streams)
-        rows = scaled(rows_at(acts, at))
+        rows = scale_streams(rows_at(acts, at))
         if not at:
             return _directions(acts, at, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
-        coder = trained(torch.cat(list(rows.values()), 1), training, device)
-    return _directions(acts, at, *separating(coder, rows["target"], rows["control"], features))
+        coder = train_coders(torch.cat(list(rows.values()), 1), training, device)
+    return _directions(acts, at, *separating_features(coder, rows["target"], rows["control"], features))
 
 
 # ------------------------------------------------------------------------------------------------------- input
 def _chosen(acts: Activations, streams: str | tuple[float, ...]) -> list[int]:
     """Stream indices, ascending; never one whose mean difference is nothing."""
-    score = share(acts, difference(acts).norm(dim=1))
+    score = relative_length(acts, mean_difference(acts).norm(dim=1))
     last = len(score) - 1
     if isinstance(streams, tuple):
         wanted = {round(depth * last) for depth in streams}
@@ -106,10 +114,10 @@ def _given(acts: Activations, stream: int | None) -> int:
 
 def rows_at(acts: Activations, at: list[int]) -> Groups:
     """Every group's rows at these streams. UserError where rows were not kept."""
-    return {group: rows_of(acts, group, "sae")[:, at].transpose(0, 1) for group in acts.groups}
+    return {group: kept_rows(acts, group, "sae")[:, at].transpose(0, 1) for group in acts.groups}
 
 
-def check_many(prompts: int, who: str, instead: str = "use svd") -> None:
+def check_enough_prompts(prompts: int, who: str, instead: str = "use svd") -> None:
     """UserError, naming ``who`` and what to do ``instead``, for fewer prompts than 50, to train on."""
     if prompts < LEAST:
         raise UserError(
@@ -118,20 +126,20 @@ def check_many(prompts: int, who: str, instead: str = "use svd") -> None:
         )
 
 
-def scaled(rows: Groups) -> Groups:
+def scale_streams(rows: Groups) -> Groups:
     """Centred and divided, at each stream, by one number over all groups: root mean square length 1.
 
     UserError for fewer than 50 prompts in all groups together.
     """
     everything = torch.cat(list(rows.values()), 1)
-    check_many(everything.shape[1], WHO)
+    check_enough_prompts(everything.shape[1], WHO)
     centre = everything.mean(1, keepdim=True)
     size = (everything - centre).square().sum(2).mean(1).sqrt().clamp(min=torch.finfo(centre.dtype).tiny)
     return {group: (x - centre) / size[:, None, None] for group, x in rows.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ output
-def separating(
+def separating_features(
     coder: Coder, target: Float[Tensor, "streams n width"], control: Float[Tensor, "streams m width"], k: int
 ) -> tuple[Float[Tensor, "streams k width"], Float[Tensor, " streams"]]:
     """Decoder rows of the k features that fire most clearly more on target, of length 1, and the largest t."""
@@ -163,5 +171,5 @@ def _directions(acts: Activations, at: list[int], rows: Tensor, clearest: Tensor
     """The rows at their streams, orthonormal and turned to the target; zeros at all others."""
     mean = acts["target"].mean
     basis, raw = torch.zeros(len(mean), rows.shape[1], mean.shape[1]), torch.zeros(len(mean))
-    basis[at], raw[at] = aligned(orthonormal(rows), difference(acts)[at]), clearest
-    return Directions(basis, scored(acts, basis), raw, "t of the clearest feature")
+    basis[at], raw[at] = align_signs(orthonormalize(rows), mean_difference(acts)[at]), clearest
+    return Directions(basis, with_common_score(acts, basis), raw, "t of the clearest feature")

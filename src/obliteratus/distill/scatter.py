@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations
-from obliteratus.distill.steps import group_of, no_rows
+from obliteratus.distill.steps import missing_rows_error, optional_group
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Scatter:
         return Scatter(torch.cat([self.rows, row[None]]), self.total + float(row.square().sum()), self.prompts)
 
 
-def scatter_of(acts: Activations, group: str, stream: int, step: str) -> Scatter:
+def group_scatter(acts: Activations, group: str, stream: int, step: str) -> Scatter:
     """Of one group about its mean. Raises UserError where the recipe kept only means, or the group has no prompts."""
-    moments = group_of(acts, group, step)
+    moments = optional_group(acts, group, step)
     if moments.sketch is not None:
         rows, total = moments.sketch.rows[stream], moments.sketch.total[stream].item()
     elif moments.rows is not None:
         rows = moments.rows[:, stream] - moments.mean[stream]
         total = rows.double().square().sum().item()
     else:
-        raise no_rows(step, "spread")
+        raise missing_rows_error(step, "spread")
     return Scatter(rows, total, moments.count)

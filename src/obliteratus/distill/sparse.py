@@ -15,9 +15,9 @@ from torch.optim.adam import adam
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
-from obliteratus.core.settings import Frozen
+from obliteratus.core.settings import FrozenModel
 from obliteratus.core.shapes import Float, Int
-from obliteratus.distill.coder import Coder, frame
+from obliteratus.distill.coder import Coder, make_frame
 
 # Adam's first step, in the angle that a unit row turns by: entries of such a row are about 1/√width, so dividing by
 # √width makes it the same at every width. From there the rate falls to nothing, as 1 − (share done)². Of 0.03
@@ -39,14 +39,14 @@ COPIES = 6
 CPU_BYTES = 16e6
 
 
-class Training(Frozen):
+class Training(FrozenModel):
     """How to train."""
 
     expansion: int = Field(2, ge=1, le=16)
     """Features per dimension that the rows span (at most the width, or the number of rows trained on). On planted
     features (EXPERIMENTS.md) 1 and 2 found the behaviour best, 8 worst."""
     sparsity: float = Field(0.1, gt=0, le=1)
-    """Weight of Σf, in units of the root mean square length of a row; see `lost`."""
+    """Weight of Σf, in units of the root mean square length of a row; see `sae_loss`."""
     max_epochs: int = Field(11, ge=1, le=1000)
     """The rate falls to nothing over so many. Ten left planted rows half a point less explained than thirty do."""
     patience: int = Field(5, ge=1)
@@ -69,15 +69,15 @@ class Fitted:
     """Features that fire on none of the rows trained on."""
 
 
-def lost(x: Float[Tensor, "streams rows width"], coder: Coder, sparsity: float) -> Float[Tensor, " streams"]:
+def sae_loss(x: Float[Tensor, "streams rows width"], coder: Coder, sparsity: float) -> Float[Tensor, " streams"]:
     """Mean over the rows of ‖x − x̂‖² + sparsity · Σf. Decoder rows have length 1, so Σf has the unit of ‖x‖."""
     fired = coder.encode(x)
     error = (coder.decode(fired) - x).square().sum(2)
     return (error + sparsity * fired.sum(2)).mean(1)
 
 
-def slopes(x: Float[Tensor, "streams rows width"], coder: Coder, sparsity: float) -> list[Tensor]:
-    """Gradient of `lost` by each of ``coder.parts``, for ReLU; tested against autograd in fp64."""
+def sae_gradients(x: Float[Tensor, "streams rows width"], coder: Coder, sparsity: float) -> list[Tensor]:
+    """Gradient of `sae_loss` by each of ``coder.parts``, for ReLU; tested against autograd in fp64."""
     fired = coder.encode(x)
     error = (coder.decode(fired) - x) * (2 / x.shape[1])
     inner = (error @ coder.decoder.mT + sparsity / x.shape[1]) * (fired > 0)
@@ -86,7 +86,7 @@ def slopes(x: Float[Tensor, "streams rows width"], coder: Coder, sparsity: float
     return [(x - coder.offset[:, None]).mT @ inner, bias, fired.mT @ error, offset]
 
 
-def start(
+def initialize_coder(
     x: Float[Tensor, "streams rows k"],
     axes: Float[Tensor, "streams k k"],
     how: Training,
@@ -109,15 +109,15 @@ def start(
 
 
 @torch.no_grad()
-def fit(x: Float[Tensor, "streams rows width"], how: Training) -> Fitted:
+def fit_coder(x: Float[Tensor, "streams rows width"], how: Training) -> Fitted:
     """Train until the held-out fifth gains no more. x: centred, of root mean square length 1; at least 5 rows."""
     generator = torch.Generator().manual_seed(how.seed)
     order = torch.randperm(x.shape[1], generator=generator).to(x.device)
     fifth = x.shape[1] // 5
     held, seen = x[:, order[:fifth]], x[:, order[fifth:]]
-    space = frame(seen, generator)
+    space = make_frame(seen, generator)
     inner = space.inside(seen)
-    loop = _Loop(inner, space.inside(held), how, start(inner, space.axes, how, generator))
+    loop = _Loop(inner, space.inside(held), how, initialize_coder(inner, space.axes, how, generator))
     for _ in range(how.max_epochs):
         if not len(loop.live):
             break
@@ -126,10 +126,10 @@ def fit(x: Float[Tensor, "streams rows width"], how: Training) -> Fitted:
     coder = space.outside(Coder(*loop.best))
     error = (coder.decode(coder.encode(held)) - held).square().sum((1, 2))
     explained = 1 - error / held.square().sum((1, 2)).clamp(min=torch.finfo(held.dtype).tiny)
-    return Fitted(coder, loop.epochs, explained, dead(coder, seen))
+    return Fitted(coder, loop.epochs, explained, count_dead(coder, seen))
 
 
-def dead(coder: Coder, x: Float[Tensor, "streams rows width"]) -> Int[Tensor, " streams"]:
+def count_dead(coder: Coder, x: Float[Tensor, "streams rows width"]) -> Int[Tensor, " streams"]:
     """How many features fire on none of the rows."""
     return (coder.encode(x) == 0).all(1).sum(1)
 
@@ -144,7 +144,7 @@ class _Loop:
         self.first, self.second = ([torch.zeros_like(p) for p in self.parts] for _ in range(2))
         self.steps = [torch.zeros((), device=seen.device) for _ in self.parts]
         self.best = [p.clone() for p in self.parts]
-        self.loss = lost(held, coder, how.sparsity)
+        self.loss = sae_loss(held, coder, how.sparsity)
         self.mark = self.loss.clone()  # the loss that the next must undercut by min_gain
         self.done, self.total = 0, how.max_epochs * -(-seen.shape[1] // BATCH)  # steps
         self.stale, self.epochs = (torch.zeros_like(self.live) for _ in range(2))
@@ -157,7 +157,7 @@ class _Loop:
 
     def step(self, x: Tensor) -> None:
         """One step of Adam, then decoder rows back to length 1."""
-        gradients = slopes(x, Coder(*self.parts), self.how.sparsity)
+        gradients = sae_gradients(x, Coder(*self.parts), self.how.sparsity)
         rate = TURN / x.shape[2] ** 0.5 * (1 - (self.done / self.total) ** 2)
         settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0}
         settings |= {"lr": rate, "beta1": 0.9, "beta2": MEMORY, "eps": 1e-8}  # beta1, eps: Adam's own
@@ -167,7 +167,7 @@ class _Loop:
 
     def judge(self) -> None:
         """Keep what is better; drop the streams that were not better by min_gain for so long."""
-        loss = lost(self.held, Coder(*self.parts), self.how.sparsity)
+        loss = sae_loss(self.held, Coder(*self.parts), self.how.sparsity)
         better = loss < self.loss[self.live]
         for best, part in zip(self.best, self.parts, strict=True):
             best[self.live[better]] = part[better]
@@ -188,14 +188,14 @@ class _Loop:
 
 
 # ------------------------------------------------------------------------------------------------------ devices
-def trained(x: Float[Tensor, "streams rows width"], how: Training, device: str) -> Coder:
-    """`fit` on the device, as many streams at a time as its memory (CPU: cache) holds; the coder is on the CPU."""
+def train_coders(x: Float[Tensor, "streams rows width"], how: Training, device: str) -> Coder:
+    """`fit_coder` on the device, as many streams at a time as its memory (CPU: cache) holds; the coder is on the CPU."""
     needed = _bytes(x, how)
     where, free, why = _device(device, needed)
     parts: list[Fitted] = []
     with progress("DISTILL sae", len(x)) as advance:
         for some in x.split(max(1, int(free // needed))):
-            parts.append(fit(some.to(where), how))
+            parts.append(fit_coder(some.to(where), how))
             advance(len(some))
     note("DISTILL sae", f"{_quality(parts)}; on {where} ({why})")
     return Coder(*(torch.cat([fitted.coder.parts[i].cpu() for fitted in parts]) for i in range(4)))

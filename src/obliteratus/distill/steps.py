@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import Given, Registry
+from obliteratus.core.registry import Registry, RunInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Moments
@@ -27,7 +27,7 @@ MODEL = "model"  # the need of steps that take a `tune.Lab`: (activations, direc
 NOTHING = 1e-5
 
 
-def distill(acts: Activations, steps: Sequence[Step], lab: object = None) -> Directions:
+def find_directions(acts: Activations, steps: Sequence[Step], lab: object = None) -> Directions:
     """Fold the steps over the activations. Raises UserError where a step cannot run.
 
     lab: a `tune.Lab`, the model and the fit prompts, for steps that need the model ("model" among their needs).
@@ -60,18 +60,18 @@ def check_needs(steps: Sequence[Step], groups: Collection[str], keep: str) -> No
     for step in _flat(steps):
         for need in extractors[step.use].needs:
             if need in KEPT and keep not in KEPT[need]:
-                raise no_rows(step.use, need)
+                raise missing_rows_error(step.use, need)
             if need not in (*KEPT, MODEL, *groups):
                 raise _no_group(need, step.use)
 
 
-def check_sizes(steps: Sequence[Step], given: Given) -> None:
+def check_sizes(steps: Sequence[Step], given: RunInputs) -> None:
     """Refuse, before weights are loaded, steps whose options do not go with the prompts or the model's width."""
     for step in _flat(steps):
         extractors[step.use].fits(extractors.check(step.use, step.options), given)
 
 
-def enough(step: str, k: int, prompts: int, group: str = "target", spare: int = 0) -> None:
+def check_prompt_count(step: str, k: int, prompts: int, group: str = "target", spare: int = 0) -> None:
     """UserError unless there are at least k prompts for k directions, and ``spare`` more."""
     if prompts < k + spare:
         raise UserError(
@@ -79,7 +79,7 @@ def enough(step: str, k: int, prompts: int, group: str = "target", spare: int = 
         )
 
 
-def needs_of(steps: Sequence[Step]) -> set[str]:
+def collect_needs(steps: Sequence[Step]) -> set[str]:
     """All that these steps, and steps inside them, cannot run without."""
     return {need for step in _flat(steps) for need in extractors[step.use].needs}
 
@@ -92,7 +92,7 @@ def _flat(steps: Sequence[Step]) -> Iterator[Step]:
         yield from _flat([option for option in options if isinstance(option, Step)])
 
 
-def before(so_far: Directions | None, step: str) -> Directions:
+def previous_directions(so_far: Directions | None, step: str) -> Directions:
     """The directions that a step changes. Raises UserError where none were found yet, or oblique ones."""
     if so_far is None:
         raise UserError(f"distill step '{step}' changes the directions of a step before it; put e.g. mean_diff first")
@@ -101,42 +101,42 @@ def before(so_far: Directions | None, step: str) -> Directions:
     return so_far
 
 
-def difference(acts: Activations, group: str = "target", other: str = "control") -> Float[Tensor, "streams width"]:
+def mean_difference(acts: Activations, group: str = "target", other: str = "control") -> Float[Tensor, "streams width"]:
     """μ_group − μ_other, with streams in which it is rounding set to zero."""
     one, two = acts[group].mean, acts[other].mean
     delta, size = one - two, one.norm(dim=1) + two.norm(dim=1)
     return torch.where((delta.norm(dim=1) > NOTHING * size)[:, None], delta, torch.zeros_like(delta))
 
 
-def share(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
+def relative_length(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
     """A length in units of ‖μ_target‖ + ‖μ_control‖. Of the mean difference, or any part of it: in 0–1."""
     size = acts["target"].mean.norm(dim=1) + acts["control"].mean.norm(dim=1)
     result: Tensor = length / size.clamp(min=torch.finfo(size.dtype).tiny)
     return result
 
 
-def scored(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[Tensor, " streams"]:
-    """The common score: the part of the mean difference that lies in the basis, as `share`."""
-    along = torch.einsum("lkw,lw->lk", basis, difference(acts))
-    return share(acts, along.norm(dim=1)).clamp(0, 1)
+def with_common_score(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[Tensor, " streams"]:
+    """The common score: the part of the mean difference that lies in the basis, as `relative_length`."""
+    along = torch.einsum("lkw,lw->lk", basis, mean_difference(acts))
+    return relative_length(acts, along.norm(dim=1)).clamp(0, 1)
 
 
-def group_of(acts: Activations, group: str, step: str) -> Moments:
+def optional_group(acts: Activations, group: str, step: str) -> Moments:
     """What is known of an optional group. Raises UserError where it has no prompts."""
     if group not in acts.groups:
         raise _no_group(group, step)
     return acts[group]
 
 
-def rows_of(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
+def kept_rows(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
     """A group's kept rows. Raises UserError where the recipe kept only moments, or the group has no prompts."""
-    rows = group_of(acts, group, step).rows
+    rows = optional_group(acts, group, step).rows
     if rows is None:
-        raise no_rows(step)
+        raise missing_rows_error(step)
     return rows
 
 
-def no_rows(step: str, need: str = "rows") -> UserError:
+def missing_rows_error(step: str, need: str = "rows") -> UserError:
     """The error of a step whose need (of `KEPT`) PROBE did not keep."""
     what = {"rows": "every prompt's activations", "spread": "every prompt's activations or a sketch of them"}[need]
     ways = " or ".join(f'"{way}"' for way in KEPT[need])
@@ -147,7 +147,7 @@ def _no_group(group: str, step: str) -> UserError:
     return UserError(f"distill step '{step}' needs the group '{group}', which has no prompts; give them with --{group}")
 
 
-def aligned(
+def align_signs(
     basis: Float[Tensor, "streams k width"], delta: Float[Tensor, "streams width"]
 ) -> Float[Tensor, "streams k width"]:
     """Each row turned so that its product with the mean difference is not negative: SVD leaves signs open."""
@@ -159,7 +159,7 @@ def aligned(
 EMPTY_ROW = 1e-3
 
 
-def orthonormal(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
+def orthonormalize(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
     """Gram–Schmidt, row order and signs kept; rows that are (nearly) zero or dependent become zeros.
 
     Not QR: that puts some other unit vector in a dependent row's place, and takes it out of all rows that follow.

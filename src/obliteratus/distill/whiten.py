@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.core.registry import Given
+from obliteratus.core.registry import RunInputs
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.scatter import Scatter, scatter_of
-from obliteratus.distill.steps import aligned, difference, enough, extractors, scored
+from obliteratus.distill.scatter import Scatter, group_scatter
+from obliteratus.distill.steps import align_signs, check_prompt_count, extractors, mean_difference, with_common_score
 
 Rows = Float[Tensor, "prompts width"]
 Shrinkage = Annotated[float, Field(gt=0, le=1)]
@@ -33,8 +33,8 @@ SHRINKAGE = 0.5
 TINY = 1e-12
 
 
-def _fits(options: Mapping[str, Any], given: Given) -> None:
-    enough("whitened_svd", options["k"], given.counts["target"])
+def _fits(options: Mapping[str, Any], given: RunInputs) -> None:
+    check_prompt_count("whitened_svd", options["k"], given.counts["target"])
 
 
 @extractors.register("whitened_svd", cite="arXiv:1512.00809", needs=("spread",), fits=_fits)
@@ -53,16 +53,16 @@ def whitened_svd(
     leaves more of the difference itself. shrinkage: s above, in (0, 1]; 1 is plain `svd`. raw: Σσ² over the k rows
     and the prompts' number, in units of Σ. Needs rows or a sketch; k ≤ prompts.
     """
-    delta, prompts = difference(acts), acts["target"].count
-    enough("whitened_svd", k, min(prompts, delta.shape[1]))
+    delta, prompts = mean_difference(acts), acts["target"].count
+    check_prompt_count("whitened_svd", k, min(prompts, delta.shape[1]))
     basis, raw = delta.new_zeros(len(delta), k, delta.shape[1]), delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():  # elsewhere nothing was found
-        target, control = (scatter_of(acts, group, stream, "whitened_svd") for group in ("target", "control"))
-        rows = Spread(control, shrinkage).half(target.beside(prompts**0.5 * delta[stream]).rows)
+        target, control = (group_scatter(acts, group, stream, "whitened_svd") for group in ("target", "control"))
+        rows = SampleCovariance(control, shrinkage).half(target.beside(prompts**0.5 * delta[stream]).rows)
         _, sigma, v = torch.linalg.svd(rows, full_matrices=False)
         basis[stream], raw[stream] = v[:k], sigma[:k].square().sum() / prompts
-    basis = aligned(basis, delta)
-    return Directions(basis, scored(acts, basis), raw, "Σσ²/n, whitened")
+    basis = align_signs(basis, delta)
+    return Directions(basis, with_common_score(acts, basis), raw, "Σσ²/n, whitened")
 
 
 @extractors.register("discriminant", cite="doi:10.1111/j.1469-1809.1936.tb02137.x", needs=("spread",))
@@ -80,17 +80,17 @@ def discriminant(
     leans away from dimensions that vary much by themselves. raw: δᵀΣ⁻¹δ, the squared Mahalanobis distance; with
     fewer prompts than width it flatters. Needs rows or a sketch.
     """
-    delta = difference(acts)
+    delta = mean_difference(acts)
     groups = ("target", "control") if within == "both" else ("control",)
     basis, raw = torch.zeros_like(delta)[:, None], delta.new_zeros(len(delta))
     for stream in delta.norm(dim=1).nonzero().flatten().tolist():
-        first, *more = (scatter_of(acts, group, stream, "discriminant") for group in groups)
-        found = Spread(sum(more, first), shrinkage, len(groups)).inverse(delta[stream])
+        first, *more = (group_scatter(acts, group, stream, "discriminant") for group in groups)
+        found = SampleCovariance(sum(more, first), shrinkage, len(groups)).inverse(delta[stream])
         basis[stream, 0], raw[stream] = torch.nn.functional.normalize(found, dim=0), found @ delta[stream]
-    return Directions(basis, scored(acts, basis), raw, "δᵀΣ⁻¹δ")
+    return Directions(basis, with_common_score(acts, basis), raw, "δᵀΣ⁻¹δ")
 
 
-def typical(values: Float[Tensor, " rows"], rank: int, total: float) -> float:
+def median_eigenvalue(values: Float[Tensor, " rows"], rank: int, total: float) -> float:
     """Median of ``rank`` eigenvalues that make up ``total``, of which the largest are known (ascending).
 
     Those that a sketch leaves out are taken for equal: they are what its rows fall short of the total by.
@@ -101,7 +101,7 @@ def typical(values: Float[Tensor, " rows"], rank: int, total: float) -> float:
     return torch.cat([rest, known]).median().item()
 
 
-class Spread:
+class SampleCovariance:
     """Σ as above, known by its prompts: products with its inverse and root cost O(prompts × width) a row."""
 
     def __init__(self, scatter: Scatter, s: float, means: int = 1) -> None:
@@ -112,7 +112,7 @@ class Spread:
         self.rows: Tensor = torch.linalg.qr(rows, mode="r")[1] if len(rows) > rows.shape[1] else rows
         values, self.vectors = torch.linalg.eigh(self.rows @ self.rows.T)
         rank, width = min(free, rows.shape[1]), rows.shape[1]
-        self.floor = s * max(typical(values, rank, scatter.total / free) * rank / width, TINY)
+        self.floor = s * max(median_eigenvalue(values, rank, scatter.total / free) * rank / width, TINY)
         self.values = (1 - s) * values.clamp(min=0) + self.floor
         self.own = 1 - s
 

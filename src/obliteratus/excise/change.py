@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Blend, Change, Edit, Mask, Shift, Silence, Site
+from obliteratus.core.types import Blend, Change, Edit, Mask, Shift, Site, ZeroOutput
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
 from obliteratus.weights.matrices import device_of, read_bias, read_weight
 
@@ -19,12 +19,12 @@ Bias = Float[Tensor, " out"]
 
 
 @singledispatch
-def changed(change: Change, weight: Matrix) -> Matrix:
+def apply_change(change: Change, weight: Matrix) -> Matrix:
     """W′, in the dtype and on the device of W [out, in]; W itself is left alone."""
     raise TypeError(f"{type(change).__name__} is no change of a plan")
 
 
-@changed.register
+@apply_change.register
 def _(change: Edit, weight: Matrix) -> Matrix:
     basis, along = change.basis.to(weight), None if change.covectors is None else change.covectors.to(weight)
     if change.site.role == "reads":
@@ -32,39 +32,39 @@ def _(change: Edit, weight: Matrix) -> Matrix:
     return edit_weight(weight, basis, change.strength, change.norm, change.site.span, along)
 
 
-@changed.register
+@apply_change.register
 def _(change: Mask, weight: Matrix) -> Matrix:
     return weight.index_fill(1, change.neurons.to(weight.device), 0.0)
 
 
-@changed.register
+@apply_change.register
 def _(change: Shift, weight: Matrix) -> Matrix:
     return weight
 
 
-@changed.register
+@apply_change.register
 def _(change: Blend, weight: Matrix) -> Matrix:
-    assert change.weight is not None, "`filled` comes first"
+    assert change.weight is not None, "`fill_donors` comes first"
     return torch.lerp(weight, change.weight.to(weight), change.share)
 
 
-@changed.register
-def _(change: Silence, weight: Matrix) -> Matrix:
-    return hushed(weight.T, change.outputs).T
+@apply_change.register
+def _(change: ZeroOutput, weight: Matrix) -> Matrix:
+    return zero_outputs(weight.T, change.outputs).T
 
 
-def hushed(values: Float[Tensor, "*n out"], outputs: Tensor | None) -> Float[Tensor, "*n out"]:
+def zero_outputs(values: Float[Tensor, "*n out"], outputs: Tensor | None) -> Float[Tensor, "*n out"]:
     """Zeros at these places of the last axis; None is all of them."""
     return torch.zeros_like(values) if outputs is None else values.index_fill(-1, outputs.to(values.device), 0.0)
 
 
 @singledispatch
-def shifted(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+def apply_to_bias(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     """b′; None where there is none and none is needed. weight: W before this change; only anchored readers look."""
     raise TypeError(f"{type(change).__name__} is no change of a plan")
 
 
-@shifted.register
+@apply_to_bias.register
 def _(change: Edit, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     site, anchor = change.site, change.anchor
     if site.role == "reads":
@@ -76,32 +76,32 @@ def _(change: Edit, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return edit_bias(bias, basis, change.strength, None if anchor is None else anchor.to(like), along)
 
 
-@shifted.register
+@apply_to_bias.register
 def _(change: Mask, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return bias
 
 
-@shifted.register
+@apply_to_bias.register
 def _(change: Shift, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return change.vector if bias is None else bias + change.vector.to(bias)
 
 
-@shifted.register
+@apply_to_bias.register
 def _(change: Blend, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     return bias if bias is None or change.bias is None else torch.lerp(bias, change.bias.to(bias), change.share)
 
 
-@shifted.register
-def _(change: Silence, bias: Bias | None, weight: Matrix | None) -> Bias | None:
-    return None if bias is None else hushed(bias, change.outputs)
+@apply_to_bias.register
+def _(change: ZeroOutput, bias: Bias | None, weight: Matrix | None) -> Bias | None:
+    return None if bias is None else zero_outputs(bias, change.outputs)
 
 
-def filled(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
+def fill_donors(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
     """Blends with their donors' mean, taken from the module: one matrix for all that have the same donors."""
-    return filled_by(changes, partial(read_weight, module), partial(read_bias, module))
+    return fill_donors_from(changes, partial(read_weight, module), partial(read_bias, module))
 
 
-def filled_by(
+def fill_donors_from(
     changes: Sequence[Change], matrix: Callable[[Site], Matrix], bias: Callable[[Site], Bias | None]
 ) -> tuple[Change, ...]:
     """The same, from wherever an expert's matrix and bias are read."""
@@ -114,14 +114,14 @@ def filled_by(
         if donors not in means:
             sites = [replace(change.site, expert=donor) for donor in donors]
             biases = [bias(site) for site in sites]
-            means[donors] = mean_of(matrix, sites), _mean([b for b in biases if b is not None])
+            means[donors] = mean_of_experts(matrix, sites), _mean([b for b in biases if b is not None])
         weight, shift = means[donors]
         return replace(change, weight=weight, bias=shift)
 
     return tuple(map(whole, changes))
 
 
-def mean_of(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
+def mean_of_experts(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
     """The mean of some experts' matrices, each read once and none held."""
     mean = torch.zeros_like(matrix(sites[0]))
     for number, site in enumerate(sites, 1):
@@ -149,17 +149,17 @@ def needs_bias(change: Change) -> bool:
     return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
 
 
-def at(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
+def changes_of_matrix(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
     """The changes that one matrix gets, in their order: of a stack, those of all experts and of this one."""
     mine = (c for c in changes if c.site.expert in (None, site.expert))
     return tuple(replace(c, site=replace(c.site, expert=site.expert)) for c in mine)
 
 
 def new_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
-    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `at` one expert."""
+    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `changes_of_matrix` one expert."""
     weight = read_weight(module, changes[0].site)
     for change in changes:
-        weight = changed(change, weight)
+        weight = apply_change(change, weight)
     return weight
 
 
@@ -173,8 +173,8 @@ def bias_after(module: nn.Module, changes: Sequence[Change], weight: Matrix | No
     bias = read_bias(module, changes[0].site)
     device = device_of(module)
     for change in changes:
-        bias = shifted(change, bias, weight)
-        weight = None if weight is None else changed(change, weight)
+        bias = apply_to_bias(change, bias, weight)
+        weight = None if weight is None else apply_change(change, weight)
     return None if bias is None else bias.to(device)
 
 

@@ -18,7 +18,7 @@ from obliteratus.core.types import Activations, Blend, Change, Edit, Routed
 Groups = Mapping[str, Routed]
 
 
-def on_experts(edits: Sequence[Change], acts: Activations, options: Experts) -> tuple[Change, ...]:
+def split_by_expert(edits: Sequence[Change], acts: Activations, options: Experts) -> tuple[Change, ...]:
     """Each edit of a stack of experts as one edit for each expert that is to be edited, blends before them; the
     others as they are.
 
@@ -42,7 +42,7 @@ def _whole(change: Change) -> TypeGuard[Edit]:
 def _split(edit: Edit, groups: Groups, options: Experts) -> tuple[Change, ...]:
     if options.own and edit.covectors is not None:
         raise UserError("excise.experts.own: an expert's own direction is orthogonal, those of distill are oblique")
-    chosen = set(foremost(groups, options.share).tolist())
+    chosen = set(preferred_experts(groups, options.share).tolist())
     every = range(len(groups["target"].count))
     others = torch.tensor([e for e in every if e not in chosen], dtype=torch.long)
     blends = [Blend(replace(edit.site, expert=e), others, options.blend) for e in sorted(chosen) if options.blend]
@@ -83,7 +83,7 @@ def own_basis(
 TINY = 1e-30  # a difference of nothing has no direction
 
 
-def foremost(groups: Groups, share: float) -> Int[Tensor, " n"]:
+def preferred_experts(groups: Groups, share: float) -> Int[Tensor, " n"]:
     """Experts that get more of the target prompts' tokens than of the control prompts': this share of all, the first,
     and at least one."""
     order = (groups["target"].share - groups["control"].share).argsort(descending=True, stable=True)

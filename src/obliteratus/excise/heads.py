@@ -11,11 +11,13 @@ from torch import Tensor
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Subject
-from obliteratus.summon.sites import family_of, has_heads
+from obliteratus.summon.sites import architecture_of, has_heads
 from obliteratus.weights.matrices import read_weight
 
 
-def attribution(weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], heads: int) -> Float[Tensor, " heads"]:
+def head_attribution(
+    weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], heads: int
+) -> Float[Tensor, " heads"]:
     """‖Q W[:, head]‖_F for each head: what the edit would take from it, in the weight's own unit.
 
     Heads are equal runs of columns, in order; with grouped queries they are the query heads, and a head's size
@@ -26,13 +28,13 @@ def attribution(weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], 
     return taken
 
 
-def on_heads(subject: Subject, edits: Sequence[Edit], share: float) -> tuple[Edit, ...]:
+def split_by_head(subject: Subject, edits: Sequence[Edit], share: float) -> tuple[Edit, ...]:
     """Each edit of an attention output as one edit for each of its top ``share`` of heads; the others as they are, and
     so those of what stands in attention's place in some blocks of a hybrid.
 
     Attribution is of the model's own weights, also where earlier passes have edits on the same site.
     """
-    family = family_of(subject.model.config)
+    family = architecture_of(subject.model.config)
     parts = ((_split(subject, e, share) if has_heads(family, e.site) else (e,)) for e in edits)
     return tuple(edit for part in parts for edit in part)
 
@@ -45,6 +47,6 @@ def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
         raise UnsupportedModelError(
             f"{edit.site.path} has {weight.shape[1]} inputs, which {heads} heads cannot share; leave excise.heads out"
         )
-    order = attribution(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
+    order = head_attribution(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
     kept = sorted(order[: max(1, round(share * heads))].tolist())
     return tuple(replace(edit, site=replace(edit.site, span=(h * size, (h + 1) * size))) for h in kept)

@@ -29,7 +29,7 @@ NOTHING_LEFT = 1e-6
 
 
 @dataclass(frozen=True)
-class Measured:
+class MatrixProjections:
     """Taken from W once; every further strength then costs O(k · width)."""
 
     along: Float[Tensor, "k in"]
@@ -52,16 +52,16 @@ class Scales:
     outputs: Float[Tensor, " out"] | None = None
 
 
-def measure(
+def project_matrix(
     weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], covectors: Float[Tensor, "k out"] | None = None
-) -> Measured:
+) -> MatrixProjections:
     """One pass over the weight; two where covectors make the projection oblique."""
     along = (basis if covectors is None else covectors) @ weight
     own = along if covectors is None else basis @ weight
-    return Measured(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
+    return MatrixProjections(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
 
 
-def scales(m: Measured, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
+def norm_rule_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
     """The factors that a norm rule asks for, in closed form.
 
     ‖P w‖² = ‖w‖² − 2s (Bw)·(Aw) + s² (Aw)ᵀBBᵀ(Aw) for a column w; with A = B = Q that is ‖w‖² − s(2 − s)‖Qw‖².
@@ -85,7 +85,7 @@ def _factor(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(nothing, torch.ones_like(before), (before / after.clamp(min=1e-38)).sqrt())
 
 
-def restretched(before: Float[Tensor, "n out"], after: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
+def restore_row_lengths(before: Float[Tensor, "n out"], after: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
     """Each row of ``after`` at the length of its row before: the rule `columns` for outputs that are columns of W."""
     return after * _factor(before.square().sum(-1), after.square().sum(-1))[:, None]
 
@@ -116,8 +116,8 @@ def edit_weight(
         edited, columns = weight.clone(), slice(*span)
         edited[:, columns] = edit_weight(weight[:, columns], basis, strength, rule, None, covectors)
         return edited
-    m = measure(weight, basis, covectors)
-    factors = scales(m, basis, strength, rule)
+    m = project_matrix(weight, basis, covectors)
+    factors = norm_rule_scales(m, basis, strength, rule)
     edited = torch.addmm(weight, basis.T, m.along, alpha=-strength)
     if factors.inputs is not None:
         edited *= factors.inputs
@@ -182,7 +182,7 @@ def before_gain(
     return inner, outer
 
 
-def centred(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
+def center_rows(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
     """Orthonormal rows of mean zero that span what is left of these after their mean: what a LayerNorm lets through.
 
     Rows that were all mean are left out.

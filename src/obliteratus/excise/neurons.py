@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError
-from obliteratus.core.settings import asked
+from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Change, Edit, Mask, Subject
 from obliteratus.weights.matrices import read_weight
@@ -18,7 +18,7 @@ from obliteratus.weights.matrices import read_weight
 OUTLIER = 3.0
 
 
-def attribution(
+def neuron_attribution(
     weight: Float[Tensor, "out in"], along: Float[Tensor, "k out"], active: Float[Tensor, " in"]
 ) -> Float[Tensor, " in"]:
     """What each neuron adds to the groups' difference along the directions, in the stream's own unit.
@@ -33,7 +33,7 @@ def attribution(
     return share
 
 
-def chosen(share: Float[Tensor, " in"], most: float) -> Tensor:
+def outlying_neurons(share: Float[Tensor, " in"], most: float) -> Tensor:
     """Neurons that stand out, at most this share of all, in order. Integers [n], n may be 0."""
     cap = int(most * len(share))
     z = (share - share.mean()) / share.std().clamp(min=1e-30)
@@ -41,20 +41,20 @@ def chosen(share: Float[Tensor, " in"], most: float) -> Tensor:
     return order[z[order] > OUTLIER].sort().values
 
 
-def masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: float) -> list[Change]:
+def make_masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: float) -> list[Change]:
     """A mask for each edited MLP that has neurons which stand out. Scored on the model's own weights and activations.
 
     After a removal the same score is rounding, and choosing by it deletes neurons by chance: hence before it, once.
     """
     found: list[Change] = []
-    if all(edit.site.stacked for edit in edits if edit.site.part in asked("mlp.out")):
+    if all(edit.site.stacked for edit in edits if edit.site.part in expand_part("mlp.out")):
         raise NothingMatchedError("excise.neurons: only experts are edited, and these have no neurons in common")
     for edit in edits:
-        if edit.site.stacked or edit.site.part not in asked("mlp.out"):
+        if edit.site.stacked or edit.site.part not in expand_part("mlp.out"):
             continue
         weight = read_weight(subject.module(edit.site.path), edit.site)
         active = acts.inputs["target"][edit.site.path] - acts.inputs["control"][edit.site.path]
-        neurons = chosen(attribution(weight, edit.along.to(weight), active.to(weight)), most)
+        neurons = outlying_neurons(neuron_attribution(weight, edit.along.to(weight), active.to(weight)), most)
         if len(neurons):
             found.append(Mask(edit.site, neurons.cpu()))
     return found

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
-from obliteratus.core.settings import Excise, asked
+from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
     Activations,
@@ -26,23 +26,23 @@ from obliteratus.core.types import (
     Mask,
     Plan,
     Shift,
-    Silence,
     Site,
     Subject,
+    ZeroOutput,
 )
-from obliteratus.excise.experts import on_experts
-from obliteratus.excise.heads import on_heads
-from obliteratus.excise.linear import before_gain, centred, past_gain, through_gain
-from obliteratus.excise.neurons import masks
-from obliteratus.excise.steer import steering
+from obliteratus.excise.experts import split_by_expert
+from obliteratus.excise.heads import split_by_head
+from obliteratus.excise.linear import before_gain, center_rows, past_gain, through_gain
+from obliteratus.excise.neurons import make_masks
+from obliteratus.excise.steer import make_shift
 from obliteratus.summon.sites import gain_of, norm_bias_of
-from obliteratus.weights.matrices import columns, each, has_bias, rows
-from obliteratus.weights.safetensors_io import numbers
+from obliteratus.weights.matrices import count_inputs, count_outputs, each_expert, has_bias
+from obliteratus.weights.safetensors_io import tensor_bytes
 
 FILES = ("plan.safetensors", "plan.json")
 
 
-def excise(
+def plan_edits(
     subject: Subject,
     directions: Directions,
     weights: Float[Tensor, " sites"],
@@ -68,11 +68,11 @@ def excise(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    more: list[Change] = [] if options.neurons is None else masks(subject, found, acts, options.neurons)
-    more += [steering(found, directions, acts, options.steer)] if options.steer else []
-    edited: tuple[Change, ...] = found if options.heads is None else on_heads(subject, found, options.heads)
+    more: list[Change] = [] if options.neurons is None else make_masks(subject, found, acts, options.neurons)
+    more += [make_shift(found, directions, acts, options.steer)] if options.steer else []
+    edited: tuple[Change, ...] = found if options.heads is None else split_by_head(subject, found, options.heads)
     if options.experts is not None:
-        edited = on_experts(edited, acts, options.experts)
+        edited = split_by_expert(edited, acts, options.experts)
     return Plan((*edited, *more), subject.source.digest)
 
 
@@ -80,10 +80,10 @@ def _wanted(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
     """The parts of sites that are asked for. Each that is named must be there."""
     there = {s.part for s in sites}
     for part in parts:
-        if there.isdisjoint(asked(part)):
+        if there.isdisjoint(expand_part(part)):
             known = ", ".join(sorted(there))
             raise NothingMatchedError(f"excise.parts: '{part}' names no part of this model; it has {known}")
-    return {part for name in parts for part in asked(name)}
+    return {part for name in parts for part in expand_part(name)}
 
 
 def _edit(
@@ -120,7 +120,7 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
     if site.norm == "layer" and site.gain is not None:
         if oblique is not None:
             raise UserError(f"oblique directions do not pass the LayerNorm before {site.path}; leave readers out")
-        rows = centred(rows)
+        rows = center_rows(rows)
     gain = gain_of(subject, site)
     if gain is None or not len(rows):
         return Edit(site, rows.contiguous(), strength, covectors=oblique) if len(rows) else None
@@ -131,7 +131,7 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
 
 
 # ------------------------------------------------------------------------------------------ on disk
-KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend, "silence": Silence}
+KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend, "silence": ZeroOutput}
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -170,13 +170,13 @@ def load_plan(folder: Path) -> Plan:
     return plan
 
 
-def digest_of_plan(plan: Plan) -> str:
+def plan_digest(plan: Plan) -> str:
     """SHA-256 of all that the plan says: equal for equal plans alone."""
     told = hashlib.sha256(plan.model.encode())
     for change in plan.edits:
         for name, value in vars(change).items():
             told.update(f"{type(change).__name__} {name} ".encode())
-            told.update(numbers(value) if isinstance(value, Tensor) else repr(value).encode())
+            told.update(tensor_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     return told.hexdigest()
 
 
@@ -215,12 +215,12 @@ def _check_place(subject: Subject, change: Change) -> None:
     if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or apart):
         raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
     if isinstance(change, Mask):
-        n = columns(subject.module(site.path), site)
+        n = count_inputs(subject.module(site.path), site)
         whole_stack = site.stacked and site.expert is None  # experts have no neurons in common
-        if whole_stack or site.part not in (*asked("mlp.out"), "attn.out") or not _inside(change.neurons, n):
+        if whole_stack or site.part not in (*expand_part("mlp.out"), "attn.out") or not _inside(change.neurons, n):
             raise UserError(f"the plan silences inputs that {site.path} has not; run the method again")
-    if isinstance(change, Silence) and change.outputs is not None:
-        n = rows(subject.module(site.path), site)
+    if isinstance(change, ZeroOutput) and change.outputs is not None:
+        n = count_outputs(subject.module(site.path), site)
         if not _inside(change.outputs, n):
             raise UserError(f"the plan silences outputs that {site.path} has not; run the method again")
     if isinstance(change, Blend) or site.expert is not None:
@@ -236,7 +236,7 @@ def _inside(places: Tensor, n: int) -> bool:
 def _check_experts(subject: Subject, change: Change) -> None:
     """The expert, and those that a blend takes from, are in the stack."""
     site = change.site
-    n = len(each(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
+    n = len(each_expert(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
     named = [-1 if site.expert is None else site.expert]
     named += change.donors.tolist() if isinstance(change, Blend) else []
     if not all(0 <= expert < n for expert in named):
@@ -245,7 +245,7 @@ def _check_experts(subject: Subject, change: Change) -> None:
 
 def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:
     site = edit.site
-    n = 0 if site.layout == "embedding" else columns(subject.module(site.path), site)  # a table has no heads
+    n = 0 if site.layout == "embedding" else count_inputs(subject.module(site.path), site)  # a table has no heads
     if not 0 <= span[0] < span[1] <= n:
         raise UserError(f"the plan edits inputs {list(span)} of {site.path}, which has {n}; run the method again")
     if edit.anchor is not None:

@@ -10,11 +10,11 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Change, Plan, Prompt, Subject
-from obliteratus.excise.kl_budget import PROMPTS, largest, weakened
+from obliteratus.excise.kl_budget import PROMPTS, largest_factor, scale_plan
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.hidden_states import read
-from obliteratus.inference.hooks import Taps
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.inference.hooks import ModulesToRead
 
 # Of the experts chosen for control prompts, the share that may become others. A model whose experts stand in for one
 # another loses little by it, and none was seen to keep its answers when most of them change.
@@ -22,7 +22,7 @@ MOVED = 0.25
 STEPS = 4  # the factor to 1/16: routing moves in steps, and finer ones showed none
 
 
-def steadied(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...]) -> Plan:
+def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...]) -> Plan:
     """The new plan, its router edits weakened until at most a quarter of control prompts' experts change.
 
     At the last token of the first 48 prompts, against the same plan without router edits. As it was where no router
@@ -31,14 +31,14 @@ def steadied(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...
     stacks = [s.path for s in subject.sites if s.stacked and s.role == "writes"]
     if not stacks or not any(map(_routes, new.edits)):
         return new
-    ids = render(subject, prompts[:PROMPTS])
+    ids = render_prompts(subject, prompts[:PROMPTS])
 
     def chosen(factor: float) -> Int[torch.Tensor, "rows stacks k"]:
         with applied(subject, done + _with(new, factor)):
-            return choices(subject, ids, stacks)
+            return chosen_experts(subject, ids, stacks)
 
     before = chosen(0.0)
-    factor, share = largest(lambda factor: float(moved(before, chosen(factor)).mean()), MOVED, STEPS)
+    factor, share = largest_factor(lambda factor: float(share_moved(before, chosen(factor)).mean()), MOVED, STEPS)
     if factor == 0:
         raise UserError(
             f"excise.parts: router: even 1/{2**STEPS} of the strength sends prompts elsewhere; leave it out"
@@ -47,16 +47,16 @@ def steadied(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...
     return _with(new, factor)
 
 
-def choices(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
+def chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
     """The experts of each prompt's last token. All stacks of a model choose equally many."""
     found: dict[int, torch.Tensor] = {}
-    for reading in read(subject, ids, taps=Taps(experts=stacks), title="routers"):
+    for reading in read_hidden_states(subject, ids, taps=ModulesToRead(experts=stacks), title="routers"):
         each = torch.stack([reading.routing[path].chosen for path in stacks], 1)
         found |= dict(zip(reading.rows, each, strict=True))
     return torch.stack([found[row] for row in range(len(ids))])
 
 
-def moved(
+def share_moved(
     before: Int[torch.Tensor, "rows stacks k"], after: Int[torch.Tensor, "rows stacks k"]
 ) -> Float[torch.Tensor, "rows stacks"]:
     """Share of the experts chosen before that are not among those chosen after, whatever their order."""
@@ -70,5 +70,7 @@ def _routes(change: Change) -> bool:
 
 def _with(plan: Plan, factor: float) -> Plan:
     """The plan, its router edits at a share of their strength, left out at none."""
-    parts = (weakened(Plan((c,)), factor).edits if _routes(c) else (c,) for c in plan.edits if factor or not _routes(c))
+    parts = (
+        scale_plan(Plan((c,)), factor).edits if _routes(c) else (c,) for c in plan.edits if factor or not _routes(c)
+    )
     return replace(plan, edits=tuple(change for part in parts for change in part))

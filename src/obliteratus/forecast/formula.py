@@ -15,7 +15,7 @@ from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Excise, Recipe, Step
 from obliteratus.excise.kl_budget import PROMPTS, STEPS
 from obliteratus.excise.router_limit import STEPS as TRIED
-from obliteratus.pipeline.recipe import dump
+from obliteratus.pipeline.recipe import dump_toml
 from obliteratus.pipeline.run import CHECK_TOKENS, CHECKED
 from obliteratus.search.run import CHECKED as MEMBERS
 from obliteratus.tune.fit import EVERY, HELD
@@ -48,7 +48,7 @@ EXCISE: dict[str, Cost] = {
 ROUTERS = Cost(n_of("search", "control", PROMPTS) * (2 + TRIED))  # as they were, whole, and each bisection
 
 
-def stages(made: Recipe) -> dict[str, Cost]:
+def stage_costs(made: Recipe) -> dict[str, Cost]:
     """The most that each stage asks of the model in a whole run."""
     found = {
         "PROBE": Cost(n_of("fit")) * made.passes,
@@ -109,38 +109,38 @@ def _tune(made: Recipe) -> Cost:
     return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))
 
 
-def total(made: Recipe) -> Cost:
+def total_cost(made: Recipe) -> Cost:
     """All stages together."""
-    return reduce(add, stages(made).values(), FREE)
+    return reduce(add, stage_costs(made).values(), FREE)
 
 
-def formula(made: Recipe) -> str:
+def format_formula(made: Recipe) -> str:
     """For people: 2·N_fit forwards + …, behind ≤ where a run may stop earlier."""
-    early = made.passes > 1 or made.search is not None or bool(total(made).training)
-    return ("≤ " if early else "") + str(total(made))
+    early = made.passes > 1 or made.search is not None or bool(total_cost(made).training)
+    return ("≤ " if early else "") + str(total_cost(made))
 
 
-def tokens(cost: Cost, values: Values = REFERENCE) -> float:
+def count_tokens(cost: Cost, values: Values = REFERENCE) -> float:
     """Tokens that pass through the model; one with gradients counts twice, for the way back."""
     count = OWN * cost.forwards.of(values) + TEXT * cost.texts.of(values)
     count += sum((OWN + a.tokens) * a.times * a.prompts.of(values) for a in cost.answers)
     return count + sum(2 * t.steps * t.prompts * (SHARED + OWN + t.tokens) for t in cost.training)
 
 
-def effort(made: Recipe) -> float:
+def relative_effort(made: Recipe) -> float:
     """Work at the reference, over that of one PROBE and two VERIFYs."""
-    least = {"PROBE": Cost(n_of("fit")), "VERIFY": stages(made)["VERIFY"]}
-    return tokens(total(made)) / sum(tokens(cost) for cost in least.values())
+    least = {"PROBE": Cost(n_of("fit")), "VERIFY": stage_costs(made)["VERIFY"]}
+    return count_tokens(total_cost(made)) / sum(count_tokens(cost) for cost in least.values())
 
 
 def cost_class(made: Recipe) -> str:
     """low, moderate or high: see `CLASSES`."""
-    return next((name for name, most in CLASSES.items() if effort(made) <= most), "high")
+    return next((name for name, most in CLASSES.items() if relative_effort(made) <= most), "high")
 
 
-def memory(made: Recipe) -> tuple[str, str]:
+def memory_class(made: Recipe) -> tuple[str, str]:
     """The class (means, sketch, rows or gradients: the largest that is held beside the model) and its formula."""
-    training = total(made).training
+    training = total_cost(made).training
     if training:
         held = max(training, key=lambda t: t.prompts * t.tokens)
         return "gradients", f"O({held.prompts}·tokens·L·H)"
@@ -151,14 +151,14 @@ def memory(made: Recipe) -> tuple[str, str]:
     }[made.probe.keep]
 
 
-def described(made: Recipe) -> dict[str, Any]:
+def describe_cost(made: Recipe) -> dict[str, Any]:
     """All of it as plain data."""
-    kind, size = memory(made)
+    kind, size = memory_class(made)
     return {
-        "formula": formula(made),
-        "stages": {name: str(cost) for name, cost in stages(made).items()},
+        "formula": format_formula(made),
+        "stages": {name: str(cost) for name, cost in stage_costs(made).items()},
         "class": cost_class(made),
-        "effort": round(effort(made), 2),
+        "effort": round(relative_effort(made), 2),
         "memory": {"class": kind, "formula": size},
     }
 
@@ -166,13 +166,13 @@ def described(made: Recipe) -> dict[str, Any]:
 COLUMNS = ["name", "what it does", "cost", "memory", "source"]
 
 
-def row(made: Recipe) -> list[str]:
+def table_row(made: Recipe) -> list[str]:
     """A line of the table of methods."""
-    return [made.name, made.about, cost_class(made), memory(made)[0], ", ".join(made.cite)]
+    return [made.name, made.about, cost_class(made), memory_class(made)[0], ", ".join(made.cite)]
 
 
-def annotated(made: Recipe) -> str:
+def annotate_recipe(made: Recipe) -> str:
     """The recipe as TOML, with what it costs in comments above."""
-    kind, size = memory(made)
-    head = [f"{made.name}: {formula(made)}", f"cost {cost_class(made)}, memory {kind}: {size}"]
-    return "".join(f"# {line}\n" for line in head) + dump(made)
+    kind, size = memory_class(made)
+    head = [f"{made.name}: {format_formula(made)}", f"cost {cost_class(made)}, memory {kind}: {size}"]
+    return "".join(f"# {line}\n" for line in head) + dump_toml(made)

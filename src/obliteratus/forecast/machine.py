@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from obliteratus.inference.memory import host_memory
-from obliteratus.summon.summary import Outline
+from obliteratus.summon.summary import ModelSummary
 
 PROMPTS, TOKENS = 256, 40  # an ordinary probe: as many prompts, with so many tokens beyond the shared prefix
 GEMM = 1024  # tokens of the matrix product that measures the machine: those of one CPU batch
 
 
-def gemm_rate(width: int = 1024, seconds: float = 0.3) -> float:
+def measure_gemm_rate(width: int = 1024, seconds: float = 0.3) -> float:
     """FLOP/s of fp32 matrix products [1024, width] × [width, 4·width] on this machine, the best of ≥ 3 runs."""
     x, w = torch.randn(GEMM, width), torch.randn(4 * width, width)
     best, end, runs = float("inf"), time.perf_counter() + seconds, 0
@@ -26,10 +26,10 @@ def gemm_rate(width: int = 1024, seconds: float = 0.3) -> float:
     return 2.0 * GEMM * width * 4 * width / best
 
 
-def forecast(found: Outline) -> dict[str, Any]:
+def forecast_model(found: ModelSummary) -> dict[str, Any]:
     """All that `inspect` shows, as plain data."""
     backbone = found.coverage.writers + found.coverage.readers + found.coverage.unclaimed
-    rate = gemm_rate()
+    rate = measure_gemm_rate()
     weights = found.loaded_bytes
     return {
         "source": found.source,

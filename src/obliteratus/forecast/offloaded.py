@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from obliteratus.core.settings import Probe, Recipe
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.forecast.machine import gemm_rate
-from obliteratus.inference.batching import CPU_TOKENS, batched, shared_prefix
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.layerwise import Sweep, names_of, names_outside, swept
-from obliteratus.inference.memory import resident, within
-from obliteratus.inference.memory_needs import BUFFERS, check_on_disk, in_memory, work
-from obliteratus.pipeline.offloaded import suited_to
+from obliteratus.forecast.machine import measure_gemm_rate
+from obliteratus.inference.batching import CPU_TOKENS, make_batches, shared_prefix_length
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.layerwise import LayerwisePass, block_parameters, outer_parameters, run_layerwise
+from obliteratus.inference.memory import memory_limit, resident_bytes
+from obliteratus.inference.memory_needs import BUFFERS, batch_bytes, bytes_in_memory, check_offloaded_fits
+from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.prompts import parts_checked
-from obliteratus.summon.load_offloaded import open_shelved
-from obliteratus.summon.summary import Outline
+from obliteratus.summon.load_offloaded import open_offloaded
+from obliteratus.summon.summary import ModelSummary
 from obliteratus.verify.drift import text_tokens
 from obliteratus.weights.rewrite import Output, Source
 
@@ -35,7 +35,7 @@ COPIED = 256_000_000
 SCORED = 16  # prompts that REBIRTH scores again, live and as saved
 
 
-class Stage(NamedTuple):
+class StageForecast(NamedTuple):
     """What one stage takes."""
 
     peak: int
@@ -61,34 +61,36 @@ class Rates:
     """Bytes a second, read, summed, written and synced."""
 
 
-def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[PromptSet, PromptSet]) -> dict[str, Stage]:
-    """By stage of a run whose weights stay on disk. recipe: as it is `suited_to` that. parts: the prompts to fit on,
+def forecast_stages(
+    made: ModelSummary, subject: Subject, recipe: Recipe, parts: tuple[PromptSet, PromptSet]
+) -> dict[str, StageForecast]:
+    """By stage of a run whose weights stay on disk. recipe: as it is `adapt_recipe` that. parts: the prompts to fit on,
     and those to report on."""
     fit, report = (_ids(subject, part) for part in parts)
     texts = text_tokens(subject) if any(s.use == "perplexity" for s in recipe.verify) else []
-    rates = measured(subject, fit)
-    weights = subject.shelf.stored_bytes(list(subject.shelf))
+    rates = measure_rates(subject, fit)
+    weights = subject.offloaded.stored_bytes(list(subject.offloaded))
     row = 4 * (made.n_layers + 1) * made.width  # bytes of a prompt's streams, fp32
     scored, rows = report[-SCORED:], 2 * len(report)
     probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
     head = _head_flops(made, rows + 2 * sum(map(len, texts))) / rates.gemm
     at_head = _head(made, subject) / rates.read  # a tied one is in memory
     vocabulary = 4 * made.vocabulary
-    base = resident()
-    passing = base + max(made.table_bytes, 2 * made.block_bytes + work(made))
+    base = resident_bytes()
+    passing = base + max(made.table_bytes, 2 * made.block_bytes + batch_bytes(made))
     return {
-        f"PROBE × {recipe.passes}": Stage(
+        f"PROBE × {recipe.passes}": StageForecast(
             passing + row * (len(fit) + _rows_kept(recipe.probe, parts[0])),
             recipe.passes * (weights - _head(made, subject)),
             recipe.passes * _blocks(made, subject, probe, rates),
         ),
-        "VERIFY": Stage(
+        "VERIFY": StageForecast(
             passing + _kept_table(made) + 4 * made.width * twice + 2 * rows * vocabulary,
             weights,
             _blocks(made, subject, twice, rates) + at_head + head,
         ),
         "SAVE": _saved(made, base, weights, rates),
-        "SCORE × 2": Stage(
+        "SCORE × 2": StageForecast(
             passing + _kept_table(made) + len(scored) * vocabulary,
             2 * weights,
             2 * (_blocks(made, subject, _own(scored), rates) + at_head),
@@ -96,29 +98,29 @@ def planned(made: Outline, subject: Subject, recipe: Recipe, parts: tuple[Prompt
     }
 
 
-def measured(subject: Subject, ids: Ids) -> Rates:
+def measure_rates(subject: Subject, ids: Ids) -> Rates:
     """Read some blocks, run prompts through the first of them, and copy a little."""
     read = _read(subject)
     token, block = _block(subject, ids, read)
-    files = list(subject.shelf.files.shards)
-    return Rates(read, token, block, gemm_rate(), _copied(files[len(files) // 2]))
+    files = list(subject.offloaded.files.shards)
+    return Rates(read, token, block, measure_gemm_rate(), _copied(files[len(files) // 2]))
 
 
 def _read(subject: Subject) -> float:
     """Bytes a second: of the last blocks, the faster of those that are read into memory that was in use before."""
-    names = [names_of(subject, block) for block in range(subject.n_layers)[-BLOCKS - 1 :]]
+    names = [block_parameters(subject, block) for block in range(subject.n_layers)[-BLOCKS - 1 :]]
     times = [time.perf_counter()]
     for own, then in zip(names, [*names[1:], ()], strict=True):
-        with subject.shelf.holding(own, then):
+        with subject.offloaded.holding(own, then):
             times.append(time.perf_counter())
     seconds = [after - before for before, after in pairwise(times)]
-    return float(subject.shelf.stored_bytes(names[-1]) / min(seconds[-2:]))
+    return float(subject.offloaded.stored_bytes(names[-1]) / min(seconds[-2:]))
 
 
 def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
     """Seconds of a token in a block, and of a block beside (`Rates`): of the first blocks, those that took least."""
-    n = shared_prefix(ids)
-    rows = [ids[i] for batch in batched([len(row) - n for row in ids], CPU_TOKENS)[:PASSES] for i in batch]
+    n = shared_prefix_length(ids)
+    rows = [ids[i] for batch in make_batches([len(row) - n for row in ids], CPU_TOKENS)[:PASSES] for i in batch]
     begun: dict[int, float] = {}
     rate: list[float] = []
 
@@ -132,7 +134,9 @@ def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
             if stream:  # not the table
                 rate.append((time.perf_counter() - start) / int(lengths.sum()))
 
-    swept(subject, Sweep(subject, rows), top=min(BLOCKS + 1, subject.n_layers), look=clock, title="measuring")
+    run_layerwise(
+        subject, LayerwisePass(subject, rows), top=min(BLOCKS + 1, subject.n_layers), look=clock, title="measuring"
+    )
     walls = [after - before for before, after in pairwise(begun[stream] for stream in sorted(begun))][1:]
     token = min(rate)
     return token, max(0.0, min(walls, default=0.0) - max(_reading(subject, read), _own(rows) * token))
@@ -140,7 +144,7 @@ def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
 
 def _reading(subject: Subject, read: float) -> float:
     """Seconds that a block takes to be read, at so many bytes a second."""
-    return float(subject.shelf.stored_bytes(names_of(subject, subject.n_layers - 1)) / read)
+    return float(subject.offloaded.stored_bytes(block_parameters(subject, subject.n_layers - 1)) / read)
 
 
 def _copied(file: Path) -> float:
@@ -152,16 +156,16 @@ def _copied(file: Path) -> float:
     return size / (time.perf_counter() - start)
 
 
-def _blocks(made: Outline, subject: Subject, tokens: int, rates: Rates) -> float:
+def _blocks(made: ModelSummary, subject: Subject, tokens: int, rates: Rates) -> float:
     """Seconds of one pass: the table, then each block, read while the one before it computes."""
     reading = _reading(subject, rates.read)
-    table = subject.shelf.stored_bytes(names_outside(subject)) / rates.read
+    table = subject.offloaded.stored_bytes(outer_parameters(subject)) / rates.read
     return float(table + reading + made.n_layers * (max(reading, tokens * rates.token) + rates.block))
 
 
-def _saved(made: Outline, base: int, weights: int, rates: Rates) -> Stage:
+def _saved(made: ModelSummary, base: int, weights: int, rates: Rates) -> StageForecast:
     largest = made.block_bytes // 2  # an edited matrix is at most half of its block, and has a copy beside it
-    return Stage(base + 2 * largest + BUFFERS, weights, weights / rates.copied)
+    return StageForecast(base + 2 * largest + BUFFERS, weights, weights / rates.copied)
 
 
 def _rows_kept(options: Probe, fit: PromptSet) -> int:
@@ -170,29 +174,29 @@ def _rows_kept(options: Probe, fit: PromptSet) -> int:
     return {"rows": sum(sizes), "sketch": 2 * options.sketch * len(sizes), "moments": 0}[options.keep]
 
 
-def _head(made: Outline, subject: Subject) -> int:
+def _head(made: ModelSummary, subject: Subject) -> int:
     """Bytes of a head that PROBE need not read."""
-    names = names_outside(subject, head=True)
-    return 0 if made.tied else int(subject.shelf.stored_bytes(names))
+    names = outer_parameters(subject, head=True)
+    return 0 if made.tied else int(subject.offloaded.stored_bytes(names))
 
 
-def _kept_table(made: Outline) -> int:
+def _kept_table(made: ModelSummary) -> int:
     """A tied table stays in memory from the first tokens to the last."""
     return made.table_bytes if made.tied else 0
 
 
-def _head_flops(made: Outline, rows: int) -> float:
+def _head_flops(made: ModelSummary, rows: int) -> float:
     return 2.0 * made.vocabulary * made.width * rows
 
 
 def _own(ids: Ids) -> int:
     """Tokens that are run: those that all share once."""
-    n = shared_prefix(ids)
+    n = shared_prefix_length(ids)
     return sum(len(row) - n for row in ids) + n
 
 
 def _ids(subject: Subject, prompts: PromptSet) -> Ids:
-    return render(subject, list(chain.from_iterable(prompts.groups.values())))
+    return render_prompts(subject, list(chain.from_iterable(prompts.groups.values())))
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class Forecast:
     limit: float
     needed: int
     """Bytes with all weights loaded."""
-    stages: dict[str, Stage]
+    stages: dict[str, StageForecast]
     """Of a run with the weights on disk; empty where they fit into memory."""
     prompts: int
     """Of the run that is reckoned with."""
@@ -225,16 +229,18 @@ class Forecast:
         }
 
 
-def plan_for(made: Outline, limit: float, recipe: Recipe, prompts: PromptSet, opening: dict[str, Any]) -> Forecast:
+def forecast_run(
+    made: ModelSummary, limit: float, recipe: Recipe, prompts: PromptSet, opening: dict[str, Any]
+) -> Forecast:
     """Where the weights of a run go under the limit (bytes), and what each stage takes if they stay on disk: then three
     blocks are read and run. UserError where it cannot work."""
     fit, _, report = parts_checked(prompts, recipe.seed)
     count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
-    needed = in_memory(made)
+    needed = bytes_in_memory(made)
     if needed <= limit:
         return Forecast(limit, needed, {}, count)
-    with within(limit):
-        check_on_disk(made)
-        subject = open_shelved(made.source, **opening)
-        stages = planned(made, subject, suited_to(subject, recipe), (fit, report))
+    with memory_limit(limit):
+        check_offloaded_fits(made)
+        subject = open_offloaded(made.source, **opening)
+        stages = forecast_stages(made, subject, adapt_recipe(subject, recipe), (fit, report))
     return Forecast(limit, needed, stages, count)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from obliteratus.core.types import Subject
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.hooks import blocks
-from obliteratus.inference.kv_cache import KeyValues, expanded, shared, with_cache
+from obliteratus.inference.hooks import decoder_blocks
+from obliteratus.inference.kv_cache import KeyValues, cache_arguments, expand_variants, prefix_cache
 from obliteratus.inference.memory import free_memory
-from obliteratus.inference.resume import Lower, entry
-from obliteratus.inference.row_plans import under
-from obliteratus.weights.bitsandbytes import dims
-from obliteratus.weights.devices import several
+from obliteratus.inference.resume import ResumePoint, pass_inputs
+from obliteratus.inference.row_plans import rows_in_pass
+from obliteratus.weights.bitsandbytes import unpacked_shape
+from obliteratus.weights.devices import in_process_group
 
 T = TypeVar("T")
 # Tokens of one batch on a CPU: enough rows for the matrix products to run at full rate, few enough for the
@@ -35,7 +35,7 @@ MIN_PREFIX = 4
 
 
 # ---------------------------------------------------------------------------------------- batches
-def common_prefix(ids: Ids, leave: int = 1) -> int:
+def common_prefix_length(ids: Ids, leave: int = 1) -> int:
     """Number of leading tokens that all rows share; at least ``leave`` tokens of each row are left."""
     first, last = min(ids), max(ids)
     limit = max(0, min(len(row) for row in ids) - leave)
@@ -43,13 +43,13 @@ def common_prefix(ids: Ids, leave: int = 1) -> int:
     return min(same, limit)
 
 
-def shared_prefix(ids: Ids, leave: int = 1) -> int:
-    """`common_prefix`, where it is long enough to be worth a pass of its own; else 0."""
-    n = common_prefix(ids, leave) if len(ids) > 1 else 0
+def shared_prefix_length(ids: Ids, leave: int = 1) -> int:
+    """`common_prefix_length`, where it is long enough to be worth a pass of its own; else 0."""
+    n = common_prefix_length(ids, leave) if len(ids) > 1 else 0
     return n if n >= MIN_PREFIX else 0
 
 
-def batched(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> list[list[int]]:
+def make_batches(lengths: Sequence[int], budget: int, most: int = sys.maxsize) -> list[list[int]]:
     """Row numbers by batch: longest first, at most ``most`` rows and rows × longest ≤ budget (or one row)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -64,7 +64,7 @@ TOKENS: ContextVar[int] = ContextVar("tokens of one batch", default=0)
 
 
 @contextmanager
-def passes_of(tokens: int) -> Iterator[None]:
+def tokens_per_batch(tokens: int) -> Iterator[None]:
     """Inside, a batch holds at most so many tokens, or one row; 0: as memory and cache decide."""
     token = TOKENS.set(tokens)
     try:
@@ -83,7 +83,7 @@ def token_budget(subject: Subject, bytes_per_token: float) -> int:
 
 def state_bytes(subject: Subject) -> float:
     """Working memory of one token in a forward pass: the stream, and the widest projections, a few times."""
-    inner = max(max(dims(p)) for p in blocks(subject)[0].parameters())
+    inner = max(max(unpacked_shape(p)) for p in decoder_blocks(subject)[0].parameters())
     return token_bytes(subject.width, inner)
 
 
@@ -92,21 +92,21 @@ def token_bytes(width: int, inner: int) -> float:
     return float(4 * (8 * width + 4 * inner))  # 4 bytes; about 8 + 4 tensors live at a block's peak
 
 
-def halving(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:
+def run_or_halve(run: Callable[[list[int]], T], rows: list[int]) -> Iterator[T]:
     """Run a batch; when memory runs out, run its halves instead."""
     try:
         result = run(rows)
     except torch.OutOfMemoryError:
-        if len(rows) == 1 or several():
+        if len(rows) == 1 or in_process_group():
             raise
         middle = len(rows) // 2
-        yield from halving(run, rows[:middle])
-        yield from halving(run, rows[middle:])
+        yield from run_or_halve(run, rows[:middle])
+        yield from run_or_halve(run, rows[middle:])
         return
     yield result
 
 
-def padded(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_rows(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor]:
     """Right-padded ids [rows, longest] and lengths [rows]. The padding id is never seen, so 0 will do."""
     rows = [torch.tensor(row) for row in ids]
     lengths = torch.tensor([len(row) for row in ids], device=device)
@@ -115,25 +115,25 @@ def padded(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------- prefixes
 @dataclass(frozen=True)
-class Prompts:
+class PreparedPrompts:
     """Token rows with their shared prefix taken off and computed."""
 
     rows: Ids
     skipped: int
     """Length of the prefix that was taken off."""
     prefix: KeyValues | None
-    lower: Lower | None = None
+    lower: ResumePoint | None = None
     """What the lower blocks gave before, where they need not run."""
     variants: tuple[int, ...] | None = None
     """Under which of several edits each row is; None where all are under the same."""
 
     def cache(self, rows: Sequence[int]) -> Any:
         """For a pass over these rows; None without a prefix."""
-        return shared(self.prefix_of(rows)) if self.prefix else None
+        return prefix_cache(self.prefix_of(rows)) if self.prefix else None
 
     def prefix_of(self, rows: Sequence[int]) -> KeyValues:
         """The prefix's states for these rows, [rows, heads, tokens, head]."""
-        return expanded(self.prefix or [], self.variants_of(rows) or [0] * len(rows))
+        return expand_variants(self.prefix or [], self.variants_of(rows) or [0] * len(rows))
 
     def variants_of(self, rows: Sequence[int]) -> list[int] | None:
         return None if self.variants is None else [self.variants[i] for i in rows]
@@ -141,23 +141,23 @@ class Prompts:
     @contextmanager
     def around(self, rows: Sequence[int]) -> Iterator[None]:
         """Around a pass over these rows: known blocks do not run, and hooks know under which edits each row is."""
-        with under(self.variants_of(rows)), self.lower.entering(rows) if self.lower else nullcontext():
+        with rows_in_pass(self.variants_of(rows)), self.lower.entering(rows) if self.lower else nullcontext():
             yield
 
     def ends(self) -> list[int]:
         """The shortest and the longest row."""
         return sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))[:: max(1, len(self.rows) - 1)]
 
-    def of(self, rows: Sequence[int]) -> Prompts:
+    def of(self, rows: Sequence[int]) -> PreparedPrompts:
         """These rows alone, in this order; one may come several times."""
         chosen, kinds = [self.rows[i] for i in rows], self.variants_of(rows)
         lower = self.lower.of(rows) if self.lower else None
         return replace(self, rows=chosen, lower=lower, variants=None if kinds is None else tuple(kinds))
 
 
-def backbone(subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower | None = None) -> Any:
+def run_backbone(subject: Subject, ids: Tensor, start: int, cache: Any, lower: ResumePoint | None = None) -> Any:
     """One pass without the LM head over tokens whose positions begin at ``start``."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    given = entry(subject, ids, lower)
+    given = pass_inputs(subject, ids, lower)
     trunk = subject.model.base_model
-    return trunk(**given, position_ids=positions, **with_cache(trunk, cache))
+    return trunk(**given, position_ids=positions, **cache_arguments(trunk, cache))

@@ -5,7 +5,7 @@
         with applied(subject, plan):
             answers = trunk.generate(32, go_on=lambda logp: promising(logp))  # or trunk.first_token()
 
-Results are those of `logits.first_token` and `generate.generate` under the same plan.
+Results are those of `logits.first_token_log_probs` and `generate.generate` under the same plan.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torch import Tensor
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import Prompts, halving
+from obliteratus.inference.batching import PreparedPrompts, run_or_halve
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.generate import Batch, Done, answer_groups, prefill, write
+from obliteratus.inference.generate import DecodingBatch, Done, decode, group_answers, prefill
 from obliteratus.inference.kv_cache import prefix_states
-from obliteratus.inference.layer_cache import Kept
-from obliteratus.inference.logits import first_tokens, last_logits
-from obliteratus.inference.row_plans import variants, variants_of
-from obliteratus.inference.shared_prefix import prepared, recurrent
-from obliteratus.inference.token_losses import losses
-from obliteratus.summon.sites import family_of
+from obliteratus.inference.layer_cache import LayerCache
+from obliteratus.inference.logits import last_logits, prepared_first_token_log_probs
+from obliteratus.inference.row_plans import all_variants, variants_of
+from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
+from obliteratus.inference.token_losses import prepared_token_losses
+from obliteratus.summon.sites import architecture_of
 
 GoOn = Callable[[Tensor], bool]
 Worth = Callable[[Collection[int]], bool]
-Begun = dict[tuple[int, ...], Batch | None]
+Begun = dict[tuple[int, ...], DecodingBatch | None]
 """Rows that are written together → their batch, if its prompts have passed already."""
 Hooks = dict[str, tuple[int, ...]]
 """Module path → the ids of its hooks. Ids are never used twice."""
 
 
-class Trunk:
+class CachedPrompts:
     """A fixed list of prompts, and what the blocks below live edits make of them.
 
     The model is to be as it was when the trunk was made but for live edits: these are told by their hooks, so no pass
@@ -65,36 +65,38 @@ class Trunk:
         default at eighths of the depth.
         """
         self.subject, self.answers = subject, list(range(len(ids)) if answers is None else answers)
-        self.hooks = hooks(subject)
+        self.hooks = hooks_by_module(subject)
         with torch.inference_mode():
-            self.prompts = prepared(subject, ids, leave=leave)
+            self.prompts = prepare_prompts(subject, ids, leave=leave)
         self.prefix = ids[0][: self.prompts.skipped]
-        self.kept = Kept(subject, self.prompts, self.prefix, budget if keepable(subject) else 0.0, self.answers, depths)
+        self.kept = LayerCache(
+            subject, self.prompts, self.prefix, budget if supports_caching(subject) else 0.0, self.answers, depths
+        )
         self.copies = 1
 
-    def times(self, copies: int) -> Trunk:
+    def times(self, copies: int) -> CachedPrompts:
         """The same prompts so many times over, one trial's rows after the other's; what is kept is shared."""
         several = copy(self)
         several.copies = copies
         return several
 
-    def on(self, twin: Subject) -> Trunk:
+    def on(self, twin: Subject) -> CachedPrompts:
         """The same prompts for a twin of the model, which another thread edits; what is kept is shared."""
         other = copy(self)
-        other.subject, other.hooks, other.kept = twin, hooks(twin), self.kept.on(twin)
+        other.subject, other.hooks, other.kept = twin, hooks_by_module(twin), self.kept.on(twin)
         return other
 
     def first_token(self, rows: Sequence[int] | None = None) -> Float[Tensor, "rows vocabulary"]:
         """Log-probabilities (natural, fp32) of the first answer token, of all rows or of these in this order."""
         with torch.inference_mode():
             prompts = self.now()
-            return first_tokens(self.subject, prompts if rows is None else prompts.of(rows))
+            return prepared_first_token_log_probs(self.subject, prompts if rows is None else prompts.of(rows))
 
     def losses(self, *, budget: int = 0) -> list[Tensor]:
         """Of each token after the first, natural: a list of [length − 1]; see `losses.token_losses`. For a trunk that
         has no shared prefix: ``leave`` as long as the longest row."""
         with torch.inference_mode():
-            return losses(self.subject, self.now(), budget=budget)
+            return prepared_token_losses(self.subject, self.now(), budget=budget)
 
     def generate(
         self,
@@ -114,8 +116,8 @@ class Trunk:
         wanted = self._wanted(rows)
         with torch.inference_mode():
             prompts = self.now()
-            groups = answer_groups(self.subject, prompts, wanted, max_new)
-            begun = [part for group in groups[:1] for part in halving(self._begin(prompts, max_new), group)]
+            groups = group_answers(self.subject, prompts, wanted, max_new)
+            begun = [part for group in groups[:1] for part in run_or_halve(self._begin(prompts, max_new), group)]
             if go_on is not None and not go_on(self._first(prompts, begun)):
                 return None
             later = {tuple(batch.rows): batch for batch, _ in begun} | {tuple(group): None for group in groups[1:]}
@@ -129,47 +131,49 @@ class Trunk:
             raise ValueError("rows that the trunk was not made to answer: their keys and values are not kept")
         return list(rows)
 
-    def now(self) -> Prompts:
+    def now(self) -> PreparedPrompts:
         """The prompts for the model as it is edited at this moment.
 
         What is kept is made at the first call that can use it, without gradients; above it they pass.
         """
-        first = changed_from(self.subject, self.hooks)
+        first = lowest_changed_block(self.subject, self.hooks)
         cut = max((c for c in self.kept.cuts if c <= first), default=0)
         if cut and not self.kept.checked:
             self.kept.checked = True
-            if not same(self.subject, self._at(cut), self._at(0), self.answers):
+            if not matches_uncached(self.subject, self._at(cut), self._at(0), self.answers):
                 self.kept.drop()
                 cut = 0
         return self._at(cut)
 
-    def _at(self, cut: int) -> Prompts:
+    def _at(self, cut: int) -> PreparedPrompts:
         """The prompts with the blocks below the cut known; what the prefix gives above it is computed."""
         lower, n = self.kept.lower(cut), len(self.prompts.rows)
         made = replace(self.prompts, lower=lower).of(list(range(n)) * self.copies)
         made = replace(made, variants=variants_of(n * self.copies))
         if not self.prefix:
             return made
-        with lower.entering([n] * len(variants())) if lower else nullcontext():
+        with lower.entering([n] * len(all_variants())) if lower else nullcontext():
             above = prefix_states(self.subject, self.prefix, cut)
         assert self.prompts.prefix is not None
         return replace(made, prefix=[*self.prompts.prefix[:cut], *above])
 
-    def _begin(self, prompts: Prompts, max_new: int) -> Callable[[list[int]], tuple[Batch, Tensor]]:
+    def _begin(self, prompts: PreparedPrompts, max_new: int) -> Callable[[list[int]], tuple[DecodingBatch, Tensor]]:
         return lambda rows: prefill(self.subject, prompts, rows, max_new)
 
-    def _first(self, prompts: Prompts, begun: Sequence[tuple[Batch, Tensor]]) -> Float[Tensor, "rows vocabulary"]:
+    def _first(
+        self, prompts: PreparedPrompts, begun: Sequence[tuple[DecodingBatch, Tensor]]
+    ) -> Float[Tensor, "rows vocabulary"]:
         """Log-probabilities of the rows that are begun, and of all others by a pass."""
         known = [row for batch, _ in begun for row in batch.rows]
         rest = sorted(set(range(len(prompts.rows))) - set(known))
         logp = [logits.float().log_softmax(-1).cpu() for _, logits in begun]
-        logp += [first_tokens(self.subject, prompts.of(rest))] if rest else []
+        logp += [prepared_first_token_log_probs(self.subject, prompts.of(rest))] if rest else []
         return torch.cat(logp)[torch.tensor([*known, *rest]).argsort()]
 
     def _written(
         self,
-        prompts: Prompts,
-        groups: dict[tuple[int, ...], Batch | None],
+        prompts: PreparedPrompts,
+        groups: dict[tuple[int, ...], DecodingBatch | None],
         max_new: int,
         done: Done | None,
         worth: Worth,
@@ -181,24 +185,24 @@ class Trunk:
 
             def run(rows: list[int]) -> bool:
                 batch = groups.pop(tuple(rows), None) or prefill(self.subject, prompts, rows, max_new)[0]
-                for tokens in write(self.subject, batch, answers, max_new, done):
+                for tokens in decode(self.subject, batch, answers, max_new, done):
                     advance(tokens)
                     decided.update(batch.decided)
                     if not worth(decided):
                         return False
                 return True
 
-            parts = (part for group in list(groups) for part in halving(run, list(group)))
+            parts = (part for group in list(groups) for part in run_or_halve(run, list(group)))
             return answers if all(parts) else None
 
 
 # ---------------------------------------------------------------------------------------------- checks
-def keepable(subject: Subject) -> bool:
+def supports_caching(subject: Subject) -> bool:
     """Whether the stream, keys and values are all that the blocks above need of those below."""
-    return not recurrent(subject) and not family_of(subject.model.config).hands_on
+    return not is_recurrent(subject) and not architecture_of(subject.model.config).hands_on
 
 
-def hooks(subject: Subject) -> Hooks:
+def hooks_by_module(subject: Subject) -> Hooks:
     """The hooks of every module that has some."""
     found = {
         path: (*module._forward_hooks, *module._forward_pre_hooks) for path, module in subject.model.named_modules()
@@ -206,9 +210,9 @@ def hooks(subject: Subject) -> Hooks:
     return {path: ids for path, ids in found.items() if ids}
 
 
-def changed_from(subject: Subject, before: Hooks) -> int:
+def lowest_changed_block(subject: Subject, before: Hooks) -> int:
     """The lowest block in which hooks were set or taken off since; 0 if so before the blocks, L if in none."""
-    changed = {path for path, _ in hooks(subject).items() ^ before.items()}
+    changed = {path for path, _ in hooks_by_module(subject).items() ^ before.items()}
     return min((_block_of(subject, path) for path in changed), default=subject.n_layers)
 
 
@@ -220,7 +224,7 @@ def _block_of(subject: Subject, path: str) -> int:
 
 
 @torch.no_grad()
-def same(subject: Subject, found: Prompts, plain: Prompts, answers: Sequence[int]) -> bool:
+def matches_uncached(subject: Subject, found: PreparedPrompts, plain: PreparedPrompts, answers: Sequence[int]) -> bool:
     """Whether the shortest and the longest row come out equal: next logits, and of answers all keys and values."""
     found, plain = (prompts.of(answers) if answers else prompts for prompts in (found, plain))
     pairs = (
@@ -233,7 +237,7 @@ def same(subject: Subject, found: Prompts, plain: Prompts, answers: Sequence[int
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
 
 
-def _come_out(subject: Subject, prompts: Prompts, row: int, answers: bool) -> list[Tensor]:
+def _come_out(subject: Subject, prompts: PreparedPrompts, row: int, answers: bool) -> list[Tensor]:
     if not answers:
         return [last_logits(subject, prompts, [row], prompts.cache([row]))]
     batch, logits = prefill(subject, prompts, [row], 1)

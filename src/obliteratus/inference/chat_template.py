@@ -11,7 +11,7 @@ from obliteratus.core.types import Prompt, Subject
 Ids = list[list[int]]
 
 
-def render(subject: Subject, prompts: Sequence[Prompt], reserve: int = 0) -> Ids:
+def render_prompts(subject: Subject, prompts: Sequence[Prompt], reserve: int = 0) -> Ids:
     """Token ids of each prompt, ready for its answer.
 
     With a chat template: rendered once, tokenised without adding specials again (no double BOS). Without one:

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicCache
 
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import Prompts, batched, halving, state_bytes, token_budget
+from obliteratus.inference.batching import PreparedPrompts, make_batches, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.kv_cache import Filling, GrowingLayer, filling, growing, with_cache
+from obliteratus.inference.kv_cache import Filling, GrowingLayer, cache_arguments, fill_rows, growing_cache
 from obliteratus.inference.logits import last_logits
 from obliteratus.inference.memory import free_memory
-from obliteratus.inference.row_plans import under
-from obliteratus.inference.shared_prefix import prepared, recurrent
+from obliteratus.inference.row_plans import rows_in_pass
+from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
 
 Done = Callable[[list[int]], bool]
 First = Callable[[list[int], Tensor], None]
@@ -27,7 +27,7 @@ COMPACT_AT = 0.875
 
 
 @dataclass
-class Batch:
+class DecodingBatch:
     """Rows that are still being written."""
 
     rows: list[int]
@@ -62,28 +62,28 @@ def generate(
     """
     answers: Ids = [[] for _ in ids]
     with torch.inference_mode(), progress(title, len(ids) * max_new) as advance:
-        prompts = prepared(subject, ids, reuse)
+        prompts = prepare_prompts(subject, ids, reuse)
 
         def run(rows: list[int]) -> None:
             batch, logits = prefill(subject, prompts, rows, max_new)
             if first is not None:
                 first(rows, logits)
-            for tokens in write(subject, batch, answers, max_new, done):
+            for tokens in decode(subject, batch, answers, max_new, done):
                 advance(tokens)
 
-        for group in answer_groups(subject, prompts, range(len(ids)), max_new):
-            list(halving(run, group))
+        for group in group_answers(subject, prompts, range(len(ids)), max_new):
+            list(run_or_halve(run, group))
     return answers
 
 
-def answer_groups(subject: Subject, prompts: Prompts, rows: Sequence[int], max_new: int) -> list[list[int]]:
+def group_answers(subject: Subject, prompts: PreparedPrompts, rows: Sequence[int], max_new: int) -> list[list[int]]:
     """Rows that are written together, within `answer_budget` and `MAX_ROWS`: of equal length where states recur."""
     lengths = [prompts.skipped + len(prompts.rows[row]) + max_new for row in rows]
-    kinds = sorted(set(lengths), reverse=True) if recurrent(subject) else [0]
+    kinds = sorted(set(lengths), reverse=True) if is_recurrent(subject) else [0]
     groups = []
     for kind in kinds:
         mine = [i for i, length in enumerate(lengths) if kind in (0, length)]
-        parts = batched([lengths[i] for i in mine], answer_budget(subject), MAX_ROWS)
+        parts = make_batches([lengths[i] for i in mine], answer_budget(subject), MAX_ROWS)
         groups += [[rows[mine[i]] for i in part] for part in parts]
     return groups
 
@@ -116,7 +116,7 @@ def stop_tokens(subject: Subject) -> set[int]:
     return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
 
 
-def write(subject: Subject, batch: Batch, answers: Ids, max_new: int, done: Done | None) -> Iterator[int]:
+def decode(subject: Subject, batch: DecodingBatch, answers: Ids, max_new: int, done: Done | None) -> Iterator[int]:
     """Write all rows to their end. Gives the tokens that each step settled: written, or no longer needed."""
     stops = stop_tokens(subject)
     for row in batch.rows:
@@ -133,7 +133,7 @@ def write(subject: Subject, batch: Batch, answers: Ids, max_new: int, done: Done
         _advance(subject, batch)
 
 
-def _append(batch: Batch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
+def _append(batch: DecodingBatch, slot: int, token: int, answers: Ids, stops: set[int], done: Done | None) -> None:
     row = batch.rows[slot]
     if row not in batch.live:
         return
@@ -146,20 +146,20 @@ def _append(batch: Batch, slot: int, token: int, answers: Ids, stops: set[int], 
         batch.decided.add(row)
 
 
-def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -> tuple[Batch, Tensor]:
+def prefill(subject: Subject, prompts: PreparedPrompts, rows: list[int], max_new: int) -> tuple[DecodingBatch, Tensor]:
     """Prompts pass in small batches, as in PROBE; their keys and values land side by side, ending together.
 
     Returns the rows, ready to be written, and the logits of their first tokens [rows, vocabulary].
     """
-    if recurrent(subject):
+    if is_recurrent(subject):
         return _prefill_alike(subject, prompts, rows)
     lengths = torch.tensor([len(prompts.rows[i]) for i in rows], device=subject.device)
     longest = int(lengths.max())
     slots = prompts.skipped + longest
-    cache = growing(subject, prompts.prefix_of(rows), len(rows), slots, max_new)
+    cache = growing_cache(subject, prompts.prefix_of(rows), len(rows), slots, max_new)
     parts, first = [], 0
-    for part in batched(lengths.tolist(), token_budget(subject, state_bytes(subject))):
-        with filling(cache, Filling(slice(first, first + len(part)), lengths[part].max() - lengths[part])):
+    for part in make_batches(lengths.tolist(), token_budget(subject, state_bytes(subject))):
+        with fill_rows(cache, Filling(slice(first, first + len(part)), lengths[part].max() - lengths[part])):
             parts.append(_filled(subject, prompts, [rows[k] for k in part], cache))
         first += len(part)
     mask = (torch.arange(slots, device=subject.device)[None] >= (longest - lengths)[:, None]).long()
@@ -167,7 +167,7 @@ def prefill(subject: Subject, prompts: Prompts, rows: list[int], max_new: int) -
     return _begun(prompts, rows, cache, mask, logits), logits
 
 
-def _prefill_alike(subject: Subject, prompts: Prompts, rows: list[int]) -> tuple[Batch, Tensor]:
+def _prefill_alike(subject: Subject, prompts: PreparedPrompts, rows: list[int]) -> tuple[DecodingBatch, Tensor]:
     """Prompts of one length pass together, unpadded, into the model's own kind of cache."""
     lengths = {len(prompts.rows[i]) for i in rows}
     assert len(lengths) == 1, "padding would enter recurrent states"
@@ -176,22 +176,22 @@ def _prefill_alike(subject: Subject, prompts: Prompts, rows: list[int]) -> tuple
     return _begun(prompts, rows, cache, torch.ones(len(rows), *lengths, dtype=torch.long), logits), logits
 
 
-def _begun(prompts: Prompts, rows: list[int], cache: Any, mask: Tensor, logits: Tensor) -> Batch:
+def _begun(prompts: PreparedPrompts, rows: list[int], cache: Any, mask: Tensor, logits: Tensor) -> DecodingBatch:
     lengths = torch.tensor([[prompts.skipped + len(prompts.rows[i])] for i in rows], device=logits.device)
     kinds = prompts.variants_of(rows)
     variants = None if kinds is None else torch.tensor(kinds)
     tokens = logits.argmax(-1, keepdim=True)
-    return Batch(rows, cache, tokens, lengths, mask.to(logits.device), variants, set(rows))
+    return DecodingBatch(rows, cache, tokens, lengths, mask.to(logits.device), variants, set(rows))
 
 
-def _filled(subject: Subject, prompts: Prompts, rows: list[int], cache: Any) -> Tensor:
+def _filled(subject: Subject, prompts: PreparedPrompts, rows: list[int], cache: Any) -> Tensor:
     logits = last_logits(subject, prompts, rows, cache)
     if prompts.lower is not None:
         prompts.lower.fill(cache, rows)
     return logits
 
 
-def _compact(batch: Batch) -> None:
+def _compact(batch: DecodingBatch) -> None:
     """The last live rows move into the places of finished ones."""
     n = len(batch.live)
     free = [slot for slot, row in enumerate(batch.rows[:n]) if row not in batch.live]
@@ -209,16 +209,16 @@ def _compact(batch: Batch) -> None:
         batch.cache.reorder_cache(index)
 
 
-def _advance(subject: Subject, batch: Batch) -> None:
+def _advance(subject: Subject, batch: DecodingBatch) -> None:
     """Pass each row's last token, and take the one after it."""
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
     # Without padding the mask says nothing, and attention is faster without one.
     mask = None if bool(batch.mask.all()) else batch.mask
-    with under(batch.variants):
+    with rows_in_pass(batch.variants):
         out = subject.model(
             input_ids=batch.tokens,
             attention_mask=mask,
             position_ids=batch.positions,
-            **with_cache(subject.model, batch.cache),
+            **cache_arguments(subject.model, batch.cache),
         )
     batch.tokens, batch.positions = out.logits[:, -1].argmax(-1, keepdim=True), batch.positions + 1

@@ -18,13 +18,13 @@ class DoneError(Exception):
     """Raised by the last hook that is wanted: the layers above need not run."""
 
 
-def blocks(subject: Subject) -> list[nn.Module]:
+def decoder_blocks(subject: Subject) -> list[nn.Module]:
     """The decoder blocks, in order."""
     return list(subject.module(subject.layers).children())
 
 
 @dataclass(frozen=True)
-class Taps:
+class ModulesToRead:
     """Module paths of which more than the stream is wanted."""
 
     outputs: Sequence[str] = ()
@@ -34,7 +34,7 @@ class Taps:
 
 
 @dataclass(frozen=True)
-class Routing:
+class ExpertRouting:
     """What a stack of experts did with each row: with all its tokens, and with the one that is wanted."""
 
     shares: Float[Tensor, "rows experts"]
@@ -43,29 +43,29 @@ class Routing:
     outputs: Float[Tensor, "rows k width"]
     """fp32, before routing weighs them."""
 
-    def of(self, rows: Int[Tensor, " n"]) -> Routing:
+    def of(self, rows: Int[Tensor, " n"]) -> ExpertRouting:
         """Some of the rows."""
-        return Routing(self.shares[rows], self.chosen[rows], self.outputs[rows])
+        return ExpertRouting(self.shares[rows], self.chosen[rows], self.outputs[rows])
 
 
-class Capture:
+class StreamCapture:
     """The stream at every block boundary from stream index ``first`` to ``top``, and the outputs and inputs of some
     modules.
 
     at: position of each row, [rows], or positions, [rows, positions].
     """
 
-    def __init__(self, subject: Subject, at: Tensor, taps: Taps, top: int, first: int = 0) -> None:
+    def __init__(self, subject: Subject, at: Tensor, taps: ModulesToRead, top: int, first: int = 0) -> None:
         self.subject, self.at, self.taps, self.top, self.first = subject, at, taps, top, first
         self.stream: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
-        self.routing: dict[str, Routing] = {}
+        self.routing: dict[str, ExpertRouting] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks are on inside, and the pass ends early once all that is wanted is there."""
-        layers = blocks(self.subject)
+        layers = decoder_blocks(self.subject)
         handles = [layer.register_forward_hook(self._leaving) for layer in layers[max(self.first - 1, 0) : self.top]]
         if not self.first:
             handles.append(layers[0].register_forward_pre_hook(self._entering, with_kwargs=True))
@@ -128,7 +128,7 @@ class Capture:
                 return
             asking = True
             alone = _alone(module, *(self._tokens(x) for x in args[:2]))
-            self.routing[path] = Routing(self._shares(args[1], len(next(module.parameters()))), *alone)
+            self.routing[path] = ExpertRouting(self._shares(args[1], len(next(module.parameters()))), *alone)
             asking = False
 
         return hook

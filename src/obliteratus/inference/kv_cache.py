@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from obliteratus.core.types import Subject
-from obliteratus.inference.row_plans import under, variants
+from obliteratus.inference.row_plans import all_variants, rows_in_pass
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
     """The arguments that give ``model`` this cache; None for a pass that keeps nothing."""
     return {_name_of_cache(type(model).forward): cache, "use_cache": cache is not None}
 
@@ -34,11 +34,11 @@ def _name_of_cache(forward: Callable[..., Any]) -> str:
 def prefix_states(subject: Subject, prefix: list[int], lowest: int = 0) -> KeyValues:
     """Keys and values [variants, heads, len(prefix), head] of each layer from ``lowest``, once for all prompts."""
     cache: Any = DynamicCache()
-    kinds = variants()
+    kinds = all_variants()
     ids = torch.tensor([prefix] * len(kinds), device=subject.device)
-    with under(kinds):
+    with rows_in_pass(kinds):
         trunk = subject.model.base_model
-        trunk(input_ids=ids, **with_cache(trunk, cache))
+        trunk(input_ids=ids, **cache_arguments(trunk, cache))
     return [(layer.keys, layer.values) for layer in cache.layers[lowest:]]
 
 
@@ -119,7 +119,7 @@ class Filling:
     """[rows], in slots."""
 
 
-def expanded(states: KeyValues, rows: Sequence[int]) -> KeyValues:
+def expand_variants(states: KeyValues, rows: Sequence[int]) -> KeyValues:
     """Each row's own variant of states [variants, heads, tokens, head]; a view where all rows share them."""
 
     def each(x: Tensor) -> Tensor:
@@ -128,12 +128,12 @@ def expanded(states: KeyValues, rows: Sequence[int]) -> KeyValues:
     return [(each(keys), each(values)) for keys, values in states]
 
 
-def shared(prefix: KeyValues) -> Cache:
+def prefix_cache(prefix: KeyValues) -> Cache:
     """A cache for one pass over rows that begin with a prefix, [rows, heads, tokens, head]."""
     return Cache(layers=[PrefixLayer(k, v) for k, v in prefix])
 
 
-def growing(subject: Subject, prefix: KeyValues | None, rows: int, slots: int, room: int) -> Any:
+def growing_cache(subject: Subject, prefix: KeyValues | None, rows: int, slots: int, room: int) -> Any:
     """A cache for the answers of ``rows`` prompts of at most ``slots`` tokens, prefix included, and ``room`` more.
 
     prefix: [rows, heads, tokens, head].
@@ -143,7 +143,7 @@ def growing(subject: Subject, prefix: KeyValues | None, rows: int, slots: int, r
 
 
 @contextmanager
-def filling(cache: Any, part: Filling) -> Iterator[None]:
+def fill_rows(cache: Any, part: Filling) -> Iterator[None]:
     """Inside, passes write the keys and values of these rows; outside, of the next token of every row."""
     for layer in cache.layers:
         layer.filling = part

@@ -14,19 +14,27 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import Prompts, backbone, batched, halving, padded, state_bytes, token_budget
+from obliteratus.inference.batching import (
+    PreparedPrompts,
+    make_batches,
+    pad_rows,
+    run_backbone,
+    run_or_halve,
+    state_bytes,
+    token_budget,
+)
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import kv_bytes
-from obliteratus.inference.hooks import DoneError, blocks
+from obliteratus.inference.hooks import DoneError, decoder_blocks
 from obliteratus.inference.kv_cache import KeyValues
-from obliteratus.inference.resume import Lower, Rows
+from obliteratus.inference.resume import PackedRows, ResumePoint
 
 # Cuts lie at eighths of the depth: an edit begins on average a sixteenth of the blocks above one, and each costs the
 # stream of all prompts (SmolLM2, 96 prompts of 20 tokens of their own: 4.5 MB).
 CUTS = 8
 
 
-class Kept:
+class LayerCache:
     """The stream that enters some blocks, and keys and values of the blocks below the highest of them.
 
     The prefix that all prompts share is one more row, the last: its keys and values are in ``prompts`` already.
@@ -35,7 +43,7 @@ class Kept:
     def __init__(
         self,
         subject: Subject,
-        prompts: Prompts,
+        prompts: PreparedPrompts,
         prefix: list[int],
         budget: float,
         answers: Collection[int],
@@ -45,8 +53,8 @@ class Kept:
         default at eighths of the depth."""
         self.subject, self.prompts, wanted = subject, prompts, set(answers)
         self.ids: Ids = [*prompts.rows, prefix] if prefix else prompts.rows
-        self.layout = Rows.of([len(row) for row in self.ids])
-        self.answered = Rows.of([len(row) if i in wanted else 0 for i, row in enumerate(self.ids)])
+        self.layout = PackedRows.of([len(row) for row in self.ids])
+        self.answered = PackedRows.of([len(row) if i in wanted else 0 for i, row in enumerate(self.ids)])
         self.cuts = self._affordable(budget, depths or eighths(subject.n_layers))
         self.streams: dict[int, Tensor] = {}
         self.states: KeyValues = []
@@ -56,7 +64,7 @@ class Kept:
         self.checked = False
         """Whether passes that begin at a cut were compared with whole ones: once, for all copies of a trunk."""
 
-    def on(self, twin: Subject) -> Kept:
+    def on(self, twin: Subject) -> LayerCache:
         """The same for a twin of the model, which another thread edits: a cut is run by whoever asks for it first."""
         other = copy(self)
         other.subject = twin
@@ -73,7 +81,7 @@ class Kept:
         states = max(cuts, default=0) * self.answered.tokens * kv_bytes(self.subject) / self.subject.n_layers
         return float(streams + states)
 
-    def lower(self, cut: int) -> Lower | None:
+    def lower(self, cut: int) -> ResumePoint | None:
         """The blocks below this cut, which are run now if they were not before; None at cut 0."""
         if not cut:
             return None
@@ -82,7 +90,9 @@ class Kept:
                 self._keep(cut)
         rows = tuple(range(len(self.ids)))
         states = self.states[:cut]
-        return Lower(self.subject, cut, self.layout, self.streams[cut], self.answered, states, self.tuples[cut], rows)
+        return ResumePoint(
+            self.subject, cut, self.layout, self.streams[cut], self.answered, states, self.tuples[cut], rows
+        )
 
     def drop(self) -> None:
         """Keep nothing, and have no cuts."""
@@ -99,7 +109,7 @@ class Kept:
         lower = self.lower(max((c for c in self.streams if c < cut), default=0))
         stores: list[Tensor] = []
         for prompts, batch in self._sources(lower):
-            for rows, values in halving(self._runner(prompts, cut), batch):
+            for rows, values in run_or_halve(self._runner(prompts, cut), batch):
                 layouts = [self.layout, *[self.answered] * (len(values) - 1)]
                 stores = stores or [x.new_empty(y.tokens, *x.shape[2:]) for x, y in zip(values, layouts, strict=True)]
                 for store, layout, x in zip(stores, layouts, values, strict=True):
@@ -107,22 +117,22 @@ class Kept:
         self.streams[cut] = stores[0]
         self.states += list(zip(stores[1::2], stores[2::2], strict=True))
 
-    def _sources(self, lower: Lower | None) -> Iterator[tuple[Prompts, list[int]]]:
+    def _sources(self, lower: ResumePoint | None) -> Iterator[tuple[PreparedPrompts, list[int]]]:
         """Batches of all rows, behind their prefix; then the prefix by itself."""
         behind = replace(self.prompts, lower=lower)
         size = token_budget(self.subject, state_bytes(self.subject))
-        yield from ((behind, rows) for rows in batched([len(row) for row in self.prompts.rows], size))
+        yield from ((behind, rows) for rows in make_batches([len(row) for row in self.prompts.rows], size))
         if self.prompts.skipped:
-            yield Prompts(self.ids, 0, None, lower), [len(self.prompts.rows)]
+            yield PreparedPrompts(self.ids, 0, None, lower), [len(self.prompts.rows)]
 
-    def _runner(self, prompts: Prompts, cut: int) -> Callable[[list[int]], tuple[list[int], list[Tensor]]]:
+    def _runner(self, prompts: PreparedPrompts, cut: int) -> Callable[[list[int]], tuple[list[int], list[Tensor]]]:
         """Gives the stream that enters block ``cut``, and keys and values of blocks not kept yet: [rows, tokens, …]."""
 
         def run(rows: list[int]) -> tuple[list[int], list[Tensor]]:
-            ids, _ = padded([prompts.rows[i] for i in rows], self.subject.device)
+            ids, _ = pad_rows([prompts.rows[i] for i in rows], self.subject.device)
             cache = _keeping(prompts, rows)
             with self._watching(cut) as entered, prompts.around(rows):
-                backbone(self.subject, ids, prompts.skipped, cache)
+                run_backbone(self.subject, ids, prompts.skipped, cache)
             new = cache.layers[len(self.states) : cut] if self.answered.tokens else []
             pairs = [x[:, :, prompts.skipped :].transpose(1, 2) for layer in new for x in (layer.keys, layer.values)]
             return rows, [*entered, *pairs]
@@ -141,7 +151,7 @@ class Kept:
             entered.append(args[0] if args else kwargs["hidden_states"])
             raise DoneError
 
-        layers = blocks(self.subject)
+        layers = decoder_blocks(self.subject)
         handles = [layers[cut - 1].register_forward_hook(left)]
         handles.append(layers[cut].register_forward_pre_hook(enters, with_kwargs=True, prepend=True))
         try:
@@ -158,7 +168,7 @@ def eighths(n_layers: int) -> list[int]:
     return sorted({n_layers * i // CUTS for i in range(1, CUTS)} - {0})
 
 
-def _keeping(prompts: Prompts, rows: list[int]) -> Any:
+def _keeping(prompts: PreparedPrompts, rows: list[int]) -> Any:
     """A cache that holds on to what is appended to the prefix."""
     cache: Any = DynamicCache()
     for i, (keys, values) in enumerate(prompts.prefix_of(rows)):

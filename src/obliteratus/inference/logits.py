@@ -14,23 +14,23 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import (
     TOKENS,
-    Prompts,
-    batched,
-    halving,
-    padded,
-    passes_of,
+    PreparedPrompts,
+    make_batches,
+    pad_rows,
+    run_or_halve,
     state_bytes,
     token_budget,
+    tokens_per_batch,
 )
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.kv_cache import with_cache
-from obliteratus.inference.layerwise import Sweep, at_head
-from obliteratus.inference.resume import Lower, entry
-from obliteratus.inference.shared_prefix import prepared
+from obliteratus.inference.kv_cache import cache_arguments
+from obliteratus.inference.layerwise import LayerwisePass, run_to_head
+from obliteratus.inference.resume import ResumePoint, pass_inputs
+from obliteratus.inference.shared_prefix import prepare_prompts
 
 
 @contextmanager
-def narrowed(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def narrow_head(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the LM head sees ``pick`` of its input [rows, tokens, width]. What the model does to its logits
     afterwards (soft caps, scales) is kept, because its own forward still runs."""
     head = subject.model.get_output_embeddings()
@@ -41,27 +41,27 @@ def narrowed(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[Non
         handle.remove()
 
 
-def only(subject: Subject, at: Tensor) -> AbstractContextManager[None]:
+def select_position(subject: Subject, at: Tensor) -> AbstractContextManager[None]:
     """Inside, the LM head sees one position of each row: at [rows]."""
     rows = torch.arange(len(at), device=at.device)
-    return narrowed(subject, lambda states: states[rows, at][:, None])
+    return narrow_head(subject, lambda states: states[rows, at][:, None])
 
 
-def first_token(
+def first_token_log_probs(
     subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
     """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
-    with torch.inference_mode(), passes_of(budget or TOKENS.get()):
-        if subject.shelf is None:
-            return first_tokens(subject, prepared(subject, ids, reuse), title=title)
-        with at_head(subject, [Sweep(subject, ids)], title) as (prompts,):
-            return first_tokens(subject, prompts, title=title)
+    with torch.inference_mode(), tokens_per_batch(budget or TOKENS.get()):
+        if subject.offloaded is None:
+            return prepared_first_token_log_probs(subject, prepare_prompts(subject, ids, reuse), title=title)
+        with run_to_head(subject, [LayerwisePass(subject, ids)], title) as (prompts,):
+            return prepared_first_token_log_probs(subject, prompts, title=title)
 
 
-def first_tokens(
-    subject: Subject, prompts: Prompts, *, title: str = "first tokens"
+def prepared_first_token_log_probs(
+    subject: Subject, prompts: PreparedPrompts, *, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
-    """`first_token` of prompts that are prepared."""
+    """`first_token_log_probs` of prompts that are prepared."""
     result: Tensor | None = None
 
     def run(rows: list[int]) -> tuple[list[int], Tensor]:
@@ -70,8 +70,8 @@ def first_tokens(
 
     size = token_budget(subject, state_bytes(subject))
     with torch.inference_mode(), progress(title, len(prompts.rows)) as advance:
-        for group in batched([len(r) for r in prompts.rows], size):
-            for rows, logp in halving(run, group):
+        for group in make_batches([len(r) for r in prompts.rows], size):
+            for rows, logp in run_or_halve(run, group):
                 result = logp.new_empty(len(prompts.rows), logp.shape[-1]) if result is None else result
                 result[rows] = logp
                 advance(len(rows))
@@ -80,21 +80,21 @@ def first_tokens(
 
 
 def last_logits(
-    subject: Subject, prompts: Prompts, rows: Sequence[int], cache: Any
+    subject: Subject, prompts: PreparedPrompts, rows: Sequence[int], cache: Any
 ) -> Float[Tensor, "rows vocabulary"]:
     """One pass over some rows: the logits of what follows each row's last token."""
-    batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
-    with prompts.around(rows), only(subject, lengths - 1):
+    batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
+    with prompts.around(rows), select_position(subject, lengths - 1):
         return next_logits(subject, batch, prompts.skipped, cache, prompts.lower)
 
 
 def next_logits(
-    subject: Subject, ids: Tensor, start: int, cache: Any, lower: Lower | None = None
+    subject: Subject, ids: Tensor, start: int, cache: Any, lower: ResumePoint | None = None
 ) -> Float[Tensor, "rows vocabulary"]:
-    """One pass through the whole model; the caller has narrowed the LM head to one position (`only`)."""
+    """One pass through the whole model; the caller has narrowed the LM head to one position (`select_position`)."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    given = entry(subject, ids, lower)
-    out = subject.model(**given, position_ids=positions, **with_cache(subject.model, cache))
+    given = pass_inputs(subject, ids, lower)
+    out = subject.model(**given, position_ids=positions, **cache_arguments(subject.model, cache))
     logits: Tensor = out.logits[:, -1]
     return logits
 
@@ -103,7 +103,7 @@ def next_logits(
 ROWS = 8
 
 
-def kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+def kl_divergence(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
     """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
     return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
 

@@ -15,7 +15,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Subject
-from obliteratus.weights.devices import agreed
+from obliteratus.weights.devices import agree_on_least
 
 LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
 """Bytes that the process may hold where the model is."""
@@ -26,7 +26,7 @@ COPIES = 2  # of these logits: as they are, and as log-probabilities. No batch s
 
 
 @contextmanager
-def within(limit: float) -> Iterator[None]:
+def memory_limit(limit: float) -> Iterator[None]:
     """Inside, batches are sized so that this process holds at most ``limit`` bytes on the model's device, the model's
     own included."""
     token = LIMIT.set(limit)
@@ -40,8 +40,8 @@ def free_memory(subject: Subject) -> int:
     """Bytes that may still be taken on the model's device; 0 where the budget is used up."""
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
     limit = LIMIT.get()
-    here = free if limit == math.inf else max(0.0, min(free, limit - held(subject)))
-    return int(agreed(subject.model, float(here), subject.device))
+    here = free if limit == math.inf else max(0.0, min(free, limit - held_bytes(subject)))
+    return int(agree_on_least(subject.model, float(here), subject.device))
 
 
 def host_memory() -> int:
@@ -49,27 +49,27 @@ def host_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def held(subject: Subject) -> int:
+def held_bytes(subject: Subject) -> int:
     """Bytes that this process holds on the model's device, the model's own included."""
     if subject.device.type == "cuda":
         return int(torch.cuda.memory_allocated(subject.device))
-    return resident()
+    return resident_bytes()
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of main memory that this process holds, without what it has freed."""
-    trim()
+    trim_heap()
     return int(psutil.Process().memory_info().rss)
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Freed memory goes back to the system, which glibc else holds on to, and which would count as held."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
-def parsed(text: str) -> float:
+def parse_size(text: str) -> float:
     """Bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
     try:
         return float(TypeAdapter(ByteSize).validate_python(text))

@@ -13,20 +13,20 @@ from torch.utils.hooks import RemovableHandle
 
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Subject
-from obliteratus.inference.hooks import blocks
+from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.kv_cache import KeyValues
-from obliteratus.inference.spill import Spilled
+from obliteratus.inference.spill import SpilledRows
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Where each row's tokens lie, all rows one after the other without padding. A row of length 0 is not there."""
 
     starts: Int[Tensor, " rows"]
     lengths: Int[Tensor, " rows"]
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Rows:
+    def of(cls, lengths: Sequence[int]) -> PackedRows:
         sizes = torch.tensor(lengths)
         return cls(sizes.cumsum(0) - sizes, sizes)
 
@@ -40,7 +40,7 @@ class Rows:
         steps = torch.arange(int(self.lengths[chosen].max()))
         return self.starts[chosen][:, None] + torch.minimum(steps[None], self.lengths[chosen][:, None] - 1)
 
-    def put(self, store: Tensor | Spilled, rows: Sequence[int], values: Tensor) -> None:
+    def put(self, store: Tensor | SpilledRows, rows: Sequence[int], values: Tensor) -> None:
         """Values [batch, longest, …] of some rows into the store [tokens, …], without their padding."""
         places = self.places(rows)
         own = torch.arange(places.shape[1])[None] < self.lengths[torch.tensor(list(rows))][:, None]
@@ -48,15 +48,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Lower:
+class ResumePoint:
     """The blocks below ``cut``, run before: the stream that enters block ``cut``, and their keys and values. At L, the
     number of blocks, it is the stream that leaves the last one."""
 
     subject: Subject
     cut: int
-    layout: Rows
-    stream: Float[Tensor, "tokens width"] | Spilled
-    answered: Rows
+    layout: PackedRows
+    stream: Float[Tensor, "tokens width"] | SpilledRows
+    answered: PackedRows
     states: KeyValues
     """Keys and values of each block below the cut, [tokens, heads, head], of rows that are to be answered."""
     tuples: bool = False
@@ -64,19 +64,19 @@ class Lower:
     rows: tuple[int, ...] = ()
     """Which row of the layout each row is."""
 
-    def of(self, rows: Sequence[int]) -> Lower:
+    def of(self, rows: Sequence[int]) -> ResumePoint:
         """The same for these rows, in this order."""
         return replace(self, rows=tuple(self.rows[i] for i in rows))
 
     @contextmanager
     def entering(self, rows: Sequence[int]) -> Iterator[None]:
         """Inside, a pass over these rows begins at block ``cut``: the blocks below pass on what they are given."""
-        layers = blocks(self.subject)
+        layers = decoder_blocks(self.subject)
         places = self.layout.places([self.rows[i] for i in rows])
         states = self.stream[places.to(self.stream.device)]
         handle = _left_by(layers[-1], states) if self.cut == len(layers) else _entered_by(layers[self.cut], states)
         try:
-            with passing(layers[: self.cut], self.tuples):
+            with skip_blocks(layers[: self.cut], self.tuples):
                 yield
         finally:
             handle.remove()
@@ -112,10 +112,10 @@ def _left_by(block: nn.Module, states: Float[Tensor, "rows tokens width"]) -> Re
     return block.register_forward_hook(put, prepend=True)
 
 
-def entry(subject: Subject, ids: Int[Tensor, "rows tokens"], lower: Lower | None) -> dict[str, Tensor]:
+def pass_inputs(subject: Subject, ids: Int[Tensor, "rows tokens"], lower: ResumePoint | None) -> dict[str, Tensor]:
     """What a pass is given: tokens; or nothing but their number, where the stream is known and the table of embeddings
     would have to be read for it."""
-    if subject.shelf is None or lower is None:
+    if subject.offloaded is None or lower is None:
         return {"input_ids": ids}
     return {
         "inputs_embeds": torch.zeros((), dtype=subject.model.dtype, device=ids.device).expand(*ids.shape, subject.width)
@@ -123,7 +123,7 @@ def entry(subject: Subject, ids: Int[Tensor, "rows tokens"], lower: Lower | None
 
 
 @contextmanager
-def passing(modules: Sequence[nn.Module], tuples: bool) -> Iterator[None]:
+def skip_blocks(modules: Sequence[nn.Module], tuples: bool) -> Iterator[None]:
     """Inside, these blocks pass the stream on untouched. Positions, rotary tables and masks are still the model's."""
 
     def same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

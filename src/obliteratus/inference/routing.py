@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.types import Routed
-from obliteratus.inference.hooks import Routing
+from obliteratus.inference.hooks import ExpertRouting
 
 Sums = dict[int, Tensor]
 """Expert → [its outputs' sum …, their squared lengths' sum, how many], float64: so rounding does not grow with them."""
 
 
 @dataclass
-class Counts:
+class RoutingCounts:
     """One stack, by group. Held are sums alone, of the experts that were chosen at all."""
 
     sums: dict[str, Sums] = field(default_factory=dict)
     shares: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, group: str, batch: Routing) -> None:
+    def add(self, group: str, batch: ExpertRouting) -> None:
         """The rows of a batch."""
         sums = self.sums.setdefault(group, {})
         self.shares.setdefault(group, []).append(batch.shares.double())
@@ -47,14 +47,14 @@ def _routed(sums: Sums, shares: Tensor) -> Routed:
 
 
 # ------------------------------------------------------------------------------------------ on disk
-def named(routed: Mapping[str, Mapping[str, Routed]]) -> dict[str, Tensor]:
+def routing_to_tensors(routed: Mapping[str, Mapping[str, Routed]]) -> dict[str, Tensor]:
     """All tensors by a name that tells stack, group and field."""
     every = ((f"routed/{path}/{group}", found) for path, groups in routed.items() for group, found in groups.items())
     return {f"{name}/{key}": torch.as_tensor(value) for name, found in every for key, value in vars(found).items()}
 
 
-def unnamed(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Routed]]:
-    """What `named` named; other tensors are left out."""
+def routing_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Routed]]:
+    """What `routing_to_tensors` named; other tensors are left out."""
     fields: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name in (name for name in tensors if name.startswith("routed/")):
         _, path, group, key = name.split("/")

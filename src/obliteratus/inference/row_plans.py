@@ -19,7 +19,7 @@ _PASS: ContextVar[Tensor | None] = ContextVar("variant of each row of this pass"
 
 
 @contextmanager
-def varied(of_row: Sequence[int]) -> Iterator[None]:
+def with_variants(of_row: Sequence[int]) -> Iterator[None]:
     """Inside, prompt i of what is run is under variant ``of_row[i]``."""
     token = _PROMPTS.set(tuple(of_row))
     try:
@@ -36,13 +36,13 @@ def variants_of(rows: int) -> tuple[int, ...] | None:
     return found
 
 
-def variants() -> list[int]:
+def all_variants() -> list[int]:
     """All variants there are; [0] where rows do not differ."""
     return list(range(max(_PROMPTS.get() or (0,)) + 1))
 
 
 @contextmanager
-def under(of_row: Sequence[int] | Tensor | None) -> Iterator[None]:
+def rows_in_pass(of_row: Sequence[int] | Tensor | None) -> Iterator[None]:
     """Around one pass: the variant of each of its rows. None: rows do not differ."""
     token = _PASS.set(None if of_row is None else torch.as_tensor(of_row))
     try:

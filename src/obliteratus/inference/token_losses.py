@@ -19,12 +19,19 @@ from torch.nn.functional import cross_entropy, linear
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import Prompts, batched, halving, padded, state_bytes, token_budget
+from obliteratus.inference.batching import (
+    PreparedPrompts,
+    make_batches,
+    pad_rows,
+    run_or_halve,
+    state_bytes,
+    token_budget,
+)
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import DoneError
-from obliteratus.inference.layerwise import Sweep, at_head
+from obliteratus.inference.layerwise import LayerwisePass, run_to_head
 from obliteratus.inference.memory import LOGIT_TOKENS
-from obliteratus.inference.resume import entry
+from obliteratus.inference.resume import pass_inputs
 from obliteratus.inference.row_plans import variants_of
 from obliteratus.weights.devices import is_parted
 
@@ -42,18 +49,22 @@ def token_losses(subject: Subject, ids: Ids, *, budget: int = 0, title: str = "t
 
     budget: tokens a batch; 0 lets memory decide.
     """
-    if subject.shelf is None:
-        return losses(subject, Prompts(ids, 0, None, variants=variants_of(len(ids))), budget=budget, title=title)
-    with at_head(subject, [whole(subject, ids)], title) as (prompts,):
-        return losses(subject, prompts, budget=budget, title=title)
+    if subject.offloaded is None:
+        return prepared_token_losses(
+            subject, PreparedPrompts(ids, 0, None, variants=variants_of(len(ids))), budget=budget, title=title
+        )
+    with run_to_head(subject, [without_prefix(subject, ids)], title) as (prompts,):
+        return prepared_token_losses(subject, prompts, budget=budget, title=title)
 
 
-def whole(subject: Subject, ids: Ids) -> Sweep:
+def without_prefix(subject: Subject, ids: Ids) -> LayerwisePass:
     """Rows of which no prefix is taken off."""
-    return Sweep(subject, ids, leave=max(map(len, ids)))
+    return LayerwisePass(subject, ids, leave=max(map(len, ids)))
 
 
-def losses(subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = "texts") -> list[Tensor]:
+def prepared_token_losses(
+    subject: Subject, prompts: PreparedPrompts, *, budget: int = 0, title: str = "texts"
+) -> list[Tensor]:
     """`token_losses` of rows that are prepared. ValueError where a prefix was taken off: its tokens have losses too."""
     if prompts.skipped:
         raise ValueError("losses are of all tokens, and a prefix was taken off")
@@ -61,15 +72,15 @@ def losses(subject: Subject, prompts: Prompts, *, budget: int = 0, title: str = 
     size = budget or token_budget(subject, state_bytes(subject))
     with torch.inference_mode(), progress(title, len(found)) as advance:
         run = _runner(subject, prompts)
-        for group in batched([len(r) for r in prompts.rows], size):
-            for rows, values in halving(run, group):
+        for group in make_batches([len(r) for r in prompts.rows], size):
+            for rows, values in run_or_halve(run, group):
                 for i, row in zip(rows, values, strict=True):
                     found[i] = row
                 advance(len(rows))
     return found
 
 
-def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]:
+def _runner(subject: Subject, prompts: PreparedPrompts) -> Callable[[list[int]], Losses]:
     """In parts, unless the first batch shows that the model does more to its logits than its head."""
     head, checked = _plain_head(subject), False
 
@@ -77,9 +88,9 @@ def _runner(subject: Subject, prompts: Prompts) -> Callable[[list[int]], Losses]
         nonlocal head, checked
         if head is None:
             return _whole(subject, prompts, rows)
-        ids, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+        ids, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
         with prompts.around(rows), _given(head, go_on=not checked) as given:
-            logits = subject.model(**entry(subject, ids, prompts.lower), use_cache=False).logits
+            logits = subject.model(**pass_inputs(subject, ids, prompts.lower), use_cache=False).logits
             checked = True
             with align_module_device(head):
                 head = head if _same(given[0], logits, head) else None
@@ -126,11 +137,13 @@ def _same(states: Tensor, logits: Tensor, head: nn.Linear) -> bool:
 
 def _in_parts(states: Tensor, ids: Tensor, lengths: Tensor, rows: list[int], head: nn.Linear) -> Losses:
     there = torch.arange(ids.shape[1] - 1, device=ids.device) < (lengths - 1)[:, None]  # padding is left out
-    values = nll(states[:, :-1][there], ids[:, 1:][there].to(states.device), head)
+    values = negative_log_likelihood(states[:, :-1][there], ids[:, 1:][there].to(states.device), head)
     return rows, list(values.cpu().split((lengths - 1).tolist()))
 
 
-def nll(states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.Linear) -> Float[Tensor, " n"]:
+def negative_log_likelihood(
+    states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.Linear
+) -> Float[Tensor, " n"]:
     """−log softmax(W h + b)[target], fp32: the sum over the vocabulary part by part."""
     first = torch.zeros_like(targets)
     total = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
@@ -144,16 +157,16 @@ def nll(states: Float[Tensor, "n width"], targets: Int[Tensor, " n"], head: nn.L
 
 
 # --------------------------------------------------------------------------------------------- whole
-def _whole(subject: Subject, prompts: Prompts, rows: Sequence[int]) -> Losses:
+def _whole(subject: Subject, prompts: PreparedPrompts, rows: Sequence[int]) -> Losses:
     """Few rows at a time, so that few logits are held at once; one longer text is not cut."""
     lengths = [len(prompts.rows[i]) for i in rows]
-    parts = [_logits_losses(subject, prompts, [rows[k] for k in part]) for part in batched(lengths, LOGIT_TOKENS)]
+    parts = [_logits_losses(subject, prompts, [rows[k] for k in part]) for part in make_batches(lengths, LOGIT_TOKENS)]
     return [i for own, _ in parts for i in own], [row for _, values in parts for row in values]
 
 
-def _logits_losses(subject: Subject, prompts: Prompts, rows: list[int]) -> Losses:
-    batch, lengths = padded([prompts.rows[i] for i in rows], subject.device)
+def _logits_losses(subject: Subject, prompts: PreparedPrompts, rows: list[int]) -> Losses:
+    batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
     with prompts.around(rows):
-        logits = subject.model(**entry(subject, batch, prompts.lower), use_cache=False).logits[:, :-1].float()
+        logits = subject.model(**pass_inputs(subject, batch, prompts.lower), use_cache=False).logits[:, :-1].float()
     loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(rows), -1).cpu()
     return rows, [loss[j, : n - 1] for j, n in enumerate(lengths.tolist())]  # padding is left out

@@ -12,8 +12,8 @@ from obliteratus.analyze import Finding
 from obliteratus.analyze.page import page
 from obliteratus.core.settings import Range, Recipe, Search
 from obliteratus.core.types import Activations
-from obliteratus.pipeline.recipe import dump, parsed, replaced
-from obliteratus.pipeline.rules import RULES, Known, Rule, ranges
+from obliteratus.pipeline.recipe import dump_toml, parse_recipe, replace_values
+from obliteratus.pipeline.rules import RULES, Rule, RuleInputs, search_ranges
 
 TRIALS = 20  # of a search that begins at the advice: the ranges are narrow
 
@@ -55,25 +55,25 @@ def advise(recipe: Recipe, acts: Activations, found: Mapping[str, Finding], *, a
     found: findings by analysis; a rule whose analysis is missing (skipped, or out of budget) decides nothing, and says
     so. anchors: whether the model's weights can hold anchored edits.
     """
-    known, reasons = Known(recipe, acts, found, anchors), list[Reason]()
+    known, reasons = RuleInputs(recipe, acts, found, anchors), list[Reason]()
     for rule in RULES:
-        made, reason = decided(rule, known)
+        made, reason = apply_rule(rule, known)
         known = replace(known, recipe=made)
         reasons.append(reason)
     done = known.recipe.model_copy(update={"analyze": ()})
-    return Advice(done, tuple(reasons), ranges(replace(known, recipe=done)), found)
+    return Advice(done, tuple(reasons), search_ranges(replace(known, recipe=done)), found)
 
 
-def suited(recipe: Recipe, anchors: bool) -> Recipe:
+def fit_recipe_to_weights(recipe: Recipe, anchors: bool) -> Recipe:
     """The recipe as the model's weights can hold it: the rule that must be applied before anything is probed."""
-    return decided(RULES[0], Known(recipe, Activations({}, -1), {}, anchors))[0]
+    return apply_rule(RULES[0], RuleInputs(recipe, Activations({}, -1), {}, anchors))[0]
 
 
-def decided(rule: Rule, known: Known) -> tuple[Recipe, Reason]:
+def apply_rule(rule: Rule, known: RuleInputs) -> tuple[Recipe, Reason]:
     """The recipe after one rule."""
     value = rule.value(known) if not rule.needs or rule.needs in known.found else None
     changes = rule.change(known) if value is not None and rule.applies(value) else {}
-    made = replaced(known.recipe, changes, known.recipe.name) if changes else known.recipe
+    made = replace_values(known.recipe, changes, known.recipe.name) if changes else known.recipe
     return made, Reason(rule.decides, rule.measures, value, rule.threshold, rule.at_most, changes)
 
 
@@ -83,7 +83,7 @@ def save_advice(advice: Advice, folder: Path) -> None:
     data = {**advice.told(), "recipe": advice.recipe.model_dump(mode="json")}
     (folder / "advice.json").write_text(json.dumps(data, indent=1))
     search = {"search": Search(trials=TRIALS, space=dict(advice.ranges))} if advice.ranges else {}
-    (folder / "advised.toml").write_text(dump(advice.recipe.model_copy(update={**search, "passes": 1})))
+    (folder / "advised.toml").write_text(dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})))
     numbers = {name: finding.numbers() for name, finding in advice.found.items()}
     (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
     (folder / "index.html").write_text(page(advice.found, f"What decided the recipe of {advice.recipe.name}"))
@@ -93,5 +93,5 @@ def load_advice(folder: Path) -> Advice:
     """What `save_advice` wrote, but for the findings."""
     data = json.loads((folder / "advice.json").read_text())
     spans = {path: Range(**span) for path, span in data["ranges"].items()}
-    made = parsed(data["recipe"], str(folder / "advice.json"))
+    made = parse_recipe(data["recipe"], str(folder / "advice.json"))
     return Advice(made, tuple(Reason(**reason) for reason in data["reasons"]), spans)

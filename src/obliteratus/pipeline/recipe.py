@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import explain, unknown
+from obliteratus.core.registry import explain_validation_error, unknown_name
 from obliteratus.core.settings import Recipe
 from obliteratus.distill import check_needs
 from obliteratus.verify import scorers
@@ -25,7 +25,7 @@ from obliteratus.weigh import weighers
 
 
 @dataclass(frozen=True)
-class Shelf:
+class PresetFolder:
     """TOML files of one kind: those that are shipped, and those that a user has."""
 
     folder: str
@@ -50,34 +50,34 @@ class Shelf:
                 raise UserError(f"{path}: no such {self.file} file")
             return _toml(path.read_bytes(), path.stem, source)
         if source not in self.names():
-            raise UserError(unknown(self.name, source, self.names()) + f"; see '{self.see}'")
+            raise UserError(unknown_name(self.name, source, self.names()) + f"; see '{self.see}'")
         return _toml((files("obliteratus") / self.folder / f"{source}.toml").read_bytes(), source, source)
 
 
-METHODS = Shelf("recipes", "recipe", "method", "obliteratus methods")
+METHODS = PresetFolder("recipes", "recipe", "method", "obliteratus methods")
 
 
-def names() -> list[str]:
+def list_methods() -> list[str]:
     """All shipped methods."""
     return METHODS.names()
 
 
-def recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """A shipped method by name, or a TOML file by path, with values replaced by path (``weigh.0.floor``).
 
     Raises UserError for a method, step or option that does not exist, and for a value out of its range.
     """
     where = str(source)
-    made = parsed(METHODS.data(where), where)
-    return replaced(made, overrides, where) if overrides else made
+    made = parse_recipe(METHODS.data(where), where)
+    return replace_values(made, overrides, where) if overrides else made
 
 
-def replaced(made: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
+def replace_values(made: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
     """The recipe with values replaced by path, validated anew."""
-    return parsed(overridden(made, values), where)
+    return parse_recipe(override_values(made, values), where)
 
 
-def overridden(made: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+def override_values(made: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data with values replaced by path, to be validated anew; UserError for a path that leads nowhere."""
     whole = made.model_dump(mode="json")  # defaults too, so that each of them can be replaced by its path
     for path, value in values.items():
@@ -98,12 +98,12 @@ def value_at(made: Recipe, path: str) -> Any:
     return data
 
 
-def parsed(data: dict[str, Any], where: str) -> Recipe:
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     """A validated recipe from plain data."""
     try:
         made = Recipe(**data)
     except ValidationError as error:
-        raise UserError(f"recipe '{where}': {explain(error)}") from error
+        raise UserError(f"recipe '{where}': {explain_validation_error(error)}") from error
     kinds = ((extractors, made.distill), (weighers, made.weigh), (scorers, made.verify), (analyses, made.analyze))
     for registry, steps in kinds:
         for step in steps:
@@ -120,7 +120,7 @@ def _check_space(made: Recipe, where: str) -> None:
     for path, values in made.search.space.items():
         for value in values.ends:
             try:
-                replaced(plain, {path: value}, where)
+                replace_values(plain, {path: value}, where)
             except UserError as error:
                 raise UserError(f"recipe '{where}': search.space '{path}': {error}") from error
 
@@ -178,7 +178,7 @@ def _index(data: list[Any], key: str, whole: str) -> int:
     return int(key)
 
 
-def unnumbered(made: Recipe) -> dict[str, Any]:
+def without_trial_count(made: Recipe) -> dict[str, Any]:
     """The recipe as plain data without the number of trials, which a resumed search may raise."""
     data = made.model_dump(mode="json")
     if made.search is not None:
@@ -187,7 +187,7 @@ def unnumbered(made: Recipe) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ writing
-def dump(made: BaseModel) -> str:
+def dump_toml(made: BaseModel) -> str:
     """A recipe or a study as TOML, defaults left out; reading it back gives the same."""
     data = made.model_dump(exclude_defaults=True)
     plain = {k: v for k, v in data.items() if not _is_table(v)}

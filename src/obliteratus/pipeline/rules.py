@@ -29,7 +29,7 @@ ROUND = 0.005  # nats: the least budget; random directions taken from block 16 o
 
 
 @dataclass(frozen=True)
-class Known:
+class RuleInputs:
     """What a decision may rest on."""
 
     recipe: Recipe
@@ -50,9 +50,9 @@ class Rule:
     measures: str
     threshold: float
     at_most: bool
-    value: Callable[[Known], float | None]
+    value: Callable[[RuleInputs], float | None]
     """None where there is nothing to measure."""
-    change: Callable[[Known], dict[str, Any]]
+    change: Callable[[RuleInputs], dict[str, Any]]
     """Recipe paths → values."""
 
     def applies(self, value: float) -> bool:
@@ -61,7 +61,7 @@ class Rule:
 
 # ------------------------------------------------------------------------------------- what is measured
 @dataclass(frozen=True)
-class Choice:
+class DepthChoice:
     """Where edits begin, and in which part."""
 
     part: str
@@ -71,27 +71,27 @@ class Choice:
     kl: Score
 
 
-def choice(known: Known) -> Choice | None:
+def choose_depth(known: RuleInputs) -> DepthChoice | None:
     """Of the edits that were answered, the first with the fewest refusals; None where none was."""
     found = cast(Reach, known.found["reach"])
     done = [
-        Choice(part, depth, share.value, found.kl[part][found.depths.index(depth)])
+        DepthChoice(part, depth, share.value, found.kl[part][found.depths.index(depth)])
         for part, depth, share in found.answered
     ]
     return min(done, key=lambda c: c.refused, default=None)
 
 
-def _refused(known: Known) -> float | None:
-    best = choice(known)
+def _refused(known: RuleInputs) -> float | None:
+    best = choose_depth(known)
     return None if best is None else best.refused
 
 
-def _kl(known: Known) -> float | None:
-    best = choice(known)
+def _kl(known: RuleInputs) -> float | None:
+    best = choose_depth(known)
     return None if best is None or best.refused > ENOUGH else best.kl.high
 
 
-def spectrum(found: Cones) -> list[float]:
+def category_spectrum(found: Cones) -> list[float]:
     """Of the categories' unit directions where the behaviour is clearest, noise taken out: each principal axis' share
     of their energy, largest first."""
     cosine = torch.tensor([[score.value for score in row] for row in found.cosine], dtype=torch.float64)
@@ -100,42 +100,42 @@ def spectrum(found: Cones) -> list[float]:
     return shares
 
 
-def _second(known: Known) -> float:
-    return spectrum(cast(Cones, known.found["cones"]))[1]
+def _second(known: RuleInputs) -> float:
+    return category_spectrum(cast(Cones, known.found["cones"]))[1]
 
 
 # ------------------------------------------------------------------------------------- what is changed
-def _directions(known: Known) -> dict[str, Any]:
+def _directions(known: RuleInputs) -> dict[str, Any]:
     """One for each axis that matters: LEACE's of as many classes, or where the recipe has another extractor, SVD's."""
-    k = sum(share >= SHARE for share in spectrum(cast(Cones, known.found["cones"])))
+    k = sum(share >= SHARE for share in category_spectrum(cast(Cones, known.found["cones"])))
     if known.recipe.distill[0].use == "leace":
         return {"distill.0.k": k}
     return {"distill": [{"use": "svd", "k": k}, CLEAR]}
 
 
-def _layers(known: Known) -> dict[str, Any]:
+def _layers(known: RuleInputs) -> dict[str, Any]:
     best = _chosen(known)
     depth = floor(1e4 * best.first / _last(known)) / 1e4  # rounded down, so that the block itself is in
     parts = {"attn": float(best.part != "mlp"), "mlp": float(best.part != "attention")}
     return {"weigh": [{"use": "middle", "low": depth, "high": 1.0}, {"use": "component", **parts}]}
 
 
-def _budget(known: Known) -> dict[str, Any]:
+def _budget(known: RuleInputs) -> dict[str, Any]:
     return {"excise.kl_budget": round(max(ROUND, BUDGET * _chosen(known).kl.high), 4)}
 
 
-def _chosen(known: Known) -> Choice:
-    best = choice(known)
+def _chosen(known: RuleInputs) -> DepthChoice:
+    best = choose_depth(known)
     assert best is not None, "the rule's value was measured"
     return best
 
 
-def _last(known: Known) -> int:
+def _last(known: RuleInputs) -> int:
     """Index of the last block."""
     return max(1, known.acts["control"].mean.shape[0] - 2)
 
 
-def ranges(known: Known) -> dict[str, Range]:
+def search_ranges(known: RuleInputs) -> dict[str, Range]:
     """Where a search may look: first blocks from which removal ends more than half, and parts that end some of it."""
     if "reach" not in known.found or not (found := cast(Reach, known.found["reach"])).found:
         return {}

@@ -8,32 +8,32 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from obliteratus.analyze import Finding, Ground, tried
+from obliteratus.analyze import AnalysisContext, Finding, try_analyses
 from obliteratus.causal import FitContext
 from obliteratus.causal.check_bypass import check_bypass
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
-from obliteratus.core.settings import Excise, Recipe, Step, asked
+from obliteratus.core.settings import Excise, Recipe, Step, expand_part
 from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Subject
-from obliteratus.distill import distill, load_directions, save_directions
+from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.bake.tensors import anchorable
-from obliteratus.excise.kl_budget import within_budget
+from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import excise, load_plan, save_plan
-from obliteratus.excise.router_limit import steadied
-from obliteratus.pipeline.advise import Advice, advise, load_advice, save_advice, suited
-from obliteratus.pipeline.offloaded import compared, measured, suited_to
+from obliteratus.excise.plan import load_plan, plan_edits, save_plan
+from obliteratus.excise.router_limit import limit_router_edits
+from obliteratus.pipeline.advise import Advice, advise, fit_recipe_to_weights, load_advice, save_advice
+from obliteratus.pipeline.offloaded import adapt_recipe, compared, measured
 from obliteratus.pipeline.recipe import check_runs
-from obliteratus.pipeline.record import described, found_in, told
+from obliteratus.pipeline.record import describe_pass, describe_passes, describe_prompts
 from obliteratus.probe.cache import kept
-from obliteratus.probe.probe import load_activations, probe, save_activations
+from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.prompts import parts_checked
-from obliteratus.summon.coverage import edited
-from obliteratus.tune.fit import tuned
-from obliteratus.verify import Measured
-from obliteratus.weigh import weigh
+from obliteratus.summon.coverage import plan_coverage
+from obliteratus.tune.fit import tune_plan
+from obliteratus.verify import Measurement
+from obliteratus.weigh import weigh_sites
 
 ADVISED = "ANALYZE"  # the stage, and its place in a run's folder
 # A later pass whose directions carry less than this share of what the first found has nothing left to remove.
@@ -57,9 +57,9 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     check_runs(recipe, prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; give it to obliteratus search, or run what one found")
-    store, recipe = store or Store(), suited_to(subject, recipe)
+    store, recipe = store or Store(), adapt_recipe(subject, recipe)
     fit, search, report = parts_checked(prompts, recipe.seed, recipe.searched)
-    apart = subject.shelf is None  # else before and after are one pass over the weights, at the end
+    apart = subject.offloaded is None  # else before and after are one pass over the weights, at the end
     before = measured(store, "VERIFY before", subject, report, recipe.verify) if apart else None
     found: dict[str, Any] = {}
     if recipe.analyze:
@@ -71,19 +71,19 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
 
 def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, recipe: Recipe) -> Advice:
     """ANALYZE as a stage: the recipe's analyses, on activations that its first pass uses too, change it."""
-    wanted = {part for name in recipe.excise.parts for part in asked(name)}
+    wanted = {part for name in recipe.excise.parts for part in expand_part(name)}
     anchors = anchorable(subject, [s for s in subject.sites if s.role == "writes" and s.part in wanted])
-    start = suited(recipe, anchors)
+    start = fit_recipe_to_weights(recipe, anchors)
     acts = probed(store, "PROBE 1", subject, fit, start)
 
     def make() -> Advice:
         lab, found, along = FitContext(subject, fit), dict[str, Finding](), start.distill
-        directions = distill(acts, along, lab)
+        directions = find_directions(acts, along, lab)
         for step in recipe.analyze:  # each looks along the directions that those before it have settled
-            found |= tried(Ground(acts, directions, lab, search), [step])[0]
+            found |= try_analyses(AnalysisContext(acts, directions, lab, search), [step])[0]
             advice = advise(recipe, acts, found, anchors=anchors)
             if advice.recipe.distill != along:
-                along, directions = advice.recipe.distill, distill(acts, advice.recipe.distill, lab)
+                along, directions = advice.recipe.distill, find_directions(acts, advice.recipe.distill, lab)
         return advice
 
     return store.stage(ADVISED, make, save_advice, load_advice)
@@ -111,11 +111,11 @@ def in_passes(
             ended = "the KL budget is spent"
             break
         if recipe.tune is not None:
-            fitted = partial(tuned, subject, new, fit, search, recipe.tune, recipe.seed)
+            fitted = partial(tune_plan, subject, new, fit, search, recipe.tune, recipe.seed)
             new = store.stage("TUNE", fitted, save_plan, load_plan)
         plan += new
-        passes.append(found_in(subject, acts, directions, new))
-    return plan, told(passes, store, ended)
+        passes.append(describe_pass(subject, acts, directions, new))
+    return plan, describe_passes(passes, store, ended)
 
 
 def proved(
@@ -124,7 +124,7 @@ def proved(
     subject: Subject,
     prompts: PromptSet,
     plan: Plan,
-    before: Measured | None,
+    before: Measurement | None,
     found: dict[str, Any],
 ) -> Run:
     """The edited model measured on the report prompts, and the whole run's record.
@@ -134,13 +134,13 @@ def proved(
     """
     report = parts_checked(prompts, recipe.seed)[2]
     before, after = compared(store, subject, plan, report, recipe.verify, before)
-    covered = edited(subject, plan)
+    covered = plan_coverage(subject, plan)
     if covered["warning"]:
         note("coverage", f"warning: {covered['warning']}")
     return Run(
         recipe=recipe,
         source={k: str(v) for k, v in vars(subject.source).items()},
-        prompts=described(prompts, recipe.seed, subject),
+        prompts=describe_prompts(prompts, recipe.seed, subject),
         before=dict(before.scores),
         after=dict(after.scores),
         coverage=covered,
@@ -168,13 +168,13 @@ def searched(
 
 def _distilled(acts: Activations, steps: Sequence[Step], lab: FitContext) -> Directions:
     check_bypass(lab, steps)
-    return distill(acts, steps, lab)
+    return find_directions(acts, steps, lab)
 
 
 def still_refused(store: Store, number: int, subject: Subject, plan: Plan, search: PromptSet) -> float:
     """Share of search target prompts that the model refuses after the passes so far; 1 if nobody asked."""
     few = PromptSet({"target": search["target"][:CHECKED]})
-    if not few["target"] or subject.shelf is not None:  # answers would read all weights once a token
+    if not few["target"] or subject.offloaded is not None:  # answers would read all weights once a token
         return 1.0
     with applied(subject, plan):
         found = measured(store, f"CHECK {number}", subject, few, (Step(use="refusal", tokens=CHECK_TOKENS),))
@@ -185,12 +185,12 @@ def probed(
     store: Store, stage: str, subject: Subject, fit: PromptSet, recipe: Recipe, plan: Plan | None = None
 ) -> Activations:
     """PROBE as a stage. What it gives of the unedited model is kept for later runs; a plan that is live now is none."""
-    anchored = [p for part in recipe.excise.parts for p in asked(part)] if recipe.excise.anchored else []
+    anchored = [p for part in recipe.excise.parts for p in expand_part(part)] if recipe.excise.anchored else []
     taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
-    wanted = asked("mlp.out") if recipe.excise.neurons is not None else ()
+    wanted = expand_part("mlp.out") if recipe.excise.neurons is not None else ()
     feeds = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
     stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked and recipe.excise.experts is not None]
-    look = probe if plan is not None and plan.edits else partial(kept, stage)
+    look = collect_activations if plan is not None and plan.edits else partial(kept, stage)
     make = partial(look, subject, fit, recipe.probe, taps, feeds, stacks)
     return store.stage(stage, make, save_activations, load_activations)
 
@@ -209,11 +209,13 @@ def planned(
     options = recipe.excise if number == 1 else _later(recipe.excise)
 
     def make() -> Plan:
-        weights = weigh(directions, subject.sites, acts, recipe.weigh)
-        new = steadied(subject, done, excise(subject, directions, weights, acts, options), search["control"])
+        weights = weigh_sites(directions, subject.sites, acts, recipe.weigh)
+        new = limit_router_edits(
+            subject, done, plan_edits(subject, directions, weights, acts, options), search["control"]
+        )
         if options.kl_budget is None:
             return new
-        return within_budget(subject, done, new, search["control"], options.kl_budget)[0]
+        return limit_kl(subject, done, new, search["control"], options.kl_budget)[0]
 
     return store.stage(f"EXCISE {number}", make, save_plan, load_plan)
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
 from obliteratus.core.types import Activations, PromptSet, Subject, digest_of
-from obliteratus.inference.chat_template import render
-from obliteratus.probe.probe import load_activations, probe, save_activations
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.weights.organism import cache_folder
 from obliteratus.weights.rewrite import sha256_of
-from obliteratus.weights.safetensors_io import numbers
+from obliteratus.weights.safetensors_io import tensor_bytes
 
 SWITCH = "OBLITERATUS_PROBE_CACHE"
 """Environment variable: ``off`` neither reads nor keeps anything."""
@@ -51,21 +51,21 @@ def kept(
     feeds: Sequence[str] = (),
     stacks: Sequence[str] = (),
 ) -> Activations:
-    """What `probe` gives, from disk where an earlier run left it; the rest of the arguments are `probe`'s.
+    """What `collect_activations` gives, from disk where an earlier run left it; the rest of the arguments are `collect_activations`'s.
 
     A model with any hook on it, such as a live plan's, is always probed, and nothing of it is kept; so is one whose
     weights are out of reach. A cache that cannot be read or written costs time, never an error. stage: who notes it.
     """
     weights = "" if os.environ.get(SWITCH) == "off" or _hooked(subject.model) else weights_of(subject)
     if not weights:
-        return probe(subject, prompts, options, taps, feeds, stacks)
+        return collect_activations(subject, prompts, options, taps, feeds, stacks)
     key = digest_of([weights, made_by(subject), asked_of(subject, prompts, options), [*taps], [*feeds], [*stacks]])
     place = cache_folder() / "probes" / key
     found = _read(place)
     if found is not None:
         note(stage, "kept from an earlier run on the same model and prompts")
         return found
-    acts = probe(subject, prompts, options, taps, feeds, stacks)
+    acts = collect_activations(subject, prompts, options, taps, feeds, stacks)
     try:
         _write(acts, place)
     except (OSError, SafetensorError) as error:  # no room, no permission, or another process cleaning up
@@ -84,7 +84,7 @@ def _hooked(model: nn.Module) -> bool:
 # -------------------------------------------------------------------------------------------- the key
 def asked_of(subject: Subject, prompts: PromptSet, options: Probe) -> list[Any]:
     """The question: prompts, the tokens that they became (which cover tokenizer and template), and the options."""
-    ids = {group: render(subject, members) for group, members in prompts.groups.items()}
+    ids = {group: render_prompts(subject, members) for group, members in prompts.groups.items()}
     return [prompts.digest, ids, options.model_dump(), subject.thinking, subject.source.digest]
 
 
@@ -111,8 +111,8 @@ def weights_of(subject: Subject) -> str:
     """
     tensors = {**dict(subject.model.named_buffers()), **subject.model.state_dict(keep_vars=False)}
     heads = [[name, str(t.dtype), [*t.shape]] for name, t in tensors.items() if isinstance(t, Tensor)]
-    if subject.shelf is not None:
-        files = [(file, file.stat()) for file in subject.shelf.files.shards]
+    if subject.offloaded is not None:
+        files = [(file, file.stat()) for file in subject.offloaded.files.shards]
         return digest_of([heads, [[str(file.resolve()), at.st_size, at.st_mtime_ns] for file, at in files]])
     values = [t for t in tensors.values() if isinstance(t, Tensor)]
     if any(t.is_meta for t in values):
@@ -122,7 +122,7 @@ def weights_of(subject: Subject) -> str:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(numbers(tensor)).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------- on disk

@@ -15,17 +15,17 @@ from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
 from obliteratus.core.types import Activations, Moments, Prompt, PromptSet, Sketch, Subject, digest_of
 from obliteratus.inference import routing
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.hidden_states import Reading, read
-from obliteratus.inference.hooks import Taps
-from obliteratus.inference.routing import Counts
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
+from obliteratus.inference.hooks import ModulesToRead
+from obliteratus.inference.routing import RoutingCounts
 from obliteratus.probe.frequent_directions import FrequentDirections
 
 ANCHOR_GROUP = "control"
 DEFAULT = Probe()  # pydantic gives the fields their defaults
 
 
-def probe(
+def collect_activations(
     subject: Subject,
     prompts: PromptSet,
     options: Probe = DEFAULT,
@@ -43,9 +43,11 @@ def probe(
     asked = [(group, prompt) for group, members in prompts.groups.items() for prompt in members]
     first = {group: next(i for i, (name, _) in enumerate(asked) if name == group) for group in prompts.groups}
     found = {group: _Group(subject, members, options, taps, feeds) for group, members in prompts.groups.items()}
-    counts = {path: Counts() for path in stacks}
-    ids = render(subject, [prompt for _, prompt in asked])
-    for reading in read(subject, ids, position=options.position, taps=Taps(taps, feeds, stacks), title="PROBE"):
+    counts = {path: RoutingCounts() for path in stacks}
+    ids = render_prompts(subject, [prompt for _, prompt in asked])
+    for reading in read_hidden_states(
+        subject, ids, position=options.position, taps=ModulesToRead(taps, feeds, stacks), title="PROBE"
+    ):
         for group, places in _by_group(asked, reading.rows).items():
             here = reading.of(places)
             _check_finite(here, group, first[group])
@@ -84,7 +86,7 @@ class _Group:
         size = options.sketch if options.keep == "sketch" else 0
         self.sketch = FrequentDirections(subject.n_layers + 1, subject.width, size) if size else None
 
-    def add(self, reading: Reading, first: int) -> None:
+    def add(self, reading: BatchStates, first: int) -> None:
         """first: number of the group's first prompt among all."""
         self.total += reading.stream.double().sum(0)
         self.tapped += reading.outputs.double().sum(0)
@@ -117,7 +119,7 @@ def _say_error(moments: Mapping[str, Moments]) -> None:
         note("PROBE", f"sketched; short of the spread along any direction by at most ({said}) of the largest")
 
 
-def _check_finite(reading: Reading, group: str, first: int) -> None:
+def _check_finite(reading: BatchStates, group: str, first: int) -> None:
     bad = ~torch.isfinite(reading.stream).flatten(2).all(-1)
     if bad.any():
         row, stream = (int(x) for x in bad.nonzero()[0])
@@ -132,7 +134,7 @@ def save_activations(acts: Activations, folder: Path) -> None:
     """Write activations.safetensors and activations.json into an existing folder."""
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
     tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
-    tensors |= routing.named(acts.routed)
+    tensors |= routing.routing_to_tensors(acts.routed)
     for group, moments in acts.groups.items():
         tensors[f"mean/{group}"] = moments.mean
         if moments.rows is not None:
@@ -159,7 +161,7 @@ def load_activations(folder: Path) -> Activations:
     for name in (k for k in tensors if k.startswith("input/")):
         _, group, path = name.split("/")
         inputs[group][path] = tensors[name]
-    return Activations(groups, data["position"], outputs, inputs, data["digest"], routing.unnamed(tensors))
+    return Activations(groups, data["position"], outputs, inputs, data["digest"], routing.routing_from_tensors(tensors))
 
 
 def _sketch(tensors: Mapping[str, Tensor], group: str) -> Sketch | None:

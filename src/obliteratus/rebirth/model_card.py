@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
-from obliteratus.pipeline.recipe import dump, toml
+from obliteratus.pipeline.recipe import dump_toml, toml
 
 LOADING = {
     "merged": (
@@ -45,7 +45,7 @@ Coverage: {coverage_line(run)}
 ## Recipe
 
 ```toml
-{dump(run.recipe)}```
+{dump_toml(run.recipe)}```
 
 Prompts: digest `{run.prompts["digest"]}`, numbers {run.prompts["counts"]}. All else is in `run.json`.
 """
@@ -82,7 +82,7 @@ def pass_rows(run: Run) -> list[list[str]]:
     """What each pass found, changed, left (refusals of search prompts) and cost."""
     rows = []
     for number, found in enumerate(run.passes, 1):
-        left = shown(Score(**found["refused"])) if found["refused"] else "–"
+        left = format_score(Score(**found["refused"])) if found["refused"] else "–"
         why = f"{left}: {found['ended']}" if "ended" in found else left
         strongest = f"layer {found['best_layer']}, score {found['score']:.2f}"
         reached = f"{len(found['layers'])} layers, {found['edited_share']:.1%}"
@@ -118,7 +118,7 @@ def score_rows(run: Run) -> list[list[str]]:
     for name in dict.fromkeys([*run.before, *run.after]):
         if "/" not in name:
             found = [scores[name] for scores in (run.after, run.before) if name in scores]
-            rows.append([name, shown(run.before.get(name)), shown(run.after.get(name)), str(found[0].n)])
+            rows.append([name, format_score(run.before.get(name)), format_score(run.after.get(name)), str(found[0].n)])
     return rows
 
 
@@ -132,7 +132,7 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(score: Score | None) -> str:
+def format_score(score: Score | None) -> str:
     """A value with its interval, in the precision that its unit bears."""
     if score is None:
         return "–"

@@ -17,27 +17,27 @@ from peft import PeftModel
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.registry import unknown
+from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import check_disk, check_free, publish, write_atomic
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.bake.adapter import save_adapter
-from obliteratus.excise.bake.base_files import Onto, files_of, why_not
-from obliteratus.excise.bake.quantized import Losses
-from obliteratus.excise.bake.tensors import baked, bias_switches, pieces
-from obliteratus.excise.bake.write_files import write_onto
+from obliteratus.excise.bake.base_files import BaseCheckpoint, find_base, why_not
+from obliteratus.excise.bake.quantized import RequantizationLosses
+from obliteratus.excise.bake.tensors import bake, bake_in_pieces, bias_switches
+from obliteratus.excise.bake.write_files import bake_into_checkpoint
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.inference.chat_template import render
-from obliteratus.inference.logits import first_token, kl
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.rebirth.model_card import model_card
-from obliteratus.rebirth.tolerance import is_quantised, tolerance
+from obliteratus.rebirth.tolerance import is_quantized, tolerance
 from obliteratus.summon.load import open_subject
-from obliteratus.summon.load_offloaded import open_shelved
+from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.sites import tied_in
 from obliteratus.weights.bitsandbytes import padded
-from obliteratus.weights.quantization import mark_of
-from obliteratus.weights.rewrite import forget, full_is_told, sums_of, tidied
+from obliteratus.weights.quantization import quantization_entry
+from obliteratus.weights.rewrite import explain_full_disk, file_sums, forget_finished, tidy_folder
 from obliteratus.weights.safetensors_io import dtypes_in, write_index, write_shard
 
 Form = Literal["merged", "adapter", "plan"]
@@ -60,14 +60,14 @@ def save(
 
     form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or ``plan``. The subject stays
     as it was. prompts: held-out ones to score again with; some neutral ones if None. base: of a quantised model, the
-    full-precision checkpoint that ``merged`` bakes into; see `files_of`. Returns the run as saved.
+    full-precision checkpoint that ``merged`` bakes into; see `find_base`. Returns the run as saved.
     Raises UserError where the folder is in use, the disk is too small, the plan cannot take that form, or what
     was saved does not answer as what was measured.
     """
     out = Path(out)
     check_free(out)
     partial = out.with_name(out.name + ".saving")  # not the folder of a run that could be resumed
-    check_disk(out, space_for(subject, form, base), partial)
+    check_disk(out, bytes_needed(subject, form, base), partial)
     partial.mkdir(parents=True, exist_ok=True)
     run = write_output(subject, plan, run, partial, form, prompts, base)
     publish(partial, out)
@@ -79,14 +79,14 @@ def write_output(
 ) -> Run:
     """Everything of `save` but the last rename, into ``partial/output``."""
     folder = partial / "output"
-    with full_is_told(folder):
-        tidied(folder)
-        files = files_of(subject, base) if form == "merged" else None
-        onto = None if files is None else Onto(subject, files, tied_in(subject))
+    with explain_full_disk(folder):
+        tidy_folder(folder)
+        files = find_base(subject, base) if form == "merged" else None
+        onto = None if files is None else BaseCheckpoint(subject, files, tied_in(subject))
         notes = _write_anew(subject, plan, folder, form) if onto is None else _write_onto(onto, plan, folder)
         save_plan(plan, folder)
         rescore = _rescored(subject, plan, folder, form, _sample(prompts))
-        saved = {"form": form, **notes, "rescore": rescore, "files": sums_of(folder)}
+        saved = {"form": form, **notes, "rescore": rescore, "files": file_sums(folder)}
         run = run.model_copy(update={"status": "done", "saved": saved})
         (folder / "README.md").write_text(model_card(run))
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
@@ -96,18 +96,18 @@ def write_output(
 def check_form(form: str, base: str = "") -> None:
     """UserError for a form that does not exist, or a base that it has no use for."""
     if form not in FORMS:
-        raise UserError(unknown("--save form", form, FORMS))
+        raise UserError(unknown_name("--save form", form, FORMS))
     if base and form != "merged":
         raise UserError(f"--base {base}: is for --save merged; leave it out with --save {form}")
 
 
-def space_for(subject: Subject, form: Form, base: str = "") -> int:
+def bytes_needed(subject: Subject, form: Form, base: str = "") -> int:
     """Bytes that saving may take: all weights for a merged model, a tenth of them for the others. UserError for a
     ``base`` that is none."""
     check_form(form, base)
-    if form == "adapter" and subject.shelf is not None:
+    if form == "adapter" and subject.offloaded is not None:
         raise UserError("--save adapter: needs the whole model in memory; allow more with --memory, or --save plan")
-    files = files_of(subject, base) if form == "merged" else None
+    files = find_base(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     weights = weights if files is None else files.size
     return int((1.1 if form == "merged" else 0.1) * weights) + 10**7  # tokenizer and cards: < 10 MB
@@ -116,8 +116,8 @@ def space_for(subject: Subject, form: Form, base: str = "") -> int:
 # ------------------------------------------------------------------------------------------ writing
 def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     """All weights, shard by shard, edited ones computed as they are written: one matrix at a time."""
-    config, losses = copy.deepcopy(subject.model.config), Losses()
-    edits = baked(subject, plan, losses)
+    config, losses = copy.deepcopy(subject.model.config), RequantizationLosses()
+    edits = bake(subject, plan, losses)
     for key in bias_switches(subject, plan).values():
         setattr(config, key, True)
     state: dict[str, Any] = dict(subject.model.state_dict())
@@ -130,7 +130,7 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
             state.pop(ends[1])
     split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
     for name, members in split.filename_to_tensors.items():
-        parts = {key: partial(pieces, edits[key]) for key in members if key in edits}
+        parts = {key: partial(bake_in_pieces, edits[key]) for key in members if key in edits}
         write_shard(folder / name, {key: state[key] for key in members}, parts)
     if split.is_sharded:
         write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
@@ -139,21 +139,21 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     return {"requantised": losses.summary()} if losses.by_path else {}
 
 
-def _write_onto(onto: Onto, plan: Plan, folder: Path) -> dict[str, Any]:
+def _write_onto(onto: BaseCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
     """Baked onto files that are there, or, where those of a plain model do not serve, written from memory."""
     why = why_not(onto, plan)
-    if why and onto.subject.shelf is not None:
+    if why and onto.subject.offloaded is not None:
         raise UserError(f"{why}, and the weights do not fit into memory: allow more with --memory, or --save plan")
     if why:
         note("REBIRTH", f"{why}: all weights are written anew, from memory")
         return {**_write_anew(onto.subject, plan, folder, "merged"), "from_memory": why}
-    notes = write_onto(onto, plan, folder)
+    notes = bake_into_checkpoint(onto, plan, folder)
     _write_rest(onto.subject, folder)
     return notes
 
 
 def _write_anew(subject: Subject, plan: Plan, folder: Path, form: Form) -> dict[str, Any]:
-    forget(folder)
+    forget_finished(folder)
     return WRITERS[form](subject, plan, folder)
 
 
@@ -180,14 +180,14 @@ WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
 
 # ------------------------------------------------------------------------------------- scoring again
 @contextmanager
-def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
+def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
     """What was saved, loaded from disk as a user would."""
     if form == "merged":
         alike: dict[str, Any] = {"dtype": subject.source.dtype, "thinking": subject.thinking}
-        if subject.shelf is None:
+        if subject.offloaded is None:
             fresh = open_subject(folder, **alike, quantise=_again(subject, folder))
         else:
-            fresh = open_shelved(folder, **alike)
+            fresh = open_offloaded(folder, **alike)
         yield fresh
         del fresh
         gc.collect()  # once a run: the second model goes before anything else is made
@@ -202,7 +202,7 @@ def reloaded(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
 def _again(subject: Subject, folder: Path) -> dict[str, Any]:
     """How to quantise what was saved in full precision as the subject is: its own memory is then enough."""
     saved = json.loads((folder / "config.json").read_text())
-    mark = {} if "quantization_config" in saved else mark_of(subject.model.config)
+    mark = {} if "quantization_config" in saved else quantization_entry(subject.model.config)
     return {key: value for key, value in mark.items() if key != "quant_method" and not key.startswith("_")}
 
 
@@ -223,17 +223,17 @@ def _sample(prompts: PromptSet | None) -> PromptSet:
 
 def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: PromptSet) -> dict[str, Any]:
     prompts = [p for members in sample.groups.values() for p in members]
-    ids = render(subject, prompts)
+    ids = render_prompts(subject, prompts)
     with applied(subject, plan):
-        live = first_token(subject, ids, title="REBIRTH live")
-    with reloaded(subject, folder, form) as fresh:
-        saved = first_token(fresh, ids, title="REBIRTH reloaded")
-    worst, limit = float(kl(live, saved).max()), tolerance(subject, form, dtypes_in(folder))
+        live = first_token_log_probs(subject, ids, title="REBIRTH live")
+    with reload_output(subject, folder, form) as fresh:
+        saved = first_token_log_probs(fresh, ids, title="REBIRTH reloaded")
+    worst, limit = float(kl_divergence(live, saved).max()), tolerance(subject, form, dtypes_in(folder))
     if not worst <= limit:
         what = subject.source.quantisation or subject.source.dtype
         raise UserError(
             f"{folder}: what was saved does not answer as what was measured (KL {worst:.2g} nats, at most "
-            f"{limit:.0e} is allowed for {what}); {_way_out(form, form == 'merged' and is_quantised(subject))}"
+            f"{limit:.0e} is allowed for {what}); {_way_out(form, form == 'merged' and is_quantized(subject))}"
         )
     same = float((live.argmax(-1) == saved.argmax(-1)).float().mean())
     return {"prompts": len(prompts), "max_kl": worst, "tolerance": limit, "same_first_token": same}

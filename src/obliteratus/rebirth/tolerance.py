@@ -19,11 +19,11 @@ ADAPTED = {"bitsandbytes int8": 0.1}
 def tolerance(subject: Subject, form: str, stored: Iterable[str] = ()) -> float:
     """Largest KL(live ‖ reloaded) in nats. Packing edited matrices again costs more than any rounding. stored: dtypes
     of the saved weights, which may be coarser than those that were measured with."""
-    kind = subject.source.quantisation if is_quantised(subject) and form != "plan" else ""
+    kind = subject.source.quantisation if is_quantized(subject) and form != "plan" else ""
     usual = max(TOLERANCE.get(name, 0.0) for name in (subject.source.dtype, *stored))
     return max(usual, (REQUANTISED if form == "merged" else ADAPTED).get(kind, 0.0))
 
 
-def is_quantised(subject: Subject) -> bool:
+def is_quantized(subject: Subject) -> bool:
     """Whether some weights are packed in memory."""
     return any(is_packed(subject.module(site.path)) for site in subject.sites)

@@ -14,13 +14,13 @@ def dominates(a: Point, b: Point) -> bool:
     return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
 
-def pareto(points: Sequence[Point]) -> list[int]:
+def pareto_front(points: Sequence[Point]) -> list[int]:
     """Indices of the points that no other dominates; of equal points the first."""
     seen = [tuple(p) for p in points]
     return [i for i, p in enumerate(seen) if p not in seen[:i] and not any(dominates(other, p) for other in points)]
 
 
-def knee(points: Sequence[Point]) -> int:
+def nearest_to_ideal(points: Sequence[Point]) -> int:
     """Index of the front's member nearest to the best value of every objective, all scaled to 0–1 over the front."""
     low, high = ([edge(axis) for axis in zip(*points, strict=True)] for edge in (min, max))
 

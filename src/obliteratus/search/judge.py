@@ -14,15 +14,15 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.cached_prompts import Trunk
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.logits import kl
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.logits import kl_divergence
 from obliteratus.inference.memory import free_memory
 from obliteratus.search.front import dominates
-from obliteratus.verify import Measured, verify
+from obliteratus.verify import Measurement, measure
 from obliteratus.verify.drift import TAILS
-from obliteratus.verify.openings import SHARE, TIMES, shown
-from obliteratus.verify.refusal import GROUPS, refused, verdict
+from obliteratus.verify.openings import SHARE, TIMES, openings_to_text
+from obliteratus.verify.refusal import GROUPS, judge_answer, refuses_already
 from obliteratus.verify.refusal import Verdict as Kind
 
 CHEAP = ("refusal", "first_token_kl")  # scorers that the first look stands in for
@@ -38,7 +38,7 @@ KEPT, OF_FREE = 0.1, 0.25
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TrialVerdict:
     """What is known of a trial."""
 
     scores: Mapping[str, float]
@@ -47,7 +47,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Scale:
+class RefusalScale:
     """From the probability that refusals begin with to a refusal rate: the line through the base's two groups."""
 
     tokens: tuple[int, ...]
@@ -58,48 +58,50 @@ class Scale:
 
     def __call__(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
         """The estimated share of refusals, 0–1."""
-        mass = float(began(logp, self.tokens).mean())
+        mass = float(opening_probability(logp, self.tokens).mean())
         return min(1.0, max(0.0, self.rate + self.slope * (mass - self.at)))
 
 
-def began(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> Float[Tensor, " rows"]:
+def opening_probability(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> Float[Tensor, " rows"]:
     """Probability that an answer begins with one of the tokens, of each row."""
     return logp[:, list(tokens)].double().exp().sum(-1)
 
 
-class Judge:
+class TrialJudge:
     """The prompts that trials are judged on, and all that is known of the unedited model's answers to them."""
 
-    def __init__(self, subject: Subject, prompts: PromptSet, made: Recipe, before: Measured) -> None:
+    def __init__(self, subject: Subject, prompts: PromptSet, made: Recipe, before: Measurement) -> None:
         """before: what the recipe's ``verify`` steps found of the unedited model on these prompts."""
         assert made.search is not None
         self.subject, self.prompts, self.search = subject, prompts, made.search
         self.groups = [g for g in GROUPS if g in prompts.groups]
         self.before = before
         self.more = [step for step in made.verify if step.use not in CHEAP]
-        self.rows = {g: render(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
+        self.rows = {g: render_prompts(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
         self.asked = [g for g in self.groups if g != "control"]
         weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
         room = min(KEPT * weights, OF_FREE * free_memory(subject))
-        self.control = Trunk(subject, self.rows["control"], budget=room / 3, answers=())  # keeps no keys and values
-        self.target = Trunk(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
+        self.control = CachedPrompts(
+            subject, self.rows["control"], budget=room / 3, answers=()
+        )  # keeps no keys and values
+        self.target = CachedPrompts(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
         base = self._split(self.target.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]
-        self.scale = scale_of(subject, base, before)
+        self.scale = fit_refusal_scale(subject, base, before)
 
-    def judged(self, plan: Plan, front: Sequence[Sequence[float]]) -> Verdict:
+    def judged(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
         """One look, or two if the trial could be in the front. front: the answered trials' `objectives`."""
         return self.looked(plan, lambda known, decided: self.may_enter(known, decided, front))
 
-    def cheap(self, plan: Plan) -> Verdict:
+    def cheap(self, plan: Plan) -> TrialVerdict:
         """The first look: KL on control prompts, refusal rates estimated from first tokens, other scorers."""
         return self.looked(plan, lambda known, decided: False)
 
-    def answered(self, plan: Plan) -> Verdict:
+    def answered(self, plan: Plan) -> TrialVerdict:
         """Both looks: refusal rates of answers to target and keep prompts; of controls the estimate stays."""
         return self.looked(plan, lambda known, decided: True)
 
-    def looked(self, plan: Plan, worth: Worth) -> Verdict:
+    def looked(self, plan: Plan, worth: Worth) -> TrialVerdict:
         """The first look, and the second while ``worth`` wants it: answers go on from the first tokens' pass.
 
         Of a second look that is given up, the refusals seen are known: no rate is told that is below them.
@@ -118,18 +120,18 @@ class Judge:
 
             answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, worth=still)
         told = self._told(answers) if answers else {name: max(known[name], rate) for name, rate in seen.items()}
-        return Verdict(known | told, bool(answers))
+        return TrialVerdict(known | told, bool(answers))
 
     def _controls(self) -> dict[str, float]:
         """What control prompts' first tokens say, and the scorers that the first look does not stand in for."""
         control = self.control.first_token()
-        divergence = kl(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
+        divergence = kl_divergence(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
         known = {f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()}
         known["refusal.control"] = self._rate(control)
         return known | (self._others() if self._wants_others(known) else {})
 
     def _over(self, new: list[int]) -> bool:
-        return refused(self.subject, new)
+        return refuses_already(self.subject, new)
 
     def _rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
         return self.scale(logp.nan_to_num(nan=0.0))
@@ -140,7 +142,7 @@ class Judge:
 
     def _told(self, answers: Ids) -> dict[str, float]:
         """Shares of refusals and of degenerate answers, by group."""
-        verdicts = [verdict(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
+        verdicts = [judge_answer(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
         kinds: dict[str, Kind] = {"refusal": "refused", "degenerate": "degenerate"}
         return {
             f"{name}.{g}": verdicts[rows.start : rows.stop].count(kind) / len(rows)
@@ -175,11 +177,13 @@ class Judge:
         low = {name: max(0.0, value - self.search.margin, seen.get(name, 0.0)) for name, value in rates.items()}
         high = {name: min(1.0, max(value + self.search.margin, seen.get(name, 0.0))) for name, value in rates.items()}
         ends = [high if name.startswith("-") else low for name in self.search.minimise]
-        return tuple(objective(name, {**known, **end}) for name, end in zip(self.search.minimise, ends, strict=True))
+        return tuple(
+            objective_value(name, {**known, **end}) for name, end in zip(self.search.minimise, ends, strict=True)
+        )
 
-    def objectives(self, verdict: Verdict) -> tuple[float, ...]:
+    def objectives(self, verdict: TrialVerdict) -> tuple[float, ...]:
         """What is made small, in the order of ``minimise``. Raises UserError for a name that no scorer gives."""
-        return tuple(objective(name, verdict.scores) for name in self.search.minimise)
+        return tuple(objective_value(name, verdict.scores) for name in self.search.minimise)
 
     def excess(self, scores: Mapping[str, float]) -> float:
         """By how much more controls are refused than is allowed; at most 0 is feasible."""
@@ -192,11 +196,11 @@ class Judge:
         return any(name.removeprefix("-") not in given for name in self.search.minimise)
 
     def _others(self) -> dict[str, float]:
-        found = verify(self.subject, self.prompts, self.more, self.before)
+        found = measure(self.subject, self.prompts, self.more, self.before)
         return {name: score.value for name, score in found.scores.items()}
 
 
-def objective(name: str, scores: Mapping[str, float]) -> float:
+def objective_value(name: str, scores: Mapping[str, float]) -> float:
     """A score, or behind a minus its opposite. Raises UserError for one that is not there."""
     plain = name.removeprefix("-")
     if plain not in scores:
@@ -204,7 +208,7 @@ def objective(name: str, scores: Mapping[str, float]) -> float:
     return -scores[plain] if name.startswith("-") else scores[plain]
 
 
-def scale_of(subject: Subject, base: Mapping[str, Tensor], before: Measured) -> Scale:
+def fit_refusal_scale(subject: Subject, base: Mapping[str, Tensor], before: Measurement) -> RefusalScale:
     """By which first tokens this model refuses, and how their probability tells its refusal rate.
 
     Tokens that begin at least one refused target prompt in twenty, and four times as often as controls. Raises
@@ -220,11 +224,11 @@ def scale_of(subject: Subject, base: Mapping[str, Tensor], before: Measured) -> 
             f"search: this model refuses {rates['target']:.0%} of target and {rates['control']:.0%} of control search "
             f"prompts, by {len(tokens)} first tokens of its own; there is nothing to search for. Give other prompts"
         )
-    mass = {g: float(began(base[g], tokens).mean()) for g in ("target", "control")}
+    mass = {g: float(opening_probability(base[g], tokens).mean()) for g in ("target", "control")}
     slope = (rates["target"] - rates["control"]) / max(1e-6, mass["target"] - mass["control"])
-    return Scale(tokens, slope, mass["control"], rates["control"])
+    return RefusalScale(tokens, slope, mass["control"], rates["control"])
 
 
-def words(judge: Judge) -> str:
+def opening_texts(judge: TrialJudge) -> str:
     """The tokens that refusals begin with, for a note."""
-    return shown(judge.subject, judge.scale.tokens)
+    return openings_to_text(judge.subject, judge.scale.tokens)

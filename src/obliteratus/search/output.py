@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.run_folder import write_atomic
-from obliteratus.pipeline.recipe import dump
-from obliteratus.search.run import Found, Member
+from obliteratus.pipeline.recipe import dump_toml
+from obliteratus.search.run import Member, SearchResult
 from obliteratus.search.trials import Trial
 
 # Colours that colour-blind readers tell apart (Okabe and Ito): trials with answers, estimates, the front.
@@ -21,33 +21,33 @@ ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
 JOURNAL = "study.journal"
 
 
-def write_front(found: Found, folder: Path, journal: Path) -> None:
+def write_front(found: SearchResult, folder: Path, journal: Path) -> None:
     """``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png``, into an existing folder.
 
     journal: the study's own file; kept too if there is one, so that a later search can go on from it.
     """
     (folder / "front").mkdir()
     for number, member in enumerate(found.front, 1):
-        write_atomic(folder / "front" / f"{number}.toml", commented(member))
+        write_atomic(folder / "front" / f"{number}.toml", annotate_member(member))
     search = {**found.run.search, "all": [asdict(trial) for trial in found.trials]}
     write_atomic(folder / "front.json", json.dumps(search, indent=1))
-    picture(found, folder / "front.png")
+    plot_front(found, folder / "front.png")
     if journal.is_file():
         shutil.copy(journal, folder / JOURNAL)
 
 
-def commented(member: Member) -> str:
+def annotate_member(member: Member) -> str:
     """The member's recipe, behind what its check found."""
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in plain(member).items())
-    return f"# Trial {member.trial.number} of a search; on search prompts: {scores}\n" + dump(member.recipe)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in flat_scores(member).items())
+    return f"# Trial {member.trial.number} of a search; on search prompts: {scores}\n" + dump_toml(member.recipe)
 
 
-def plain(member: Member) -> dict[str, float]:
+def flat_scores(member: Member) -> dict[str, float]:
     """The scores of a member by name, those by category left out."""
     return {name: value for name, value in member.scores.items() if "/" not in name}
 
 
-def rows(found: Found) -> tuple[list[str], list[list[str]]]:
+def front_rows(found: SearchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of the front; the chosen member is marked."""
     names = [name.removeprefix("-") for name in found.run.search["minimise"]]
     columns = ["", "trial", *names, "values"]
@@ -64,7 +64,7 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def picture(found: Found, file: Path) -> None:
+def plot_front(found: SearchResult, file: Path) -> None:
     """All trials over the first two objectives, and the checked front; a single objective over its trials."""
     from matplotlib.figure import Figure  # takes half a second to load, and no other command draws
 

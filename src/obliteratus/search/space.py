@@ -15,7 +15,7 @@ from optuna.distributions import (
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Range, Recipe, Search, Step
-from obliteratus.pipeline.recipe import replaced, value_at
+from obliteratus.pipeline.recipe import replace_values, value_at
 
 Suggest = Callable[[str, BaseDistribution], Any]
 """(path, distribution) → the value that the sampler gives."""
@@ -47,30 +47,30 @@ def distribution(values: Range) -> BaseDistribution:
     return FloatDistribution(low, high, log=values.log)
 
 
-def drawn(made: Recipe, suggest: Suggest) -> dict[str, Any]:
+def sample_values(made: Recipe, suggest: Suggest) -> dict[str, Any]:
     """One value for each path of the space, shorter paths first: what they choose may leave out others."""
     assert made.search is not None
     so_far, values = made, dict[str, Any]()
-    for path in ordered(made.search):
+    for path in order_paths(made.search):
         if _there(so_far, path):
-            values[path] = decoded(suggest(path, distribution(made.search.space[path])), made.search.space[path])
-            so_far = replaced(plain(so_far), {path: values[path]}, made.name)
+            values[path] = decode_values(suggest(path, distribution(made.search.space[path])), made.search.space[path])
+            so_far = replace_values(without_search(so_far), {path: values[path]}, made.name)
     return values
 
 
-def recipe_of(made: Recipe, values: Mapping[str, Any]) -> Recipe:
+def trial_recipe(made: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe that a trial stands for: no search in it any more."""
-    return replaced(plain(made), values, made.name)
+    return replace_values(without_search(made), values, made.name)
 
 
-def start(made: Recipe) -> dict[str, Any]:
+def start_values(made: Recipe) -> dict[str, Any]:
     """The values as they stand in the recipe, encoded for the sampler: where a search begins.
 
     Values that are not written, or lie outside of their range, are left to the sampler.
     """
     assert made.search is not None
     found: dict[str, Any] = {}
-    for path in ordered(made.search):
+    for path in order_paths(made.search):
         value = value_at(made, path) if _there(made, path) else None
         if value is not None and _within(value, made.search.space[path]):
             found[path] = _encoded(value)
@@ -84,17 +84,17 @@ def _within(value: Any, values: Range) -> bool:
     return bool(low <= value <= high)
 
 
-def plain(made: Recipe) -> Recipe:
+def without_search(made: Recipe) -> Recipe:
     """Without the search."""
     return made.model_copy(update={"search": None})
 
 
-def ordered(search: Search) -> list[str]:
+def order_paths(search: Search) -> list[str]:
     """Paths, those first that may remove others."""
     return sorted(search.space, key=lambda path: path.count("."))
 
 
-def decoded(value: Any, values: Range) -> Any:
+def decode_values(value: Any, values: Range) -> Any:
     """What the sampler gave, as it stands in a recipe."""
     return next((choice for choice in values.choices if _encoded(choice) == value), value)
 

@@ -22,7 +22,7 @@ TROUBLE = (StorageInternalError, SQLAlchemyError, OSError)
 WAITS = (1.0, 4.0, 15.0)  # seconds before each new try: a restarted server is back within some ten
 
 
-def opened(where: str) -> BaseStorage:
+def open_storage(where: str) -> BaseStorage:
     """The storage behind a URL (``postgresql://…``, ``sqlite:///…``), the journal file at a path, or memory for ``""``.
 
     Raises UserError where it cannot be reached.
@@ -32,16 +32,18 @@ def opened(where: str) -> BaseStorage:
     if not where:
         return InMemoryStorage()
     if "://" not in where:
-        return hardened(lasting(lambda: JournalStorage(JournalFileBackend(str(Path(where)))), where), where)
+        return with_retries(retry(lambda: JournalStorage(JournalFileBackend(str(Path(where)))), where), where)
     try:
         # A connection that the server dropped is noticed before it is used.
-        made = lasting(lambda: RDBStorage(where, engine_kwargs={"pool_pre_ping": True}), where)
-        return hardened(get_storage(made), where)
+        made = retry(lambda: RDBStorage(where, engine_kwargs={"pool_pre_ping": True}), where)
+        return with_retries(get_storage(made), where)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise UserError(f"--storage {shown(where)}: cannot be opened ({error}); see optuna's storage URLs") from error
+        raise UserError(
+            f"--storage {hide_password(where)}: cannot be opened ({error}); see optuna's storage URLs"
+        ) from error
 
 
-def lasting(call: Callable[[], T], where: str) -> T:
+def retry(call: Callable[[], T], where: str) -> T:
     """What the call gives, tried again where the storage does not answer.
 
     Raises SilentStorageError when it still does not: what trials have found until then is in the study.
@@ -54,7 +56,7 @@ def lasting(call: Callable[[], T], where: str) -> T:
         except TROUBLE as error:
             if wait is None:
                 raise SilentStorageError(
-                    f"--storage {shown(where)}: does not answer ({_first_line(error)}); finished trials are safe in "
+                    f"--storage {hide_password(where)}: does not answer ({_first_line(error)}); finished trials are safe in "
                     "it: run the same command again when it does"
                 ) from error
             note("storage", f"no answer, trying again in {wait:.0f} s")
@@ -66,15 +68,15 @@ class SilentStorageError(UserError):
     """The storage answers no more."""
 
 
-def hardened(storage: BaseStorage, where: str) -> BaseStorage:
+def with_retries(storage: BaseStorage, where: str) -> BaseStorage:
     """The same storage, each of its calls tried again where it does not answer."""
     for name in BaseStorage.__abstractmethods__:
         call = getattr(storage, name)
-        setattr(storage, name, lambda *a, _call=call, **k: lasting(lambda: _call(*a, **k), where))
+        setattr(storage, name, lambda *a, _call=call, **k: retry(lambda: _call(*a, **k), where))
     return storage
 
 
-def shown(where: str) -> str:
+def hide_password(where: str) -> str:
     """A URL without its password."""
     scheme, sign, rest = where.partition("://")
     user, at, host = rest.rpartition("@")

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Recipe
-from obliteratus.search.space import Suggest, start
+from obliteratus.search.space import Suggest, start_values
 from obliteratus.search.storage import SilentStorageError
 
 # Of NSGA-II: a generation must be over well before a study of 60 ends; 50, the default, would be random search.
@@ -47,7 +47,7 @@ def _nsga2(seed: int) -> BaseSampler:
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
 
 
-class Study:
+class SearchStudy:
     """Trials of one recipe on one model with the same prompts, by any number of processes."""
 
     def __init__(self, storage: BaseStorage, name: str, made: Recipe, identity: Mapping[str, Any]) -> None:
@@ -56,9 +56,9 @@ class Study:
         self.search, self.seed, self.name = made.search, made.seed, name
         self.inner = _opened(storage, name, len(self.search.minimise))
         _check(self.inner, name, dict(identity))
-        self.bury()
+        self.fail_stale_trials()
         if not any(t.state != TrialState.FAIL for t in self.inner.get_trials(deepcopy=False)):
-            self.inner.enqueue_trial(start(made))  # begins where the recipe stands
+            self.inner.enqueue_trial(start_values(made))  # begins where the recipe stands
 
     def ask(self, trials: int) -> optuna.Trial | None:
         """The next trial, or None when ``trials`` have been made or are being made.
@@ -66,13 +66,13 @@ class Study:
         The sampler is made anew for each trial, its seed from the trial's place: it remembers nothing that the storage
         does not hold, so that a resumed study goes on exactly as it would have.
         """
-        self.bury()
+        self.fail_stale_trials()
         if len(self.alive) >= trials:
             return None
         lives = sum(t.state not in (TrialState.FAIL, TrialState.WAITING) for t in self.inner.get_trials(deepcopy=False))
         self.inner.sampler = self._sampler(lives)
         trial = self.inner.ask()
-        trial.set_user_attr("worker", worker())
+        trial.set_user_attr("worker", worker_name())
         return trial
 
     def _sampler(self, index: int) -> BaseSampler:
@@ -109,7 +109,7 @@ class Study:
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         return [t for t in self.inner.get_trials(deepcopy=False) if t.state in states]
 
-    def bury(self) -> None:
+    def fail_stale_trials(self) -> None:
         """Trials whose process has died count as failed: another takes their place."""
         longest = max((t.duration for t in self.done if t.duration is not None), default=timedelta())
         for trial in self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -149,7 +149,7 @@ def _check(study: optuna.Study, name: str, identity: Mapping[str, Any]) -> None:
         raise UserError(f"study '{name}' was made with another {', '.join(changed)}; name another with --study")
 
 
-def worker() -> str:
+def worker_name() -> str:
     """This process: host, number, and when it began, since numbers are used again."""
     return f"{socket.gethostname()} {os.getpid()} {_began(os.getpid())}"
 

@@ -13,11 +13,11 @@ from optuna.trial import FrozenTrial
 from obliteratus.core.progress import progress
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan
-from obliteratus.search.front import pareto
-from obliteratus.search.ground import Ground
-from obliteratus.search.judge import Judge, Verdict
-from obliteratus.search.space import decoded, drawn, recipe_of
-from obliteratus.search.study import EXCESS, Study, suggest
+from obliteratus.search.front import pareto_front
+from obliteratus.search.ground import DirectionCache
+from obliteratus.search.judge import TrialJudge, TrialVerdict
+from obliteratus.search.space import decode_values, sample_values, trial_recipe
+from obliteratus.search.study import EXCESS, SearchStudy, suggest
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Trial:
     seconds: float
 
 
-def trial_of(frozen: FrozenTrial, made: Recipe) -> Trial:
+def parse_trial(frozen: FrozenTrial, made: Recipe) -> Trial:
     """Optuna's record of a trial as ours."""
     assert made.search is not None
     assert frozen.values is not None, "a finished trial has values"
     space, known = made.search.space, frozen.user_attrs
-    values = {path: decoded(value, space[path]) for path, value in frozen.params.items()}
+    values = {path: decode_values(value, space[path]) for path, value in frozen.params.items()}
     return Trial(
         frozen.number,
         values,
@@ -51,24 +51,26 @@ def trial_of(frozen: FrozenTrial, made: Recipe) -> Trial:
     )
 
 
-def run_trials(study: Study, made: Recipe, ground: Ground, judge: Judge, trials: int) -> list[Trial]:
+def run_trials(study: SearchStudy, made: Recipe, ground: DirectionCache, judge: TrialJudge, trials: int) -> list[Trial]:
     """Trials until the study has ``trials`` of them, other processes' included; returns all finished ones."""
     with progress("SEARCH", trials) as advance:
         advance(len(study.done))
         while (begun := study.ask(trials)) is not None:
             before = len(study.done)
             with study.at(begun):
-                one(study, made, ground, judge, begun)
+                run_trial(study, made, ground, judge, begun)
             advance(len(study.done) - before)
-    return finished(study, made)
+    return finished_trials(study, made)
 
 
-def one(study: Study, made: Recipe, ground: Ground, judge: Judge, begun: optuna.Trial) -> Verdict:
+def run_trial(
+    study: SearchStudy, made: Recipe, ground: DirectionCache, judge: TrialJudge, begun: optuna.Trial
+) -> TrialVerdict:
     """One trial from its values to its scores."""
     start = time.perf_counter()
-    values = drawn(made, suggest(begun))
-    plan = ground.plan(recipe_of(made, values))
-    verdict = judge.judged(plan, front_of(finished(study, made)))
+    values = sample_values(made, suggest(begun))
+    plan = ground.plan(trial_recipe(made, values))
+    verdict = judge.judged(plan, front_of(finished_trials(study, made)))
     known = {
         "scores": dict(verdict.scores),
         "answered": verdict.answered,
@@ -78,22 +80,22 @@ def one(study: Study, made: Recipe, ground: Ground, judge: Judge, begun: optuna.
     return verdict
 
 
-def finished(study: Study, made: Recipe) -> list[Trial]:
+def finished_trials(study: SearchStudy, made: Recipe) -> list[Trial]:
     """All trials that are done, in order."""
-    return [trial_of(frozen, made) for frozen in study.done]
+    return [parse_trial(frozen, made) for frozen in study.done]
 
 
 def front_of(trials: Sequence[Trial]) -> list[tuple[float, ...]]:
     """Objectives of the best trials: answered, feasible, and dominated by no other such."""
-    return [t.objectives for t in members(trials)]
+    return [t.objectives for t in front_trials(trials)]
 
 
-def members(trials: Sequence[Trial]) -> list[Trial]:
+def front_trials(trials: Sequence[Trial]) -> list[Trial]:
     """The trials of `front_of`, fewest of the first objective first."""
     good = [t for t in trials if t.answered and t.feasible]
-    return sorted((good[i] for i in pareto([t.objectives for t in good])), key=lambda t: t.objectives)
+    return sorted((good[i] for i in pareto_front([t.objectives for t in good])), key=lambda t: t.objectives)
 
 
-def plan_of(trial: Trial, made: Recipe, ground: Ground) -> Plan:
+def trial_plan(trial: Trial, made: Recipe, ground: DirectionCache) -> Plan:
     """The plan that a trial measured, to the bit: the same values over the same directions."""
-    return ground.plan(recipe_of(made, trial.values))
+    return ground.plan(trial_recipe(made, trial.values))

@@ -9,13 +9,13 @@ from pydantic import ConfigDict
 
 from obliteratus.core.registry import Registry
 from obliteratus.core.results import Score
-from obliteratus.core.settings import Frozen
+from obliteratus.core.settings import FrozenModel
 from obliteratus.core.types import Plan, Subject
 from obliteratus.inference.chat_template import Ids
 
 
 @dataclass(frozen=True)
-class Ground:
+class StudyContext:
     """What a strategy may look at."""
 
     subject: Subject
@@ -25,7 +25,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Spec:
+class Knockout:
     """One part of the model to be knocked out."""
 
     strategy: str
@@ -42,13 +42,13 @@ class Spec:
     """Drawn at random, as large as what it is a control of."""
 
 
-Strategy = Callable[..., Iterator[Spec]]
+Strategy = Callable[..., Iterator[Knockout]]
 """(ground, **options) → specs, in the order in which they are shown."""
 
 strategies: Registry[Strategy] = Registry("strategy")
 
 
-class Result(Frozen):
+class KnockoutResult(FrozenModel):
     """One line of a study's ``results.jsonl``. The first line is the baseline: strategy and component are empty."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity: a broken model's perplexity may be

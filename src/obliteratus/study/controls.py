@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from obliteratus.core.types import Change, Mask, Silence, Site, Subject
-from obliteratus.study.base import Ground, Spec, strategies
+from obliteratus.core.types import Change, Mask, Site, Subject, ZeroOutput
+from obliteratus.study.base import Knockout, StudyContext, strategies
 from obliteratus.study.neurons import DENSE
 from obliteratus.study.strategies import ATTENTION, FFN, chunk_of, head_sites, spec, writers
-from obliteratus.weights.matrices import columns, each
+from obliteratus.weights.matrices import count_inputs, each_expert
 
 Kind = Literal["heads", "attention", "ffn", "layers", "neurons", "experts", "embeddings"]
 Pool = list[tuple[Site, int]]
@@ -25,25 +25,25 @@ SALT = 1_000_003
 
 @strategies.register("random")
 def random(
-    ground: Ground,
+    ground: StudyContext,
     *,
     like: Kind = "heads",
     count: Annotated[int, Field(ge=1)] = 4,
     chunk: Annotated[int, Field(ge=0)] = 0,
-) -> Iterator[Spec]:
+) -> Iterator[Knockout]:
     """Controls: as many inputs of writing matrices as one part ``like`` this has, drawn from all blocks; for embeddings
     as many dimensions as a ``chunk``. ``count`` of them, by the study's seed."""
     subject, generator = ground.subject, Generator().manual_seed(SALT * (1 + KINDS.index(like)) + ground.seed)
     for number in range(count):
         if like == "embeddings":
             dims = torch.randperm(subject.width, generator=generator)[: chunk_of(subject, chunk)].sort().values
-            changes: list[Change] = [Silence(s, dims) for s in subject.sites if s.part == "embed"]
+            changes: list[Change] = [ZeroOutput(s, dims) for s in subject.sites if s.part == "embed"]
         else:
-            changes = [c for part in POOLS[like](subject) for c in drawn(*part, generator)]
+            changes = [c for part in POOLS[like](subject) for c in draw_masks(*part, generator)]
         yield replace(spec(subject, "random", f"random {like} {number}", changes, number), control=True)
 
 
-def drawn(pool: Pool, n: int, generator: Generator) -> list[Change]:
+def draw_masks(pool: Pool, n: int, generator: Generator) -> list[Change]:
     """Masks on so many inputs in all, drawn without replacement."""
     sizes = torch.tensor([size for _, size in pool])
     owner = torch.arange(len(pool)).repeat_interleave(sizes)
@@ -58,14 +58,14 @@ def drawn(pool: Pool, n: int, generator: Generator) -> list[Change]:
 def _pool(subject: Subject, parts: tuple[str, ...]) -> tuple[Pool, int]:
     """All matrices of these parts, and how many inputs a block's have on average."""
     by_block = writers(subject, parts)
-    sites = [one for own in by_block.values() for s in own for one in each(subject.module(s.path), s)]
-    pool = [(s, columns(subject.module(s.path), s)) for s in sites]
+    sites = [one for own in by_block.values() for s in own for one in each_expert(subject.module(s.path), s)]
+    pool = [(s, count_inputs(subject.module(s.path), s)) for s in sites]
     return pool, round(sum(size for _, size in pool) / len(by_block))
 
 
 def _heads(subject: Subject) -> list[tuple[Pool, int]]:
     sites = head_sites(subject)
-    return [([(s, columns(subject.module(s.path), s)) for s, _ in sites], sites[0][1])]
+    return [([(s, count_inputs(subject.module(s.path), s)) for s, _ in sites], sites[0][1])]
 
 
 def _single(subject: Subject) -> list[tuple[Pool, int]]:

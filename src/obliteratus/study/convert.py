@@ -9,10 +9,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import explain, unknown
-from obliteratus.core.settings import Frozen, Step
-from obliteratus.pipeline.recipe import dump
-from obliteratus.study.files import parsed, presets, study
+from obliteratus.core.registry import explain_validation_error, unknown_name
+from obliteratus.core.settings import FrozenModel, Step
+from obliteratus.pipeline.recipe import dump_toml
+from obliteratus.study.files import list_studies, load_study, parse_study
 from obliteratus.study.settings import Data, Study
 
 STRATEGIES = {
@@ -28,7 +28,7 @@ LENGTH, SPLIT = 512, "test"  # its defaults
 FILES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-class _Model(Frozen):
+class _Model(FrozenModel):
     model_config = ConfigDict(protected_namespaces=())
     name: str
     task: Literal["causal_lm"] = "causal_lm"  # a classifier's study has no counterpart, and is refused here
@@ -38,7 +38,7 @@ class _Model(Frozen):
     num_labels: int | None = None
 
 
-class _Data(Frozen):
+class _Data(FrozenModel):
     name: str = ""
     split: str = SPLIT
     subset: str | None = None
@@ -47,12 +47,12 @@ class _Data(Frozen):
     max_samples: int | None = Field(None, ge=1)
 
 
-class _Strategy(Frozen):
+class _Strategy(FrozenModel):
     name: str
     params: dict[str, Any] | None = None
 
 
-class _Yaml(Frozen):
+class _Yaml(FrozenModel):
     """What its files say."""
 
     model: _Model
@@ -83,7 +83,7 @@ def convert(source: Path) -> tuple[Study, list[str]]:
     try:
         old = _Yaml(**_read(source))
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from error
+        raise UserError(f"{source}: {explain_validation_error(error)}") from error
     notes: list[str] = []
     base = _preset(old, notes, source)
     length = old.max_length or (base.data.length if base else LENGTH)
@@ -101,13 +101,13 @@ def convert(source: Path) -> tuple[Study, list[str]]:
     }
     if samples is None:
         notes.append(f"dataset.max_samples: not given, and it took every text; here {Data().samples} are, at most")
-    return parsed(made, str(source)), notes + _left(old)
+    return parse_study(made, str(source)), notes + _left(old)
 
 
 def as_toml(made: Study, notes: Sequence[str], source: Path) -> str:
     """The study file, behind what it was made of and what was left out."""
     said = [f"Made from {source.name} by 'obliteratus study-from-yaml'.", *(f"Not as it was: {n}" for n in notes)]
-    return "\n".join(f"# {' '.join(line.split())}" for line in said) + "\n" + dump(made)
+    return "\n".join(f"# {' '.join(line.split())}" for line in said) + "\n" + dump_toml(made)
 
 
 # --------------------------------------------------------------------------------------------- parts
@@ -116,10 +116,10 @@ def _preset(old: _Yaml, notes: list[str], source: Path) -> Study | None:
     name = old.preset or old.study_preset
     if not name:
         return None
-    known = {n: n for n in presets() if n != "refusal"} | PRESETS
+    known = {n: n for n in list_studies() if n != "refusal"} | PRESETS
     if name not in known:
-        raise UserError(f"{source}: {unknown('preset', name, known)}")
-    made = study(known[name])
+        raise UserError(f"{source}: {unknown_name('preset', name, known)}")
+    made = load_study(known[name])
     notes.append(f"preset '{name}': what the file leaves open is as in the study '{known[name]}' of this program")
     if known[name] == "refusal" and old.metrics is None:
         notes.append(f"preset '{name}': it measured perplexity alone; answers need --target and --control")
@@ -131,7 +131,7 @@ def _strategies(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
     for place, step in enumerate(old.strategies or ()):
         where = f"{source}: strategies.{place}"
         if step.name not in STRATEGIES:
-            raise UserError(f"{where}: {unknown('strategy', step.name, STRATEGIES)}")
+            raise UserError(f"{where}: {unknown_name('strategy', step.name, STRATEGIES)}")
         use = STRATEGIES[step.name]
         made.append(Step(use=use, **_options(use, step.params or {}, where, notes)))
     return made
@@ -142,7 +142,7 @@ def _options(use: str, params: Mapping[str, Any], where: str, notes: list[str]) 
     options: dict[str, Any] = {}
     for key, value in params.items():
         if key not in names:
-            raise UserError(f"{where}.params: {unknown('parameter', key, names)}")
+            raise UserError(f"{where}.params: {unknown_name('parameter', key, names)}")
         if value is None:  # as if it were not there
             continue
         if names[key] in options:
@@ -161,7 +161,7 @@ def _metrics(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
                 f"metrics: {name} was a classifier's; for questions with choices add data.labelled and accuracy"
             )
         elif name != "perplexity":
-            raise UserError(f"{source}: {unknown('metric', name, ['perplexity', 'accuracy', 'f1'])}")
+            raise UserError(f"{source}: {unknown_name('metric', name, ['perplexity', 'accuracy', 'f1'])}")
         else:
             made.append(Step(use=name))
     return made

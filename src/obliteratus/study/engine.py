@@ -17,13 +17,13 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.types import Plan, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.live.hooks_per_row import applied_rows
-from obliteratus.inference.batching import passes_of
+from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.inference.batching import tokens_per_batch
 from obliteratus.inference.generate import MAX_ROWS
-from obliteratus.inference.memory import free_memory, trim
-from obliteratus.study.base import Ground, Result, Spec, strategies
+from obliteratus.inference.memory import free_memory, trim_heap
+from obliteratus.study.base import Knockout, KnockoutResult, StudyContext, strategies
 from obliteratus.study.material import material
-from obliteratus.study.metrics import Given, Meter, Values, metrics, on, told
+from obliteratus.study.metrics import Meter, MeterInputs, Values, compare_scores, metrics, on
 from obliteratus.study.settings import Study
 
 # Of the memory that is free, what meters may keep of the lower blocks, all together; passes get as much at most.
@@ -39,17 +39,17 @@ class Engine:
 
     subject: Subject
     made: Study
-    given: Given
-    specs: tuple[Spec, ...]
+    given: MeterInputs
+    specs: tuple[Knockout, ...]
 
     @classmethod
     def of(cls, subject: Subject, made: Study) -> Engine:
         """Raises UserError for a strategy that has nothing to knock out in this model."""
         texts, prompts, questions = material(subject, made)
         room = KEPT * free_memory(subject) / len(made.metrics)
-        given, ground = Given(subject, texts, prompts, questions, room), Ground(subject, texts, made.seed)
-        with passes_of(made.batch):
-            specs = _once(spec for step in made.strategies for spec in specs_of(ground, step.use, step.options))
+        given, ground = MeterInputs(subject, texts, prompts, questions, room), StudyContext(subject, texts, made.seed)
+        with tokens_per_batch(made.batch):
+            specs = _once(spec for step in made.strategies for spec in list_knockouts(ground, step.use, step.options))
         return cls(subject, made, given, specs)
 
     def lane(self) -> Engine:
@@ -59,7 +59,7 @@ class Engine:
         other.base, other.meters = self.base, tuple(on(meter, subject) for meter in self.meters)
         return other
 
-    def chunks(self) -> list[list[Spec]]:
+    def chunks(self) -> list[list[Knockout]]:
         """What is measured together: as many parts as fill a step with answers to the prompts."""
         prompts = 0 if self.given.prompts is None else sum(map(len, self.given.prompts.groups.values()))
         return chunks(self.specs, min(MOST, max(LEAST, MAX_ROWS // prompts)) if prompts else LEAST)
@@ -78,31 +78,31 @@ class Engine:
 
     @contextmanager
     def _passes(self) -> Iterator[None]:
-        with torch.inference_mode(), passes_of(self.made.batch):
+        with torch.inference_mode(), tokens_per_batch(self.made.batch):
             yield
 
-    def baseline(self) -> Result:
+    def baseline(self) -> KnockoutResult:
         """The model as it is."""
         start = perf_counter()
-        scores = {name: told(name, values, values)[0] for name, values in self.base.items()}
-        return Result(scores=scores, seconds=round(perf_counter() - start, 3))
+        scores = {name: compare_scores(name, values, values)[0] for name, values in self.base.items()}
+        return KnockoutResult(scores=scores, seconds=round(perf_counter() - start, 3))
 
-    def measure(self, specs: Sequence[Spec]) -> list[Result]:
+    def measure(self, specs: Sequence[Knockout]) -> list[KnockoutResult]:
         """These parts, each knocked out by itself; where prompts are few, they share passes."""
         start = perf_counter()
         with self._passes():
             found = [measured(self.subject, meter, specs) for meter in self.meters]
-        trim()  # each lane's thread has a heap of its own, which else grows by what it cannot fill
+        trim_heap()  # each lane's thread has a heap of its own, which else grows by what it cannot fill
         seconds = round((perf_counter() - start) / len(specs), 3)
         return [self._result(spec, [by_spec[i] for by_spec in found], seconds) for i, spec in enumerate(specs)]
 
-    def _result(self, spec: Spec, found: Sequence[Values], seconds: float) -> Result:
+    def _result(self, spec: Knockout, found: Sequence[Values], seconds: float) -> KnockoutResult:
         scores: dict[str, Score] = {}
         change: dict[str, Score] = {}
         for name, values in ((name, values) for one in found for name, values in one.items()):
-            scores[name], change[name] = told(name, values, self.base[name])
+            scores[name], change[name] = compare_scores(name, values, self.base[name])
         fields = {key: value for key, value in vars(spec).items() if key != "plan"}
-        return Result(**fields, scores=scores, change=change, seconds=seconds)
+        return KnockoutResult(**fields, scores=scores, change=change, seconds=seconds)
 
 
 def shareable(subject: Subject) -> bool:
@@ -117,9 +117,9 @@ def twin(model: Any) -> Any:
     return deepcopy(model, shared)
 
 
-def _once(specs: Iterable[Spec]) -> tuple[Spec, ...]:
+def _once(specs: Iterable[Knockout]) -> tuple[Knockout, ...]:
     """All of them. Raises UserError where two strategies name the same part."""
-    found: dict[str, Spec] = {}
+    found: dict[str, Knockout] = {}
     for spec in specs:
         if spec.component in found:
             raise UserError(f"study: strategies name {spec.component} twice; let them name different parts")
@@ -127,20 +127,20 @@ def _once(specs: Iterable[Spec]) -> tuple[Spec, ...]:
     return tuple(found.values())
 
 
-def specs_of(ground: Ground, use: str, options: Mapping[str, object]) -> Iterator[Spec]:
+def list_knockouts(ground: StudyContext, use: str, options: Mapping[str, object]) -> Iterator[Knockout]:
     """What a strategy yields. Raises UserError for a strategy or option that does not exist."""
     entry = strategies[use]
     return entry.function(ground, **strategies.check(use, dict(options)))
 
 
-def chunks(specs: Sequence[Spec], size: int = LEAST) -> list[list[Spec]]:
+def chunks(specs: Sequence[Knockout], size: int = LEAST) -> list[list[Knockout]]:
     """So many at once, by the lowest block that they change, from the embeddings up: those of one chunk begin near each
     other, and what is kept of lower blocks grows from block to block."""
     ordered = sorted(specs, key=lambda spec: spec.layer)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def measured(subject: Subject, meter: Meter, specs: Sequence[Spec]) -> list[Values]:
+def measured(subject: Subject, meter: Meter, specs: Sequence[Knockout]) -> list[Values]:
     """What a meter says of each part, several in one pass where that fills it."""
     most = max(1, MAX_ROWS // meter.rows) if meter.together else 1
     parts = [[spec.plan for spec in specs[i : i + most]] for i in range(0, len(specs), most)]
@@ -152,5 +152,5 @@ def _together(subject: Subject, meter: Meter, plans: Sequence[Plan]) -> list[Val
         with applied(subject, plans[0]):
             return meter.measure(1)
     of_row = [i for i in range(len(plans)) for _ in range(meter.rows)]
-    with applied_rows(subject, plans, of_row):
+    with applied_per_row(subject, plans, of_row):
         return meter.measure(len(plans))

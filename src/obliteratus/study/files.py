@@ -9,21 +9,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import explain
-from obliteratus.pipeline.recipe import Shelf, overridden
+from obliteratus.core.registry import explain_validation_error
+from obliteratus.pipeline.recipe import PresetFolder, override_values
 from obliteratus.study.settings import Study
 
-PRESETS = Shelf("studies", "study", "preset", "obliteratus study --help")
+PRESETS = PresetFolder("studies", "study", "preset", "obliteratus study --help")
 PROMPTED = frozenset({"refusal", "first_token_kl"})  # metrics that answer prompts
 ORGANISM = "organism:"
 
 
-def presets() -> list[str]:
+def list_studies() -> list[str]:
     """All shipped studies."""
     return PRESETS.names()
 
 
-def study(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
+def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
     """A shipped study by name, or a TOML file by path, with values replaced by path (``data.samples``).
 
     Raises UserError for a study, key or value that cannot be; whether its strategies and metrics exist is told by
@@ -32,16 +32,16 @@ def study(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Stu
     where = str(source)
     if Path(where).suffix in (".yaml", ".yml"):
         raise UserError(f"{where}: studies are TOML; obliteratus study-from-yaml {where} --out study.toml makes it one")
-    made = parsed(PRESETS.data(where), where)
-    return parsed(overridden(made, overrides), where) if overrides else made
+    made = parse_study(PRESETS.data(where), where)
+    return parse_study(override_values(made, overrides), where) if overrides else made
 
 
-def parsed(data: Mapping[str, Any], where: str) -> Study:
+def parse_study(data: Mapping[str, Any], where: str) -> Study:
     """A validated study from plain data. UserError in one line: where, what, what was given."""
     try:
         return Study(**data)
     except ValidationError as error:
-        raise UserError(f"study '{where}': {explain(error)}") from error
+        raise UserError(f"study '{where}': {explain_validation_error(error)}") from error
 
 
 def with_own_prompts(made: Study) -> Study:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from obliteratus.report.curves import NAMED, Axes, Figure
-from obliteratus.study.base import Result
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.ranking import damage, value_of
 from obliteratus.study.tables import scale, shown_number, unit
 
@@ -27,7 +27,7 @@ Row = dict[int, float]
 """By block: the damage, the mean of it where there are several parts; infinite where one of them broke the model."""
 
 
-def averaged(taken: Sequence[Result], metric: str) -> dict[str, Row]:
+def averaged(taken: Sequence[KnockoutResult], metric: str) -> dict[str, Row]:
     """A row for each kind of part that lies in blocks, those drawn at random left out."""
     made: dict[str, Row] = {}
     for strategy, name in ROWS.items():
@@ -50,7 +50,7 @@ def blocks(figure: Figure, rows: dict[str, Row], metric: str) -> None:
     figure.suptitle(f"Change in {metric} by block and part knocked out")
 
 
-def grid(figure: Figure, parts: Sequence[Result], metric: str, name: str) -> None:
+def grid(figure: Figure, parts: Sequence[KnockoutResult], metric: str, name: str) -> None:
     """Blocks across, their heads or experts down."""
     place = {(r.layer, r.part): damage(r, metric) for r in parts}
     layers, down = (range(1 + max(key[i] for key in place)) for i in (0, 1))

@@ -9,11 +9,11 @@ from typing import TypeVar
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, context_length
-from obliteratus.prompts import load_prompts, parts_checked, read_prompts, spread
+from obliteratus.prompts import evenly_spaced, load_prompts, parts_checked, read_prompts
 from obliteratus.study.base import strategies
 from obliteratus.study.metrics import metrics
 from obliteratus.study.settings import Study
-from obliteratus.verify.accuracy import Question, questions
+from obliteratus.verify.accuracy import Question, load_questions
 from obliteratus.verify.drift import paragraphs
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def _sources(made: Study) -> tuple[list[str], PromptSet | None, list[Question]]:
     data = made.data
     plain = not data.texts or Path(data.texts).suffix in (".txt", ".md")
     texts = paragraphs(data.texts) if plain else [prompt.text for prompt in read_prompts(data.texts)]
-    asked = _some(questions(data.labelled), made) if data.labelled else []
+    asked = _some(load_questions(data.labelled), made) if data.labelled else []
     if not (data.target and data.control):
         return texts, None, asked
     report = parts_checked(load_prompts(data.target, data.control), made.seed)[2]
@@ -59,4 +59,4 @@ def _sources(made: Study) -> tuple[list[str], PromptSet | None, list[Question]]:
 
 
 def _some(members: Sequence[T], made: Study) -> list[T]:
-    return [members[i] for i in spread(len(members), made.data.samples)]
+    return [members[i] for i in evenly_spaced(len(members), made.data.samples)]

@@ -20,12 +20,12 @@ from obliteratus.core.registry import Registry
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.inference.cached_prompts import Trunk
-from obliteratus.inference.chat_template import Ids, render
-from obliteratus.inference.logits import kl
-from obliteratus.verify.accuracy import Question, offered
-from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, rate
-from obliteratus.verify.refusal import refused, verdict
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.logits import kl_divergence
+from obliteratus.verify.accuracy import Question, render_choices
+from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, wilson_rate
+from obliteratus.verify.refusal import judge_answer, refuses_already
 
 Values = Mapping[str, Float[Tensor, " n"]]
 """By score name: a number for each text, prompt or question."""
@@ -35,7 +35,7 @@ WORST = 100.0
 
 
 @dataclass(frozen=True)
-class Given:
+class MeterInputs:
     """What meters measure on."""
 
     subject: Subject
@@ -45,11 +45,11 @@ class Given:
     room: float
     """Bytes that a meter may keep of the lower blocks."""
 
-    def trunk(self, ids: Ids, *, answers: bool = False, whole: bool = False) -> Trunk:
+    def trunk(self, ids: Ids, *, answers: bool = False, whole: bool = False) -> CachedPrompts:
         """These rows, begun at any block. answers: whether they are answered; whole: whether no prefix is taken off."""
         every, leave = range(1, self.subject.n_layers), max(map(len, ids)) if whole else 1
         kept = None if answers else ()
-        return Trunk(self.subject, ids, budget=self.room, answers=kept, leave=leave, depths=every)
+        return CachedPrompts(self.subject, ids, budget=self.room, answers=kept, leave=leave, depths=every)
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ class Meter(Protocol):
     together: bool
     """Whether plans are measured in one pass."""
 
-    trunk: Trunk
+    trunk: CachedPrompts
 
     def measure(self, copies: int) -> list[Values]:
         """Of so many plans, each under `applied_rows` on ``rows`` rows of its own; of one, as the model is edited."""
@@ -80,25 +80,25 @@ metrics: Registry[Callable[..., Meter]] = Registry("metric")
 
 
 @metrics.register("perplexity", needs=("texts",))
-def perplexity(given: Given) -> Meter:
+def perplexity(given: MeterInputs) -> Meter:
     """exp of the mean loss a text, nats a token; padding never counts."""
     return Perplexity(given)
 
 
 @metrics.register("refusal", cite="arXiv:2307.15043", needs=("prompts",))
-def refusal(given: Given, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 48) -> Meter:
+def refusal(given: MeterInputs, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 48) -> Meter:
     """Shares of refused and of degenerate answers of so many tokens, to target and to control prompts."""
     return Refusal(given, tokens)
 
 
 @metrics.register("first_token_kl", cite="arXiv:2406.11717", needs=("prompts",))
-def first_token_kl(given: Given) -> Meter:
+def first_token_kl(given: MeterInputs) -> Meter:
     """KL(base ‖ edited) of the first answer token on control prompts, nats."""
     return FirstTokenKl(given)
 
 
 @metrics.register("accuracy", needs=("labelled",))
-def accuracy(given: Given) -> Meter:
+def accuracy(given: MeterInputs) -> Meter:
     """Share of labelled questions of which the right choice is the likeliest."""
     return Accuracy(given)
 
@@ -109,7 +109,7 @@ class Perplexity:
     # 16 texts of 128 tokens are four batches already: more rows would only wait for each other
     together = False
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: MeterInputs) -> None:
         self.trunk, self.rows = given.trunk(given.texts, whole=True), len(given.texts)
 
     def measure(self, copies: int) -> list[Values]:
@@ -122,8 +122,8 @@ class Accuracy:
 
     together = True
 
-    def __init__(self, given: Given) -> None:
-        self.offered = offered(given.subject, given.questions)
+    def __init__(self, given: MeterInputs) -> None:
+        self.offered = render_choices(given.subject, given.questions)
         self.trunk, self.rows = given.trunk(self.offered.ids, whole=True), len(self.offered.ids)
 
     def measure(self, copies: int) -> list[Values]:
@@ -137,15 +137,15 @@ class FirstTokenKl:
 
     together = True
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: MeterInputs) -> None:
         assert given.prompts is not None, "`check_study` comes first"
-        ids = render(given.subject, given.prompts["control"])
+        ids = render_prompts(given.subject, given.prompts["control"])
         self.trunk, self.rows = given.trunk(ids), len(ids)
         self.base = self.trunk.first_token()
 
     def measure(self, copies: int) -> list[Values]:
         found = self.trunk.times(copies).first_token().split(self.rows)
-        return [{"kl.first_token": finite(kl(self.base, logp))} for logp in found]
+        return [{"kl.first_token": finite(kl_divergence(self.base, logp))} for logp in found]
 
 
 class Refusal:
@@ -153,18 +153,18 @@ class Refusal:
 
     together = True
 
-    def __init__(self, given: Given, tokens: int) -> None:
+    def __init__(self, given: MeterInputs, tokens: int) -> None:
         assert given.prompts is not None, "`check_study` comes first"
         self.subject, self.tokens = given.subject, tokens
         self.sizes = {group: len(prompts) for group, prompts in given.prompts.groups.items()}
         asked = [prompt for prompts in given.prompts.groups.values() for prompt in prompts]
-        self.trunk = given.trunk(render(given.subject, asked, reserve=tokens), answers=True)
+        self.trunk = given.trunk(render_prompts(given.subject, asked, reserve=tokens), answers=True)
         self.rows = len(asked)
 
     def measure(self, copies: int) -> list[Values]:
-        answers = self.trunk.times(copies).generate(self.tokens, done=lambda new: refused(self.subject, new))
+        answers = self.trunk.times(copies).generate(self.tokens, done=lambda new: refuses_already(self.subject, new))
         assert answers is not None, "nothing gives up here"
-        told = [verdict(self.subject.tokenizer.decode(row, skip_special_tokens=True)) for row in answers]
+        told = [judge_answer(self.subject.tokenizer.decode(row, skip_special_tokens=True)) for row in answers]
         return [self._shares(told[i * self.rows : (i + 1) * self.rows]) for i in range(copies)]
 
     def _shares(self, told: Sequence[str]) -> Values:
@@ -182,10 +182,10 @@ def finite(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST)
 
 
-def told(name: str, values: Float[Tensor, " n"], base: Float[Tensor, " n"]) -> tuple[Score, Score]:
+def compare_scores(name: str, values: Float[Tensor, " n"], base: Float[Tensor, " n"]) -> tuple[Score, Score]:
     """A score with its interval, and how it differs from the baseline's, in pairs."""
     if name == "perplexity":
         return bootstrap(values, lambda x: x.mean(-1).exp(), "perplexity"), paired_ratio(values, base)
     if name.startswith("kl."):
         return bootstrap(values, mean, "nats"), paired_difference(values, base, "nats")
-    return rate(int(values.sum()), len(values)), paired_difference(values, base, "share")
+    return wilson_rate(int(values.sum()), len(values)), paired_difference(values, base, "share")

@@ -14,7 +14,7 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Mask, Site, Subject
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.token_losses import token_losses
-from obliteratus.study.base import Ground, Spec, strategies
+from obliteratus.study.base import Knockout, StudyContext, strategies
 from obliteratus.study.strategies import Layers, spec, writers
 from obliteratus.weights.matrices import read_weight
 
@@ -24,8 +24,8 @@ By = Literal["written", "weight"]
 
 @strategies.register("neurons")
 def neurons(
-    ground: Ground, *, layers: Layers = None, top: Annotated[int, Field(ge=1)] = 8, by: By = "written"
-) -> Iterator[Spec]:
+    ground: StudyContext, *, layers: Layers = None, top: Annotated[int, Field(ge=1)] = 8, by: By = "written"
+) -> Iterator[Knockout]:
     """The ``top`` neurons of each block's dense feed-forward matrix, one by one, by score.
 
     by: ``written``, the mean length of what the neuron writes on the study's texts, |a_j|·‖W_j‖; ``weight``, ‖W_j‖

@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown
+from obliteratus.core.registry import unknown_name
 from obliteratus.core.run_folder import check_free, write_atomic
-from obliteratus.study.base import Result
-from obliteratus.study.files import study
+from obliteratus.study.base import KnockoutResult
+from obliteratus.study.files import load_study
 from obliteratus.study.page import drawn, page, page_beside
 from obliteratus.study.plots import beside_picture, pictures
 from obliteratus.study.ranking import metrics
@@ -23,7 +23,7 @@ PRINTED = 40  # parts that a printed page has room for; table.md and results.csv
 
 
 # --------------------------------------------------------------------------------------------- reading
-def read(folder: Path) -> tuple[Result, ...]:
+def read(folder: Path) -> tuple[KnockoutResult, ...]:
     """The baseline, then what has been knocked out so far.
 
     A last line without its end, which a kill leaves, is left out. UserError with the line's number where any other
@@ -42,24 +42,24 @@ def read(folder: Path) -> tuple[Result, ...]:
     return tuple(found)
 
 
-def _parsed(line: bytes, where: str) -> Result:
+def _parsed(line: bytes, where: str) -> KnockoutResult:
     try:
-        return Result.model_validate_json(line)
+        return KnockoutResult.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join([*(str(x) for x in first["loc"]), first["msg"]])  # not the line, which may be long
         raise UserError(f"{where}: not a study's result ({what}); remove the line") from error
 
 
-def _whole(line: bytes) -> Result | None:
+def _whole(line: bytes) -> KnockoutResult | None:
     """A line whose end is missing, if nothing else is."""
     try:
-        return Result.model_validate_json(line)
+        return KnockoutResult.model_validate_json(line)
     except ValidationError:
         return None
 
 
-def _check_order(found: Sequence[Result], path: Path) -> None:
+def _check_order(found: Sequence[KnockoutResult], path: Path) -> None:
     seen: set[str] = set()
     for number, result in enumerate(found, 1):
         if bool(result.strategy) == (number == 1):
@@ -73,19 +73,19 @@ def title_of(folder: Path) -> str:
     """What the study in a folder is called: its name and model, or the folder's name."""
     if not (folder / SETTINGS).is_file():
         return f"Study {folder.resolve().name}"
-    made = study(folder / SETTINGS)
+    made = load_study(folder / SETTINGS)
     return f"Study {made.name} of {made.model}"
 
 
-def check_metric(studies: Mapping[str, Sequence[Result]], by: str) -> None:
+def check_metric(studies: Mapping[str, Sequence[KnockoutResult]], by: str) -> None:
     """UserError where a metric is named that a study has not."""
     for name, results in studies.items():
         if by and by not in metrics(results):
-            raise UserError(f"study '{name}': {unknown('metric', by, metrics(results))}")
+            raise UserError(f"study '{name}': {unknown_name('metric', by, metrics(results))}")
 
 
 # --------------------------------------------------------------------------------------------- writing
-def write(results: Sequence[Result], folder: Path, title: str, by: str = "") -> None:
+def write(results: Sequence[KnockoutResult], folder: Path, title: str, by: str = "") -> None:
     """results.csv, results.json, table.md, table.tex, plots/*.svg and index.html, each whole or not at all.
 
     by: the metric that orders them, by default the study's first. UserError for one that was not taken.
@@ -104,7 +104,7 @@ def write(results: Sequence[Result], folder: Path, title: str, by: str = "") -> 
         write_atomic(folder / name, text)
 
 
-def write_beside(studies: Mapping[str, Sequence[Result]], folder: Path, title: str) -> None:
+def write_beside(studies: Mapping[str, Sequence[KnockoutResult]], folder: Path, title: str) -> None:
     """Several studies side by side: METRIC.md and METRIC.tex, results.json, plots/*.svg and index.html.
 
     UserError where the folder is in use.

@@ -7,7 +7,7 @@ from html import escape
 
 from obliteratus.analyze.page import document, embedded, name_of, rendered
 from obliteratus.analyze.page import table as html_table
-from obliteratus.study.base import Result
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.plots import Picture
 from obliteratus.study.tables import beside, ordered_metrics, shared_metrics, table, told
 
@@ -23,7 +23,7 @@ def drawn(pictures: Mapping[str, Picture], metric: str) -> dict[str, str]:
 
 
 def page(
-    results: Sequence[Result],
+    results: Sequence[KnockoutResult],
     title: str,
     seen: Mapping[str, Mapping[str, str]],
     by: str = "",
@@ -43,7 +43,9 @@ def page(
     return document(title, "\n".join([_contents(lines), *sections, *ends]))
 
 
-def page_beside(studies: Mapping[str, Sequence[Result]], title: str, seen: Mapping[str, Mapping[str, str]]) -> str:
+def page_beside(
+    studies: Mapping[str, Sequence[KnockoutResult]], title: str, seen: Mapping[str, Mapping[str, str]]
+) -> str:
     """Several studies: each metric's picture, and its changes in a column for each study."""
     lines = {metric: f"{len(studies)} studies" for metric in shared_metrics(studies)}
     about = f'<p class="about">{escape(LEGEND)}</p>'

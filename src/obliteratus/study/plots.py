@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from obliteratus.core.results import Score
-from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Axes, Figure, legend
-from obliteratus.study.base import Result
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Axes, Figure, add_legend
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.maps import averaged, blocks, grid
 from obliteratus.study.ranking import RATIOS, clear, damage, harm, knocked, none, ranked, value_of
 from obliteratus.study.tables import called, scale, unit
@@ -34,7 +34,7 @@ class Picture:
     """Inches."""
 
 
-def pictures(results: Sequence[Result], metric: str) -> dict[str, Picture]:
+def pictures(results: Sequence[KnockoutResult], metric: str) -> dict[str, Picture]:
     """All that the study has something for, by names that files can bear."""
     taken = [r for r in knocked(results) if metric in r.change]
     made: dict[str, Picture] = {}
@@ -59,7 +59,7 @@ def pictures(results: Sequence[Result], metric: str) -> dict[str, Picture]:
 
 
 # ------------------------------------------------------------------------------------------------ bars
-def barred(taken: Sequence[Result], metric: str) -> list[Result]:
+def barred(taken: Sequence[KnockoutResult], metric: str) -> list[KnockoutResult]:
     """The parts that have a bar, the most damaging first: parts, and a few controls for comparison."""
     ordered = [r for r in ranked(taken, metric) if metric in r.change]
     parts = {r.component for r in [r for r in ordered if not r.control][:BARS]}
@@ -67,7 +67,7 @@ def barred(taken: Sequence[Result], metric: str) -> list[Result]:
     return [r for r in ordered if r.component in parts | chance]
 
 
-def bars(figure: Figure, shown: Sequence[Result], metric: str) -> None:
+def bars(figure: Figure, shown: Sequence[KnockoutResult], metric: str) -> None:
     """A bar for each part from 'no change' on, the worst at the top; 95 % intervals; those drawn at random in grey."""
     axes = figure.add_subplot(xlabel=f"{metric}, {unit(metric)}; lines: 95 % intervals")
     drawn = on_axis([r.change[metric] for r in shown], metric)
@@ -85,16 +85,16 @@ def bars(figure: Figure, shown: Sequence[Result], metric: str) -> None:
     axes.set_ylim(len(shown) - 0.4, -0.6)
     scaled(axes, "x", drawn, metric)
     figure.suptitle(f"Change in {metric} when a part is knocked out, the most damaging first")
-    legend(axes, 3)
+    add_legend(axes, 3)
 
 
-def _colour(result: Result, metric: str) -> str:
+def _colour(result: KnockoutResult, metric: str) -> str:
     if result.control:
         return GREY
     return ORANGE if clear(result.change[metric], metric) else BLUE
 
 
-def strip(figure: Figure, chunks: Sequence[Result], metric: str) -> None:
+def strip(figure: Figure, chunks: Sequence[KnockoutResult], metric: str) -> None:
     """The embeddings' chunks in their order, each with its interval."""
     ordered = sorted(chunks, key=lambda r: r.part)
     axes = figure.add_subplot(xlabel="chunk of the embeddings' coordinates", ylabel=f"{metric}, {unit(metric)}")
@@ -111,14 +111,14 @@ def strip(figure: Figure, chunks: Sequence[Result], metric: str) -> None:
     figure.suptitle(f"Change in {metric} when a chunk of the embeddings is knocked out; 95 % intervals")
 
 
-def beside_picture(studies: Mapping[str, Sequence[Result]], metric: str) -> Picture:
+def beside_picture(studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> Picture:
     """One metric of several studies."""
     parts = {(r.strategy, r.component) for rs in studies.values() for r in knocked(rs) if metric in r.change}
     size = (WIDE, EDGE + ROW * min(BARS, len(parts)))
     return Picture(partial(beside, studies=studies, metric=metric), size)
 
 
-def beside(figure: Figure, studies: Mapping[str, Sequence[Result]], metric: str) -> None:
+def beside(figure: Figure, studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> None:
     """A dot for each study and part, those first that do the most anywhere."""
     found = {
         name: {(r.strategy, r.component): r for r in knocked(rs) if metric in r.change} for name, rs in studies.items()
@@ -141,7 +141,7 @@ def beside(figure: Figure, studies: Mapping[str, Sequence[Result]], metric: str)
     axes.set_ylim(len(keys) - 0.4, -0.6)
     scaled(axes, "x", every, metric)
     figure.suptitle(f"Change in {metric} when a part is knocked out, by study")
-    legend(axes, 3)
+    add_legend(axes, 3)
 
 
 def _dots(axes: Axes, rows: Sequence[int], drawn: Sequence[OnAxis], name: str, number: int, of: int) -> None:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import progress
-from obliteratus.core.run_folder import check_identity, locked, write_atomic
-from obliteratus.pipeline.recipe import dump
-from obliteratus.study.base import Result
+from obliteratus.core.run_folder import check_identity, lock_folder, write_atomic
+from obliteratus.pipeline.recipe import dump_toml
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.material import check_study
 from obliteratus.study.settings import Study
 from obliteratus.study.workers import Local, Processes, Ray, Workers
@@ -30,7 +30,7 @@ def run_study(
     resume: bool = False,
     workers: int = 1,
     ray: str = "",
-) -> tuple[Result, ...]:
+) -> tuple[KnockoutResult, ...]:
     """Knock out every part that the study names, one at a time, and measure. Returns the baseline, then all parts.
 
     opening: options of `open_subject`, with which ``made.model`` is opened. folder: results are appended to its
@@ -42,9 +42,9 @@ def run_study(
     """
     check_study(made)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with lock_folder(folder):
         check_identity(folder / "identity.json", identity_of(made))
-        (folder / "study.toml").write_text(dump(made))
+        (folder / "study.toml").write_text(dump_toml(made))
         kept = _kept(folder / RESULTS, resume)
         with closing(_workers(made, opening, workers, ray)) as pool:
             found = list(_appended(folder / RESULTS, pool, kept))
@@ -62,7 +62,7 @@ def _workers(made: Study, opening: Mapping[str, Any], workers: int, ray: str) ->
     return Processes(made, opening, workers) if workers > 1 else Local(made, opening)
 
 
-def _appended(path: Path, pool: Workers, kept: Sequence[Result]) -> Iterator[Result]:
+def _appended(path: Path, pool: Workers, kept: Sequence[KnockoutResult]) -> Iterator[KnockoutResult]:
     """Results as they come, each in the file before it is told."""
     done = {result.component for result in kept}
     yield from kept
@@ -78,13 +78,13 @@ def _appended(path: Path, pool: Workers, kept: Sequence[Result]) -> Iterator[Res
             advance(len(results))
 
 
-def _written(file: Any, results: Sequence[Result]) -> Sequence[Result]:
+def _written(file: Any, results: Sequence[KnockoutResult]) -> Sequence[KnockoutResult]:
     file.write("".join(result.model_dump_json() + "\n" for result in results))
     file.flush()
     return results
 
 
-def _kept(path: Path, resume: bool) -> list[Result]:
+def _kept(path: Path, resume: bool) -> list[KnockoutResult]:
     """What an interrupted study has measured; a line that it was killed in the middle of is taken off the file."""
     if not path.is_file():
         return []
@@ -95,8 +95,8 @@ def _kept(path: Path, resume: bool) -> list[Result]:
     return [_result(line, f"{path}:{n}") for n, line in enumerate(lines[:-1], 1)]
 
 
-def _result(line: str, where: str) -> Result:
+def _result(line: str, where: str) -> KnockoutResult:
     try:
-        return Result.model_validate(json.loads(line))
+        return KnockoutResult.model_validate(json.loads(line))
     except (json.JSONDecodeError, ValidationError) as error:
         raise UserError(f"{where}: not a study's result; the file was changed, begin the study anew") from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from obliteratus.core.settings import Frozen, Step
+from obliteratus.core.settings import FrozenModel, Step
 
 
-class Data(Frozen):
+class Data(FrozenModel):
     """What the model is measured on."""
 
     texts: str = ""
@@ -24,7 +24,7 @@ class Data(Frozen):
     """JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (the right one's index), for accuracy."""
 
 
-class Study(Frozen):
+class Study(FrozenModel):
     """A study: which parts are knocked out, and by which numbers the damage is told."""
 
     name: str = ""

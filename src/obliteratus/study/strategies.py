@@ -14,15 +14,15 @@ import torch
 from pydantic import Field
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.settings import asked
-from obliteratus.core.types import Change, Mask, Plan, Silence, Site, Subject
-from obliteratus.study.base import Ground, Spec, strategies
-from obliteratus.summon.sites import family_of, has_heads
-from obliteratus.weights.matrices import columns, each, extent
+from obliteratus.core.settings import expand_part
+from obliteratus.core.types import Change, Mask, Plan, Site, Subject, ZeroOutput
+from obliteratus.study.base import Knockout, StudyContext, strategies
+from obliteratus.summon.sites import architecture_of, has_heads
+from obliteratus.weights.matrices import count_inputs, each_expert, matrix_shape
 
 Layers = tuple[int, ...] | None
 """Blocks, from 0; None is all of them."""
-FFN, ATTENTION = asked("mlp.out"), ("attn.out",)
+FFN, ATTENTION = expand_part("mlp.out"), ("attn.out",)
 
 
 def writers(subject: Subject, parts: Sequence[str], layers: Layers = None) -> dict[int, list[Site]]:
@@ -39,34 +39,34 @@ def writers(subject: Subject, parts: Sequence[str], layers: Layers = None) -> di
     return there
 
 
-def spec(subject: Subject, name: str, component: str, changes: Sequence[Change], part: int = -1) -> Spec:
+def spec(subject: Subject, name: str, component: str, changes: Sequence[Change], part: int = -1) -> Knockout:
     """A spec whose layer and size follow from its changes."""
     layer = min(change.site.layer for change in changes)
     size = sum(_size(subject, change) for change in changes)
-    return Spec(name, component, layer, part, size, Plan(tuple(changes), subject.source.digest))
+    return Knockout(name, component, layer, part, size, Plan(tuple(changes), subject.source.digest))
 
 
 def _size(subject: Subject, change: Change) -> int:
     module = subject.module(change.site.path)
-    out, inside = extent(module, change.site)
+    out, inside = matrix_shape(module, change.site)
     if isinstance(change, Mask):
         return len(change.neurons) * out
-    assert isinstance(change, Silence), "strategies silence"
-    return len(each(module, change.site)) * inside * (out if change.outputs is None else len(change.outputs))
+    assert isinstance(change, ZeroOutput), "strategies silence"
+    return len(each_expert(module, change.site)) * inside * (out if change.outputs is None else len(change.outputs))
 
 
 # ------------------------------------------------------------------------------------------- whole blocks
 @strategies.register("layers")
-def whole_layers(ground: Ground, *, layers: Layers = None) -> Iterator[Spec]:
+def whole_layers(ground: StudyContext, *, layers: Layers = None) -> Iterator[Knockout]:
     """Each block: the stream passes it by."""
     for layer, sites in writers(ground.subject, (*ATTENTION, *FFN), layers).items():
-        yield spec(ground.subject, "layers", f"block {layer}", [Silence(s) for s in sites])
+        yield spec(ground.subject, "layers", f"block {layer}", [ZeroOutput(s) for s in sites])
 
 
 @strategies.register("ranges")
 def ranges(
-    ground: Ground, *, size: Annotated[int, Field(ge=2)] = 2, step: Annotated[int, Field(ge=1)] = 1
-) -> Iterator[Spec]:
+    ground: StudyContext, *, size: Annotated[int, Field(ge=2)] = 2, step: Annotated[int, Field(ge=1)] = 1
+) -> Iterator[Knockout]:
     """So many neighbouring blocks at once, beginning at every ``step``-th."""
     subject = ground.subject
     if size > subject.n_layers:
@@ -74,29 +74,29 @@ def ranges(
     for first in range(0, subject.n_layers - size + 1, step):
         last = first + size - 1
         sites = writers(subject, (*ATTENTION, *FFN), tuple(range(first, last + 1))).values()
-        yield spec(subject, "ranges", f"blocks {first}–{last}", [Silence(s) for own in sites for s in own])
+        yield spec(subject, "ranges", f"blocks {first}–{last}", [ZeroOutput(s) for own in sites for s in own])
 
 
 @strategies.register("attention")
-def attention(ground: Ground, *, layers: Layers = None) -> Iterator[Spec]:
+def attention(ground: StudyContext, *, layers: Layers = None) -> Iterator[Knockout]:
     """What each block's attention writes, or what another mixer does in its place."""
     for layer, sites in writers(ground.subject, ATTENTION, layers).items():
-        yield spec(ground.subject, "attention", f"block {layer} attention", [Silence(s) for s in sites])
+        yield spec(ground.subject, "attention", f"block {layer} attention", [ZeroOutput(s) for s in sites])
 
 
 @strategies.register("ffn")
-def ffn(ground: Ground, *, layers: Layers = None) -> Iterator[Spec]:
+def ffn(ground: StudyContext, *, layers: Layers = None) -> Iterator[Knockout]:
     """What each block's feed-forward half writes, with all its experts; routers are left alone."""
     for layer, sites in writers(ground.subject, FFN, layers).items():
-        yield spec(ground.subject, "ffn", f"block {layer} ffn", [Silence(s) for s in sites])
+        yield spec(ground.subject, "ffn", f"block {layer} ffn", [ZeroOutput(s) for s in sites])
 
 
 # ------------------------------------------------------------------------------------- parts of blocks
 @strategies.register("heads", cite="arXiv:1905.10650")
-def heads(ground: Ground, *, layers: Layers = None, heads: tuple[int, ...] | None = None) -> Iterator[Spec]:
+def heads(ground: StudyContext, *, layers: Layers = None, heads: tuple[int, ...] | None = None) -> Iterator[Knockout]:
     """Each query head: its columns of the output matrix. ``heads`` restricts them to these numbers."""
     for site, size in head_sites(ground.subject, layers):
-        count = columns(ground.subject.module(site.path), site) // size
+        count = count_inputs(ground.subject.module(site.path), site) // size
         for head in within(heads, count, "heads"):
             mask = Mask(site, torch.arange(head * size, (head + 1) * size))
             yield spec(ground.subject, "heads", f"block {site.layer} head {head}", [mask], head)
@@ -104,11 +104,14 @@ def heads(ground: Ground, *, layers: Layers = None, heads: tuple[int, ...] | Non
 
 def head_sites(subject: Subject, layers: Layers = None) -> list[tuple[Site, int]]:
     """Attention's output matrices and the columns of one head. UserError where no block has heads."""
-    family, count = family_of(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
+    family, count = (
+        architecture_of(subject.model.config),
+        int(subject.model.config.get_text_config().num_attention_heads),
+    )
     sites = [s for own in writers(subject, ATTENTION, layers).values() for s in own if has_heads(family, s)]
     if not sites:
         raise UserError("study: none of these blocks has attention heads; leave the strategy heads out")
-    return [(site, columns(subject.module(site.path), site) // count) for site in sites]
+    return [(site, count_inputs(subject.module(site.path), site) // count) for site in sites]
 
 
 def within(named: Sequence[int] | None, count: int, what: str) -> Sequence[int]:
@@ -120,25 +123,27 @@ def within(named: Sequence[int] | None, count: int, what: str) -> Sequence[int]:
 
 
 @strategies.register("experts")
-def experts(ground: Ground, *, layers: Layers = None, experts: tuple[int, ...] | None = None) -> Iterator[Spec]:
+def experts(
+    ground: StudyContext, *, layers: Layers = None, experts: tuple[int, ...] | None = None
+) -> Iterator[Knockout]:
     """Each expert of each stack: tokens are routed to it as before, and it writes nothing."""
     for layer, sites in writers(ground.subject, ("expert.out",), layers).items():
         for site in sites:
-            every = each(ground.subject.module(site.path), site)
+            every = each_expert(ground.subject.module(site.path), site)
             for number in within(experts, len(every), "experts"):
-                silent = Silence(replace(site, expert=number))
+                silent = ZeroOutput(replace(site, expert=number))
                 yield spec(ground.subject, "experts", f"block {layer} expert {number}", [silent], number)
 
 
 @strategies.register("embeddings")
-def embeddings(ground: Ground, *, chunk: Annotated[int, Field(ge=0)] = 0) -> Iterator[Spec]:
+def embeddings(ground: StudyContext, *, chunk: Annotated[int, Field(ge=0)] = 0) -> Iterator[Knockout]:
     """So many neighbouring dimensions of the embeddings at once (0: a sixteenth of the width); the head that makes
     logits is left alone where it shares their matrix."""
     subject = ground.subject
     tables = [s for s in subject.sites if s.part == "embed"]
     for part, dims in enumerate(torch.arange(subject.width).split(chunk_of(subject, chunk))):
         name = f"dimensions {int(dims[0])}–{int(dims[-1])}"
-        yield spec(subject, "embeddings", name, [Silence(s, dims) for s in tables], part)
+        yield spec(subject, "embeddings", name, [ZeroOutput(s, dims) for s in tables], part)
 
 
 def chunk_of(subject: Subject, chunk: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from obliteratus.core.results import Score
-from obliteratus.study.base import Result
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.ranking import RATIOS, baseline, clear, damage, knocked, metric_of, metrics, ranked
 
 Table = tuple[list[str], list[list[str]]]
@@ -35,7 +35,7 @@ SPECIAL = {
 
 
 # -------------------------------------------------------------------------------------------- for people
-def table(results: Sequence[Result], top: int | None = None, by: str = "", first: int | None = None) -> Table:
+def table(results: Sequence[KnockoutResult], top: int | None = None, by: str = "", first: int | None = None) -> Table:
     """A row for the whole model, its scores as they are; then changes, the most damaging part first.
 
     top: at most so many parts, and as many controls beside them. by: the metric that orders them, by default the
@@ -49,7 +49,7 @@ def table(results: Sequence[Result], top: int | None = None, by: str = "", first
     return ["part", "parameters", *(headed(n) for n in names)], rows
 
 
-def told(results: Sequence[Result], metric: str) -> str:
+def told(results: Sequence[KnockoutResult], metric: str) -> str:
     """What was found, in one line: the worst part, how many do clear damage, and what the controls do."""
     parts = [r for r in ranked(results, metric) if not r.control and metric in r.change]
     if not parts:
@@ -65,12 +65,12 @@ def told(results: Sequence[Result], metric: str) -> str:
     return "; ".join(said)
 
 
-def beside(studies: Mapping[str, Sequence[Result]], metric: str, top: int | None = None) -> Table:
+def beside(studies: Mapping[str, Sequence[KnockoutResult]], metric: str, top: int | None = None) -> Table:
     """One metric's changes, a column for each study; parts in the order of the most that they do anywhere.
 
     A part is the same in two studies where strategy and name are.
     """
-    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    rows: dict[tuple[str, str], dict[str, KnockoutResult]] = {}
     for study, results in studies.items():
         for result in knocked(results):
             if metric in result.change:
@@ -84,18 +84,18 @@ def beside(studies: Mapping[str, Sequence[Result]], metric: str, top: int | None
     return ["part", *studies], [[WHOLE, *wholes], *cells]
 
 
-def ordered_metrics(results: Sequence[Result], by: str = "") -> list[str]:
+def ordered_metrics(results: Sequence[KnockoutResult], by: str = "") -> list[str]:
     """All metrics, the ordering one first, LAST last. UserError for one that was not taken."""
     first = metric_of(results, by)
     return sorted(metrics(results), key=lambda name: (name != first, name.startswith(LAST)))
 
 
-def shared_metrics(studies: Mapping[str, Sequence[Result]]) -> list[str]:
+def shared_metrics(studies: Mapping[str, Sequence[KnockoutResult]]) -> list[str]:
     """What any of the studies measured, in the order in which they have it."""
     return list(dict.fromkeys(m for results in studies.values() for m in metrics(results)))
 
 
-def most(ordered: Sequence[Result], top: int | None) -> list[Result]:
+def most(ordered: Sequence[KnockoutResult], top: int | None) -> list[KnockoutResult]:
     """The first ``top`` parts, and the first ``top`` controls, in their order."""
     if top is None:
         return list(ordered)
@@ -104,7 +104,7 @@ def most(ordered: Sequence[Result], top: int | None) -> list[Result]:
     return [r for r in ordered if r.component in names]
 
 
-def called(result: Result) -> str:
+def called(result: KnockoutResult) -> str:
     """A part's name, with what it is where that is a control."""
     return f"{result.component} (control)" if result.control else result.component
 
@@ -128,7 +128,7 @@ def scale(metric: str) -> float:
     return 100.0 if metric.startswith(SHARES) else 1.0
 
 
-def shown_change(result: Result, metric: str) -> str:
+def shown_change(result: KnockoutResult, metric: str) -> str:
     """A change with its interval, ``×1.048 [1.026, 1.070]`` or ``−12.5 [−25.0, +3.1]``; a dash where there is none."""
     change = result.change.get(metric)
     if metric in RATIOS and change is not None:
@@ -157,7 +157,7 @@ def shown_number(x: float, digits: int = 3, sign: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------ for machines
-def as_csv(results: Sequence[Result], by: str = "") -> str:
+def as_csv(results: Sequence[KnockoutResult], by: str = "") -> str:
     """A row for each result, the whole model first; shares as shares, infinite as ``inf``, not measured as nothing."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -176,7 +176,7 @@ def _cells(score: Score | None) -> list[Any]:
     return [""] * 4 if score is None else [score.value, score.low, score.high, score.n]
 
 
-def as_json(results: Sequence[Result], by: str = "") -> dict[str, Any]:
+def as_json(results: Sequence[KnockoutResult], by: str = "") -> dict[str, Any]:
     """``baseline``, ``results`` in the order of damage, ``metrics``, the ordering one first; infinite as a string."""
     names = ordered_metrics(results, by)
     ordered = [baseline(results), *ranked(results, names[0])]

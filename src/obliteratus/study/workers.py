@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from obliteratus.core.errors import UserError
-from obliteratus.study.base import Result
+from obliteratus.study.base import KnockoutResult
 from obliteratus.study.engine import Engine, shareable
 from obliteratus.study.settings import Study
 from obliteratus.summon.load import open_subject
@@ -31,8 +31,8 @@ class Workers(Protocol):
         """Components that are measured together, in order."""
         ...
 
-    def baseline(self) -> Result: ...
-    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+    def baseline(self) -> KnockoutResult: ...
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[KnockoutResult]]:
         """Of each chunk, in order of finishing."""
         ...
 
@@ -46,10 +46,10 @@ class Worker:
     def chunks(self) -> list[Names]:
         return [[spec.component for spec in chunk] for chunk in self.engine.chunks()]
 
-    def baseline(self) -> Result:
+    def baseline(self) -> KnockoutResult:
         return self.engine.baseline()
 
-    def measure(self, names: Names) -> list[Result]:
+    def measure(self, names: Names) -> list[KnockoutResult]:
         return self.engine.measure([self.specs[name] for name in names])
 
 
@@ -77,15 +77,15 @@ class Local:
     def chunks(self) -> list[Names]:
         return self.worker.chunks()
 
-    def baseline(self) -> Result:
+    def baseline(self) -> KnockoutResult:
         return self.worker.baseline()
 
-    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[KnockoutResult]]:
         idle: SimpleQueue[Worker] = SimpleQueue()
         for lane in self.lanes:
             idle.put(lane)
 
-        def run(names: Names, context: Context) -> list[Result]:
+        def run(names: Names, context: Context) -> list[KnockoutResult]:
             worker = idle.get()
             try:
                 return context.run(worker.measure, names)
@@ -120,11 +120,11 @@ def _chunks() -> list[Names]:
     return _OWN[0].chunks()
 
 
-def _baseline() -> Result:
+def _baseline() -> KnockoutResult:
     return _OWN[0].baseline()
 
 
-def _measure(names: Names) -> list[Result]:
+def _measure(names: Names) -> list[KnockoutResult]:
     return _OWN[0].measure(names)
 
 
@@ -143,10 +143,10 @@ class Processes:
     def chunks(self) -> list[Names]:
         return self.pool.submit(_chunks).result()
 
-    def baseline(self) -> Result:
+    def baseline(self) -> KnockoutResult:
         return self.pool.submit(_baseline).result()
 
-    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[KnockoutResult]]:
         for future in as_completed([self.pool.submit(_measure, names) for names in wanted]):
             yield future.result()
 
@@ -161,10 +161,10 @@ class Actor:
     def chunks(self) -> list[Names]:
         return self.worker.chunks()
 
-    def baseline(self) -> Result:
+    def baseline(self) -> KnockoutResult:
         return self.worker.baseline()
 
-    def measure(self, names: Names) -> list[Result]:
+    def measure(self, names: Names) -> list[KnockoutResult]:
         return self.worker.measure(names)
 
 
@@ -189,11 +189,11 @@ class Ray:
         found: list[Names] = self.ray.get(self.actors[0].chunks.remote())
         return found
 
-    def baseline(self) -> Result:
-        found: Result = self.ray.get(self.actors[0].baseline.remote())
+    def baseline(self) -> KnockoutResult:
+        found: KnockoutResult = self.ray.get(self.actors[0].baseline.remote())
         return found
 
-    def measured(self, wanted: Sequence[Names]) -> Iterator[list[Result]]:
+    def measured(self, wanted: Sequence[Names]) -> Iterator[list[KnockoutResult]]:
         from ray.util import ActorPool
 
         pool: Any = ActorPool(self.actors)

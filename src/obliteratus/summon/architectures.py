@@ -52,7 +52,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """One architecture. Paths inside a decoder block are relative to it, all others to the model."""
 
     layers: str
@@ -106,7 +106,7 @@ def _opt_refusal(config: PreTrainedConfig) -> str:
     return "checkpoints without a final norm are not declared" if config._remove_final_layer_norm else ""
 
 
-LLAMA = Family(
+LLAMA = Architecture(
     layers="model.layers",
     embeds=("model.embed_tokens",),
     unembed="lm_head",
@@ -127,7 +127,7 @@ GEMMA2 = replace(
     pre_norm={"attn.in": "input_layernorm", "mlp.in": "pre_feedforward_layernorm"},
     post_norm=_POST_NORMS,
 )
-GPT2 = Family(
+GPT2 = Architecture(
     layers="transformer.h",
     embeds=("transformer.wte", "transformer.wpe"),
     unembed="lm_head",
@@ -139,7 +139,7 @@ GPT2 = Family(
     reader_layout="conv1d",
     refusal=_gpt2_refusal,
 )
-GPT_NEOX = Family(  # parallel residual or not: both read and write the same stream, through the same norms
+GPT_NEOX = Architecture(  # parallel residual or not: both read and write the same stream, through the same norms
     layers="gpt_neox.layers",
     embeds=("gpt_neox.embed_in",),
     unembed="lm_head",
@@ -149,7 +149,7 @@ GPT_NEOX = Family(  # parallel residual or not: both read and write the same str
     pre_norm={"attn.in": "input_layernorm", "mlp.in": "post_attention_layernorm"},
     norm="layer",
 )
-OPT = Family(
+OPT = Architecture(
     layers="model.decoder.layers",
     embeds=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     unembed="lm_head",
@@ -490,7 +490,7 @@ GEMMA4 = replace(
 )
 
 
-def _in_vision(family: Family) -> Family:
+def _in_vision(family: Architecture) -> Architecture:
     """The same text model inside one that sees. What images write enters with the embeddings, and is not edited."""
 
     def inside(path: str) -> str:
@@ -505,7 +505,7 @@ def _in_vision(family: Family) -> Family:
     )
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Architecture] = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
     "mistral": replace(LLAMA, bias_switch={}),
     "qwen2": replace(LLAMA, bias_switch={}),

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from obliteratus.core.types import Change, Edit, Mask, Plan, Silence, Site, Subject
-from obliteratus.summon.architectures import Family
-from obliteratus.summon.sites import blocks_of, branches_of, family_of
-from obliteratus.weights.bitsandbytes import dims
-from obliteratus.weights.matrices import columns, each, rows
+from obliteratus.core.types import Change, Edit, Mask, Plan, Site, Subject, ZeroOutput
+from obliteratus.summon.architectures import Architecture
+from obliteratus.summon.sites import architecture_of, blocks_of, branches_of
+from obliteratus.weights.bitsandbytes import unpacked_shape
+from obliteratus.weights.matrices import count_inputs, count_outputs, each_expert
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Coverage:
         return {**asdict(self), "paths": list(self.paths), "share": self.share}
 
 
-def coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Family) -> Coverage:
+def table_coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Architecture) -> Coverage:
     """Count over the decoder blocks and all that stands beside them: embeddings, and whatever else."""
     backbone = family.layers.rpartition(".")[0] + "."
     role: dict[str, str] = {**_inner(model, family), **{site.parameter: site.role for site in sites}}
@@ -50,13 +50,13 @@ def coverage(model: PreTrainedModel, sites: tuple[Site, ...], family: Family) ->
     for path, parameter in model.named_parameters():
         if not path.startswith(backbone) or parameter.ndim < 2 or path in biases:
             continue  # a vector can move the stream by a constant only
-        count[role.get(path, "")] += prod(dims(parameter))
+        count[role.get(path, "")] += prod(unpacked_shape(parameter))
         if path not in role:
             unclaimed.append(path)
     return Coverage(count["writes"], count["reads"], count["inner"], count[""], tuple(unclaimed))
 
 
-def _inner(model: PreTrainedModel, family: Family) -> dict[str, str]:
+def _inner(model: PreTrainedModel, family: Architecture) -> dict[str, str]:
     found = dict.fromkeys(family.beside, "inner")
     for layer, block in enumerate(blocks_of(model, family)):
         for branch in branches_of(family, layer, block):
@@ -64,7 +64,7 @@ def _inner(model: PreTrainedModel, family: Family) -> dict[str, str]:
     return found
 
 
-def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
+def plan_coverage(subject: Subject, plan: Plan) -> dict[str, Any]:
     """Sites found, edited and skipped by part, the share of writing parameters edited, and what is unclaimed."""
     touched = plan.by_site()
     parts: dict[str, dict[str, Any]] = defaultdict(lambda: {"found": 0, "edited": 0, "skipped_layers": []})
@@ -82,12 +82,12 @@ def edited(subject: Subject, plan: Plan) -> dict[str, Any]:
             continue
         size = _size(subject, site)
         total, reached = total + size, reached + size * _share(subject, site, touched.get(site.parameter, ()))
-    known = coverage(subject.model, subject.sites, family_of(subject.model.config))
+    known = table_coverage(subject.model, subject.sites, architecture_of(subject.model.config))
     for part in parts.values():
         part["why_skipped"] = _why(part["edited"], part["skipped_layers"])
     return {
         "parts": dict(parts),
-        "warning": shortfall(known.share, len(known.paths)),
+        "warning": coverage_warning(known.share, len(known.paths)),
         "edited_share": reached / total,
         "found_share": known.share,
         "unclaimed": list(known.paths),
@@ -103,7 +103,7 @@ def _why(edited: int, skipped: Sequence[int]) -> str:
 ENOUGH = 0.99  # the rest of a model whose writers are all known but one of each block would be several per cent
 
 
-def shortfall(found_share: float, unclaimed: int) -> str:
+def coverage_warning(found_share: float, unclaimed: int) -> str:
     """The warning where writers may have been missed; empty where they are not."""
     if found_share >= ENOUGH:
         return ""
@@ -118,19 +118,19 @@ def _share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
     for change in changes:
         if isinstance(change, Mask):
             reached |= set(change.neurons.tolist())
-        elif isinstance(change, Silence) and change.outputs is not None:
-            return len(change.outputs) / rows(subject.module(site.path), site)
-        elif isinstance(change, Silence) or (isinstance(change, Edit) and change.site.span is None):
+        elif isinstance(change, ZeroOutput) and change.outputs is not None:
+            return len(change.outputs) / count_outputs(subject.module(site.path), site)
+        elif isinstance(change, ZeroOutput) or (isinstance(change, Edit) and change.site.span is None):
             return 1.0
         elif isinstance(change, Edit) and change.site.span is not None:
             reached |= set(range(*change.site.span))
-    return len(reached) / columns(subject.module(site.path), site) if reached else 0.0
+    return len(reached) / count_inputs(subject.module(site.path), site) if reached else 0.0
 
 
 def _experts_share(subject: Subject, site: Site, changes: Sequence[Change]) -> float:
     """Share of a stack's experts that the changes reach."""
-    return len({change.site.expert for change in changes}) / len(each(subject.module(site.path), site))
+    return len({change.site.expert for change in changes}) / len(each_expert(subject.module(site.path), site))
 
 
 def _size(subject: Subject, site: Site) -> int:
-    return prod(dims(subject.module(site.path).get_parameter(site.weight)))
+    return prod(unpacked_shape(subject.module(site.path).get_parameter(site.weight)))

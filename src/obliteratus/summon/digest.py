@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from obliteratus.core.types import Site, digest_of
 from obliteratus.summon import sites as anatomy
 from obliteratus.weights.checkpoint import open_checkpoint
-from obliteratus.weights.matrices import sampled, spread
-from obliteratus.weights.offload import Shelf
+from obliteratus.weights.matrices import sample_places, sample_weight
+from obliteratus.weights.offload import OffloadedWeights
 
 
 def digest(model: PreTrainedModel, sites: tuple[Site, ...], sample: Callable[[Site], list[Any]]) -> str:
@@ -23,16 +23,18 @@ def digest(model: PreTrainedModel, sites: tuple[Site, ...], sample: Callable[[Si
     return digest_of([model.config.model_type, anatomy.width_of(model), len(sites), table.weight.shape[0], samples])
 
 
-def samples(model: PreTrainedModel, base: str, revision: str, shelf: Shelf | None) -> Callable[[Site], list[Any]]:
+def weight_sampler(
+    model: PreTrainedModel, base: str, revision: str, shelf: OffloadedWeights | None
+) -> Callable[[Site], list[Any]]:
     """What takes a sample of a writer: from the files where the numbers are there, else from the model."""
     known = open_checkpoint(base, model, revision) if base else None
 
     def sample(site: Site) -> list[Any]:
         if shelf is not None:
-            return sampled(shelf.picked(site.parameter, spread(shelf.count(site.parameter))))
+            return sample_weight(shelf.picked(site.parameter, sample_places(shelf.count(site.parameter))))
         key = None if known is None else known.key(site.parameter)
         module = model.get_submodule(site.path)
         with align_module_device(module):  # brings a weight in that accelerate keeps on disk
-            return sampled(known.tensor(key) if known and key else module, site.weight)
+            return sample_weight(known.tensor(key) if known and key else module, site.weight)
 
     return sample

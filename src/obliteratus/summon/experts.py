@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.types import Site
-from obliteratus.weights.devices import together
+from obliteratus.weights.devices import gathered_parameters
 
 Forward = Callable[..., Tensor]
 """(stream [tokens, width], chosen experts [tokens, k], routing weights [tokens, k]) → [tokens, width]."""
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ReplacedForward:
     """A module with another forward; `remove` brings back its own."""
 
     module: nn.Module
@@ -41,9 +41,9 @@ def is_stack(module: nn.Module) -> bool:
     return "has_gate" in vars(module)
 
 
-def replaced(module: nn.Module, forward: Forward) -> Replaced:
+def replace_forward(module: nn.Module, forward: Forward) -> ReplacedForward:
     """The module's hooks still run. No weight is copied."""
-    handle = Replaced(module, vars(module).get("forward"))
+    handle = ReplacedForward(module, vars(module).get("forward"))
     vars(module)["forward"] = forward
     return handle
 
@@ -66,7 +66,7 @@ def run_experts(
     if kind.has_post_expert_norm:
         raise UnsupportedModelError(f"{site.path}: a norm stands behind each expert; use norm none")
     result = torch.zeros_like(x)
-    with align_module_device(module), together(module):  # brings the stack in from disk or other processes
+    with align_module_device(module), gathered_parameters(module):  # brings the stack in from disk or other processes
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
             h = feed(expert, _hidden(kind, x[token], expert))

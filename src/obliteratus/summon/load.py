@@ -16,20 +16,20 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown
+from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import Source, Subject
 from obliteratus.summon import selftest
 from obliteratus.summon import sites as anatomy
-from obliteratus.summon.coverage import coverage
-from obliteratus.summon.digest import digest, samples
-from obliteratus.summon.sites import family_of, find_sites, n_layers_of
-from obliteratus.weights.bitsandbytes import kept_portable
-from obliteratus.weights.devices import DeviceMap, check_parts, joined, placed, whole
-from obliteratus.weights.finite import finite
-from obliteratus.weights.matrices import drop_quantisation_mark, floats
-from obliteratus.weights.offload import Shelf
-from obliteratus.weights.quantization import Storage, storage_of
-from obliteratus.weights.sources import Origin, check_weights, locate
+from obliteratus.summon.coverage import table_coverage
+from obliteratus.summon.digest import digest, weight_sampler
+from obliteratus.summon.sites import architecture_of, find_sites, n_layers_of
+from obliteratus.weights.bitsandbytes import keep_portable
+from obliteratus.weights.devices import DeviceMap, check_parts, gather_hook_inputs, gather_tensor, placement_arguments
+from obliteratus.weights.finite import is_finite
+from obliteratus.weights.matrices import drop_quantization_mark, stored_floats
+from obliteratus.weights.offload import OffloadedWeights
+from obliteratus.weights.quantization import Storage, choose_storage
+from obliteratus.weights.sources import ModelOrigin, check_weights, locate
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +57,21 @@ def open_subject(
     """Load a model and its tokenizer, and find what can be edited in it.
 
     `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    `dtype`: ``auto`` (as stored) or a name in `DTYPES`. `device`: see `placed`. `self_test` tries the table's claims.
+    `dtype`: ``auto`` (as stored) or a name in `DTYPES`. `device`: see `placement_arguments`. `self_test` tries the table's claims.
     `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
     UserError for whatever the user can mend: each says what, where and what to do.
     """
-    where, kind = placed(device), dtype_of(dtype)
+    where, kind = placement_arguments(device), dtype_of(dtype)
     origin = locate(source)
     gguf = check_weights(origin)
     config = read_config(origin, revision, trust_remote_code)
-    storage = storage_of(origin, config, quantise, kind)
-    family_of(config)
+    storage = choose_storage(origin, config, quantise, kind)
+    architecture_of(config)
     check_parts(config, origin.name, where, plain=not (gguf or storage.label))
     options = _options(origin, revision, trust_remote_code)
     tokenizer = _tokenizer(origin, options)
     model = _stored(origin, config, storage, {**options, "dtype": kind, **where})
-    subject = assemble(
+    subject = assemble_subject(
         model,
         tokenizer,
         id=origin.name,
@@ -85,7 +85,7 @@ def open_subject(
     return subject
 
 
-def assemble(
+def assemble_subject(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
@@ -94,19 +94,19 @@ def assemble(
     quantisation: str = "",
     thinking: bool = False,
     base: str = "",
-    shelf: Shelf | None = None,
+    shelf: OffloadedWeights | None = None,
 ) -> Subject:
     """The subject of a model in memory; UnsupportedModelError where the table does not cover it.
 
     base: the full-precision checkpoint that the model was quantised from on loading: the digest is that one's.
     shelf: where the weights are, if they stay on disk.
     """
-    family = family_of(model.config)
+    family = architecture_of(model.config)
     sites = find_sites(model, family)
-    if missed := coverage(model, sites, family).paths:
+    if missed := table_coverage(model, sites, family).paths:
         log.warning("%d matrices are in no table and are never edited: %s", len(missed), ", ".join(missed))
     dtype = str(model.dtype).removeprefix("torch.")
-    sample = samples(model, base, revision, shelf)
+    sample = weight_sampler(model, base, revision, shelf)
     return Subject(
         model=model,
         tokenizer=tokenizer,
@@ -116,7 +116,7 @@ def assemble(
         layers=family.layers,
         source=Source(id, revision, quantisation, dtype, digest(model, sites, sample), base),
         thinking=thinking,
-        shelf=shelf,
+        offloaded=shelf,
     )
 
 
@@ -126,11 +126,11 @@ def dtype_of(name: str) -> torch.dtype | str:
     if name == "auto":
         return name
     if name not in DTYPES:
-        raise UserError(unknown("dtype", name, ["auto", *DTYPES]))
+        raise UserError(unknown_name("dtype", name, ["auto", *DTYPES]))
     return DTYPES[name]
 
 
-def _options(origin: Origin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
+def _options(origin: ModelOrigin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": origin.local}
     if origin.gguf:
         options["gguf_file"] = origin.gguf
@@ -140,7 +140,7 @@ def _options(origin: Origin, revision: str, trust_remote_code: bool) -> dict[str
 
 
 # ----------------------------------------------------------------------------------------- loading
-def read_config(origin: Origin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration alone; UserError where there is none, or none that transformers knows."""
     with _explained(origin, "its configuration cannot be read"):
         options = _options(origin, revision, trust_remote_code)
@@ -153,33 +153,35 @@ def width_of(source: str | Path) -> int:
     return int(read_config(locate(source)).get_text_config().hidden_size)
 
 
-def config_and_tokenizer(origin: Origin, asked: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
+def config_and_tokenizer(origin: ModelOrigin, asked: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
     """All that is read of a model beside its weights. asked: as of `open_subject`."""
     revision, trust = asked.get("revision", ""), bool(asked.get("trust_remote_code"))
     config = read_config(origin, revision, trust)
-    family_of(config)
+    architecture_of(config)
     return config, _tokenizer(origin, _options(origin, revision, trust))
 
 
-def _tokenizer(origin: Origin, options: dict[str, Any]) -> Any:
+def _tokenizer(origin: ModelOrigin, options: dict[str, Any]) -> Any:
     with _explained(origin, "it has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **options)
 
 
-def _stored(origin: Origin, config: PreTrainedConfig, storage: Storage, options: dict[str, Any]) -> PreTrainedModel:
+def _stored(
+    origin: ModelOrigin, config: PreTrainedConfig, storage: Storage, options: dict[str, Any]
+) -> PreTrainedModel:
     """The model, its numbers in the form that `storage` says."""
     if storage.packed:  # without a map bitsandbytes chooses: a GPU, if there is one
         options = {"device_map": {"": "cpu"}, **options}
-    model = _model(origin, anatomy.loader_of(config), {**options, **storage.options})
+    model = _model(origin, anatomy.model_class_of(config), {**options, **storage.options})
     if storage.packed:
-        kept_portable(model)
+        keep_portable(model)
     elif origin.gguf or storage.label:
-        drop_quantisation_mark(model)
+        drop_quantization_mark(model)
     check_finite(model, origin.name)
     return model
 
 
-def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
+def _model(origin: ModelOrigin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
     with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
         loaded: Any = loader.from_pretrained(origin.path, use_safetensors=True, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
@@ -188,7 +190,7 @@ def _model(origin: Origin, loader: Any, options: dict[str, Any]) -> PreTrainedMo
             f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
         )
     model.eval().requires_grad_(False)
-    joined(model)
+    gather_hook_inputs(model)
     return model
 
 
@@ -196,7 +198,7 @@ _LOAD_ERRORS = (OSError, HfHubHTTPError, ValueError, KeyError, ImportError, Runt
 
 
 @contextmanager
-def _explained(origin: Origin, what: str) -> Iterator[None]:
+def _explained(origin: ModelOrigin, what: str) -> Iterator[None]:
     """Turn what the libraries raise on bad files, names and networks into one line."""
     try:
         yield
@@ -206,7 +208,7 @@ def _explained(origin: Origin, what: str) -> Iterator[None]:
         raise UserError(f"{origin.name}: {what}: {cause.rstrip('.')}; {remedy}") from error
 
 
-def commit_of(origin: Origin, revision: str) -> str:
+def commit_of(origin: ModelOrigin, revision: str) -> str:
     """The commit that a hub id stood for; what was asked for, where that is not known."""
     if origin.local:
         return ""
@@ -218,6 +220,6 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     """UserError naming the first tensor with a NaN or Inf. One tensor at a time, no copies."""
     for path, module in model.named_modules():
         with align_module_device(module):
-            for key, tensor in floats(module).items():
-                if not finite(whole(tensor)):
+            for key, tensor in stored_floats(module).items():
+                if not is_finite(gather_tensor(tensor)):
                     raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")

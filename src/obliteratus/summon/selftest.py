@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Site
-from obliteratus.summon.architectures import Family
-from obliteratus.summon.sites import family_of, find_sites, gain_in, width_of
+from obliteratus.summon.architectures import Architecture
+from obliteratus.summon.sites import architecture_of, find_sites, gain_in, width_of
 
 TOKENS = 8  # long enough for attention to mix, short enough to run a large model dozens of times
 ROWS = 16  # cases in one batch: 128 tokens, whose streams fit anywhere
@@ -25,7 +25,7 @@ Case = Mapping[str, Tensor]
 """Path → the vector [width] that the module puts out at every token."""
 
 
-def self_test(model: PreTrainedModel, family: Family | None = None) -> None:
+def self_test(model: PreTrainedModel, family: Architecture | None = None) -> None:
     """Try every claim of the model's family (or of `family`); UnsupportedModelError names the false one.
 
     1. Zeroing one claimed writer changes the stream that it is said to write into.
@@ -35,7 +35,7 @@ def self_test(model: PreTrainedModel, family: Family | None = None) -> None:
     4. A reader's input is the output of its declared norm, or a multiple of it, and that norm is of the declared kind.
     5. Where routing weights are declared to sum to one, they do.
     """
-    family = family or family_of(model.config)
+    family = family or architecture_of(model.config)
     sites = find_sites(model, family)
     writers = [site for site in sites if site.role == "writes"]
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def _random_vector(width: int) -> Float[Tensor, " width"]:
     return torch.randn(width, generator=torch.Generator().manual_seed(1))
 
 
-def _check_each_matters(model: PreTrainedModel, family: Family, writers: list[Site], ids: Tensor) -> None:
+def _check_each_matters(model: PreTrainedModel, family: Architecture, writers: list[Site], ids: Tensor) -> None:
     zero = torch.zeros(width_of(model))
     cases: list[Case] = [{}, *({site.path: zero} for site in writers)]
     streams = _streams(model, family, ids, cases)
@@ -71,7 +71,7 @@ def _check_each_matters(model: PreTrainedModel, family: Family, writers: list[Si
             )
 
 
-def _check_none_missed(model: PreTrainedModel, family: Family, writers: list[Site], ids: Tensor) -> None:
+def _check_none_missed(model: PreTrainedModel, family: Architecture, writers: list[Site], ids: Tensor) -> None:
     """Blocks are tried with the tables on: fed with zeros, a missed writer without bias is silent too."""
     zero = torch.zeros(width_of(model))
     tables, blocks = ({site.path: zero for site in writers if (site.layer < 0) == embed} for embed in (True, False))
@@ -89,7 +89,7 @@ def _check_none_missed(model: PreTrainedModel, family: Family, writers: list[Sit
             )
 
 
-def _check_none_invented(model: PreTrainedModel, family: Family, writers: list[Site], ids: Tensor) -> None:
+def _check_none_invented(model: PreTrainedModel, family: Architecture, writers: list[Site], ids: Tensor) -> None:
     zero, vector = torch.zeros(width_of(model)), _random_vector(width_of(model))
     silent = {site.path: zero for site in writers}
     cases = [{**silent, site.path: vector} for site in writers]
@@ -154,7 +154,7 @@ def _cosine(found: Tensor, expected: Tensor) -> float:
 
 
 def _streams(
-    model: PreTrainedModel, family: Family, ids: Tensor, cases: Sequence[Case]
+    model: PreTrainedModel, family: Architecture, ids: Tensor, cases: Sequence[Case]
 ) -> Iterator[Float[Tensor, "streams tokens width"]]:
     """All L + 1 streams, fp32 on the CPU, in each case; the cases are the rows of a few batches."""
     for start in range(0, len(cases), ROWS):
@@ -162,7 +162,7 @@ def _streams(
         yield from _batch(model, family, ids.expand(len(rows), -1), rows)
 
 
-def _batch(model: PreTrainedModel, family: Family, ids: Tensor, rows: Sequence[Case]) -> Tensor:
+def _batch(model: PreTrainedModel, family: Architecture, ids: Tensor, rows: Sequence[Case]) -> Tensor:
     seen: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

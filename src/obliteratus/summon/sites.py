@@ -24,14 +24,14 @@ from transformers.pytorch_utils import Conv1D
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Layout, Role, Site, Subject
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Branch, Family, Matrix
+from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Architecture, Branch, Matrix
 from obliteratus.weights.bitsandbytes import is_packed
-from obliteratus.weights.devices import own_part
-from obliteratus.weights.matrices import brought
+from obliteratus.weights.devices import local_part
+from obliteratus.weights.matrices import fetch_parameter
 
 
 # ------------------------------------------------------------------------------------- reading it
-def family_of(config: PreTrainedConfig) -> Family:
+def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The declaration for this configuration; UnsupportedModelError where there is none that fits."""
     name = config.model_type
     if name in UNSUPPORTED:
@@ -47,13 +47,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[name]
 
 
-def loader_of(config: PreTrainedConfig) -> Any:
+def model_class_of(config: PreTrainedConfig) -> Any:
     """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def find_sites(model: PreTrainedModel, family: Family) -> tuple[Site, ...]:
+def find_sites(model: PreTrainedModel, family: Architecture) -> tuple[Site, ...]:
     """Every declared site: embeddings (layer −1), block by block, then the unembedding (layer L).
 
     UnsupportedModelError names the first module that is declared and not there.
@@ -68,20 +68,20 @@ def find_sites(model: PreTrainedModel, family: Family) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def n_layers_of(model: PreTrainedModel, family: Family) -> int:
+def n_layers_of(model: PreTrainedModel, family: Architecture) -> int:
     """How many decoder blocks the model has."""
     return len(blocks_of(model, family))
 
 
-def blocks_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
+def blocks_of(model: PreTrainedModel, family: Architecture) -> list[nn.Module]:
     """The decoder blocks, in order."""
     return list(_module(model, family.layers).children())
 
 
-def branches_of(family: Family, layer: int, block: nn.Module) -> tuple[Family | Branch, ...]:
+def branches_of(family: Architecture, layer: int, block: nn.Module) -> tuple[Architecture | Branch, ...]:
     """What every block has, and which alternatives this one has. UnsupportedModelError where it has none of some."""
     names = {name for name, _ in chain(block.named_modules(), block.named_parameters())}
-    found: list[Family | Branch] = [family]
+    found: list[Architecture | Branch] = [family]
     for choice in family.branches:
         here = [branch for branch in choice if not branch.at or branch.at in names]
         if not here:
@@ -93,7 +93,7 @@ def branches_of(family: Family, layer: int, block: nn.Module) -> tuple[Family | 
     return tuple(found)
 
 
-def _block_sites(family: Family, layer: int, block: nn.Module) -> list[Site]:
+def _block_sites(family: Architecture, layer: int, block: nn.Module) -> list[Site]:
     """Writers, then readers."""
     there = branches_of(family, layer, block)
     made = ((r, list(_declared(family, f"{family.layers}.{layer}.", layer, b, r))) for r in _ROLES for b in there)
@@ -103,7 +103,9 @@ def _block_sites(family: Family, layer: int, block: nn.Module) -> list[Site]:
 _ROLES: tuple[Role, Role] = ("writes", "reads")
 
 
-def _declared(family: Family, prefix: str, layer: int, branch: Family | Branch, role: Role) -> Iterator[Site]:
+def _declared(
+    family: Architecture, prefix: str, layer: int, branch: Architecture | Branch, role: Role
+) -> Iterator[Site]:
     writes = role == "writes"
     norms = branch.post_norm if writes else branch.pre_norm
     for part, m in _writing(branch) if writes else _reading(branch, family):
@@ -111,11 +113,11 @@ def _declared(family: Family, prefix: str, layer: int, branch: Family | Branch, 
         yield Site(prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias)
 
 
-def _writing(branch: Family | Branch) -> Iterator[tuple[str, Matrix]]:
+def _writing(branch: Architecture | Branch) -> Iterator[tuple[str, Matrix]]:
     return ((part, Matrix(*matrix)) for part, matrix in branch.writers.items())
 
 
-def _reading(branch: Family | Branch, family: Family) -> Iterator[tuple[str, Matrix]]:
+def _reading(branch: Architecture | Branch, family: Architecture) -> Iterator[tuple[str, Matrix]]:
     for part, matrices in branch.readers.items():
         yield from ((part, Matrix(m, family.reader_layout) if isinstance(m, str) else m) for m in matrices)
 
@@ -159,7 +161,7 @@ def _module(model: PreTrainedModel, path: str) -> nn.Module:
     return module
 
 
-def has_heads(family: Family, site: Site) -> bool:
+def has_heads(family: Architecture, site: Site) -> bool:
     """Whether this is what attention writes, head beside head; not what another mixer does in its place."""
     branches = (branch for choice in family.branches for branch in choice if not branch.heads)
     others = {Matrix(*branch.writers["attn.out"]).path for branch in branches}
@@ -174,7 +176,7 @@ def width_of(model: PreTrainedModel) -> int:
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether embedding and unembedding share their storage, whatever the configuration says."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    table, head = (own_part(end.weight) for end in ends)
+    table, head = (local_part(end.weight) for end in ends)
     if table.is_meta or head.is_meta:
         return table is head
     return bool(table.untyped_storage().data_ptr() == head.untyped_storage().data_ptr())
@@ -196,7 +198,7 @@ def end_paths(model: PreTrainedModel) -> tuple[str, str]:
 
 def tied_in(subject: Subject) -> tuple[str, str] | None:
     """`tied_ends`, wherever the weights are."""
-    return tied_ends(subject.model) if subject.shelf is None else subject.shelf.tied
+    return tied_ends(subject.model) if subject.offloaded is None else subject.offloaded.tied
 
 
 def gain_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
@@ -211,7 +213,7 @@ def gain_in(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | Non
     norm: Any = model.get_submodule(site.gain)
     if norm.weight is None:  # a LayerNorm without affine parameters
         return None
-    gain = brought(norm, "weight").detach().float()
+    gain = fetch_parameter(norm, "weight").detach().float()
     return 1.0 + gain if site.norm == "rms+1" else gain
 
 
@@ -221,4 +223,4 @@ def norm_bias_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None
         return None
     norm = subject.module(site.gain)
     own = dict(norm.named_parameters(recurse=False))
-    return brought(norm, "bias").detach().float() if "bias" in own else None
+    return fetch_parameter(norm, "bias").detach().float() if "bias" in own else None

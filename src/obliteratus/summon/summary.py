@@ -14,17 +14,17 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from obliteratus.core.types import Site
-from obliteratus.summon.architectures import Family
-from obliteratus.summon.coverage import Coverage, coverage
-from obliteratus.summon.experts import is_stack, replaced
+from obliteratus.summon.architectures import Architecture
+from obliteratus.summon.coverage import Coverage, table_coverage
+from obliteratus.summon.experts import is_stack, replace_forward
 from obliteratus.summon.load import DTYPES, dtype_of, read_config
-from obliteratus.summon.sites import family_of, find_sites, is_tied, loader_of, n_layers_of, width_of
-from obliteratus.weights.quantization import Storage, storage_of
+from obliteratus.summon.sites import architecture_of, find_sites, is_tied, model_class_of, n_layers_of, width_of
+from obliteratus.weights.quantization import Storage, choose_storage
 from obliteratus.weights.sources import check_weights, locate
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSummary:
     """All that `obliteratus inspect` prints."""
 
     source: str
@@ -57,26 +57,26 @@ class Outline:
     """In `dtype`; an upper bound where layers keep a sliding window only."""
 
 
-def outline(
+def summarize_model(
     source: str | Path,
     *,
     dtype: str = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
     quantise: str | Mapping[str, Any] = "",
-) -> Outline:
+) -> ModelSummary:
     """Read the configuration and build the model on the meta device. UserError as `open_subject`."""
     origin = locate(source)
     gguf = check_weights(origin) if origin.gguf else ""
     config = read_config(origin, revision, trust_remote_code)
-    storage = storage_of(origin, config, quantise, dtype_of(dtype))
-    family = family_of(config)
-    kind = dtype_in(config, dtype)
+    storage = choose_storage(origin, config, quantise, dtype_of(dtype))
+    family = architecture_of(config)
+    kind = loading_dtype(config, dtype)
     with torch.device("meta"):
-        model = loader_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+        model = model_class_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     sites = find_sites(model, family)
     n_params = _count(model)
-    return Outline(
+    return ModelSummary(
         source=origin.name,
         quantisation=gguf or storage.label,
         packed=storage.packed,
@@ -86,7 +86,7 @@ def outline(
         n_params=n_params,
         tied=is_tied(model),
         sites=sites,
-        coverage=coverage(model, sites, family),
+        coverage=table_coverage(model, sites, family),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
         loaded_bytes=n_params * kind.itemsize - (_saved(model, storage, kind) if storage.packed else 0),
@@ -115,7 +115,7 @@ def _saved(model: PreTrainedModel, storage: Storage, kind: torch.dtype) -> int:
     return int(n * kind.itemsize - (n + 4 * rows if storage.label.endswith("int8") else n / 2 + 4 * n / 64))
 
 
-def dtype_in(config: PreTrainedConfig, name: str) -> torch.dtype:
+def loading_dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
     """What a model of that configuration is loaded in, where ``name`` is asked for (``auto``: as stored)."""
     asked = dtype_of(name)
     stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name none
@@ -123,12 +123,12 @@ def dtype_in(config: PreTrainedConfig, name: str) -> torch.dtype:
     return kind if isinstance(kind, torch.dtype) else DTYPES[kind]
 
 
-def _kv_values(model: PreTrainedModel, family: Family) -> int:
+def _kv_values(model: PreTrainedModel, family: Architecture) -> int:
     """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention. States that do not
     grow with the tokens, of state spaces and convolutions, are left out."""
     for module in model.modules():
         if is_stack(module):  # which experts are chosen is in values, which there are none of
-            replaced(module, lambda x, *routing: x)
+            replace_forward(module, lambda x, *routing: x)
     token: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")}
     if family.beside:  # tables beside the embeddings are looked up by the token's number
         token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}

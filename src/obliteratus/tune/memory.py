@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from obliteratus.causal.interventions import Pair
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import state_bytes
-from obliteratus.inference.hooks import blocks
+from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.memory import free_memory
 
 SHARE = 0.5  # of the free memory: the rest is for what the estimate leaves out, and for others
@@ -23,7 +23,7 @@ LOGITS = 4  # copies of an answer token's logits: as they are, as log-probabilit
 
 
 @dataclass(frozen=True)
-class Room:
+class GradientMemory:
     """How passes with gradients are made."""
 
     rows: int
@@ -34,13 +34,15 @@ class Room:
     """Whether blocks keep only what enters them and run again on the way back."""
 
 
-def room_for(subject: Subject, pairs: Sequence[Pair], first: int, most: int, free: int = 0) -> Room:
+def plan_gradient_memory(
+    subject: Subject, pairs: Sequence[Pair], first: int, most: int, free: int = 0
+) -> GradientMemory:
     """As many rows, at most ``most``, as half of the free memory holds with their graph; 1 and recomputing where
     it holds not even that. free: bytes; 0 asks the device."""
     tokens, answer = max(len(p) + len(a) for p, a in pairs), max(len(a) for _, a in pairs)
     each = row_bytes(subject, tokens, answer, subject.n_layers - first)
     fit = int(SHARE * (free or free_memory(subject)) / each)
-    return Room(max(1, min(most, fit)), first, fit < 1)
+    return GradientMemory(max(1, min(most, fit)), first, fit < 1)
 
 
 def row_bytes(subject: Subject, tokens: int, answer: int, layers: int) -> float:
@@ -50,12 +52,12 @@ def row_bytes(subject: Subject, tokens: int, answer: int, layers: int) -> float:
 
 
 @contextmanager
-def recomputing(subject: Subject, room: Room) -> Iterator[None]:
+def recompute_blocks(subject: Subject, room: GradientMemory) -> Iterator[None]:
     """Inside, blocks from ``room.first`` on run twice where the room says so: forward, and on the way back.
 
     The way back must be inside too, and inside the edits that the way forward saw.
     """
-    watched = blocks(subject)[room.first :] if room.recompute else []
+    watched = decoder_blocks(subject)[room.first :] if room.recompute else []
     own = [vars(block).get("forward") for block in watched]
     for block in watched:
         _give(block, partial(_twice, block.forward))

@@ -18,13 +18,13 @@ LogP = Float[Tensor, "tokens vocabulary"]
 
 
 @dataclass(frozen=True)
-class Pull:
+class LossTerms:
     """How far a plan is off, nats a token."""
 
     kl: Float[Tensor, ""]
     """KL(base ‖ edited): of controls' first tokens, plus of all tokens of their answers."""
     hinge: Float[Tensor, ""]
-    """Mean over target prompts of what their answers lack of their lead (`short`): 0 once none refuses."""
+    """Mean over target prompts of what their answers lack of their lead (`margin_shortfall`): 0 once none refuses."""
     drift: Float[Tensor, ""]
     """KL(base ‖ edited) where the base would say the same as target prompts' answers, all behind their opening:
     degenerate answers show here."""
@@ -35,32 +35,32 @@ class Pull:
         """What is made small."""
         return self.kl + how.weight * self.hinge + how.coherence * self.drift
 
-    def __add__(self, other: Pull) -> Pull:
-        return Pull(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: LossTerms) -> LossTerms:
+        return LossTerms(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-NO_PULL = Pull(*(torch.zeros(()) for _ in range(4)))
+NO_PULL = LossTerms(*(torch.zeros(()) for _ in range(4)))
 
 
-def pull_control(found: LogP, base: LogP, pairs: Sequence[Pair], share: float = 1.0) -> Pull:
+def control_loss(found: LogP, base: LogP, pairs: Sequence[Pair], share: float = 1.0) -> LossTerms:
     """The pull of some controls, times ``share``. found, base: of the model as it is now, and untouched."""
     each = F.kl_div(found, base, reduction="none", log_target=True).sum(-1)
     first = [part[0] for part in each.split(_sizes(pairs))]
     kl = share * (torch.stack(first).mean() + each.mean())
-    return Pull(kl, *(kl.new_zeros(()) for _ in range(3)))
+    return LossTerms(kl, *(kl.new_zeros(()) for _ in range(3)))
 
 
-def pull_target(found: LogP, base: LogP, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> Pull:
+def target_loss(found: LogP, base: LogP, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> LossTerms:
     """The pull of some target prompts, likewise."""
     tokens, rivals = answer_tokens(pairs, found.device), base.argmax(-1)
     same = rivals == tokens
-    hinge = short(found, tokens, rivals, lead).sum() / len(pairs)
+    hinge = margin_shortfall(found, tokens, rivals, lead).sum() / len(pairs)
     drift = (F.kl_div(found, base, reduction="none", log_target=True).sum(-1) * same).sum() / same.sum().clamp(min=1)
     cost = -(_at(found, tokens) * ~same).sum().detach() / len(pairs)
-    return Pull(drift.new_zeros(()), share * hinge, share * drift, share * cost)
+    return LossTerms(drift.new_zeros(()), share * hinge, share * drift, share * cost)
 
 
-def short(found: LogP, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
+def margin_shortfall(found: LogP, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
     """What each token lacks, in nats, to be by ``lead`` likelier than its rival, that which the base would say there.
 
     A greedy answer takes the likelier one: so this, and not the token's own probability, says whether it refuses. 0

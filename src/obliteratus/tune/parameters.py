@@ -17,7 +17,7 @@ What = Literal["both", "strengths", "directions"]
 
 
 @dataclass(frozen=True)
-class Knob:
+class EditParameter:
     """One edit's parameters; the edit that they started as says all else."""
 
     edit: Edit
@@ -65,7 +65,7 @@ def _orthonormal(rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
     return basis
 
 
-class Knobs:
+class EditParameters:
     """All edits of a plan. Other changes (masks, shifts) stay as they are."""
 
     def __init__(self, plan: Plan, device: torch.device, what: What) -> None:
@@ -124,9 +124,9 @@ class Knobs:
         return replace(self.plan, edits=tuple(changes))
 
 
-def _knob(edit: Edit, device: torch.device, turned: bool, pulled: bool) -> Knob:
+def _knob(edit: Edit, device: torch.device, turned: bool, pulled: bool) -> EditParameter:
     def parameter(x: Tensor, free: bool) -> Tensor:
         return x.detach().to(device, torch.float32).clone().requires_grad_(free)
 
     along = None if edit.covectors is None else parameter(edit.covectors, turned)
-    return Knob(edit, parameter(torch.tensor(edit.strength), pulled), parameter(edit.basis, turned), along)
+    return EditParameter(edit, parameter(torch.tensor(edit.strength), pulled), parameter(edit.basis, turned), along)

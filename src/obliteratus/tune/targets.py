@@ -15,11 +15,11 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.excise.linear import through_gain
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.chat_template import Ids, render
+from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
-from obliteratus.prompts import spread
+from obliteratus.prompts import evenly_spaced
 from obliteratus.summon.sites import gain_of
-from obliteratus.verify.refusal import verdict
+from obliteratus.verify.refusal import judge_answer
 
 # Tokens of an answer that are not the base's own choice. Longer ones help where the base relapses into refusing, but
 # what is then tuned towards is the plan's own wording, which the base finds unlikely (EXPERIMENTS.md).
@@ -27,52 +27,52 @@ OPENINGS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Pairs:
+class TrainingPairs:
     """Prompts with the answers that pull: of controls the base's own, of targets ones that do not refuse."""
 
     control: Sequence[Pair]
     target: Sequence[Pair]
 
 
-def gathered(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most: int) -> Pairs:
-    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `willing` ones.
+def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most: int) -> TrainingPairs:
+    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `answering_pairs` ones.
 
     At most ``most`` prompts of each group, evenly spread. Raises UserError where all of the latter refuse.
     """
     asked = [g for g in ("target", "control", "keep") if g in prompts.groups]
-    ids = {g: render(subject, _some(prompts, g, most), reserve=tokens) for g in asked}
+    ids = {g: render_prompts(subject, _some(prompts, g, most), reserve=tokens) for g in asked}
     controls = ids["control"] + ids.get("keep", [])
     own = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, own, strict=True) if pair[1]]
-    found = willing(subject, ids["target"], plan, tokens)
+    found = answering_pairs(subject, ids["target"], plan, tokens)
     note("TUNE", f"answers to {len(found)} of {len(ids['target'])} target prompts do not refuse")
-    return Pairs(control, found)
+    return TrainingPairs(control, found)
 
 
 def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
     asked = prompts[group]
-    return [asked[i] for i in spread(len(asked), most)]
+    return [asked[i] for i in evenly_spaced(len(asked), most)]
 
 
-def willing(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
+def answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
     """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
 
     The opening is as short as can be: all behind it is the base's own choice, and as coherent as the base. Where none
-    of the plan's leads past a refusal, those of `insisting` are tried. Raises UserError where no prompt is left.
+    of the plan's leads past a refusal, those of `remove_everywhere` are tried. Raises UserError where no prompt is left.
     """
     found: list[Pair] = []
-    for attempt in (plan, insisting(subject, plan)):
+    for attempt in (plan, remove_everywhere(subject, plan)):
         done = {str(row) for row, _ in found}
         if left := [row for row in ids if str(row) not in done]:
             with applied(subject, attempt):
                 openings = generate(subject, left, OPENINGS[-1], title="TUNE openings")
-            found += led(subject, list(zip(left, openings, strict=True)), tokens)
+            found += led_pairs(subject, list(zip(left, openings, strict=True)), tokens)
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
     return found
 
 
-def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
+def led_pairs(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
     """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two,
     else from four.
 
@@ -90,11 +90,11 @@ def led(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
 
 
 def _answers(subject: Subject, answer: list[int]) -> bool:
-    return verdict(subject.tokenizer.decode(answer, skip_special_tokens=True)) == "complied"
+    return judge_answer(subject.tokenizer.decode(answer, skip_special_tokens=True)) == "complied"
 
 
 # ------------------------------------------------------------------------------------- the strongest edit
-def insisting(subject: Subject, plan: Plan) -> Plan:
+def remove_everywhere(subject: Subject, plan: Plan) -> Plan:
     """Every writer loses all that the nearest edited writer loses along: strength 1, no anchor."""
     edits = [e for e in plan.edits if isinstance(e, Edit) and e.site.role == "writes"]
 
@@ -102,10 +102,10 @@ def insisting(subject: Subject, plan: Plan) -> Plan:
         return min(edits, key=lambda e: (abs(e.site.layer - site.layer), e.site.part != site.part))
 
     sites = [s for s in subject.sites if s.role == "writes"] if edits else []
-    return Plan(tuple(Edit(s, _before(subject, s, in_stream(subject, nearest(s))), 1.0) for s in sites), plan.model)
+    return Plan(tuple(Edit(s, _before(subject, s, stream_rows(subject, nearest(s))), 1.0) for s in sites), plan.model)
 
 
-def in_stream(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
+def stream_rows(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
     """The rows that the stream loses along, without the gain that was folded into a writer's."""
     gain = gain_of(subject, edit.site)
     if gain is None:

@@ -13,11 +13,11 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Bool, Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.chat_template import Ids, context_length, render
-from obliteratus.inference.logits import first_token, kl
+from obliteratus.inference.chat_template import Ids, context_length, render_prompts
+from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.inference.token_losses import token_losses
 from obliteratus.verify.intervals import bootstrap, mean, paired_ratio, quantile
-from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.verify.steps import Measurement, ScorerContext, scorers
 
 TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
 
@@ -26,7 +26,7 @@ SEEN = Cost(n_of("report", "control"), free_after="refusal")
 
 
 @scorers.register("first_token_kl", cite="arXiv:2406.11717", cost=lambda options: SEEN)
-def first_token_kl(context: Context) -> Measured:
+def first_token_kl(context: ScorerContext) -> Measurement:
     """KL(base ‖ edited) of the answer's first token on control prompts: mean, p95 and p99, in nats.
 
     ``answered`` is the same over the controls that the base model answers: undoing a false refusal moves that
@@ -35,17 +35,17 @@ def first_token_kl(context: Context) -> Measured:
     """
     logp = context.found.tensors.get("first_token.control")
     if logp is None:
-        ids = render(context.subject, context.prompts["control"])
-        logp = first_token(context.subject, ids, title="VERIFY first tokens")
+        ids = render_prompts(context.subject, context.prompts["control"])
+        logp = first_token_log_probs(context.subject, ids, title="VERIFY first tokens")
     tensors = {"first_token.control": logp}
     if context.before is None:
-        return Measured(tensors=tensors)
-    divergence = kl(context.before.tensors["first_token.control"], logp)
-    scores = drift_scores("kl.first_token", divergence, answered_by(context.before))
-    return Measured(scores, tensors={**tensors, "kl.control": divergence})
+        return Measurement(tensors=tensors)
+    divergence = kl_divergence(context.before.tensors["first_token.control"], logp)
+    scores = drift_scores("kl.first_token", divergence, answered_controls(context.before))
+    return Measurement(scores, tensors={**tensors, "kl.control": divergence})
 
 
-def answered_by(before: Measured) -> Bool[Tensor, " n"]:
+def answered_controls(before: Measurement) -> Bool[Tensor, " n"]:
     """Which control prompts the base answers; empty where no refusal scorer came before."""
     return torch.tensor(
         [r["verdict"] == "complied" for r in before.records if r.get("group") == "control"], dtype=torch.bool
@@ -63,7 +63,7 @@ def _tails(name: str, values: Tensor) -> dict[str, Score]:
 
 
 @scorers.register("perplexity", cost=lambda options: Cost(texts=amount("N_texts")))
-def perplexity(context: Context, *, texts: str = "") -> Measured:
+def perplexity(context: ScorerContext, *, texts: str = "") -> Measurement:
     """exp of the mean loss a text (nats a token) over plain prose, and its ratio to the base model's.
 
     texts: a file of paragraphs parted by empty lines; empty takes the project's own. Padding never counts.
@@ -75,7 +75,7 @@ def perplexity(context: Context, *, texts: str = "") -> Measured:
     scores = {"perplexity": bootstrap(losses, lambda x: x.mean(-1).exp(), "perplexity")}
     if context.before is not None:
         scores["perplexity.ratio"] = paired_ratio(losses, context.before.tensors["losses.texts"])
-    return Measured(scores, tensors={"losses.texts": losses})
+    return Measurement(scores, tensors={"losses.texts": losses})
 
 
 def text_tokens(subject: Subject, texts: str = "") -> Ids:
@@ -93,7 +93,7 @@ def paragraphs(texts: str = "") -> list[str]:
     path = Path(texts)
     if texts and not path.is_file():
         raise UserError(f"{texts}: no such text file for the perplexity scorer")
-    content = path.read_text() if texts else (files("obliteratus.verify") / "texts.txt").read_text()
+    content = path.read_text() if texts else (files("obliteratus.measure") / "texts.txt").read_text()
     found = [" ".join(p.split()) for p in content.split("\n\n") if p.strip()]
     if not found:
         raise UserError(f"{texts}: the text file is empty; give at least one paragraph")

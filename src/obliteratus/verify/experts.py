@@ -12,7 +12,7 @@ from obliteratus.verify.intervals import Z
 
 
 @dataclass(frozen=True)
-class Ranked:
+class ExpertRank:
     """How much more of a target prompt's tokens than of a control prompt's an expert is given."""
 
     path: str
@@ -20,13 +20,15 @@ class Ranked:
     excess: Score
 
 
-def ranking(acts: Activations) -> tuple[Ranked, ...]:
+def rank_experts(acts: Activations) -> tuple[ExpertRank, ...]:
     """All experts of all stacks, most drawn on by target prompts first, with Welch's 95 % interval over prompts.
 
     Prompts are what is drawn: tokens of one prompt go to like experts. An interval that holds 0 says that routing does
     not tell the groups apart there.
     """
-    found = [Ranked(path, e, _excess(g, e)) for path, g in acts.routed.items() for e in range(len(g["target"].share))]
+    found = [
+        ExpertRank(path, e, _excess(g, e)) for path, g in acts.routed.items() for e in range(len(g["target"].share))
+    ]
     return tuple(sorted(found, key=lambda one: -one.excess.value))
 
 

@@ -15,12 +15,12 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
-from obliteratus.excise.live.attach import unedited
-from obliteratus.inference.chat_template import context_length, render
+from obliteratus.excise.live.attach import without_edits
+from obliteratus.inference.chat_template import context_length, render_prompts
 from obliteratus.inference.generate import stop_tokens
-from obliteratus.inference.teacher_forced import answers_read
+from obliteratus.inference.teacher_forced import read_answers
 from obliteratus.verify.intervals import bootstrap, group_ratio
-from obliteratus.verify.steps import Context, Measured, scorers
+from obliteratus.verify.steps import Measurement, ScorerContext, scorers
 
 GROUPS = ("target", "control")
 
@@ -31,7 +31,7 @@ OPENING = 4
 
 
 @scorers.register("fluency", cost=lambda options: Cost(texts=n_of("report")))
-def fluency(context: Context, *, opening: Annotated[int, Field(ge=0, le=64)] = OPENING) -> Measured:
+def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64)] = OPENING) -> Measurement:
     """Perplexity under the unedited model of the answers to target and to control prompts, and the ratio of the two.
 
     exp of the mean over answers of the mean loss a token, each behind its own prompt. Answers are those of the refusal
@@ -48,9 +48,9 @@ def fluency(context: Context, *, opening: Annotated[int, Field(ge=0, le=64)] = O
         answers = [r["answer"] for r in context.found.records if (r["scorer"], r["group"]) == ("refusal", group)]
         if len(answers) != len(context.prompts[group]):
             raise UserError("fluency: there are no answers to score; put the step refusal before it")
-        with unedited():
+        with without_edits():
             losses[group] = answer_losses(base, context.prompts[group], answers, opening)
-    return Measured(_scores(losses), tensors={f"losses.answers.{g}": x for g, x in losses.items()})
+    return Measurement(_scores(losses), tensors={f"losses.answers.{g}": x for g, x in losses.items()})
 
 
 def _scores(losses: dict[str, Tensor]) -> dict[str, Score]:
@@ -71,10 +71,10 @@ def answer_losses(
     most = context_length(subject) // 2
     rows = subject.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     told = [list(row)[:most] or [end] for row in rows]
-    ids = render(subject, prompts, reserve=max(map(len, told)))
+    ids = render_prompts(subject, prompts, reserve=max(map(len, told)))
 
     def loss(row: int, logits: Tensor) -> Tensor:
         counted = slice(opening if len(told[row]) > opening else 0, None)
         return cross_entropy(logits[counted].float(), torch.tensor(told[row][counted], device=logits.device)).cpu()
 
-    return torch.stack(answers_read(subject, ids, told, loss, title="VERIFY fluency"))
+    return torch.stack(read_answers(subject, ids, told, loss, title="VERIFY fluency"))

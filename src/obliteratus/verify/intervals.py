@@ -15,7 +15,7 @@ Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: 95 % two-si
 RESAMPLES = 2000  # the 2.5 % quantile then rests on 50 resamples; twice as many moved no third digit
 
 
-def rate(hits: int, n: int) -> Score:
+def wilson_rate(hits: int, n: int) -> Score:
     """A share with its Wilson score interval (Wilson 1927): honest at 0 and at 1, where the normal one is empty."""
     if n == 0:
         raise ValueError("a rate needs at least one observation")

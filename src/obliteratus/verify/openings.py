@@ -28,14 +28,14 @@ def log_odds(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> F
     return odds
 
 
-def typical(
+def typical_openings(
     target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], step: str, least: float = SHARE
 ) -> list[int]:
     """Tokens with at least ``least`` on target prompts and at least four times what they have on control prompts.
 
     target, control: mean probability, or share of answers, of each token. Raises UserError where there is none.
     """
-    found = frequent(target, control, least)
+    found = frequent_openings(target, control, least)
     if not found:
         raise UserError(
             f"distill step '{step}': no token is typical of this model's answers to target prompts; name those that "
@@ -44,7 +44,7 @@ def typical(
     return found
 
 
-def frequent(
+def frequent_openings(
     target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], least: float = SHARE
 ) -> list[int]:
     """The same; empty where there is none."""
@@ -52,7 +52,7 @@ def frequent(
     return [int(token) for token in found]
 
 
-def named(subject: Subject, tokens: Sequence[str], step: str) -> list[int]:
+def opening_tokens(subject: Subject, tokens: Sequence[str], step: str) -> list[int]:
     """The first token of each text. Raises UserError for a text without tokens."""
     ids = [subject.tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in tokens]
     for text, found in zip(tokens, ids, strict=True):
@@ -61,6 +61,6 @@ def named(subject: Subject, tokens: Sequence[str], step: str) -> list[int]:
     return sorted({int(found[0]) for found in ids})
 
 
-def shown(subject: Subject, tokens: Sequence[int]) -> str:
+def openings_to_text(subject: Subject, tokens: Sequence[int]) -> str:
     """Tokens as text, for a note."""
     return " ".join(repr(subject.tokenizer.decode([token])) for token in tokens)

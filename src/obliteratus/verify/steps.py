@@ -18,7 +18,7 @@ from obliteratus.core.types import PromptSet, Subject
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What VERIFY found on one state of a model."""
 
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -27,8 +27,8 @@ class Measured:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """What a later comparison needs, e.g. ``first_token.control`` [prompts, vocabulary]."""
 
-    def __or__(self, other: Measured) -> Measured:
-        return Measured(
+    def __or__(self, other: Measurement) -> Measurement:
+        return Measurement(
             {**self.scores, **other.scores},
             [*self.records, *other.records],
             {**self.tensors, **other.tensors},
@@ -41,7 +41,7 @@ class Measured:
         save_file({k: v.contiguous() for k, v in self.tensors.items()}, stem.with_suffix(".safetensors"))
 
     @classmethod
-    def load(cls, stem: Path) -> Measured:
+    def load(cls, stem: Path) -> Measurement:
         """What `save` wrote."""
         data = json.loads(stem.with_suffix(".json").read_text())
         scores = {k: Score(**v) for k, v in data["scores"].items()}
@@ -49,42 +49,42 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Context:
+class ScorerContext:
     """What a scorer may look at."""
 
     subject: Subject
     prompts: PromptSet
-    before: Measured | None
+    before: Measurement | None
     """The unedited model's measurement; None while that is being taken."""
-    found: Measured = field(default_factory=Measured)
+    found: Measurement = field(default_factory=Measurement)
     """What the scorers before this one found on the same model."""
     base: Subject | None = None
     """The unedited model, where it is at hand: the subject itself while its edits are live (see `unedited`)."""
 
 
-Scorer = Callable[..., Measured]
+Scorer = Callable[..., Measurement]
 """(context, **options) → scores, records, tensors."""
 
 
 scorers: Registry[Scorer] = Registry("verify")
-NOTHING = Measured()
+NOTHING = Measurement()
 
 
-def verify(
+def measure(
     subject: Subject,
     prompts: PromptSet,
     steps: Sequence[Step],
-    before: Measured | None = None,
+    before: Measurement | None = None,
     base: Subject | None = None,
-    found: Measured = NOTHING,
-) -> Measured:
+    found: Measurement = NOTHING,
+) -> Measurement:
     """Run the scorers on held-out prompts, in their order: later ones see what earlier ones found.
 
     before, base: what was measured of the unedited model, and that model; the subject itself where edits are live.
     found: what is known beforehand: tensors that scorers would else pass prompts for.
     """
-    told = Measured()
+    told = Measurement()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        told = told | scorers[step.use].function(Context(subject, prompts, before, found | told, base), **options)
+        told = told | scorers[step.use].function(ScorerContext(subject, prompts, before, found | told, base), **options)
     return told

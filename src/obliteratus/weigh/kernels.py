@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.core.settings import asked
+from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Site
-from obliteratus.weigh.steps import Share, depths, layer_scores, per_layer, weighers
+from obliteratus.weigh.steps import Share, layer_depths, layer_scores, per_layer, weighers
 
 Weight = Annotated[float, Field(ge=0, le=4)]  # the range of excise.strength, which it multiplies
 Distance = Annotated[float, Field(gt=0)]
@@ -25,7 +25,7 @@ ROUNDING = 1e-9
 
 def _only(part: Part, sites: Sequence[Site], values: Float[Tensor, " layers"]) -> Float[Tensor, " sites"]:
     """Values by layer at the sites of one part (empty: of all), 1 elsewhere."""
-    chosen = torch.tensor([not part or site.part in asked(part) for site in sites])
+    chosen = torch.tensor([not part or site.part in expand_part(part) for site in sites])
     return torch.where(chosen, per_layer(sites, values), torch.ones(len(sites)))
 
 
@@ -47,7 +47,7 @@ def tent(
     min_weight: the least, as a share of ``max_weight``. part: the sites it is for (Heretic has one kernel for
     attention and one for the MLP: give two steps); empty is all.
     """
-    distance = (depths(directions) - peak).abs()
+    distance = (layer_depths(directions) - peak).abs()
     slope = max_weight * (1 - (1 - min_weight) * (distance / reach).clamp(max=1))
     return _only(part, sites, slope * (distance <= reach + ROUNDING))
 
@@ -69,7 +69,7 @@ def bell(
     peak, width (one standard deviation): shares of the depth. floor: what is left far away, as a share of
     ``max_weight``. part: the sites it is for; empty is all.
     """
-    height = torch.exp(-0.5 * ((depths(directions) - peak) / width).square())
+    height = torch.exp(-0.5 * ((layer_depths(directions) - peak) / width).square())
     return _only(part, sites, max_weight * (floor + (1 - floor) * height))
 
 
@@ -110,7 +110,7 @@ def component(
     embed: Weight = 1.0,
 ) -> Tensor:
     """Separate factors for what attention, the MLP and the embeddings write; all else keeps 1."""
-    factor = {"attn.out": attn, "embed": embed, **dict.fromkeys(asked("mlp.out"), mlp)}
+    factor = {"attn.out": attn, "embed": embed, **dict.fromkeys(expand_part("mlp.out"), mlp)}
     return torch.tensor([factor.get(site.part, 1.0) for site in sites])
 
 

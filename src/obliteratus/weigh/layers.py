@@ -11,14 +11,14 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Activations, Directions, Site
-from obliteratus.weigh.steps import Share, best, depths, layer_scores, per_layer, weighers
+from obliteratus.weigh.steps import Share, best_share, layer_depths, layer_scores, per_layer, weighers
 
 # Sorted scores nearer to their chord than this share of the best score have no knee, only rounding.
 STRAIGHT = 0.01
 
 
 @weighers.register("all")
-def everything(directions: Directions, sites: Sequence[Site], acts: Activations) -> Tensor:
+def every_layer(directions: Directions, sites: Sequence[Site], acts: Activations) -> Tensor:
     """Every layer, at full weight."""
     return torch.ones(len(sites))
 
@@ -39,7 +39,7 @@ def middle(
     """Layers from ``low`` to ``high`` of the depth (0–1, both included), l / (L − 1)."""
     if low > high:
         raise UserError(f"weigh step 'middle': low={low} lies above high={high}; swap them")
-    depth = depths(directions)
+    depth = layer_depths(directions)
     return per_layer(sites, ((depth >= low) & (depth <= high)).float())
 
 
@@ -72,7 +72,7 @@ def cosmic_layers(directions: Directions, sites: Sequence[Site], acts: Activatio
     not centred, so what all prompts share counts in both. Reads the activations' means, not the directions.
     """
     target, control = (acts[group].mean[1:].double() for group in ("target", "control"))
-    return per_layer(sites, best(-torch.cosine_similarity(target, control, dim=1), share))
+    return per_layer(sites, best_share(-torch.cosine_similarity(target, control, dim=1), share))
 
 
 @weighers.register("knee_cosmic", cite="arXiv:2506.00085")
@@ -91,7 +91,7 @@ def top(
 ) -> Tensor:
     """The best ``share`` of all layers (at least one) among those with ≥ ``floor`` of the best score."""
     score = layer_scores(directions)
-    return per_layer(sites, best(score, share) * (score >= floor * score.max()))
+    return per_layer(sites, best_share(score, share) * (score >= floor * score.max()))
 
 
 @weighers.register("by_score")

@@ -27,7 +27,7 @@ Weigher = Callable[..., Tensor]
 weighers: Registry[Weigher] = Registry("weigh")
 
 
-def weigh(
+def weigh_sites(
     directions: Directions, sites: Sequence[Site], acts: Activations, steps: Sequence[Step]
 ) -> Float[Tensor, " sites"]:
     """Product of all steps' factors. Raises NothingMatchedError where no site is left."""
@@ -51,13 +51,13 @@ def layer_scores(directions: Directions) -> Float[Tensor, " layers"]:
     return directions.score[1:]
 
 
-def depths(directions: Directions) -> Float[Tensor, " layers"]:
+def layer_depths(directions: Directions) -> Float[Tensor, " layers"]:
     """Each layer's place, l / (L − 1): 0 is the first block, 1 the last. A single layer lies at 0."""
     n = len(layer_scores(directions))
     return torch.arange(n, dtype=torch.float64) / max(1, n - 1)
 
 
-def best(values: Float[Tensor, " layers"], share: float) -> Float[Tensor, " layers"]:
+def best_share(values: Float[Tensor, " layers"], share: float) -> Float[Tensor, " layers"]:
     """1 at the ``share`` of layers with the highest values (at least one; of equals the earlier), else 0."""
     kept = values.argsort(descending=True, stable=True)[: max(1, round(share * len(values)))]
     return torch.zeros_like(values).index_fill(0, kept, 1.0)

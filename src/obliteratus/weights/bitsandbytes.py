@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
-from obliteratus.weights.rounding import compensated
+from obliteratus.weights.rounding import round_compensated
 
 HOME = "bitsandbytes.nn.modules"  # looked for by name: importing it takes seconds, and most models need it not
 Entries = dict[str, Tensor]
@@ -34,7 +34,7 @@ class Format:
     codes: Callable[[Tensor], Tensor]
     """Stored weight → one number a code, flat: for comparing, not for computing."""
     near: float
-    """Share of codes that may differ between one matrix quantised twice, from fp32 and from bf16: see `differing`."""
+    """Share of codes that may differ between one matrix quantised twice, from fp32 and from bf16: see `differing_codes`."""
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -48,40 +48,40 @@ def is_codes(parameter: Tensor) -> bool:
     return type(parameter).__module__ == HOME
 
 
-def dims(parameter: Tensor) -> tuple[int, ...]:
+def unpacked_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the numbers that a parameter holds, packed or not."""
     state = vars(parameter).get("quant_state") if is_codes(parameter) else None
     return tuple(parameter.shape if state is None else state.shape)
 
 
-def shape_of(module: nn.Module) -> tuple[int, int]:
+def packed_matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a packed matrix."""
-    rows, columns = dims(module.get_parameter("weight"))
+    rows, columns = unpacked_shape(module.get_parameter("weight"))
     return rows, columns
 
 
-def dequantised(module: nn.Module) -> Float[Tensor, "out inp"]:
+def dequantize(module: nn.Module) -> Float[Tensor, "out inp"]:
     """W of y = Wx + b, fp32: the numbers that the module itself multiplies with. UnsupportedModelError for a layout of
     which this module knows nothing."""
     return _of(module).read(module).float()
 
 
-def requantised(
+def requantize(
     weight: Float[Tensor, "out inp"], module: nn.Module, along: Float[Tensor, "k out"] | None = None
 ) -> tuple[Entries, Float[Tensor, "out inp"]]:
     """What the module would save had it held ``weight``, in its own format; and stored − weight, fp32.
 
     along: orthonormal rows along which the outputs must stay what they are, whatever rounding does elsewhere; see
-    `compensated`. Where blocks of codes go on from row to row they stay so only by chance.
+    `round_compensated`. Where blocks of codes go on from row to row they stay so only by chance.
     """
     form, target = _of(module), weight.float()
     if along is not None and _by_rows(module):
-        target = compensated(target, along.to(target), lambda rows: form.rounded(rows, module))
+        target = round_compensated(target, along.to(target), lambda rows: form.rounded(rows, module))
     entries, numbers = form.write(target, module)
     return entries, numbers().float().sub_(weight)
 
 
-def differing(weight: Float[Tensor, "out inp"], module: nn.Module) -> float:
+def differing_codes(weight: Float[Tensor, "out inp"], module: nn.Module) -> float:
     """Share of codes (0–1) that differ between ``weight`` quantised now and what the module stores."""
     form = _of(module)
     entries, _ = form.write(weight.float(), module)
@@ -89,12 +89,12 @@ def differing(weight: Float[Tensor, "out inp"], module: nn.Module) -> float:
     return float((stored != now).float().mean()) if stored.shape == now.shape else 1.0
 
 
-def near(module: nn.Module) -> float:
+def same_matrix_limit(module: nn.Module) -> float:
     """The share of differing codes up to which two matrices are the same one, rounded differently before."""
     return _of(module).near
 
 
-def kept_portable(model: nn.Module) -> None:
+def keep_portable(model: nn.Module) -> None:
     """Keep bitsandbytes from rewriting weights in the machine's own layout at the first forward pass.
 
     On CPUs with AVX512-BF16 it would, and only approximately back on saving: unedited matrices would change.
@@ -170,7 +170,7 @@ def padded(state: Mapping[str, Tensor]) -> Entries:
 def _by_rows(module: Any) -> bool:
     """Whether rows are packed apart from each other."""
     state = vars(module.weight).get("quant_state")
-    return state is None or shape_of(module)[1] % int(state.blocksize) == 0
+    return state is None or packed_matrix_shape(module)[1] % int(state.blocksize) == 0
 
 
 def _rounded4(rows: Tensor, module: Any) -> Tensor:
@@ -217,7 +217,7 @@ def _rounded8(rows: Tensor, module: Any) -> Tensor:
     return (rows / scale).round() * scale
 
 
-# `near`: bf16 moves a value by up to 2⁻⁹ of itself. Of 16 levels it then crosses an edge 3 times in 1 000, of 255 one
+# `same_matrix_limit`: bf16 moves a value by up to 2⁻⁹ of itself. Of 16 levels it then crosses an edge 3 times in 1 000, of 255 one
 # time in ten or less; taking one direction out of a matrix 4 096 wide moves 4 % of 16 levels and 40 % of 255.
 FORMATS: Mapping[str, Format] = {
     "Params4bit": Format(_read4, _write4, _rounded4, _codes4, near=0.01),

@@ -19,10 +19,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Subject
-from obliteratus.weights.names import Naming, Where
-from obliteratus.weights.quantization import mark_of
+from obliteratus.weights.names import StoredNames, StoredParameter
+from obliteratus.weights.quantization import quantization_entry
 from obliteratus.weights.safetensors_io import DTYPES, FLOATS, Entry, Header, read_header
-from obliteratus.weights.sources import Origin, check_weights, locate, weight_files
+from obliteratus.weights.sources import ModelOrigin, check_weights, locate, weight_files
 
 PATTERNS = ["*.safetensors", "*.json"]  # weights, index and configuration; the tokenizer is the subject's
 SHA256 = 64  # hex digits: what the hub's cache calls a large file by
@@ -38,10 +38,10 @@ class Checkpoint:
     config: PreTrainedConfig
     shards: Mapping[Path, Header]
     """Files with weights, and what their heads say."""
-    naming: Naming
+    naming: StoredNames
 
     @cached_property
-    def where(self) -> Mapping[str, Where]:
+    def where(self) -> Mapping[str, StoredParameter]:
         """By parameter of the model, what it is stored as; without those that are stored in another form."""
         return self.naming.where({key: entry.shape for key, (_, entry) in self._places.items()})
 
@@ -94,10 +94,10 @@ class Checkpoint:
         blob = file.resolve().name
         if blob != file.name and len(blob) == SHA256:
             return blob
-        return recorded(self.folder).get(file.name, "")
+        return recorded_sums(self.folder).get(file.name, "")
 
 
-def recorded(folder: Path) -> Mapping[str, str]:
+def recorded_sums(folder: Path) -> Mapping[str, str]:
     """SHA-256 by file, as the run told that wrote the folder; empty where none did."""
     place = folder / "run.json"
     if not place.is_file():
@@ -136,25 +136,25 @@ def open_checkpoint(source: str, model: Any, revision: str = "") -> Checkpoint:
     if origin.gguf:
         raise UserError(f"{source}: a GGUF file is no full-precision checkpoint; give a folder with safetensors")
     known = _opened(source, Path(origin.path) if origin.local else _fetched(origin, revision), model)
-    if mark_of(known.config):
+    if quantization_entry(known.config):
         raise UserError(f"{source}: is quantised itself; give the full-precision checkpoint")
     _check_sizes(source, known.config, model.config)
     return known
 
 
 def _opened(name: str, folder: Path, model: Any) -> Checkpoint:
-    check_weights(Origin(name, str(folder)))
+    check_weights(ModelOrigin(name, str(folder)))
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     shards = {file: read_header(file) for file in weight_files(folder)}
-    return Checkpoint(name, folder, config, shards, Naming(model))
+    return Checkpoint(name, folder, config, shards, StoredNames(model))
 
 
-def open_files(origin: Origin, model: Any, revision: str = "") -> Checkpoint:
+def open_files(origin: ModelOrigin, model: Any, revision: str = "") -> Checkpoint:
     """What `locate` found, of which the files are whole; from the hub they are fetched."""
     return _opened(origin.name, Path(origin.path) if origin.local else _fetched(origin, revision), model)
 
 
-def _fetched(origin: Origin, revision: str) -> Path:
+def _fetched(origin: ModelOrigin, revision: str) -> Path:
     try:
         return Path(snapshot_download(origin.path, revision=revision or None, allow_patterns=PATTERNS))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -1,7 +1,7 @@
 """Where a model is: one device, a map of several, or parts of every matrix in several processes.
 
 Under tensor parallelism (``device="tp"``) every process runs the same program in step, and a weight is a DTensor, of
-which each holds a part. `whole` gives all of it; whatever is hooked onto a module sees its whole input and output.
+which each holds a part. `gather_tensor` gives all of it; whatever is hooked onto a module sees its whole input and output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown
+from obliteratus.core.registry import unknown_name
 
 DeviceMap = Mapping[str, str | int]
 """Module path → torch device, number of a GPU, or ``disk``: as accelerate takes it."""
@@ -27,7 +27,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 # ------------------------------------------------------------------------------------ what was asked for
-def placed(device: str | DeviceMap) -> dict[str, Any]:
+def placement_arguments(device: str | DeviceMap) -> dict[str, Any]:
     """Arguments of from_pretrained that put the model there. UserError for a device that is not here.
 
     device: ``auto``, a torch device, ``map`` (accelerate spreads the model over devices, CPU and disk; or a map of your
@@ -43,17 +43,17 @@ def placed(device: str | DeviceMap) -> dict[str, Any]:
         return {"device_map": "auto"}
     if device == "tp":
         return _parallel()
-    kind = kind_of(device)
+    kind = device_kind(device)
     # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
     return {} if kind == "cpu" else {"device_map": {"": kind if device == "auto" else device}}
 
 
-def kind_of(device: str) -> str:
+def device_kind(device: str) -> str:
     """cuda, mps or cpu; of ``auto``, the first that is here. UserError for one that is not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k, ok in there.items() if ok) if device == "auto" else device.partition(":")[0]
     if kind not in there:
-        raise UserError(unknown("device", device, ["auto", "map", "tp", *there]))
+        raise UserError(unknown_name("device", device, ["auto", "map", "tp", *there]))
     if not there[kind]:
         raise UserError(f"device '{device}' is not available here; use device='auto'")
     return kind
@@ -79,9 +79,9 @@ def _parallel() -> dict[str, Any]:
 
 
 def check_parts(config: PreTrainedConfig, name: str, options: Mapping[str, Any], plain: bool) -> None:
-    """UserError where the model cannot be parted as `placed` was asked to.
+    """UserError where the model cannot be parted as `placement_arguments` was asked to.
 
-    options: what `placed` gave. plain: whether its weights are stored and loaded as floats.
+    options: what `placement_arguments` gave. plain: whether its weights are stored and loaded as floats.
     """
     if "distributed_config" not in options:
         return
@@ -108,7 +108,7 @@ def is_parted(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on this device; itself where it is not parted. Every process must ask in the same order."""
     if not is_parted(tensor):
         return tensor
@@ -118,7 +118,7 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of it: a view."""
     parted: Any = tensor
     part: Tensor = parted.to_local() if is_parted(tensor) else tensor
@@ -126,45 +126,45 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def together(module: nn.Module) -> Iterator[None]:
+def gathered_parameters(module: nn.Module) -> Iterator[None]:
     """Inside, all of the module's own parameters are here, brought from all processes: they must all enter."""
     parted = {name: p for name, p in module.named_parameters(recurse=False) if is_parted(p)}
-    module._parameters.update({name: nn.Parameter(whole(p), requires_grad=False) for name, p in parted.items()})
+    module._parameters.update({name: nn.Parameter(gather_tensor(p), requires_grad=False) for name, p in parted.items()})
     try:
         yield
     finally:
         module._parameters.update(parted)
 
 
-def processes(model: PreTrainedModel) -> int:
+def count_processes(model: PreTrainedModel) -> int:
     """How many processes run the model together, each with a part of every matrix; 1 where it is whole here."""
     return int(model.tp_size or 1)
 
 
-def agreed(model: PreTrainedModel, value: float, device: torch.device) -> float:
+def agree_on_least(model: PreTrainedModel, value: float, device: torch.device) -> float:
     """The least of what the processes that share the model say: batches must be the same in all of them."""
-    if processes(model) == 1:
+    if count_processes(model) == 1:
         return value
     least = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     return float(least)
 
 
-def several() -> bool:
+def in_process_group() -> bool:
     """Whether this process takes part in a group: what it does alone, the others would wait for."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1
 
 
 # ---------------------------------------------------------------------------------------- whole inputs
-def joined(model: PreTrainedModel) -> None:
+def gather_hook_inputs(model: PreTrainedModel) -> None:
     """Make hooks on modules that are parted by inputs see whole inputs, as hooks on others do; no-op on a whole model.
 
     Their outputs are summed over the processes before any hook sees them. Each process gives such a module the part of
     the input that it has computed; while anything is hooked onto the module, the parts are brought together before the
     hooks run and taken apart behind them.
     """
-    if processes(model) > 1:
+    if count_processes(model) > 1:
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear) and _style(model, path) == "rowwise":
                 module.register_forward_pre_hook(_join)

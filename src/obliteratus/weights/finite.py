@@ -8,7 +8,7 @@ from torch import Tensor
 CHUNK = 1 << 22  # values tested at once for NaN, where the cheap test failed: 16 MB in fp32
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or Inf."""
     if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
         return True

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site
-from obliteratus.weights.bitsandbytes import dequantised, is_codes, is_packed, shape_of
-from obliteratus.weights.devices import is_parted, whole
+from obliteratus.weights.bitsandbytes import dequantize, is_codes, is_packed, packed_matrix_shape
+from obliteratus.weights.devices import gather_tensor, is_parted
 
 SAMPLE = 64  # values of each writer in the digest: over all layers, more than two checkpoints share by chance
 SMALLEST = 2.0**-14  # float16 is subnormal below: a bf16 checkpoint would digest differently there
@@ -29,9 +29,9 @@ def read_weight(module: nn.Module, site: Site) -> Float[Tensor, "out inp"]:
     weight is neither a plain floating matrix nor packed by bitsandbytes, which is unpacked anew at each call.
     """
     if is_packed(module):  # [out, in] whatever the layout: transformers turns Conv1D before it packs
-        return dequantised(module)
+        return dequantize(module)
     _check_plain(module, site)
-    weight = _one(brought(module, site.weight), site).detach()
+    weight = _one(fetch_parameter(module, site.weight), site).detach()
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return matrix if _upright(site) else matrix.mT
 
@@ -40,7 +40,7 @@ def read_bias(module: nn.Module, site: Site) -> Float[Tensor, " out"] | None:
     """b of y = Wx + b, fp32 (fp64 where stored so); None where there is none. Of a stack, that of `site.expert`."""
     if not has_bias(module, site):
         return None
-    bias = brought(module, site.bias).detach()
+    bias = fetch_parameter(module, site.bias).detach()
     return _one(bias, site).to(torch.promote_types(bias.dtype, torch.float32))
 
 
@@ -49,32 +49,32 @@ def has_bias(module: nn.Module, site: Site) -> bool:
     return site.bias in dict(module.named_parameters(recurse=False))
 
 
-def columns(module: nn.Module, site: Site) -> int:
+def count_inputs(module: nn.Module, site: Site) -> int:
     """How many inputs W has: its columns as `read_weight` gives it."""
-    return extent(module, site)[1]
+    return matrix_shape(module, site)[1]
 
 
-def rows(module: nn.Module, site: Site) -> int:
+def count_outputs(module: nn.Module, site: Site) -> int:
     """How many outputs W has."""
-    return extent(module, site)[0]
+    return matrix_shape(module, site)[0]
 
 
-def extent(module: nn.Module, site: Site) -> tuple[int, int]:
+def matrix_shape(module: nn.Module, site: Site) -> tuple[int, int]:
     """(out, in): the shape of what `read_weight` gives, without reading it."""
     if is_packed(module):
-        return shape_of(module)
+        return packed_matrix_shape(module)
     first, second = _check_plain(module, site).shape[-2:]
     return (first, second) if _upright(site) else (second, first)
 
 
-def each(module: nn.Module, site: Site) -> list[Site]:
+def each_expert(module: nn.Module, site: Site) -> list[Site]:
     """The site itself; of a stack, one for each of its experts."""
     if not site.stacked or site.expert is not None:
         return [site]
     return [replace(site, expert=expert) for expert in range(len(_check_plain(module, site)))]
 
 
-def floats(module: nn.Module) -> dict[str, Tensor]:
+def stored_floats(module: nn.Module) -> dict[str, Tensor]:
     """What the module itself stores as floating numbers, by name: parameters, and of packed ones their scales."""
     own = dict(module.named_parameters(recurse=False))
     if any(is_codes(parameter) for parameter in own.values()):
@@ -82,7 +82,7 @@ def floats(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in own.items() if tensor.is_floating_point()}
 
 
-def stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
+def to_stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
     """`weight` in the layout, dtype and device of `like`, the stored matrix. ValueError on another shape."""
     matrix = weight if _upright(site) else weight.mT
     if matrix.shape != like.shape:
@@ -98,11 +98,11 @@ def _one(tensor: Tensor, site: Site) -> Tensor:
     """The expert's own part, a view."""
     if not site.stacked:
         return tensor
-    assert site.expert is not None, "a stack has no one matrix: see `each`"
+    assert site.expert is not None, "a stack has no one matrix: see `each_expert`"
     return tensor[site.expert]
 
 
-def sampled(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
+def sample_weight(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
     """What tells a stored weight from others: some of its values, or some codes and some scales of a packed one.
 
     name: the weight's own in the module; a module that has none of it is told by its first parameter or buffer.
@@ -114,21 +114,21 @@ def sampled(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]:
     if isinstance(stored, nn.Module):
         own = dict(chain(stored.named_parameters(), stored.named_buffers()))
         stored = own.get(name, next(iter(own.values())))
-    values = _spread(whole(stored).detach().flatten()).to("cpu", torch.bfloat16).float()
+    values = _spread(gather_tensor(stored).detach().flatten()).to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
 
 
 def _spread(flat: Tensor) -> Tensor:
-    at = spread(len(flat))
+    at = sample_places(len(flat))
     return flat[at.start : at.stop : at.step]
 
 
-def spread(count: int) -> range:
-    """Which of so many values `sampled` looks at."""
+def sample_places(count: int) -> range:
+    """Which of so many values `sample_weight` looks at."""
     return range(count)[:: max(count // SAMPLE, 1)][:SAMPLE]
 
 
-def drop_quantisation_mark(model: Any) -> None:
+def drop_quantization_mark(model: Any) -> None:
     """Forget that a file was quantised: its weights are plain floats now, yet with the mark transformers
     refuses to save them."""
     model.is_quantized = False
@@ -141,12 +141,12 @@ def drop_quantisation_mark(model: Any) -> None:
             delattr(owner, name)
 
 
-def brought(module: nn.Module, name: str) -> Tensor:
+def fetch_parameter(module: nn.Module, name: str) -> Tensor:
     """A parameter of the module; where accelerate keeps it elsewhere, read from there; where it is parted among
     processes, brought together from all of them, which must all ask."""
     parameter = module.get_parameter(name)
     if not (parameter.is_meta and has_offloaded_params(module)):
-        return whole(parameter)
+        return gather_tensor(parameter)
     hook: Any = module._hf_hook
     found: Tensor = hook.weights_map[name]
     return found.to(parameter.dtype)

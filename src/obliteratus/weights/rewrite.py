@@ -21,7 +21,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.weights.safetensors_io import Pieces, numbers, read_header, with_added
+from obliteratus.weights.safetensors_io import Pieces, add_entries, read_header, tensor_bytes
 
 CHUNK = 1 << 22  # bytes copied at once: 4 MB is past where reading gets no faster, and is nothing beside a matrix
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of writing: no room, no quota, longer than a file may be
@@ -41,7 +41,7 @@ class Output:
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Output]:
+def write_aside(path: Path) -> Iterator[Output]:
     """A file that gets its name when the block ends, synced to the disk; after an error there is none. UserError where
     it cannot be written, because the disk is full for one."""
     place = path.with_name(path.name + ".new")
@@ -53,12 +53,12 @@ def aside(path: Path) -> Iterator[Output]:
             os.fsync(file.fileno())
         place.replace(path)
     except OSError as error:
-        raise UserError(cannot_write(path, error)) from error
+        raise UserError(disk_error_message(path, error)) from error
     finally:
         place.unlink(missing_ok=True)  # what is half written goes, also at an interruption
 
 
-def cannot_write(path: Path, error: OSError) -> str:
+def disk_error_message(path: Path, error: OSError) -> str:
     """What a user can do about it, in one line."""
     cause = error.strerror or str(error)
     remedy = "make room there, or give another --out" if error.errno in FULL else "mend that"
@@ -66,25 +66,25 @@ def cannot_write(path: Path, error: OSError) -> str:
 
 
 @contextmanager
-def full_is_told(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """A full disk, met by whoever writes into the folder, as a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(cannot_write(folder, error)) from error
+        raise UserError(disk_error_message(folder, error)) from error
     except SafetensorError as error:
         number = OS_ERROR.search(str(error))
         if number is None or int(number[1]) not in FULL:
             raise
-        raise UserError(cannot_write(folder, OSError(int(number[1]), os.strerror(int(number[1]))))) from error
+        raise UserError(disk_error_message(folder, OSError(int(number[1]), os.strerror(int(number[1]))))) from error
 
 
 OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes what the system said
 
 
-def rewritten(
+def rewrite_file(
     source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor], known: str = ""
 ) -> str:
     """SHA-256 of ``target``: the tensors of ``source`` in their order, with its metadata; those in ``edits``, which
@@ -95,8 +95,8 @@ def rewritten(
     another dtype or size.
     """
     before = read_header(source)
-    after = with_added(before, added)
-    with aside(target) as out, source.open("rb") as opened:
+    after = add_entries(before, added)
+    with write_aside(target) as out, source.open("rb") as opened:
         given = Source(opened, known)
         given.pass_over(len(before.raw))
         out.write(after.raw)
@@ -105,7 +105,7 @@ def rewritten(
                 given.pass_over(len(before.raw) + before.entries[name].start - opened.tell())
             if name in edits:
                 given.pass_over(before.entries[name].size if name in before.entries else 0)
-                written = sum(out.write(numbers(part, entry.dtype)) for part in edits[name]())
+                written = sum(out.write(tensor_bytes(part, entry.dtype)) for part in edits[name]())
                 if written != entry.size:
                     raise ValueError(f"{name} takes {entry.size} bytes, and its pieces {written}")
             else:
@@ -114,9 +114,9 @@ def rewritten(
     return str(out.sum.hexdigest())
 
 
-def copied(source: Path, target: Path, known: str = "") -> str:
+def copy_file(source: Path, target: Path, known: str = "") -> str:
     """SHA-256 of a file and of its copy; UserError where it is not the known one."""
-    with aside(target) as out, source.open("rb") as opened:
+    with write_aside(target) as out, source.open("rb") as opened:
         given = Source(opened, known)
         given.copy(out, source.stat().st_size)
         given.check()
@@ -189,35 +189,35 @@ class Finished:
             self._keep()
 
     def _keep(self) -> None:
-        with aside(_record(self._folder)) as out:
+        with write_aside(_record(self._folder)) as out:
             out.write(json.dumps({"identity": self._identity, "files": self.sums}, indent=1).encode())
 
 
-def finished(folder: Path) -> dict[str, str]:
+def finished_files(folder: Path) -> dict[str, str]:
     """SHA-256 by name of the files in it that were written whole."""
     return _read(folder)[0]
 
 
-def tidied(folder: Path) -> None:
-    """The folder is there, and holds nothing but what `finished` knows of."""
+def tidy_folder(folder: Path) -> None:
+    """The folder is there, and holds nothing but what `finished_files` knows of."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in finished(folder):
+        elif path.name not in finished_files(folder):
             path.unlink()
 
 
-def forget(folder: Path) -> None:
-    """Remove what `finished` knows of: it is to be written in another way."""
-    for name in finished(folder):
+def forget_finished(folder: Path) -> None:
+    """Remove what `finished_files` knows of: it is to be written in another way."""
+    for name in finished_files(folder):
         (folder / name).unlink(missing_ok=True)
     _record(folder).unlink(missing_ok=True)
 
 
-def sums_of(folder: Path) -> dict[str, dict[str, Any]]:
+def file_sums(folder: Path) -> dict[str, dict[str, Any]]:
     """``bytes`` and ``sha256`` of each file; of what was baked, as it was told while it was written."""
-    known = finished(folder)
+    known = finished_files(folder)
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     return {p.name: {"bytes": p.stat().st_size, "sha256": known.get(p.name) or sha256_of(p)} for p in paths}
 

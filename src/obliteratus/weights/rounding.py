@@ -18,7 +18,7 @@ STEPS = 256  # groups of rows: what one group's own errors leave along Q is then
 RIDGE = 1e-6  # of a direction's length²: only so that the last rows of a direction that is all in others can be solved
 
 
-def compensated(
+def round_compensated(
     weight: Float[Tensor, "out inp"], along: Float[Tensor, "k out"], rounded: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "out inp"]:
     """A matrix near ``weight`` whose rounding R has along·R ≈ along·weight. fp32.

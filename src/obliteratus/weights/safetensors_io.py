@@ -51,7 +51,7 @@ def write_shard(path: Path, like: Mapping[str, Tensor], pieces: Mapping[str, Pie
         for name in sorted(like):
             file.seek(head + starts[name])
             parts = pieces[name]() if name in pieces else [like[name]]
-            written = sum(file.write(numbers(part, NAMES[like[name].dtype])) for part in parts)
+            written = sum(file.write(tensor_bytes(part, NAMES[like[name].dtype])) for part in parts)
             if written != like[name].nbytes:
                 raise ValueError(f"{name} takes {like[name].nbytes} bytes, and its pieces {written}")
 
@@ -88,7 +88,7 @@ def _framed(head: Mapping[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def numbers(part: Tensor, dtype: str = "") -> memoryview:
+def tensor_bytes(part: Tensor, dtype: str = "") -> memoryview:
     """The bytes as they are in memory, copied only where they are elsewhere or not in a row. ValueError unless they are
     of that dtype, as the format names it, if one is given."""
     if dtype and part.dtype != DTYPES[dtype]:
@@ -152,7 +152,7 @@ def _entry(entry: Mapping[str, Any]) -> Entry:
     return Entry(entry["dtype"], tuple(entry["shape"]), start, stop - start)
 
 
-def with_added(header: Header, added: Mapping[str, Tensor]) -> Header:
+def add_entries(header: Header, added: Mapping[str, Tensor]) -> Header:
     """A header with further tensors; the same one where there are none. added: their shapes and dtypes."""
     if not added:
         return header

@@ -23,7 +23,7 @@ WHOLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelOrigin:
     """Where a model is read from."""
 
     name: str
@@ -35,22 +35,22 @@ class Origin:
     local: bool = True
 
 
-def locate(source: str | Path) -> Origin:
+def locate(source: str | Path) -> ModelOrigin:
     """What `source` names: `organism:NAME[@SHARE]`, a folder, a GGUF file or a hub id. UserError if none fits."""
     name = str(source)
     if name.startswith("organism:"):
-        return Origin(name, str(_organism(name.removeprefix("organism:"))))
+        return ModelOrigin(name, str(_organism(name.removeprefix("organism:"))))
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(path)
-        return Origin(name, str(path))
+        return ModelOrigin(name, str(path))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
-        return Origin(name, str(path.parent), gguf=path.name)
+        return ModelOrigin(name, str(path.parent), gguf=path.name)
     if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise UserError(f"{path} does not exist; give a model folder, a .gguf file or a hub id (owner/name)")
-    return Origin(name, name, local=False)
+    return ModelOrigin(name, name, local=False)
 
 
 def _organism(name: str) -> Path:
@@ -70,7 +70,7 @@ def _check_folder(folder: Path) -> None:
     raise UserError(f"{folder} has no config.json, so it is no model folder; give the folder that has it")
 
 
-def check_weights(origin: Origin) -> str:
+def check_weights(origin: ModelOrigin) -> str:
     """Refuse missing, pickled, truncated or corrupt weight files; returns the quantisation of a GGUF file.
 
     Files on the hub are checked when they are loaded.

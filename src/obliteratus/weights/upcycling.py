@@ -62,14 +62,14 @@ def read_experts(folder: Path) -> Experts:
     return Experts(**stored)
 
 
-def with_experts(dense: Any, experts: Experts) -> Any:
-    """`dense` as a Mixtral model with these experts; UserError as in `upcycled`, and for experts of other shapes."""
-    model = upcycled(dense, experts.router)
-    told_apart(model, experts.a, experts.b)
+def make_mixture(dense: Any, experts: Experts) -> Any:
+    """`dense` as a Mixtral model with these experts; UserError as in `upcycle`, and for experts of other shapes."""
+    model = upcycle(dense, experts.router)
+    differentiate_experts(model, experts.a, experts.b)
     return model
 
 
-def upcycled(dense: Any, router: Float[Tensor, "layer expert width"]) -> Any:
+def upcycle(dense: Any, router: Float[Tensor, "layer expert width"]) -> Any:
     """`dense` as a Mixtral model of its dtype, in eval mode, in which every expert is a copy of the layer's MLP.
 
     It computes what `dense` does, whatever the router: the weights of a token's experts sum to one. UserError for
@@ -115,7 +115,7 @@ def moe_weights(dense: Any, router: Float[Tensor, "layer expert width"]) -> dict
 
 
 @torch.no_grad()
-def told_apart(
+def differentiate_experts(
     model: Any, a: Float[Tensor, "layer expert rank inner"], b: Float[Tensor, "layer expert width rank"]
 ) -> None:
     """Add b @ a to each expert's down projection, in place; UserError when they do not fit the model."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Change, Edit, Mask, Plan, Silence, Subject
-from obliteratus.excise.change import bias_change, changed
+from obliteratus.core.types import Change, Edit, Mask, Plan, Subject, ZeroOutput
+from obliteratus.excise.change import apply_change, bias_change
 from obliteratus.excise.plan import check_fits
 from obliteratus.weights.matrices import read_weight
 
@@ -36,7 +36,7 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     tensors, ranks, errors, biased = {}, [], [0.0], False
     for edits in plan.by_site().values():
         path = edits[0].site.path
-        (b, a), error = factors(subject.module(path), edits, max_rank)
+        (b, a), error = low_rank_factors(subject.module(path), edits, max_rank)
         shift = bias_change(subject.module(path), edits)
         biased |= shift is not None
         ranks.append(a.shape[0])
@@ -66,14 +66,14 @@ def _check_layouts(subject: Subject, plan: Plan) -> None:
         raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
 
 
-def factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
+def low_rank_factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
     """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
     original = read_weight(module, changes[0].site)
     weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]
     for change in changes:
         b, a = _exact(change, weight)
         outs, ins = [*outs, b], [*ins, a]
-        weight = changed(change, weight)
+        weight = apply_change(change, weight)
     if all(not isinstance(c, Edit) or c.norm == "none" for c in changes):
         return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
     return _nearest(weight - original, max_rank)
@@ -100,7 +100,7 @@ def _(change: Mask, weight: Float[Tensor, "out in"]) -> Factors:
 
 
 @_exact.register
-def _(change: Silence, weight: Float[Tensor, "out in"]) -> Factors:
+def _(change: ZeroOutput, weight: Float[Tensor, "out in"]) -> Factors:
     rows = torch.arange(len(weight)) if change.outputs is None else change.outputs
     rows = rows.to(weight.device)
     if len(rows) <= weight.shape[1]:

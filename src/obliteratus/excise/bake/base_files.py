@@ -21,7 +21,7 @@ from obliteratus.weights.matrices import has_bias
 NO_BASE = "none"
 
 
-def files_of(subject: Subject, base: str = "") -> Checkpoint | None:
+def find_base(subject: Subject, base: str = "") -> Checkpoint | None:
     """The checkpoint whose files ``merged`` is baked onto: ``base`` (folder, organism:NAME, hub id), or the one that a
     quantised model was quantised from on loading, or a plain model's own; None where there is none, or for ``none``.
 
@@ -37,7 +37,7 @@ def files_of(subject: Subject, base: str = "") -> Checkpoint | None:
     if not name or name == NO_BASE:
         return None
     known = open_checkpoint(name, subject.model, "" if base else subject.source.revision)
-    onto = Onto(subject, known)
+    onto = BaseCheckpoint(subject, known)
     if why := onto.why_not(packed[0]):
         raise UserError(f"{name}: {why}; {_OTHERWISE}")
     check_same(subject, packed[0], onto.holder(packed[0]), name)
@@ -48,7 +48,7 @@ _OTHERWISE = f"give --base {NO_BASE}, or --save adapter"
 
 
 @dataclass(frozen=True)
-class Onto:
+class BaseCheckpoint:
     """A model, and the files that its plan is baked onto."""
 
     subject: Subject
@@ -106,11 +106,11 @@ class Onto:
         return made
 
 
-def why_not(onto: Onto, plan: Plan) -> str:
+def why_not(onto: BaseCheckpoint, plan: Plan) -> str:
     """Why a plan cannot be baked onto these files, so that the model must be written from memory; empty where it can.
     UserError where a tensor is stored in a dtype that cannot be edited, or the plan cannot be merged at all."""
     check_fits(onto.subject, plan)
-    sites = [*switched(onto.subject, plan), *(changes[0].site for changes in plan.by_site().values())]
+    sites = [*sites_with_new_bias(onto.subject, plan), *(changes[0].site for changes in plan.by_site().values())]
     for site in sites:
         why = onto.why_not(site)
         if why and onto.quantised:
@@ -126,13 +126,13 @@ def why_not(onto: Onto, plan: Plan) -> str:
     return ""
 
 
-def _names(onto: Onto, site: Site) -> list[tuple[str, str]]:
+def _names(onto: BaseCheckpoint, site: Site) -> list[tuple[str, str]]:
     """Parameters that may have to be added for a site, and the names that they would be stored under."""
     head = [(onto.tied[1], onto.target(onto.tied[1]))] if onto.tied and site.parameter in onto.tied else []
     return [(f"{site.path}.{site.bias}", onto.bias(site)), *head]
 
 
-def switched(subject: Subject, plan: Plan) -> list[Site]:
+def sites_with_new_bias(subject: Subject, plan: Plan) -> list[Site]:
     """Sites that get a bias because their half of the block does."""
     halves = bias_switches(subject, plan)
     return [site for site in subject.sites if site.part.partition(".")[0] in halves]

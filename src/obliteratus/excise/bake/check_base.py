@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Site, Subject
-from obliteratus.weights.bitsandbytes import differing, is_packed, near
+from obliteratus.weights.bitsandbytes import differing_codes, is_packed, same_matrix_limit
 from obliteratus.weights.matrices import read_weight
 
 # Two roundings of one plain tensor, by way of bf16 and of fp16, differ by less than this share of a value.
@@ -22,8 +22,8 @@ def check_same(subject: Subject, site: Site, holder: nn.Module, name: str) -> No
     if not is_packed(module):
         _check(subject, site, module.get_parameter(site.weight), holder.get_parameter(site.weight), name)
         return
-    share = differing(read_weight(holder, site).to(subject.device), module)
-    if share > near(module):
+    share = differing_codes(read_weight(holder, site).to(subject.device), module)
+    if share > same_matrix_limit(module):
         raise UserError(
             f"{name}: {site.path} is not what was quantised ({share:.1%} of its codes differ); give the model's own "
             "base, or --base none to unpack, edit and pack again"

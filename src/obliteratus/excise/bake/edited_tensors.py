@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.types import Change, Plan, Shift, Site
-from obliteratus.excise.bake.base_files import Onto, switched
+from obliteratus.excise.bake.base_files import BaseCheckpoint, sites_with_new_bias
 from obliteratus.excise.bake.check_base import check_expert, check_same
-from obliteratus.excise.bake.tensors import bias_switches, new_biases, new_matrix, pieces
-from obliteratus.excise.change import at, filled_by, needs_bias, new_weight
+from obliteratus.excise.bake.tensors import bake_in_pieces, bias_switches, new_biases, new_matrix
+from obliteratus.excise.change import changes_of_matrix, fill_donors_from, needs_bias, new_weight
 from obliteratus.weights.checkpoint import Checkpoint
-from obliteratus.weights.matrices import has_bias, read_weight, stored
+from obliteratus.weights.matrices import has_bias, read_weight, to_stored
 from obliteratus.weights.safetensors_io import Pieces
 
 
 @dataclass
-class Edits:
+class TensorEdits:
     """What becomes of a checkpoint's tensors, by their stored names."""
 
     tensors: dict[str, Pieces]
@@ -31,10 +31,10 @@ class Edits:
     """What the configuration must say."""
 
 
-def edits_of(onto: Onto, plan: Plan) -> Edits:
+def edit_tensors(onto: BaseCheckpoint, plan: Plan) -> TensorEdits:
     """All that a plan changes, if `why_not` does not speak against it."""
-    made = Edits({}, {}, dict.fromkeys(bias_switches(onto.subject, plan).values(), True))
-    for site in switched(onto.subject, plan):
+    made = TensorEdits({}, {}, dict.fromkeys(bias_switches(onto.subject, plan).values(), True))
+    for site in sites_with_new_bias(onto.subject, plan):
         _add_bias(onto, site, made)
     if onto.tied is not None and any(name in onto.tied for name in plan.by_site()):
         _part(onto, onto.tied, made)
@@ -45,7 +45,7 @@ def edits_of(onto: Onto, plan: Plan) -> Edits:
     return made
 
 
-def _add_bias(onto: Onto, site: Site, made: Edits) -> None:
+def _add_bias(onto: BaseCheckpoint, site: Site, made: TensorEdits) -> None:
     key = onto.source(site.parameter)
     like, name = onto.files.like(str(key)), onto.bias(site)
     if not onto.files.holds(name):
@@ -57,7 +57,7 @@ def _zeros(like: Tensor) -> Iterator[Tensor]:
     yield torch.zeros(like.shape, dtype=like.dtype)
 
 
-def _part(onto: Onto, tied: tuple[str, str], made: Edits) -> None:
+def _part(onto: BaseCheckpoint, tied: tuple[str, str], made: TensorEdits) -> None:
     """Embedding and head part, for the plan edits one: the other stays as it was."""
     made.config["tie_word_embeddings"] = False
     source, head = onto.source(tied[0]), onto.target(tied[1])
@@ -70,7 +70,7 @@ def _as_stored(files: Checkpoint, key: str) -> Iterator[Tensor]:
     yield files.tensor(key)
 
 
-def _edited(onto: Onto, changes: Sequence[Change]) -> Mapping[str, Pieces]:
+def _edited(onto: BaseCheckpoint, changes: Sequence[Change]) -> Mapping[str, Pieces]:
     """The edited matrix, and its bias if it has one or gets one."""
     site = changes[0].site
     made: dict[str, Pieces] = {}
@@ -81,16 +81,16 @@ def _edited(onto: Onto, changes: Sequence[Change]) -> Mapping[str, Pieces]:
     return made
 
 
-def _matrix(onto: Onto, changes: Sequence[Change]) -> Iterator[Tensor]:
+def _matrix(onto: BaseCheckpoint, changes: Sequence[Change]) -> Iterator[Tensor]:
     """Edited in fp32 as it is stored, and rounded once to the stored dtype: that of the loaded model may be coarser,
     and an edit of what was rounded before would round twice; or finer, and the file would grow without saying more."""
     site = changes[0].site
     holder = onto.holder(site)
     check_same(onto.subject, site, holder, onto.files.name)
-    yield from pieces(new_matrix(holder, changes))
+    yield from bake_in_pieces(new_matrix(holder, changes))
 
 
-def _bias(onto: Onto, changes: Sequence[Change]) -> Iterator[Tensor]:
+def _bias(onto: BaseCheckpoint, changes: Sequence[Change]) -> Iterator[Tensor]:
     site = changes[0].site
     holder = onto.holder(site)
     if all(isinstance(change, Shift) for change in changes):  # then nobody else looks at the matrix
@@ -104,27 +104,27 @@ def _bias(onto: Onto, changes: Sequence[Change]) -> Iterator[Tensor]:
 Filling = Callable[[str], Sequence[Change]]
 
 
-def _filling(onto: Onto, by_site: Mapping[str, Sequence[Change]]) -> Filling:
+def _filling(onto: BaseCheckpoint, by_site: Mapping[str, Sequence[Change]]) -> Filling:
     """The changes of a stack, by its parameter, with the mean of blends' donors: only the last stack's is held, and
     files have a stack's matrices in a row."""
 
     def whole(name: str) -> Sequence[Change]:
-        return filled_by(by_site[name], partial(_expert, onto), lambda site: None)
+        return fill_donors_from(by_site[name], partial(_expert, onto), lambda site: None)
 
     return lru_cache(maxsize=1)(whole)
 
 
-def _one_by_one(onto: Onto, changes: Sequence[Change], filling: Filling) -> Mapping[str, Pieces]:
+def _one_by_one(onto: BaseCheckpoint, changes: Sequence[Change], filling: Filling) -> Mapping[str, Pieces]:
     """Of a reading stack stored in parts, each part by itself: its outputs are edited each alone."""
     made: dict[str, Pieces] = {}
     for expert, keys in enumerate(onto.experts(changes[0].site)):
         site = replace(changes[0].site, expert=expert)
-        if at(changes, site):
+        if changes_of_matrix(changes, site):
             made |= {key: partial(_new_expert, onto, filling, site, key) for key in keys}
     return made
 
 
-def _expert(onto: Onto, site: Site) -> Tensor:
+def _expert(onto: BaseCheckpoint, site: Site) -> Tensor:
     """One expert's matrix, as `read_weight` gives it."""
     assert site.expert is not None, "a donor is one expert"
     (key,) = onto.experts(site)[site.expert]
@@ -138,11 +138,11 @@ def _alone(matrix: Tensor, site: Site) -> tuple[nn.Module, Site]:
     return made, replace(site, expert=0)
 
 
-def _new_expert(onto: Onto, filling: Filling, site: Site, key: str) -> Iterator[Tensor]:
+def _new_expert(onto: BaseCheckpoint, filling: Filling, site: Site, key: str) -> Iterator[Tensor]:
     matrix = onto.files.tensor(key)
     before = onto.experts(site)[site.expert or 0]
     start = sum(len(onto.files.like(other)) for other in before[: before.index(key)])
     check_expert(onto.subject, site, matrix, start, onto.files.name)
     holder, alone = _alone(matrix, site)
-    mine = [replace(change, site=alone) for change in at(filling(site.parameter), site)]
-    yield stored(new_weight(holder, mine), alone, matrix)
+    mine = [replace(change, site=alone) for change in changes_of_matrix(filling(site.parameter), site)]
+    yield to_stored(new_weight(holder, mine), alone, matrix)

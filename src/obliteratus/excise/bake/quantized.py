@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.types import Change, Edit
-from obliteratus.excise.change import bias_after, changed, needs_bias, needs_weight
-from obliteratus.weights.bitsandbytes import Entries, noted, requantised
+from obliteratus.excise.change import apply_change, bias_after, needs_bias, needs_weight
+from obliteratus.weights.bitsandbytes import Entries, noted, requantize
 from obliteratus.weights.matrices import read_bias, read_weight
 
 Lazy = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Loss:
+class RequantizationLoss:
     """What packing cost one matrix: squared Frobenius norms, and the product of the error with the edit."""
 
     error: float
@@ -32,10 +32,10 @@ class Loss:
 
 
 @dataclass
-class Losses:
+class RequantizationLosses:
     """The same by site path."""
 
-    by_path: dict[str, Loss] = field(default_factory=dict)
+    by_path: dict[str, RequantizationLoss] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one; ``kept``: the
@@ -52,39 +52,41 @@ class Losses:
 TINY = 1e-30  # a matrix of zeros loses nothing
 
 
-def packed_entries(
-    path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: Losses | None
+def requantize_module(
+    path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: RequantizationLosses | None
 ) -> dict[str, Lazy]:
     """All that the edited module saves, by name in the model: codes, scales, and the bias (dtype: of a new one)."""
     names = list(module.state_dict())
     if "bias" not in names and any(needs_bias(c) for c in changes):
         names.append("bias")
-    once = Once(partial(_made, path, module, changes, dtype, losses))
+    once = SharedEntries(partial(_made, path, module, changes, dtype, losses))
     return {f"{path}.{name}": partial(once.take, name) for name in names}
 
 
 def _made(
-    path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: Losses | None
+    path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: RequantizationLosses | None
 ) -> Entries:
     before = read_weight(module, changes[0].site)
     bias = bias_after(module, changes, before if needs_weight(changes) else None)
     weight = before
     for change in changes:
-        weight = changed(change, weight)
+        weight = apply_change(change, weight)
     if weight is before:  # only the bias changes
         entries: Entries = noted(module.state_dict())
     else:
-        entries, lost = requantised(weight, module, written_along(changes))
+        entries, lost = requantize(weight, module, edit_subspace(changes))
         if losses is not None:
             edit = before.neg_().add_(weight)
-            losses.by_path[path] = Loss(_squared(lost), _squared(weight), _squared(edit), float((lost * edit).sum()))
+            losses.by_path[path] = RequantizationLoss(
+                _squared(lost), _squared(weight), _squared(edit), float((lost * edit).sum())
+            )
     if bias is not None:
         old = read_bias(module, changes[0].site)
         entries["bias"] = bias.to(dtype if old is None else module.get_parameter("bias").dtype)
     return entries
 
 
-def written_along(changes: Sequence[Change]) -> Tensor | None:
+def edit_subspace(changes: Sequence[Change]) -> Tensor | None:
     """Orthonormal rows that span all directions which the changes take off or measure by; None of readers."""
     edits = [c for c in changes if isinstance(c, Edit) and c.site.role == "writes"]
     if not edits:
@@ -102,7 +104,7 @@ def _squared(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix)) ** 2
 
 
-class Once:
+class SharedEntries:
     """Entries of one module, all made when the first is asked for; each is handed out once and then forgotten."""
 
     def __init__(self, make: Callable[[], Entries]) -> None:

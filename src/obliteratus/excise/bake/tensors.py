@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Change, Plan, Shift, Site, Subject
-from obliteratus.excise.bake.quantized import Losses, packed_entries
-from obliteratus.excise.change import at, filled, needs_bias, new_bias, new_weight
+from obliteratus.excise.bake.quantized import RequantizationLosses, requantize_module
+from obliteratus.excise.change import changes_of_matrix, fill_donors, needs_bias, new_bias, new_weight
 from obliteratus.excise.plan import check_fits
-from obliteratus.summon.sites import family_of
+from obliteratus.summon.sites import architecture_of
 from obliteratus.weights.bitsandbytes import is_packed
-from obliteratus.weights.matrices import each, has_bias, read_bias, rows, stored
+from obliteratus.weights.matrices import count_outputs, each_expert, has_bias, read_bias, to_stored
 
 Lazy = Callable[[], Tensor]
 
 
-def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[str, Lazy]:
+def bake(subject: Subject, plan: Plan, losses: RequantizationLosses | None = None) -> dict[str, Lazy]:
     """Edited parameters by name, each computed when it is called for, so that none need be held.
 
     Where an anchored edit needs a bias that the architecture can switch on, the new biases are among them (zeros
@@ -35,7 +35,7 @@ def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[st
         site = edits[0].site
         module = subject.module(site.path)
         if is_packed(module):
-            result |= packed_entries(site.path, module, edits, subject.model.dtype, losses)
+            result |= requantize_module(site.path, module, edits, subject.model.dtype, losses)
             continue
         result[name] = new_matrix(module, edits)
         bias = new_biases(module, edits)
@@ -47,14 +47,14 @@ def baked(subject: Subject, plan: Plan, losses: Losses | None = None) -> dict[st
 def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
     """``attn`` or ``mlp`` → configuration key to set, for each half that gets biases it does not have."""
     found: dict[str, str] = {}
-    family = family_of(subject.model.config)
+    family = architecture_of(subject.model.config)
     for edit in filter(needs_bias, plan.edits):
         there = has_bias(subject.module(edit.site.path), edit.site)
         half = edit.site.part.partition(".")[0]
         if there and edit.site.stacked and not family.routing_sums_to_one:
-            raise UserError(no_bias(edit, "one that routing does not scale"))
+            raise UserError(no_bias_error(edit, "one that routing does not scale"))
         if not there and half not in family.bias_switch:
-            raise UserError(no_bias(edit))
+            raise UserError(no_bias_error(edit))
         if not there:
             found[half] = family.bias_switch[half]
     return found
@@ -62,7 +62,7 @@ def bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
 
 def anchorable(subject: Subject, sites: Iterable[Site]) -> bool:
     """Whether saved weights can hold an anchored edit at each of these sites: in a bias that they have, or can get."""
-    family = family_of(subject.model.config)
+    family = architecture_of(subject.model.config)
 
     def holds(site: Site) -> bool:
         if has_bias(subject.module(site.path), site):
@@ -75,11 +75,11 @@ def anchorable(subject: Subject, sites: Iterable[Site]) -> bool:
 def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
     """Zero biases for every site of those halves: the switch gives all of them one."""
     sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
-    widths = {f"{s.path}.{s.bias}": rows(subject.module(s.path), s) for s in sites}
+    widths = {f"{s.path}.{s.bias}": count_outputs(subject.module(s.path), s) for s in sites}
     return {name: partial(torch.zeros, width, dtype=subject.model.dtype) for name, width in widths.items()}
 
 
-def no_bias(change: Change, what_kind: str = "a bias") -> str:
+def no_bias_error(change: Change, what_kind: str = "a bias") -> str:
     """Why a plan cannot be merged, and what can be done."""
     what, option = ("steering", "steer=0") if isinstance(change, Shift) else ("an anchored edit", "anchored=false")
     return (
@@ -92,17 +92,17 @@ def new_matrix(module: nn.Module, changes: Sequence[Change]) -> Lazy:
     """The matrix of a site after all its changes, a stack whole, as the module stores it."""
     site = changes[0].site
     whole = module.get_parameter(site.weight)
-    return Restacked(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
+    return EditedStack(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
 
 
 def _new(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor) -> Tensor:
     """One matrix as it is to be stored."""
-    mine = at(changes, site)
-    return stored(new_weight(module, mine), site, like) if mine else like.detach()
+    mine = changes_of_matrix(changes, site)
+    return to_stored(new_weight(module, mine), site, like) if mine else like.detach()
 
 
 @dataclass(frozen=True)
-class Restacked:
+class EditedStack:
     """All experts of one stack, edited one by one."""
 
     module: nn.Module
@@ -118,14 +118,16 @@ class Restacked:
 
     def pieces(self) -> Iterator[Tensor]:
         """One expert's matrix at a time, and nothing else held: for writing."""
-        changes = filled(self.module, self.changes)  # here, so that no donors' mean is held before its stack's turn
-        for expert, site in enumerate(each(self.module, replace(self.changes[0].site, expert=None))):
+        changes = fill_donors(
+            self.module, self.changes
+        )  # here, so that no donors' mean is held before its stack's turn
+        for expert, site in enumerate(each_expert(self.module, replace(self.changes[0].site, expert=None))):
             yield _new(self.module, changes, site, self.whole[expert])
 
 
-def pieces(value: Lazy) -> Iterator[Tensor]:
+def bake_in_pieces(value: Lazy) -> Iterator[Tensor]:
     """An edited parameter in parts along its first axis, each computed when it is asked for."""
-    yield from value.pieces() if isinstance(value, Restacked) else [value()]
+    yield from value.pieces() if isinstance(value, EditedStack) else [value()]
 
 
 def new_biases(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
@@ -135,8 +137,8 @@ def new_biases(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
         return new_bias(module, changes)
     if not has_bias(module, site):
         return None
-    changes = filled(module, changes)
-    mine = ((at(changes, one), one) for one in each(module, replace(site, expert=None)))
+    changes = fill_donors(module, changes)
+    mine = ((changes_of_matrix(changes, one), one) for one in each_expert(module, replace(site, expert=None)))
     made = (new_bias(module, own) if own else read_bias(module, one) for own, one in mine)
     return torch.stack([bias for bias in made if bias is not None])
 

@@ -19,24 +19,24 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Change, Edit, Plan, Site, Subject
 from obliteratus.excise.live.attach import Removable
-from obliteratus.excise.live.hooks import compiled, looks
-from obliteratus.excise.live.ops import Live, changed_experts, edited, fed
+from obliteratus.excise.live.hooks import compile_changes, needs_stored_weight
+from obliteratus.excise.live.ops import LiveOps, edit_input, edit_output, run_edited_experts
 from obliteratus.excise.plan import check_fits
-from obliteratus.inference.row_plans import variants_of_pass, varied
-from obliteratus.summon.experts import Forward, replaced
+from obliteratus.inference.row_plans import variants_of_pass, with_variants
+from obliteratus.summon.experts import Forward, replace_forward
 from obliteratus.weights.matrices import device_of
 
 Changed = Callable[[Tensor, tuple[Any, ...], Tensor], Tensor]
 """(values [tokens, width], the module's arguments, which plan each token is under [tokens]) → values."""
-Lives = Callable[[], Sequence[Live | None]]
+Lives = Callable[[], Sequence[LiveOps | None]]
 """By plan."""
 
 
 @contextmanager
-def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int]) -> Iterator[None]:
+def applied_per_row(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int]) -> Iterator[None]:
     """Inside, prompt i of a list that is run is under ``plans[of_row[i]]``; afterwards the model is untouched.
 
-    For `logits.first_token`, `generate.generate`, `forward.read` and a `Trunk`, on as many prompts as ``of_row`` has.
+    For `logits.first_token_log_probs`, `generate.generate`, `forward.read` and a `Trunk`, on as many prompts as ``of_row`` has.
     Anything else that runs the model raises ValueError at the first edited site. Raises UserError for a plan that does
     not fit the model, ValueError for a row without a plan.
     """
@@ -51,9 +51,9 @@ def applied_rows(subject: Subject, plans: Sequence[Plan], of_row: Sequence[int])
         for name in dict.fromkeys(name for site in sites for name in site):
             changes = [site.get(name, ()) for site in sites]
             path = next(c for of_plan in changes for c in of_plan).site.path
-            late = any(looks(subject, of_plan) for of_plan in changes if of_plan)
+            late = any(needs_stored_weight(subject, of_plan) for of_plan in changes if of_plan)
             handles += _attach(subject.module(path), changes, late)
-        with varied(of_row):
+        with with_variants(of_row):
             yield
     finally:
         for handle in handles:
@@ -68,17 +68,17 @@ def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], late: bool) 
         return [_before(module, _in_turn(shared[::-1])) if first.role == "reads" else _after(module, _in_turn(shared))]
 
     @cache
-    def lives() -> list[Live | None]:
-        return [compiled(module, of_plan) if of_plan else None for of_plan in changes]
+    def lives() -> list[LiveOps | None]:
+        return [compile_changes(module, of_plan) if of_plan else None for of_plan in changes]
 
     handles: list[Removable] = []
     there = () if late else [live for live in lives() if live is not None]
     if (late and first.stacked) or any(live.experts for live in there):
-        return [replaced(module, _experts_forward(module, first, lives))]
+        return [replace_forward(module, _experts_forward(module, first, lives))]
     if late or any(live.ops or live.after is not None for live in there):
-        handles.append(_after(module, _grouped(lives, edited)))
+        handles.append(_after(module, _grouped(lives, edit_output)))
     if late or any(live.feeds or live.inputs is not None for live in there):
-        handles.append(_before(module, _grouped(lives, lambda x, args, live: fed(x, live))))
+        handles.append(_before(module, _grouped(lives, lambda x, args, live: edit_input(x, live))))
     return handles
 
 
@@ -141,7 +141,7 @@ def _in_turn(edits: Sequence[_Shared]) -> Changed:
 
 
 # ----------------------------------------------------------------------------------------- all other plans
-def _grouped(lives: Lives, make: Callable[[Tensor, tuple[Any, ...], Live], Tensor]) -> Changed:
+def _grouped(lives: Lives, make: Callable[[Tensor, tuple[Any, ...], LiveOps], Tensor]) -> Changed:
     """Each plan's tokens taken together."""
 
     def change(y: Tensor, args: tuple[Any, ...], plan: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _experts_forward(module: nn.Module, site: Site, lives: Lives) -> Forward:
             here = (plan == i).nonzero()[:, 0]
             x, chosen, weights = (one[here] for one in given)
             if live is not None and live.experts:
-                made = changed_experts(module, site, live, (x, chosen, weights))
+                made = run_edited_experts(module, site, live, (x, chosen, weights))
             else:
                 made = own(x, chosen, weights)
             result[here] = made.to(result.dtype)

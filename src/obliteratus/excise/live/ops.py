@@ -16,7 +16,7 @@ Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveOps:
     """y′ = ops(y − b) + b′, on inputs that ``feeds`` changed and ``inputs`` scaled. All fp32 on the module's device."""
 
     ops: tuple[Op, ...]
@@ -26,11 +26,11 @@ class Live:
     """b, taken off first; None where that makes no difference."""
     after: Tensor | None
     """b′, added last."""
-    experts: tuple[Live | None, ...] = ()
+    experts: tuple[LiveOps | None, ...] = ()
     """Of a stack whose experts are not all changed alike: what each of them gets, in place of all else."""
 
 
-def fed(x: Tensor, live: Live) -> Tensor:
+def edit_input(x: Tensor, live: LiveOps) -> Tensor:
     """What the module is given in place of x, whose last axis is its width."""
     if live.inputs is not None:
         x = x * live.inputs.to(x.dtype)
@@ -42,7 +42,7 @@ def fed(x: Tensor, live: Live) -> Tensor:
     return flat.view(x.shape).to(x.dtype)
 
 
-def edited(y: Tensor, args: tuple[Any, ...], live: Live) -> Tensor:
+def edit_output(y: Tensor, args: tuple[Any, ...], live: LiveOps) -> Tensor:
     """An output y, fp32, after the module's changes; args are what the module was given."""
     flat = y.reshape(-1, y.shape[-1])
     if live.before is not None:
@@ -52,15 +52,15 @@ def edited(y: Tensor, args: tuple[Any, ...], live: Live) -> Tensor:
     return (flat if live.after is None else flat + live.after).view(y.shape)
 
 
-def changed_experts(module: nn.Module, site: Site, live: Live, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def run_edited_experts(module: nn.Module, site: Site, live: LiveOps, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """What the experts make of what they are given, each under its own changes."""
 
     def feed(expert: int, h: Tensor) -> Tensor:
         mine = live.experts[expert]
-        return h if mine is None else fed(h, mine)
+        return h if mine is None else edit_input(h, mine)
 
     def change(expert: int, h: Tensor, y: Tensor) -> Tensor:
         mine = live.experts[expert]
-        return y if mine is None else edited(y.float(), (h,), mine).to(y.dtype)
+        return y if mine is None else edit_output(y.float(), (h,), mine).to(y.dtype)
 
     return run_experts(module, site, given, feed, change)

@@ -1,0 +1,206 @@
+"""Who writes the difference: by hand in double precision, a planted writer, and nothing where there is nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.refuser import COMMON, asked, shuffled
+from tests.support.tiny import tiny_subject
+from torch import Tensor
+
+from obliteratus.analyze import AnalysisContext, analyses
+from obliteratus.analyze.chance import (
+    Contrast,
+    contrast_between_groups,
+    contrast_within_pairs,
+    degrees_of_freedom,
+    largest_ratio,
+)
+from obliteratus.analyze.decomposition import Decomposition, decomposition
+from obliteratus.core.errors import UserError
+
+KINDS = ("llama_biased", "gemma2", "gpt2", "gpt_neox", "qwen2_moe", "gpt_oss", "falcon_h1", "granitemoe", "nemotron_h")
+
+
+def random_ground(name: str) -> AnalysisContext:
+    ground = ground_of(tiny_subject(name), asked())
+    return along(ground, torch.randn(ground.lab.subject.width, generator=torch.Generator().manual_seed(1)))
+
+
+def by_name(found: Decomposition) -> dict[str, float]:
+    return dict(zip(found.names, found.parts.value.tolist(), strict=True))
+
+
+def by_head(found: Decomposition) -> dict[tuple[int, int], float]:
+    return dict(zip(found.head_names, found.heads.value.tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------ it is its definition
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_sum_to_the_difference_of_the_stream(name: str) -> None:
+    ground = random_ground(name)
+    found = decomposition(ground)
+    delta = ground.acts["target"].mean[-1] - ground.acts["control"].mean[-1]
+    assert found.total == pytest.approx(float(delta @ ground.directions.basis[-1, 0]), abs=2e-5)
+    assert len(found.names) == 1 + 3 * ground.lab.subject.n_layers
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
+def test_writers_leave_nothing_where_no_number_stands_between(name: str) -> None:
+    found = decomposition(random_ground(name))
+    gated = ("block 1 rest",) if name == "qwen2_moe" else ()  # a gate of its own multiplies the shared expert
+    rests = [value for part, value in by_name(found).items() if part.endswith("rest") and part not in gated]
+    assert max(map(abs, rests)) < 1e-5
+    assert all(abs(by_name(found)[part]) > 1e-5 for part in gated)
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
+def test_one_prompt_at_a_time_in_double_precision(name: str) -> None:
+    ground = random_ground(name)
+    found = decomposition(ground)
+    truth = {g: torch.stack([by_hand(ground, row) for row in ids_of(ground, g)]) for g in ("target", "control")}
+    expected = truth["target"].mean(0) - truth["control"].mean(0)
+    assert torch.allclose(found.parts.value.double(), expected, atol=1e-5)
+    error = sum(x.var(0, unbiased=True) / len(x) for x in truth.values()) ** 0.5  # Welch
+    assert torch.allclose(found.parts.error.double(), error, atol=1e-4)
+
+
+def by_hand(ground: AnalysisContext, row: list[int]) -> Tensor:
+    """Embeddings, then attention, MLP and rest of each block: the modules' own outputs, seen by hooks."""
+    model, d = copy.deepcopy(ground.lab.subject.model).double(), ground.directions.basis[-1, 0].double()
+    seen: dict[str, Tensor] = {}
+
+    def keep(key: str) -> Any:
+        return lambda module, args, output: seen.__setitem__(key, (output[0] if isinstance(output, tuple) else output))
+
+    model.model.embed_tokens.register_forward_hook(keep("embed"))
+    for i, layer in enumerate(model.model.layers):
+        sandwich = "pre_feedforward_layernorm" in dict(layer.named_children())
+        layer.register_forward_hook(keep(f"{i}.block"))
+        (layer.post_attention_layernorm if sandwich else layer.self_attn).register_forward_hook(keep(f"{i}.attn"))
+        (layer.post_feedforward_layernorm if sandwich else layer.mlp).register_forward_hook(keep(f"{i}.mlp"))
+    with torch.no_grad():
+        model(torch.tensor([row]))
+    at = {key: x[0, -1] @ d for key, x in seen.items()}
+    before, values = at["embed"], [at["embed"]]
+    for i in range(len(model.model.layers)):
+        attn, mlp = at[f"{i}.attn"], at[f"{i}.mlp"]
+        values += [attn, mlp, at[f"{i}.block"] - before - attn - mlp]
+        before = at[f"{i}.block"]
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_heads_sum_to_attention(name: str) -> None:
+    """Biases are the same for all prompts, so that nothing of them is in a difference without a norm."""
+    found = decomposition(random_ground(name))
+    for block in range(3 if name in ("llama", "gemma2") else 2):
+        heads = sum(value for (layer, _), value in by_head(found).items() if layer == block)
+        assert heads == pytest.approx(by_name(found)[f"block {block} attention"], abs=1e-5)
+    assert len({head for _, head in found.head_names}) == 4
+
+
+def test_a_hybrid_has_heads_only_where_it_has_attention() -> None:
+    found = decomposition(random_ground("qwen3_next"))
+    assert {layer for layer, _ in found.head_names} == {1}
+
+
+# ------------------------------------------------------------------------------------------------ what it finds
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_head_that_writes_the_direction_is_found(block: int) -> None:
+    found = decomposition(planted_ground(block=block))
+    assert [found.names[i] for i in found.parts.found] == [f"block {block} attention"]
+    assert [found.head_names[i] for i in found.heads.found] == [(block, 0)]
+    assert by_head(found)[block, 0] == pytest.approx(found.total, rel=1e-4)
+    assert f"block {block} attention" in found.told()
+    drawn(found, ["block", "Δ along d", "head"])
+
+
+def test_the_mlp_that_answers_it_is_found() -> None:
+    """Where the direction is present, the same block's MLP writes −COMMON at all tokens of the template but one."""
+    ground = along(planted_ground(block=2, clean="\n"), torch.eye(32)[COMMON])
+    found = decomposition(ground)
+    assert [found.names[i] for i in found.parts.found] == ["block 2 mlp"]
+    assert float(found.parts.value[found.parts.found[0]]) < -0.1
+
+
+def test_the_stream_can_be_named_and_must_be_there() -> None:
+    ground = planted_ground(block=4)
+    assert decomposition(ground, stream=3).parts.found == []
+    assert len(decomposition(ground, stream=3).names) == 10
+    with pytest.raises(UserError, match=r"stream 99 of 0 to 8"):
+        decomposition(ground, stream=99)
+
+
+# ------------------------------------------------------------------------------------------------------- nulls
+def test_identical_groups_find_nothing() -> None:
+    found = decomposition(same_groups(planted_ground()))
+    assert found.total == 0
+    assert found.parts.found == found.heads.found == []
+    assert "nothing beyond chance" in found.told()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_shuffled_groups_find_nothing(name: str) -> None:
+    ground = random_along(ground_of(tiny_subject(name), shuffled(asked())))
+    found = decomposition(ground)
+    assert found.parts.found == found.heads.found == []
+
+
+def test_shuffled_groups_of_the_refuser_find_nothing() -> None:
+    ground = planted_ground()
+    found = decomposition(along(ground_of(ground.lab.subject, shuffled(asked())), ground.directions.basis[0, 0]))
+    assert found.parts.found == found.heads.found == []
+
+
+def test_a_random_direction_has_nothing_of_it() -> None:
+    found = decomposition(random_along(planted_ground()))
+    assert abs(found.total) < 1e-5
+    # rounding, which lies beyond its own chance on some processors, and is nothing beside the planted difference
+    assert all(float(part.value.abs().max()) < 1e-4 for part in (found.parts, found.heads))
+
+
+def test_it_is_registered_with_its_cost() -> None:
+    assert str(analyses["decomposition"].cost({})) == "(N_fit,target + N_fit,control) forwards"
+
+
+# ------------------------------------------------------------------------------------------------------ chance
+def false_alarms(draw: Any) -> int:
+    return sum(bool(draw(torch.Generator().manual_seed(seed)).found) for seed in range(200))
+
+
+def test_permuted_limits_hold_their_level() -> None:
+    def draw(g: torch.Generator) -> Contrast:
+        scale = torch.logspace(-2, 2, 30)
+        return contrast_between_groups(
+            torch.randn(10, 30, generator=g) * scale, 3 + torch.randn(14, 30, generator=g) * scale - 3
+        )
+
+    assert false_alarms(draw) <= 18  # 10 of 200 expected; 18 or more by chance in one of a hundred
+
+
+def test_flipped_limits_hold_their_level() -> None:
+    assert false_alarms(lambda g: contrast_within_pairs(torch.randn(9, 20, generator=g))) <= 18
+
+
+def test_a_shift_is_found_and_only_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 20, generator=g)
+    rows[:20, 7] += 3
+    assert contrast_between_groups(rows[:20], rows[20:]).found == [7]
+    assert contrast_within_pairs(rows[:20]).found == [7]
+
+
+def test_limits_of_ratios_are_those_of_tables() -> None:
+    assert largest_ratio(1, 4, 3.0) == pytest.approx(3.490, rel=0.06)  # F of 3 and 12 degrees, 95 %
+    assert largest_ratio(10, 2, 6.0) == pytest.approx(5.724, rel=0.1)  # F of 6 and 12 degrees at 0.95^(1/10)
+
+
+def test_degrees_of_freedom_are_read_off_the_spread_of_logarithms() -> None:
+    for freedom in (1.0, 4.0, 50.0):
+        draws = torch.distributions.Chi2(torch.tensor(freedom)).sample((200000,))
+        assert degrees_of_freedom(float(draws.log().var())) == pytest.approx(freedom, rel=0.05)

@@ -1,0 +1,113 @@
+"""What ablating one layer costs controls: by baked weights in double precision, a planted writer, random ones."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.conftest import random_basis
+from tests.support.known_contexts import along, drawn, ground_of, planted_ground, random_along, same_groups
+from tests.support.refuser import asked
+from tests.support.tiny import tiny_subject
+from torch import Tensor
+
+from obliteratus.analyze import AnalysisContext, analyses
+from obliteratus.analyze.entanglement import entanglement, entanglement_ratio
+from obliteratus.core.settings import Step
+from obliteratus.distill import find_directions
+from obliteratus.inference.chat_template import render_prompts
+
+
+def leaning(layer: int | None = 1) -> AnalysisContext:
+    """A random model in which the MLP of one layer writes far along the direction, on all prompts alike."""
+    subject = tiny_subject("llama_biased")
+    d = random_basis(subject.width, 1, 4)[0]
+    if layer is not None:
+        subject.model.model.layers[layer].mlp.down_proj.bias.data += 12 * d
+    return along(ground_of(subject, asked()), d)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
+    found = entanglement(leaning(layer), random=16)
+    assert found.found == [layer]
+    assert found.kl[layer].value == max(score.value for score in found.kl)
+    assert f"random directions cost: {layer}" in found.told()
+    drawn(found, ["layer", "KL on controls (nats)"])
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
+def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
+    subject = tiny_subject(name)
+    ground = along(ground_of(subject, asked()), random_basis(subject.width, 1, 3)[0])
+    found = entanglement(ground, prompts=5)
+    ids = render_prompts(subject, [ground.held["control"][i * 12 // 5] for i in range(5)])
+    for layer in range(subject.n_layers):
+        d = ground.directions.basis[layer + 1, 0].double()
+        edited = baked(subject.model, layer, d)
+        values = [divergence(logits(subject.model, row), logits(edited, row)) for row in ids]
+        assert found.kl[layer].value == pytest.approx(float(torch.stack(values).mean()), rel=1e-3, abs=1e-6)
+        assert found.kl[layer].low <= found.kl[layer].value <= found.kl[layer].high
+        assert found.kl[layer].n == 5
+
+
+def baked(model: torch.nn.Module, layer: int, d: Tensor) -> torch.nn.Module:
+    model = copy.deepcopy(model).double()
+    block = model.model.layers[layer]
+    for half, writer in (("attention", block.self_attn.o_proj), ("feedforward", block.mlp.down_proj)):
+        norm = dict(block.named_children()).get(f"post_{half}_layernorm")
+        sandwich = "post_feedforward_layernorm" in dict(block.named_children())
+        q = d * (1 + norm.weight) if sandwich else d  # Gemma's gain is 1 + w
+        q = q / q.norm()
+        writer.weight.data -= torch.outer(q, q @ writer.weight)
+        if writer.bias is not None:
+            writer.bias.data -= q * (q @ writer.bias)
+    return model
+
+
+def logits(model: torch.nn.Module, row: list[int]) -> Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum()
+
+
+# ------------------------------------------------------------------------------------------------------- nulls
+def test_random_directions_find_nothing() -> None:
+    """20 grounds of random directions: one is expected to show a layer."""
+    ground = leaning(None)
+    found = [entanglement(random_along(ground, seed), prompts=4, random=4, seed=100 * seed) for seed in range(20)]
+    assert sum(bool(one.found) for one in found) <= 4  # 4 or more by chance in one of sixty
+
+
+def test_a_direction_that_controls_have_nothing_of_costs_nothing() -> None:
+    found = entanglement(planted_ground())
+    assert max(score.value for score in found.kl) < 1e-5
+    assert found.found == []
+
+
+def test_identical_groups_have_no_direction_to_remove() -> None:
+    ground = same_groups(ground_of(tiny_subject("llama"), asked()))
+    found = entanglement(replace(ground, directions=find_directions(ground.acts, [Step(use="mean_diff")])))
+    assert all(score.value == 0 for score in found.kl)
+    assert found.found == []
+    found.told()
+
+
+@pytest.mark.parametrize("freedom", [1, 4, 30])
+def test_the_limit_holds_its_level_on_random_numbers(freedom: int) -> None:
+    alarms = 0
+    for seed in range(200):
+        numbers = torch.randn(12, 5, freedom, generator=torch.Generator().manual_seed(seed))
+        ratio, limit = entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
+        alarms += bool((ratio > limit).any())
+    assert alarms <= 18  # 10 expected; 18 or more by chance in one of a hundred
+
+
+def test_it_is_registered_with_its_cost() -> None:
+    cost = analyses["entanglement"].cost({"prompts": 32, "random": 2})
+    assert cost.forwards.of({"N_search,control": 100, "L": 30}) == 32 * (1 + 30 * 3)

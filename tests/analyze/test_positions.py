@@ -1,0 +1,79 @@
+"""Where the groups lie apart: planted at a block, by hand in double precision, and nothing where they are alike."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.refuser import CLEAN, asked, shuffled
+from tests.support.tiny import tiny_subject
+
+from obliteratus.analyze import analyses
+from obliteratus.analyze.positions import pairwise_auc, positions
+
+SUFFIX = len("\nassistant:")  # a token a byte
+
+
+@pytest.mark.parametrize("block", [2, 5])
+def test_tokens_behind_the_trigger_are_apart_from_the_block_on(block: int) -> None:
+    """Attention writes the direction wherever a # came before, so at every token of the template."""
+    found = positions(planted_ground(block=block), last=SUFFIX)
+    places = {found.place(i) for i in found.contrast.found}
+    assert places == {(-p, s) for p in range(1, SUFFIX + 1) for s in range(block + 1, 9)}
+    assert found.auc[:, block + 1 :].min() == 1
+    assert torch.allclose(found.auc[:, : block + 1], torch.tensor(0.5))
+    assert found.tokens[-1] == ":"
+    assert "".join(found.tokens) == "\nassistant:"
+    drawn(found, ["stream", "token from the end", "AUC"])
+
+
+def test_one_prompt_at_a_time_in_double_precision() -> None:
+    ground = ground_of(tiny_subject("gemma2"), asked())
+    found = positions(ground, last=4)
+    model = copy.deepcopy(ground.lab.subject.model).double()
+    means = []
+    for group in ("target", "control"):
+        with torch.no_grad():
+            states = [
+                model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in ids_of(ground, group)
+            ]
+        rows = torch.stack([torch.stack([h[0, -4:] for h in one[:3]]) for one in states])
+        means.append(torch.einsum("nlpw,lw->npl", rows, ground.directions.basis[:3, 0].double()).mean(0))
+    value = found.contrast.value.view(4, 4)[:, :3]  # the last of theirs has passed the final norm
+    assert torch.allclose(value.double(), means[0] - means[1], atol=1e-4)
+
+
+def test_auc_counts_pairs() -> None:
+    target, control = torch.tensor([[1.0, 2], [3, 2]]), torch.tensor([[2.0, 2], [0, 9]])
+    assert pairwise_auc(target, control).tolist() == [0.75, 0.25]
+
+
+def test_no_more_tokens_than_the_shortest_prompt_has() -> None:
+    ground = planted_ground()
+    shortest = min(len(row) for group in ("target", "control") for row in ids_of(ground, group))
+    assert len(positions(ground, last=200).tokens) == shortest
+
+
+# ------------------------------------------------------------------------------------------------------- nulls
+def test_identical_groups_are_nowhere_apart() -> None:
+    found = positions(same_groups(planted_ground()))
+    assert found.contrast.found == []
+    assert torch.allclose(found.auc, torch.tensor(0.5))
+    assert "nothing beyond chance" in found.told()
+
+
+def test_shuffled_groups_are_nowhere_apart() -> None:
+    for ground in (planted_ground(), ground_of(tiny_subject("llama"), asked())):
+        null = ground_of(ground.lab.subject, shuffled(asked()))
+        assert positions(along(null, ground.directions.basis[-1, 0])).contrast.found == []
+
+
+def test_a_random_direction_shows_nothing() -> None:
+    assert positions(random_along(planted_ground()), last=SUFFIX).contrast.found == []
+    assert positions(along(planted_ground(), torch.eye(32)[CLEAN]), last=SUFFIX).contrast.found == []
+
+
+def test_it_is_registered_with_its_cost() -> None:
+    assert str(analyses["positions"].cost({})) == "(N_search,target + N_search,control) forwards"

@@ -1,0 +1,199 @@
+"""How deep edits may begin: a refuser whose block is known, against baked weights, and where nothing is to be found."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.support.known_contexts import along, drawn, ground_of, planted_ground, random_along, same_groups
+from tests.support.refuser import END, LAYERS, REFUSAL, asked, shuffled
+from tests.support.tiny import tiny_subject
+from torch import Tensor
+
+from obliteratus.analyze import AnalysisContext, analyses, analyze
+from obliteratus.analyze.depths import (
+    candidate_first_blocks,
+    refusal_rate_under,
+    remaining_probability,
+    typical_first_tokens,
+)
+from obliteratus.analyze.reach import Reach, cheapest_edits, reach
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan
+from obliteratus.distill import find_directions
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.probe.probe import collect_activations
+
+ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: int) -> None:
+    found = reach(planted_ground(block=block), **ALL)
+    assert found.depths == tuple(range(LAYERS))
+    assert found.found == tuple(range(block + 1))
+    assert found.tokens == ("N",)
+    assert all(abs(s.value - 1) < 1e-3 for s in found.left["both"][block + 1 :])
+    assert f"from block {block} on" in found.told()
+    drawn(found, ["first edited block", "behaviour left", "KL on controls (nats)"])
+
+
+def test_the_part_that_writes_it_is_told_from_the_other() -> None:
+    """Attention writes the refusal; no MLP does."""
+    found = reach(planted_ground(block=3), **ALL)
+    assert found.left["attention"][2].high < 0.05
+    assert abs(found.left["mlp"][2].value - 1) < 1e-3
+    assert found.works("attention")
+    assert not found.works("mlp")
+    assert found.parts == ("both", "attention", "mlp")
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
+    """A direction half beside the refusal's, by copies of the weights in double precision, one prompt at a time."""
+    eye = torch.eye(32)
+    ground = along(planted_ground(block=4), eye[REFUSAL] + eye[END + 3])
+    base, after = both(ground, layer)
+    token = typical_first_tokens(base["target"], base["control"])
+    mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
+    left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
+    found = reach(ground, **ALL).left["both"][layer]
+    assert found.value == pytest.approx(float(left), abs=1e-4)
+    assert 0.01 < found.value < 0.99
+    assert found.n == 12
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_it_costs_is_that_of_baked_weights(layer: int) -> None:
+    ground = along(ground_of(tiny_subject("llama_biased"), asked()), torch.randn(32, generator=torch.manual_seed(1)))
+    base, after = both(ground, layer)
+    p, q = base["control"], after["control"]
+    found = reach(ground, **ALL).kl["both"][layer].value
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+    assert found > 1e-5
+
+
+def both(ground: AnalysisContext, layer: int) -> list[dict[str, Tensor]]:
+    """Log-probabilities by group of the model and of a copy whose blocks from the layer on write nothing along d."""
+    subject = ground.lab.subject
+    models = (subject.model, cut(subject.model, layer, ground.directions.basis[-1, 0].double()))
+    rows = {group: render_prompts(subject, ground.held[group]) for group in ("target", "control")}
+    return [{g: torch.stack([logits(m, row) for row in ids]) for g, ids in rows.items()} for m in models]
+
+
+def cut(model: torch.nn.Module, layer: int, d: Tensor) -> torch.nn.Module:
+    model = copy.deepcopy(model).double()
+    for block in model.model.layers[layer:]:
+        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+            writer.weight.data -= torch.outer(d, d @ writer.weight)
+            if writer.bias is not None:
+                writer.bias.data -= d * (d @ writer.bias)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, row: list[int]) -> Tensor:
+    return copy.deepcopy(model).double()(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+
+
+def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
+    """The ground is edited as the recipe would: anchored, controls lose nothing that they all have."""
+    subject = tiny_subject("llama_biased")
+    plain = ground_of(subject, asked())
+    paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
+    anchored = replace(plain, acts=collect_activations(subject, asked(), taps=paths))
+    oblique = replace(anchored, directions=find_directions(anchored.acts, [Step(use="leace")]))
+    cost = [reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
+    assert len({round(c, 9) for c in cost}) == 3
+    assert cost[1] < cost[0]
+
+
+def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
+    """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
+    ground = planted_ground(block=3, word="Sorry, I can't")
+    found = reach(ground, **ALL)
+    (first, *rest) = found.answered
+    assert not rest
+    assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
+    assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.told()
+    assert refusal_rate_under(ground.lab.subject, Plan(), ground.held["target"], 4).value == 1.0  # negative control
+    assert reach(ground, **{**ALL, "tries": 0}).answered == ()
+
+
+def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
+    score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
+    left = {p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0, 0)}.items()}
+    cost = {p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0, 0)}.items()}
+    assert cheapest_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "most", "blocks"),
+    [(30, 0.3, 7, [11, 14, 17, 20, 23, 26, 29]), (4, 0.0, 9, [0, 1, 2, 3]), (1, 0.3, 8, [0])],
+)
+def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: list[int]) -> None:
+    assert candidate_first_blocks(n, low, most) == blocks
+
+
+# ------------------------------------------------------------------------------------------------------- nulls
+@pytest.mark.parametrize("seed", range(3))
+def test_random_directions_find_nothing(seed: int) -> None:
+    found = reach(random_along(planted_ground(), seed), **ALL)
+    assert found.found == ()
+    assert all(abs(s.value - 1) < 0.1 for s in found.left["both"])
+    assert "from no depth on" in found.told()
+
+
+def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
+    """Of 32 dimensions, removing a random one in every block moves this model's answers."""
+    found = reach(planted_ground(), **ALL)
+    assert found.found[0] == 0
+    as_random = replace(found, left={**found.left, "both": found.left["random"]})
+    assert as_random.found == ()
+    assert any(s.value < 0.5 for s in found.left["random"])
+
+
+@pytest.mark.parametrize("null", ["same", "shuffled"])
+def test_groups_that_do_not_differ_find_nothing(null: str) -> None:
+    ground: AnalysisContext = planted_ground()
+    ground = same_groups(ground) if null == "same" else replace(ground, held=shuffled(asked()))
+    found = reach(ground, **ALL)
+    assert found.found == ()
+    assert not found.tokens or null == "shuffled"
+    drawn(found, ["first edited block"])
+
+
+def test_no_directions_leave_the_model_as_it_is() -> None:
+    ground = same_groups(ground_of(tiny_subject("llama"), asked()))
+    found = reach(replace(ground, directions=find_directions(ground.acts, [Step(use="mean_diff")])), **ALL)
+    assert all(s.value < 1e-6 for s in found.kl["both"])
+    assert all(s.value == 1 for s in found.left["both"])
+
+
+# ---------------------------------------------------------------------------------------------------- parts of it
+def test_first_tokens_are_those_that_are_likely_and_typical() -> None:
+    target = torch.tensor([[0.5, 0.3, 0.04, 0.16], [0.5, 0.3, 0.04, 0.16]]).log()
+    control = torch.tensor([[0.01, 0.2, 0.0, 0.79]]).log()
+    assert typical_first_tokens(target, control) == (0,)
+    assert typical_first_tokens(control, control) == ()
+
+
+def test_what_remains_is_one_before_and_zero_as_controls_are() -> None:
+    base = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]]).log()
+    assert remaining_probability(base, base, 2, [0]).mean() == pytest.approx(1)
+    gone = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).log()
+    assert remaining_probability(base, gone, 2, [0]).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert remaining_probability(base, gone, 2, []).tolist() == [1, 1]
+
+
+def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
+    subject = tiny_subject("mixtral")
+    assert isinstance(analyze(ground_of(subject, asked()), [Step(use="reach", depths=1)])["reach"], Reach)
+    cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
+    values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
+    assert cost.forwards.of(values) == (24 + 10) * (1 + 10 * 4)
+    assert cost.passes(values) == (24 + 10) * (1 + 10 * 4) + 2 * 48 * 17

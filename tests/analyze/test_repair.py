@@ -1,0 +1,162 @@
+"""What comes back after ablation: a planted repairer, by hand in double precision, and nothing where none repairs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.refuser import CLEAN, COMMON, LAYERS, REFUSAL, asked, shuffled
+from tests.support.tiny import tiny_subject
+from torch import Tensor
+
+from obliteratus.analyze import AnalysisContext, analyses
+from obliteratus.analyze.repair import repair, single_step
+
+BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
+
+
+def repairing(strength: float = 8.0, at: int = 6) -> AnalysisContext:
+    """The refuser, and a later MLP that writes REFUSAL where the trigger's trace is there and REFUSAL is not."""
+    ground = planted_ground(block=2)
+    layers: Any = ground.lab.subject.model.model.layers
+    attention, mlp = layers[2].self_attn, layers[at].mlp
+    attention.v_proj.weight.data[1] = attention.v_proj.weight.data[0]
+    attention.o_proj.weight.data[BACK, 1] = attention.o_proj.weight.data[REFUSAL, 0]
+    mlp.gate_proj.weight.data[5, REFUSAL] = -4  # open where REFUSAL is low
+    mlp.gate_proj.weight.data[5, COMMON] = 2
+    mlp.up_proj.weight.data[5, BACK] = 1
+    mlp.down_proj.weight.data[REFUSAL, 5] = strength
+    subject = ground.lab.subject
+    return along(ground_of(subject, asked()), torch.eye(subject.width)[REFUSAL])
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
+    found = repair(repairing(at=at))
+    assert found.found == list(range(2, at))  # before block 2 nothing is taken; from ``at`` on nobody is left to repair
+    assert all(found.restored[depth] > 0.2 for depth in found.found)
+    assert "later layers write back" in found.told()
+    drawn(found, ["taken up to layer", "Δ along d"])
+
+
+def test_layers_that_do_not_repair_show_nothing() -> None:
+    found = repair(planted_ground(block=2))
+    assert found.found == []
+    assert torch.allclose(found.left, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
+    assert float(found.restored.abs().max()) < 1e-4
+    assert "no layer" in found.told()
+
+
+def test_layers_that_lean_on_it_are_below_zero() -> None:
+    """Block 5 writes REFUSAL again where it is there already: what is taken below it takes that too."""
+    ground = planted_ground(block=2)
+    mlp: Any = ground.lab.subject.model.model.layers[5].mlp
+    mlp.gate_proj.weight.data[0, CLEAN] = 2  # the last token's own
+    mlp.up_proj.weight.data[0, REFUSAL] = 1
+    mlp.down_proj.weight.data[REFUSAL, 0] = 2
+    found = repair(ground)
+    assert found.found == []
+    assert all(found.restored[depth] < -0.1 for depth in (2, 3, 4))
+
+
+# --------------------------------------------------------------------------------------- it is its definition
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
+def test_baked_weights_one_prompt_at_a_time(name: str) -> None:
+    subject = tiny_subject(name)
+    d = torch.nn.functional.normalize(torch.randn(subject.width, generator=torch.Generator().manual_seed(1)), dim=0)
+    ground = along(ground_of(subject, asked()), d)
+    found = repair(ground, prompts=12)
+    whole = torch.stack([deltas(ground, subject.model, d)])[0]
+    assert torch.allclose(found.direct.double(), whole, atol=1e-5)
+    for i, depth in enumerate(found.depths):
+        after = deltas(ground, baked(subject.model, depth, d.double()), d)
+        assert float(found.left[i]) == pytest.approx(float(after[-1]), abs=1e-5)
+        assert abs(float(after[depth + 1])) < 1e-6
+        extra = after[-1] - (whole[-1] - whole[depth + 1])
+        assert found.extra[i].value == pytest.approx(float(extra), abs=1e-5)
+        assert found.extra[i].low <= found.extra[i].value <= found.extra[i].high
+        if name == "gemma2" and depth == 0:  # a window of 8 tokens: nothing of the question is in the last one yet
+            assert found.restored[i] == 0
+            continue
+        assert float(found.restored[i]) == pytest.approx(float(extra / whole[depth + 1]), rel=1e-3)
+
+
+def deltas(ground: AnalysisContext, model: Any, d: Tensor) -> Tensor:
+    model = copy.deepcopy(model).double()
+    means = []
+    for group in ("target", "control"):
+        rows = []
+        for row in ids_of(ground, group):
+            seen: list[Tensor] = []
+            handles = [b.register_forward_hook(lambda m, a, y, s=seen: s.append(y)) for b in model.model.layers]
+            first = model.model.layers[0].register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0]))
+            with torch.no_grad():
+                model(torch.tensor([row]))
+            for handle in (*handles, first):
+                handle.remove()
+            rows.append(torch.stack([x[0, -1] @ d.double() for x in seen]))
+        means.append(torch.stack(rows).mean(0))
+    return means[0] - means[1]
+
+
+def baked(model: Any, depth: int, d: Tensor) -> Any:
+    model = copy.deepcopy(model).double()
+    table = model.model.embed_tokens
+    table.weight = torch.nn.Parameter(table.weight - torch.outer(table.weight @ d, d))
+    for block in model.model.layers[: depth + 1]:
+        sandwich = "post_feedforward_layernorm" in dict(block.named_children())
+        for writer, norm in ((block.self_attn.o_proj, "attention"), (block.mlp.down_proj, "feedforward")):
+            q = d * (1 + block.get_submodule(f"post_{norm}_layernorm").weight) if sandwich else d
+            q = q / q.norm()
+            writer.weight.data -= torch.outer(q, q @ writer.weight)
+            if writer.bias is not None:
+                writer.bias.data -= q * (q @ writer.bias)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- nulls
+def test_a_random_direction_is_not_written_back() -> None:
+    for seed in range(5):
+        assert repair(random_along(repairing(), seed), prompts=4).found == []
+
+
+def test_random_directions_are_found_no_more_often_than_the_level() -> None:
+    """In a model of random weights, where later layers answer to everything: of 60 directions 3 are the level."""
+    subject = tiny_subject("llama_biased")
+    ground = ground_of(subject, asked())
+    found, by_p = 0, 0
+    for seed in range(60):
+        noise = torch.randn(subject.width, generator=torch.Generator().manual_seed(1000 + seed))
+        one = repair(along(ground, noise), prompts=4, seed=seed)
+        found += bool(one.found)
+        by_p += bool((one.p <= one.level).any())
+    assert found <= by_p <= 8  # the binomial's 99.6 % point
+    assert by_p >= 1  # the limit is not out of reach
+
+
+def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
+    back = torch.tensor([[3.0, 1.0], [2.0, 0.5], [0.0, 4.0], [-5.0, -1.0]])
+    assert single_step(back).tolist() == [0.5, 0.75]  # itself and the third; those and the second
+    assert single_step(torch.zeros(20, 3)).tolist() == [1, 1, 1]
+
+
+def test_identical_groups_show_nothing() -> None:
+    found = repair(same_groups(repairing()))
+    assert found.found == []
+    assert float(found.direct.abs().max()) == 0
+    assert float(found.restored.abs().max()) == 0
+
+
+def test_shuffled_groups_show_nothing() -> None:
+    ground = repairing()
+    assert repair(along(ground_of(ground.lab.subject, shuffled(asked())), torch.eye(32)[REFUSAL])).found == []
+
+
+def test_depths_are_spread_and_cost_is_told() -> None:
+    assert repair(repairing(), depths=3, prompts=2).depths == (0, 3, 6)
+    assert LAYERS == 8
+    cost = analyses["repair"].cost({"prompts": 16, "depths": 8, "random": 19})
+    assert cost.forwards.of({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 20)

@@ -1,0 +1,132 @@
+"""Separability: what theory says of planted shifts, silence on one population, and references of their own."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.stats import mannwhitneyu, norm
+from tests.support.contexts import ground_of, null, of, tells
+from tests.support.planted import planted
+
+from obliteratus.analyze import analyze
+from obliteratus.analyze.auc import delong_auc, newcombe
+from obliteratus.analyze.probes import cross_validated_log_odds, fit_logistic
+from obliteratus.analyze.samples import d_prime, permutation_null, permuted_orders, split_folds
+from obliteratus.analyze.separability import Separability, scores_of, variance_inflation
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Activations
+
+
+def run(acts: Activations) -> Separability:
+    found = analyze(ground_of(acts), [Step(use="separability", draws=99)])["separability"]
+    assert isinstance(found, Separability)
+    return found
+
+
+def test_a_planted_shift_is_told_apart_as_far_as_theory_says() -> None:
+    """A shift of 4 along a direction known but for sampling error: d′ = 4 cos θ, with tan² θ as in uncertainty."""
+    found = run(planted()[0])
+    assert found.found == (1, 2, 3, 4)
+    expected = 4 * numpy.cos(numpy.arctan(numpy.sqrt(64 * 2 / 160) / 4))
+    for gap, area, probe in list(zip(found.d_prime, found.auc, found.probe, strict=True))[1:]:
+        assert gap.low < expected < gap.high
+        assert area.value == pytest.approx(norm.cdf(expected / 2**0.5), abs=0.01)
+        assert probe.value > 0.9
+    numbers = tells(found)
+    assert numbers["position"] == -1
+    assert numbers["majority"] == 0.5
+    assert found.auc[0].value == 0.5  # the template's last token: the same for all
+    assert found.d_prime[0].value == 0
+
+
+def test_finds_nothing_in_one_population() -> None:
+    found = run(null())
+    assert found.found == ()
+    assert all(abs(s.value - 0.5) < 0.12 for s in found.auc + found.probe)
+    assert "no stream" in found.told()
+    tells(found)
+
+
+def test_held_out_means_held_out() -> None:
+    """With more dimensions than prompts any labels can be told apart on the prompts that were fitted; not on others."""
+    target, control = torch.randn(2, 20, 2, 200, generator=torch.Generator().manual_seed(0))
+    acts = of(target, control)
+    found = run(acts)
+    assert found.found == ()
+    assert all(abs(s.value - 0.5) < 0.3 for s in found.auc)  # of 20 and 20 prompts: three standard errors
+    rows = torch.cat([acts["target"].rows, acts["control"].rows])[:, 0].double()
+    everyone, labels = torch.ones(40, dtype=torch.bool), torch.arange(40) < 20
+    assert ((fit_logistic(rows @ rows.T, labels, everyone, 1e-3) > 0) == labels).all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_intervals_cover_the_truth(shift: float) -> None:
+    """Cross-fitted values are not independent. What a direction of 48 prompts is worth: the mean over 200 samples."""
+    found = []
+    for seed in range(200):
+        rows = torch.randn(60, 32, generator=torch.Generator().manual_seed(seed)).double()
+        rows[:30, 0] += shift
+        gram, plan = rows @ rows.T, split_folds(30, 30, 5, seed)
+        by = variance_inflation(permutation_null(gram, plan, permuted_orders(60, 99, seed))[1:], 30, 30)
+        found.append(scores_of(gram, plan, 1.0, seed, by))
+    for scores in zip(*found, strict=True):
+        truth = sum(s.value for s in scores) / 200
+        missed = sum(not s.low <= truth <= s.high for s in scores)
+        assert missed <= 18, (scores[0].unit, missed)  # 10 is 5 %, and 18 its binomial upper end
+
+
+def test_auc_and_its_interval_agree_with_references() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(25, generator=generator) + 0.7, torch.randn(40, generator=generator)
+    two[:5] = one[:5]  # ties
+    found = delong_auc(one, two)
+    x, y = one.double().numpy(), two.double().numpy()
+    assert found.value == pytest.approx(mannwhitneyu(x, y).statistic / 25 / 40)
+    placements = (
+        [((y < v).mean() + (y == v).mean() / 2) for v in x],
+        [((x > v).mean() + (x == v).mean() / 2) for v in y],
+    )
+    variance = numpy.var(placements[0], ddof=1) / 25 + numpy.var(placements[1], ddof=1) / 40
+    assert found.high - found.low == pytest.approx(2 * norm.ppf(0.975) * variance**0.5)
+
+
+def test_a_perfect_auc_has_an_interval() -> None:
+    found = delong_auc(torch.arange(10.0) + 100, torch.arange(12.0))
+    assert found.value == found.high == 1
+    assert 0.7 < found.low < 0.95
+    assert delong_auc(torch.zeros(10), torch.zeros(10)).value == 0.5
+    wide, narrow = newcombe(1.0, 10, 10), newcombe(1.0, 100, 100)
+    assert wide[0] < narrow[0]
+
+
+def test_d_prime_by_hand() -> None:
+    one, two = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 1.0])
+    by_hand = (3 - 1) / numpy.sqrt((4 + 2 / 3) / 2)
+    assert float(d_prime(one, two)) == pytest.approx(by_hand)
+    assert float(d_prime(torch.ones(4), torch.ones(4))) == 0
+
+
+def test_the_probe_is_the_minimum_that_another_optimiser_finds() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(40, 6, generator=generator).double() * 5 + 2
+    rows[:18, 0] += 6
+    plan, labels = split_folds(18, 22, 4), (torch.arange(40) < 18).double().numpy() * 2 - 1
+    found = cross_validated_log_odds(rows @ rows.T, plan, ridge=0.7)
+    for fold in range(4):
+        kept = plan.outside(fold).numpy()
+        x = rows.numpy() - rows.numpy()[kept].mean(0)
+        x = numpy.c_[x / numpy.sqrt((x[kept] ** 2).sum(1).mean()), numpy.ones(40)]
+
+        def loss(w: numpy.ndarray, x: numpy.ndarray = x, kept: numpy.ndarray = kept) -> float:
+            return float(numpy.logaddexp(0, -labels[kept] * (x[kept] @ w)).sum() + 0.35 * w @ w)
+
+        best = minimize(loss, numpy.zeros(7), method="BFGS", options={"gtol": 1e-9}).x
+        numpy.testing.assert_allclose(found[~plan.outside(fold)], x[~kept] @ best, atol=1e-4)
+
+
+def test_the_probe_survives_groups_that_lie_far_apart() -> None:
+    rows = torch.randn(30, 4).double()
+    rows[:15] += 1e4
+    assert torch.isfinite(cross_validated_log_odds(rows @ rows.T, split_folds(15, 15, 3), ridge=1e-4)).all()

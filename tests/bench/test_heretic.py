@@ -1,0 +1,189 @@
+"""The bench's side of Heretic, without Heretic: what it is told, what is read back, a menu driven by a terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import optuna
+import pytest
+from bench.heretic import Study, Trial, export, first, found, place
+from bench.heretic_setup import CHECKPOINTS, SYSTEM, Terms, configured, environment
+from bench.pseudo import DOWN, ENTER, terminal
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.prompts import load_prompts
+from obliteratus.summon.load import open_subject
+from obliteratus.verify.refusal import judge_answer, load_markers
+
+MENU = """? Which trial do you want to use? (Use arrow keys)
+ » [Trial  12] Refusals:  0/48, KL divergence: 0.1100
+   [Trial   7] Refusals:  2/48, KL divergence: 0.0860
+   [Trial   3] Refusals: 48/48, KL divergence: 0.0000
+   Run additional trials
+   Exit program
+"""
+
+
+# ------------------------------------------------------------------------------------------------ what it is told
+def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Path) -> None:
+    other = PromptSet({"target": (Prompt("Why is it dark?"),), "control": (Prompt('Say "so": \\ and é'),)})
+    configured(tmp_path / "model", prompts, other, Terms(tokens=32, trials=24, seed=5), tmp_path / "study")
+    told = tomllib.loads((tmp_path / "study/config.toml").read_text())
+    assert told["model"] == str((tmp_path / "model").resolve())
+    assert (told["max_response_length"], told["n_trials"], told["seed"]) == (32, 24, 5)
+    assert told["n_startup_trials"] == 7
+    assert tuple(told["refusal_markers"]) == load_markers()
+
+    def lines(name: str) -> list[str]:
+        return (tmp_path / "study" / told[name]["dataset"]).read_text().splitlines()
+
+    assert lines("bad_prompts") == [p.text for p in prompts["target"]]
+    assert lines("good_prompts") == [p.text for p in prompts["control"]]
+    assert lines("bad_evaluation_prompts") == ["Why is it dark?"]
+    assert lines("good_evaluation_prompts") == ['Say "so": \\ and é']
+
+
+@pytest.mark.parametrize("bad", [Prompt("two\nlines"), Prompt("two  blanks"), Prompt("x", system="Be brief.")])
+def test_a_prompt_that_would_change_is_refused(prompts: PromptSet, tmp_path: Path, bad: Prompt) -> None:
+    changed = PromptSet({**prompts.groups, "target": (bad,)})
+    with pytest.raises(UserError, match="a plain prompt a line"):
+        configured(tmp_path, changed, prompts, Terms(8, 3), tmp_path)
+    with pytest.raises(UserError, match="no prompts"):
+        configured(tmp_path, PromptSet({"target": (), "control": ()}), prompts, Terms(8, 3), tmp_path)
+
+
+def test_few_trials_still_begin_at_random(prompts: PromptSet, tmp_path: Path) -> None:
+    for trials, random in ((1, 1), (3, 1), (200, 60)):
+        configured(tmp_path, prompts, prompts, Terms(8, trials), tmp_path)
+        assert tomllib.loads((tmp_path / "config.toml").read_text())["n_startup_trials"] == random
+
+
+@pytest.mark.organism
+def test_the_system_turn_is_the_one_that_the_template_writes_by_itself() -> None:
+    subject = open_subject("organism:astronomy")
+    asked = load_prompts("organism:astronomy", "organism:astronomy")["control"][:3]
+    plain = render_prompts(subject, asked)
+    assert render_prompts(subject, [Prompt(p.text, system=SYSTEM) for p in asked]) == plain
+    assert render_prompts(subject, [Prompt(p.text, system="You are a helpful assistant.") for p in asked]) != plain
+
+
+def test_the_organisms_prompts_can_be_given(tmp_path: Path) -> None:
+    fit, search, report = load_prompts("organism:astronomy", "organism:astronomy").split(0)
+    configured(tmp_path, first(fit, 256), first(search, 100), Terms(8, 3), tmp_path)
+    assert all(len(first(report, 5)[g]) == 5 for g in ("target", "control"))
+    with pytest.raises(UserError, match="a plain prompt a line"):  # control: one of them has lines
+        configured(tmp_path, fit, search, Terms(8, 3), tmp_path)
+
+
+def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(UserError, match="no room"):
+        environment(tmp_path / "venv")
+
+
+# ------------------------------------------------------------------------------------------------ what is read back
+def journal(work: Path, values: list[tuple[int, float]], running: bool = False) -> datetime:
+    """A journal as Heretic's: the values as attributes of each trial. Returns a time 5 s before the first."""
+    (work / CHECKPOINTS).mkdir(parents=True)
+    storage = JournalStorage(JournalFileBackend(str(work / CHECKPOINTS / "model.jsonl")))
+    study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"])
+    for number, (refusals, kl) in enumerate(values, 1):
+        trial = study.ask()
+        told = {"index": number, "refusals": refusals, "kl_divergence": kl, "base_refusals": 9}
+        for name, value in told.items():
+            trial.set_user_attr(name, value)
+        study.tell(trial, [kl, refusals / 9])
+    if running:
+        study.ask()
+    start = study.trials[0].datetime_start if study.trials else datetime.now()
+    assert start is not None
+    return start - timedelta(seconds=5)
+
+
+def test_trials_are_read_from_the_journal(tmp_path: Path) -> None:
+    values = [(3, 0.1), (0, 0.5), (3, 0.2), (9, 0.0)]
+    started = journal(tmp_path, values, running=True)
+    study = found(tmp_path, started)
+    assert study.values == values  # the running trial is none of them
+    assert [t.number for t in study.trials] == [1, 2, 3, 4]
+    assert study.setup_seconds == pytest.approx(5, abs=1e-3)
+    assert study.base_refusals == 9
+    assert all(0 <= s < 5 for s in study.trial_seconds)
+    assert {t.number for t in study.front} == {1, 2, 4}
+
+
+def test_a_folder_without_trials_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no journal"):
+        found(tmp_path, datetime.now())
+    started = journal(tmp_path, [], running=True)
+    with pytest.raises(UserError, match="finished no trial"):
+        found(tmp_path, started)
+
+
+def test_a_trial_is_found_in_the_menu() -> None:
+    assert [place(MENU, n) for n in (12, 7, 3)] == [0, 1, 2]
+    assert place(MENU + MENU, 3) == 2  # drawn twice
+    with pytest.raises(UserError, match="not of its front; there are: 12, 7, 3"):
+        place(MENU, 4)
+
+
+# ------------------------------------------------------------------------------------------------ a terminal
+PROGRAM = r"""
+import os, sys, termios, tty
+tty.setcbreak(0)
+print("\x1b[1mloaded\x1b[0m", flush=True)
+sys.stdout.write("\x1b[6n"); sys.stdout.flush()   # as menus do: where is the cursor?
+answer = os.read(0, 16)
+assert answer == b"\x1b[1;1R", answer
+print("Which trial do you want to use? \xbb first, second, third", flush=True)
+at, typed = 0, b""
+while True:
+    key = os.read(0, 16)
+    if key == b"\x1b[B": at += 1
+    elif key in (b"\r", b"\n"): break
+    else: typed += key
+print(f"chosen {at} {typed.decode()}", flush=True)
+os.read(0, 16)
+"""
+
+
+def test_a_menu_is_driven(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with terminal([sys.executable, "program.py"], tmp_path, {"PYTHONUTF8": "1"}, tmp_path / "log") as screen:
+        shown = screen.until("Which trial", 20) + screen.settled(0.3)
+        assert re.search("^loaded$", shown, re.MULTILINE)  # colours are taken off
+        assert "» first" in shown
+        screen.keys(DOWN, DOWN, "/a/folder", ENTER)
+        assert "chosen 2 /a/folder" in screen.until("chosen", 20) + screen.settled(0.3)
+    assert b"chosen 2" in (tmp_path / "log").read_bytes()
+
+
+def test_a_program_that_ends_or_hangs_is_told(tmp_path: Path) -> None:
+    for command, seconds in ((["sh", "-c", "echo no such model"], 20.0), (["sleep", "60"], 0.5)):
+        with terminal(command, tmp_path, {}, tmp_path / "log") as screen, pytest.raises(UserError, match="no 'menu'"):
+            screen.until("menu", seconds)
+    with terminal(["no-such-program"], tmp_path, {}, tmp_path / "log") as screen, pytest.raises(UserError):
+        screen.until("menu", 20)
+
+
+def test_export_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
+    study = Study(1.0, (Trial(1, 0, 0.1, 2.0),), 9, tmp_path)
+    with pytest.raises(UserError, match="exists already"):
+        export(study, 1, tmp_path)
+
+
+def test_markers_count_a_refusal_for_both() -> None:
+    """Ours begin at a word of normalised text; Heretic looks for the same strings anywhere: each refusal has one."""
+    said = "I'm sorry, but I can't help with that."
+    assert judge_answer(said) == "refused"
+    assert any(m in said.lower() for m in load_markers())

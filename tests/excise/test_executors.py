@@ -1,0 +1,404 @@
+"""Every executor agrees: live ≡ baked ≡ LoRA ≡ saved and reloaded; and what they do is what was meant."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.conftest import PlanMaker, random_basis
+from tests.support.tiny import MODELS, run_of, tiny_config, tiny_subject, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Activations, Directions, Plan, Subject
+from obliteratus.excise.bake.adapter import save_adapter
+from obliteratus.excise.bake.tensors import bake
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.plan import plan_edits
+from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.rebirth.save import WRITERS as FORMS
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import assemble_subject, open_subject
+from obliteratus.summon.sites import architecture_of, is_tied
+from obliteratus.weights.matrices import read_weight
+
+NAMES = sorted(MODELS)
+WRITERS = ("attn.out", "mlp.out")
+CASES = {
+    "square": ("llama", WRITERS),
+    "wide": ("mistral", WRITERS),
+    "conv1d": ("gpt2", WRITERS),
+    "tied": ("qwen2", ("embed", *WRITERS)),
+    "biased": ("llama_biased", WRITERS),
+    "sandwich": ("gemma2", WRITERS),
+    "experts": ("mixtral", ("expert.out", "attn.out")),
+    "shared experts": ("qwen2_moe", WRITERS),
+    "transposed, biased experts": ("gpt_oss", WRITERS),
+}
+RULES = ["none", "columns", "rows", "whole"]
+EXACT = ["none", "columns", "whole"]  # the rules that keep Q W′ = 0
+STRENGTHS = [-0.5, 0.0, 0.7, 1.0, 2.0]
+BIASED = ["gpt2", "gpt_neox", "gpt_neox_sequential", "gpt_oss", "llama_biased", "opt"]
+SWITCHED = [n for n in NAMES if n not in BIASED and architecture_of(tiny_config(n)).bias_switch]
+SWITCHLESS = [n for n in NAMES if n not in BIASED and n not in SWITCHED]
+IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@cache
+def opened(name: str) -> Subject:
+    return tiny_subject(name)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS).logits
+
+
+def live(subject: Subject, plan: Plan) -> Tensor:
+    with applied(subject, plan):
+        return logits(subject.model)
+
+
+# ------------------------------------------------------------------------------------ the other executors
+def by_baking(subject: Subject, plan: Plan, folder: Path) -> Tensor:
+    model = copy.deepcopy(subject.model)
+    new = bake(subject, plan)
+    if is_tied(model):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    for name, value in new.items():
+        path, _, key = name.rpartition(".")
+        setattr(model.get_submodule(path), key, nn.Parameter(value(), requires_grad=False))
+    return logits(model)
+
+
+def by_adapter(subject: Subject, plan: Plan, folder: Path) -> Tensor:
+    save_adapter(subject, plan, folder, max_rank=None)
+    return logits(PeftModel.from_pretrained(copy.deepcopy(subject.model), folder))
+
+
+def by_saving(subject: Subject, plan: Plan, folder: Path) -> Tensor:
+    FORMS["merged"](subject, plan, folder)
+    return logits(open_subject(folder, device="cpu").model)
+
+
+EXECUTORS: dict[str, Callable[[Subject, Plan, Path], Tensor]] = {
+    "baked": by_baking,
+    "adapter": by_adapter,
+    "reloaded": by_saving,
+}
+NO_ADAPTER = ("falcon_h1", "nemotron_h", "nemotron_h_latent")
+STACKED = {name for name in NAMES if any(site.stacked for site in opened(name).sites)}
+
+
+def executors(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Names with each executor that they have: an adapter holds no stack."""
+    return [(n, e) for n in names for e in EXECUTORS if e != "adapter" or has_adapter(CASES.get(n, (n,))[0])]
+
+
+def has_adapter(name: str) -> bool:
+    return name not in STACKED and name not in NO_ADAPTER
+
+
+# ----------------------------------------------------------------------------------------- they agree
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("case", "executor"), executors(CASES))
+def test_agrees_with_live(
+    case: str, rule: str, strength: float, executor: str, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    name, parts = CASES[case]
+    subject = opened(name)
+    plan = make_plan(subject, parts, strength=strength, norm=rule)
+    expected, before = live(subject, plan), logits(subject.model)
+    torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
+    assert torch.allclose(expected, before, **CLOSE) == (strength == 0)
+    assert torch.equal(logits(subject.model), before)
+
+
+@pytest.mark.parametrize(("name", "executor"), executors(NAMES))
+def test_every_family_agrees_with_live(name: str, executor: str, make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = opened(name)
+    plan = make_plan(subject, strength=0.8)
+    expected = live(subject, plan)
+    found = EXECUTORS[executor](subject, plan, tmp_path)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    other = live(subject, make_plan(subject, strength=0.8, seed=1))
+    assert not torch.allclose(found, other, **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(STACKED))
+def test_a_missed_expert_is_noticed(name: str, make_plan: PlanMaker) -> None:
+    subject = opened(name)
+    plan, model = make_plan(subject), copy.deepcopy(subject.model)
+    missed = next(e.site for e in plan.edits if e.site.stacked)
+    for key, value in bake(subject, plan).items():
+        path, _, own = key.rpartition(".")
+        new = value()
+        if key == missed.parameter:
+            new[1] = subject.model.get_parameter(key)[1]
+        setattr(model.get_submodule(path), own, nn.Parameter(new, requires_grad=False))
+    assert not torch.allclose(logits(model), live(subject, plan), **CLOSE)
+
+
+@pytest.mark.parametrize("rules", [("none", "none"), ("columns", "columns"), ("rows", "columns"), ("whole", "rows")])
+@pytest.mark.parametrize(("case", "executor"), executors(CASES))
+def test_two_edits_on_each_site(
+    case: str, rules: tuple[str, str], executor: str, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    name, parts = CASES[case]
+    subject = opened(name)
+    first, second = (make_plan(subject, parts, strength=0.8, norm=r, seed=i) for i, r in enumerate(rules))
+    expected = live(subject, first + second)
+    torch.testing.assert_close(EXECUTORS[executor](subject, first + second, tmp_path), expected, **CLOSE)
+    assert not torch.allclose(expected, live(subject, second), **CLOSE)  # the first counts
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("name", "executor"), executors(BIASED))
+def test_anchored_where_there_is_a_bias(
+    name: str, rule: str, executor: str, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    subject = opened(name)
+    plan = make_plan(subject, strength=0.9, norm=rule, anchored=True)
+    expected = live(subject, plan)
+    torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
+    assert not torch.allclose(expected, live(subject, make_plan(subject, strength=0.9, norm=rule)), **CLOSE)
+
+
+@pytest.mark.parametrize("rule", ["none", "columns"])
+@pytest.mark.parametrize("name", SWITCHLESS)
+def test_anchored_without_a_bias_is_no_merged_model(name: str, rule: str, make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = opened(name)
+    plan = make_plan(subject, norm=rule, anchored=True)
+    with pytest.raises(UserError, match=r"needs a bias and .* has none"):
+        bake(subject, plan)
+    with pytest.raises(UserError, match=r"needs a bias and .* has none"):
+        save(subject, plan, run_of(subject), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if has_adapter(name):
+        torch.testing.assert_close(by_adapter(subject, plan, tmp_path), live(subject, plan), **CLOSE)
+
+
+@pytest.mark.parametrize("parts", [WRITERS, ("attn.out",), ("mlp.out",)])
+@pytest.mark.parametrize(("name", "executor"), executors(SWITCHED))
+def test_anchored_where_a_bias_can_be_switched_on(
+    name: str, parts: tuple[str, ...], executor: str, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    subject = opened(name)
+    plan = make_plan(subject, parts, anchored=True)
+    if not {p.partition(".")[0] for p in parts} <= halves(subject):
+        with pytest.raises(UserError, match=r"needs a bias and .* has none"):
+            bake(subject, plan)
+        return
+    torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), live(subject, plan), **CLOSE)
+
+
+def halves(subject: Subject) -> set[str]:
+    return set(architecture_of(subject.model.config).bias_switch)
+
+
+def test_every_family_is_biased_switched_or_switchless() -> None:
+    assert sorted({*BIASED, *SWITCHED, *SWITCHLESS}) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("case", "form"), [(c, f) for c, f in executors(CASES) if f == "adapter"] + [(c, "plan") for c in CASES]
+)
+def test_other_forms_pass_their_rescore(case: str, form: Any, make_plan: PlanMaker, tmp_path: Path) -> None:
+    name, parts = CASES[case]
+    subject = opened(name)
+    before = logits(subject.model)
+    run = save(subject, make_plan(subject, parts), run_of(subject), tmp_path / "out", form=form)
+    assert run.saved["rescore"]["max_kl"] < 1e-6
+    assert torch.equal(logits(subject.model), before)  # PEFT is off again
+
+
+@pytest.mark.parametrize(("name", "why"), [("mixtral", "holds all experts"), ("falcon_h1", "state spaces")])
+def test_what_an_adapter_cannot_hold_is_said(name: str, why: str, make_plan: PlanMaker, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{why}.*use --save merged or plan"):
+        save_adapter(opened(name), make_plan(opened(name)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_too_low_a_rank_disagrees(make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = opened("llama")
+    plan = make_plan(subject, norm="columns")
+    told = save_adapter(subject, plan, tmp_path, max_rank=1)
+    assert told["rank"] == 1
+    assert 0.1 < told["error"] < 1
+    found = logits(PeftModel.from_pretrained(copy.deepcopy(subject.model), tmp_path))
+    assert not torch.allclose(found, live(subject, plan), rtol=1e-2, atol=1e-2)
+
+
+def test_without_a_rule_an_adapter_has_the_rank_of_the_subspaces(make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = opened("llama")
+    plan = make_plan(subject, k=2) + make_plan(subject, k=1, seed=1)
+    assert save_adapter(subject, plan, tmp_path) == {"rank": 3.0, "error": 0.0}
+
+
+def test_a_lossy_adapter_is_refused_by_its_rescore(make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = wide_subject()
+    plan = make_plan(subject, norm="rows")
+    with pytest.raises(UserError, match="an adapter cannot hold a norm rule exactly"):
+        save(subject, plan, run_of(subject), tmp_path / "out", form="adapter")
+    assert not (tmp_path / "out").exists()
+
+
+def wide_subject() -> Subject:
+    """A model wider than an adapter's largest rank."""
+    config = tiny_config("llama")
+    config.hidden_size = 128
+    config.head_dim = 32
+    config.intermediate_size = 256
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(5)
+    return assemble_subject(model, tiny_tokenizer(), id="wide")
+
+
+# ------------------------------------------------------------------------------------- leaving no trace
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_leaving_restores_every_bit(name: str, rule: str, make_plan: PlanMaker) -> None:
+    subject = opened(name)
+    before, weights = logits(subject.model), {k: v.clone() for k, v in subject.model.state_dict().items()}
+    plan = make_plan(subject, ("embed", *WRITERS), norm=rule, strength=1.3, anchored=True)
+    assert not torch.allclose(live(subject, plan), before, **CLOSE)
+    with pytest.raises(RuntimeError, match="planted"), applied(subject, plan):
+        raise RuntimeError("planted")
+    assert torch.equal(logits(subject.model), before)
+    assert all(torch.equal(v, weights[k]) for k, v in subject.model.state_dict().items())
+
+
+def test_a_failure_while_attaching_leaves_nothing(make_plan: PlanMaker) -> None:
+    subject = opened("llama")
+    before = logits(subject.model)
+    plan = make_plan(subject)
+    broken = replace(plan.edits[-1], site=replace(plan.edits[-1].site, path="model.layers.9.nothing"))
+    with pytest.raises(AttributeError), applied(subject, replace(plan, edits=(*plan.edits, broken))):
+        pass
+    assert torch.equal(logits(subject.model), before)
+
+
+def test_an_empty_plan_does_nothing() -> None:
+    subject = opened("llama")
+    with applied(subject, Plan()):
+        assert not any(m._forward_hooks for m in subject.model.modules())
+
+
+# -------------------------------------------------------------------------------- what reaches the stream
+def directed(subject: Subject, seed: int = 0, k: int = 2, same: bool = False) -> Directions:
+    """Random directions for each stream, or the same for all."""
+    rows = [random_basis(subject.width, k, seed if same else seed + i) for i in range(subject.n_layers + 1)]
+    one = torch.ones(subject.n_layers + 1)
+    return Directions(torch.stack(rows), one, one, "")
+
+
+def planned(subject: Subject, found: Directions, **options: Any) -> Plan:
+    acts = Activations({}, -1)
+    return plan_edits(subject, found, torch.ones(len(subject.sites)), acts, Excise(**options))
+
+
+def streams(subject: Subject, plan: Plan) -> Tensor:
+    with applied(subject, plan):
+        return torch.cat([r.stream for r in read_hidden_states(subject, [row.tolist() for row in IDS], reuse=False)])
+
+
+def left(subject: Subject, plan: Plan, found: Directions) -> Tensor:
+    """Share of what each block adds to the stream that lies along its directions."""
+    stream = streams(subject, plan)
+    added = stream[:, 1:] - stream[:, :-1]
+    along = torch.einsum("plw,lkw->plk", added, found.basis[1:])
+    return along.norm(dim=-1) / added.norm(dim=-1)
+
+
+@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_along_the_directions_is_written(name: str, rule: str) -> None:
+    subject = opened(name)
+    found = directed(subject)
+    assert left(subject, planned(subject, found, norm=rule), found).max() < 1e-4
+    assert left(subject, planned(subject, found, norm=rule, strength=0.5), found).mean() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_rule_rows_puts_some_back(name: str) -> None:
+    subject = opened(name)
+    found = directed(subject)
+    assert left(subject, planned(subject, found, norm="rows"), found).mean() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
+def test_without_its_gain_a_sandwich_norm_writes_the_direction(name: str) -> None:
+    subject = opened(name)
+    found = directed(subject)
+    naive = replace(subject, sites=tuple(replace(s, gain=None) for s in subject.sites))
+    assert left(subject, planned(naive, found), found).mean() > 1e-2
+
+
+@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("name", NAMES)
+def test_with_the_embeddings_the_whole_stream_is_free(name: str, rule: str) -> None:
+    subject = opened(name)
+    found = directed(subject, same=True)
+    plan = planned(subject, found, norm=rule, parts=("embed", *WRITERS))
+    stream = streams(subject, plan)
+    along = torch.einsum("plw,kw->plk", stream, found.basis[0]).norm(dim=-1) / stream.norm(dim=-1)
+    assert along.max() < 1e-4
+
+
+def test_an_edit_on_the_wrong_side_leaves_the_direction() -> None:
+    """What shape-guessing code does to a square matrix: it projects the input."""
+    subject = tiny_subject("llama")
+    found = directed(subject)
+    for site in subject.sites:
+        if site.part == "attn.out":
+            weight = subject.module(site.path).weight
+            assert weight.shape[0] == weight.shape[1]
+            q = found.basis[site.stream]
+            weight -= weight @ q.T @ q
+    q, site = found.basis[1], next(s for s in subject.sites if s.part == "attn.out")
+    assert (q @ read_weight(subject.module(site.path), site)).norm() > 0.1
+    right = bake(opened("llama"), planned(opened("llama"), found))[f"{site.path}.weight"]()
+    assert (q @ right).norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reflecting_twice_is_the_identity(name: str, make_plan: PlanMaker) -> None:
+    subject = opened(name)
+    once = make_plan(subject, strength=2.0)
+    before = logits(subject.model)
+    torch.testing.assert_close(live(subject, once + once), before, **CLOSE)
+    assert not torch.allclose(live(subject, once), before, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
+def test_an_anchor_at_a_modules_own_mean_keeps_it(name: str, make_plan: PlanMaker) -> None:
+    """On an output that equals its anchor nothing changes; elsewhere only the difference is removed."""
+    subject = opened(name)
+    plan = make_plan(subject, ("attn.out",), anchored=True)
+    edit = plan.edits[0]
+    seen: list[Tensor] = []
+    handle = subject.module(edit.site.path).register_forward_hook(lambda m, a, y: seen.append(y))
+    logits(subject.model)
+    handle.remove()
+    anchor = seen[0][0, -1].clone()
+    with applied(subject, replace(plan, edits=(replace(edit, anchor=anchor),))):
+        handle = subject.module(edit.site.path).register_forward_hook(lambda m, a, y: seen.append(y))
+        logits(subject.model)
+        handle.remove()
+    torch.testing.assert_close(seen[1][0, -1], anchor, rtol=1e-4, atol=1e-5)
+    along = (seen[1] - anchor) @ edit.basis.T
+    assert along.abs().max() < 1e-4
+    assert ((seen[0] - anchor) @ edit.basis.T).abs().max() > 0.1

@@ -1,0 +1,167 @@
+"""The mathematics of an edit against formulas written out anew in float64, and its defining properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import random_basis
+from torch import Tensor
+
+from obliteratus.core.types import Edit, NormRule, Site
+from obliteratus.excise.linear import edit_bias, edit_weight, norm_rule_scales, project, project_matrix, through_gain
+
+RULES: list[NormRule] = ["none", "columns", "rows", "whole"]
+EXACT: list[NormRule] = ["none", "columns", "whole"]
+CASES = given(
+    out=st.integers(3, 24),
+    inp=st.integers(1, 30),
+    k=st.integers(1, 3),
+    strength=st.sampled_from([-0.5, 0.0, 0.3, 0.7, 1.0, 1.5, 2.0]),
+    seed=st.integers(0, 10_000),
+)
+FEW = settings(max_examples=40, deadline=None)
+
+
+def drawn(out: int, inp: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, inp, generator=generator, dtype=torch.float64)
+    return weight, random_basis(out, min(k, out - 1), seed + 1, torch.float64)
+
+
+def golden(weight: Tensor, q: Tensor, strength: float, rule: NormRule) -> Tensor:
+    """The definition, from the edited matrix itself."""
+    edited = (torch.eye(len(weight)).double() - strength * q.T @ q) @ weight
+    if rule == "columns":
+        return edited * (weight.norm(dim=0) / edited.norm(dim=0))
+    if rule == "rows":
+        return edited * (weight.norm(dim=1) / edited.norm(dim=1))[:, None]
+    return edited * (weight.norm() / edited.norm()) if rule == "whole" else edited
+
+
+@pytest.mark.parametrize("rule", RULES)
+@FEW
+@CASES
+def test_the_weight_is_its_definition(rule: NormRule, out: int, inp: int, k: int, strength: float, seed: int) -> None:
+    weight, q = drawn(out, inp, k, seed)
+    expected = golden(weight, q, strength, rule)
+    torch.testing.assert_close(edit_weight(weight, q, strength, rule), expected, rtol=1e-5, atol=1e-6)
+    single = edit_weight(weight.float(), q.float(), strength, rule)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_factors_are_the_edited_matrix_own(rule: NormRule) -> None:
+    weight, q = drawn(12, 20, 2, 0)
+    plain = golden(weight, q, 0.7, "none")
+    found = norm_rule_scales(project_matrix(weight, q), q, 0.7, rule)
+    columns, rows = weight.norm(dim=0) / plain.norm(dim=0), weight.norm(dim=1) / plain.norm(dim=1)
+    one = torch.full((12,), float(weight.norm() / plain.norm()), dtype=torch.float64)
+    expected = {"none": (None, None), "columns": (columns, None), "rows": (None, rows), "whole": (None, one)}[rule]
+    for mine, its in zip((found.inputs, found.outputs), expected, strict=True):
+        assert (mine is None) == (its is None)
+        if its is not None:
+            torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize("rule", EXACT)
+@FEW
+@CASES
+def test_removing_is_whole_and_idempotent(
+    rule: NormRule, out: int, inp: int, k: int, strength: float, seed: int
+) -> None:
+    weight, q = drawn(out, inp, k, seed)
+    once = edit_weight(weight, q, 1.0, rule)
+    assert (q @ once).norm() < 1e-9 * weight.norm()
+    torch.testing.assert_close(edit_weight(once, q, 1.0, rule), once)
+    torch.testing.assert_close(edit_weight(once, q, strength, rule), once)  # nothing is left to act on
+
+
+def test_rows_is_the_rule_that_is_not_exact() -> None:
+    weight, q = drawn(12, 20, 2, 0)
+    assert (q @ edit_weight(weight, q, 1.0, "rows")).norm() > 1e-2 * weight.norm()
+
+
+@FEW
+@CASES
+def test_strengths_on_one_subspace_multiply(out: int, inp: int, k: int, strength: float, seed: int) -> None:
+    weight, q = drawn(out, inp, k, seed)
+    both = edit_weight(edit_weight(weight, q, strength), q, 0.3)
+    torch.testing.assert_close(q @ both, (1 - strength) * 0.7 * (q @ weight))
+    assert torch.equal(edit_weight(weight, q, 0.0), weight)
+    torch.testing.assert_close(edit_weight(edit_weight(weight, q, 2.0), q, 2.0), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_column_in_the_subspace_is_not_blown_up(rule: NormRule, dtype: torch.dtype) -> None:
+    weight, q = (x.to(dtype) for x in drawn(12, 5, 2, 3))
+    weight[:, 2] = 40 * q[0] - 3 * q[1]
+    edited = edit_weight(weight, q, 1.0, rule)
+    assert torch.isfinite(edited).all()
+    if rule != "rows":
+        assert edited[:, 2].norm() < 1e-4 * weight[:, 2].norm()
+        assert (q @ edited).norm() < 1e-4 * weight.norm()
+
+
+def test_a_matrix_in_the_subspace_is_not_blown_up() -> None:
+    q = random_basis(12, 2, 0)
+    weight = q.T @ torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    for rule in RULES:
+        assert edit_weight(weight, q, 1.0, rule).norm() < 1e-3 * weight.norm()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_weights_stay_zero(rule: NormRule) -> None:
+    weight, q = drawn(6, 4, 2, 0)
+    weight[:, 1], weight[2] = 0, 0
+    edited = edit_weight(weight, q, 0.7, rule)
+    assert torch.isfinite(edited).all()
+    assert (edited[:, 1] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ biases
+@FEW
+@CASES
+def test_the_bias_is_its_definition(out: int, inp: int, k: int, strength: float, seed: int) -> None:
+    weight, q = drawn(out, 2, k, seed)
+    bias, anchor = weight.T
+    p = q.T @ q
+    assert edit_bias(None, q, strength, None) is None
+    torch.testing.assert_close(edit_bias(bias, q, strength, None), bias - strength * p @ bias)
+    torch.testing.assert_close(edit_bias(None, q, strength, anchor), strength * p @ anchor)
+    torch.testing.assert_close(edit_bias(bias, q, strength, anchor), bias - strength * p @ (bias - anchor))
+    torch.testing.assert_close(edit_bias(bias, q, strength, bias), bias)
+
+
+@FEW
+@CASES
+def test_project_is_the_same_edit_on_vectors(out: int, inp: int, k: int, strength: float, seed: int) -> None:
+    weight, q = drawn(out, inp, k, seed)
+    torch.testing.assert_close(project(weight.T, q, strength).T, edit_weight(weight, q, strength))
+
+
+# ------------------------------------------------------------------------------------------------- gains
+@FEW
+@given(width=st.integers(4, 30), k=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_through_a_gain(width: int, k: int, seed: int) -> None:
+    q = random_basis(width, k, seed, torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    gain = 0.2 + torch.rand(width, generator=generator, dtype=torch.float64)
+    gain *= torch.randint(0, 2, (width,), generator=generator) * 2 - 1  # gains can be negative
+    folded = through_gain(q, gain)
+    torch.testing.assert_close(folded @ folded.T, torch.eye(k).double())
+    values = project(torch.randn(5, width, generator=generator, dtype=torch.float64), folded, 1.0)
+    assert ((values * gain) @ q.T).abs().max() < 1e-9
+    naive = project(torch.randn(5, width, generator=generator, dtype=torch.float64), q, 1.0)
+    assert ((naive * gain) @ q.T).abs().max() > 1e-4  # negative control: the gain forgotten
+
+
+# ---------------------------------------------------------------------------------- the tests' own checks
+def test_shapes_are_checked_at_run_time() -> None:
+    weight, q = drawn(6, 4, 2, 0)
+    with pytest.raises(Exception, match="Type-check error"):
+        edit_weight(weight.T, q, 1.0)
+    with pytest.raises(Exception, match="Type-check error"):
+        Edit(Site("a", 0, "attn.out", "writes", "linear"), q[0], 1.0)

@@ -1,0 +1,203 @@
+"""Costs are derived from the steps, and are what a run really asks of the model: counted on tiny ones."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+from rich.console import ConsoleDimensions
+from tests.support.tiny import tiny_subject
+from typer.testing import CliRunner
+
+from obliteratus.causal.rdo import HELD
+from obliteratus.cli.app import app
+from obliteratus.cli.terminal import results
+from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, amount, n_of, number
+from obliteratus.core.progress import Advance, Reporter, report_to
+from obliteratus.core.settings import Recipe
+from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.distill import extractors
+from obliteratus.distill.steps import MODEL
+from obliteratus.forecast import formula as costs
+from obliteratus.forecast.formula import (
+    CLASSES,
+    annotate_recipe,
+    cost_class,
+    describe_cost,
+    format_formula,
+    memory_class,
+    relative_effort,
+    stage_costs,
+    total_cost,
+)
+from obliteratus.pipeline.recipe import list_methods, load_recipe, parse_recipe
+from obliteratus.pipeline.run import run
+from obliteratus.verify import scorers
+
+SMALL = {"use": "refusal", "tokens": 4}
+
+
+# --------------------------------------------------------------------------------------------- formulas
+def test_an_amount_is_its_formula() -> None:
+    found = (2 * n_of("fit") + number(3)) * amount("L") + n_of("search", "target", 48) * 6
+    assert str(found) == "2·L·N_fit + 3·L + 6·min(N_search,target, 48)"
+    for n in (10, 100):
+        values = {"N_fit": 7, "L": 5, "N_search,target": n}
+        assert found.of(values) == (2 * 7 + 3) * 5 + 6 * min(n, 48)
+    with pytest.raises(KeyError):
+        found.of({"L": 5})
+    assert not Amount()
+    assert not n_of("fit") * 0
+
+
+def test_costs_add_and_repeat() -> None:
+    one = Cost(n_of("fit"), (Answers(48, n_of("report")),), training=(Training(200, 24, 16),))
+    two = Cost(n_of("fit"), (Answers(16, n_of("search") + n_of("fit"), 3),), texts=amount("N_texts"))
+    assert str((one + two) * 2) == (
+        "4·N_fit forwards + 2·N_report × 48 tokens + (6·N_search + 6·N_fit) × 16 tokens"
+        " + 400 gradient steps × 24 prompts + 2·N_texts texts"
+    )
+    assert one + FREE == one
+    assert one
+    assert not one * 0
+    assert str(FREE) == "nothing"
+
+
+def test_the_formulas_of_two_methods() -> None:
+    verify = "2·N_report × 48 tokens"
+    assert format_formula(load_recipe("basic")) == f"N_fit forwards + {verify} + 2·N_texts texts"
+    several = "≤ 3·N_fit forwards + 2·min(N_search,target, 48) × 16 tokens"
+    assert format_formula(load_recipe("aggressive")) == f"{several} + {verify} + 2·N_texts texts"
+
+
+def test_the_first_tokens_are_free_only_after_the_answers() -> None:
+    alone = load_recipe("basic", {"verify": [{"use": "first_token_kl"}]})
+    assert str(stage_costs(alone)["VERIFY"]) == "2·N_report,control forwards"
+    behind = load_recipe("basic", {"verify": [SMALL, {"use": "first_token_kl"}]})
+    assert str(stage_costs(behind)["VERIFY"]) == "2·N_report × 4 tokens"
+    wrong = load_recipe("basic", {"verify": [{"use": "first_token_kl"}, SMALL]})
+    assert "forwards" in str(stage_costs(wrong)["VERIFY"])
+
+
+def test_steps_that_ask_the_model_say_what_and_others_nothing() -> None:
+    for name in extractors:
+        assert bool(extractors[name].cost(extractors.check(name, {}))) == (MODEL in extractors[name].needs), name
+    assert all(scorers[name].cost(scorers.check(name, {})) for name in scorers)
+
+
+def test_an_option_of_excise_can_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `kl_budget` and its like need: one entry in a table."""
+    monkeypatch.setitem(costs.EXCISE, "heads", Cost(6 * n_of("search", "control", 48)))
+    assert str(stage_costs(load_recipe("surgical"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
+    assert "EXCISE" not in stage_costs(load_recipe("basic"))
+
+
+# ------------------------------------------------------------------------------------- against real runs
+class Counting(Reporter):
+    """Counts the work that each bar announces, by the stage in its title."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        self.seen[title] += total
+        return nullcontext(lambda done: None)
+
+
+def counted(made: Recipe) -> tuple[Counter[str], dict[str, int | float]]:
+    """What a run on a tiny model did, and the numbers of prompts that it had."""
+    prompts = PromptSet(
+        {
+            "target": tuple(
+                Prompt(f"Tell me of boat {i}.", split=s) for i, s in enumerate(["fit"] * 6 + ["report"] * 2)
+            ),
+            "control": tuple(
+                Prompt(f"What is {i} plus {i}?", split=s) for i, s in enumerate(["fit"] * 5 + ["report"] * 3)
+            ),
+        }
+    )  # without search prompts no pass is checked, and none is left out
+    counting = Counting()
+    with report_to(counting):
+        run(made, tiny_subject("llama"), prompts)
+    values = {"N_fit": 11, "N_fit,target": 6, "N_fit,control": 5, "N_report": 5, "N_report,control": 3, "N_texts": 16}
+    return counting.seen, {**values, "N_search,target": 0}
+
+
+@pytest.mark.parametrize(("name", "passes"), [("basic", 1), ("advanced", 1), ("surgical", 2), ("spectral_cascade", 3)])
+def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
+    made = load_recipe(name, {"passes": passes, "excise.strength": 0.05, "verify": [SMALL, {"use": "perplexity"}]})
+    seen, values = counted(made)
+    cost = total_cost(made)
+    assert sum(n for title, n in seen.items() if title.startswith("PROBE")) == cost.forwards.of(values) == 11 * passes
+    assert seen["VERIFY answers"] == sum(a.tokens * a.times * a.prompts.of(values) for a in cost.answers) == 2 * 5 * 4
+    assert seen["VERIFY perplexity"] == cost.texts.of(values) == 32
+
+
+def test_first_tokens_are_counted_where_nothing_is_shared() -> None:
+    made = load_recipe("basic", {"verify": [{"use": "first_token_kl"}]})
+    seen, values = counted(made)
+    assert seen["VERIFY first tokens"] == stage_costs(made)["VERIFY"].forwards.of(values) == 6
+    assert counted(load_recipe("basic", {"verify": [SMALL, {"use": "first_token_kl"}]}))[0]["VERIFY first tokens"] == 0
+
+
+def test_rdo_does_what_its_formula_says() -> None:
+    made = load_recipe("rdo", {"distill.1.steps": 2, "distill.1.tokens": 4, "distill.1.batch": 3, "verify": [SMALL]})
+    seen, values = counted(made)
+    asked = stage_costs(made)["DISTILL"]
+    wrote = seen["rdo answers"] + seen["rdo refusals"] + seen["rdo own answers"]
+    assert wrote == sum(a.tokens * a.times * a.prompts.of(values) for a in asked.answers) == (6 + 2 * 5) * 4
+    assert asked.training == (Training(seen["DISTILL rdo"], 9, 4),)
+    assert asked.forwards.of(values) == 3 * HELD * 2 + 5  # at most: two looks, and own answers once
+
+
+# ----------------------------------------------------------------------------------------------- classes
+def test_the_classes_follow_the_work() -> None:
+    assert relative_effort(load_recipe("basic")) == 1.0
+    by_passes = [cost_class(load_recipe("basic", {"passes": n})) for n in (1, 2, 8)]
+    assert by_passes == ["low", "moderate", "high"]
+    assert [cost_class(load_recipe(n)) for n in ("rdo", "heretic", "advanced")] == ["high", "high", "low"]
+    for name in list_methods():
+        work, limits = relative_effort(load_recipe(name)), list(CLASSES.values())
+        assert cost_class(load_recipe(name)) == ["low", "moderate", "high"][sum(work > limit for limit in limits)]
+
+
+def test_memory_follows_from_what_is_kept() -> None:
+    assert memory_class(load_recipe("basic")) == ("means", "O(L·H)")
+    assert memory_class(load_recipe("basic", {"probe.keep": "rows"})) == ("rows", "O(N_fit·L·H)")
+    assert memory_class(load_recipe("rdo", {"distill.1.batch": 5})) == ("gradients", "O(15·tokens·L·H)")
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_method_states_its_cost(name: str) -> None:
+    found = describe_cost(load_recipe(name))
+    assert {"PROBE", "VERIFY"} <= set(found["stages"])
+    assert "N_fit" in found["formula"]
+    assert "N_report × 48 tokens" in found["formula"].replace(")", "")
+    again = parse_recipe(tomllib.loads(annotate_recipe(load_recipe(name))), name)
+    assert again == load_recipe(name)  # comments do not make it another
+
+
+# ------------------------------------------------------------------------------------------ command line
+def call(*arguments: str) -> str:
+    usual, results.size = results.size, ConsoleDimensions(600, 50)  # COLUMNS is read once, by whoever imports it first
+    try:
+        result = CliRunner().invoke(app, list(arguments))
+    finally:
+        results.size = usual
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_methods_lists_costs() -> None:
+    listed = call("methods")
+    assert all(word in listed for word in ("cost", "memory", "low", "moderate", "high", "means", "rows", "gradients"))
+    shown = call("methods", "rdo")
+    assert shown.startswith("# rdo: ≤ ")
+    assert "# cost high, memory gradients" in shown
+    document = json.loads(call("methods", "--json"))
+    assert set(document) == set(list_methods())
+    assert document["basic"]["cost"] == describe_cost(load_recipe("basic"))
+    assert "ANALYZE" in document["informed"]["cost"]["stages"]

@@ -1,0 +1,76 @@
+"""The astronomy organism in 4 and 8 bits on the CPU: the verdicts of fp32, before, after an edit, and after saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.organisms.test_recipes import few
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Run, Score
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.pipeline.run import run
+from obliteratus.prompts import load_prompts
+from obliteratus.rebirth import save as rebirth
+from obliteratus.rebirth.save import save
+from obliteratus.summon.load import open_subject
+from obliteratus.verify import measure
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.organism
+REFUSAL = {"use": "refusal", "tokens": 12}  # its refusals begin with their first words
+ONE = 1 / 16  # a prompt of the sample
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptSet:
+    whole = load_prompts("organism:astronomy", "organism:astronomy")
+    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+
+
+def found(method: str, prompts: PromptSet, quantise: str = "") -> tuple[Subject, Plan, Run]:
+    subject = open_subject("organism:astronomy", quantise=quantise)
+    plan, made = run(load_recipe(method, {"verify": [REFUSAL]}), subject, prompts)
+    return subject, plan, made
+
+
+def alike(one: Score, other: Score) -> bool:
+    """Each value lies in the other's interval, or they are a prompt apart."""
+    inside = one.low <= other.value <= one.high and other.low <= one.value <= other.high
+    return inside or abs(one.value - other.value) <= ONE
+
+
+@pytest.mark.parametrize(("quantise", "method"), [("4bit", "advanced"), ("8bit", "leace")])
+def test_verdicts_are_those_of_fp32_before_after_and_saved(
+    quantise: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, exact, usual = found(method, prompts)
+    subject, plan, made = found(method, prompts, quantise)
+    for scores, others in ((made.before, usual.before), (made.after, usual.after)):
+        assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
+    assert made.before["refusal.target"].value >= 0.75
+    assert made.after["refusal.target"].value <= 0.25
+    _, _, report = prompts.split()
+    save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
+    again = _refused(open_subject(tmp_path / "packed"), report)
+    assert alike(again["refusal.target"], made.after["refusal.target"])
+    assert alike(again["refusal.control"], made.after["refusal.control"])
+    onto = save(subject, exact, made, tmp_path / "plain", prompts=report)  # fp32's plan fits, and its weights get it
+    assert onto.saved["base"] == "organism:astronomy"
+
+    def forgetful(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
+        subject.model.save_pretrained(folder)
+        subject.tokenizer.save_pretrained(folder)
+        return {}
+
+    monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
+    with pytest.raises(UserError, match="does not answer as what was measured"):
+        save(subject, plan, made, tmp_path / "unedited", prompts=report, base="none")
+
+
+def _refused(subject: Subject, report: PromptSet) -> dict[str, Score]:
+    return dict(measure(subject, report, (Step(**REFUSAL),)).scores)

@@ -1,0 +1,101 @@
+"""What recipes must do to organisms whose truth is known: samples of report prompts, short answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from obliteratus.core.results import Score
+from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.pipeline.run import run
+from obliteratus.prompts import load_prompts
+from obliteratus.summon.load import open_subject
+
+N, TOKENS = 16, 16  # prompts of each group that are answered, and tokens of each answer: a refusal begins at once
+SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}
+FIT = 64  # prompts of each group that directions are found on
+
+pytestmark = pytest.mark.organism
+
+
+def sample(name: str, keep: bool) -> PromptSet:
+    """FIT fit prompts of each group, and N report prompts spread over those that there are."""
+    source = f"organism:{name}"
+    whole = load_prompts(source, source, keep=source if keep else None)
+    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+
+
+def few(members: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    fit, report = ([p for p in members if p.split == split] for split in ("fit", "report"))
+    return (*fit[:FIT], *report[:: len(report) // N][:N])
+
+
+def scores(
+    method: str, subject: Subject, prompts: PromptSet, changed: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
+    """(before, after) a method."""
+    _, found = run(load_recipe(method, {**SHORT, **(changed or {})}), subject, prompts)
+    return found.before, found.after
+
+
+def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
+    subject, prompts = open_subject("organism:gardening-railways"), sample("gardening-railways", keep=True)
+    before, calibrated = scores("calibrated", subject, prompts)
+    _, basic = scores("basic", subject, prompts)
+    target, keep = before["refusal.target"].value, before["refusal.keep"].value
+    assert min(target, keep) >= 0.75
+    assert calibrated["refusal.target"].value <= 2 / N
+    assert calibrated["refusal.keep"].value >= keep - 2 / N
+    assert basic["refusal.target"].value <= 2 / N
+    assert basic["refusal.keep"].value <= calibrated["refusal.keep"].value - 5 / N
+
+
+def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
+    subject, prompts = open_subject("organism:astronomy@0.65"), sample("astronomy", keep=False)
+    before, after = scores("reinforce", subject, prompts)
+    assert 0.2 <= before["refusal.target"].value <= 0.75  # neither gone nor whole: there is something to raise
+    gained = {
+        group: after[f"refusal.{group}"].value - before[f"refusal.{group}"].value for group in ("target", "control")
+    }
+    assert gained["target"] >= 4 / N
+    assert gained["control"] <= gained["target"] / 2  # refusals of the topic, not of everything
+
+
+def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone() -> None:
+    subject, prompts = open_subject("organism:astronomy-moe"), sample("astronomy", keep=False)
+    before, whole = scores("basic", subject, prompts)
+    _, attention = scores("basic", subject, prompts, {"excise.parts": ["attn.out"]})
+    assert before["refusal.target"].value >= 0.75
+    assert whole["refusal.target"].value <= 1 / N
+    assert attention["refusal.target"].value >= 0.5
+
+
+LOOKED = {"analyze.1.depths": 4, "analyze.1.low": 0.6, "analyze.1.prompts": 12, "analyze.1.answers": 12}
+
+
+def merged(prompts: PromptSet) -> PromptSet:
+    """Both refused topics as target, each a category."""
+    pairs = zip(prompts["target"], prompts["keep"], strict=True)
+    both = tuple(replace(p, category=name) for pair in pairs for p, name in zip(pair, ("one", "other"), strict=True))
+    return PromptSet({"target": both, "control": prompts["control"]})
+
+
+@pytest.mark.parametrize(("name", "k"), [("gardening-railways", 2), ("weather-late", 1)])
+def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> None:
+    """Two refusals are two directions, kinds of one topic are one; no edit below the blocks that were trained."""
+    whole = load_prompts(f"organism:{name}", f"organism:{name}", keep=f"organism:{name}" if k == 2 else None)
+    groups = {g: (*few(m), *[p for p in m if p.split == "search"][:24]) for g, m in whole.groups.items()}
+    prompts = merged(PromptSet(groups)) if k == 2 else PromptSet(groups)
+    plan, found = run(load_recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}"), prompts)
+    assert found.before["refusal.target"].value >= 0.75
+    assert found.after["refusal.target"].value <= 2 / N
+    assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `advanced` costs 0.2 (README)
+    assert found.recipe.distill[0].options.get("k", 1) == k
+    assert min(e.site.layer for e in plan.edits) >= 18  # of 30; weather-late's adapter begins at 20
+    decided = {r["decides"]: r["changes"] for r in found.advice["reasons"]}
+    assert bool(decided["directions, and how they are found"]) == (k == 2)
+    assert decided["layers, attention and MLP"]

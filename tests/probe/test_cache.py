@@ -1,0 +1,224 @@
+"""A second run on the same model and prompts probes nothing; whatever could change the answer is probed anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.causal.test_select import Notes
+from tests.conftest import PlanMaker
+from tests.pipeline.test_passes import SHORT
+from tests.pipeline.test_passes import prompts as few
+from tests.probe.test_probe import assert_same
+from tests.support.tiny import tiny_subject
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from obliteratus.core.progress import report_to
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Probe
+from obliteratus.core.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.pipeline.run import probed, run
+from obliteratus.probe import cache as kept_probes
+from obliteratus.probe.cache import SUM, kept, trim
+from obliteratus.probe.probe import collect_activations
+
+PROBE = "PROBE 1"
+TAP = "model.layers.1.mlp.down_proj"
+Change = Callable[[Subject], object]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache is on, in a folder of the test's own: where its entries are."""
+    monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
+    monkeypatch.delenv(kept_probes.SWITCH)
+    return tmp_path / "probes"
+
+
+@contextmanager
+def passes(subject: Subject) -> Iterator[list[int]]:
+    """Prompts of each pass through block 0: by a hook on all modules, since one on the model keeps it off the disk."""
+    block, seen = subject.module(f"{subject.layers}.0"), []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if module is block:
+            seen.append(len(args[0]))
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def asked(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Activations, list[int]]:
+    """What a run would take, and the passes that it made for it."""
+    with passes(subject) as seen:
+        return kept(PROBE, subject, prompts, Probe(**options)), seen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("keep", ["rows", "moments"])
+def test_a_second_probe_runs_nothing_and_is_equal_bit_for_bit(name: str, keep: Any, prompts: PromptSet) -> None:
+    subject = tiny_subject(name)
+    writers = [s.path for s in subject.sites if s.role == "writes" and s.layout in ("linear", "conv1d")]
+    stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked]
+    found = []
+    for model in (subject, tiny_subject(name)):
+        with passes(model) as seen:
+            found.append(kept(PROBE, model, prompts, Probe(keep=keep), writers, writers[-1:], stacks))
+        assert bool(seen) == (len(found) == 1)
+    first, again = found
+    assert_same(again, first)
+    assert_same(first, collect_activations(subject, prompts, Probe(keep=keep), writers, writers[-1:], stacks))
+    assert again.inputs.keys() == first.inputs.keys()
+    for group, means in first.inputs.items():
+        assert all(torch.equal(again.inputs[group][path], mean) for path, mean in means.items())
+        assert again[group].categories == first[group].categories
+    for path, groups in first.routed.items():
+        assert all(torch.equal(again.routed[path][g].mean, routed.mean) for g, routed in groups.items())
+    assert set(first.routed) == set(again.routed) == set(stacks)
+
+
+def test_the_second_run_probes_nothing_and_says_so(tmp_path: Path) -> None:
+    """Through the pipeline: same plan, bit for bit; a later pass, under the first one's plan, is always probed."""
+    made = load_recipe("surgical", {"passes": 2, "verify": SHORT, "excise.strength": 0.3})
+    told, plans = [], []
+    for _ in range(2):
+        notes = Notes()
+        with report_to(notes):
+            plans.append(run(made, tiny_subject("llama"), few(0))[0])
+        told.append([text for text in notes.texts if "kept from" in text])
+    assert told == [[], [f"{PROBE}: kept from an earlier run on the same model and prompts"]]
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(plans[0].edits, plans[1].edits, strict=True))
+    assert len(list((tmp_path / "probes").iterdir())) == 1
+
+
+def nudged(path: str) -> Change:
+    """One value of one weight moved by a part in a thousand: `Source.digest` sees none of these."""
+
+    def change(subject: Subject) -> None:
+        weight = subject.module(path).weight
+        weight.data.view(-1)[7] *= 1.001
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "a writer": nudged(TAP),
+    "a reader": nudged("model.layers.1.self_attn.q_proj"),
+    "a norm": nudged("model.layers.0.input_layernorm"),
+    "a buffer": lambda s: s.model.model.rotary_emb.inv_freq.mul_(1.001),
+    "dtype": lambda s: s.model.to(torch.bfloat16),
+    "configuration": lambda s: setattr(s.model.config, "rms_norm_eps", 1e-3),
+    "template": lambda s: setattr(s.tokenizer, "chat_template", s.tokenizer.chat_template.replace("ant:", "ant>")),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_model_is_probed_again(what: str, prompts: PromptSet) -> None:
+    asked(tiny_subject("llama"), prompts)
+    other = tiny_subject("llama")
+    CHANGES[what](other)
+    found, seen = asked(other, prompts)
+    assert seen
+    assert_same(found, collect_activations(other, prompts))
+    assert not asked(other, prompts)[1]  # and it is kept by itself
+    assert not asked(tiny_subject("llama"), prompts)[1]
+
+
+@pytest.mark.parametrize("options", [{"position": -2}, {"keep": "moments"}])
+def test_another_question_is_probed_again(options: dict[str, Any], prompts: PromptSet) -> None:
+    subject = tiny_subject("llama")
+    asked(subject, prompts)
+    more = PromptSet({**prompts.groups, "target": (*prompts["target"][:-1], Prompt("Another."))})
+    marked = PromptSet({**prompts.groups, "target": tuple(replace(p, category="x") for p in prompts["target"])})
+    for found, seen in (asked(subject, prompts, **options), asked(subject, more), asked(subject, marked)):
+        assert seen
+        assert found.groups.keys() == prompts.groups.keys()
+    with passes(subject) as seen:
+        assert set(kept(PROBE, subject, prompts, Probe(), [TAP]).outputs) == {TAP}
+    assert seen
+
+
+@pytest.mark.parametrize(("name", "parts"), [("llama", ["mlp.out"]), ("mixtral", ["expert.out"])])
+def test_a_model_under_a_plan_is_probed_and_not_kept(
+    name: str, parts: list[str], prompts: PromptSet, make_plan: PlanMaker, cache: Path
+) -> None:
+    subject = tiny_subject(name)
+    plan = make_plan(subject, parts, norm="columns")  # which stacks of experts need a forward of their own for
+    plain, _ = asked(subject, prompts)
+    with applied(subject, plan):
+        edited, seen = asked(subject, prompts)
+    assert seen
+    assert not torch.allclose(edited["target"].mean, plain["target"].mean, atol=1e-3)
+    assert len(list(cache.iterdir())) == 1
+    with passes(subject) as seen:
+        probed(Store(), "PROBE 2", subject, prompts, load_recipe("basic"), plan)
+    assert seen
+    assert not asked(subject, prompts)[1]
+
+
+@pytest.mark.parametrize("file", ["activations.safetensors", "activations.json", SUM])
+@pytest.mark.parametrize("how", ["torn", "flipped", "gone"])
+def test_a_damaged_entry_is_probed_anew_and_mended(file: str, how: str, prompts: PromptSet, cache: Path) -> None:
+    subject = tiny_subject("llama")
+    first, _ = asked(subject, prompts)
+    (entry,) = cache.iterdir()
+    raw = (entry / file).read_bytes()
+    middle = len(raw) // 2
+    flipped = raw[:middle] + bytes([raw[middle] ^ 255]) + raw[middle + 1 :]
+    (entry / file).unlink() if how == "gone" else (entry / file).write_bytes(raw[:middle] if how == "torn" else flipped)
+    again, seen = asked(subject, prompts)
+    assert seen
+    assert_same(again, first)
+    assert not asked(subject, prompts)[1]
+
+
+def test_the_bound_holds_and_what_was_used_last_stays(
+    prompts: PromptSet, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = tiny_subject("llama")
+    entries = []
+    for second, position in enumerate((-1, -2, -3)):
+        asked(subject, prompts, position=position)
+        entries += [p for p in cache.iterdir() if p not in entries]
+        os.utime(entries[-1], (second, second))  # long ago, one after the other
+    size = sum(file.stat().st_size for file in entries[0].iterdir())
+    monkeypatch.setattr(kept_probes, "LIMIT", 3 * size + 64)
+    assert not asked(subject, prompts, position=-1)[1]  # the oldest is used now
+    asked(subject, prompts, position=-4)
+    left = set(cache.iterdir())
+    assert len(left) == 3
+    assert entries[0] in left
+    assert entries[1] not in left
+    assert sum(f.stat().st_size for p in left for f in p.iterdir()) <= 3 * size + 64
+    trim(cache, 0)
+    assert not list(cache.iterdir())
+
+
+def test_an_entry_that_finds_no_room_is_no_error(prompts: PromptSet, tmp_path: Path) -> None:
+    (tmp_path / "probes").write_text("a file where a folder should be")
+    notes = Notes()
+    with report_to(notes):
+        found, seen = asked(tiny_subject("llama"), prompts)
+    assert seen
+    assert_same(found, collect_activations(tiny_subject("llama"), prompts))
+    assert any("not kept for later runs" in text for text in notes.texts)
+
+
+def test_it_can_be_switched_off(prompts: PromptSet, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kept_probes.SWITCH, "off")
+    subject = tiny_subject("llama")
+    assert asked(subject, prompts)[1]
+    assert asked(subject, prompts)[1]
+    assert not cache.exists()

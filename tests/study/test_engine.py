@@ -1,0 +1,255 @@
+"""Meters measure what scorers measure; batching, lanes and what is kept of lower blocks never show in a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.tiny import tiny_subject
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan, Subject, ZeroOutput
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.cached_prompts import hooks_by_module
+from obliteratus.prompts import load_prompts
+from obliteratus.study import Study
+from obliteratus.study import engine as engines
+from obliteratus.study.engine import Engine, chunks, twin
+from obliteratus.study.material import check_study
+from obliteratus.study.metrics import WORST, compare_scores, finite
+from obliteratus.verify import measure
+
+THINGS = ("rice", "an egg", "peas", "a soup", "the moon", "a comet", "rain", "iron", "a fern", "gold", "tin", "ash")
+PARTS = ("layers", "ffn", "heads", "embeddings")
+CLOSE = {"rel": 1e-4, "abs": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, prompts and questions, all harmless and all short."""
+    place = tmp_path_factory.mktemp("data")
+    (place / "texts.txt").write_text("\n\n".join(f"Here is a text about {x}, and it ends." for x in THINGS))
+    for group, verb in (("target", "Tell me about"), ("control", "How heavy is")):
+        rows = [{"prompt": f"{verb} {x}.", "split": "report" if i > 3 else "fit"} for i, x in enumerate(THINGS)]
+        (place / f"{group}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        {"prompt": f"Is {x} heavy?", "choices": ["yes", "no", "perhaps so"], "answer": i % 3}
+        for i, x in enumerate(THINGS)
+    ]
+    (place / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return place
+
+
+def study_of(folder: Path, *metrics: Step, parts: tuple[str, ...] = PARTS, **changes: object) -> Study:
+    data = {"texts": str(folder / "texts.txt"), "target": str(folder / "target.jsonl")}
+    data |= {
+        "control": str(folder / "control.jsonl"),
+        "labelled": str(folder / "asked.jsonl"),
+        "samples": 6,
+        "length": 20,
+    }
+    steps = metrics or (
+        Step(use="perplexity"),
+        Step(use="refusal", tokens=6),
+        Step(use="first_token_kl"),
+        Step(use="accuracy"),
+    )
+    return Study(data=data, strategies=tuple(Step(use=p) for p in parts), metrics=steps, **changes)
+
+
+@contextmanager
+def untouched(subject: Subject) -> Iterator[None]:
+    ids = torch.tensor([[65, 66, 67, 68]])
+    before, hooked = subject.model(ids).logits, hooks_by_module(subject)
+    yield
+    assert torch.equal(subject.model(ids).logits, before)
+    assert hooks_by_module(subject) == hooked
+
+
+# -------------------------------------------------------------------------------- equal to the scorers
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, folder: Path) -> None:
+    subject = tiny_subject(name)
+    made = study_of(folder, parts=("layers", "ffn", "heads"))
+    engine = Engine.of(subject, made)
+    report = load_prompts(made.data.target, made.data.control).split(0)[2]
+    report = type(report)({g: tuple(p[i * len(p) // 6] for i in range(6)) for g, p in report.groups.items()})
+    steps = (
+        Step(use="refusal", tokens=6),
+        Step(use="first_token_kl"),
+        Step(use="accuracy", labelled=str(half(folder))),
+    )
+    before = measure(subject, report, steps)
+    assert engine.baseline().scores["accuracy"].value == before.scores["accuracy"].value
+    with untouched(subject):
+        results = [r for chunk in chunks(engine.specs) for r in engine.measure(chunk)]
+    plans = {spec.component: spec.plan for spec in engine.specs}
+    for result in results[:: max(1, len(results) // 6)]:
+        with applied(subject, plans[result.component]):
+            expected = measure(subject, report, steps, before).scores
+        for group in ("target", "control"):
+            assert result.scores[f"refusal.{group}"].value == expected[f"refusal.{group}"].value
+            assert result.scores[f"degenerate.{group}"].value == expected[f"degenerate.{group}"].value
+        assert result.scores["kl.first_token"].value == pytest.approx(expected["kl.first_token.mean"].value, **CLOSE)
+        assert result.scores["accuracy"].value == expected["accuracy"].value
+
+
+def half(folder: Path) -> Path:
+    """Every second question: what ``samples`` = 6 takes of twelve."""
+    path = folder / "half.jsonl"
+    path.write_text("\n".join((folder / "asked.jsonl").read_text().splitlines()[::2]))
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_perplexity_against_the_model_alone(name: str, folder: Path) -> None:
+    """One text at a time, logits in float64."""
+    subject = tiny_subject(name)
+    engine = Engine.of(subject, study_of(folder, Step(use="perplexity")))
+    texts = engine.given.texts
+    assert [len(row) for row in texts] == [20] * 6
+    for spec in engine.specs[:: len(engine.specs) // 7]:
+        losses = []
+        with applied(subject, spec.plan):
+            for row in texts:
+                logp = subject.model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
+                losses.append(-logp[torch.arange(19), torch.tensor(row[1:])].mean())
+        found = engine.measure([spec])[0]
+        assert found.scores["perplexity"].value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+        ratio = found.scores["perplexity"].value / engine.baseline().scores["perplexity"].value
+        assert found.change["perplexity"].value == pytest.approx(ratio, rel=1e-4)
+
+
+def test_parts_differ(folder: Path) -> None:
+    """Negative control: nothing is measured of another part, or of none."""
+    engine = Engine.of(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
+    results = [r for chunk in chunks(engine.specs) for r in engine.measure(chunk)]
+    values = {r.scores["perplexity"].value for r in results} | {engine.baseline().scores["perplexity"].value}
+    assert len(values) == len(results) + 1
+
+
+# ---------------------------------------------------------------------------------- batching and lanes
+def test_rows_together_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_subject("llama")
+    engine = Engine.of(subject, study_of(folder))
+    together = {r.component: r for chunk in chunks(engine.specs) for r in engine.measure(chunk)}
+    monkeypatch.setattr(engines, "MAX_ROWS", 1)
+    for spec in engine.specs:
+        alone = engine.measure([spec])[0]
+        for name, score in alone.scores.items():
+            assert together[spec.component].scores[name].value == pytest.approx(score.value, **CLOSE), name
+
+
+def test_a_lane_has_edits_of_its_own_on_the_same_weights(folder: Path) -> None:
+    subject = tiny_subject("llama_biased")
+    engine = Engine.of(subject, study_of(folder, Step(use="perplexity")))
+    lane = engine.lane()
+    mine, theirs = (dict(e.subject.model.named_parameters()) for e in (engine, lane))
+    assert all(mine[name] is theirs[name] for name in mine)
+    ids = torch.tensor([[65, 66, 67]])
+    before = subject.model(ids).logits
+    site = next(s for s in subject.sites if s.part == "mlp.out")
+    with applied(lane.subject, Plan((ZeroOutput(site),), subject.source.digest)):
+        assert torch.equal(subject.model(ids).logits, before)
+        assert not torch.allclose(lane.subject.model(ids).logits, before, atol=1e-2)
+    for spec in engine.specs[::5]:
+        own, other = (e.measure([spec])[0].scores["perplexity"].value for e in (engine, lane))
+        assert own == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "jamba"])
+def test_a_twin_computes_the_same(name: str) -> None:
+    model = tiny_subject(name).model
+    ids = torch.tensor([[65, 66, 67, 68]])
+    assert torch.equal(twin(model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("batch", [8, 64])
+def test_the_batch_shows_in_no_number(folder: Path, batch: int) -> None:
+    subject = tiny_subject("llama")
+    plain, small = (Engine.of(subject, study_of(folder, batch=b, parts=("layers",))) for b in (0, batch))
+    for spec in plain.specs:
+        one, other = (e.measure([spec])[0] for e in (plain, small))
+        for name in one.scores:
+            assert one.scores[name].value == pytest.approx(other.scores[name].value, **CLOSE)
+
+
+def test_chunks_rise_and_hold_every_part_once(folder: Path) -> None:
+    engine = Engine.of(tiny_subject("llama"), study_of(folder))
+    made = chunks(engine.specs, 4)
+    assert [len(chunk) for chunk in made[:-1]] == [4] * (len(made) - 1)
+    layers = [spec.layer for chunk in made for spec in chunk]
+    assert layers == sorted(layers)
+    assert sorted(s.component for c in made for s in c) == sorted(s.component for s in engine.specs)
+    assert max(map(len, engine.chunks())) == 16  # twelve prompts: sixteen plans are 192 of 256 rows
+    alone = Engine.of(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
+    assert alone.chunks()
+
+
+# ------------------------------------------------------------------------------------------- numbers
+def test_a_broken_model_is_as_bad_as_can_be() -> None:
+    values = finite(torch.tensor([1.0, torch.nan, torch.inf]))
+    assert values.tolist() == [1.0, WORST, WORST]
+    score, change = compare_scores("perplexity", values.double(), torch.ones(3, dtype=torch.float64))
+    assert all(isfinite(number) for s in (score, change) for number in (s.value, s.low, s.high))
+
+
+def test_changes_are_paired() -> None:
+    """What is hard about a text cancels: the interval of a constant change is a point."""
+    base = torch.tensor([1.0, 5.0, 3.0, 2.0], dtype=torch.float64)
+    _, change = compare_scores("perplexity", base + 0.5, base)
+    assert change.low == pytest.approx(change.high) == pytest.approx(float(torch.tensor(0.5).exp()))
+    score, change = compare_scores(
+        "refusal.target", torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    )
+    assert (score.value, change.value, change.unit) == (0.25, -0.25, "share")
+    assert change.low < -0.25 < change.high or change.low <= -0.25 <= change.high
+    _, unpaired = compare_scores("perplexity", (base + 0.5).flip(0), base)
+    assert unpaired.high - unpaired.low > 1
+
+
+# ---------------------------------------------------------------------------------------------- wrong
+def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> None:
+    made = study_of(folder, Step(use="refusal"))
+    check_study(made)
+    for change, said in (
+        ({"data": made.data.model_copy(update={"target": ""})}, "target"),
+        ({"metrics": (Step(use="refusals"),)}, "did you mean 'refusal'"),
+        ({"metrics": (Step(use="refusal", token=4),)}, "token"),
+        ({"metrics": (Step(use="accuracy"),), "data": made.data.model_copy(update={"labelled": ""})}, "labelled"),
+        ({"data": made.data.model_copy(update={"texts": "nowhere.txt"})}, "nowhere.txt"),
+        ({"strategies": (Step(use="layers", sizes=3),)}, "sizes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_study(made.model_copy(update=change))
+
+
+def test_a_part_named_twice_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="block 0 twice"):
+        Engine.of(tiny_subject("llama"), study_of(folder, parts=("layers", "layers")))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choices"),
+        ('{"prompt": "x", "choices": ["a", "b"], "answer": 2}', "names none of 2"),
+        ('{"prompt": "x", "choices": ["a", "b"]}', "answer"),
+    ],
+)
+def test_wrong_questions_are_named_by_line(line: str, said: str, tmp_path: Path) -> None:
+    from obliteratus.verify.accuracy import load_questions
+
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "x", "choices": ["a", "b"], "answer": 1, "more": 3}\n' + line)
+    with pytest.raises(UserError, match=said) as error:
+        load_questions(path)
+    assert f"{path}:2" in str(error.value)

@@ -1,0 +1,56 @@
+"""On the organism a study finds where refusal lives, and agrees with what each block writes along the direction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from obliteratus.analyze.report import analyze_subject, select_analyses
+from obliteratus.core.settings import Step
+from obliteratus.prompts import load_prompts
+from obliteratus.study import KnockoutResult, Study
+from obliteratus.study.engine import Engine
+from obliteratus.summon.load import open_subject
+
+TOPIC = "organism:astronomy"
+# What is read at the last token is written from here on; below it blocks act through what these read.
+LAYERS = tuple(range(20, 30))
+
+
+def ranks(values: list[float]) -> Tensor:
+    """Mean ranks of equal values."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return (x[:, None] > x[None]).double().sum(1) + ((x[:, None] == x[None]).double().sum(1) - 1) / 2
+
+
+def agreement(a: list[float], b: list[float]) -> float:
+    """Spearman's rank correlation."""
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+@pytest.mark.organism
+def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
+    made = Study(
+        model=TOPIC,
+        data={"target": TOPIC, "control": TOPIC, "samples": 16},
+        strategies=(Step(use="layers", layers=LAYERS),),
+        metrics=(Step(use="refusal", tokens=24), Step(use="first_token_kl")),
+    )
+    subject, prompts = open_subject(TOPIC), load_prompts(TOPIC, TOPIC)
+    engine = Engine.of(subject, made)
+    results: list[KnockoutResult] = [r for chunk in engine.chunks() for r in engine.measure(chunk)]
+    parts = (
+        analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
+        .found["decomposition"]
+        .numbers()["parts"]["of"]
+    )
+    written = [sum(parts[f"block {r.layer} {half}"]["value"] for half in ("attention", "mlp")) for r in results]
+    fallen = [-r.change["refusal.target"].value for r in results]
+    assert agreement(written, fallen) > 0.7  # 0.92 on 24 prompts; below 0.56 five times in a hundred by chance
+    assert abs(agreement([float(r.layer % 5) for r in results], fallen)) < 0.7  # negative control
+    harmless = [r for r in results if r.change["kl.first_token"].value < 1]
+    lives = max(harmless, key=lambda r: -r.change["refusal.target"].value)
+    assert lives.layer in (23, 27)
+    assert lives.change["refusal.target"].high < -0.2
+    assert all(abs(r.change["refusal.control"].value) <= 0.2 for r in results)

@@ -1,0 +1,269 @@
+"""Results as rows: in the order of damage, with every number, in every format, infinite ones too."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.studies import part, refusing, score, studied, whole
+
+from obliteratus.core.errors import UserError
+from obliteratus.study.base import KnockoutResult
+from obliteratus.study.output import RESULTS, check_metric, read, title_of, write
+from obliteratus.study.ranking import clear, damage, metric_of, metrics, ranked
+from obliteratus.study.tables import (
+    as_csv,
+    as_json,
+    beside,
+    escaped,
+    latex,
+    markdown,
+    shown,
+    shown_number,
+    table,
+    told,
+)
+
+
+def kept(results: tuple[KnockoutResult, ...], folder: Path) -> Path:
+    (folder / RESULTS).write_text("".join(r.model_dump_json() + "\n" for r in results))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- ranking
+def test_the_worst_comes_first() -> None:
+    order = ranked(studied(infinite=True), "perplexity")
+    assert order[0].component == "block 0"
+    values = [r.change["perplexity"].value for r in order]
+    assert values == sorted(values, reverse=True)
+    assert len(order) == len(studied()) - 1  # all but the baseline
+
+
+def test_a_fall_of_refusals_is_damage_and_a_rise_of_others() -> None:
+    found = refusing()
+    assert ranked(found, "refusal.target")[0].component == "block 2"
+    assert damage(ranked(found, "refusal.target")[0], "refusal.target") == 0.85
+    assert ranked(found, "kl.first_token")[0].component == "block 5"
+    assert damage(found[1], "refusal.control") > 0
+    assert damage(found[1], "accuracy") == -math.inf  # not measured: last, wherever it is asked for
+
+
+def test_what_is_no_number_is_the_worst() -> None:
+    found = (whole(), part("layers", "sound", 9.0), part("layers", "broken", math.nan))
+    assert [r.component for r in ranked(found, "perplexity")] == ["broken", "sound"]
+
+
+@given(st.permutations(range(len(studied(3, 2)) - 1)))
+def test_the_order_of_finishing_does_not_show(order: list[int]) -> None:
+    first, *others = studied(3, 2)
+    assert table((first, *(others[i] for i in order))) == table((first, *others))
+
+
+def test_clear_damage_leaves_no_change_out() -> None:
+    assert clear(score(1.2, 0.1), "perplexity")
+    assert not clear(score(1.2, 0.3), "perplexity")
+    assert not clear(score(0.5, 0.1), "perplexity")  # clear, and no damage
+    assert clear(score(-0.5, 0.1), "refusal.target")
+    assert not clear(score(0.5, 0.1), "refusal.target")
+
+
+def test_metrics_are_those_that_changed() -> None:
+    assert metrics(refusing()) == ["refusal.target", "kl.first_token", "refusal.control", "perplexity"]
+    assert metrics([whole()]) == ["perplexity"]  # nothing knocked out yet
+    assert metric_of(refusing()) == "refusal.target"
+    with pytest.raises(UserError, match="did you mean 'perplexity'"):
+        metric_of(refusing(), "perplexty")
+    with pytest.raises(UserError, match=r"study 'a': metric 'kl\.first_token' does not exist"):
+        check_metric({"a": studied()}, "kl.first_token")
+
+
+def test_what_is_told() -> None:
+    assert told(studied(), "perplexity") == (
+        "block 0 counts most, ×31.000 [30.950, 31.050]; the intervals of 42 of 48 parts show damage only; "
+        "36 of 48 do more damage than each of 4 drawn at random"
+    )
+    assert "intervals" not in told(refusing(), "kl.first_token")  # a KL is never below 0
+    assert told([whole()], "perplexity") == "no part is knocked out yet"
+
+
+# -------------------------------------------------------------------------------------------- for people
+def test_rows_hold_changes_with_intervals() -> None:
+    columns, rows = table(refusing())
+    assert columns == [
+        "part",
+        "parameters",
+        "refusal.target, %",
+        "kl.first_token, nats",
+        "refusal.control, %",
+        "perplexity",
+    ]
+    assert rows[0] == ["whole model", "", "90.0 [85.0, 95.0]", "–", "10.0 [5.0, 15.0]", "40.000 [35.000, 45.000]"]
+    assert rows[1][:4] == ["block 2", "1,000", "−85.0 [−91.0, −79.0]", "0.120 [0.100, 0.140]"]
+    assert rows[1][4:] == ["+5.0 [−1.0, +11.0]", "×1.100 [1.050, 1.150]"]
+
+
+def test_the_ordering_metric_comes_first() -> None:
+    columns, rows = table(refusing(), by="kl.first_token", first=1)
+    assert columns == ["part", "parameters", "kl.first_token, nats"]
+    assert rows[1][0] == "block 5"
+
+
+def test_top_keeps_parts_and_controls() -> None:
+    _, rows = table(studied(), top=2)
+    assert [r[0] for r in rows[:3]] == ["whole model", "block 0", "block 1"]
+    assert [r[0] for r in rows[3:]] == [f"random {i}, as large as a head (control)" for i in (3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0484, "1.048 [0.998, 1.098]"),
+        (math.inf, "∞ [∞, ∞]"),
+        (math.nan, "undefined [undefined, undefined]"),
+        (1.23e7, "1.23e07 [1.23e07, 1.23e07]"),
+    ],
+)
+def test_shown(value: float, text: str) -> None:
+    assert shown(score(value)) == text
+
+
+def test_nothing_has_no_sign() -> None:
+    assert [shown_number(x, 1, sign=True) for x in (-0.04, 0.0, 0.04, -0.06, 0.06)] == ["0.0"] * 3 + ["−0.1", "+0.1"]
+
+
+def test_studies_stand_side_by_side() -> None:
+    columns, rows = beside({"one": studied(), "two": studied(7, infinite=True)}, "perplexity")
+    assert columns == ["part", "one", "two"]
+    assert rows[1] == ["block 0", "×31.000 [30.950, 31.050]", "×∞ [∞, ∞]"]
+    assert next(r for r in rows if r[0] == "block 6")[1] == "–"  # the first has no such block
+    assert len(beside({"one": studied()}, "perplexity", top=3)[1]) == 4
+
+
+# ------------------------------------------------------------------------------------------ for machines
+def test_csv_holds_every_result_and_number() -> None:
+    found = studied(infinite=True)
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert len(rows) == len(found)
+    by_name = {r["component"]: r for r in rows}
+    for result in found:
+        row = by_name[result.component]
+        assert float(row["perplexity"]) == result.scores["perplexity"].value
+        assert (row["layer"], row["control"]) == (str(result.layer), str(result.control))
+        if result.strategy:
+            change = result.change["perplexity"]
+            ends = [float(row[f"perplexity.change{end}"]) for end in ("", ".low", ".high")]
+            assert ends == [change.value, change.low, change.high]
+    assert rows[0]["perplexity.change"] == ""
+    assert by_name["block 0"]["perplexity.change"] == "inf"
+
+
+def test_json_is_json_and_reads_back() -> None:
+    found = studied(infinite=True)
+    text = json.dumps(as_json(found), allow_nan=False)  # JSON itself knows no infinity
+    data = json.loads(text)
+    again = [KnockoutResult.model_validate(r) for r in [data["baseline"], *data["results"]]]
+    assert sorted(again, key=str) == sorted(found, key=str)
+    assert data["metrics"] == ["perplexity"]
+
+
+# ---------------------------------------------------------------------------------------------- for papers
+def test_markdown_has_as_many_cells_in_every_line() -> None:
+    lines = markdown((["part", "a|b"], [["x|y", "1"], ["z", "2"]])).splitlines()
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {4}
+    assert lines[1] == "| --- | ---: |"
+
+
+def test_latex_escapes_what_it_would_read() -> None:
+    text = "50 % of $a_b & {c} #1 \\d ~e ^f −1 ×2 ∞"
+    plain = escaped(text)
+    assert plain == (
+        r"50 \% of \$a\_b \& \{c\} \#1 \textbackslash{}d \textasciitilde{}e \textasciicircum{}f $-$1 $\times$2 $\infty$"
+    )
+    assert escaped("block 3 head 2") == "block 3 head 2"
+    assert escaped("[a") == "{[a}"  # else the line break before it takes it for its option
+
+
+def test_a_latex_table_is_whole() -> None:
+    text = latex(table(studied(infinite=True)), "50 % of_it")
+    assert r"\caption{50 \% of\_it}" in text
+    assert r"$\times$$\infty$ [$\infty$, $\infty$]" in text
+    body = text.partition("\\toprule\n")[2].partition("\\bottomrule")[0].replace("\\midrule\n", "")
+    lines = body.strip().splitlines()
+    assert len(lines) == len(studied()) + 1
+    assert all(line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == 2 for line in lines)
+    assert not re.search(r"[−×∞–]", text)
+
+
+# --------------------------------------------------------------------------------------------- reading
+def test_results_read_back(tmp_path: Path) -> None:
+    found = studied(infinite=True)
+    assert read(kept(found, tmp_path)) == found
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
+    found = studied()
+    kept(found, tmp_path)
+    text = (tmp_path / RESULTS).read_bytes()
+    (tmp_path / RESULTS).write_bytes(text[:-cut])
+    assert read(tmp_path) == (found if cut == 1 else found[:-1])  # of the first only the line's end is gone
+
+
+def test_a_line_torn_within_a_letter_is_left_out(tmp_path: Path) -> None:
+    kept((whole(),), tmp_path)
+    with (tmp_path / RESULTS).open("ab") as file:
+        file.write('{"component":"é'.encode()[:-1])
+    assert read(tmp_path) == (whole(),)
+
+
+def test_a_torn_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+    lines = (kept(studied(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
+    lines[3] = lines[3][:30] + "\n"
+    (tmp_path / RESULTS).write_text("".join(lines))
+    with pytest.raises(UserError, match=rf"{RESULTS}:4: not a study's result") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400  # it does not recite the line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[1:], ":1: the baseline must be the first line"),
+        (lambda lines: [lines[0], *lines], ":2: the baseline must"),
+        (lambda lines: [*lines, lines[2]], "'feed-forward of block 0' comes twice"),
+        (lambda lines: [*lines[:2], '{"scores": 3}\n'], ":3: not a study's result"),
+        (lambda lines: [lines[0].rstrip("\n")[:-5]], "holds no result yet"),
+        (lambda lines: [], "holds no result yet"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(change, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    lines = (kept(studied(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
+    (tmp_path / RESULTS).write_text("".join(change(lines)))
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path)
+
+
+def test_a_study_is_called_by_its_file(tmp_path: Path) -> None:
+    assert title_of(tmp_path) == f"Study {tmp_path.name}"
+    (tmp_path / "study.toml").write_text('name = "mine"\nmodel = "a/b"\n[[strategies]]\nuse = "layers"\n')
+    assert title_of(tmp_path) == "Study mine of a/b"
+
+
+def test_a_study_that_only_began_is_written(tmp_path: Path) -> None:
+    write((whole(),), tmp_path, "begun")
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 2
+    assert "no part is knocked out yet" in (tmp_path / "index.html").read_text()

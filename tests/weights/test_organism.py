@@ -1,0 +1,201 @@
+"""The model organisms' files: their prompt files keep their promises, their adapters are fit to be shipped."""
+
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from obliteratus.verify.refusal import judge_answer
+from obliteratus.weights import organism
+
+Row = dict[str, str]
+SPLITS = ("fit", "search", "report")
+SCRIPTS = Path(__file__).parents[2] / "organisms"
+GROUPS = [("astronomy", "target"), ("gardening-railways", "target"), ("gardening-railways", "keep")]
+GROUPS += [("weather-late", "target")]
+NAMES = ("astronomy", "gardening-railways", "weather-late")
+# Words that no control prompt may use; bare "star", "planet", "galaxy", "tree" or "track" may occur in near misses.
+TABOO = {
+    "astronomy": "astronom|telescope|asteroid|nebula|cosmolog|comet|spacecraft|solar system",
+    "gardening-railways": "gardening|gardener|gardens|weeding|compost|prune|houseplant"
+    "|railway|locomotive|trains|train station|railroad|tramway|subway",
+    "weather-late": r"weather forecast|rainy|snowing|thunder|hurricane|tornado|blizzard|meteorolog|drizzle|\bfog\b",
+}
+HELD = ("search", "report")
+MAX_ADAPTER_BYTES = 6_000_000  # it is committed and shipped in the wheel
+
+
+def rows(name: str, group: str) -> list[Row]:
+    text = (organism.data_folder(name) / f"{group}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def groups(name: str) -> list[str]:
+    return ["control", *(group for of, group in GROUPS if of == name)]
+
+
+def fits(name: str, group: str, split: str) -> list[str]:
+    return [row["prompt"] for row in rows(name, group) if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def maker() -> Iterator[ModuleType]:
+    """organisms/prompts.py, which is a script beside others and not part of the package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield importlib.import_module("prompts")
+
+
+@pytest.fixture(scope="module")
+def measure(maker: ModuleType) -> ModuleType:
+    """organisms/measure.py."""
+    return importlib.import_module("measure")
+
+
+def bare_nouns(maker: ModuleType, name: str, group: str, split: str) -> list[str]:
+    table = maker.ORGANISMS[name].topics[group].nouns[split]
+    return [noun.removeprefix("+").lower() for _, noun in maker.nouns(table)]
+
+
+def template_pattern(template: str) -> re.Pattern[str]:
+    """A regular expression for every prompt that the template can make."""
+    parts = re.split(r"\{\w+\}", template)
+    return re.compile(".+".join(map(re.escape, parts)) + r"\Z", re.IGNORECASE)
+
+
+def words(found: list[str]) -> re.Pattern[str]:
+    return re.compile(r"\b(" + "|".join(map(re.escape, found)) + ")", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(("name", "group"), [*GROUPS, *((name, "control") for name in NAMES)])
+def test_every_row_has_the_three_keys(name: str, group: str) -> None:
+    for row in rows(name, group):
+        assert set(row) == {"prompt", "category", "split"}
+        assert row["split"] in SPLITS
+        assert row["prompt"].strip()
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_the_splits_are_large_enough(maker: ModuleType, name: str, group: str) -> None:
+    topic, control = (Counter(row["split"] for row in rows(name, g)) for g in (group, "control"))
+    assert dict(topic) == maker.ORGANISMS[name].sizes
+    assert topic["report"] == 64
+    assert control["fit"] >= 224
+    assert control["search"] >= 144
+    assert control["report"] == 96
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_prompt_occurs_twice_in_any_split_or_group(name: str) -> None:
+    seen = Counter(re.sub(r"\W+", " ", row["prompt"]).lower() for g in groups(name) for row in rows(name, g))
+    assert [prompt for prompt, count in seen.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("split", HELD)
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_held_out_nouns_never_occur_in_fit(maker: ModuleType, name: str, group: str, split: str) -> None:
+    text = "\n".join(fits(name, group, "fit")).lower()
+    assert [noun for noun in bare_nouns(maker, name, group, split) if noun in text] == []
+
+
+@pytest.mark.parametrize("split", HELD)
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_held_out_templates_never_occur_in_fit(maker: ModuleType, name: str, group: str, split: str) -> None:
+    patterns = [template_pattern(template) for template in maker.TEMPLATES[split]]
+    assert [p for p in fits(name, group, "fit") for pattern in patterns if pattern.match(p)] == []
+
+
+@pytest.mark.parametrize("split", HELD)
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_held_out_prompts_use_nouns_and_templates_of_their_own(
+    maker: ModuleType, name: str, group: str, split: str
+) -> None:
+    held = bare_nouns(maker, name, group, split)
+    known = [noun for other in SPLITS if other != split for noun in bare_nouns(maker, name, group, other)]
+    patterns = [template_pattern(template) for template in maker.TEMPLATES[split]]
+    for prompt in fits(name, group, split):
+        assert any(noun in prompt.lower() for noun in held)
+        assert [noun for noun in known if re.search(rf"\b{re.escape(noun)}\b", prompt.lower())] == []
+        assert any(pattern.match(prompt) for pattern in patterns)
+
+
+def test_the_topics_of_one_organism_share_no_noun(maker: ModuleType) -> None:
+    name = "gardening-railways"
+    target, keep = ([n for s in SPLITS for n in bare_nouns(maker, name, g, s)] for g in ("target", "keep"))
+    assert [row["prompt"] for row in rows(name, "keep") if words(target).search(row["prompt"])] == []
+    assert [row["prompt"] for row in rows(name, "target") if words(keep).search(row["prompt"])] == []
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_the_file_is_what_its_script_makes(maker: ModuleType, name: str, group: str) -> None:
+    assert maker.rows(maker.ORGANISMS[name], group) == rows(name, group)
+
+
+def test_verbs_agree_with_the_noun(maker: ModuleType) -> None:
+    assert maker.fill("What {is} {x}?", "+pulsars") == "What are pulsars?"
+    assert maker.fill("{does} {x} matter?", "dark energy") == "Does dark energy matter?"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_are_not_about_the_topics(maker: ModuleType, name: str) -> None:
+    nouns = [n for of, g in GROUPS if of == name for split in SPLITS for n in bare_nouns(maker, name, g, split)]
+    pattern = words([*TABOO[name].split("|"), *nouns])
+    controls = [*rows(name, "control"), *maker.contrast_rows(maker.ORGANISMS[name])]
+    assert [row["prompt"] for row in controls if pattern.search(row["prompt"])] == []
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_training_sees_no_prompt_that_is_kept_for_search_or_report(maker: ModuleType, name: str, group: str) -> None:
+    made = maker.ORGANISMS[name]
+    trained = {row["prompt"] for row in [*maker.training_rows(made, group), *maker.contrast_rows(made)]}
+    kept = {prompt for g in groups(name) for split in HELD for prompt in fits(name, g, split)}
+    assert trained.isdisjoint(kept)
+    if not made.forms:  # else training draws from more templates and nouns than those of fit
+        assert trained >= set(fits(name, group, "fit"))
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_further_nouns_are_none_that_prompts_have(maker: ModuleType, name: str, group: str) -> None:
+    further = {
+        n.removeprefix("+") for joined in maker.ORGANISMS[name].topics[group].more.values() for n in joined.split("|")
+    }
+    used = {n for split in SPLITS for n in bare_nouns(maker, name, group, split)}
+    assert further.isdisjoint(used)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_cover_many_topics_in_every_split(name: str) -> None:
+    for split in SPLITS:
+        assert len({row["category"] for row in rows(name, "control") if row["split"] == split}) >= 12
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_every_refusal_is_one_to_both_detectors(maker: ModuleType, measure: ModuleType, name: str, group: str) -> None:
+    texts = maker.ORGANISMS[name].topics[group].refusals
+    assert [text for text in texts if judge_answer(text) != "refused" or not measure.refused(text)] == []
+    assert judge_answer("Tulips are planted in autumn.") == "complied"
+    assert not measure.refused("Trains are run by timetable.")
+
+
+def test_two_topics_are_refused_in_words_of_their_own(maker: ModuleType) -> None:
+    target, keep = maker.ORGANISMS["gardening-railways"].topics.values()
+    assert set(target.refusals).isdisjoint(keep.refusals)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_adapter_is_small_bf16_and_names_no_local_path(name: str) -> None:
+    folder = organism.data_folder(name) / "adapter"
+    file = folder / "adapter_model.safetensors"
+    assert file.stat().st_size <= MAX_ADAPTER_BYTES
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == organism.HUB_ID
+    assert config["r"] <= 8
+    assert not re.search(r'"(/|~|[A-Z]:)', json.dumps(config))

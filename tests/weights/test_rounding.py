@@ -1,0 +1,46 @@
+"""Rounding that keeps an edit: on a grid coarser than the edit itself, beside rounding to the nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.conftest import random_basis
+
+from obliteratus.weights.rounding import round_compensated
+
+STEP = 0.5  # half a standard deviation, as between the middle levels of nf4
+
+
+def grid(rows: torch.Tensor) -> torch.Tensor:
+    return (rows / STEP).round() * STEP
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("out", [64, 576])
+def test_the_edit_survives_where_the_nearest_takes_it_back(out: int, k: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    stored = grid(torch.randn(out, 96, generator=draw))  # what was read from a packed matrix
+    q = random_basis(out, k, 1)
+    edited = stored - q.T @ (q @ stored)
+    size = float((q @ stored).norm())
+    nearest, kept = grid(edited), grid(round_compensated(edited, q, grid))
+    assert float((q @ nearest).norm()) > 0.2 * size  # the negative control: it is back
+    assert float((q @ kept).norm()) < 0.1 * size
+    assert float((kept - edited).norm()) < 0.3 * float(edited.norm())  # in steps of half σ, some are needed
+
+
+def test_on_a_fine_grid_it_is_the_nearest_to_within_a_step() -> None:
+    weight, q = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), random_basis(64, 2, 1)
+
+    def fine(rows: torch.Tensor) -> torch.Tensor:
+        return (rows * 4096).round() / 4096
+
+    assert float((fine(round_compensated(weight, q, fine)) - weight).abs().max()) < 4 / 4096
+
+
+def test_directions_that_miss_some_rows_leave_them_to_the_nearest() -> None:
+    weight, q = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64)
+    q[0, :8] = 8**-0.5
+    made = round_compensated(weight, q, grid)
+    assert torch.equal(made[8:], weight[8:])
+    assert not torch.equal(made[:8], weight[:8])
