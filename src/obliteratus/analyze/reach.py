@@ -44,7 +44,7 @@ KEPT = 50e6
 HALF = 0.5  # of the behaviour
 NOTHING = 1e-5  # nats: below lies rounding, and logarithms begin
 # Of the behaviour: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
-# what first tokens say by more than 0.03 (EXPERIMENTS.md, on the search's first look).
+# what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first look can be trusted").
 WORTH = 0.1
 Cells = Mapping[str, tuple[Score, ...]]
 """By part and depth."""

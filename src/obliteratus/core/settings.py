@@ -217,7 +217,7 @@ class Recipe(FrozenModel):
     about: str
     cite: tuple[str, ...] = ()
     seed: int = 0
-    passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see EXPERIMENTS.md
+    passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
     enough: float = Field(0.05, ge=0, le=1)
     """Share of refused search target prompts at which no further pass is made."""
     probe: Probe = Probe()

@@ -57,7 +57,7 @@ def orthogonal_to_control(acts: Activations, so_far: Directions | None) -> Direc
     """Takes out of each direction its part along the control mean, so that removing it leaves that mean alone.
 
     Early layers have large means that all prompts share; a raw mean difference leans on them by chance, and
-    removing it then costs far more than it should (EXPERIMENTS.md, "the control mean"). Rows stay orthonormal; a
+    removing it then costs far more than it should (docs/experiments/directions.md). Rows stay orthonormal; a
     row that was all control mean becomes a row of zeros.
     """
     so_far = previous_directions(so_far, "orthogonal_to_control")

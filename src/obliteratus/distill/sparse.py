@@ -21,7 +21,7 @@ from obliteratus.distill.coder import Coder, make_frame
 
 # Adam's first step, in the angle that a unit row turns by: entries of such a row are about 1/√width, so dividing by
 # √width makes it the same at every width. From there the rate falls to nothing, as 1 − (share done)². Of 0.03
-# to 0.12, 0.075 came lowest on planted and on real rows (EXPERIMENTS.md, "Thirty epochs in a third of the time").
+# to 0.12, 0.075 came lowest on planted and on real rows (docs/experiments/sparse-autoencoders.md).
 TURN = 0.075
 # Adam remembers so much of squared gradients: some 190 steps in all are too few for its usual 0.999.
 MEMORY = 0.99
@@ -44,7 +44,7 @@ class Training(FrozenModel):
 
     expansion: int = Field(2, ge=1, le=16)
     """Features per dimension that the rows span (at most the width, or the number of rows trained on). On planted
-    features (EXPERIMENTS.md) 1 and 2 found the behaviour best, 8 worst."""
+    features (docs/experiments/sparse-autoencoders.md) 1 and 2 found the behaviour best, 8 worst."""
     sparsity: float = Field(0.1, gt=0, le=1)
     """Weight of Σf, in units of the root mean square length of a row; see `sae_loss`."""
     max_epochs: int = Field(11, ge=1, le=1000)

@@ -28,7 +28,7 @@ from obliteratus.weights.devices import in_process_group
 
 T = TypeVar("T")
 # Tokens of one batch on a CPU: enough rows for the matrix products to run at full rate, few enough for the
-# activations to stay in the last-level cache (EXPERIMENTS.md, "How many tokens a pass").
+# activations to stay in the last-level cache (docs/experiments/speed.md, "How many tokens a pass").
 CPU_TOKENS = 512
 # A shared prefix shorter than this saves less than its own pass and the longer attention cost.
 MIN_PREFIX = 4

@@ -89,7 +89,7 @@ def group_answers(subject: Subject, prompts: PreparedPrompts, rows: Sequence[int
 
 
 # On a CPU one more row costs a token's arithmetic, a step its reading of all weights: 42 ms + 1.25 ms a row on
-# SmolLM2 (EXPERIMENTS.md, "How many tokens a pass"). At this many rows the reading is an eighth of the step.
+# SmolLM2 (docs/experiments/speed.md, "How many tokens a pass"). At this many rows the reading is an eighth of the step.
 MAX_ROWS = 256
 
 

@@ -36,7 +36,7 @@ from obliteratus.inference.row_plans import variants_of
 from obliteratus.weights.devices import is_parted
 
 # 512 words × 508 tokens in fp32 are 1 MB, the second-level cache of one core: 98 of 105 GFLOP/s there, softmax and all;
-# 94 with four times as many words (EXPERIMENTS.md, "The LM head in parts").
+# 94 with four times as many words (docs/experiments/studies.md, "The LM head in parts").
 WORDS = 512
 SAME = 1e-4  # of two orders of the same fp32 sums; a soft cap or a scale moves logits by more
 

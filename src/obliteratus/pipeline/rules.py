@@ -1,6 +1,6 @@
 """What decides a recipe: a declared table of measurements, from which value on they decide, and what they change.
 
-The thresholds were found on the model organisms: see EXPERIMENTS.md, "What `informed` decides by".
+The thresholds were found on the model organisms: see docs/experiments/informed.md, "What `informed` decides by".
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Local:
     """This process: on a CPU a lane for each core, one thread each, which all read the same weights.
 
     Two cores on SmolLM2: 1.06 to 1.13 times as fast as both on one part, since nothing waits for the other's share of
-    a small operation (EXPERIMENTS.md, "Lanes").
+    a small operation (docs/experiments/studies.md, "Lanes").
     """
 
     def __init__(self, made: Study, opening: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from obliteratus.summon.sites import gain_of
 from obliteratus.verify.refusal import judge_answer
 
 # Tokens of an answer that are not the base's own choice. Longer ones help where the base relapses into refusing, but
-# what is then tuned towards is the plan's own wording, which the base finds unlikely (EXPERIMENTS.md).
+# what is then tuned towards is the plan's own wording, which the base finds unlikely (docs/experiments/tuned.md).
 OPENINGS = (1, 2, 4)
 
 
