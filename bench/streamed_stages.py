@@ -38,7 +38,7 @@ from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.sites import tied_in
 from obliteratus.summon.summary import summarize_model
-from obliteratus.verify.streamed import streamable_steps
+from obliteratus.verify.before_and_after import streamable_steps
 from obliteratus.weigh import weigh_sites
 
 

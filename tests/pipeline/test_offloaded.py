@@ -21,13 +21,12 @@ from obliteratus.cli.app import app
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe, Step
-from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.core.types import Plan, ProbeRequest, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference import spill
 from obliteratus.inference.batching import tokens_per_batch
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
 from obliteratus.inference.layerwise import LayerwisePass, run_layerwise
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.inference.memory import memory_limit
@@ -44,7 +43,7 @@ from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import summarize_model
 from obliteratus.verify import measure
-from obliteratus.verify.streamed import measure_side_by_side, streamable_steps
+from obliteratus.verify.before_and_after import measure_side_by_side, streamable_steps
 
 ALONE = sorted(name for name, (kind, _) in MODELS.items() if not FAMILIES[kind].hands_on)
 TOGETHER = sorted(MODELS.keys() - set(ALONE))
@@ -199,7 +198,8 @@ def test_probe_is_that_of_memory(name: str, tmp_path: Path, prompts: PromptSet) 
     taps = [s.path for s in loaded.sites if s.part == "attn.out"]
     feeds = [s.path for s in loaded.sites if s.part == "attn.out"]
     stacks = [s.path for s in loaded.sites if s.role == "writes" and s.stacked]
-    mine, theirs = (collect_activations(subject, prompts, Probe(), taps, feeds, stacks) for subject in (away, loaded))
+    request = ProbeRequest(taps, feeds, stacks)
+    mine, theirs = (collect_activations(subject, prompts, Probe(), request) for subject in (away, loaded))
     assert mine.digest == theirs.digest
     for group in prompts.groups:
         assert close(mine[group].mean, theirs[group].mean)
@@ -364,8 +364,8 @@ def test_a_device_that_is_none(tmp_path: Path) -> None:
 
 
 def test_what_cannot_stay_on_disk(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="quantised on loading cannot stay on disk"):
-        open_offloaded(stored(tmp_path, "llama"), quantise="4bit")
+    with pytest.raises(UserError, match="quantized on loading cannot stay on disk"):
+        open_offloaded(stored(tmp_path, "llama"), quantize="4bit")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -382,7 +382,7 @@ def test_taps_of_one_block_alone_are_seen(tmp_path: Path) -> None:
     outputs = []
     for subject in (loaded, away):
         found: dict[int, Tensor] = {}
-        for reading in read_hidden_states(subject, IDS, taps=ModulesToRead([path])):
+        for reading in read_hidden_states(subject, IDS, request=ProbeRequest([path])):
             found |= dict(zip(reading.rows, reading.outputs, strict=True))
         outputs.append(torch.stack([found[row] for row in range(len(IDS))]))
     assert close(*outputs)

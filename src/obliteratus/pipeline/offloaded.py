@@ -21,7 +21,7 @@ from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import summarize_model
 from obliteratus.verify import Measurement, measure
-from obliteratus.verify.streamed import measure_side_by_side, streamable_steps
+from obliteratus.verify.before_and_after import measure_side_by_side, streamable_steps
 
 
 def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
@@ -100,7 +100,7 @@ def opened(model: str, opening: dict[str, Any]) -> Subject:
 def _opened(model: str, opening: dict[str, Any]) -> Subject:
     limit = LIMIT.get()
     if limit < math.inf:
-        made = summarize_model(model, dtype=opening.get("dtype", "auto"), quantise=opening.get("quantise", ""))
+        made = summarize_model(model, dtype=opening.get("dtype", "auto"), quantize=opening.get("quantize", ""))
         if bytes_in_memory(made) > limit:
             check_offloaded_fits(made)
             note("SUMMON", f"{made.loaded_bytes / 1e9:.2f} GB of weights stay on disk, a block at a time is in memory")

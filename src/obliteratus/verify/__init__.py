@@ -1,6 +1,11 @@
-"""VERIFY: held-out prompts, before and after. Each scorer is one registered function; importing registers them."""
+"""VERIFY: scores of a model on held-out prompts, before and after an edit.
+
+Each scorer is one registered function; importing this package registers them all. May import core, weights, summon,
+inference, prompts and excise.
+"""
 
 from obliteratus.verify import accuracy, drift, first_token, fluency, refusal, tokens
+from obliteratus.verify.before_and_after import measure_before_and_after
 from obliteratus.verify.steps import Measurement, ScorerContext, measure, scorers
 
 __all__ = [
@@ -11,6 +16,7 @@ __all__ = [
     "first_token",
     "fluency",
     "measure",
+    "measure_before_and_after",
     "refusal",
     "scorers",
     "tokens",
