@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
-from obliteratus.analyze.depths import (
+from obliteratus.analyze.reach import (
     candidate_first_blocks,
     refusal_rate_under,
     remaining_probability,
@@ -23,7 +23,7 @@ from obliteratus.analyze.depths import (
 from obliteratus.analyze.reach import Reach, cheapest_edits, reach
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Plan
+from obliteratus.core.types import Plan, ProbeRequest
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations
@@ -105,7 +105,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
     subject = tiny_subject("llama_biased")
     plain = ground_of(subject, asked())
     paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
-    anchored = replace(plain, acts=collect_activations(subject, asked(), taps=paths))
+    anchored = replace(plain, acts=collect_activations(subject, asked(), request=ProbeRequest(paths)))
     oblique = replace(anchored, directions=find_directions(anchored.acts, [Step(use="leace")]))
     cost = [reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
     assert len({round(c, 9) for c in cost}) == 3

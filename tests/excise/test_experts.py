@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.settings import Excise, Experts
-from obliteratus.core.types import Activations, Blend, Edit, Plan, Prompt, PromptSet, Routed, Site, Subject
+from obliteratus.core.types import (
+    Activations,
+    Blend,
+    Edit,
+    Plan,
+    ProbeRequest,
+    Prompt,
+    PromptSet,
+    Routed,
+    Site,
+    Subject,
+)
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.change import mean_of_experts
 from obliteratus.excise.experts import own_basis, preferred_experts
@@ -50,7 +61,7 @@ def stacks(subject: Subject) -> list[Site]:
 
 
 def probed(subject: Subject, prompts: PromptSet) -> Activations:
-    return collect_activations(subject, prompts, stacks=[s.path for s in stacks(subject)])
+    return collect_activations(subject, prompts, request=ProbeRequest(expert_modules=[s.path for s in stacks(subject)]))
 
 
 def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0) -> Routed:

@@ -14,7 +14,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Excise
-from obliteratus.core.types import Activations, Mask, Plan, PromptSet, Site, Subject
+from obliteratus.core.types import Activations, Mask, Plan, ProbeRequest, PromptSet, Site, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.neurons import neuron_attribution, outlying_neurons
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
@@ -109,7 +109,7 @@ def test_a_masked_neuron_is_a_neuron_whose_input_is_zero() -> None:
 def test_inputs_are_the_groups_means(name: str, prompts: PromptSet, tmp_path: Path) -> None:
     subject = opened(name)
     path = sites(subject)[1].path
-    acts = collect_activations(subject, prompts, feeds=[path])
+    acts = collect_activations(subject, prompts, request=ProbeRequest(input_modules=[path]))
     for group in ("target", "control"):
         seen: list[Tensor] = []
 

@@ -16,7 +16,7 @@ from tests.support.tiny import EOS, KINDS, tiny_subject
 from torch import Tensor
 
 from obliteratus.core.progress import Reporter, report_to
-from obliteratus.core.types import PromptSet, Subject
+from obliteratus.core.types import ProbeRequest, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference import batching as forward
 from obliteratus.inference import generate as generation
@@ -26,7 +26,6 @@ from obliteratus.inference.batching import common_prefix_length, decoder_blocks,
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
 from obliteratus.inference.token_losses import token_losses
@@ -156,7 +155,7 @@ def test_last_stops_early(subject: Subject, last: int) -> None:
 def test_taps_are_the_modules_outputs(subject: Subject) -> None:
     ids = rows_of(tails=(1, 9, 4))
     taps = [s.path for s in subject.sites if s.part == "attn.out"]
-    _, found = gathered(subject, ids, taps=ModulesToRead(taps), budget=60)
+    _, found = gathered(subject, ids, request=ProbeRequest(taps), budget=60)
     for j, path in enumerate(taps):
         for i, row in enumerate(ids):
             with recorded(subject.module(path)) as seen:

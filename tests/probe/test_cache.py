@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from obliteratus.core.progress import report_to
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import probed, run
@@ -72,14 +72,15 @@ def test_a_second_probe_runs_nothing_and_is_equal_bit_for_bit(name: str, keep: A
     subject = tiny_subject(name)
     writers = [s.path for s in subject.sites if s.role == "writes" and s.layout in ("linear", "conv1d")]
     stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked]
+    request = ProbeRequest(writers, writers[-1:], stacks)
     found = []
     for model in (subject, tiny_subject(name)):
         with passes(model) as seen:
-            found.append(kept(PROBE, model, prompts, Probe(keep=keep), writers, writers[-1:], stacks))
+            found.append(kept(PROBE, model, prompts, Probe(keep=keep), request))
         assert bool(seen) == (len(found) == 1)
     first, again = found
     assert_same(again, first)
-    assert_same(first, collect_activations(subject, prompts, Probe(keep=keep), writers, writers[-1:], stacks))
+    assert_same(first, collect_activations(subject, prompts, Probe(keep=keep), request))
     assert again.inputs.keys() == first.inputs.keys()
     for group, means in first.inputs.items():
         assert all(torch.equal(again.inputs[group][path], mean) for path, mean in means.items())
@@ -146,7 +147,7 @@ def test_another_question_is_probed_again(options: dict[str, Any], prompts: Prom
         assert seen
         assert found.groups.keys() == prompts.groups.keys()
     with passes(subject) as seen:
-        assert set(kept(PROBE, subject, prompts, Probe(), [TAP]).outputs) == {TAP}
+        assert set(kept(PROBE, subject, prompts, Probe(), ProbeRequest([TAP])).outputs) == {TAP}
     assert seen
 
 

@@ -10,7 +10,7 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, Prompt, PromptSet, Subject
+from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 
@@ -55,7 +55,7 @@ def test_running_moments_keep_no_rows_and_the_same_mean(subject: Subject, prompt
 @pytest.mark.parametrize("name", TAPS)
 def test_anchors_are_the_control_groups_mean_output(name: str, prompts: PromptSet) -> None:
     subject, path, seen = tiny_subject(name), TAPS[name], []
-    acts = collect_activations(subject, prompts, taps=[path])
+    acts = collect_activations(subject, prompts, request=ProbeRequest([path]))
     handle = subject.module(path).register_forward_hook(lambda m, a, y: seen.append(y[0, -1]))
     for row in render_prompts(subject, prompts["control"]):
         subject.model(torch.tensor([row]))
@@ -75,7 +75,7 @@ def test_a_number_that_is_none_is_named(value: float, prompts: PromptSet) -> Non
 def test_saved_activations_are_the_same(subject: Subject, prompts: PromptSet, tmp_path: Path) -> None:
     path = TAPS["llama"]
     for keep in ("rows", "sketch", "moments"):
-        acts = collect_activations(subject, prompts, Probe(keep=keep), taps=[path])
+        acts = collect_activations(subject, prompts, Probe(keep=keep), request=ProbeRequest([path]))
         save_activations(acts, tmp_path)
         assert_same(load_activations(tmp_path), acts)
 

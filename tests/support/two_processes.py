@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Edit, Mask, Plan, Prompt, PromptSet, Subject
+from obliteratus.core.types import Edit, Mask, Plan, ProbeRequest, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference.chat_template import render_prompts
@@ -59,7 +59,7 @@ def measured(subject: Subject) -> dict[str, Any]:
     """Digest, activations, answers and losses; first tokens under each plan. All tensors on the CPU."""
     ids = render_prompts(subject, IDS_OF)
     outs = [s.path for s in subject.sites if s.part in ("attn.out", "mlp.out")]
-    acts = collect_activations(subject, PROMPTS, taps=outs, feeds=outs)
+    acts = collect_activations(subject, PROMPTS, request=ProbeRequest(outs, outs))
     found: dict[str, Any] = {"digest": subject.source.digest, "plain": first_token_log_probs(subject, ids)}
     found["stream"] = torch.stack([acts[group].mean for group in PROMPTS.groups])
     found["outputs"] = torch.stack(list(acts.outputs.values())) if outs else torch.zeros(1)

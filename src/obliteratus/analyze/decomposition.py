@@ -9,26 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.along import (
-    BLUE,
-    GREEN,
-    GREY,
-    GROUPS,
-    ORANGE,
-    Aim,
-    Stream,
-    block_output_modules,
-    choose_direction,
-    writers_in_order,
-)
+from obliteratus.analyze.removal import (GROUPS, Aim, Stream, block_output_modules, choose_direction, writers_in_order)
+from obliteratus.report.curves import (BLUE, GREEN, GREY, ORANGE)
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.chance import Contrast, contrast_between_groups, describe_clearest
+from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Prompt, Site, Subject
+from obliteratus.core.types import ProbeRequest, Prompt, Site, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
 from obliteratus.summon.sites import architecture_of, gain_of, has_heads
 from obliteratus.weights.matrices import read_weight
 
@@ -168,11 +157,11 @@ def _rows(
     where = [block_output_modules(subject, layer) for layer in range(aim.stream)]
     wanted = [path for parts in where for paths in parts.values() for path in paths]
     paths = list(dict.fromkeys(wanted + [head.site.path for head in heads if head.gain is not None]))
-    taps = ModulesToRead(paths, [head.site.path for head in heads])
+    request = ProbeRequest(paths, [head.site.path for head in heads])
     ids = render_prompts(subject, prompts)
     result: list[Tensor] = [torch.empty(0)] * len(ids)
     for got in read_hidden_states(
-        subject, ids, position=position, taps=taps, last=aim.stream, title="ANALYZE decomposition"
+        subject, ids, position=position, request=request, last=aim.stream, title="ANALYZE decomposition"
     ):
         outputs = dict(zip(paths, got.outputs.unbind(1), strict=True))
         stream = got.stream.double() @ aim.vector.double()

@@ -15,12 +15,11 @@ from obliteratus.core.cost import Answers, Cost, amount, n_of
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Activations, Directions, Subject
+from obliteratus.core.types import Activations, Directions, ProbeRequest, Subject
 from obliteratus.distill.steps import extractors
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.openings import opening_tokens, openings_to_text, typical_openings
 
@@ -86,7 +85,7 @@ def candidate_directions(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, 
     means = {}
     for group, rows in ids.items():
         total = torch.zeros(subject.n_layers + 1 + len(taps), subject.width, dtype=torch.float64)
-        for reading in read_hidden_states(subject, rows, taps=ModulesToRead(taps), title=f"DISTILL {STEP}, {group}"):
+        for reading in read_hidden_states(subject, rows, request=ProbeRequest(taps), title=f"DISTILL {STEP}, {group}"):
             total += torch.cat([reading.stream, reading.outputs], 1).double().sum(0)
         means[group] = total / len(rows)
     delta = (means["target"] - means["control"]).float().to(subject.device)

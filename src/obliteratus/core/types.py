@@ -1,14 +1,12 @@
-"""The nouns of the system: prompts, models, activations, directions, plans.
+"""Define the nouns of the system: prompts, models, activations, directions and plans.
 
-This module imports nothing of ours but the shape annotations and the sketch that stands for rows.
+This module imports nothing of ours but the shape annotations. The conventions for indices and shapes are:
 
-Indices and shapes, written down once:
-
-* ``layer`` l counts decoder blocks from 0; there are L = ``n_layers`` of them.
-* A *stream* index ℓ runs from 0 to L: ℓ = 0 is the stream that enters block 0 (the embeddings), ℓ is the
-  stream that leaves block ℓ − 1, and ℓ = L is the raw stream after the last block, before the final norm.
+* ``layer`` l counts decoder blocks from 0. A model has L = ``n_layers`` blocks.
+* A *stream* index ℓ runs from 0 to L. Stream 0 is the residual stream that enters block 0 (the embeddings), stream ℓ
+  is the residual stream that leaves block ℓ − 1, and stream L is the one after the last block, before the final norm.
   A writer in block l therefore writes into stream ℓ = l + 1.
-* H (``width``) is the width of the residual stream; k the number of directions of a subspace.
+* H (``width``) is the width of the residual stream, and k is the number of directions of a subspace.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,7 @@ NormKind = Literal["rms", "rms+1", "layer"]
 
 
 def digest_of(value: object) -> str:
-    """A short content hash (16 hex digits) of anything that JSON can hold."""
+    """Return a content hash of 16 hex digits for any value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -42,16 +40,16 @@ class Prompt:
 
     text: str
     category: str = ""
-    """Free label; rates are also reported by category."""
+    """Free label. Rates are also reported by category."""
     split: str = ""
-    """``fit``, ``search`` or ``report`` pins the prompt there; empty lets the seed decide."""
+    """``fit``, ``search`` or ``report`` puts the prompt into that split. If empty, the seed decides."""
     system: str = ""
-    """System turn; empty leaves the template's own default."""
+    """System turn. If empty, the chat template uses its own default."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Contrasting prompts: always the groups ``target`` and ``control``; optional ``bypass`` and ``keep``."""
+    """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass`` and ``keep``."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
 
@@ -60,19 +58,37 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """Content hash over all groups, texts, categories and pins."""
+        """Content hash of the texts, categories, splits and system turns of all groups."""
         return digest_of({g: [[p.text, p.category, p.split, p.system] for p in ps] for g, ps in self.groups.items()})
 
-    def split(self, seed: int = 0) -> tuple[PromptSet, PromptSet, PromptSet]:
-        """Disjoint (fit, search, report). Which part a prompt falls into depends on its text and the seed
-        alone, so adding prompts or changing their order moves no other prompt by more than one place."""
-        parts = {name: {g: _part(ps, name, seed) for g, ps in self.groups.items()} for name in SPLITS}
-        return PromptSet(parts["fit"]), PromptSet(parts["search"]), PromptSet(parts["report"])
+    def split(self, seed: int = 0) -> Splits:
+        """Return disjoint splits.
+
+        The split of a prompt depends only on its text, its system turn and the seed. Adding prompts or changing their
+        order moves no other prompt by more than one place.
+        """
+        return Splits(*(PromptSet({g: _part(ps, name, seed) for g, ps in self.groups.items()}) for name in SPLITS))
+
+
+class Splits(NamedTuple):
+    """Disjoint parts of a prompt set, each with the same groups."""
+
+    fit: PromptSet
+    """Directions are fitted on these prompts."""
+    search: PromptSet
+    """Searches, tuning and budgets choose on these prompts."""
+    report: PromptSet
+    """Reported scores are measured on these prompts and on no others."""
+
+    @property
+    def digest(self) -> str:
+        """Content hash of all three splits."""
+        return digest_of([part.digest for part in self])
 
 
 SPLITS = ("fit", "search", "report")
-# Directions converge within some hundred prompts, while an interval on a rate shrinks only with √n:
-# hence a quarter for the report. Searching needs less than either.
+# Directions converge within a few hundred prompts, while the interval of a rate shrinks only with √n. The report
+# therefore gets a quarter. A search needs fewer prompts than either.
 FRACTIONS = {"fit": 0.60, "search": 0.15, "report": 0.25}
 
 
@@ -88,66 +104,69 @@ def _part(prompts: Sequence[Prompt], name: str, seed: int) -> tuple[Prompt, ...]
 # -------------------------------------------------------------------------------------------- model
 @dataclass(frozen=True)
 class Site:
-    """One editable matrix. Its role is declared by the architecture table, never guessed from a shape."""
+    """One editable matrix. The architecture table declares its role; nothing is guessed from a shape."""
 
     path: str
     """Module path inside the model, e.g. ``model.layers.3.mlp.down_proj``."""
     layer: int
-    """Decoder block; −1 for embeddings, L for the unembedding."""
+    """Number of the decoder block. −1 stands for the embeddings and L for the unembedding."""
     part: str
-    """A name in `WRITERS` or `READERS`. ``attn.out`` is what a block's mixer writes, be it attention, a convolution, a
-    delta net or a state space; ``mlp.out`` the dense MLP's, ``expert.out`` the routed and ``shared.out`` the shared
-    experts'. See `asked`."""
+    """A name from `settings.WRITERS` or `settings.READERS`.
+
+    ``attn.out`` is the output matrix of the block's mixer (attention, convolution, delta net or state space),
+    ``mlp.out`` that of the dense MLP, ``expert.out`` that of the routed experts, and ``shared.out`` that of the shared
+    experts. See `settings.expand_part`."""
     role: Role
-    """``writes`` into the residual stream (edited at its output) or ``reads`` it (edited at its input)."""
+    """``writes``: edited at its output, which enters the residual stream. ``reads``: edited at its input."""
     layout: Layout
-    """How the weight is stored: ``linear`` [out, in], ``conv1d`` [in, out], ``embedding`` [rows, width]; all experts in
-    one tensor: ``stack`` [experts, out, in], ``stack_t`` [experts, in, out]."""
+    """How the weight is stored: ``linear`` [out, in], ``conv1d`` [in, out], ``embedding`` [rows, width], or all experts
+    in one tensor as ``stack`` [experts, out, in] or ``stack_t`` [experts, in, out]."""
     gain: str | None = None
-    """Path of the norm that stands between this matrix and the stream, if one does."""
+    """Module path of the norm between this matrix and the residual stream, or None if there is none."""
     norm: NormKind = "rms"
-    """That norm's form: ``rms`` (gain w), ``rms+1`` (gain 1 + w, Gemma), ``layer`` (gain w, and centres)."""
+    """Form of that norm: ``rms`` (gain w), ``rms+1`` (gain 1 + w, as in Gemma) or ``layer`` (gain w, and it centers)."""
     expert: int | None = None
-    """Which expert of a stack alone is meant; None is all of them."""
+    """Number of the only expert of a stack that is meant. None stands for all of them."""
     span: tuple[int, int] | None = None
-    """Columns (start, stop) of W as [out, in], where only what these inputs write is edited: those of one head."""
+    """Columns (start, stop) of W as [out, in] if only these inputs are edited, such as those of one attention head."""
     weight: str = "weight"
-    """The matrix's own name inside the module."""
+    """Name of the weight parameter inside the module."""
     bias: str = "bias"
-    """Its bias's, if it has one."""
+    """Name of the bias parameter inside the module. The module need not have one."""
 
     @property
     def parameter(self) -> str:
-        """Where the matrix is in the model: what tells sites apart, for one module may hold two."""
+        """Full parameter name in the model. It identifies a site, since one module may hold two matrices."""
         return f"{self.path}.{self.weight}"
 
     @property
     def stacked(self) -> bool:
+        """Whether the parameter holds the matrices of all experts."""
         return self.layout in ("stack", "stack_t")
 
     @property
     def stream(self) -> int:
-        """Index ℓ of the stream that this site writes into, or reads from."""
+        """Index ℓ of the residual stream that this site writes into or reads from."""
         return self.layer + 1 if self.role == "writes" else max(self.layer, 0)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from."""
+    """Where a model was loaded from."""
 
     id: str
     revision: str = ""
-    quantisation: str = ""
+    quantization: str = ""
     dtype: str = ""
     digest: str = ""
-    """Hash of architecture and a sample of every writer: a plan for another model is refused by it."""
+    """Hash of the architecture and of a sample of every writer. A plan with another digest is refused."""
     base: str = ""
-    """The full-precision checkpoint that it was quantised from on loading; its digest is this one's."""
+    """Full-precision checkpoint that was quantized on loading, or empty. The digest is that of this checkpoint."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model, its tokenizer, and the map of what can be edited in it."""
+    """A loaded model, its tokenizer, and the sites that can be edited in it."""
 
     model: Any  # transformers.PreTrainedModel: its own annotations are too loose to help
     tokenizer: Any
@@ -158,17 +177,18 @@ class Subject:
     """Module path of the list of decoder blocks."""
     source: Source
     thinking: bool = False
-    """In which mode templates with a thinking switch are rendered; recorded in the run."""
+    """Value of the thinking switch for chat templates that have one. It is recorded in the run."""
     offloaded: Any = None
-    """`summon.shelf.Shelf`: where the weights are, if they stay on disk; None where they are in memory."""
+    """The `weights.offload.OffloadedWeights` if the weights stay on disk, or None if they are in memory."""
 
     def module(self, path: str) -> nn.Module:
+        """Return the submodule at a path."""
         module: nn.Module = self.model.get_submodule(path)
         return module
 
     @property
     def device(self) -> torch.device:
-        """Where prompts enter the model."""
+        """Device of the input embeddings, where token ids have to be."""
         table = self.model.get_input_embeddings()
         device: torch.device = table._hf_hook.execution_device if table.weight.is_meta else table.weight.device
         return torch.device(device)
@@ -177,18 +197,18 @@ class Subject:
 # -------------------------------------------------------------------------------------- activations
 @dataclass(frozen=True)
 class Sketch:
-    """How one group's prompts spread about their mean, in few rows."""
+    """Scatter of one group of prompts about its mean, approximated by a few rows for each stream (Frequent Directions)."""
 
     rows: Float[Tensor, "streams rows width"]
-    """R, fp32: RᵀR stands for Σ(x − μ)(x − μ)ᵀ."""
+    """R, fp32. RᵀR approximates the scatter matrix Σ(x − μ)(x − μ)ᵀ from below."""
     lost: Float[Tensor, " streams"]
-    """That is never above, and along no direction further below than this; 0 where nothing had to be left out."""
+    """Largest amount by which RᵀR can fall short of the scatter along any unit direction. 0 means exact."""
     total: Float[Tensor, " streams"]
-    """Its trace, exact."""
+    """Exact trace of the scatter matrix."""
 
     @property
     def error(self) -> Float[Tensor, " streams"]:
-        """`lost` over the spread along the direction of most: 0 to 1, at most."""
+        """Upper bound (0–1) of the missing scatter as a share of the largest scatter along any direction."""
         most = torch.linalg.matrix_norm(self.rows, ord=2).square() + self.lost
         share: Tensor = self.lost / most.clamp(min=torch.finfo(most.dtype).tiny)
         return share
@@ -196,57 +216,69 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of one group's stream: its mean, and the prompts themselves where they were kept, or a sketch."""
+    """Statistics of one group: the mean of its residual streams, and either all rows, a sketch of them, or neither."""
 
     count: int
     mean: Float[Tensor, "streams width"]
     """fp32, accumulated in fp64."""
     rows: Float[Tensor, "prompts streams width"] | None = None
-    """Every prompt's stream, fp32; None where only running moments were kept."""
+    """Residual streams of every prompt, fp32. None if only running moments were kept."""
     categories: tuple[str, ...] = ()
-    """Each prompt's; empty where they were not kept."""
+    """Category of each prompt. Empty if they were not kept."""
     sketch: Sketch | None = None
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What one group's prompts did in one stack of experts."""
+    """Routing statistics of one group of prompts in one stack of experts."""
 
     share: Float[Tensor, " experts"]
-    """Share of a prompt's own tokens that have the expert among their chosen ones, the mean over prompts. Own tokens
-    are those up to the position that is probed, without what all prompts of a probe begin with."""
+    """Share of a prompt's own tokens that are routed to the expert, averaged over prompts. Own tokens are those up to
+    the probed position, without the prefix that all prompts share."""
     variance: Float[Tensor, " experts"]
-    """The same share's variance over prompts."""
+    """Variance of that share over prompts."""
     prompts: int
     count: Int[Tensor, " experts"]
-    """Prompts for which the expert was among the chosen ones at the position that is probed."""
+    """Number of prompts whose token at the probed position was routed to the expert."""
     mean: Float[Tensor, "experts width"]
-    """What it put out there for those, on average, before routing weighs it; fp32, zeros where there are none."""
+    """Mean output of the expert for those prompts, before the routing weight; fp32, zeros if there are none."""
     square: Float[Tensor, " experts"]
-    """The mean squared length of that."""
+    """Mean squared length of these outputs."""
 
     @property
     def noise(self) -> Float[Tensor, " experts"]:
-        """The expected squared error of `mean`: its outputs' variance over their number; infinite for fewer than 2."""
+        """Expected squared error of `mean` (variance of the outputs over n − 1). Infinite for fewer than two prompts."""
         n = self.count.to(self.mean)
         spread = (self.square - self.mean.square().sum(1)).clamp(min=0)
         return torch.where(n > 1, spread / (n - 1), torch.inf)
 
 
 @dataclass(frozen=True)
+class ProbeRequest:
+    """Modules, by path, that a pass over prompts reads besides the residual stream."""
+
+    output_modules: Sequence[str] = ()
+    """Modules whose outputs are wanted; PROBE keeps their mean over the control group (the anchors)."""
+    input_modules: Sequence[str] = ()
+    """Modules whose inputs are wanted; PROBE keeps their mean over each group."""
+    expert_modules: Sequence[str] = ()
+    """Stacks of experts of which it is wanted which experts were chosen and what each of them put out."""
+
+
+@dataclass(frozen=True)
 class Activations:
-    """The stream at one position of every prompt, by group, plus the writers' mean outputs if wanted."""
+    """Residual streams at one position of every prompt, by group, with any module statistics that were requested."""
 
     groups: Mapping[str, Moments]
     position: int
-    """Token position, counted from the end of the templated prompt: −1 is the last."""
+    """Token position, counted from the end of the templated prompt. −1 is the last token."""
     outputs: Mapping[str, Float[Tensor, " width"]] = field(default_factory=dict)
-    """Mean output of each writer (by site path) over the control group: the anchors μ."""
+    """Site path → mean output of that writer over the control group. These are the anchors μ."""
     inputs: Mapping[str, Mapping[str, Float[Tensor, " in"]]] = field(default_factory=dict)
-    """Group → site path → mean input of that writer: how active each of its neurons is."""
+    """Group → site path → mean input of that writer, which says how active each of its neurons is."""
     digest: str = ""
     routed: Mapping[str, Mapping[str, Routed]] = field(default_factory=dict)
-    """Path of a stack of experts → group → what its prompts did there."""
+    """Path of a stack of experts → group → routing statistics."""
 
     def __getitem__(self, group: str) -> Moments:
         return self.groups[group]
@@ -254,20 +286,20 @@ class Activations:
 
 @dataclass(frozen=True)
 class Directions:
-    """Orthonormal rows per stream index. A stream in which nothing was found has rows of zeros, score 0."""
+    """Orthonormal rows for each stream index. A stream in which nothing was found has rows of zeros and score 0."""
 
     basis: Float[Tensor, "streams k width"]
     score: Float[Tensor, " streams"]
-    """How much of the two groups' stream is difference along the basis, 0–1; the same unit for all methods."""
+    """Share (0–1) of the groups' mean length that is difference along the basis. All methods use this unit."""
     raw: Float[Tensor, " streams"]
-    """The extractor's own strength."""
+    """The extractor's own measure of strength."""
     unit: str
-    """What ``raw`` is measured in."""
+    """Unit of ``raw``."""
     trace: tuple[str, ...] = ()
-    """The steps that made it."""
+    """Names of the steps that made the directions."""
     covectors: Float[Tensor, "streams k width"] | None = None
-    """What is measured of a stream along each row, where that is not the row itself: A with A·basisᵀ = I. The edit
-    x ← x − s·basisᵀ(A x) is then an oblique projection (LEACE); None is the orthogonal one."""
+    """A, with A·basisᵀ = I, for an oblique projection x ← x − s·basisᵀ(A x) as in LEACE. None stands for A = basis, the
+    orthogonal projection."""
 
     def __post_init__(self) -> None:
         gram = self.basis.double() @ self.basis.double().mT
@@ -276,39 +308,40 @@ class Directions:
             raise ValueError("directions must be orthonormal rows, or rows of zeros where nothing was found")
         if self.covectors is not None and not torch.allclose(
             self.covectors.double() @ self.basis.double().mT, eye, atol=1e-3
-        ):  # covectors are long where groups spread much, and rounding grows with them
+        ):  # covectors grow with the spread of the groups, and so does their rounding
             raise ValueError("covectors must give 1 on their own direction and 0 on the others")
 
 
 # --------------------------------------------------------------------------------------------- plan
 @dataclass(frozen=True)
 class Edit:
-    """y ← y − s·Bᵀ(A(y − μ)) at a writer's output, x likewise at a reader's input. A is B unless given.
+    """Edit along a subspace: y ← y − s·Bᵀ(A(y − μ)) at a writer's output, or x likewise at a reader's input.
 
-    Along a subspace B has orthonormal rows. Norm gains between the site and the stream are already folded in.
+    B has orthonormal rows, and A is B unless covectors are given. The gain of a norm between the site and the residual
+    stream is already folded in.
     """
 
     site: Site
     basis: Float[Tensor, "k width"]
-    """B: what is taken off."""
+    """B."""
     strength: float
-    """1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, below 0 amplifies."""
+    """s: 1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, and values below 0 amplify."""
     norm: NormRule = "none"
-    """For writers only: what a matrix reads has no length that its rules would keep."""
+    """Norm rule, for writers only."""
     anchor: Float[Tensor, " width"] | None = None
-    """μ: what stays along B. None is the origin."""
+    """μ, whose component along B is kept. None stands for the origin."""
     covectors: Float[Tensor, "k width"] | None = None
-    """A: by what it is measured, with A Bᵀ = I. None is B: an orthogonal projection."""
+    """A, with A Bᵀ = I. None stands for A = B, an orthogonal projection."""
 
     @property
     def along(self) -> Float[Tensor, "k width"]:
-        """A."""
+        """A: the covectors if there are any, else the basis."""
         return self.basis if self.covectors is None else self.covectors
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Some inputs of a writer silenced: x_j ← 0, for neurons of an MLP or of an expert, or whole heads of attention."""
+    """Set some inputs of a writer to zero: neurons of an MLP or expert, or the columns of an attention head."""
 
     site: Site
     neurons: Int[Tensor, " n"]
@@ -317,7 +350,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Shift:
-    """y ← y + v at a writer's output, for every token: permanent steering."""
+    """Add a constant vector to a writer's output at every token (permanent steering): y ← y + v."""
 
     site: Site
     vector: Float[Tensor, " width"]
@@ -325,24 +358,24 @@ class Shift:
 
 @dataclass(frozen=True)
 class Blend:
-    """W ← (1 − share)·W + share × the donors' mean, the bias likewise: for one expert of a stack, before its edits."""
+    """Blend one expert with others before its edits: W ← (1 − share)·W + share · mean of the donors, bias likewise."""
 
     site: Site
     donors: Int[Tensor, " n"]
-    """Experts of the same stack."""
+    """Numbers of experts of the same stack."""
     share: float
     weight: Float[Tensor, "out in"] | None = None
-    """The donors' mean. Executors take it from the model; a plan holds none."""
+    """Mean weight of the donors. Executors read it from the model; a plan does not hold it."""
     bias: Float[Tensor, " out"] | None = None
 
 
 @dataclass(frozen=True)
 class ZeroOutput:
-    """y ← 0 at a writer's output, its bias too: the site does nothing any more. Of a stack, every expert or one."""
+    """Set a writer's output, bias included, to zero: y ← 0. For a stack this is every expert, or the one of the site."""
 
     site: Site
     outputs: Int[Tensor, " n"] | None = None
-    """Only these coordinates; None is all."""
+    """Output coordinates to set to zero. None stands for all."""
 
 
 Change = Edit | Mask | Shift | Blend | ZeroOutput
@@ -350,11 +383,11 @@ Change = Edit | Mask | Shift | Blend | ZeroOutput
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to a model: the only thing that executors accept. Changes of one site apply in order."""
+    """All changes to make to a model. Executors accept nothing else, and apply the changes of one site in order."""
 
     edits: tuple[Change, ...] = ()
     model: str = ""
-    """``Source.digest`` of the model that it was made for."""
+    """``Source.digest`` of the model that the plan was made for."""
 
     def __add__(self, other: Plan) -> Plan:
         if self.edits and other.edits and self.model != other.model:
@@ -362,6 +395,6 @@ class Plan:
         return Plan(self.edits + other.edits, other.model or self.model)
 
     def by_site(self) -> dict[str, tuple[Change, ...]]:
-        """Changes grouped by `Site.parameter`, in their order."""
+        """Group the changes by `Site.parameter`, in their order."""
         names = dict.fromkeys(e.site.parameter for e in self.edits)
         return {name: tuple(e for e in self.edits if e.site.parameter == name) for name in names}

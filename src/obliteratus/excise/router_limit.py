@@ -9,12 +9,11 @@ import torch
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import Change, Plan, Prompt, Subject
+from obliteratus.core.types import Change, Plan, ProbeRequest, Prompt, Subject
 from obliteratus.excise.kl_budget import PROMPTS, largest_factor, scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
 
 # Of the experts chosen for control prompts, the share that may become others. A model whose experts stand in for one
 # another loses little by it, and none was seen to keep its answers when most of them change.
@@ -50,7 +49,7 @@ def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[P
 def chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
     """The experts of each prompt's last token. All stacks of a model choose equally many."""
     found: dict[int, torch.Tensor] = {}
-    for reading in read_hidden_states(subject, ids, taps=ModulesToRead(experts=stacks), title="routers"):
+    for reading in read_hidden_states(subject, ids, request=ProbeRequest(expert_modules=stacks), title="routers"):
         each = torch.stack([reading.routing[path].chosen for path in stacks], 1)
         found |= dict(zip(reading.rows, each, strict=True))
     return torch.stack([found[row] for row in range(len(ids))])

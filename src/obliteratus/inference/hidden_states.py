@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import Subject
+from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.batching import (
     TOKENS,
     PreparedPrompts,
@@ -24,12 +24,12 @@ from obliteratus.inference.batching import (
     tokens_per_batch,
 )
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.hooks import ExpertRouting, ModulesToRead, StreamCapture
+from obliteratus.inference.hooks import ExpertRouting, StreamCapture
 from obliteratus.inference.layerwise import LayerwisePass, run_layerwise
 from obliteratus.inference.shared_prefix import prepare_prompts
 from obliteratus.inference.spill import SpilledRows, allocate_rows
 
-NO_TAPS = ModulesToRead()
+STREAM_ONLY = ProbeRequest()
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_hidden_states(
     ids: Ids,
     *,
     position: int | Sequence[int] = -1,
-    taps: ModulesToRead = NO_TAPS,
+    request: ProbeRequest = STREAM_ONLY,
     last: int | None = None,
     budget: int = 0,
     reuse: bool = True,
@@ -70,19 +70,19 @@ def read_hidden_states(
 
     position: counted from the end of each row (−1 is its last token; shorter rows give their first). Several are
     read in the same pass.
-    taps: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
+    request: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
     above do not run. budget: tokens a batch, 0 lets memory decide. Weights on disk are read once for all prompts, and
     the first batch comes when all are through.
     """
     if subject.offloaded is not None:
         with tokens_per_batch(budget or TOKENS.get()):
-            yield from _swept(subject, ids, position, taps, subject.n_layers if last is None else last, title)
+            yield from _swept(subject, ids, position, request, subject.n_layers if last is None else last, title)
         return
     with torch.inference_mode(), progress(title, len(ids)) as advance:
         prompts = prepare_prompts(
             subject, ids, reuse, leave=-(position if isinstance(position, int) else min(position))
         )
-        run = _reader(subject, prompts, position, taps, last)
+        run = _reader(subject, prompts, position, request, last)
         size = budget or token_budget(subject, state_bytes(subject))
         for rows in make_batches([len(r) for r in prompts.rows], size):
             for reading in run_or_halve(run, rows):
@@ -94,7 +94,7 @@ def _reader(
     subject: Subject,
     prompts: PreparedPrompts,
     position: int | Sequence[int],
-    taps: ModulesToRead,
+    request: ProbeRequest,
     last: int | None = None,
 ) -> Callable[[list[int]], BatchStates]:
     top = subject.n_layers if last is None else last
@@ -102,7 +102,7 @@ def _reader(
 
     def run(rows: list[int]) -> BatchStates:
         ids, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
-        capture = StreamCapture(subject, _at(lengths, wanted), taps, top)
+        capture = StreamCapture(subject, _at(lengths, wanted), request, top)
         with capture.watching(), prompts.around(rows):
             run_backbone(subject, ids, prompts.skipped, prompts.cache(rows))
         return BatchStates(rows, *capture.stacked(), capture.inputs, capture.routing)
@@ -126,7 +126,7 @@ class _Kept:
 
 
 def _swept(
-    subject: Subject, ids: Ids, position: int | Sequence[int], taps: ModulesToRead, top: int, title: str
+    subject: Subject, ids: Ids, position: int | Sequence[int], request: ProbeRequest, top: int, title: str
 ) -> Iterator[BatchStates]:
     wanted = torch.tensor(position)
     streams = allocate_rows(subject, len(ids) * (top + 1), subject.width * wanted.numel(), torch.float32)
@@ -134,7 +134,9 @@ def _swept(
 
     @contextmanager
     def look(stream: int, rows: list[int], lengths: Tensor) -> Iterator[None]:
-        capture = StreamCapture(subject, _at(lengths, wanted), _within(subject, taps, stream - 1), stream, first=stream)
+        capture = StreamCapture(
+            subject, _at(lengths, wanted), _within(subject, request, stream - 1), stream, first=stream
+        )
         with capture.watching():
             yield
         mine = kept.setdefault(tuple(rows), _Kept())
@@ -146,21 +148,21 @@ def _swept(
 
     run_layerwise(subject, LayerwisePass(subject, ids, -int(wanted.min())), top=top, look=look, title=title)
     for rows, found in kept.items():
-        yield _reading(list(rows), found, streams, taps, (top + 1, *wanted.shape, subject.width))
+        yield _reading(list(rows), found, streams, request, (top + 1, *wanted.shape, subject.width))
 
 
-def _within(subject: Subject, taps: ModulesToRead, block: int) -> ModulesToRead:
+def _within(subject: Subject, request: ProbeRequest, block: int) -> ProbeRequest:
     """Those of one block."""
     start = f"{subject.layers}.{block}."
-    parts = (taps.outputs, taps.inputs, taps.experts)
-    return ModulesToRead(*([path for path in part if path.startswith(start)] for part in parts))
+    parts = (request.output_modules, request.input_modules, request.expert_modules)
+    return ProbeRequest(*([path for path in part if path.startswith(start)] for part in parts))
 
 
 def _reading(
-    rows: list[int], found: _Kept, streams: Tensor | SpilledRows, taps: ModulesToRead, shape: tuple[int, ...]
+    rows: list[int], found: _Kept, streams: Tensor | SpilledRows, request: ProbeRequest, shape: tuple[int, ...]
 ) -> BatchStates:
     numbers = torch.tensor(rows)[:, None] * shape[0] + torch.arange(shape[0])
-    outputs = [found.outputs[path] for path in taps.outputs]
+    outputs = [found.outputs[path] for path in request.output_modules]
     none = torch.empty(len(rows), 0, *shape[1:])
     return BatchStates(
         rows,

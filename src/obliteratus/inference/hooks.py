@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import Subject
+from obliteratus.core.types import ProbeRequest, Subject
 
 
 class DoneError(Exception):
@@ -21,16 +21,6 @@ class DoneError(Exception):
 def decoder_blocks(subject: Subject) -> list[nn.Module]:
     """The decoder blocks, in order."""
     return list(subject.module(subject.layers).children())
-
-
-@dataclass(frozen=True)
-class ModulesToRead:
-    """Module paths of which more than the stream is wanted."""
-
-    outputs: Sequence[str] = ()
-    inputs: Sequence[str] = ()
-    experts: Sequence[str] = ()
-    """Stacks of experts: which were chosen, and what each of these put out. For one position only."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,8 @@ class StreamCapture:
     at: position of each row, [rows], or positions, [rows, positions].
     """
 
-    def __init__(self, subject: Subject, at: Tensor, taps: ModulesToRead, top: int, first: int = 0) -> None:
-        self.subject, self.at, self.taps, self.top, self.first = subject, at, taps, top, first
+    def __init__(self, subject: Subject, at: Tensor, request: ProbeRequest, top: int, first: int = 0) -> None:
+        self.subject, self.at, self.request, self.top, self.first = subject, at, request, top, first
         self.stream: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -69,10 +59,15 @@ class StreamCapture:
         handles = [layer.register_forward_hook(self._leaving) for layer in layers[max(self.first - 1, 0) : self.top]]
         if not self.first:
             handles.append(layers[0].register_forward_pre_hook(self._entering, with_kwargs=True))
-        handles += [self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.taps.outputs]
-        handles += [self.subject.module(path).register_forward_pre_hook(self._feed(path)) for path in self.taps.inputs]
         handles += [
-            self.subject.module(path).register_forward_pre_hook(self._route(path)) for path in self.taps.experts
+            self.subject.module(path).register_forward_hook(self._tap(path)) for path in self.request.output_modules
+        ]
+        handles += [
+            self.subject.module(path).register_forward_pre_hook(self._feed(path)) for path in self.request.input_modules
+        ]
+        handles += [
+            self.subject.module(path).register_forward_pre_hook(self._route(path))
+            for path in self.request.expert_modules
         ]
         try:
             yield
@@ -85,7 +80,7 @@ class StreamCapture:
     def stacked(self) -> tuple[Tensor, Tensor]:
         """[rows, streams, width] and [rows, taps, width], fp32 on the CPU; with positions, one axis of them more."""
         none = torch.empty(len(self.at), 0, *self.at.shape[1:], self.subject.width)
-        outputs = [self.outputs[path] for path in self.taps.outputs]
+        outputs = [self.outputs[path] for path in self.request.output_modules]
         return torch.stack(self.stream, 1), torch.stack(outputs, 1) if outputs else none
 
     def _pick(self, states: Any) -> Tensor:

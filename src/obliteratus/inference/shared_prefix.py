@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Subject
+from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.batching import PreparedPrompts, pad_rows, run_backbone, shared_prefix_length
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.hooks import ModulesToRead, StreamCapture
+from obliteratus.inference.hooks import StreamCapture
 from obliteratus.inference.kv_cache import prefix_states
 from obliteratus.inference.row_plans import variants_of
 from obliteratus.summon.sites import architecture_of
@@ -50,7 +50,7 @@ def _equal(subject: Subject, whole: PreparedPrompts, prompts: PreparedPrompts) -
 def _last(subject: Subject, prompts: PreparedPrompts, row: int) -> Float[Tensor, "1 streams width"]:
     """The stream at a row's last token."""
     ids, lengths = pad_rows([prompts.rows[row]], subject.device)
-    capture = StreamCapture(subject, lengths - 1, ModulesToRead(), subject.n_layers)
+    capture = StreamCapture(subject, lengths - 1, ProbeRequest(), subject.n_layers)
     with capture.watching(), prompts.around([row]):
         run_backbone(subject, ids, prompts.skipped, prompts.cache([row]))
     return capture.stacked()[0].detach()

@@ -16,7 +16,7 @@ from obliteratus.core.progress import note
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Excise, Recipe, Step, expand_part
-from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Subject
+from obliteratus.core.types import Activations, Directions, Plan, ProbeRequest, PromptSet, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.bake.tensors import anchorable
 from obliteratus.excise.kl_budget import limit_kl
@@ -186,12 +186,12 @@ def probed(
 ) -> Activations:
     """PROBE as a stage. What it gives of the unedited model is kept for later runs; a plan that is live now is none."""
     anchored = [p for part in recipe.excise.parts for p in expand_part(part)] if recipe.excise.anchored else []
-    taps = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
+    outputs = [s.path for s in subject.sites if s.role == "writes" and s.part in anchored]
     wanted = expand_part("mlp.out") if recipe.excise.neurons is not None else ()
-    feeds = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
-    stacks = [s.path for s in subject.sites if s.role == "writes" and s.stacked and recipe.excise.experts is not None]
+    inputs = [s.path for s in subject.sites if s.part in wanted and not s.stacked]
+    experts = [s.path for s in subject.sites if s.role == "writes" and s.stacked and recipe.excise.experts is not None]
     look = collect_activations if plan is not None and plan.edits else partial(kept, stage)
-    make = partial(look, subject, fit, recipe.probe, taps, feeds, stacks)
+    make = partial(look, subject, fit, recipe.probe, ProbeRequest(outputs, inputs, experts))
     return store.stage(stage, make, save_activations, load_activations)
 
 

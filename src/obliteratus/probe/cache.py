@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, PromptSet, Subject, digest_of
+from obliteratus.core.types import Activations, ProbeRequest, PromptSet, Subject, digest_of
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.weights.organism import cache_folder
 from obliteratus.weights.rewrite import sha256_of
@@ -47,9 +47,7 @@ def kept(
     subject: Subject,
     prompts: PromptSet,
     options: Probe,
-    taps: Sequence[str] = (),
-    feeds: Sequence[str] = (),
-    stacks: Sequence[str] = (),
+    request: ProbeRequest = STREAM_ONLY,
 ) -> Activations:
     """What `collect_activations` gives, from disk where an earlier run left it; the rest of the arguments are `collect_activations`'s.
 
@@ -58,14 +56,15 @@ def kept(
     """
     weights = "" if os.environ.get(SWITCH) == "off" or _hooked(subject.model) else weights_of(subject)
     if not weights:
-        return collect_activations(subject, prompts, options, taps, feeds, stacks)
-    key = digest_of([weights, made_by(subject), asked_of(subject, prompts, options), [*taps], [*feeds], [*stacks]])
+        return collect_activations(subject, prompts, options, request)
+    modules = [[*paths] for paths in (request.output_modules, request.input_modules, request.expert_modules)]
+    key = digest_of([weights, made_by(subject), asked_of(subject, prompts, options), modules])
     place = cache_folder() / "probes" / key
     found = _read(place)
     if found is not None:
         note(stage, "kept from an earlier run on the same model and prompts")
         return found
-    acts = collect_activations(subject, prompts, options, taps, feeds, stacks)
+    acts = collect_activations(subject, prompts, options, request)
     try:
         _write(acts, place)
     except (OSError, SafetensorError) as error:  # no room, no permission, or another process cleaning up

@@ -13,11 +13,10 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, Moments, Prompt, PromptSet, Sketch, Subject, digest_of
+from obliteratus.core.types import Activations, Moments, ProbeRequest, Prompt, PromptSet, Sketch, Subject, digest_of
 from obliteratus.inference import routing
 from obliteratus.inference.chat_template import render_prompts
-from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
-from obliteratus.inference.hooks import ModulesToRead
+from obliteratus.inference.hidden_states import STREAM_ONLY, BatchStates, read_hidden_states
 from obliteratus.inference.routing import RoutingCounts
 from obliteratus.probe.frequent_directions import FrequentDirections
 
@@ -29,25 +28,19 @@ def collect_activations(
     subject: Subject,
     prompts: PromptSet,
     options: Probe = DEFAULT,
-    taps: Sequence[str] = (),
-    feeds: Sequence[str] = (),
-    stacks: Sequence[str] = (),
+    request: ProbeRequest = STREAM_ONLY,
 ) -> Activations:
-    """The residual stream at one position of every prompt, for each group.
+    """Read the residual stream at one position of every prompt, and sum it up for each group.
 
-    taps: module paths whose mean output over the control group is wanted too (the anchors of anchored edits).
-    feeds: module paths whose mean input is wanted too, of every group.
-    stacks: paths of stacks of experts of which it is wanted what the prompts were routed to, and what came of it.
+    request: the modules that are read in the same passes.
     Raises UserError if any activation is NaN or Inf.
     """
     asked = [(group, prompt) for group, members in prompts.groups.items() for prompt in members]
     first = {group: next(i for i, (name, _) in enumerate(asked) if name == group) for group in prompts.groups}
-    found = {group: _Group(subject, members, options, taps, feeds) for group, members in prompts.groups.items()}
-    counts = {path: RoutingCounts() for path in stacks}
+    found = {group: _Group(subject, members, options, request) for group, members in prompts.groups.items()}
+    counts = {path: RoutingCounts() for path in request.expert_modules}
     ids = render_prompts(subject, [prompt for _, prompt in asked])
-    for reading in read_hidden_states(
-        subject, ids, position=options.position, taps=ModulesToRead(taps, feeds, stacks), title="PROBE"
-    ):
+    for reading in read_hidden_states(subject, ids, position=options.position, request=request, title="PROBE"):
         for group, places in _by_group(asked, reading.rows).items():
             here = reading.of(places)
             _check_finite(here, group, first[group])
@@ -55,7 +48,7 @@ def collect_activations(
             for path, of in counts.items():
                 of.add(group, here.routing[path])
     digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    anchors = found[ANCHOR_GROUP].outputs() if taps else {}
+    anchors = found[ANCHOR_GROUP].outputs() if request.output_modules else {}
     inputs = {group: mine.inputs() for group, mine in found.items()}
     routed = {path: of.routed() for path, of in counts.items()}
     moments = {group: mine.moments() for group, mine in found.items()}
@@ -75,13 +68,11 @@ class _Group:
     """Running sums of one group, fp64, and its rows or a sketch of them if that is kept. Its prompts may come in any
     order."""
 
-    def __init__(
-        self, subject: Subject, prompts: Sequence[Prompt], options: Probe, taps: Sequence[str], feeds: Sequence[str]
-    ) -> None:
-        self.prompts, self.taps = prompts, taps
+    def __init__(self, subject: Subject, prompts: Sequence[Prompt], options: Probe, request: ProbeRequest) -> None:
+        self.prompts, self.request = prompts, request
         self.total = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
-        self.tapped = torch.zeros(len(taps), subject.width, dtype=torch.float64)
-        self.fed = {path: torch.zeros(1, dtype=torch.float64) for path in feeds}
+        self.tapped = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
+        self.fed = {path: torch.zeros(1, dtype=torch.float64) for path in request.input_modules}
         self.rows = torch.empty(len(prompts), *self.total.shape) if options.keep == "rows" else None
         size = options.sketch if options.keep == "sketch" else 0
         self.sketch = FrequentDirections(subject.n_layers + 1, subject.width, size) if size else None
@@ -98,7 +89,7 @@ class _Group:
 
     def outputs(self) -> dict[str, Tensor]:
         """Mean output of each tapped module."""
-        return dict(zip(self.taps, (self.tapped / len(self.prompts)).float(), strict=True))
+        return dict(zip(self.request.output_modules, (self.tapped / len(self.prompts)).float(), strict=True))
 
     def inputs(self) -> dict[str, Tensor]:
         """Mean input of each module that was asked for."""
