@@ -20,7 +20,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Prompt, Subject
-from obliteratus.distill.steps import NOTHING, with_common_score
+from obliteratus.distill.steps import NEGLIGIBLE_DIFFERENCE, compute_score
 from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
@@ -154,7 +154,7 @@ def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out
     means = {g: stream_means(subject, rows, range(-n, 0)) for g, rows in fit.items()}
     delta = means["target"] - means["control"]
     size = means["target"].norm(dim=-1) + means["control"].norm(dim=-1)
-    real = delta.norm(dim=-1) > NOTHING * size
+    real = delta.norm(dim=-1) > NEGLIGIBLE_DIFFERENCE * size
     top = max(2, int(DEPTH * subject.n_layers))  # a model of two blocks has stream 1 at least
     places = [(p, s) for p in range(n) for s in range(1, subject.n_layers) if bool(real[p, s])]
     found = tuple(Candidate(p - n, s, delta[p, s].to(subject.device)) for p, s in places if s < top)
@@ -232,4 +232,4 @@ def same_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw:
     """One direction for all streams."""
     streams = len(acts["target"].mean)
     basis = normalize(vector.float().cpu(), dim=0).expand(streams, 1, -1).contiguous()
-    return Directions(basis, with_common_score(acts, basis), torch.full((streams,), raw), unit)
+    return Directions(basis, compute_score(acts, basis), torch.full((streams,), raw), unit)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
-from obliteratus.excise.linear import through_gain
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.batching import PreparedPrompts, pad_rows
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.logits import narrow_head, next_logits
 from obliteratus.inference.shared_prefix import prepare_prompts
-from obliteratus.summon.sites import gain_of
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a templated prompt and of an answer to it."""
@@ -34,17 +33,8 @@ class FitContext:
 
 
 def ablate(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:
-    """Inside, nothing along the direction is written into the stream, by any writer. Gradients reach it.
-
-    Behind a norm with gain γ the writer loses γ⊙d instead, so that what passes the norm is free of d.
-    """
-    edits = [Edit(s, _folded(subject, s, direction), 1.0) for s in subject.sites if s.role == "writes"]
-    return applied(subject, Plan(tuple(edits), subject.source.digest))
-
-
-def _folded(subject: Subject, site: Site, direction: Float[Tensor, " width"]) -> Float[Tensor, "1 width"]:
-    gain, row = gain_of(subject, site), normalize(direction, dim=0)[None]
-    return row if gain is None else through_gain(row, gain.to(row))
+    """Return a context inside which no writer writes along the direction. Gradients reach the direction."""
+    return applied(subject, remove_from_writers(subject, normalize(direction, dim=0)[None]))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.steps import extractors, mean_difference, previous_directions, with_common_score
+from obliteratus.distill.steps import extractors, mean_difference, require_directions, compute_score
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 
@@ -63,7 +63,7 @@ def rdo(
     after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
     loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
     """
-    found = previous_directions(so_far, "rdo")
+    found = require_directions(so_far, "rdo")
     stream = max(1, int(found.score.argmax()))
     start = found.basis[stream, 0]
     if not bool(start.any()):
@@ -79,7 +79,7 @@ def rdo(
         f"cosine to the start {float(fitted.best @ start):.3f}",
     )
     basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
-    return Directions(basis, with_common_score(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
+    return Directions(basis, compute_score(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
 
 
 def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:

@@ -22,8 +22,8 @@ from obliteratus.distill.steps import (
     extractors,
     mean_difference,
     orthonormalize,
-    previous_directions,
-    with_common_score,
+    require_directions,
+    compute_score,
 )
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
@@ -59,7 +59,7 @@ def keep_reasoning(
     Rows stay orthonormal; a row that was all reasoning becomes a row of zeros. raw stays that of the step before.
     Not published: a method of this name in another program projects out prompt activations, in which nobody reasons.
     """
-    so_far = previous_directions(so_far, STEP)
+    so_far = require_directions(so_far, STEP)
     rows = reasoning_rows(lab, prompts, tokens, places)
     if min(len(rows) - 1, lab.subject.width) < k:
         raise UserError(f"distill step '{STEP}': k={k} needs more than {k} places; got {len(rows)}; raise prompts")
@@ -68,7 +68,7 @@ def keep_reasoning(
     basis = align_signs(orthonormalize(rest), mean_difference(acts))
     left = float(rest.norm() / so_far.basis.norm().clamp(min=1e-30))
     note(STEP, f"{len(rows)} places; of the directions' length {left:.2f} is left")
-    return Directions(basis, with_common_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+    return Directions(basis, compute_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
 
 
 def reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:

@@ -32,9 +32,10 @@ from obliteratus.core.types import (
 )
 from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
-from obliteratus.excise.linear import before_gain, center_rows, past_gain, through_gain
+from obliteratus.excise.linear import center_rows, past_gain
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift
+from obliteratus.excise.writers import fold_gain
 from obliteratus.summon.sites import gain_of, norm_bias_of
 from obliteratus.weights.matrices import count_inputs, count_outputs, each_expert, has_bias
 from obliteratus.weights.safetensors_io import tensor_bytes
@@ -96,20 +97,9 @@ def _edit(
     oblique = None if directions.covectors is None else directions.covectors[site.stream][there]
     if site.role == "reads":
         return _reader(subject, site, rows[there], oblique, strength)
-    basis, along = _writer(subject, site, rows[there], oblique)
+    basis, along = fold_gain(subject, site, rows[there], oblique)
     anchor = acts.outputs[site.path] if options.anchored else None
     return Edit(site, basis.contiguous(), strength, options.norm, anchor, along)
-
-
-def _writer(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Basis and covectors with the gain between the site and the stream folded in."""
-    gain = gain_of(subject, site)
-    if gain is None:
-        return rows, oblique
-    if oblique is None:
-        return through_gain(rows, gain.to(rows)), None
-    along, basis = before_gain(oblique, rows, gain.to(rows))
-    return basis, along
 
 
 def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> Edit | None:

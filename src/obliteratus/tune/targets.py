@@ -23,7 +23,7 @@ from obliteratus.verify.refusal import judge_answer
 
 # Tokens of an answer that are not the base's own choice. Longer ones help where the base relapses into refusing, but
 # what is then tuned towards is the plan's own wording, which the base finds unlikely (docs/experiments/tuned.md).
-OPENINGS = (1, 2, 4)
+OPENING_LENGTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainingPairs:
 
 
 def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most: int) -> TrainingPairs:
-    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `answering_pairs` ones.
+    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `find_answering_pairs` ones.
 
     At most ``most`` prompts of each group, evenly spread. Raises UserError where all of the latter refuse.
     """
@@ -44,7 +44,7 @@ def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int,
     controls = ids["control"] + ids.get("keep", [])
     own = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, own, strict=True) if pair[1]]
-    found = answering_pairs(subject, ids["target"], plan, tokens)
+    found = find_answering_pairs(subject, ids["target"], plan, tokens)
     note("TUNE", f"answers to {len(found)} of {len(ids['target'])} target prompts do not refuse")
     return TrainingPairs(control, found)
 
@@ -54,32 +54,32 @@ def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
     return [asked[i] for i in evenly_spaced(len(asked), most)]
 
 
-def answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
+def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
     """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
 
     The opening is as short as can be: all behind it is the base's own choice, and as coherent as the base. Where none
-    of the plan's leads past a refusal, those of `remove_everywhere` are tried. Raises UserError where no prompt is left.
+    of the plan's leads past a refusal, those of `ablate_every_writer` are tried. Raises UserError where no prompt is left.
     """
     found: list[Pair] = []
-    for attempt in (plan, remove_everywhere(subject, plan)):
+    for attempt in (plan, ablate_every_writer(subject, plan)):
         done = {str(row) for row, _ in found}
         if left := [row for row in ids if str(row) not in done]:
             with applied(subject, attempt):
-                openings = generate(subject, left, OPENINGS[-1], title="TUNE openings")
-            found += led_pairs(subject, list(zip(left, openings, strict=True)), tokens)
+                openings = generate(subject, left, OPENING_LENGTHS[-1], title="TUNE openings")
+            found += continue_openings(subject, list(zip(left, openings, strict=True)), tokens)
     if not found:
         raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
     return found
 
 
-def led_pairs(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
+def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
     """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two,
     else from four.
 
     Only those that do not refuse: a model that has begun to answer may yet refuse a sentence later.
     """
     found: list[Pair] = []
-    for n in OPENINGS:
+    for n in OPENING_LENGTHS:
         done = {str(row) for row, _ in found}
         begun = [(row, opening[:n]) for row, opening in openings if str(row) not in done and len(opening) >= n]
         if begun:
@@ -94,7 +94,7 @@ def _answers(subject: Subject, answer: list[int]) -> bool:
 
 
 # ------------------------------------------------------------------------------------- the strongest edit
-def remove_everywhere(subject: Subject, plan: Plan) -> Plan:
+def ablate_every_writer(subject: Subject, plan: Plan) -> Plan:
     """Every writer loses all that the nearest edited writer loses along: strength 1, no anchor."""
     edits = [e for e in plan.edits if isinstance(e, Edit) and e.site.role == "writes"]
 
@@ -102,10 +102,10 @@ def remove_everywhere(subject: Subject, plan: Plan) -> Plan:
         return min(edits, key=lambda e: (abs(e.site.layer - site.layer), e.site.part != site.part))
 
     sites = [s for s in subject.sites if s.role == "writes"] if edits else []
-    return Plan(tuple(Edit(s, _before(subject, s, stream_rows(subject, nearest(s))), 1.0) for s in sites), plan.model)
+    return Plan(tuple(Edit(s, _before(subject, s, rows_without_gain(subject, nearest(s))), 1.0) for s in sites), plan.model)
 
 
-def stream_rows(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
+def rows_without_gain(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
     """The rows that the stream loses along, without the gain that was folded into a writer's."""
     gain = gain_of(subject, edit.site)
     if gain is None:

@@ -1,5 +1,5 @@
 """A model and a checkpoint's own files that its plan can be baked onto: those that it was loaded from, or the
-full-precision ones that it was quantised from.
+full-precision ones that it was quantized from.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ NO_BASE = "none"
 
 def find_base(subject: Subject, base: str = "") -> Checkpoint | None:
     """The checkpoint whose files ``merged`` is baked onto: ``base`` (folder, organism:NAME, hub id), or the one that a
-    quantised model was quantised from on loading, or a plain model's own; None where there is none, or for ``none``.
+    quantized model was quantized from on loading, or a plain model's own; None where there is none, or for ``none``.
 
     UserError where ``base`` is no full-precision checkpoint of this model, as far as can be seen before baking: the
     first packed matrix is compared. Or where files are missing or cut short.
     """
     packed = [site for site in subject.sites if is_packed(subject.module(site.path))]
     if base and not packed:
-        raise UserError(f"--base {base}: {subject.source.id} is not quantised, and is edited itself; leave --base out")
+        raise UserError(f"--base {base}: {subject.source.id} is not quantized, and is edited itself; leave --base out")
     if not packed:
         return own_checkpoint(subject)
     name = base or subject.source.base
@@ -57,9 +57,9 @@ class BaseCheckpoint:
     """Parameter names of embedding and head, where they share their storage."""
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the model is, and these are the full-precision files that stand for it."""
-        return bool(self.subject.source.quantisation)
+        return bool(self.subject.source.quantization)
 
     def source(self, parameter: str) -> str | None:
         """The stored tensor that holds the parameter's numbers: of a tied head, that of the embedding."""
@@ -113,7 +113,7 @@ def why_not(onto: BaseCheckpoint, plan: Plan) -> str:
     sites = [*sites_with_new_bias(onto.subject, plan), *(changes[0].site for changes in plan.by_site().values())]
     for site in sites:
         why = onto.why_not(site)
-        if why and onto.quantised:
+        if why and onto.quantized:
             raise UserError(f"{onto.files.name}: {why}; {_OTHERWISE}")
         if why:
             return why

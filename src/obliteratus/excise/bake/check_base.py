@@ -25,7 +25,7 @@ def check_same(subject: Subject, site: Site, holder: nn.Module, name: str) -> No
     share = differing_codes(read_weight(holder, site).to(subject.device), module)
     if share > same_matrix_limit(module):
         raise UserError(
-            f"{name}: {site.path} is not what was quantised ({share:.1%} of its codes differ); give the model's own "
+            f"{name}: {site.path} is not what was quantized ({share:.1%} of its codes differ); give the model's own "
             "base, or --base none to unpack, edit and pack again"
         )
 
@@ -37,9 +37,9 @@ def check_expert(subject: Subject, site: Site, part: Tensor, start: int, name: s
 
 
 def _check(subject: Subject, site: Site, mine: Tensor, theirs: Tensor, name: str) -> None:
-    if mine.is_meta or _same(mine, theirs, exact=not subject.source.quantisation):  # meta: it stayed on disk
+    if mine.is_meta or _same(mine, theirs, exact=not subject.source.quantization):  # meta: it stayed on disk
         return
-    if subject.source.quantisation:
+    if subject.source.quantization:
         raise UserError(f"{name}: {site.path} differs from that of {subject.source.id}; give the model's own base")
     raise UserError(
         f"{name}: {site.parameter} is not what was loaded: its file was altered, or the model was changed in memory; "

@@ -49,7 +49,7 @@ def bake_into_checkpoint(onto: BaseCheckpoint, plan: Plan, folder: Path) -> dict
     notes: dict[str, Any] = {
         "onto": {"name": files.name, "files": len(files.shards), "copied": copies, "tensors": counts}
     }
-    return notes | ({"base": files.name} if onto.quantised else {})
+    return notes | ({"base": files.name} if onto.quantized else {})
 
 
 def _identity(files: Checkpoint, plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""A plan as live hooks: exact, O(width) a token, no weight copied or dequantised, undone by leaving the block.
+"""A plan as live hooks: exact, O(width) a token, no weight copied or dequantized, undone by leaving the block.
 
 Only an edit of one head under a norm rule holds more: the difference of that head's columns; and a norm rule on a
 stack of experts: a factor for each of their inputs; and a blend of experts: one matrix, their donors' mean.
