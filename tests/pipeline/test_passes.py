@@ -88,7 +88,7 @@ def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_enough_decides_when_passes_end() -> None:
     """A model that refuses nothing ends them even where none is enough."""
-    assert len(made(3, 3, enough=0.0)[1].passes) == 1
+    assert len(made(3, 3, stop_below_refusal=0.0)[1].passes) == 1
 
 
 def shown(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:

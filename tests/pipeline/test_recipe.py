@@ -66,7 +66,7 @@ def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
         "search": {
             "trials": 7,
             "sampler": "gp",
-            "minimise": ["refusal.target"],
+            "minimize": ["refusal.target"],
             "space": {
                 "weigh.0.low": {"low": 1e-3, "high": 0.5, "log": True},
                 "distill": {"choices": [[{"use": "mean_diff"}], [{"use": "union", "other": {"use": "svd", "k": 2}}]]},

@@ -1,8 +1,9 @@
-"""What a recipe can say: plain data, checked as a whole when it is made."""
+"""Define what a recipe can contain: plain data, validated as a whole when it is created."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,30 +11,42 @@ from obliteratus.core.types import NormRule
 
 
 class FrozenModel(BaseModel):
-    """Plain data: unknown keys are refused, nothing changes after it is made."""
+    """Immutable plain data that refuses unknown keys, and names the new key for one that was renamed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Old key → new key."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_renamed_keys(cls, data: Any) -> Any:
+        for old, new in cls.RENAMED.items():
+            if isinstance(data, Mapping) and old in data:
+                raise ValueError(f"'{old}' is now called '{new}'")
+        return data
 
 
 class Step(BaseModel):
-    """A registered step by name; all other keys are its options."""
+    """Name of a registered step. All other keys are options of the step."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     use: str
 
     @property
     def options(self) -> dict[str, Any]:
+        """All keys but ``use``."""
         return dict(self.model_extra or {})
 
 
 class Probe(FrozenModel):
-    """Which activations to take."""
+    """Which activations PROBE collects."""
 
     position: int = Field(-1, ge=-64, le=-1)  # 64 reaches past the suffix of every chat template known
-    """Token, counted from the end of the templated prompt."""
+    """Token position, counted from the end of the templated prompt."""
     keep: Literal["rows", "sketch", "moments"] = "rows"
-    """``rows`` keeps every prompt, ``moments`` running means alone, ``sketch`` these and how each group spreads."""
-    sketch: int = Field(64, ge=64, le=4096)  # rows, exact for as many prompts a group; k of any step is less
+    """``rows`` keeps every prompt, ``moments`` only running means, ``sketch`` means and an approximate scatter."""
+    sketch: int = Field(64, ge=64, le=4096)  # at least 64, which is more than the k of any step
+    """Rows of a sketch. It is exact for groups of at most so many prompts."""
 
 
 WRITERS = frozenset({"embed", "attn.out", "mlp.out", "expert.out", "shared.out"})
@@ -42,61 +55,63 @@ EXPERTS = ("expert.out", "shared.out")
 
 
 def expand_part(part: str) -> tuple[str, ...]:
-    """The parts of sites that a recipe's part stands for: ``mlp.out`` is all that the feed-forward half writes."""
+    """Return the parts of sites that a part in a recipe stands for: ``mlp.out`` includes all experts."""
     return (part, *EXPERTS) if part == "mlp.out" else (part,)
 
 
 class Experts(FrozenModel):
-    """Routed experts each by itself, from what PROBE saw of the prompts that were routed to it."""
+    """How to edit routed experts one by one, from the activations of the prompts that were routed to each."""
 
     own: bool = False
-    """Each expert loses the direction in which its own outputs differ between the groups; the fewer prompts it was
-    given, the more of the layer's direction is in it."""
+    """Whether each expert loses the direction in which its own outputs differ between the groups. The fewer prompts
+    were routed to an expert, the closer this direction is to that of the layer."""
     share: float = Field(1.0, gt=0, le=1)
-    """Share of each layer's experts (at least one) that are edited in full: those to which target prompts are routed
-    most, beyond control prompts."""
+    """Share of each layer's experts (at least one) that are edited at full strength. The experts with the largest
+    excess of target prompts over control prompts come first."""
     rest: float = Field(0.0, ge=-4.0, le=4.0)
-    """× the strength, of all others; 0 leaves them alone."""
+    """Factor on the strength for all other experts. 0 leaves them alone."""
     blend: float = Field(0.0, ge=0, le=1)
-    """Share of the edited experts' weights that becomes the mean of the others'; needs a share below 1."""
+    """Share of an edited expert's weights replaced by the mean of the unedited ones. Needs a share below 1."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> Experts:
         if not self.own and self.share == 1:
-            raise ValueError("experts asks for nothing; set own=true or a share below 1, or leave experts out")
+            raise ValueError("experts changes nothing; set own=true or a share below 1, or leave experts out")
         if self.blend and self.share == 1:
             raise ValueError("experts.blend takes the mean of the experts that are not edited; set a share below 1")
         return self
 
 
 class Excise(FrozenModel):
-    """How the directions become edits."""
+    """How the directions become edits of the weights."""
 
     parts: tuple[str, ...] = ("attn.out", "mlp.out")
-    """Writers (attn.out, mlp.out, embed) and, if wanted, readers (attn.in, mlp.in, router, unembed). mlp.out takes
-    experts in; expert.out and shared.out alone are the routed and the shared ones."""
-    strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream is noise on every model tried
+    """Writers (attn.out, mlp.out, embed) and optionally readers (attn.in, mlp.in, router, unembed). mlp.out includes
+    all experts; expert.out stands for the routed experts alone and shared.out for the shared ones."""
+    strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream was noise on every model tried
+    """1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, and values below 0 amplify."""
     norm: NormRule = "none"
+    """Lengths that the edit keeps: those of the weight's ``columns``, its ``rows``, the ``whole``, or ``none``."""
     anchored: bool = False
-    """Keep what the control group has along Q (y ← y − sQQᵀ(y − μ)); needs a bias to bake."""
+    """Whether to keep the control group's mean μ along Q: y ← y − sQQᵀ(y − μ). Baking it needs a bias."""
     heads: float | None = Field(None, gt=0, le=1)
-    """Edit only this share of each layer's attention heads (at least one), those that write most along Q, and leave
-    attention's bias alone; None edits all of attention's output. Other parts are edited whole."""
+    """Share of each layer's attention heads (at least one) to edit, those that write most along Q. The bias of
+    attention is then left alone. None edits all heads. Other parts are edited as a whole."""
     experts: Experts | None = None
-    """None edits all routed experts alike, through their weighted sum. A model without experts has no use for it."""
-    neurons: float | None = Field(None, gt=0, le=0.2)  # a fifth of an MLP is no longer a few neurons
-    """Silence at most this share of each layer's MLP neurons: those that write most of the groups' difference,
-    scored on the model before any removal. First pass only."""
+    """How to edit routed experts one by one. None edits them alike, through their weighted sum."""
+    neurons: float | None = Field(None, gt=0, le=0.2)  # more than a fifth of an MLP is no longer a few neurons
+    """Largest share of each layer's MLP neurons to mask: those that write most of the groups' difference, scored on the
+    unedited model. Only the first pass masks neurons."""
     steer: float = Field(0.0, ge=-4.0, le=4.0)
-    """Add −steer × the groups' difference along Q at the clearest layer that is edited, for every token; below 0 it
-    adds the behaviour. In lengths of that difference. First pass only; needs a bias to bake."""
+    """Add −steer times the groups' difference along Q at every token, at the edited layer with the best score. Values
+    below 0 add the behavior. Only the first pass steers, and baking it needs a bias."""
     kl_budget: float | None = Field(None, gt=0)
-    """Weaken the whole plan until the first answer token's mean KL on search control prompts is at most this, nats."""
+    """Weaken the plan until the mean KL of first answer tokens on search control prompts is at most this (nats)."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Excise:
         if unknown := set(self.parts) - WRITERS - READERS:
-            raise ValueError(f"'{min(unknown)}' names no part; known: {', '.join(sorted(WRITERS | READERS))}")
+            raise ValueError(f"'{min(unknown)}' names no part; the parts are {', '.join(sorted(WRITERS | READERS))}")
         reads = READERS & set(self.parts)
         writes = set(self.parts) - READERS
         if self.experts is not None and not {"mlp.out", "expert.out"} & set(self.parts):
@@ -104,7 +119,7 @@ class Excise(FrozenModel):
         if self.heads is not None and "attn.out" not in self.parts:
             raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
         if self.heads is not None and self.anchored:
-            raise ValueError("heads and anchored exclude each other, an anchor being no head's; set only one")
+            raise ValueError("heads and anchored exclude each other, since an anchor belongs to no head; set only one")
         if (self.neurons is not None or self.steer) and "mlp.out" not in self.parts:
             raise ValueError("neurons and steer need the part mlp.out, which parts leaves out; add it")
         if self.strength > 1 and reads and writes:
@@ -116,12 +131,12 @@ class Excise(FrozenModel):
 
 
 class Range(FrozenModel):
-    """What one value may be: from ``low`` to ``high``, whole numbers where both are; or one of ``choices``."""
+    """Values to try: from ``low`` to ``high`` (whole numbers if both are), or one of ``choices``."""
 
     low: int | float | None = None
     high: int | float | None = None
     log: bool = False
-    """Even over the logarithm; needs ``low`` > 0."""
+    """Whether to sample evenly on a logarithmic scale. Needs ``low`` > 0."""
     choices: tuple[Any, ...] = ()
 
     @model_validator(mode="after")
@@ -136,90 +151,96 @@ class Range(FrozenModel):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """All choices, or the two ends."""
+        """All choices, or both ends of the range."""
         return self.choices or (self.low, self.high)
 
 
 class Search(FrozenModel):
-    """Which values of a recipe a search may change, how often it tries, and what it makes small."""
+    """Which values of a recipe a search changes, how many trials it makes, and what it minimizes."""
+
+    RENAMED = {"minimise": "minimize", "worth": "max_remaining_refusal"}
 
     trials: int = Field(ge=1)
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
-    minimise: tuple[str, ...] = Field(("refusal.target", "kl.first_token.mean"), min_length=1)
-    """Score names. More than one: a Pareto front. A name behind a minus is made large: ``-refusal.keep``."""
+    minimize: tuple[str, ...] = Field(("refusal.target", "kl.first_token.mean"), min_length=1)
+    """Names of scores. Several give a Pareto front. A name with a minus is maximized: ``-refusal.keep``."""
     prompts: int = Field(48, ge=8)
-    """Search prompts of each group that a trial sees; a search split may hold fewer."""
+    """Most search prompts of each group that a trial measures."""
     tokens: int = Field(32, ge=4, le=4096)
-    """Of each answer in a trial. Members of the front are checked with the answers of ``verify``."""
+    """Tokens of each answer in a trial. Members of the front are checked again with the answers of ``verify``."""
     margin: float = Field(0.1, ge=0, le=1)
-    """How far below its first-token estimate a trial's refusal rate may turn out to lie: a trial gets answers only
-    if, that much better than estimated, it would still enter the front."""
-    worth: float = Field(0.5, ge=0, le=1)
-    """Of the unedited model's refusals of target prompts, the share that a trial may leave and still be answered,
-    where they are to be few. 1: the front reaches to the unedited model, for twice the answers."""
+    """How far a trial's refusal rate may lie below its first-token estimate. Answers are generated only for trials that
+    would still enter the front if they were this much better than estimated."""
+    max_remaining_refusal: float = Field(0.5, ge=0, le=1)
+    """Largest share of the unedited model's refusals of target prompts that a trial may leave and still have answers
+    generated. With 1 the front reaches to the unedited model, at twice the number of answers."""
     control_margin: float = Field(0.05, ge=0, le=1)
-    """A trial is feasible whose share of refused control prompts exceeds the unedited model's by at most this."""
+    """A trial is feasible if it refuses at most this much larger a share of control prompts than the unedited model."""
     space: dict[str, Range] = Field(min_length=1)
-    """By path into the recipe, as in ``--set``: ``weigh.0.peak``. A path that another's choice has removed (the
-    choice of ``distill`` may drop a step) is left out of that trial."""
+    """Path into the recipe (as in ``--set``, such as ``weigh.0.peak``) → values to try. A trial leaves out a path
+    that the choice of another path has removed, as a choice of ``distill`` may drop a step."""
 
     @model_validator(mode="after")
     def _cheap(self) -> Search:
         for path in self.space:
             if path.split(".")[0] not in ("distill", "weigh", "excise"):
-                raise ValueError(f"space '{path}': only distill, weigh and excise can differ between trials")
+                raise ValueError(f"space '{path}': only paths in distill, weigh and excise can be searched")
         return self
 
 
 class Tune(FrozenModel):
-    """The plan that EXCISE made, its strengths and directions fitted by gradients through the model.
+    """Fit the strengths and directions of the plan from EXCISE by gradient descent through the model.
 
-    Small are made, in nats a token: KL(base ‖ edited) on control prompts' first token and own answers; ``coherence`` ×
-    the same on target prompts' answers once they have begun; and ``weight`` × what the opening of non-refusing answers
-    to target prompts lacks to lead what the model would say instead.
+    The loss, in nats a token, is the sum of KL(base ‖ edited) on first tokens and own answers of control prompts,
+    ``coherence`` × the same KL on target prompts' answers after their opening, and ``weight`` × a hinge loss. The hinge
+    loss is the amount by which the opening of a non-refusing answer falls short of being ``margins`` nats likelier
+    than what the unedited model would say.
     """
 
+    RENAMED = {"leads": "margins"}
+
     what: Literal["both", "strengths", "directions"] = "both"
-    leads: tuple[float, ...] = Field((1.0,), min_length=1)
-    """By how many nats each token of an answer's opening is to be likelier than what the untouched model would say in
-    its place; from there on nothing pulls but KL. From gentle to thorough: each gives a plan, begun at the one before
-    it, and the last is the method's."""
+    margins: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Hinge margins in nats, rising: how much likelier each token of an answer's opening should be than the token that
+    the unedited model would write. Each margin gives a plan, fitted from the one before, and the last is the result."""
     weight: float = Field(4.0, ge=0)
-    """× what openings lack of the lead."""
+    """Factor on the hinge loss of openings."""
     coherence: float = Field(2.0, ge=0)
-    """× KL(base ‖ edited) of target prompts' answers once they have begun: degenerate answers cost there."""
+    """Factor on KL(base ‖ edited) of target prompts' answers after their opening, where degenerate answers show."""
     sparsity: float = Field(0.0, ge=0)
-    """× mean |strength|: sites that nothing needs drop out of the plan."""
+    """Factor on the mean |strength|. It drops sites from the plan that contribute nothing."""
     steps: int = Field(60, ge=1, le=1000)
-    """Of each lead, at most."""
+    """Most gradient steps for each margin."""
     patience: int = Field(20, ge=5)
-    """Steps without gain on search prompts after which a lead ends."""
+    """Stop after so many steps without improvement on search prompts."""
     lr: float = Field(0.01, gt=0, le=1)
-    """A step's change of a strength, and of a direction's entries in units of their mean size."""
+    """Learning rate: change of a strength in one step, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
-    """Prompts of each group in a step."""
+    """Prompts of each group in one step."""
     prompts: int = Field(128, ge=8)
-    """Fit prompts of each group that are answered for it, at most."""
+    """Most fit prompts of each group for which answers are generated."""
     tokens: int = Field(18, ge=6, le=256)
-    """Of each answer."""
+    """Tokens of each answer."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Tune:
-        if any(lead < 0 for lead in self.leads) or list(self.leads) != sorted(self.leads):
-            raise ValueError(f"leads run from gentle to thorough, rising, none below 0 (got {list(self.leads)})")
+        if any(margin < 0 for margin in self.margins) or list(self.margins) != sorted(self.margins):
+            raise ValueError(f"margins must rise and none may be below 0 (got {list(self.margins)})")
         return self
 
 
 class Recipe(FrozenModel):
-    """A method. Plain data: a search result is again a recipe, without ``search``."""
+    """A method as plain data. The result of a search is again a recipe, without ``search``."""
+
+    RENAMED = {"enough": "stop_below_refusal"}
 
     name: str = ""
     about: str
     cite: tuple[str, ...] = ()
     seed: int = 0
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
-    enough: float = Field(0.05, ge=0, le=1)
-    """Share of refused search target prompts at which no further pass is made."""
+    stop_below_refusal: float = Field(0.05, ge=0, le=1)
+    """No further pass is made once the model refuses at most this share of search target prompts."""
     probe: Probe = Probe()
     distill: tuple[Step, ...] = Field(min_length=1)
     weigh: tuple[Step, ...] = (Step(use="all"),)
@@ -227,12 +248,12 @@ class Recipe(FrozenModel):
     tune: Tune | None = None
     verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
     analyze: tuple[Step, ...] = ()
-    """Measurements of the model that change this recipe before it runs."""
+    """Analyses whose results change this recipe before it runs."""
     search: Search | None = None
 
     @property
-    def searched(self) -> bool:
-        """Whether search prompts choose something, so that none of their groups may be empty."""
+    def uses_search_split(self) -> bool:
+        """Whether anything is chosen on search prompts, so that none of their groups may be empty."""
         return bool(self.analyze or self.search or self.tune or self.excise.kl_budget or "router" in self.excise.parts)
 
     @model_validator(mode="after")
@@ -242,9 +263,11 @@ class Recipe(FrozenModel):
         if self.passes > 1 and self.search is not None:
             raise ValueError("a search tries one pass at a time; set passes=1")
         if self.tune is not None and (self.passes > 1 or self.search is not None or self.excise.kl_budget is not None):
-            raise ValueError("tune fits the plan of one pass by itself; leave out search and kl_budget, set passes=1")
+            raise ValueError("tune fits the plan of a single pass; leave out search and kl_budget, and set passes=1")
         if self.tune is not None and (self.excise.norm != "none" or self.excise.heads is not None):
-            raise ValueError("tune passes gradients through whole edits; set excise.norm none, leave excise.heads out")
+            raise ValueError(
+                "tune supports neither norm rules nor heads; set excise.norm to none and leave excise.heads out"
+            )
         if self.tune is not None and (reads := READERS & set(self.excise.parts)):
-            raise ValueError(f"tune fits what writers lose; take {', '.join(sorted(reads))} out of excise.parts")
+            raise ValueError(f"tune fits only writers; take {', '.join(sorted(reads))} out of excise.parts")
         return self

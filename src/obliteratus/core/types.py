@@ -124,7 +124,7 @@ class Site:
     gain: str | None = None
     """Module path of the norm between this matrix and the residual stream, or None if there is none."""
     norm: NormKind = "rms"
-    """Form of that norm: ``rms`` (gain w), ``rms+1`` (gain 1 + w, as in Gemma) or ``layer`` (gain w, and it centers)."""
+    """Form of that norm: ``rms`` (gain w), ``rms+1`` (gain 1 + w, as in Gemma) or ``layer`` (gain w, centers)."""
     expert: int | None = None
     """Number of the only expert of a stack that is meant. None stands for all of them."""
     span: tuple[int, int] | None = None
@@ -197,7 +197,7 @@ class Subject:
 # -------------------------------------------------------------------------------------- activations
 @dataclass(frozen=True)
 class Sketch:
-    """Scatter of one group of prompts about its mean, approximated by a few rows for each stream (Frequent Directions)."""
+    """Scatter of one group of prompts about its mean, approximated by a few rows for each stream."""
 
     rows: Float[Tensor, "streams rows width"]
     """R, fp32. RᵀR approximates the scatter matrix Σ(x − μ)(x − μ)ᵀ from below."""
@@ -247,7 +247,7 @@ class Routed:
 
     @property
     def noise(self) -> Float[Tensor, " experts"]:
-        """Expected squared error of `mean` (variance of the outputs over n − 1). Infinite for fewer than two prompts."""
+        """Expected squared error of `mean`: variance of the outputs over n − 1. Infinite for fewer than 2 prompts."""
         n = self.count.to(self.mean)
         spread = (self.square - self.mean.square().sum(1)).clamp(min=0)
         return torch.where(n > 1, spread / (n - 1), torch.inf)
@@ -371,7 +371,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class ZeroOutput:
-    """Set a writer's output, bias included, to zero: y ← 0. For a stack this is every expert, or the one of the site."""
+    """Set a writer's output, bias included, to zero. For a stack this is every expert, or the one of the site."""
 
     site: Site
     outputs: Int[Tensor, " n"] | None = None
