@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from scipy.stats import binom
-from tests.support.contexts import ground_of, null, tells
+from tests.support.contexts import check_finding, context_of_activations, one_population
 from tests.support.planted import planted, shuffled
 
 from obliteratus.analyze import analyze
@@ -24,7 +24,7 @@ from obliteratus.core.types import Activations
 
 
 def run(acts: Activations, **options: object) -> Certificate:
-    found = analyze(ground_of(acts), [Step(use="certificate", draws=99, **options)])["certificate"]
+    found = analyze(context_of_activations(acts), [Step(use="certificate", draws=99, **options)])["certificate"]
     assert isinstance(found, Certificate)
     return found
 
@@ -35,20 +35,20 @@ def test_finds_a_planted_difference_everywhere_but_in_the_embeddings() -> None:
     assert found.p[1:].tolist() == [0.01] * 4  # the least that 99 permutations can say
     assert found.d_prime[0] == 0
     assert (found.d_prime[1:] > 2).all()
-    numbers = tells(found)
+    numbers = check_finding(found)
     assert numbers["signal"]
     assert numbers["prompts"] == {"target": 200, "control": 200}
 
 
 def test_finds_nothing_in_one_population() -> None:
-    found = run(null())
+    found = run(one_population())
     assert not found.signal
-    assert "no difference" in found.told()
-    tells(found)
+    assert "no difference" in found.summary()
+    check_finding(found)
 
 
-@pytest.mark.parametrize("standardise", [True, False])
-def test_false_positives_are_at_most_the_level(standardise: bool) -> None:
+@pytest.mark.parametrize("standardize", [True, False])
+def test_false_positives_are_at_most_the_level(standardize: bool) -> None:
     """Over 200 permutations of the labels of prompts that do differ: within the binomial interval of 0.05."""
     acts = planted(n=24)[0]
     hits = 0
@@ -59,7 +59,7 @@ def test_false_positives_are_at_most_the_level(standardise: bool) -> None:
             rows["control"].rows[:, :4, :24],
             draws=99,
             folds=4,
-            standardise=standardise,
+            standardize=standardize,
             seed=1000 + 2 * seed,
         )
         hits += found.signal
@@ -73,7 +73,7 @@ def test_a_weak_difference_behind_massive_dimensions_needs_standardising() -> No
     rows[..., :3] *= 300
     rows[0, :, 0, 10:14] += 0.8
     assert certificate(rows[0], rows[1], draws=99).signal
-    assert not certificate(rows[0], rows[1], draws=99, standardise=False).signal
+    assert not certificate(rows[0], rows[1], draws=99, standardize=False).signal
 
 
 def test_held_out_scores_are_those_of_a_loop_in_float64() -> None:

@@ -7,7 +7,7 @@ from math import exp, log
 import numpy
 import pytest
 import torch
-from tests.support.contexts import categories, ground_of, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, prompts_of_categories
 from torch import Tensor
 
 from obliteratus.analyze import analyze
@@ -33,8 +33,8 @@ def run(shift: Tensor, names: PromptSet | None = None, seed: int = 0, **options:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(2, len(NAMES), shift.shape[1], WIDTH, generator=generator)
     rows[0] += shift.repeat_interleave(EACH, 0)
-    ground = ground_of(of(rows[0], rows[1]), prompts=names or categories(*NAMES))
-    found = analyze(ground, [Step(use="cones", draws=99, **options)])["cones"]
+    context = context_of_activations(activations_of(rows[0], rows[1]), prompts=names or prompts_of_categories(*NAMES))
+    found = analyze(context, [Step(use="cones", draws=99, **options)])["cones"]
     assert isinstance(found, Cones)
     return found
 
@@ -57,15 +57,15 @@ def test_finds_directions_of_their_own() -> None:
     assert found.cosine[0][1].low > 0.7
     assert found.cosine[0][2].high < 0.4
     assert found.cosine[0][0].value == pytest.approx(1)
-    assert tells(found)["categories"] == dict.fromkeys(found.names, EACH)
+    assert check_finding(found)["categories"] == dict.fromkeys(found.names, EACH)
 
 
 def test_one_direction_is_no_cone() -> None:
     found = run(planted()[:, :2])
     assert found.found == ()
     assert found.stream == 1  # where the groups differ most
-    assert "share one direction" in found.told()
-    tells(found)
+    assert "share one direction" in found.summary()
+    check_finding(found)
 
 
 def test_finds_nothing_in_one_population() -> None:
@@ -78,7 +78,7 @@ def test_finds_nothing_in_one_population() -> None:
 def test_categories_that_mean_nothing_are_not_found() -> None:
     """The real structure of stream 2, but labels drawn by chance."""
     order = torch.randperm(len(NAMES), generator=torch.Generator().manual_seed(4)).tolist()
-    found = run(planted(), categories(*(NAMES[i] for i in order)))
+    found = run(planted(), prompts_of_categories(*(NAMES[i] for i in order)))
     assert found.found == ()
 
 

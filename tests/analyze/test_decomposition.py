@@ -7,28 +7,36 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    token_ids,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import COMMON, asked, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.chance import (
+from obliteratus.analyze.decomposition import Decomposition, decomposition
+from obliteratus.analyze.significance import (
     Contrast,
     contrast_between_groups,
     contrast_within_pairs,
     degrees_of_freedom,
     largest_ratio,
 )
-from obliteratus.analyze.decomposition import Decomposition, decomposition
 from obliteratus.core.errors import UserError
 
 KINDS = ("llama_biased", "gemma2", "gpt2", "gpt_neox", "qwen2_moe", "gpt_oss", "falcon_h1", "granitemoe", "nemotron_h")
 
 
-def random_ground(name: str) -> AnalysisContext:
-    ground = ground_of(tiny_subject(name), asked())
-    return along(ground, torch.randn(ground.lab.subject.width, generator=torch.Generator().manual_seed(1)))
+def random_model_context(name: str) -> AnalysisContext:
+    context = context_of_model(tiny_subject(name), asked())
+    return with_direction(context, torch.randn(context.subject.width, generator=torch.Generator().manual_seed(1)))
 
 
 def by_name(found: Decomposition) -> dict[str, float]:
@@ -42,16 +50,16 @@ def by_head(found: Decomposition) -> dict[tuple[int, int], float]:
 # ------------------------------------------------------------------------------------------ it is its definition
 @pytest.mark.parametrize("name", KINDS)
 def test_parts_sum_to_the_difference_of_the_stream(name: str) -> None:
-    ground = random_ground(name)
-    found = decomposition(ground)
-    delta = ground.acts["target"].mean[-1] - ground.acts["control"].mean[-1]
-    assert found.total == pytest.approx(float(delta @ ground.directions.basis[-1, 0]), abs=2e-5)
-    assert len(found.names) == 1 + 3 * ground.lab.subject.n_layers
+    context = random_model_context(name)
+    found = decomposition(context)
+    delta = context.activations["target"].mean[-1] - context.activations["control"].mean[-1]
+    assert found.total == pytest.approx(float(delta @ context.directions.basis[-1, 0]), abs=2e-5)
+    assert len(found.names) == 1 + 3 * context.subject.n_layers
 
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
 def test_writers_leave_nothing_where_no_number_stands_between(name: str) -> None:
-    found = decomposition(random_ground(name))
+    found = decomposition(random_model_context(name))
     gated = ("block 1 rest",) if name == "qwen2_moe" else ()  # a gate of its own multiplies the shared expert
     rests = [value for part, value in by_name(found).items() if part.endswith("rest") and part not in gated]
     assert max(map(abs, rests)) < 1e-5
@@ -60,18 +68,18 @@ def test_writers_leave_nothing_where_no_number_stands_between(name: str) -> None
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
 def test_one_prompt_at_a_time_in_double_precision(name: str) -> None:
-    ground = random_ground(name)
-    found = decomposition(ground)
-    truth = {g: torch.stack([by_hand(ground, row) for row in ids_of(ground, g)]) for g in ("target", "control")}
+    context = random_model_context(name)
+    found = decomposition(context)
+    truth = {g: torch.stack([by_hand(context, row) for row in token_ids(context, g)]) for g in ("target", "control")}
     expected = truth["target"].mean(0) - truth["control"].mean(0)
     assert torch.allclose(found.parts.value.double(), expected, atol=1e-5)
     error = sum(x.var(0, unbiased=True) / len(x) for x in truth.values()) ** 0.5  # Welch
     assert torch.allclose(found.parts.error.double(), error, atol=1e-4)
 
 
-def by_hand(ground: AnalysisContext, row: list[int]) -> Tensor:
+def by_hand(context: AnalysisContext, row: list[int]) -> Tensor:
     """Embeddings, then attention, MLP and rest of each block: the modules' own outputs, seen by hooks."""
-    model, d = copy.deepcopy(ground.lab.subject.model).double(), ground.directions.basis[-1, 0].double()
+    model, d = copy.deepcopy(context.subject.model).double(), context.directions.basis[-1, 0].double()
     seen: dict[str, Tensor] = {}
 
     def keep(key: str) -> Any:
@@ -97,7 +105,7 @@ def by_hand(ground: AnalysisContext, row: list[int]) -> Tensor:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_heads_sum_to_attention(name: str) -> None:
     """Biases are the same for all prompts, so that nothing of them is in a difference without a norm."""
-    found = decomposition(random_ground(name))
+    found = decomposition(random_model_context(name))
     for block in range(3 if name in ("llama", "gemma2") else 2):
         heads = sum(value for (layer, _), value in by_head(found).items() if layer == block)
         assert heads == pytest.approx(by_name(found)[f"block {block} attention"], abs=1e-5)
@@ -105,60 +113,62 @@ def test_heads_sum_to_attention(name: str) -> None:
 
 
 def test_a_hybrid_has_heads_only_where_it_has_attention() -> None:
-    found = decomposition(random_ground("qwen3_next"))
+    found = decomposition(random_model_context("qwen3_next"))
     assert {layer for layer, _ in found.head_names} == {1}
 
 
 # ------------------------------------------------------------------------------------------------ what it finds
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_head_that_writes_the_direction_is_found(block: int) -> None:
-    found = decomposition(planted_ground(block=block))
+    found = decomposition(refusing_context(block=block))
     assert [found.names[i] for i in found.parts.found] == [f"block {block} attention"]
     assert [found.head_names[i] for i in found.heads.found] == [(block, 0)]
     assert by_head(found)[block, 0] == pytest.approx(found.total, rel=1e-4)
-    assert f"block {block} attention" in found.told()
-    drawn(found, ["block", "Δ along d", "head"])
+    assert f"block {block} attention" in found.summary()
+    check_finding(found, ["block", "Δ along d", "head"])
 
 
 def test_the_mlp_that_answers_it_is_found() -> None:
     """Where the direction is present, the same block's MLP writes −COMMON at all tokens of the template but one."""
-    ground = along(planted_ground(block=2, clean="\n"), torch.eye(32)[COMMON])
-    found = decomposition(ground)
+    context = with_direction(refusing_context(block=2, clean="\n"), torch.eye(32)[COMMON])
+    found = decomposition(context)
     assert [found.names[i] for i in found.parts.found] == ["block 2 mlp"]
     assert float(found.parts.value[found.parts.found[0]]) < -0.1
 
 
 def test_the_stream_can_be_named_and_must_be_there() -> None:
-    ground = planted_ground(block=4)
-    assert decomposition(ground, stream=3).parts.found == []
-    assert len(decomposition(ground, stream=3).names) == 10
+    context = refusing_context(block=4)
+    assert decomposition(context, stream=3).parts.found == []
+    assert len(decomposition(context, stream=3).names) == 10
     with pytest.raises(UserError, match=r"stream 99 of 0 to 8"):
-        decomposition(ground, stream=99)
+        decomposition(context, stream=99)
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_identical_groups_find_nothing() -> None:
-    found = decomposition(same_groups(planted_ground()))
+    found = decomposition(with_same_groups(refusing_context()))
     assert found.total == 0
     assert found.parts.found == found.heads.found == []
-    assert "nothing beyond chance" in found.told()
+    assert "nothing beyond chance" in found.summary()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_shuffled_groups_find_nothing(name: str) -> None:
-    ground = random_along(ground_of(tiny_subject(name), shuffled(asked())))
-    found = decomposition(ground)
+    context = with_random_direction(context_of_model(tiny_subject(name), shuffled(asked())))
+    found = decomposition(context)
     assert found.parts.found == found.heads.found == []
 
 
 def test_shuffled_groups_of_the_refuser_find_nothing() -> None:
-    ground = planted_ground()
-    found = decomposition(along(ground_of(ground.lab.subject, shuffled(asked())), ground.directions.basis[0, 0]))
+    context = refusing_context()
+    found = decomposition(
+        with_direction(context_of_model(context.subject, shuffled(asked())), context.directions.basis[0, 0])
+    )
     assert found.parts.found == found.heads.found == []
 
 
 def test_a_random_direction_has_nothing_of_it() -> None:
-    found = decomposition(random_along(planted_ground()))
+    found = decomposition(with_random_direction(refusing_context()))
     assert abs(found.total) < 1e-5
     # rounding, which lies beyond its own chance on some processors, and is nothing beside the planted difference
     assert all(float(part.value.abs().max()) < 1e-4 for part in (found.parts, found.heads))

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.support.known_contexts import along, drawn, ground_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import asked
 from tests.support.tiny import tiny_subject
 from torch import Tensor
@@ -26,7 +33,7 @@ def leaning(layer: int | None = 1) -> AnalysisContext:
     d = random_basis(subject.width, 1, 4)[0]
     if layer is not None:
         subject.model.model.layers[layer].mlp.down_proj.bias.data += 12 * d
-    return along(ground_of(subject, asked()), d)
+    return with_direction(context_of_model(subject, asked()), d)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -34,18 +41,18 @@ def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
     found = entanglement(leaning(layer), random=16)
     assert found.found == [layer]
     assert found.kl[layer].value == max(score.value for score in found.kl)
-    assert f"random directions cost: {layer}" in found.told()
-    drawn(found, ["layer", "KL on controls (nats)"])
+    assert f"random directions cost: {layer}" in found.summary()
+    check_finding(found, ["layer", "KL on controls (nats)"])
 
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
 def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
     subject = tiny_subject(name)
-    ground = along(ground_of(subject, asked()), random_basis(subject.width, 1, 3)[0])
-    found = entanglement(ground, prompts=5)
-    ids = render_prompts(subject, [ground.held["control"][i * 12 // 5] for i in range(5)])
+    context = with_direction(context_of_model(subject, asked()), random_basis(subject.width, 1, 3)[0])
+    found = entanglement(context, prompts=5)
+    ids = render_prompts(subject, [context.held_out["control"][i * 12 // 5] for i in range(5)])
     for layer in range(subject.n_layers):
-        d = ground.directions.basis[layer + 1, 0].double()
+        d = context.directions.basis[layer + 1, 0].double()
         edited = baked(subject.model, layer, d)
         values = [divergence(logits(subject.model, row), logits(edited, row)) for row in ids]
         assert found.kl[layer].value == pytest.approx(float(torch.stack(values).mean()), rel=1e-3, abs=1e-6)
@@ -79,23 +86,25 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_random_directions_find_nothing() -> None:
     """20 grounds of random directions: one is expected to show a layer."""
-    ground = leaning(None)
-    found = [entanglement(random_along(ground, seed), prompts=4, random=4, seed=100 * seed) for seed in range(20)]
+    context = leaning(None)
+    found = [
+        entanglement(with_random_direction(context, seed), prompts=4, random=4, seed=100 * seed) for seed in range(20)
+    ]
     assert sum(bool(one.found) for one in found) <= 4  # 4 or more by chance in one of sixty
 
 
 def test_a_direction_that_controls_have_nothing_of_costs_nothing() -> None:
-    found = entanglement(planted_ground())
+    found = entanglement(refusing_context())
     assert max(score.value for score in found.kl) < 1e-5
     assert found.found == []
 
 
 def test_identical_groups_have_no_direction_to_remove() -> None:
-    ground = same_groups(ground_of(tiny_subject("llama"), asked()))
-    found = entanglement(replace(ground, directions=find_directions(ground.acts, [Step(use="mean_diff")])))
+    context = with_same_groups(context_of_model(tiny_subject("llama"), asked()))
+    found = entanglement(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])))
     assert all(score.value == 0 for score in found.kl)
     assert found.found == []
-    found.told()
+    found.summary()
 
 
 @pytest.mark.parametrize("freedom", [1, 4, 30])

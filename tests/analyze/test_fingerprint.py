@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from scipy.stats import kurtosis
-from tests.support.contexts import ground_of, null, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 
 from obliteratus.analyze import analyze
 from obliteratus.analyze.fingerprint import Fingerprint, features, fingerprint
@@ -17,7 +17,7 @@ WIDTH = 32
 
 
 def run(acts: Activations) -> Fingerprint:
-    found = analyze(ground_of(acts), [Step(use="fingerprint", draws=59)])["fingerprint"]
+    found = analyze(context_of_activations(acts), [Step(use="fingerprint", draws=59)])["fingerprint"]
     assert isinstance(found, Fingerprint)
     return found
 
@@ -29,33 +29,33 @@ def test_planted_oddities_are_described() -> None:
     rows[0, :, 2, 2:] *= 0.1
     rows[0, :, 2, :2] *= 4
     rows[0, :5, 3, 0] += 30
-    found = run(of(rows[0], rows[1]))
+    found = run(activations_of(rows[0], rows[1]))
     assert found.norm_ratio[1] == pytest.approx(1.5, abs=0.08)
     assert 1 in found.unusual["norm_ratio"]
     assert 2 in found.unusual["width"]
     assert found.width[2] < 3
     assert found.kurtosis[3] > 8
     assert all(0 not in streams for streams in found.unusual.values())
-    assert tells(found)["prompts"] == {"target": 100, "control": 100}
+    assert check_finding(found)["prompts"] == {"target": 100, "control": 100}
 
 
 def test_one_population_is_as_its_permutations() -> None:
-    found = run(null())
+    found = run(one_population())
     assert not any(found.unusual.values())
-    assert "nothing" in found.told()
-    tells(found)
+    assert "nothing" in found.summary()
+    check_finding(found)
 
 
 def test_says_that_it_predicts_nothing() -> None:
     assert "predict nothing" in (fingerprint.__doc__ or "")
-    assert "predicts nothing" in run(null(n=8)).told()
+    assert "predicts nothing" in run(one_population(n=8)).summary()
 
 
 def test_golden() -> None:
     x = numpy.random.default_rng(0).normal(size=(30, 7)) + 2
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     lengths = numpy.linalg.norm(x, axis=1)
-    found = features(torch.tensor(centred @ centred.T), torch.tensor(lengths), 12)
+    found = features(torch.tensor(centered @ centered.T), torch.tensor(lengths), 12)
     one, two = x[:12], x[12:]
     assert float(found[0]) == pytest.approx(lengths[:12].mean() / lengths[12:].mean())
     delta = one.mean(0) - two.mean(0)

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.support.contexts import ground_of, null, tells
+from tests.support.contexts import check_finding, context_of_activations, one_population
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import analyze
@@ -22,7 +22,7 @@ from obliteratus.analyze.footprint import (
 )
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, Subject
-from obliteratus.summon.sites import gain_of
+from obliteratus.summon.sites import read_gain
 from obliteratus.weights.matrices import read_weight
 
 
@@ -33,8 +33,8 @@ def directions(subject: Subject, k: int = 1, seed: int = 0) -> Directions:
 
 
 def run(subject: Subject, found: Directions) -> Footprint:
-    ground = ground_of(null(n=4), found, model=subject)
-    made = analyze(ground, [Step(use="footprint", draws=99)])["footprint"]
+    context = context_of_activations(one_population(n=4), found, model=subject)
+    made = analyze(context, [Step(use="footprint", draws=99)])["footprint"]
     assert isinstance(made, Footprint)
     return made
 
@@ -53,7 +53,7 @@ def test_finds_the_matrices_and_columns_that_write() -> None:
     assert made.sparse == (f"{narrow}.weight",)
     at = made.sites.index(f"{narrow}.weight")
     assert made.columns[at] == pytest.approx(1 / 32)
-    numbers = tells(made)
+    numbers = check_finding(made)
     assert len(numbers["share"]) == len(made.sites) == 7  # embeddings, and two writers in each of three layers
 
 
@@ -63,7 +63,7 @@ def test_random_directions_find_nothing(name: str) -> None:
     found = run(subject, directions(subject, k=2, seed=5))
     assert found.found == found.sparse == ()
     assert found.share.mean() == pytest.approx(math.sqrt(2 / subject.width), rel=0.25)
-    tells(found)
+    check_finding(found)
 
 
 def test_streams_without_a_direction_are_left_out() -> None:
@@ -75,8 +75,8 @@ def test_streams_without_a_direction_are_left_out() -> None:
     assert set(made.layers) == {1, 2}
     empty = run(subject, replace(found, basis=torch.zeros_like(basis)))
     assert empty.sites == ()
-    assert "no matrix" in empty.told()
-    tells(empty)
+    assert "no matrix" in empty.summary()
+    check_finding(empty)
 
 
 def test_every_expert_is_a_matrix_of_its_own() -> None:
@@ -90,7 +90,7 @@ def test_gains_count() -> None:
     subject = tiny_subject("gemma2")
     made = 0
     for _, site, weight in effective_writer_matrices(subject):
-        gain = gain_of(subject, site)
+        gain = read_gain(subject.model, site)
         if gain is not None:
             plain = read_weight(subject.module(site.path), site)
             torch.testing.assert_close(weight, torch.diag(gain.float()) @ plain)

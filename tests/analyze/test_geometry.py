@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 import torch
-from tests.support.contexts import ground_of, null, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from torch import Tensor
 
 from obliteratus.analyze import analyze
@@ -17,7 +17,7 @@ STREAMS, WIDTH = 8, 32
 
 
 def run(acts: Activations) -> Geometry:
-    found = analyze(ground_of(acts), [Step(use="geometry", draws=99)])["geometry"]
+    found = analyze(context_of_activations(acts), [Step(use="geometry", draws=99)])["geometry"]
     assert isinstance(found, Geometry)
     return found
 
@@ -28,7 +28,7 @@ def lasting(shift: Tensor, seed: int = 0) -> Activations:
     kept = torch.randn(2, 100, 1, WIDTH, generator=generator)
     rows = kept + 0.2 * torch.randn(2, 100, STREAMS, WIDTH, generator=generator)
     rows[0] += shift
-    return of(rows[0], rows[1])
+    return activations_of(rows[0], rows[1])
 
 
 def turning() -> Tensor:
@@ -45,7 +45,7 @@ def test_finds_runs_turns_and_signs() -> None:
     assert found.cosine[6, 7] < -0.8
     assert found.cosine[2, 4] > 0.8
     assert abs(found.cosine[4, 5]) < 0.4
-    assert tells(found)["clusters"] == [[2, 3, 4], [5, 6], [7]]
+    assert check_finding(found)["clusters"] == [[2, 3, 4], [5, 6], [7]]
 
 
 def test_finds_nothing_in_one_population_though_its_noise_lasts() -> None:
@@ -53,12 +53,12 @@ def test_finds_nothing_in_one_population_though_its_noise_lasts() -> None:
     assert found.cosine.min() > 0.8  # what a measure without a null would call persistence
     assert found.found == found.clusters == found.reach == ()
     assert found.chance.min() > 0.8
-    assert "no stream" in found.told()
-    tells(found)
+    assert "no stream" in found.summary()
+    check_finding(found)
 
 
 def test_finds_nothing_in_independent_noise() -> None:
-    assert run(null()).clusters == ()
+    assert run(one_population()).clusters == ()
 
 
 def test_a_slow_turn_is_not_chained() -> None:
@@ -81,10 +81,10 @@ def test_persistence_by_hand() -> None:
     found = Geometry(cosine, (0, 1, 2), (), (0, 0, 0), torch.zeros(3).double(), 0.7, 10)
     torch.testing.assert_close(found.persistence, torch.tensor([1, 0.3, 0.2]).double())
     apart = Geometry(cosine, (0, 2), (), (0, 0), torch.zeros(3).double(), 0.7, 10)
-    assert apart.numbers()["persistence"] == [1, None, 0.2]  # no two lie one apart
+    assert apart.to_dict()["persistence"] == [1, None, 0.2]  # no two lie one apart
 
 
 def test_chance_is_nothing_where_noise_does_not_last() -> None:
-    acts = null()
+    acts = one_population()
     chance = chance_cosine(Sample(acts["target"].rows[:, 1:], acts["control"].rows[:, 1:]), 0)
     assert (chance - torch.eye(4)).abs().max() < 0.1

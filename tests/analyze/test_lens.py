@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.support.known_contexts import drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    token_ids,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import asked, byte
 from tests.support.tiny import tiny_subject
 from torch import Tensor
@@ -28,11 +35,11 @@ KINDS = ("llama", "gemma2", "gpt2", "opt", "granitemoe", "lfm2")
 # ---------------------------------------------------------------------------------------- the way to the vocabulary
 @pytest.mark.parametrize("name", KINDS)
 def test_the_last_stream_reads_out_as_the_model_does(name: str) -> None:
-    ground = ground_of(tiny_subject(name), asked())
-    rows = ground.acts["target"].rows
+    context = context_of_model(tiny_subject(name), asked())
+    rows = context.activations["target"].rows
     assert rows is not None
-    truth = first_token_log_probs(ground.lab.subject, ids_of(ground, "target"))
-    assert torch.allclose(next_token_log_probs(ground.lab.subject, rows[:, -1]), truth, atol=1e-4)
+    truth = first_token_log_probs(context.subject, token_ids(context, "target"))
+    assert torch.allclose(next_token_log_probs(context.subject, rows[:, -1]), truth, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
@@ -59,13 +66,13 @@ def test_logits_move_as_the_gradient_says(name: str) -> None:
 def with_token(stream: int) -> AnalysisContext:
     """A random model of which one token's row of the head lies along one direction, found at one stream alone."""
     subject = tiny_subject("llama")
-    ground = ground_of(subject, asked())
+    context = context_of_model(subject, asked())
     d, other = random_basis(subject.width, 2, 1)
     subject.model.lm_head.weight.data[byte(subject.tokenizer, "N")] = 6 * d / subject.model.model.norm.weight
-    basis = torch.zeros_like(ground.directions.basis)
+    basis = torch.zeros_like(context.directions.basis)
     basis[1:, 0] = other
     basis[stream, 0] = d
-    return replace(ground, directions=replace(ground.directions, basis=basis))
+    return replace(context, directions=replace(context.directions, basis=basis))
 
 
 def test_the_token_that_a_direction_promotes_is_found() -> None:
@@ -73,14 +80,14 @@ def test_the_token_that_a_direction_promotes_is_found() -> None:
     assert found.found == [2]
     assert found.promoted[2][0] == "N"
     assert found.promoted[0] == ()
-    assert "stream 2 promotes 'N'" in found.told()
-    drawn(found, ["stream", "logit (standard deviations)"])
+    assert "stream 2 promotes 'N'" in found.summary()
+    check_finding(found, ["stream", "logit (standard deviations)"])
 
 
 def test_the_other_sign_suppresses_it() -> None:
-    ground = with_token(stream=1)
-    basis = -ground.directions.basis
-    found = lens(replace(ground, directions=replace(ground.directions, basis=basis)))
+    context = with_token(stream=1)
+    basis = -context.directions.basis
+    found = lens(replace(context, directions=replace(context.directions, basis=basis)))
     assert found.suppressed[1][0] == "N"
     assert found.found == [1]
 
@@ -94,24 +101,24 @@ def test_streams_that_agree_share_their_tokens() -> None:
 
 def test_random_directions_promote_nothing() -> None:
     """200 sets of one direction a stream: 10 of them are expected to hold one beyond the limit."""
-    ground = with_token(stream=2)
+    context = with_token(stream=2)
     alarms = 0
     for seed in range(200):
-        rows = random_basis(ground.lab.subject.width, 4, 100 + seed)
+        rows = random_basis(context.subject.width, 4, 100 + seed)
         found = Directions(rows[:, None], torch.ones(4), torch.ones(4), "known")
-        alarms += bool(lens(replace(ground, directions=found), random=4000).found)
+        alarms += bool(lens(replace(context, directions=found), random=4000).found)
     assert alarms <= 18  # 18 or more by chance in one of a hundred
-    assert random_limit(ground.lab.subject, 4, 4000, 1) == pytest.approx(
-        random_limit(ground.lab.subject, 4, 4000, 0), rel=0.05
+    assert random_limit(context.subject, 4, 4000, 1) == pytest.approx(
+        random_limit(context.subject, 4, 4000, 0), rel=0.05
     )
 
 
 def test_no_direction_promotes_nothing() -> None:
-    ground = same_groups(with_token(stream=2))
-    found = lens(replace(ground, directions=find_directions(ground.acts, [Step(use="mean_diff")])))
+    context = with_same_groups(with_token(stream=2))
+    found = lens(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])))
     assert found.found == []
     assert all(tokens == () for tokens in found.promoted)
-    assert "no direction" in found.told()
+    assert "no direction" in found.summary()
 
 
 # -------------------------------------------------------------------------------------------------- the tuned lens
@@ -160,21 +167,21 @@ def test_unrelated_rows_are_mapped_to_their_mean() -> None:
 
 @pytest.mark.parametrize("block", [2, 5])
 def test_the_stream_from_which_the_answer_is_known_is_found(block: int) -> None:
-    ground = planted_ground(block=block)
-    found = tuned_lens(ground)
+    context = refusing_context(block=block)
+    found = tuned_lens(context)
     assert found.found == list(range(block + 1, 8))
     assert found.tuned[block + 1].value < 0.1 * found.constant.value
     assert found.constant.value == pytest.approx(found.tuned[block].value, abs=1e-3)
     assert found.promoted[-1][0] == "N"
-    assert f"from stream {block + 1} on" in found.told()
-    drawn(found, ["stream", "KL to the model (nats)"])
+    assert f"from stream {block + 1} on" in found.summary()
+    check_finding(found, ["stream", "KL to the model (nats)"])
 
 
 def test_kl_is_of_the_model_to_the_lens() -> None:
-    ground = ground_of(tiny_subject("gemma2"), asked())
-    found = tuned_lens(ground)
-    model = copy.deepcopy(ground.lab.subject.model).double()
-    rows = torch.cat([ground.acts[g].rows for g in ("target", "control")]).double()
+    context = context_of_model(tiny_subject("gemma2"), asked())
+    found = tuned_lens(context)
+    model = copy.deepcopy(context.subject.model).double()
+    rows = torch.cat([context.activations[g].rows for g in ("target", "control")]).double()
     with torch.no_grad():
         logits = [model.lm_head(model.model.norm(x)) for x in (rows[:, -1], rows[:, 1])]
     true, seen = (torch.log_softmax(30 * torch.tanh(x / 30), -1) for x in logits)  # Gemma 2's soft cap
@@ -183,20 +190,20 @@ def test_kl_is_of_the_model_to_the_lens() -> None:
 
 
 def test_pairs_that_do_not_belong_together_tell_nothing() -> None:
-    ground = ground_of(tiny_subject("llama"), asked())
-    fit = torch.cat([ground.acts[g].rows for g in ("target", "control")])
+    context = context_of_model(tiny_subject("llama"), asked())
+    fit = torch.cat([context.activations[g].rows for g in ("target", "control")])
     ends = fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0)), -1]
     maps = [fit_map(fit[:, stream], ends) for stream in range(3)]
-    assert score_lenses(ground, maps, fit, next_token_log_probs(ground.lab.subject, fit[:, -1])).found == []
+    assert score_lenses(context, maps, fit, next_token_log_probs(context.subject, fit[:, -1])).found == []
 
 
 def test_prompts_that_are_all_the_same_tell_nothing() -> None:
     prompts = asked()
     same = replace(prompts, groups={g: (prompts["control"][0],) * 6 for g in ("target", "control")})
-    found = tuned_lens(random_along(ground_of(tiny_subject("llama"), same)))
+    found = tuned_lens(with_random_direction(context_of_model(tiny_subject("llama"), same)))
     assert found.found == []
     assert found.constant.value == pytest.approx(0, abs=1e-5)
-    assert "no stream tells" in found.told()
+    assert "no stream tells" in found.summary()
 
 
 def test_they_are_registered_with_their_cost() -> None:

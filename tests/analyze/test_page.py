@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.contexts import categories, ground_of, subject
+from tests.support.contexts import context_of_activations, prompts_of_categories, tiny_llama
 from tests.support.planted import planted
 
 from obliteratus.analyze import AnalysisContext, Finding, analyze
@@ -27,10 +27,10 @@ class Rude:
 
     word: str = "<script>alert('x')</script> & \"more\""
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {self.word: self.word, "list": [self.word]}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         return self.word
 
     def draw(self, figure: Any) -> None:
@@ -41,11 +41,13 @@ class Rude:
 def findings() -> dict[str, Finding]:
     """Of every analysis that takes rows, and of one that takes weights."""
     acts, _ = planted(n=40)
-    ground = ground_of(acts, prompts=categories(*("ab" * 20)))
-    found = analyze(ground, [Step(use=name, draws=19) for name in NAMES])
-    basis = torch.eye(subject().width)[: subject().n_layers + 1, None].contiguous()
+    context = context_of_activations(acts, prompts=prompts_of_categories(*("ab" * 20)))
+    found = analyze(context, [Step(use=name, draws=19) for name in NAMES])
+    basis = torch.eye(tiny_llama().width)[: tiny_llama().n_layers + 1, None].contiguous()
     score = torch.ones(len(basis))
-    writes = AnalysisContext(acts, Directions(basis, score, score, ""), ground.lab, ground.held)
+    writes = AnalysisContext(
+        acts, Directions(basis, score, score, ""), context.subject, context.prompts, context.held_out
+    )
     return {**found, **analyze(writes, [Step(use="footprint", draws=19)])}
 
 
@@ -78,7 +80,7 @@ def test_every_finding_has_its_section(findings: dict[str, Finding]) -> None:
     for name, finding in findings.items():
         assert f"#finding-{name}" in seen.goes
         assert f"finding-{name}" in seen.ids
-        assert words.count(finding.told()) == 2  # in the table of contents, and in the section
+        assert words.count(finding.summary()) == 2  # in the table of contents, and in the section
 
 
 def test_it_needs_nothing_beside_it(findings: dict[str, Finding]) -> None:

@@ -8,15 +8,22 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    token_ids,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import asked, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.pairs import PatchLocation
-from obliteratus.analyze.patching import Patching, patching
-from obliteratus.analyze.putting import Patch, patched_last_streams
+from obliteratus.analyze.patch_values import Patch, patched_last_streams
+from obliteratus.analyze.patching import Patching, PatchLocation, patching
 
 
 def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1) -> float:
@@ -28,7 +35,7 @@ def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> None:
     """Behind a template's newline nothing else is written at the last token but −COMMON, by the same block's MLP."""
-    found = patching(planted_ground(block=block, clean="\n"), heads=8)
+    found = patching(refusing_context(block=block, clean="\n"), heads=8)
     blocks = [PatchLocation("block", layer, -1) for layer in range(block, 8)]
     names = {found.places[i] for i in found.effects.found}
     assert names >= {PatchLocation("attention", block, -1), *blocks}
@@ -38,23 +45,23 @@ def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> N
     assert effect(found, "head", block, -1, 0) == pytest.approx(effect(found, "attention", block, -1), rel=1e-4)
     assert float(found.share(found.effects)[found.places.index(blocks[-1])]) == pytest.approx(1, rel=1e-4)
     assert found.gap.low > 1
-    drawn(found, ["layer", "token", "share of the gap"])
+    check_finding(found, ["layer", "token", "share of the gap"])
 
 
 def test_the_other_way_round_and_by_projection() -> None:
-    ground = planted_ground(block=3)
-    found = patching(ground, score="projection", into="control", heads=4)
+    context = refusing_context(block=3)
+    found = patching(context, score="projection", into="control", heads=4)
     assert found.unit == "stream"
     assert found.gap.value < -1
     place = PatchLocation("attention", 3, -1)
     assert found.places[found.effects.found[0]].layer >= 3
     assert float(found.share(found.effects)[found.places.index(place)]) == pytest.approx(1, rel=1e-4)
-    delta = ground.acts["control"].mean[-1] - ground.acts["target"].mean[-1]
+    delta = context.activations["control"].mean[-1] - context.activations["target"].mean[-1]
     first = [0, 1, 3, 4, 6, 7, 9, 10]  # eight of twelve, evenly
-    rows = [ground.acts[g].rows for g in ("control", "target")]
-    expected = (rows[0][first, -1] - rows[1][first, -1]).mean(0) @ ground.directions.basis[-1, 0]
+    rows = [context.activations[g].rows for g in ("control", "target")]
+    expected = (rows[0][first, -1] - rows[1][first, -1]).mean(0) @ context.directions.basis[-1, 0]
     assert found.gap.value == pytest.approx(float(expected), rel=1e-4)
-    assert delta @ ground.directions.basis[-1, 0] < 0
+    assert delta @ context.directions.basis[-1, 0] < 0
 
 
 # --------------------------------------------------------------------------------------- it is its definition
@@ -62,24 +69,24 @@ def test_the_other_way_round_and_by_projection() -> None:
 def test_one_pair_by_hand(name: str) -> None:
     """In double precision, with prompts of different lengths."""
     subject = tiny_subject(name)
-    ground = along(ground_of(subject, asked()), random_basis(subject.width, 1, 2)[0])
-    found = patching(ground, score="projection", pairs=1, positions=2, heads=100)
-    rows = [ids_of(ground, group)[0] for group in ("target", "control")]
+    context = with_direction(context_of_model(subject, asked()), random_basis(subject.width, 1, 2)[0])
+    found = patching(context, score="projection", pairs=1, positions=2, heads=100)
+    rows = [token_ids(context, group)[0] for group in ("target", "control")]
     assert len(rows[0]) != len(rows[1])
     assert len(found.heads) == subject.n_layers * 4 * 2
-    base = by_hand(ground, rows, None)
-    assert found.gap.value == pytest.approx(base - by_hand(ground, rows[1:] * 2, None), abs=1e-4)
+    base = by_hand(context, rows, None)
+    assert found.gap.value == pytest.approx(base - by_hand(context, rows[1:] * 2, None), abs=1e-4)
     for place in (*found.places, *found.heads):
-        expected = base - by_hand(ground, rows, place)
+        expected = base - by_hand(context, rows, place)
         if place.kind == "mlp" and name == "qwen2_moe" and place.layer == 1:
             continue  # a gate stands between the shared expert and what the module gives
         value = effect(found, place.kind, place.layer, place.position, place.head)
         assert value == pytest.approx(expected, abs=1e-4), place
 
 
-def by_hand(ground: AnalysisContext, rows: list[list[int]], place: PatchLocation | None) -> float:
+def by_hand(context: AnalysisContext, rows: list[list[int]], place: PatchLocation | None) -> float:
     """The score of the first row, with what the second gives at one place."""
-    model, d = copy.deepcopy(ground.lab.subject.model), ground.directions.basis[-1, 0]
+    model, d = copy.deepcopy(context.subject.model), context.directions.basis[-1, 0]
     model = model if "moe" in model.config.model_type else model.double()  # grouped products are not for doubles
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     end: list[Tensor] = []
@@ -125,11 +132,11 @@ def module_of(names: dict[str, Any], block: Any, kind: str) -> Any:
 
 
 def test_log_odds_are_of_the_two_first_choices() -> None:
-    ground = planted_ground(clean="\n")
-    found = patching(ground, pairs=3, positions=1, heads=0)
-    model = copy.deepcopy(ground.lab.subject.model).double()
+    context = refusing_context(clean="\n")
+    found = patching(context, pairs=3, positions=1, heads=0)
+    model = copy.deepcopy(context.subject.model).double()
     with torch.no_grad():
-        ids = {g: [ids_of(ground, g)[i] for i in (0, 4, 8)] for g in ("target", "control")}
+        ids = {g: [token_ids(context, g)[i] for i in (0, 4, 8)] for g in ("target", "control")}
         logp = {g: torch.stack([model(torch.tensor([r])).logits[0, -1].log_softmax(-1) for r in ids[g]]) for g in ids}
     one, two = logp["target"].argmax(1), logp["control"].argmax(1)
     rows = torch.arange(3)
@@ -141,29 +148,29 @@ def test_log_odds_are_of_the_two_first_choices() -> None:
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("score", ["logits", "projection"])
 def test_identical_prompts_move_nothing(score: Any) -> None:
-    found = patching(same_groups(planted_ground()), score=score)
+    found = patching(with_same_groups(refusing_context()), score=score)
     assert found.effects.found == found.head_effects.found == []
     assert float(found.effects.value.abs().max()) < 1e-4
     assert float(found.share(found.effects).abs().max()) < 1e-4
-    found.told()
+    found.summary()
 
 
 def test_shuffled_groups_move_nothing_on_average() -> None:
-    ground = planted_ground()
-    null = along(ground_of(ground.lab.subject, shuffled(asked())), ground.directions.basis[0, 0])
+    context = refusing_context()
+    null = with_direction(context_of_model(context.subject, shuffled(asked())), context.directions.basis[0, 0])
     found = patching(null, score="projection", pairs=12)
     assert found.effects.found == found.head_effects.found == []
 
 
 def test_a_random_direction_is_moved_by_nothing() -> None:
-    found = patching(random_along(planted_ground()), score="projection")
+    found = patching(with_random_direction(refusing_context()), score="projection")
     assert found.effects.found == found.head_effects.found == []
 
 
 # ------------------------------------------------------------------------------------------------------ putting
 def test_rows_do_not_see_each_other_and_places_must_be_there() -> None:
-    ground = ground_of(tiny_subject("llama"), asked())
-    subject, ids = ground.lab.subject, ids_of(ground, "target")[:5]
+    context = context_of_model(tiny_subject("llama"), asked())
+    subject, ids = context.subject, token_ids(context, "target")[:5]
     put = Patch("model.layers.1.mlp", -2, torch.ones(subject.width))
     plain = patched_last_streams(subject, ids, [()] * 5, "test")
     found = patched_last_streams(subject, ids, [(), (put,), (), (), ()], "test")

@@ -6,12 +6,21 @@ import copy
 
 import pytest
 import torch
-from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    token_ids,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import CLEAN, asked, shuffled
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import analyses
-from obliteratus.analyze.positions import pairwise_auc, positions
+from obliteratus.analyze.auc import pairwise_auc
+from obliteratus.analyze.positions import positions
 
 SUFFIX = len("\nassistant:")  # a token a byte
 
@@ -19,28 +28,28 @@ SUFFIX = len("\nassistant:")  # a token a byte
 @pytest.mark.parametrize("block", [2, 5])
 def test_tokens_behind_the_trigger_are_apart_from_the_block_on(block: int) -> None:
     """Attention writes the direction wherever a # came before, so at every token of the template."""
-    found = positions(planted_ground(block=block), last=SUFFIX)
+    found = positions(refusing_context(block=block), last=SUFFIX)
     places = {found.place(i) for i in found.contrast.found}
     assert places == {(-p, s) for p in range(1, SUFFIX + 1) for s in range(block + 1, 9)}
     assert found.auc[:, block + 1 :].min() == 1
     assert torch.allclose(found.auc[:, : block + 1], torch.tensor(0.5))
     assert found.tokens[-1] == ":"
     assert "".join(found.tokens) == "\nassistant:"
-    drawn(found, ["stream", "token from the end", "AUC"])
+    check_finding(found, ["stream", "token from the end", "AUC"])
 
 
 def test_one_prompt_at_a_time_in_double_precision() -> None:
-    ground = ground_of(tiny_subject("gemma2"), asked())
-    found = positions(ground, last=4)
-    model = copy.deepcopy(ground.lab.subject.model).double()
+    context = context_of_model(tiny_subject("gemma2"), asked())
+    found = positions(context, last=4)
+    model = copy.deepcopy(context.subject.model).double()
     means = []
     for group in ("target", "control"):
         with torch.no_grad():
             states = [
-                model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in ids_of(ground, group)
+                model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in token_ids(context, group)
             ]
         rows = torch.stack([torch.stack([h[0, -4:] for h in one[:3]]) for one in states])
-        means.append(torch.einsum("nlpw,lw->npl", rows, ground.directions.basis[:3, 0].double()).mean(0))
+        means.append(torch.einsum("nlpw,lw->npl", rows, context.directions.basis[:3, 0].double()).mean(0))
     value = found.contrast.value.view(4, 4)[:, :3]  # the last of theirs has passed the final norm
     assert torch.allclose(value.double(), means[0] - means[1], atol=1e-4)
 
@@ -51,28 +60,28 @@ def test_auc_counts_pairs() -> None:
 
 
 def test_no_more_tokens_than_the_shortest_prompt_has() -> None:
-    ground = planted_ground()
-    shortest = min(len(row) for group in ("target", "control") for row in ids_of(ground, group))
-    assert len(positions(ground, last=200).tokens) == shortest
+    context = refusing_context()
+    shortest = min(len(row) for group in ("target", "control") for row in token_ids(context, group))
+    assert len(positions(context, last=200).tokens) == shortest
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_identical_groups_are_nowhere_apart() -> None:
-    found = positions(same_groups(planted_ground()))
+    found = positions(with_same_groups(refusing_context()))
     assert found.contrast.found == []
     assert torch.allclose(found.auc, torch.tensor(0.5))
-    assert "nothing beyond chance" in found.told()
+    assert "nothing beyond chance" in found.summary()
 
 
 def test_shuffled_groups_are_nowhere_apart() -> None:
-    for ground in (planted_ground(), ground_of(tiny_subject("llama"), asked())):
-        null = ground_of(ground.lab.subject, shuffled(asked()))
-        assert positions(along(null, ground.directions.basis[-1, 0])).contrast.found == []
+    for context in (refusing_context(), context_of_model(tiny_subject("llama"), asked())):
+        null = context_of_model(context.subject, shuffled(asked()))
+        assert positions(with_direction(null, context.directions.basis[-1, 0])).contrast.found == []
 
 
 def test_a_random_direction_shows_nothing() -> None:
-    assert positions(random_along(planted_ground()), last=SUFFIX).contrast.found == []
-    assert positions(along(planted_ground(), torch.eye(32)[CLEAN]), last=SUFFIX).contrast.found == []
+    assert positions(with_random_direction(refusing_context()), last=SUFFIX).contrast.found == []
+    assert positions(with_direction(refusing_context(), torch.eye(32)[CLEAN]), last=SUFFIX).contrast.found == []
 
 
 def test_it_is_registered_with_its_cost() -> None:

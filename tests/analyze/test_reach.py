@@ -8,19 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.known_contexts import along, drawn, ground_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import END, LAYERS, REFUSAL, asked, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
 from obliteratus.analyze.reach import (
+    Reach,
     candidate_first_blocks,
+    cheapest_edits,
+    reach,
     refusal_rate_under,
     remaining_probability,
     typical_first_tokens,
 )
-from obliteratus.analyze.reach import Reach, cheapest_edits, reach
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Plan, ProbeRequest
@@ -33,18 +42,18 @@ ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
 
 @pytest.mark.parametrize("block", [2, 4])
 def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: int) -> None:
-    found = reach(planted_ground(block=block), **ALL)
+    found = reach(refusing_context(block=block), **ALL)
     assert found.depths == tuple(range(LAYERS))
     assert found.found == tuple(range(block + 1))
     assert found.tokens == ("N",)
     assert all(abs(s.value - 1) < 1e-3 for s in found.left["both"][block + 1 :])
-    assert f"from block {block} on" in found.told()
-    drawn(found, ["first edited block", "behaviour left", "KL on controls (nats)"])
+    assert f"from block {block} on" in found.summary()
+    check_finding(found, ["first edited block", "behavior left", "KL on controls (nats)"])
 
 
 def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     """Attention writes the refusal; no MLP does."""
-    found = reach(planted_ground(block=3), **ALL)
+    found = reach(refusing_context(block=3), **ALL)
     assert found.left["attention"][2].high < 0.05
     assert abs(found.left["mlp"][2].value - 1) < 1e-3
     assert found.works("attention")
@@ -56,12 +65,12 @@ def test_the_part_that_writes_it_is_told_from_the_other() -> None:
 def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     """A direction half beside the refusal's, by copies of the weights in double precision, one prompt at a time."""
     eye = torch.eye(32)
-    ground = along(planted_ground(block=4), eye[REFUSAL] + eye[END + 3])
-    base, after = both(ground, layer)
+    context = with_direction(refusing_context(block=4), eye[REFUSAL] + eye[END + 3])
+    base, after = both(context, layer)
     token = typical_first_tokens(base["target"], base["control"])
     mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
     left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
-    found = reach(ground, **ALL).left["both"][layer]
+    found = reach(context, **ALL).left["both"][layer]
     assert found.value == pytest.approx(float(left), abs=1e-4)
     assert 0.01 < found.value < 0.99
     assert found.n == 12
@@ -69,19 +78,21 @@ def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_it_costs_is_that_of_baked_weights(layer: int) -> None:
-    ground = along(ground_of(tiny_subject("llama_biased"), asked()), torch.randn(32, generator=torch.manual_seed(1)))
-    base, after = both(ground, layer)
+    context = with_direction(
+        context_of_model(tiny_subject("llama_biased"), asked()), torch.randn(32, generator=torch.manual_seed(1))
+    )
+    base, after = both(context, layer)
     p, q = base["control"], after["control"]
-    found = reach(ground, **ALL).kl["both"][layer].value
+    found = reach(context, **ALL).kl["both"][layer].value
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
     assert found > 1e-5
 
 
-def both(ground: AnalysisContext, layer: int) -> list[dict[str, Tensor]]:
+def both(context: AnalysisContext, layer: int) -> list[dict[str, Tensor]]:
     """Log-probabilities by group of the model and of a copy whose blocks from the layer on write nothing along d."""
-    subject = ground.lab.subject
-    models = (subject.model, cut(subject.model, layer, ground.directions.basis[-1, 0].double()))
-    rows = {group: render_prompts(subject, ground.held[group]) for group in ("target", "control")}
+    subject = context.subject
+    models = (subject.model, cut(subject.model, layer, context.directions.basis[-1, 0].double()))
+    rows = {group: render_prompts(subject, context.held_out[group]) for group in ("target", "control")}
     return [{g: torch.stack([logits(m, row) for row in ids]) for g, ids in rows.items()} for m in models]
 
 
@@ -101,11 +112,11 @@ def logits(model: torch.nn.Module, row: list[int]) -> Tensor:
 
 
 def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
-    """The ground is edited as the recipe would: anchored, controls lose nothing that they all have."""
+    """The context is edited as the recipe would: anchored, controls lose nothing that they all have."""
     subject = tiny_subject("llama_biased")
-    plain = ground_of(subject, asked())
+    plain = context_of_model(subject, asked())
     paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
-    anchored = replace(plain, acts=collect_activations(subject, asked(), request=ProbeRequest(paths)))
+    anchored = replace(plain, activations=collect_activations(subject, asked(), request=ProbeRequest(paths)))
     oblique = replace(anchored, directions=find_directions(anchored.acts, [Step(use="leace")]))
     cost = [reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
     assert len({round(c, 9) for c in cost}) == 3
@@ -114,14 +125,14 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
 
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
-    ground = planted_ground(block=3, word="Sorry, I can't")
-    found = reach(ground, **ALL)
+    context = refusing_context(block=3, word="Sorry, I can't")
+    found = reach(context, **ALL)
     (first, *rest) = found.answered
     assert not rest
     assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
-    assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.told()
-    assert refusal_rate_under(ground.lab.subject, Plan(), ground.held["target"], 4).value == 1.0  # negative control
-    assert reach(ground, **{**ALL, "tries": 0}).answered == ()
+    assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.summary()
+    assert refusal_rate_under(context.subject, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
+    assert reach(context, **{**ALL, "tries": 0}).answered == ()
 
 
 def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
@@ -142,15 +153,15 @@ def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: lis
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("seed", range(3))
 def test_random_directions_find_nothing(seed: int) -> None:
-    found = reach(random_along(planted_ground(), seed), **ALL)
+    found = reach(with_random_direction(refusing_context(), seed), **ALL)
     assert found.found == ()
     assert all(abs(s.value - 1) < 0.1 for s in found.left["both"])
-    assert "from no depth on" in found.told()
+    assert "from no depth on" in found.summary()
 
 
 def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
     """Of 32 dimensions, removing a random one in every block moves this model's answers."""
-    found = reach(planted_ground(), **ALL)
+    found = reach(refusing_context(), **ALL)
     assert found.found[0] == 0
     as_random = replace(found, left={**found.left, "both": found.left["random"]})
     assert as_random.found == ()
@@ -159,17 +170,17 @@ def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
 
 @pytest.mark.parametrize("null", ["same", "shuffled"])
 def test_groups_that_do_not_differ_find_nothing(null: str) -> None:
-    ground: AnalysisContext = planted_ground()
-    ground = same_groups(ground) if null == "same" else replace(ground, held=shuffled(asked()))
-    found = reach(ground, **ALL)
+    context: AnalysisContext = refusing_context()
+    context = with_same_groups(context) if null == "same" else replace(context, held_out=shuffled(asked()))
+    found = reach(context, **ALL)
     assert found.found == ()
     assert not found.tokens or null == "shuffled"
-    drawn(found, ["first edited block"])
+    check_finding(found, ["first edited block"])
 
 
 def test_no_directions_leave_the_model_as_it_is() -> None:
-    ground = same_groups(ground_of(tiny_subject("llama"), asked()))
-    found = reach(replace(ground, directions=find_directions(ground.acts, [Step(use="mean_diff")])), **ALL)
+    context = with_same_groups(context_of_model(tiny_subject("llama"), asked()))
+    found = reach(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])), **ALL)
     assert all(s.value < 1e-6 for s in found.kl["both"])
     assert all(s.value == 1 for s in found.left["both"])
 
@@ -192,7 +203,7 @@ def test_what_remains_is_one_before_and_zero_as_controls_are() -> None:
 
 def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     subject = tiny_subject("mixtral")
-    assert isinstance(analyze(ground_of(subject, asked()), [Step(use="reach", depths=1)])["reach"], Reach)
+    assert isinstance(analyze(context_of_model(subject, asked()), [Step(use="reach", depths=1)])["reach"], Reach)
     cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
     assert cost.forwards.of(values) == (24 + 10) * (1 + 10 * 4)

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.known_contexts import along, drawn, ground_of, ids_of, planted_ground, random_along, same_groups
+from tests.support.contexts import (
+    check_finding,
+    context_of_model,
+    refusing_context,
+    token_ids,
+    with_direction,
+    with_random_direction,
+    with_same_groups,
+)
 from tests.support.refuser import CLEAN, COMMON, LAYERS, REFUSAL, asked, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
@@ -20,8 +28,8 @@ BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
 
 def repairing(strength: float = 8.0, at: int = 6) -> AnalysisContext:
     """The refuser, and a later MLP that writes REFUSAL where the trigger's trace is there and REFUSAL is not."""
-    ground = planted_ground(block=2)
-    layers: Any = ground.lab.subject.model.model.layers
+    context = refusing_context(block=2)
+    layers: Any = context.subject.model.model.layers
     attention, mlp = layers[2].self_attn, layers[at].mlp
     attention.v_proj.weight.data[1] = attention.v_proj.weight.data[0]
     attention.o_proj.weight.data[BACK, 1] = attention.o_proj.weight.data[REFUSAL, 0]
@@ -29,8 +37,8 @@ def repairing(strength: float = 8.0, at: int = 6) -> AnalysisContext:
     mlp.gate_proj.weight.data[5, COMMON] = 2
     mlp.up_proj.weight.data[5, BACK] = 1
     mlp.down_proj.weight.data[REFUSAL, 5] = strength
-    subject = ground.lab.subject
-    return along(ground_of(subject, asked()), torch.eye(subject.width)[REFUSAL])
+    subject = context.subject
+    return with_direction(context_of_model(subject, asked()), torch.eye(subject.width)[REFUSAL])
 
 
 @pytest.mark.parametrize("at", [4, 6])
@@ -38,26 +46,26 @@ def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
     found = repair(repairing(at=at))
     assert found.found == list(range(2, at))  # before block 2 nothing is taken; from ``at`` on nobody is left to repair
     assert all(found.restored[depth] > 0.2 for depth in found.found)
-    assert "later layers write back" in found.told()
-    drawn(found, ["taken up to layer", "Δ along d"])
+    assert "later layers write back" in found.summary()
+    check_finding(found, ["taken up to layer", "Δ along d"])
 
 
 def test_layers_that_do_not_repair_show_nothing() -> None:
-    found = repair(planted_ground(block=2))
+    found = repair(refusing_context(block=2))
     assert found.found == []
     assert torch.allclose(found.left, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
     assert float(found.restored.abs().max()) < 1e-4
-    assert "no layer" in found.told()
+    assert "no layer" in found.summary()
 
 
 def test_layers_that_lean_on_it_are_below_zero() -> None:
     """Block 5 writes REFUSAL again where it is there already: what is taken below it takes that too."""
-    ground = planted_ground(block=2)
-    mlp: Any = ground.lab.subject.model.model.layers[5].mlp
+    context = refusing_context(block=2)
+    mlp: Any = context.subject.model.model.layers[5].mlp
     mlp.gate_proj.weight.data[0, CLEAN] = 2  # the last token's own
     mlp.up_proj.weight.data[0, REFUSAL] = 1
     mlp.down_proj.weight.data[REFUSAL, 0] = 2
-    found = repair(ground)
+    found = repair(context)
     assert found.found == []
     assert all(found.restored[depth] < -0.1 for depth in (2, 3, 4))
 
@@ -67,12 +75,12 @@ def test_layers_that_lean_on_it_are_below_zero() -> None:
 def test_baked_weights_one_prompt_at_a_time(name: str) -> None:
     subject = tiny_subject(name)
     d = torch.nn.functional.normalize(torch.randn(subject.width, generator=torch.Generator().manual_seed(1)), dim=0)
-    ground = along(ground_of(subject, asked()), d)
-    found = repair(ground, prompts=12)
-    whole = torch.stack([deltas(ground, subject.model, d)])[0]
+    context = with_direction(context_of_model(subject, asked()), d)
+    found = repair(context, prompts=12)
+    whole = torch.stack([deltas(context, subject.model, d)])[0]
     assert torch.allclose(found.direct.double(), whole, atol=1e-5)
     for i, depth in enumerate(found.depths):
-        after = deltas(ground, baked(subject.model, depth, d.double()), d)
+        after = deltas(context, baked(subject.model, depth, d.double()), d)
         assert float(found.left[i]) == pytest.approx(float(after[-1]), abs=1e-5)
         assert abs(float(after[depth + 1])) < 1e-6
         extra = after[-1] - (whole[-1] - whole[depth + 1])
@@ -84,12 +92,12 @@ def test_baked_weights_one_prompt_at_a_time(name: str) -> None:
         assert float(found.restored[i]) == pytest.approx(float(extra / whole[depth + 1]), rel=1e-3)
 
 
-def deltas(ground: AnalysisContext, model: Any, d: Tensor) -> Tensor:
+def deltas(context: AnalysisContext, model: Any, d: Tensor) -> Tensor:
     model = copy.deepcopy(model).double()
     means = []
     for group in ("target", "control"):
         rows = []
-        for row in ids_of(ground, group):
+        for row in token_ids(context, group):
             seen: list[Tensor] = []
             handles = [b.register_forward_hook(lambda m, a, y, s=seen: s.append(y)) for b in model.model.layers]
             first = model.model.layers[0].register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0]))
@@ -120,17 +128,17 @@ def baked(model: Any, depth: int, d: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_a_random_direction_is_not_written_back() -> None:
     for seed in range(5):
-        assert repair(random_along(repairing(), seed), prompts=4).found == []
+        assert repair(with_random_direction(repairing(), seed), prompts=4).found == []
 
 
 def test_random_directions_are_found_no_more_often_than_the_level() -> None:
     """In a model of random weights, where later layers answer to everything: of 60 directions 3 are the level."""
     subject = tiny_subject("llama_biased")
-    ground = ground_of(subject, asked())
+    context = context_of_model(subject, asked())
     found, by_p = 0, 0
     for seed in range(60):
         noise = torch.randn(subject.width, generator=torch.Generator().manual_seed(1000 + seed))
-        one = repair(along(ground, noise), prompts=4, seed=seed)
+        one = repair(with_direction(context, noise), prompts=4, seed=seed)
         found += bool(one.found)
         by_p += bool((one.p <= one.level).any())
     assert found <= by_p <= 8  # the binomial's 99.6 % point
@@ -144,15 +152,17 @@ def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
 
 
 def test_identical_groups_show_nothing() -> None:
-    found = repair(same_groups(repairing()))
+    found = repair(with_same_groups(repairing()))
     assert found.found == []
     assert float(found.direct.abs().max()) == 0
     assert float(found.restored.abs().max()) == 0
 
 
 def test_shuffled_groups_show_nothing() -> None:
-    ground = repairing()
-    assert repair(along(ground_of(ground.lab.subject, shuffled(asked())), torch.eye(32)[REFUSAL])).found == []
+    context = repairing()
+    assert (
+        repair(with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])).found == []
+    )
 
 
 def test_depths_are_spread_and_cost_is_told() -> None:

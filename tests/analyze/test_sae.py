@@ -11,16 +11,22 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import mannwhitneyu
 from tests.distill.test_sae import WIDTH, acts_of, sparse_rows
-from tests.support.contexts import ground_of, null, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from tests.support.planted import planted, shuffled
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
-from obliteratus.analyze.pursuit import NONE, coefficients, matching_pursuit
-from obliteratus.analyze.sae import mean_differences, resampled_aucs, target_members
+from obliteratus.analyze.sae import (
+    NONE,
+    SparseParts,
+    coefficients,
+    matching_pursuit,
+    mean_differences,
+    resampled_aucs,
+    target_members,
+)
 from obliteratus.analyze.samples import permuted_orders, sample_of
-from obliteratus.analyze.sparse_parts import SparseParts
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations, Directions
@@ -28,8 +34,8 @@ from obliteratus.core.types import Activations, Directions
 FEATURES = 160  # of a dictionary made for a width of 64: none of its rows are at right angles
 
 
-def run(ground: AnalysisContext, **options: Any) -> SparseParts:
-    found = analyze(ground, [Step(use="sae", **({"draws": 99} | options))])["sae"]
+def run(context: AnalysisContext, **options: Any) -> SparseParts:
+    found = analyze(context, [Step(use="sae", **({"draws": 99} | options))])["sae"]
     assert isinstance(found, SparseParts)
     return found
 
@@ -48,11 +54,11 @@ def file(tmp_path: Path) -> str:
 
 
 def pointing(acts: Activations, direction: Tensor, stream: int = 2) -> AnalysisContext:
-    """A ground with this direction at one stream, and none elsewhere."""
+    """A context with this direction at one stream, and none elsewhere."""
     basis = torch.zeros(5, 1, 64)
     basis[stream, 0] = direction / direction.norm()
     score = basis.any(2)[:, 0].float()
-    return ground_of(acts, Directions(basis, score, score, ""))
+    return context_of_activations(acts, Directions(basis, score, score, ""))
 
 
 # ------------------------------------------------------------------------------------------- what is planted
@@ -60,21 +66,21 @@ def pointing(acts: Activations, direction: Tensor, stream: int = 2) -> AnalysisC
 def test_a_sum_of_atoms_is_found_with_exactly_those_atoms(file: str, signs: dict[int, float]) -> None:
     rows = dictionary(FEATURES, 64)
     truth = sum((size * rows[i] for i, size in signs.items()), torch.zeros(64))
-    found = run(pointing(null(), truth), pretrained=file, stream=2)
+    found = run(pointing(one_population(), truth), pretrained=file, stream=2)
     assert {atom.feature for atom in found.atoms} == set(signs)
     for atom in found.atoms:
         assert atom.coefficient == pytest.approx(signs[atom.feature] / float(truth.norm()), abs=1e-5)
     assert found.share[len(signs) - 1 :].tolist() == pytest.approx([1.0] * (11 - len(signs)), abs=1e-9)
     assert len(signs) in found.found
     assert found.features == FEATURES
-    assert tells(found)["atoms"]["feature"] == [atom.feature for atom in found.atoms]
+    assert check_finding(found)["atoms"]["feature"] == [atom.feature for atom in found.atoms]
 
 
 def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
-    """Rows of ten sparse features, of which one is the behaviour's; the dictionary is trained on them, unlabelled."""
+    """Rows of ten sparse features, of which one is the behavior's; the dictionary is trained on them, unlabelled."""
     rows, truth = sparse_rows(400)
-    ground = ground_of(acts_of(rows))
-    found = run(ground)
+    context = context_of_activations(acts_of(rows))
+    found = run(context)
     assert found.found[0] == 1
     first = found.atoms[0]
     assert first.feature in found.telling
@@ -82,28 +88,29 @@ def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
     assert first.auc.low > 0.85  # it is on in nine of ten target prompts, in no control prompt
     assert first.target.value > 0.8
     assert first.control.value < 0.1
-    assert float(ground.directions.basis[0, 0] @ truth[0]) > 0.95
-    assert "sparser" in found.told()
-    assert "1 explains" in found.told()
-    tells(found)
+    assert float(context.directions.basis[0, 0] @ truth[0]) > 0.95
+    assert "sparser" in found.summary()
+    assert "1 explains" in found.summary()
+    check_finding(found)
 
 
 def test_a_direction_of_many_features_is_not_sparse(file: str) -> None:
     """The negative control of the planted ones: a random direction, beside mean differences that are random too."""
     found = [
-        run(pointing(null(), dictionary(1, 64, seed)[0]), pretrained=file, stream=2).found for seed in range(40, 60)
+        run(pointing(one_population(), dictionary(1, 64, seed)[0]), pretrained=file, stream=2).found
+        for seed in range(40, 60)
     ]
     assert sum(bool(f) for f in found) <= 4  # of 20 at level 0.05: the binomial's 99.7 % point
 
 
 # ---------------------------------------------------------------------------------------------------- chance
 def test_one_population_gives_nothing() -> None:
-    found = run(ground_of(null()), draws=199)
+    found = run(context_of_activations(one_population()), draws=199)
     assert found.found == ()
     assert found.telling == ()
-    assert "no sparser" in found.told()
-    assert run(ground_of(shuffled(planted()[0])), draws=199).found == ()
-    tells(found)
+    assert "no sparser" in found.summary()
+    assert run(context_of_activations(shuffled(planted()[0])), draws=199).found == ()
+    check_finding(found)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.7])
@@ -114,7 +121,7 @@ def test_false_findings_keep_to_the_level(spread: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(80, 1, 24, generator=generator) * torch.logspace(spread, -spread, 24)
         rows += 3 * (torch.rand(80, 1, 24, generator=generator) < 0.05)
-        found = run(ground_of(of(rows[:40], rows[40:])))
+        found = run(context_of_activations(activations_of(rows[:40], rows[40:])))
         hits += torch.tensor([bool(found.found), bool(found.telling)])
     assert (hits <= 11).all(), hits  # 5 are the level, and 11 its binomial upper end (99.6 %)
 
@@ -185,7 +192,7 @@ def test_permuted_labels_make_mean_differences() -> None:
 
 # ------------------------------------------------------------------------------------------------- the edges
 def test_what_it_cannot_work_with_is_refused(file: str) -> None:
-    few = ground_of(planted(n=12)[0])  # in each of four groups
+    few = context_of_activations(planted(n=12)[0])  # in each of four groups
     with pytest.raises(UserError, match="48 prompts are too few to train on; give 50 or more"):
         run(few)
     assert run(few, pretrained=file, stream=2).prompts == (12, 12)  # nothing is trained, so these are enough
@@ -194,23 +201,23 @@ def test_what_it_cannot_work_with_is_refused(file: str) -> None:
     with pytest.raises(UserError, match="no direction at stream 0"):
         run(few, pretrained=file, stream=0)
     with pytest.raises(UserError, match="64 wide and this model's stream is 48"):
-        run(ground_of(acts_of(sparse_rows(60)[0])), pretrained=file, stream=0)
+        run(context_of_activations(acts_of(sparse_rows(60)[0])), pretrained=file, stream=0)
     assert WIDTH == 48
     with pytest.raises(UserError, match=r'set probe\.keep = "rows"'):
-        run(ground_of(planted(keep=False)[0]))
+        run(context_of_activations(planted(keep=False)[0]))
 
 
 def test_features_that_learnt_nothing_are_left_out() -> None:
     """A dictionary trained here keeps features as they began; one from elsewhere learnt them on other prompts."""
-    found = run(ground_of(acts_of(sparse_rows(60)[0])), atoms=30, training={"sparsity": 1.0})
+    found = run(context_of_activations(acts_of(sparse_rows(60)[0])), atoms=30, training={"sparsity": 1.0})
     assert found.features < 2 * WIDTH
     assert all(atom.target.value + atom.control.value > 0 for atom in found.atoms)
 
 
 def test_it_asks_nothing_of_the_model_and_comes_out_the_same() -> None:
     assert not analyses["sae"].cost(analyses.check("sae", {}))
-    ground = ground_of(planted()[0])
-    one, two = run(ground), run(ground)
+    context = context_of_activations(planted()[0])
+    one, two = run(context), run(context)
     assert [atom.feature for atom in one.atoms] == [atom.feature for atom in two.atoms]
     torch.testing.assert_close(one.share, two.share)
     assert one.p.tolist() == two.p.tolist()

@@ -7,20 +7,25 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.stats import mannwhitneyu, norm
-from tests.support.contexts import ground_of, null, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from tests.support.planted import planted
 
 from obliteratus.analyze import analyze
 from obliteratus.analyze.auc import delong_auc, newcombe
-from obliteratus.analyze.probes import cross_validated_log_odds, fit_logistic
 from obliteratus.analyze.samples import d_prime, permutation_null, permuted_orders, split_folds
-from obliteratus.analyze.separability import Separability, scores_of, variance_inflation
+from obliteratus.analyze.separability import (
+    Separability,
+    cross_validated_log_odds,
+    fit_logistic,
+    scores_of,
+    variance_inflation,
+)
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
 
 
 def run(acts: Activations) -> Separability:
-    found = analyze(ground_of(acts), [Step(use="separability", draws=99)])["separability"]
+    found = analyze(context_of_activations(acts), [Step(use="separability", draws=99)])["separability"]
     assert isinstance(found, Separability)
     return found
 
@@ -34,7 +39,7 @@ def test_a_planted_shift_is_told_apart_as_far_as_theory_says() -> None:
         assert gap.low < expected < gap.high
         assert area.value == pytest.approx(norm.cdf(expected / 2**0.5), abs=0.01)
         assert probe.value > 0.9
-    numbers = tells(found)
+    numbers = check_finding(found)
     assert numbers["position"] == -1
     assert numbers["majority"] == 0.5
     assert found.auc[0].value == 0.5  # the template's last token: the same for all
@@ -42,17 +47,17 @@ def test_a_planted_shift_is_told_apart_as_far_as_theory_says() -> None:
 
 
 def test_finds_nothing_in_one_population() -> None:
-    found = run(null())
+    found = run(one_population())
     assert found.found == ()
     assert all(abs(s.value - 0.5) < 0.12 for s in found.auc + found.probe)
-    assert "no stream" in found.told()
-    tells(found)
+    assert "no stream" in found.summary()
+    check_finding(found)
 
 
 def test_held_out_means_held_out() -> None:
     """With more dimensions than prompts any labels can be told apart on the prompts that were fitted; not on others."""
     target, control = torch.randn(2, 20, 2, 200, generator=torch.Generator().manual_seed(0))
-    acts = of(target, control)
+    acts = activations_of(target, control)
     found = run(acts)
     assert found.found == ()
     assert all(abs(s.value - 0.5) < 0.3 for s in found.auc)  # of 20 and 20 prompts: three standard errors

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from scipy.stats import binom
-from tests.support.contexts import of, tells
+from tests.support.contexts import activations_of, check_finding
 
 from obliteratus.analyze.samples import Sample, split_folds
 from obliteratus.analyze.transfer import (
@@ -36,7 +36,7 @@ def models(related: bool = True, shift: float = 3.0, seed: int = 0) -> tuple[Act
         group = torch.randn(width, generator=generator)
         rows = things @ spread + 0.5 * torch.randn(2, N, width, generator=generator)
         rows[0] += shift * group / group.norm() + shift * 0.7 * spread[0]
-        made.append(of(rows[0][:, None], rows[1][:, None]))
+        made.append(activations_of(rows[0][:, None], rows[1][:, None]))
     return made[0], made[1]
 
 
@@ -51,7 +51,7 @@ def test_a_planted_relation_is_found() -> None:
     assert found.cosine > 0.9
     assert found.ceiling >= found.cosine - 0.05
     assert max(found.r2_by_chance) < 0.1
-    numbers = tells(found)
+    numbers = check_finding(found)
     assert numbers["widths"] == [ONE, TWO]
     assert numbers["prompts"] == 2 * N
 
@@ -62,15 +62,15 @@ def test_unrelated_models_without_a_group_give_nothing() -> None:
     assert not found.found
     assert found.r2 < 0.02
     assert abs(found.cosine) < 0.5
-    assert "no map" in found.told()
-    tells(found)
+    assert "no map" in found.summary()
+    check_finding(found)
     hits = sum(run(few(models(related=False, shift=0.0, seed=seed)), 2).found for seed in range(100))
     low, high = binom.interval(0.95, 100, 0.05)
     assert low <= hits <= high, hits
 
 
 def few(pair: tuple[Activations, Activations]) -> tuple[Activations, Activations]:
-    one, two = (of(*(acts[g].rows[:20] for g in ("target", "control"))) for acts in pair)
+    one, two = (activations_of(*(acts[g].rows[:20] for g in ("target", "control"))) for acts in pair)
     return one, two
 
 
@@ -79,7 +79,7 @@ def test_shuffled_pairs_give_nothing() -> None:
     one, two = models()
     rows = torch.cat([two["target"].rows, two["control"].rows])
     rows = rows[torch.randperm(2 * N, generator=torch.Generator().manual_seed(5))]
-    found = run((one, of(rows[:N], rows[N:])))
+    found = run((one, activations_of(rows[:N], rows[N:])))
     assert not found.found
     assert found.r2 < 0.02
 
@@ -95,7 +95,7 @@ def test_what_the_group_alone_gives_is_said() -> None:
 def test_prompts_must_be_the_same() -> None:
     one, two = models()
     with pytest.raises(UserError, match="the same prompts"):
-        transfer(one, of(two["target"].rows[:-1], two["control"].rows), (0, 0))
+        transfer(one, activations_of(two["target"].rows[:-1], two["control"].rows), (0, 0))
 
 
 def test_golden() -> None:

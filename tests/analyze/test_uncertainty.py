@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from tests.support.contexts import ground_of, null, of, tells
+from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from tests.support.planted import planted
 
 from obliteratus.analyze import analyze
@@ -22,7 +22,7 @@ from obliteratus.core.types import Activations
 
 
 def run(acts: Activations) -> Uncertainty:
-    found = analyze(ground_of(acts), [Step(use="uncertainty", draws=99, resamples=200)])["uncertainty"]
+    found = analyze(context_of_activations(acts), [Step(use="uncertainty", draws=99, resamples=200)])["uncertainty"]
     assert isinstance(found, Uncertainty)
     return found
 
@@ -33,7 +33,7 @@ def test_a_planted_direction_is_agreed_on() -> None:
     assert (found.halves[1:] > 0.8).all()
     assert found.halves[0] == 0
     assert found.angle[0] == 90
-    tells(found)
+    check_finding(found)
 
 
 @pytest.mark.parametrize("n", [50, 200])
@@ -46,12 +46,12 @@ def test_the_angle_is_the_sampling_error(n: int) -> None:
 
 
 def test_finds_nothing_in_one_population() -> None:
-    found = run(null())
+    found = run(one_population())
     assert found.found == ()
     assert (found.halves.abs() < 0.3).all()  # 64 dimensions: a cosine by chance is 0.12
     assert (found.angle[1:] > 35).all()
-    assert "no direction" in found.told()
-    tells(found)
+    assert "no direction" in found.summary()
+    check_finding(found)
 
 
 def test_few_prompts_are_less_sure() -> None:
@@ -87,4 +87,4 @@ def test_halves_share_no_prompt() -> None:
 
 
 def test_a_group_of_four_is_enough() -> None:
-    run(of(torch.randn(4, 2, 8), torch.randn(5, 2, 8)))
+    run(activations_of(torch.randn(4, 2, 8), torch.randn(5, 2, 8)))

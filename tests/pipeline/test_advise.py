@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.known_contexts import planted_ground
+from tests.support.contexts import refusing_context
 from tests.support.refuser import LAYERS, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 
@@ -186,9 +186,9 @@ def test_the_run_keeps_reasons_and_people_see_them() -> None:
 
 
 def test_an_advice_comes_back_from_disk_and_can_be_searched_from(tmp_path: Path) -> None:
-    ground = planted_ground()
-    found = analyze(ground, [Step(use="reach", depths=LAYERS)])
-    made = advise(load_recipe("informed"), ground.acts, found)
+    context = refusing_context()
+    found = analyze(context, [Step(use="reach", depths=LAYERS)])
+    made = advise(load_recipe("informed"), context.activations, found)
     save_advice(made, tmp_path)
     assert load_advice(tmp_path) == replace(made, found={})
     assert "<svg" in (tmp_path / "index.html").read_text() or "<img" in (tmp_path / "index.html").read_text()

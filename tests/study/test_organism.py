@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.report import analyze_subject, select_analyses
+from obliteratus.analyze.run import analyze_subject, select_analyses
 from obliteratus.core.settings import Step
 from obliteratus.prompts import load_prompts
 from obliteratus.study import KnockoutResult, Study
@@ -43,7 +43,7 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
     parts = (
         analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
         .found["decomposition"]
-        .numbers()["parts"]["of"]
+        .to_dict()["parts"]["of"]
     )
     written = [sum(parts[f"block {r.layer} {half}"]["value"] for half in ("attention", "mlp")) for r in results]
     fallen = [-r.change["refusal.target"].value for r in results]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from obliteratus.core.results import Score
@@ -11,6 +12,12 @@ from obliteratus.core.shapes import Float
 from obliteratus.verify.intervals import Z
 
 HALVINGS = 60  # of the interval 0–1: past what fp64 tells apart
+
+
+def pairwise_auc(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"]) -> Float[Tensor, " n"]:
+    """P(target > control) + ½ P(equal), over all pairs, for each of n numbers (Mann and Whitney 1947)."""
+    parts = [(x > control).float().mean(0) + 0.5 * (x == control).float().mean(0) for x in target]
+    return torch.stack(parts).mean(0)
 
 
 def delong_auc(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Score:

@@ -1,74 +1,113 @@
-"""What every analysis shares: the registry, what it is given, and what it must be able to say."""
+"""What all analyses share: registry, input, the protocol of their results, and the choice of a direction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
-from obliteratus.causal.interventions import FitContext
+from pydantic import Field
+from torch import Tensor
+
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Activations, Directions, PromptSet
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import Activations, Directions, PromptSet, Subject
+from obliteratus.prompts import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes half a second to load, and few commands draw
 
+GROUPS = ("target", "control")
+Stream = Annotated[int, Field(ge=0)] | None
+"""A stream index; None stands for the stream whose directions have the highest score."""
+
 
 @dataclass(frozen=True)
 class AnalysisContext:
-    """What all analyses of a model share: nothing is probed twice."""
+    """What every analysis of a model is given. Activations are probed once for all analyses."""
 
-    acts: Activations
-    """Of the fit prompts, every prompt's rows kept."""
+    activations: Activations
+    """Activations of ``prompts``, with the rows of every prompt kept."""
     directions: Directions
-    lab: FitContext
-    """The model and the fit prompts."""
-    held: PromptSet
-    """Search prompts: for what must be scored on prompts that nothing was fitted on."""
+    subject: Subject
+    prompts: PromptSet
+    """The fit prompts."""
+    held_out: PromptSet
+    """The search prompts, for scores on prompts that nothing was fitted on."""
 
 
 @runtime_checkable  # tests check annotations when functions are called
 class Finding(Protocol):
-    """An analysis' result: a frozen dataclass of tensors and numbers, with these three."""
+    """The result of an analysis: a frozen dataclass of tensors and numbers with these three methods."""
 
-    def numbers(self) -> dict[str, Any]:
-        """What JSON can hold; every estimate with its interval or the number of prompts behind it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as JSON types, every estimate with its interval or the number of prompts behind it."""
         ...
 
-    def told(self) -> str:
-        """One line for people."""
+    def summary(self) -> str:
+        """Return one line of text for people."""
         ...
 
     def draw(self, figure: Figure) -> None:
-        """A plot with labelled axes, on an empty figure."""
+        """Draw a plot with labelled axes on an empty figure."""
         ...
 
 
 Analysis = Callable[..., Finding]
-"""(ground, **options) → finding."""
+"""(context, **options) → finding."""
 
 analyses: Registry[Analysis] = Registry("analyze")
 
 
-def analyze(ground: AnalysisContext, steps: Sequence[Step]) -> dict[str, Finding]:
-    """Run analyses on one ground, in their order. Raises UserError for a name or option that does not exist."""
-    found: dict[str, Finding] = {}
+def analyze(context: AnalysisContext, steps: Sequence[Step]) -> dict[str, Finding]:
+    """Run the analyses in their order and return the findings by name.
+
+    Raises UserError for an unknown analysis or option, and where an analysis cannot work on these prompts.
+    """
+    findings: dict[str, Finding] = {}
     for step in steps:
-        found[step.use] = analyses[step.use].function(ground, **analyses.check(step.use, step.options))
-    return found
+        findings[step.use] = analyses[step.use].function(context, **analyses.check(step.use, step.options))
+    return findings
 
 
-def try_analyses(ground: AnalysisContext, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
-    """Findings, and the reasons of those that cannot work on this ground, which are noted."""
-    found: dict[str, Finding] = {}
-    unable: dict[str, str] = {}
+def try_analyses(context: AnalysisContext, steps: Sequence[Step]) -> tuple[dict[str, Finding], dict[str, str]]:
+    """Run the analyses and return the findings, and by name the reason of each one that raised a UserError."""
+    findings: dict[str, Finding] = {}
+    failures: dict[str, str] = {}
     for step in steps:
         try:
-            found |= analyze(ground, [step])
+            findings |= analyze(context, [step])
         except UserError as error:
-            unable[step.use] = str(error)
+            failures[step.use] = str(error)
             note("skipped", f"{step.use}: {error}")
-    return found, unable
+    return findings, failures
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The direction that an analysis measures along."""
+
+    stream: int
+    vector: Float[Tensor, " width"]
+    """Unit vector."""
+
+
+def choose_direction(context: AnalysisContext, stream: int | None, name: str) -> Aim:
+    """Return the first direction of a stream; without a stream, that of the stream with the highest score.
+
+    name: the analysis, for the error message. Raises UserError where the stream does not exist or has no direction.
+    """
+    directions = context.directions
+    index = int(directions.score.argmax()) if stream is None else stream
+    if index >= len(directions.score) or not bool(directions.basis[index, 0].any()):
+        last = len(directions.score) - 1
+        raise UserError(f"analysis '{name}': stream {index} of 0 to {last} has no direction; give another stream")
+    return Aim(index, directions.basis[index, 0])
+
+
+def subsample(prompts: PromptSet, most: int) -> PromptSet:
+    """Return at most ``most`` target and ``most`` control prompts, evenly spaced."""
+    return PromptSet({g: tuple(prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)) for g in GROUPS})

@@ -58,7 +58,7 @@ class Certificate:
         """The stream index farthest from chance."""
         return min(range(len(self.p)), key=lambda s: (float(self.p[s]), -float(self.d_prime[s])))
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The verdict, and each stream's d′ with what it would have to exceed."""
         return {
             "signal": self.signal,
@@ -72,7 +72,7 @@ class Certificate:
             "p_stream": self.p.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         best = self.best
         p = f"p = {float(self.p[best]):.3g} over all {len(self.p)} streams, level {self.level:g}"
         least = f"above {float(self.threshold[best]):.2f} would have been found"
@@ -99,7 +99,7 @@ def certificate(
     level: float = LEVEL,
     draws: int = DRAWS,
     folds: int = FOLDS,
-    standardise: bool = True,
+    standardize: bool = True,
     seed: int = 0,
 ) -> Certificate:
     """Do the two groups' rows differ in their means at any stream?
@@ -108,37 +108,37 @@ def certificate(
     was fitted on. p: how often ``draws`` permutations of the labels reach it, by the largest of all streams' statistics
     (`familywise_p_values`). If labels mean nothing a difference is found in at most a share ``level`` of all cases, exactly,
     whatever the rows' distribution: prompts need only be exchangeable. The other error is not bounded: ``threshold``
-    says what would have been found. standardise: each dimension over its standard deviation first, so that the few
+    says what would have been found. standardize: each dimension over its standard deviation first, so that the few
     massive ones of a real stream hide nothing; labels play no part in it. Time: draws × folds × streams × prompts².
     """
     return certify_sample(
-        Sample(target, control), level=level, draws=draws, folds=folds, standardise=standardise, seed=seed
+        Sample(target, control), level=level, draws=draws, folds=folds, standardize=standardize, seed=seed
     )
 
 
 def certify_sample(
-    sample: Sample, *, level: float, draws: int, folds: int, standardise: bool, seed: int
+    sample: Sample, *, level: float, draws: int, folds: int, standardize: bool, seed: int
 ) -> Certificate:
     """`certificate` of a sample."""
     n, m = sample.n, len(sample) - sample.n
     plan, order = split_folds(n, m, folds, seed), permuted_orders(len(sample), draws, seed + 1)
-    found = torch.stack([permutation_null(gram, plan, order) for gram in sample.grams(standardise)], 1)
+    found = torch.stack([permutation_null(gram, plan, order) for gram in sample.grams(standardize)], 1)
     return Certificate(found[0], thresholds(found, level), familywise_p_values(found), level, draws, (n, m))
 
 
 @analyses.register("certificate", cite="ISBN 978-0-471-55761-6", needs=("rows",))
 def certificate_of(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     level: Level = LEVEL,
     draws: Draws = DRAWS,
     folds: Folds = FOLDS,
-    standardise: bool = True,
+    standardize: bool = True,
     seed: int = 0,
 ) -> Certificate:
     """Do target and control differ at any stream? A permutation test whose false positives are at most ``level``.
 
     As `certificate`, which takes any two sets of rows: of an edited model it certifies what is left. Needs rows.
     """
-    sample = sample_of(ground.acts, "certificate", least=4)  # 2 folds of 2: a variance needs two
-    return certify_sample(sample, level=level, draws=draws, folds=folds, standardise=standardise, seed=seed)
+    sample = sample_of(context.activations, "certificate", least=4)  # 2 folds of 2: a variance needs two
+    return certify_sample(sample, level=level, draws=draws, folds=folds, standardize=standardize, seed=seed)

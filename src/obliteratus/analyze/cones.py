@@ -55,7 +55,7 @@ class Cones:
         """Stream indices at which categories have directions of their own."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Cosines at one stream with their intervals, ranks at all."""
         pairs = [(i, j) for i in range(len(self.names)) for j in range(i)]
         return {
@@ -70,7 +70,7 @@ class Cones:
             "p": self.p.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         size = f"{len(self.names)} categories, the smallest of {min(self.counts)} prompts"
         rank = f"effective rank {float(self.rank[self.stream]):.2f} at stream {self.stream}, by chance "
         rank += f"{float(self.chance[0, self.stream]):.2f} to {float(self.chance[1, self.stream]):.2f}"
@@ -92,7 +92,7 @@ class Cones:
 
 @analyses.register("cones", cite="arXiv:2502.17420", needs=("rows",))
 def cones(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     least: Annotated[int, Field(ge=2)] = LEAST,
     stream: Annotated[int, Field(ge=0)] | None = None,
@@ -108,11 +108,11 @@ def cones(
     random permutations of the categories. Cosines are at ``stream`` (None: the highest score of the directions), with
     percentile intervals of prompts drawn anew, and free of noise, which would lower them (`inner_products`).
     Categories with fewer than ``least`` prompts are left out; UserError where fewer than two are left. That categories
-    differ is no sign that the behaviour does: topics have directions of their own, too. Needs rows.
+    differ is no sign that the behavior does: topics have directions of their own, too. Needs rows.
     """
-    sample = sample_of(ground.acts, "cones")
-    names, member = memberships([p.category for p in ground.lab.prompts["target"]], least)
-    at = int(ground.directions.score.argmax()) if stream is None else stream
+    sample = sample_of(context.activations, "cones")
+    names, member = memberships([p.category for p in context.prompts["target"]], least)
+    at = int(context.directions.score.argmax()) if stream is None else stream
     if at >= sample.streams:
         raise UserError(f"analysis 'cones': stream={at}, but streams run from 0 to {sample.streams - 1}")
     ranks = torch.stack([effective_ranks(sample, s, member, draws, seed) for s in range(sample.streams)], 1)

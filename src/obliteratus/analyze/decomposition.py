@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.removal import (GROUPS, Aim, Stream, block_output_modules, choose_direction, writers_in_order)
-from obliteratus.report.curves import (BLUE, GREEN, GREY, ORANGE)
-from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.base import GROUPS, Aim, AnalysisContext, Stream, analyses, choose_direction
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
+from obliteratus.analyze.writers import block_output_modules, writers_in_order
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import ProbeRequest, Prompt, Site, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
-from obliteratus.summon.sites import architecture_of, gain_of, has_heads
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE
+from obliteratus.summon.sites import find_architecture, has_heads, read_gain
 from obliteratus.weights.matrices import read_weight
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Decomposition:
     prompts: tuple[int, int]
     """Target and control prompts behind it."""
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Differences with their standard errors, and by name those beyond chance."""
         heads = [f"block {block} head {head}" for block, head in self.head_names]
         return {
@@ -60,7 +60,7 @@ class Decomposition:
             "found_heads": [heads[i] for i in self.heads.found],
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The largest components."""
         parts = describe_clearest(self.parts, lambda i: self.names[i])
         heads = describe_clearest(self.heads, lambda i: "block {} head {}".format(*self.head_names[i]))
@@ -71,9 +71,9 @@ class Decomposition:
         rows = 2 if self.head_names else 1
         axes = figure.add_subplot(rows, 1, 1, xlabel="block", ylabel="Δ along d", title="who writes the difference")
         blocks = self.parts.value[1:].view(-1, len(PARTS))
-        for i, (part, colour) in enumerate(zip(PARTS, (BLUE, ORANGE, GREY), strict=True)):
+        for i, (part, color) in enumerate(zip(PARTS, (BLUE, ORANGE, GREY), strict=True)):
             places = torch.arange(len(blocks)) + 0.28 * (i - 1)  # three bars side by side, a gap after each block
-            axes.bar(places.tolist(), blocks[:, i].tolist(), width=0.28, color=colour, label=part)
+            axes.bar(places.tolist(), blocks[:, i].tolist(), width=0.28, color=color, label=part)
         axes.axhline(float(self.parts.value[0]), color=GREEN, linewidth=1, label="embeddings")
         axes.legend()
         if self.head_names:
@@ -100,17 +100,17 @@ COST = Cost(n_of("fit", "target") + n_of("fit", "control"))
 @analyses.register(
     "decomposition", cite="Elhage et al. 2021, transformer-circuits.pub/2021/framework", cost=lambda options: COST
 )
-def decomposition(ground: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
+def decomposition(context: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
     """What each block's attention, MLP and heads add to the groups' difference along the direction, at one token.
 
     Measured on the fit prompts: outputs of everything that adds to the stream, behind its norm where there is one;
     heads by the columns of attention's output matrix that read them. Parts sum to the stream's difference. What
     stands out is told from chance by permuting the prompts' labels. stream: where; None is the best-scored one.
     """
-    aim = choose_direction(ground, stream, "decomposition")
-    subject, prompts = ground.lab.subject, ground.lab.prompts
+    aim = choose_direction(context, stream, "decomposition")
+    subject, prompts = context.subject, context.prompts
     heads = _heads(subject, aim)
-    rows = [_rows(subject, prompts[group], aim, heads, ground.acts.position) for group in GROUPS]
+    rows = [_rows(subject, prompts[group], aim, heads, context.activations.position) for group in GROUPS]
     n = 1 + len(PARTS) * aim.stream
     parts = contrast_between_groups(rows[0][:, :n], rows[1][:, :n], seed)
     names = ["embeddings"] + [f"block {block} {part}" for block in range(aim.stream) for part in PARTS]
@@ -139,11 +139,11 @@ class _Heads:
 
 def _heads(subject: Subject, aim: Aim) -> list[_Heads]:
     """Of every block below the stream whose mixer is attention, with inputs that its heads share evenly."""
-    family, n = architecture_of(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
+    family, n = find_architecture(subject.model.config), int(subject.model.config.get_text_config().num_attention_heads)
     found = []
     for site in writers_in_order(subject):
         if 0 <= site.layer < aim.stream and has_heads(family, site):
-            weight, gain = read_weight(subject.module(site.path), site).cpu().double(), gain_of(subject, site)
+            weight, gain = read_weight(subject.module(site.path), site).cpu().double(), read_gain(subject.model, site)
             folded = aim.vector.double() if gain is None else aim.vector.double() * gain.cpu().double()
             if weight.shape[1] % n == 0:
                 found.append(_Heads(site, (folded @ weight).view(n, -1), None if gain is None else gain.cpu()))

@@ -10,19 +10,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREY, ORANGE, make_removals, random_rows
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.chance import degrees_of_freedom, largest_ratio
+from obliteratus.analyze.significance import degrees_of_freedom, largest_ratio, random_rows
 from obliteratus.core.cost import Cost, amount, n_of, number
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan
 from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
+from obliteratus.report.curves import BLUE, GREY, ORANGE
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ class Entanglement:
         """Layers that controls lean on along the directions more than along random ones."""
         return [i for i, value in enumerate(self.ratio.tolist()) if value > self.limit]
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Every layer's KL with its interval, beside those of random directions."""
         values = {"kl": [s.model_dump() for s in self.kl], "random": self.random.tolist()}
         return {**values, "ratio": self.ratio.tolist(), "limit": self.limit, "found": self.found}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The layer that costs most, and the one that costs least."""
         values = [s.value for s in self.kl]
         worst, best = values.index(max(values)), values.index(min(values))
@@ -87,7 +88,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("entanglement", cite="arXiv:2406.11717", cost=_cost)
 def entanglement(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 16,
     random: Annotated[int, Field(ge=2, le=100)] = 4,
@@ -100,13 +101,13 @@ def entanglement(
     control prompts of the search split, at most. random: random subspaces tried at each layer; with fewer than some
     twenty over all layers the limit is rough.
     """
-    subject, held = ground.lab.subject, ground.held["control"]
+    subject, held = context.subject, context.held_out["control"]
     ids = render_prompts(subject, [held[i] for i in evenly_spaced(len(held), prompts)])
     trunk = CachedPrompts(subject, ids, budget=KEPT, answers=())
     base, rows = trunk.first_token(), []
     with progress("ANALYZE entanglement", subject.n_layers) as advance, report_to(SILENT):
         for layer in range(subject.n_layers):
-            plans = _plans(ground, layer, random, seed)
+            plans = _plans(context, layer, random, seed)
             rows.append(_divergences(trunk, base, plans) if plans else torch.zeros(1 + random, len(base)))
             advance(1)
     table = torch.stack(rows)
@@ -114,14 +115,14 @@ def entanglement(
     return Entanglement(own, table[:, 1:].mean(2), *entanglement_ratio(table.mean(2)))
 
 
-def _plans(ground: AnalysisContext, layer: int, random: int, seed: int) -> list[Plan]:
+def _plans(context: AnalysisContext, layer: int, random: int, seed: int) -> list[Plan]:
     """The layer's directions off, then random ones off, by its writers alone."""
-    subject, rows = ground.lab.subject, ground.directions.basis[layer + 1]
+    subject, rows = context.subject, context.directions.basis[layer + 1]
     rows = rows[rows.any(1)]
     if not len(rows):
         return []
     draws = [random_rows(len(rows), subject.width, seed + layer * random + i) for i in range(random)]
-    return [make_removals(subject, range(layer, layer + 1), basis) for basis in (rows, *draws)]
+    return [remove_from_writers(subject, basis, (layer,)) for basis in (rows, *draws)]
 
 
 def _divergences(

@@ -46,7 +46,7 @@ class Fingerprint:
         found = (self.p <= self.level).tolist()
         return {name: tuple(i for i, x in enumerate(row) if x) for name, row in zip(FEATURES, found, strict=True)}
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By stream index."""
         made: dict[str, Any] = {"prompts": {"target": self.n[0], "control": self.n[1]}, "level": self.level}
         made["unusual"] = {name: list(streams) for name, streams in self.unusual.items()}
@@ -55,7 +55,7 @@ class Fingerprint:
             made[f"{name}_by_chance_low"], made[f"{name}_by_chance_high"] = self.chance[i].tolist()
         return made
 
-    def told(self) -> str:
+    def summary(self) -> str:
         parts = [f"{name.replace('_', ' ')} at {len(s)}" for name, s in self.unusual.items() if s]
         size = f"of {len(self.width)} streams ({self.n[0]} and {self.n[1]} prompts); predicts nothing"
         return f"descriptive: differs from permuted labels in {', '.join(parts) or 'nothing, at none'} {size}"
@@ -75,7 +75,7 @@ class Fingerprint:
 
 @analyses.register("fingerprint", needs=("rows",))
 def fingerprint(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     draws: Annotated[int, Field(ge=19, le=10_000)] = PERMUTATIONS,
     level: Level = LEVEL,
@@ -88,7 +88,7 @@ def fingerprint(
     prompts; permuted labels are treated alike, which is why only what lies outside their range says anything. Needs
     rows, four prompts of each group.
     """
-    sample = sample_of(ground.acts, "fingerprint", least=4)
+    sample = sample_of(context.activations, "fingerprint", least=4)
     order, n, m = permuted_orders(len(sample), draws, seed), sample.n, len(sample) - sample.n
     lengths = torch.cat([sample.target, sample.control]).double().norm(dim=2)
     found = []

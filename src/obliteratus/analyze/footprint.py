@@ -15,12 +15,12 @@ from obliteratus.analyze.samples import LEVEL, Level, chance_interval, familywis
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Subject
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend
-from obliteratus.summon.sites import gain_of
-from obliteratus.weights.matrices import each_expert, read_weight
+from obliteratus.summon.sites import read_gain
+from obliteratus.weights.matrices import expand_experts, read_weight
 
 RANDOM = 99  # directions drawn by chance: p = 0.01 at best, and as many products with each matrix
 MOST = 0.8  # of the footprint: what a few columns should hold to be called few
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00")  # by part, in the order of the sites
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00")  # by part, in the order of the sites
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Footprint:
         """Sites whose footprint stands on fewer columns than a random direction's."""
         return tuple(s for s, p in zip(self.sites, self.gini_p.tolist(), strict=True) if p <= self.level)
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By site, in the model's order."""
         return {
             "random_directions": self.draws,
@@ -75,7 +75,7 @@ class Footprint:
             "columns_for_80_percent": self.columns.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         n = len(self.sites)
         if not n:
             return "no matrix writes into a stream that has a direction"
@@ -89,13 +89,13 @@ class Footprint:
         )
 
     def draw(self, figure: Figure) -> None:
-        """Share beside columns, over layers, a colour for each part."""
+        """Share beside columns, over layers, a color for each part."""
         left, right = figure.subplots(1, 2)
-        for part, colour in zip(dict.fromkeys(self.parts), COLOURS, strict=False):
+        for part, color in zip(dict.fromkeys(self.parts), COLORS, strict=False):
             at = [i for i, p in enumerate(self.parts) if p == part]
             layers = [self.layers[i] for i in at]
-            left.plot(layers, self.share[at].tolist(), ".", color=colour, label=part)
-            right.plot(layers, self.columns[at].tolist(), ".", color=colour, label=part)
+            left.plot(layers, self.share[at].tolist(), ".", color=color, label=part)
+            right.plot(layers, self.columns[at].tolist(), ".", color=color, label=part)
         low, high = self.share_by_chance.tolist()
         left.vlines(self.layers, low, high, color=GREY, lw=3, alpha=0.5, label="random, 95 %", zorder=0)
         left.set(xlabel="layer", ylabel="share of the norm along it", ylim=(0, None))
@@ -106,7 +106,7 @@ class Footprint:
 
 @analyses.register("footprint", cite="doi:10.2307/2223319")
 def footprint(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     draws: Annotated[int, Field(ge=19, le=10_000)] = RANDOM,
     level: Level = LEVEL,
@@ -120,10 +120,10 @@ def footprint(
     what could be written, not how often its inputs are active. Where a stream has no direction its writers are left
     out. One matrix at a time is read; time draws × parameters of the writers.
     """
-    subspaces = _subspaces(ground.directions.basis, draws, seed)
+    subspaces = _subspaces(context.directions.basis, draws, seed)
     found = [
         (name, site, subspace_shares(weight, subspaces[:, site.stream].to(weight)).double())
-        for name, site, weight in effective_writer_matrices(ground.lab.subject)
+        for name, site, weight in effective_writer_matrices(context.subject)
         if subspaces[0, site.stream].any()
     ]
     made = torch.stack([one for _, _, one in found], 2) if found else torch.zeros(3, draws + 1, 0).double()
@@ -148,8 +148,8 @@ def effective_writer_matrices(subject: Subject) -> Iterator[tuple[str, Site, Flo
     """Name, site and weight of each writer as it reaches the stream, of stacks each expert's; fp32, one at a time."""
     for stack in (site for site in subject.sites if site.role == "writes"):
         module = subject.module(stack.path)
-        for site in each_expert(module, stack):
-            weight, gain = read_weight(module, site), gain_of(subject, site)
+        for site in expand_experts(module, stack):
+            weight, gain = read_weight(module, site), read_gain(subject.model, site)
             name = site.parameter if site.expert is None else f"{site.parameter}[{site.expert}]"
             yield name, site, weight if gain is None else gain.to(weight)[:, None] * weight
 

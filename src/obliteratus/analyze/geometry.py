@@ -31,7 +31,7 @@ class Geometry:
     found: tuple[int, ...]
     """Stream indices where the groups differ beyond chance: only there a direction means something."""
     clusters: tuple[tuple[int, ...], ...]
-    """Runs of neighbouring found streams, all of whose pairs have a cosine of at least ``alike``."""
+    """Runs of neighboring found streams, all of whose pairs have a cosine of at least ``alike``."""
     reach: tuple[int, ...]
     """Of each found stream, how many found streams after it are still alike, up to the first that is not."""
     chance: Float[Tensor, " lags"]
@@ -44,7 +44,7 @@ class Geometry:
         """Mean cosine of found streams that lie ``lag`` apart, from lag 0; NaN where no two do."""
         return _by_lag(self.cosine, self.found)
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, by stream index."""
         return {
             "prompts": self.n,
@@ -57,7 +57,7 @@ class Geometry:
             "cosine": self.cosine.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         if not self.found:
             return f"no stream has a direction beyond chance ({self.n} prompts)"
         runs = ", ".join(f"{c[0]}–{c[-1]}" if len(c) > 1 else str(c[0]) for c in self.clusters)
@@ -80,7 +80,7 @@ class Geometry:
 
 @analyses.register("geometry", needs=("rows",))
 def geometry(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     alike: Annotated[float, Field(gt=0, le=1)] = ALIKE,
     level: Level = LEVEL,
@@ -94,9 +94,9 @@ def geometry(
     complete: every pair is alike, so that a slow turn is not chained into one. Signs are kept; a direction that turns
     over has a cosine of −1 and ends a run. Needs rows.
     """
-    sample = sample_of(ground.acts, "geometry", least=4)
-    tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardise=True, seed=seed)
-    rows = normalize(ground.directions.basis[:, 0].double(), dim=1)
+    sample = sample_of(context.activations, "geometry", least=4)
+    tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardize=True, seed=seed)
+    rows = normalize(context.directions.basis[:, 0].double(), dim=1)
     cosine = rows @ rows.T
     found = [s for s in tested.found if cosine[s, s] > 0]
     lasting = chance_cosine(sample, seed)
@@ -108,7 +108,7 @@ def geometry(
 def similar_runs(
     cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float
 ) -> tuple[tuple[int, ...], ...]:
-    """Neighbouring streams, from the first on, as long as each is alike all of its run."""
+    """Neighboring streams, from the first on, as long as each is alike all of its run."""
     made: list[list[int]] = []
     for stream in found:
         joins = made and made[-1][-1] == stream - 1 and bool((cosine[stream, made[-1]] >= alike).all())

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREY, ORANGE, random_units
 from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.readout import logit_effects
+from obliteratus.analyze.significance import random_units
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Subject
+from obliteratus.report.curves import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ class Lens:
         most = torch.maximum(self.high[:, 0], -self.low[:, 0])
         return [i for i, value in enumerate(most.tolist()) if value > self.limit]
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Tokens with their logits, stream by stream, and the limit that random directions give."""
         streams = [
             {"promoted": _pairs(up, high), "suppressed": _pairs(down, low)}
@@ -52,7 +53,7 @@ class Lens:
         ]
         return {"streams": streams, "limit": self.limit, "found": self.found, "sharing": self.sharing.tolist()}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What the clearest stream promotes."""
         if not self.found:
             return "no direction promotes or suppresses any token more than random directions do"
@@ -79,7 +80,7 @@ def _pairs(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
 
 @analyses.register("lens", cite="nostalgebraist 2020, interpreting GPT: the logit lens")
 def lens(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     tokens: Annotated[int, Field(ge=1, le=100)] = 10,
     random: Annotated[int, Field(ge=100, le=10000)] = 1000,
@@ -90,7 +91,7 @@ def lens(
     Asks no pass: γ⊙d through the unembedding. A direction counts where a token's logit lies further out than any of
     ``random`` random directions' would by chance, over all streams together (5 %). tokens: listed at each end.
     """
-    subject, rows = ground.lab.subject, ground.directions.basis[:, 0]
+    subject, rows = context.subject, context.directions.basis[:, 0]
     logits = list(logit_effects(subject, rows))
     high, up = extreme_tokens(logits, tokens, largest=True)
     low, down = extreme_tokens(logits, tokens, largest=False)

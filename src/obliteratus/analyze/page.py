@@ -33,7 +33,9 @@ def page(found: Mapping[str, Finding], title: str, skipped: Mapping[str, str] = 
     The plots are SVG inside data addresses, text as outlines, so that they look the same everywhere; the page names no
     other file and runs no script. What findings say is escaped.
     """
-    links = "\n".join(f'<li><a href="#{name_of(n)}">{escape(n)}</a>: {escape(f.told())}</li>' for n, f in found.items())
+    links = "\n".join(
+        f'<li><a href="#{name_of(n)}">{escape(n)}</a>: {escape(f.summary())}</li>' for n, f in found.items()
+    )
     left = "".join(f'<p class="about">Skipped: {escape(n)}, {escape(why)}</p>\n' for n, why in skipped.items())
     sections = "\n".join(_section(name, finding) for name, finding in found.items())
     return document(title, f"<nav><ol>\n{links}\n</ol></nav>\n{left}{sections}")
@@ -85,13 +87,13 @@ def embedded(svg: str) -> str:
 
 
 def _section(name: str, finding: Finding) -> str:
-    told, picture = escape(finding.told()), embedded(svg(finding, name))
+    told, picture = escape(finding.summary()), embedded(svg(finding, name))
     return f"""<section id="{name_of(name)}">
 <h2>{escape(name)}</h2>
 {_about(name)}<p class="told">{told}</p>
 <img alt="{told}" src="{picture}">
 <details><summary>Numbers</summary>
-{tables(finding.numbers())}
+{tables(finding.to_dict())}
 </details>
 </section>"""
 

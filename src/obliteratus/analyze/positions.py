@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import GROUPS
-from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.chance import Contrast, contrast_between_groups, describe_clearest
+from obliteratus.analyze.auc import pairwise_auc
+from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
+from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.shapes import Float
 from obliteratus.inference.chat_template import Ids, render_prompts
@@ -41,7 +41,7 @@ class Positions:
         """(position, stream) of the i-th number of the contrast."""
         return i // self.streams - len(self.tokens), i % self.streams
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Differences with standard errors and AUC, position by position, and the places beyond chance."""
         shape = (len(self.tokens), self.streams)
         values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
@@ -50,7 +50,7 @@ class Positions:
         about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "prompts": list(self.prompts)}
         return {**about, "found": [list(place) for place in found], **tables}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Where they lie furthest apart."""
         named = describe_clearest(self.contrast, lambda i: "token {} stream {}".format(*self.place(i)))
         places = {self.place(i)[0] for i in self.contrast.found}
@@ -70,19 +70,19 @@ COST = Cost(n_of("search", "target") + n_of("search", "control"))
 
 
 @analyses.register("positions", cite="arXiv:2406.11717", cost=lambda options: COST)
-def positions(ground: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0) -> Positions:
+def positions(context: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0) -> Positions:
     """How far the groups lie apart along each stream's first direction, at the last tokens of held-out prompts.
 
     All positions come from one pass. Directions are as they were fitted, at their one token. What stands out is told
     from chance by permuting the prompts' labels. last: tokens, at most as many as the shortest prompt has.
     """
-    subject = ground.lab.subject
-    ids = {group: render_prompts(subject, ground.held[group]) for group in GROUPS}
+    subject = context.subject
+    ids = {group: render_prompts(subject, context.held_out[group]) for group in GROUPS}
     everything = [row for group in GROUPS for row in ids[group]]
     n = min(last, *map(len, everything))
-    target, control = (_along(ground, ids[group], n) for group in GROUPS)
+    target, control = (_along(context, ids[group], n) for group in GROUPS)
     return Positions(
-        tokens=_tokens(ground, everything, n),
+        tokens=_tokens(context, everything, n),
         streams=subject.n_layers + 1,
         contrast=contrast_between_groups(target.flatten(1), control.flatten(1), seed),
         auc=pairwise_auc(target.flatten(1), control.flatten(1)).view(target.shape[1:]),
@@ -90,21 +90,15 @@ def positions(ground: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=25
     )
 
 
-def _along(ground: AnalysisContext, ids: Ids, n: int) -> Float[Tensor, "prompts positions streams"]:
-    directions, subject = ground.directions.basis[:, 0], ground.lab.subject
+def _along(context: AnalysisContext, ids: Ids, n: int) -> Float[Tensor, "prompts positions streams"]:
+    directions, subject = context.directions.basis[:, 0], context.subject
     result = torch.empty(len(ids), n, len(directions))
     for got in read_hidden_states(subject, ids, position=range(-n, 0), title="ANALYZE positions"):
         result[got.rows] = torch.einsum("rlpw,lw->rpl", got.stream, directions)
     return result
 
 
-def pairwise_auc(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"]) -> Float[Tensor, " n"]:
-    """P(target > control) + ½ P(equal), over all pairs, for each of n numbers (Mann and Whitney 1947)."""
-    parts = [(x > control).float().mean(0) + 0.5 * (x == control).float().mean(0) for x in target]
-    return torch.stack(parts).mean(0)
-
-
-def _tokens(ground: AnalysisContext, ids: Sequence[list[int]], n: int) -> tuple[str, ...]:
-    tokenizer = ground.lab.subject.tokenizer
+def _tokens(context: AnalysisContext, ids: Sequence[list[int]], n: int) -> tuple[str, ...]:
+    tokenizer = context.subject.tokenizer
     kinds = ({row[position] for row in ids} for position in range(-n, 0))
     return tuple(str(tokenizer.decode([*kind])) if len(kind) == 1 else "" for kind in kinds)

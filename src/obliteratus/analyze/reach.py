@@ -1,4 +1,4 @@
-"""From which depth on removing the directions ends the behaviour, and what that costs: by live edits, part by part."""
+"""From which depth on removing the directions ends the behavior, and what that costs: by live edits, part by part."""
 
 from __future__ import annotations
 
@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
-from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.depths import (
-    BOTH,
-    PARTS,
-    candidate_first_blocks,
-    parts_present,
-    plan_from_layer,
-    random_directions,
-    refusal_rate_under,
-    remaining_probability,
-    typical_first_tokens,
-)
+from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.core.cost import Answers, Cost, amount, n_of, number
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
@@ -32,18 +20,98 @@ from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+import torch
+from torch.nn.functional import normalize
+
+from obliteratus.core.errors import NothingMatchedError
+from obliteratus.core.settings import Excise, Step, expand_part
+from obliteratus.core.types import Directions, Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.plan import plan_edits
+from obliteratus.verify import measure
+from obliteratus.verify.openings import frequent_openings
+
+BOTH = "both"
+PARTS: Mapping[str, tuple[str, ...]] = {BOTH: ("attn.out", "mlp.out"), "attention": ("attn.out",), "mlp": ("mlp.out",)}
+
+
+def candidate_first_blocks(n: int, low: float, most: int) -> list[int]:
+    """At most so many of the blocks from ``low`` of the depth on, evenly spread; the last one is not left out."""
+    blocks = list(range(n))[int(low * n) :][::-1]
+    return sorted(blocks[i] for i in evenly_spaced(len(blocks), most))
+
+
+def parts_present(subject: Subject) -> dict[str, tuple[str, ...]]:
+    """The parts that this model's blocks have."""
+    there = {site.part for site in subject.sites}
+    own = {name: tuple(p for p in of if there & set(expand_part(p))) for name, of in PARTS.items()}
+    return {name: of for name, of in own.items() if of}
+
+
+def plan_from_layer(context: AnalysisContext, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
+    """The directions taken from these parts of blocks ``layer`` and above, as EXCISE would: anchored where anchors were
+    probed. No directions there: the model as it is."""
+    subject = context.subject
+    weights = torch.tensor([float(site.layer >= layer) for site in subject.sites])
+    options = Excise(parts=tuple(parts), anchored=bool(context.activations.outputs))
+    try:
+        return plan_edits(subject, directions, weights, context.activations, options)
+    except NothingMatchedError:
+        return Plan((), subject.source.digest)
+
+
+def random_directions(directions: Directions, seed: int) -> Directions:
+    """Random directions in place of these, as many at each stream."""
+    noise = torch.randn(directions.basis.shape, generator=torch.Generator().manual_seed(seed))
+    rows = torch.linalg.qr(normalize(noise, dim=2).transpose(1, 2))[0].transpose(1, 2)
+    there = directions.basis.norm(dim=2, keepdim=True) > 0
+    return Directions((rows * there).contiguous(), directions.score, directions.raw, "random")
+
+
+def typical_first_tokens(
+    target: Float[Tensor, "rows vocabulary"], control: Float[Tensor, "others vocabulary"]
+) -> tuple[int, ...]:
+    """Return the first tokens that are typical of target prompts, from log-probabilities; there may be none."""
+    one, other = (logp.double().exp().mean(0) for logp in (target, control))
+    return tuple(frequent_openings(one, other))
+
+
+def remaining_probability(
+    base: Float[Tensor, "rows vocabulary"], edited: Float[Tensor, "rows vocabulary"], size: int, tokens: Sequence[int]
+) -> Float[Tensor, " target"]:
+    """Of each target prompt: its probability of the tokens, in units of what the groups differ by; 1 without tokens.
+
+    The mean of them is 1 in the model as it is, and 0 where target prompts are as control prompts were. size: how many
+    rows are target prompts, which come first.
+    """
+    if not tokens:
+        return torch.ones(size)
+    before, after = (logp[:, list(tokens)].double().exp().sum(1) for logp in (base, edited))
+    floor = before[size:].mean()
+    return ((after[:size] - floor) / (before[:size].mean() - floor)).float()
+
+
+def refusal_rate_under(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
+    """Share of target prompts whose answers of so many tokens refuse, under the plan."""
+    with applied(subject, plan):
+        found = measure(subject, PromptSet({"target": tuple(prompts)}), (Step(use="refusal", tokens=tokens),))
+    return found.scores["refusal.target"]
+
+
 RANDOM = "random"
-COLOURS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
+COLORS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
 # Bytes of what the blocks below each edit gave, kept for the next depths: 48 short prompts of a small model take 15 MB.
 KEPT = 50e6
-HALF = 0.5  # of the behaviour
+HALF = 0.5  # of the behavior
 NOTHING = 1e-5  # nats: below lies rounding, and logarithms begin
-# Of the behaviour: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
+# Of the behavior: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
 # what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first look can be trusted").
 WORTH = 0.1
 Cells = Mapping[str, tuple[Score, ...]]
@@ -58,7 +126,7 @@ class Reach:
     """First block that is edited; all above it are too."""
     left: Cells
     """By part (``both``, ``attention``, ``mlp``, and ``random``: random directions in both) and depth: what is left
-    of the behaviour, 1 as in the model as it is, 0 as of control prompts in it; with bootstrap intervals over target
+    of the behavior, 1 as in the model as it is, 0 as of control prompts in it; with bootstrap intervals over target
     prompts."""
     kl: Cells
     """KL(as it is ‖ edited) on control prompts, nats."""
@@ -71,7 +139,7 @@ class Reach:
 
     @property
     def found(self) -> tuple[int, ...]:
-        """Depths from which removal in attention and MLP ends more than half of the behaviour, and random removal less:
+        """Depths from which removal in attention and MLP ends more than half of the behavior, and random removal less:
         the intervals lie apart."""
         rows = zip(self.depths, self.left[BOTH], self.left[RANDOM], strict=True)
         return tuple(d for d, own, other in rows if own.high < min(HALF, other.low))
@@ -82,10 +150,10 @@ class Reach:
         return tuple(part for part in self.left if part != RANDOM)
 
     def works(self, part: str) -> bool:
-        """Whether removal in this part alone ends any of the behaviour, beyond its interval, from some depth on."""
+        """Whether removal in this part alone ends any of the behavior, beyond its interval, from some depth on."""
         return any(score.high < 1 for score in self.left.get(part, ()))
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What is left, and what it costs, by part and depth, with intervals."""
         tables = {"left": self.left, "kl": self.kl}
         told = {
@@ -95,14 +163,14 @@ class Reach:
         found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.found)}
         return {"depths": list(self.depths), **told, **found}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """How deep edits may begin."""
         if not self.found:
-            return "removing the directions ends the behaviour from no depth on"
+            return "removing the directions ends the behavior from no depth on"
         last = max(self.found)
         left, cost = (table[BOTH][self.depths.index(last)].value for table in (self.left, self.kl))
         text = (
-            f"removal still works from block {last} on: {100 * max(left, 0):.0f} % of the behaviour is left, "
+            f"removal still works from block {last} on: {100 * max(left, 0):.0f} % of the behavior is left, "
             f"at KL {cost:.2g} on controls (from block {self.depths[0]}: {self.kl[BOTH][0].value:.2g})"
         )
         if not self.answered:
@@ -112,13 +180,13 @@ class Reach:
 
     def draw(self, figure: Figure) -> None:
         """What is left, and below it what it costs, by depth."""
-        for row, (table, label) in enumerate(((self.left, "behaviour left"), (self.kl, "KL on controls (nats)")), 1):
+        for row, (table, label) in enumerate(((self.left, "behavior left"), (self.kl, "KL on controls (nats)")), 1):
             axes = figure.add_subplot(2, 1, row, xlabel="first edited block", ylabel=label, xticks=self.depths)
             for part, scores in table.items():
                 ends = [[max(x, NOTHING) if row == 2 else x for x in (s.low, s.value, s.high)] for s in scores]
                 bars = [[middle - low for low, middle, _ in ends], [high - middle for _, middle, high in ends]]
                 values = [middle for _, middle, _ in ends]
-                axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=COLOURS[part], label=part, capsize=2)
+                axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=COLORS[part], label=part, capsize=2)
             if row == 1:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(table))
             else:
@@ -134,7 +202,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
 def reach(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 24,
     depths: Annotated[int, Field(ge=1)] = 8,
@@ -144,9 +212,9 @@ def reach(
     tokens: Annotated[int, Field(ge=4)] = 16,
     seed: int = 0,
 ) -> Reach:
-    """How deep edits may begin and still end the behaviour, in attention, in the MLPs, or in both.
+    """How deep edits may begin and still end the behavior, in attention, in the MLPs, or in both.
 
-    The ground's own directions, oblique ones too, are taken from all that blocks from a depth on write, by live edits,
+    The context's own directions, oblique ones too, are taken from all that blocks from a depth on write, by live edits,
     anchored where anchors were probed; the blocks below are not run again. What is left is read off the probability of
     the first tokens that this model refuses with: those of at least one target prompt in twenty, four times as likely
     as on control prompts. The same is done with random directions in their place. Then up to ``tries`` edits that leave
@@ -156,8 +224,8 @@ def reach(
     spread from ``low`` of the depth on: further down an edit costs more and has not been seen to do more. answers,
     tokens: target search prompts that are answered, at most, and how long.
     """
-    subject, layers = ground.lab.subject, candidate_first_blocks(ground.lab.subject.n_layers, low, depths)
-    some = {g: [ground.held[g][i] for i in evenly_spaced(len(ground.held[g]), prompts)] for g in GROUPS}
+    subject, layers = context.subject, candidate_first_blocks(context.subject.n_layers, low, depths)
+    some = {g: [context.held_out[g][i] for i in evenly_spaced(len(context.held_out[g]), prompts)] for g in GROUPS}
     size, parts = len(some["target"]), parts_present(subject)
     trunk = CachedPrompts(
         subject, [row for g in GROUPS for row in render_prompts(subject, some[g])], budget=KEPT, answers=()
@@ -165,14 +233,14 @@ def reach(
     base, found = trunk.first_token(), []
     with progress("ANALYZE reach", len(layers)) as advance, report_to(SILENT):
         for layer in layers:
-            plans = [plan_from_layer(ground, ground.directions, of, layer) for of in parts.values()]
-            plans.append(plan_from_layer(ground, random_directions(ground.directions, seed), parts[BOTH], layer))
+            plans = [plan_from_layer(context, context.directions, of, layer) for of in parts.values()]
+            plans.append(plan_from_layer(context, random_directions(context.directions, seed), parts[BOTH], layer))
             with applied_per_row(subject, plans, [i for i in range(len(plans)) for _ in base]):
                 found.append(trunk.times(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
     left, cost, begun = tabulate(base, found, (*parts, RANDOM), size)
-    held = [ground.held["target"][i] for i in evenly_spaced(len(ground.held["target"]), answers)]
-    tried = _answered(ground, cheapest_edits(layers, left, cost)[:tries] if begun else [], held, tokens)
+    held = [context.held_out["target"][i] for i in evenly_spaced(len(context.held_out["target"]), answers)]
+    tried = _answered(context, cheapest_edits(layers, left, cost)[:tries] if begun else [], held, tokens)
     words = tuple(subject.tokenizer.decode([t]) for t in begun)
     return Reach(tuple(layers), left, cost, tried, words)
 
@@ -190,14 +258,14 @@ def cheapest_edits(layers: Sequence[int], left: Cells, cost: Cells) -> list[tupl
 
 
 def _answered(
-    ground: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
+    context: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
 ) -> tuple[tuple[str, int, Score], ...]:
     """Refusals under each edit, up to the first that ends them."""
-    parts, done = parts_present(ground.lab.subject), list[tuple[str, int, Score]]()
+    parts, done = parts_present(context.subject), list[tuple[str, int, Score]]()
     with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
         for part, layer in cells:
-            plan = plan_from_layer(ground, ground.directions, parts[part], layer)
-            done.append((part, layer, refusal_rate_under(ground.lab.subject, plan, prompts, tokens)))
+            plan = plan_from_layer(context, context.directions, parts[part], layer)
+            done.append((part, layer, refusal_rate_under(context.subject, plan, prompts, tokens)))
             advance(1)
             if done[-1][2].value == 0:
                 break

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from obliteratus.causal.interventions import head_logits
+from obliteratus.causal.interventions import compute_head_logits
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Subject
-from obliteratus.summon.sites import gain_of
+from obliteratus.summon.sites import read_gain
 from obliteratus.weights.matrices import fetch_parameter
 
 # Values in fp32 of one product with the unembedding: 64 MB.
@@ -36,7 +36,7 @@ def next_token_log_probs(subject: Subject, streams: Float[Tensor, "rows width"])
     with torch.inference_mode():
         for some in streams.split(_rows(subject)):
             states = norm(some.to(subject.device, dtype))
-            parts.append(head_logits(subject, states).log_softmax(-1).cpu())
+            parts.append(compute_head_logits(subject, states).log_softmax(-1).cpu())
     return torch.cat(parts)
 
 
@@ -47,7 +47,10 @@ def logit_effects(subject: Subject, directions: Float[Tensor, "n width"]) -> Ite
     the vocabulary, after their mean, which softmax does not see, is taken off. Soft caps and scales keep the order.
     """
     site = unembedding(subject)
-    weight, gain = fetch_parameter(subject.model.get_output_embeddings(), "weight").detach(), gain_of(subject, site)
+    weight, gain = (
+        fetch_parameter(subject.model.get_output_embeddings(), "weight").detach(),
+        read_gain(subject.model, site),
+    )
     for some in directions.split(_rows(subject)):
         rows = some.to(weight.device, torch.float32)
         rows = rows - rows.mean(1, keepdim=True) if site.norm == "layer" else rows

@@ -10,28 +10,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.analyze.along import (
-    BLUE,
-    GREY,
-    GROUPS,
-    ORANGE,
-    Stream,
-    choose_direction,
-    make_removals,
-    random_units,
-    subsample,
-)
-from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.base import GROUPS, AnalysisContext, Stream, analyses, choose_direction, subsample
 from obliteratus.analyze.samples import LEVEL, Level
+from obliteratus.analyze.significance import random_units
 from obliteratus.core.cost import Cost, amount, n_of, number
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
-from obliteratus.distill.steps import NOTHING
+from obliteratus.distill.steps import NEGLIGIBLE_DIFFERENCE
 from obliteratus.excise.live.hooks_per_row import applied_per_row
+from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.report.curves import BLUE, GREY, ORANGE
 from obliteratus.verify.intervals import RESAMPLES
 
 if TYPE_CHECKING:
@@ -75,7 +67,7 @@ class Repair:
         real = (self.restored != 0) & (self.p <= self.level)  # there was something to write back
         return [depth for depth, value, r in zip(self.depths, low, real, strict=True) if r and value > floor]
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What was taken, what came back, with intervals, and what random directions give."""
         depths = [
             {"layer": layer, "taken": float(self.direct[layer + 1]), "left": left, "restored": share}
@@ -87,7 +79,7 @@ class Repair:
         chance = {"chance": self.chance, "level": self.level}
         return {"direct": self.direct.tolist(), "depths": depths, **chance, "found": self.found}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Where most comes back."""
         if not self.found:
             return "no layer writes the direction back beyond what random directions show"
@@ -118,7 +110,7 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 
 @analyses.register("repair", cite="arXiv:2307.15771", cost=_cost)
 def repair(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     stream: Stream = None,
     prompts: Annotated[int, Field(ge=2)] = 8,
@@ -136,11 +128,11 @@ def repair(
     direction, the best-scored if None. prompts: fit prompts of each group, at most. depths: how many l are tried,
     evenly spread from layer 0 to the last but one.
     """
-    subject, aim = ground.lab.subject, choose_direction(ground, stream, "repair")
+    subject, aim = context.subject, choose_direction(context, stream, "repair")
     layers = _spread(subject.n_layers - 1, depths)
-    chosen = subsample(ground.lab.prompts, prompts)
+    chosen = subsample(context.prompts, prompts)
     units = torch.cat([aim.vector[None], random_units(random, subject.width, seed)])
-    found = _measured(subject, chosen, layers, units, ground.acts.position)
+    found = _measured(subject, chosen, layers, units, context.activations.position)
     return _judged(found[0], layers, torch.stack([written_back(one, layers) for one in found]), level, seed)
 
 
@@ -166,7 +158,7 @@ def _measured(
     with progress("ANALYZE repair", len(units)) as advance, report_to(SILENT):
         before = _along(subject, [Plan()], rows, units, position)
         for i, unit in enumerate(units):
-            plans = [make_removals(subject, range(-1, layer + 1), unit[None]) for layer in layers]
+            plans = [remove_from_writers(subject, unit[None], range(-1, layer + 1)) for layer in layers]
             after = _along(subject, plans, rows, unit[None], position)
             along = torch.cat([before[..., i], after[..., 0]])
             found.append((along[:, :n], along[:, n:]))
@@ -217,7 +209,7 @@ def written_back(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " d
 def single_step(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
     """How often a draw's largest reaches the first draw's at each depth, itself counted: p for all depths together.
 
-    Not standardised by depth (`family_wise`): of twenty values none lies more than 4.3 standard deviations from their
+    Not standardized by depth (`family_wise`): of twenty values none lies more than 4.3 standard deviations from their
     mean, so that one odd random direction at one depth would hide any repair at another.
     """
     return (back.max(1).values[:, None] >= back[:1]).double().mean(0)
@@ -232,7 +224,10 @@ def _judged(
     n = sum(rows.shape[1] for rows in measured)
     places = torch.tensor(layers) + 1
     taken = delta[0, places, 0] - delta[1:, :, 0][torch.arange(len(layers)), places]
-    least = LEAST * float(delta[0, -1, 0].abs()), NOTHING * sum(float(rows[0].abs().mean()) for rows in measured)
+    least = (
+        LEAST * float(delta[0, -1, 0].abs()),
+        NEGLIGIBLE_DIFFERENCE * sum(float(rows[0].abs().mean()) for rows in measured),
+    )
     real = taken.abs() > max(least)
     return Repair(
         direct=delta[0, :, 0].float(),

@@ -17,7 +17,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Activations
-from obliteratus.distill.steps import NOTHING
+from obliteratus.distill.steps import NEGLIGIBLE_DIFFERENCE
 
 FOLDS = 5  # 80 % fit each direction: nearly all prompts, and five directions cost five products
 DRAWS = 400  # p = 0.05 then rests on 20 permutations of the labels, and its standard error is 0.01
@@ -50,26 +50,26 @@ class Sample:
     def __len__(self) -> int:
         return len(self.target) + len(self.control)
 
-    def at(self, stream: int, standardise: bool = False) -> Rows:
+    def at(self, stream: int, standardize: bool = False) -> Rows:
         """One stream's rows, fp64, about the mean of all. Where all are the same but for rounding: zeros.
 
-        standardise: each dimension also over its standard deviation in both groups together. Both are blind to labels.
+        standardize: each dimension also over its standard deviation in both groups together. Both are blind to labels.
         """
         rows = torch.cat([self.target[:, stream], self.control[:, stream]]).double()
         mean = rows.mean(0)
         rows = rows - mean
-        if rows.square().sum(1).mean().sqrt() <= NOTHING * mean.norm():
+        if rows.square().sum(1).mean().sqrt() <= NEGLIGIBLE_DIFFERENCE * mean.norm():
             return torch.zeros_like(rows)
-        if not standardise:
+        if not standardize:
             return rows
         spread = rows.square().mean(0).sqrt()
-        flat = spread <= NOTHING * (spread + mean.abs())
+        flat = spread <= NEGLIGIBLE_DIFFERENCE * (spread + mean.abs())
         return torch.where(flat, 0.0, rows / torch.where(flat, 1.0, spread))
 
-    def grams(self, standardise: bool = False) -> Iterator[Float[Tensor, "rows rows"]]:
+    def grams(self, standardize: bool = False) -> Iterator[Float[Tensor, "rows rows"]]:
         """Each stream's products of rows, one stream at a time."""
         for stream in range(self.streams):
-            rows = self.at(stream, standardise)
+            rows = self.at(stream, standardize)
             yield rows @ rows.T
 
 
@@ -173,7 +173,7 @@ def standardize(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, "dr
 def familywise_p_values(statistics: Float[Tensor, "draws streams"]) -> Float[Tensor, " streams"]:
     """p values that hold for all streams together: Westfall and Young's single step (1993), large values count.
 
-    Draw 0 is what was observed, the others are what chance made. How often the largest of a draw's standardised
+    Draw 0 is what was observed, the others are what chance made. How often the largest of a draw's standardized
     statistics reaches the observed one; with the observed one counted, so that p is never below 1 / draws and,
     whatever the streams have in common, at most a share p of chance's draws has any p as small.
     """

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from obliteratus.analyze.auc import delong_auc
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.probes import RIDGE, cross_validated_log_odds
 from obliteratus.analyze.samples import (
     DRAWS,
     FOLDS,
@@ -31,9 +30,59 @@ from obliteratus.analyze.samples import (
     split_folds,
 )
 from obliteratus.core.results import Score
-from obliteratus.core.shapes import Float
+from obliteratus.core.shapes import Bool, Float
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend, plot_band
 from obliteratus.verify.intervals import RESAMPLES, wilson_rate
+
+RIDGE = 1.0  # with rows of mean square length 1 and λ = 1, 64 dimensions of noise and 160 prompts are not overfitted
+STEPS = 50  # Newton's method takes about eight
+DONE = 1e-10  # change of the log-odds at which it has arrived
+FLAT = 1e-9  # least p (1 − p): a prompt that is sure leaves a weight whose inverse must stay finite
+
+
+def cross_validated_log_odds(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float = RIDGE
+) -> Float[Tensor, " rows"]:
+    """Log-odds that each row is the target's, from a probe fitted on the other folds."""
+    scores = gram.new_zeros(len(gram))
+    labels = torch.arange(len(gram)) < plan.n
+    for fold in range(len(plan.weights)):
+        kept = plan.outside(fold)
+        scores[~kept] = fit_logistic(gram, labels, kept, ridge)[~kept]
+    return scores
+
+
+def fit_logistic(
+    gram: Float[Tensor, "rows rows"], labels: Bool[Tensor, " rows"], kept: Bool[Tensor, " rows"], ridge: float = RIDGE
+) -> Float[Tensor, " rows"]:
+    """Log-odds of all rows, by the kept ones alone.
+
+    Rows are taken about the kept rows' mean and in units of their root mean square length; small is then made
+    Σ log(1 + exp(−y f)) + λ/2 (‖w‖² + b²), with f = w·x + b, λ = ridge and y = ±1: iterated reweighted least squares
+    on f = Kα, K = XXᵀ + 1.
+    """
+    kernel = _centered(gram, kept)
+    size = kernel.diagonal()[kept].mean()
+    kernel = kernel / torch.where(size > 0, size, 1.0) + 1
+    inner, y = kernel[kept][:, kept], labels[kept].to(gram)
+    alpha = torch.zeros_like(y)
+    for _ in range(STEPS):
+        f = inner @ alpha
+        p = torch.sigmoid(f)
+        weight = (p * (1 - p)).clamp(min=FLAT)
+        root = weight.sqrt()  # K + λ/w, scaled by √w on both sides: its condition stays near that of K
+        system = root[:, None] * inner * root + ridge * torch.eye(len(y), dtype=gram.dtype)
+        solved = torch.linalg.solve_ex(system, root * (f + (y - p) / weight))[0]
+        alpha, before = root * solved, f
+        if (inner @ alpha - before).abs().max() < DONE:
+            break
+    return kernel[:, kept] @ alpha
+
+
+def _centered(gram: Tensor, kept: Tensor) -> Tensor:
+    """Products of the rows about the kept rows' mean."""
+    along = gram[:, kept].mean(1)
+    return gram - along[:, None] - along[None] + gram[kept][:, kept].mean()
 
 
 @dataclass(frozen=True)
@@ -64,7 +113,7 @@ class Separability:
         """The stream index of the highest AUC, of equals that of the highest d′."""
         return max(range(len(self.auc)), key=lambda s: (self.auc[s].value, self.d_prime[s].value))
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By stream index, each with its interval."""
         return {
             "position": self.position,
@@ -78,7 +127,7 @@ class Separability:
             "p": self.p.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         if not self.found:
             return f"no stream tells the groups apart beyond chance ({self.auc[0].n} prompts)"
         one, gap, probe = self.auc[self.best], self.d_prime[self.best], self.probe[self.best]
@@ -103,7 +152,7 @@ class Separability:
 
 @analyses.register("separability", cite="doi:10.2307/2531595", needs=("rows",))
 def separability(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     folds: Folds = FOLDS,
     ridge: Annotated[float, Field(gt=0)] = RIDGE,
@@ -122,7 +171,7 @@ def separability(
     times, for 60 prompts of one population). They hold for one stream; the best of many flatters itself. A probe learns
     a difference of topic as well as refusal. Needs rows, four prompts of each group.
     """
-    sample = sample_of(ground.acts, "separability", least=4)
+    sample = sample_of(context.activations, "separability", least=4)
     n, m = sample.n, len(sample) - sample.n
     plan, order = split_folds(n, m, folds, seed), permuted_orders(n + m, draws, seed + 1)
     measured, drawn = [], []
@@ -131,7 +180,7 @@ def separability(
         measured.append(scores_of(gram, plan, ridge, seed, variance_inflation(drawn[-1][1:], n, m)))
     p, most = familywise_p_values(torch.stack(drawn, 1)), max(n, m) / (n + m)
     areas, gaps, shares = (tuple(scores) for scores in zip(*measured, strict=True))
-    return Separability(areas, gaps, shares, most, p, level, ground.acts.position)
+    return Separability(areas, gaps, shares, most, p, level, context.activations.position)
 
 
 def scores_of(gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, by: float) -> list[Score]:

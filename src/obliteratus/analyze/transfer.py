@@ -16,7 +16,7 @@ from obliteratus.core.types import Activations
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend
 
 PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts² × width
-# λ in units of the map's mean eigenvalue, for generalised cross-validation to choose among: from next to none to a map
+# λ in units of the map's mean eigenvalue, for generalized cross-validation to choose among: from next to none to a map
 # that says little more than the mean.
 RIDGES = tuple(10.0**power for power in range(-4, 4))
 
@@ -52,7 +52,7 @@ class Transfer:
         """Whether the map knows more than chance of prompts that it has not seen."""
         return self.p <= self.level
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Every score beside what chance makes of it."""
         return {
             "streams": list(self.streams),
@@ -70,7 +70,7 @@ class Transfer:
             "cosine_by_chance": [min(self.cosine_by_chance), max(self.cosine_by_chance)],
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         where = f"stream {self.streams[0]} (width {self.widths[0]}) to {self.streams[1]} (width {self.widths[1]})"
         if not self.found:
             return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self.n} prompts)"
@@ -108,10 +108,10 @@ def transfer(
     """A ridge map from a stream of the first model to one of the second, and where it takes the first's direction.
 
     one, two: activations of the same prompts in the same order; widths may differ, nothing is cut to the smaller. The
-    map is fitted on the other folds, λ chosen there by generalised cross-validation (Golub, Heath and Wahba 1979) among
+    map is fitted on the other folds, λ chosen there by generalized cross-validation (Golub, Heath and Wahba 1979) among
     `RIDGES`. Its prompts of the fold give R²; the direction mapped is the mean difference of the other folds, compared
     with the second model's own of the fold, so that no prompt is on both sides. p: how often ``draws`` random pairings
-    of prompts give as high an R². A high R² needs shared content, not shared behaviour: see what the group alone
+    of prompts give as high an R². A high R² needs shared content, not shared behavior: see what the group alone
     gives. Raises UserError where prompts' numbers differ or rows were not kept.
     """
     first, x, y = pair_streams(one, two, streams)
@@ -181,7 +181,7 @@ class Fold:
 def choose_ridge(
     values: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], ridges: Float[Tensor, " ridges"]
 ) -> Float[Tensor, ""]:
-    """The λ of least generalised cross-validation error, n ‖(I − H) y‖² / tr(I − H)², in the eigenvectors' terms.
+    """The λ of least generalized cross-validation error, n ‖(I − H) y‖² / tr(I − H)², in the eigenvectors' terms.
 
     One degree of freedom has gone into the mean.
     """

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.along import BLUE, GREEN, GREY, GROUPS, ORANGE
-from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.chance import ROUNDING
+from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.analyze.lens import extreme_tokens, token_texts
 from obliteratus.analyze.readout import logit_effects, next_token_log_probs
+from obliteratus.analyze.significance import ROUNDING
 from obliteratus.core.cost import Cost, n_of
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.distill.steps import kept_rows
+from obliteratus.distill.steps import require_rows
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.inference.logits import kl_divergence
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE
 from obliteratus.verify.intervals import bootstrap, mean
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TunedLens:
         """Streams that tell something: the gain's interval lies above zero (rounding)."""
         return [i for i, score in enumerate(self.gain) if score.low > NOTHING]
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Every KL with its interval."""
         scores = {name: [s.model_dump() for s in part] for name, part in self._parts()}
         constant, promoted = self.constant.model_dump(), [list(tokens) for tokens in self.promoted]
@@ -69,7 +69,7 @@ class TunedLens:
     def _parts(self) -> tuple[tuple[str, tuple[Score, ...]], ...]:
         return ("tuned", self.tuned), ("logit", self.logit), ("gain", self.gain)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """From where on the next token is known."""
         at = f"at token {self.position} alone"
         if not self.found:
@@ -83,10 +83,10 @@ class TunedLens:
     def draw(self, figure: Figure) -> None:
         """KL by stream, with intervals."""
         axes = figure.add_subplot(xlabel="stream", ylabel="KL to the model (nats)", title="what streams know")
-        for name, scores, colour in (("tuned lens", self.tuned, BLUE), ("logit lens", self.logit, ORANGE)):
+        for name, scores, color in (("tuned lens", self.tuned, BLUE), ("logit lens", self.logit, ORANGE)):
             places = range(len(scores))
-            axes.plot(places, [s.value for s in scores], "o-", color=colour, label=name)
-            axes.fill_between(places, [s.low for s in scores], [s.high for s in scores], color=colour, alpha=0.2)
+            axes.plot(places, [s.value for s in scores], "o-", color=color, label=name)
+            axes.fill_between(places, [s.low for s in scores], [s.high for s in scores], color=color, alpha=0.2)
         axes.axhline(self.constant.value, color=GREY, linestyle="--", label="mean of all prompts")
         axes.plot(self.found, [0.0] * len(self.found), "|", color=GREEN, label="knows more than the mean")
         axes.set_yscale("symlog", linthresh=0.01)  # nats: below, a lens is as good as the model
@@ -106,12 +106,12 @@ class Ridge:
     target: Float[Tensor, " width"]
     """Mean of the last stream."""
     rows: Float[Tensor, "n width"]
-    """X: the fit prompts' streams, centred."""
+    """X: the fit prompts' streams, centered."""
     dual: Float[Tensor, "n width"]
     """α."""
     identity: bool
     error: float
-    """Generalised cross-validation: its estimate of the mean squared error on new prompts."""
+    """Generalized cross-validation: its estimate of the mean squared error on new prompts."""
 
     def __call__(self, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """The last stream that is expected of these streams; fp32."""
@@ -125,7 +125,7 @@ class Ridge:
 def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> Ridge:
     """The map from source rows to target rows whose penalty and starting point cross-validate best.
 
-    min ‖Y − XA‖² + λ‖A‖² in closed form, λ and p by generalised cross-validation (Golub, Heath and Wahba 1979).
+    min ‖Y − XA‖² + λ‖A‖² in closed form, λ and p by generalized cross-validation (Golub, Heath and Wahba 1979).
     """
     x, y = source.double(), target.double()
     centres = x.mean(0), y.mean(0)
@@ -153,7 +153,7 @@ def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
 
 # ------------------------------------------------------------------------------------------------- the analysis
 @analyses.register("tuned_lens", cite="arXiv:2303.08112", needs=("rows",), cost=lambda options: Cost(n_of("search")))
-def tuned_lens(ground: AnalysisContext) -> TunedLens:
+def tuned_lens(context: AnalysisContext) -> TunedLens:
     """How much of the model's next token each stream tells, through an affine map to the last stream.
 
     Fitted on the fit prompts' rows, at their one position, and scored on the search prompts at the same: KL of the
@@ -161,22 +161,22 @@ def tuned_lens(ground: AnalysisContext) -> TunedLens:
     fits at every token of a corpus: these maps hold for the probed token of prompts like these, and nothing is said of
     other positions or texts.
     """
-    acts = ground.acts
-    fit = torch.cat([kept_rows(acts, group, "tuned_lens") for group in GROUPS])
-    held = _held(ground)
-    true = next_token_log_probs(ground.lab.subject, held[:, -1])
+    acts = context.activations
+    fit = torch.cat([require_rows(acts, group, "tuned_lens") for group in GROUPS])
+    held = _held(context)
+    true = next_token_log_probs(context.subject, held[:, -1])
     maps = [fit_map(fit[:, stream], fit[:, -1]) for stream in range(fit.shape[1] - 1)]
-    return score_lenses(ground, maps, held, true)
+    return score_lenses(context, maps, held, true)
 
 
 def score_lenses(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     maps: list[Ridge],
     held: Float[Tensor, "prompts streams width"],
     true: Float[Tensor, "prompts vocabulary"],
 ) -> TunedLens:
     """Maps judged on these prompts."""
-    subject = ground.lab.subject
+    subject = context.subject
 
     def off(streams: Tensor) -> Tensor:
         return kl_divergence(true, next_token_log_probs(subject, streams))
@@ -190,9 +190,9 @@ def score_lenses(
         constant=_score(constant),
         gain=tuple(_score(constant - divergence) for divergence in tuned),
         kept=tuple(one.identity for one in maps),
-        promoted=_promoted(ground, maps),
+        promoted=_promoted(context, maps),
         fitted=len(maps[0].rows),
-        position=ground.acts.position,
+        position=context.activations.position,
     )
 
 
@@ -200,17 +200,17 @@ def _score(values: Float[Tensor, " n"]) -> Score:
     return bootstrap(values, mean, "nats")
 
 
-def _held(ground: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
-    subject = ground.lab.subject
-    ids = render_prompts(subject, [prompt for group in GROUPS for prompt in ground.held[group]])
+def _held(context: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
+    subject = context.subject
+    ids = render_prompts(subject, [prompt for group in GROUPS for prompt in context.held_out[group]])
     rows = torch.empty(len(ids), subject.n_layers + 1, subject.width)
-    for got in read_hidden_states(subject, ids, position=ground.acts.position, title="ANALYZE tuned lens"):
+    for got in read_hidden_states(subject, ids, position=context.activations.position, title="ANALYZE tuned lens"):
         rows[got.rows] = got.stream
     return rows
 
 
-def _promoted(ground: AnalysisContext, maps: list[Ridge]) -> tuple[tuple[str, ...], ...]:
-    rows = ground.directions.basis[:-1, 0]
+def _promoted(context: AnalysisContext, maps: list[Ridge]) -> tuple[tuple[str, ...], ...]:
+    rows = context.directions.basis[:-1, 0]
     moved = torch.cat([one.linear(row[None].double()) for one, row in zip(maps, rows, strict=True)]).float()
-    logits = list(logit_effects(ground.lab.subject, normalize(moved, dim=1)))
-    return token_texts(ground.lab.subject, extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))
+    logits = list(logit_effects(context.subject, normalize(moved, dim=1)))
+    return token_texts(context.subject, extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))

@@ -50,7 +50,7 @@ class Uncertainty:
         """Stream indices whose halves agree beyond chance."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By stream index: angles in degrees, cosines with what chance makes of them."""
         return {
             "prompts": {"target": self.n[0], "control": self.n[1]},
@@ -64,7 +64,7 @@ class Uncertainty:
             "p": self.p.tolist(),
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         n = f"{self.n[0]} and {self.n[1]} prompts"
         if not self.found:
             return f"no direction that two halves of the prompts agree on beyond chance ({n})"
@@ -90,7 +90,7 @@ class Uncertainty:
 
 @analyses.register("uncertainty", cite="doi:10.1214/aos/1176344552", needs=("rows",))
 def uncertainty(
-    ground: AnalysisContext,
+    context: AnalysisContext,
     *,
     resamples: Annotated[int, Field(ge=20, le=100_000)] = RESAMPLES,
     splits: Annotated[int, Field(ge=1, le=1000)] = SPLITS,
@@ -105,7 +105,7 @@ def uncertainty(
     flatter, since a resample shares prompts with the whole. The halves share none: their cosine is near 0 where there
     is nothing, and p compares it with ``draws`` permutations of the labels. Needs rows, four prompts of each group.
     """
-    sample = sample_of(ground.acts, "uncertainty", least=4)
+    sample = sample_of(context.activations, "uncertainty", least=4)
     order = permuted_orders(len(sample), draws, seed)
     parts = split_half_weights(sample, splits, seed + 1)
     weights = bootstrap_weights(sample, resamples, seed + 2)

@@ -10,7 +10,7 @@ import typer
 from obliteratus.cli.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, show_progress
 
 if TYPE_CHECKING:
-    from obliteratus.analyze.report import Report
+    from obliteratus.analyze.run import Report
 
 Budget = Annotated[
     int | None,
@@ -33,8 +33,8 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
-    from obliteratus.analyze.bill import check_budget
-    from obliteratus.analyze.report import analyze_subject, select_analyses, write_report
+    from obliteratus.analyze.pass_budget import check_budget
+    from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
     from obliteratus.cli.terminal import results, show_json
     from obliteratus.core.run_folder import check_free
     from obliteratus.prompts import load_prompts
@@ -49,7 +49,7 @@ def analyze(
         report = analyze_subject(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
         write_report(report, out, f"Analysis of {model}")
     if json:
-        show_json(report.numbers())
+        show_json(report.to_dict())
     else:
         _show(report)
         results.print(f"[bold]Saved[/]  {out}/index.html")
@@ -62,6 +62,6 @@ def _show(report: Report) -> None:
     from obliteratus.cli.terminal import results
 
     for name, finding in report.found.items():
-        results.print(f"[bold]{name}[/]  {finding.told()}")
+        results.print(f"[bold]{name}[/]  {finding.summary()}")
     for name, why in report.skipped.items():
         results.print(f"[bold]{name}[/]  skipped: {escape(why)}")

@@ -84,7 +84,7 @@ def save_advice(advice: Advice, folder: Path) -> None:
     (folder / "advice.json").write_text(json.dumps(data, indent=1))
     search = {"search": Search(trials=TRIALS, space=dict(advice.ranges))} if advice.ranges else {}
     (folder / "advised.toml").write_text(dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})))
-    numbers = {name: finding.numbers() for name, finding in advice.found.items()}
+    numbers = {name: finding.to_dict() for name, finding in advice.found.items()}
     (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
     (folder / "index.html").write_text(page(advice.found, f"What decided the recipe of {advice.recipe.name}"))
 

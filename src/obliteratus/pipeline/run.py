@@ -18,7 +18,7 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Excise, Recipe, Step, expand_part
 from obliteratus.core.types import Activations, Directions, Plan, ProbeRequest, PromptSet, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
-from obliteratus.excise.bake.tensors import anchorable
+from obliteratus.excise.bake.tensors import can_hold_anchors
 from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
@@ -30,7 +30,7 @@ from obliteratus.pipeline.record import describe_pass, describe_passes, describe
 from obliteratus.probe.cache import kept
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.prompts import parts_checked
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.tune.fit import tune_plan
 from obliteratus.verify import Measurement
 from obliteratus.weigh import weigh_sites
@@ -58,7 +58,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; give it to obliteratus search, or run what one found")
     store, recipe = store or Store(), adapt_recipe(subject, recipe)
-    fit, search, report = parts_checked(prompts, recipe.seed, recipe.searched)
+    fit, search, report = parts_checked(prompts, recipe.seed, recipe.uses_search_split)
     apart = subject.offloaded is None  # else before and after are one pass over the weights, at the end
     before = measured(store, "VERIFY before", subject, report, recipe.verify) if apart else None
     found: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
 def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, recipe: Recipe) -> Advice:
     """ANALYZE as a stage: the recipe's analyses, on activations that its first pass uses too, change it."""
     wanted = {part for name in recipe.excise.parts for part in expand_part(name)}
-    anchors = anchorable(subject, [s for s in subject.sites if s.role == "writes" and s.part in wanted])
+    anchors = can_hold_anchors(subject, [s for s in subject.sites if s.role == "writes" and s.part in wanted])
     start = fit_recipe_to_weights(recipe, anchors)
     acts = probed(store, "PROBE 1", subject, fit, start)
 
@@ -80,7 +80,7 @@ def informed(store: Store, subject: Subject, fit: PromptSet, search: PromptSet, 
         lab, found, along = FitContext(subject, fit), dict[str, Finding](), start.distill
         directions = find_directions(acts, along, lab)
         for step in recipe.analyze:  # each looks along the directions that those before it have settled
-            found |= try_analyses(AnalysisContext(acts, directions, lab, search), [step])[0]
+            found |= try_analyses(AnalysisContext(acts, directions, subject, fit, search), [step])[0]
             advice = advise(recipe, acts, found, anchors=anchors)
             if advice.recipe.distill != along:
                 along, directions = advice.recipe.distill, find_directions(acts, advice.recipe.distill, lab)
@@ -99,7 +99,7 @@ def in_passes(
     plan, ended = Plan(), "all passes done"
     passes: list[dict[str, Any]] = []
     for number in range(1, recipe.passes + 1):
-        if number > 1 and still_refused(store, number, subject, plan, search) <= recipe.enough:
+        if number > 1 and still_refused(store, number, subject, plan, search) <= recipe.stop_below_refusal:
             ended = "refusals are down"
             break
         acts, directions = searched(store, number, subject, plan, fit, recipe)
@@ -134,7 +134,7 @@ def proved(
     """
     report = parts_checked(prompts, recipe.seed)[2]
     before, after = compared(store, subject, plan, report, recipe.verify, before)
-    covered = plan_coverage(subject, plan)
+    covered = summarize_plan_coverage(subject, plan)
     if covered["warning"]:
         note("coverage", f"warning: {covered['warning']}")
     return Run(

@@ -11,9 +11,9 @@ from tests.support.tiny import tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner
 
 from obliteratus.analyze import analyses
-from obliteratus.analyze.bill import PassEstimate, estimate_passes, formula_values
 from obliteratus.analyze.page import name_of
-from obliteratus.analyze.report import analyze_subject, select_analyses
+from obliteratus.analyze.pass_budget import PassEstimate, estimate_passes, formula_values
+from obliteratus.analyze.run import analyze_subject, select_analyses
 from obliteratus.cli.app import app
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, n_of, number
 from obliteratus.core.errors import UserError

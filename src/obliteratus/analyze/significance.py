@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from obliteratus.core.shapes import Float
 
@@ -128,3 +129,16 @@ def describe_clearest(contrast: Contrast, name: Named, most: int = 3) -> str:
         return "nothing beyond chance"
     listed = ", ".join(f"{name(i)} {float(contrast.value[i]):+.3g}" for i in found[:most])
     return listed + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def random_units(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
+    """Unit vectors from the uniform distribution on the sphere, seeded."""
+    noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return normalize(noise, dim=1)
+
+
+def random_rows(k: int, width: int, seed: int) -> Float[Tensor, "k width"]:
+    """k orthonormal rows, drawn uniformly, seeded."""
+    noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed))
+    q: Tensor = torch.linalg.qr(noise)[0]
+    return q.T.contiguous()

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.analyze.base import AnalysisContext, Finding, analyses, analyze, try_analyses
-from obliteratus.analyze.bill import formula_values, select_affordable
 from obliteratus.analyze.page import page
-from obliteratus.causal.interventions import FitContext
+from obliteratus.analyze.pass_budget import formula_values, select_affordable
 from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
@@ -36,9 +35,9 @@ class Report:
     skipped: dict[str, str]
     """By name, one line each; empty where all ran."""
 
-    def numbers(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By analysis; under ``skipped``, where there are any, those that did not run, each with its reason."""
-        numbers: dict[str, Any] = {name: finding.numbers() for name, finding in self.found.items()}
+        numbers: dict[str, Any] = {name: finding.to_dict() for name, finding in self.found.items()}
         return numbers | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -60,10 +59,10 @@ def analyze_subject(
     fit, held, _ = parts_checked(prompts, seed, searched=True)
     kept, skipped = select_affordable(steps, formula_values(fit, held, subject.n_layers), budget)
     acts = collect_activations(subject, fit)
-    ground = AnalysisContext(acts, find_directions(acts, FOUND_BY), FitContext(subject, fit), held)
+    context = AnalysisContext(acts, find_directions(acts, FOUND_BY), subject, fit, held)
     if strict:
-        return Report(analyze(ground, kept), skipped)
-    found, unable = try_analyses(ground, kept)
+        return Report(analyze(context, kept), skipped)
+    found, unable = try_analyses(context, kept)
     return Report(found, skipped | unable)
 
 
@@ -75,5 +74,5 @@ def write_report(report: Report, out: Path, title: str) -> None:
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page(report.found, title, report.skipped))
-    (folder / "analysis.json").write_text(json.dumps(report.numbers(), indent=1))
+    (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1))
     publish(partial, out)

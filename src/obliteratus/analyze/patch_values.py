@@ -16,7 +16,7 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import make_batches, pad_rows, run_backbone, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
-from obliteratus.inference.hidden_states import NO_TAPS
+from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.inference.hooks import StreamCapture
 from obliteratus.inference.shared_prefix import prepare_prompts
 
@@ -53,7 +53,7 @@ def patched_last_streams(
 
         def run(rows: list[int]) -> tuple[list[int], Tensor]:
             batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
-            capture = StreamCapture(subject, lengths - 1, NO_TAPS, subject.n_layers)
+            capture = StreamCapture(subject, lengths - 1, STREAM_ONLY, subject.n_layers)
             mine = [puts[i] for i in rows]
             with _putting(subject, mine, lengths), capture.watching(), prompts.around(rows):
                 run_backbone(subject, batch, prompts.skipped, prompts.cache(rows))
