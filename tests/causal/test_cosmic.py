@@ -14,8 +14,8 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.causal import FitContext
-from obliteratus.causal.candidates import make_grid, ranking_scores
-from obliteratus.causal.cosmic import ConceptInversionScorer, low_similarity
+from obliteratus.causal.candidates import make_grid, score_candidates
+from obliteratus.causal.cosmic import ConceptInversionScorer, find_least_similar_streams
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
@@ -65,9 +65,9 @@ def test_layers_are_those_of_the_lowest_cosine() -> None:
     angles = torch.tensor([3.0, 0.1, 0.9, 0.2, 0.8, 0.3, 0.0, 0.4, 0.5, 0.6, 0.7])  # stream 0 never counts
     target = torch.stack([angles.cos(), angles.sin()], 1) * torch.arange(1.0, 12.0)[:, None]
     means = {"target": target, "control": torch.tensor([[2.0, 0.0]]).expand(11, 2)}
-    assert low_similarity(means, 0.2) == [2, 4]
-    assert low_similarity(means, 0.39) == [2, 4, 10]  # rounded down, as published
-    assert low_similarity(means, 0.05) == [2]  # one at least
+    assert find_least_similar_streams(means, 0.2) == [2, 4]
+    assert find_least_similar_streams(means, 0.39) == [2, 4, 10]  # rounded down, as published
+    assert find_least_similar_streams(means, 0.05) == [2]  # one at least
 
 
 @pytest.mark.parametrize(("block", "clean"), [(1, "n"), (2, ":"), (3, "n"), (4, ":")])
@@ -91,7 +91,7 @@ def test_testing_the_best_first_chooses_as_the_full_grid(max_kl: float) -> None:
     subject = refuser(1, "n")
     found, _ = chosen(subject, asked(), max_kl=max_kl)
     made = make_grid(subject, ids_of(subject, asked()), 5, 4, "cosmic")
-    judge = ConceptInversionScorer.of(subject, made, low_similarity(made.means, 0.1))
+    judge = ConceptInversionScorer.of(subject, made, find_least_similar_streams(made.means, 0.1))
     rows = [(judge.score(c), judge.trial.divergence(c)) for c in made.candidates]
     best = max((i for i, (_, moved) in enumerate(rows) if moved <= max_kl), key=lambda i: rows[i][0])
     assert float(found.raw[0]) == pytest.approx(rows[best][0])
@@ -104,8 +104,8 @@ def test_labels_by_chance_score_less() -> None:
     real = make_grid(subject, ids_of(subject, asked()), 1, 4, "cosmic")
     for prompts in (asked(), shuffled(asked())):
         made = replace(make_grid(subject, ids_of(subject, prompts), 1, 4, "cosmic"), held=real.held)
-        judge = ConceptInversionScorer.of(subject, made, low_similarity(real.means, 0.1))
-        scores.append(max(ranking_scores(made, judge.score, "cosmic")))
+        judge = ConceptInversionScorer.of(subject, made, find_least_similar_streams(real.means, 0.1))
+        scores.append(max(score_candidates(made, judge.score, "cosmic")))
     assert scores[0] > 1.9
     assert scores[1] < scores[0] - 0.1
 

@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.causal import FitContext
 from obliteratus.causal.interventions import ablate
-from obliteratus.causal.least_refusing import candidate_directions, max_refusal_probability
+from obliteratus.causal.least_refusing import collect_candidates, measure_refusal_probability
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
@@ -34,7 +34,7 @@ def chosen(subject: Subject, asked: PromptSet, **options: Any) -> tuple[Directio
 def test_candidates_are_all_differences_but_the_first_layers(name: str) -> None:
     """Streams 1 to L, and what attention and MLP add to them: of two streams these make the difference."""
     subject = tiny_subject(name)
-    found = candidate_directions(subject, ids_of(subject, asked()))
+    found = collect_candidates(subject, ids_of(subject, asked()))
     layers = subject.n_layers
     streams = [f"stream {i}" for i in range(1, layers + 1)]
     parts = {f"{part} of layer {i}" for i in range(1, layers) for part in ("attn.out", "mlp.out")}
@@ -52,7 +52,7 @@ def test_the_score_is_the_highest_probability_of_any_word(length: int) -> None:
     ids = ids_of(subject, asked())["target"][:4]
     vector = torch.randn(32, generator=torch.Generator().manual_seed(4))
     with ablate(subject, vector):
-        found = max_refusal_probability(subject, ids, words, length)
+        found = measure_refusal_probability(subject, ids, words, length)
     model, best = copy.deepcopy(subject.model).double(), 0.0
     with without(model, vector), torch.no_grad():
         for row in ids:
@@ -62,7 +62,7 @@ def test_the_score_is_the_highest_probability_of_any_word(length: int) -> None:
                 best = max(best, float(p[words].max()))
                 text.append(int(p.argmax()))
     assert found == pytest.approx(best, rel=1e-4)
-    assert max_refusal_probability(subject, ids, words, length) != pytest.approx(found, rel=1e-3)  # not ablated
+    assert measure_refusal_probability(subject, ids, words, length) != pytest.approx(found, rel=1e-3)  # not ablated
 
 
 def test_a_token_that_ends_the_answer_counts() -> None:
@@ -71,7 +71,7 @@ def test_a_token_that_ends_the_answer_counts() -> None:
     subject.model.lm_head.weight[257] += 50 * subject.model.model.norm.weight.sign()
     ids = ids_of(subject, asked())["target"]
     ended = [i for i, a in enumerate(generate(subject, ids, 3)) if len(a) < 3]
-    values = [max_refusal_probability(subject, [ids[i]], [257], 3) for i in ended]
+    values = [measure_refusal_probability(subject, [ids[i]], [257], 3) for i in ended]
     assert ended
     assert min(values) > 0.5 * max(values) > 0.1
 

@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_subject
 from torch.nn import functional as F
 
 from obliteratus.causal.early_stopping import EarlyStopping
-from obliteratus.causal.interventions import FitContext, ablate, add_to_stream, answer_logits, head_logits
+from obliteratus.causal.interventions import FitContext, ablate, add_to_stream, compute_answer_logits, compute_head_logits
 from obliteratus.causal.rdo import DirectionLosses, LossInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
@@ -43,7 +43,7 @@ def plain(subject: Subject) -> torch.Tensor:
 
 
 def test_answer_logits_are_the_plain_ones(subject: Subject) -> None:
-    torch.testing.assert_close(answer_logits(subject, PAIRS), plain(subject), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compute_answer_logits(subject, PAIRS), plain(subject), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "olmo2"])
@@ -105,7 +105,7 @@ def definition(subject: Subject, d: torch.Tensor) -> float:
 def test_the_loss_is_its_definition(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many pairs a part has, and on a second call, which takes kept states; gemma2 caps its logits."""
     subject, d = tiny_subject(name), unit(tiny_subject(name).width)
-    monkeypatch.setattr(LOSSES, "ROWS", rows)
+    monkeypatch.setattr(LOSSES, "ROWS_PER_PASS", rows)
     losses, material = DirectionLosses(subject, 2, 3.0), LossInputs(PAIRS, PAIRS, PAIRS)
     expected = definition(subject, d)
     for _ in range(2):
@@ -130,9 +130,9 @@ def test_states_of_own_answers_are_those_of_the_untouched_model(subject: Subject
 
 def test_head_logits_are_those_of_the_states_given() -> None:
     subject, seen = tiny_subject("gemma2"), []
-    whole = answer_logits(subject, PAIRS, seen.append)
-    torch.testing.assert_close(head_logits(subject, seen[-1]), whole, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(head_logits(subject, seen[-1].flip(0)), whole, atol=1e-2)
+    whole = compute_answer_logits(subject, PAIRS, seen.append)
+    torch.testing.assert_close(compute_head_logits(subject, seen[-1]), whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(compute_head_logits(subject, seen[-1].flip(0)), whole, atol=1e-2)
 
 
 LONG = [([9, 8, 7, 6, 5, *p], a) for p, a in PAIRS]
@@ -161,8 +161,8 @@ def test_a_shared_beginning_runs_once(subject: Subject) -> None:
         lambda m, args, kwargs: shapes.append((args[0] if args else kwargs["hidden_states"]).shape[:2]),
         with_kwargs=True,
     )
-    answer_logits(subject, LONG)
-    answer_logits(subject, [([3, *p], a) if i else ([4, *p], a) for i, (p, a) in enumerate(PAIRS)])
+    compute_answer_logits(subject, LONG)
+    compute_answer_logits(subject, [([3, *p], a) if i else ([4, *p], a) for i, (p, a) in enumerate(PAIRS)])
     handle.remove()
     assert [tuple(s) for s in shapes] == [(1, 5), (3, 8), (3, 9)]
 
@@ -170,7 +170,7 @@ def test_a_shared_beginning_runs_once(subject: Subject) -> None:
 def fitted(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Any, list[float], list[float]]:
     """Directions, the held loss at each look, and the rate of each step."""
     acts, looks, rates = collect_activations(subject, prompts), [], []
-    value, step = MODULE._value, MODULE._step
+    value, step = MODULE._total_loss, MODULE._step
 
     def seen(*args: Any) -> float:
         looks.append(value(*args))
@@ -181,7 +181,7 @@ def fitted(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Any, l
         step(losses, d, optimiser, material)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "_value", seen)
+        patch.setattr(MODULE, "_total_loss", seen)
         patch.setattr(MODULE, "_step", stepped)
         steps = [MEAN, Step(use="rdo", batch=64, tokens=4, **options)]
         return find_directions(acts, steps, FitContext(subject, prompts)), looks, rates
@@ -219,7 +219,7 @@ def test_a_gain_resets_the_patience_and_the_best_is_kept() -> None:
 
 def test_no_step_sees_what_is_held(subject: Subject) -> None:
     many = [([i], [i + 1]) for i in range(40)]
-    held, seen = MODULE._parted(LossInputs(many, many, PAIRS))
+    held, seen = MODULE._split_held_out(LossInputs(many, many, PAIRS))
     assert len(held.answers) == 10
     assert sorted([*held.answers, *seen.answers]) == many
     assert list(held.answers) != many[:10]  # prompts come sorted by kind

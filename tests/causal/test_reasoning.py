@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.causal import FitContext
-from obliteratus.causal.reasoning import reasoning_rows, reasoning_span, reasoning_subspace
+from obliteratus.causal.reasoning import collect_reasoning_rows, find_reasoning_span, compute_reasoning_subspace
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, PromptSet, Subject
@@ -93,8 +93,8 @@ def test_a_planted_axis_goes_and_what_is_beside_it_stays(subject: Subject, promp
 
 
 def test_a_direction_that_is_all_reasoning_becomes_zeros(subject: Subject, prompts: PromptSet) -> None:
-    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
-    start = Directions(reasoning_subspace(subject, rows, 2), torch.ones(4), torch.ones(4), "")
+    rows = collect_reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
+    start = Directions(compute_reasoning_subspace(subject, rows, 2), torch.ones(4), torch.ones(4), "")
     found = kept(subject, prompts, start)
     assert (found.basis == 0).all()
     assert (found.score == 0).all()
@@ -113,7 +113,7 @@ def test_batches_are_invisible(name: str, prompts: PromptSet, monkeypatch: pytes
 def test_rows_end_in_the_answer(subject: Subject, prompts: PromptSet) -> None:
     ids = render_prompts(subject, prompts["control"])
     answers = generate(subject, ids, 12)
-    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
+    rows = collect_reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
     for row in rows:
         (at,) = [i for i, p in enumerate(ids) if row[: len(p)] == p]
         assert len(row) > len(ids[at])
@@ -136,14 +136,14 @@ def test_rows_end_in_the_answer(subject: Subject, prompts: PromptSet) -> None:
 def test_the_span_is_what_stands_in_the_block(subject: Subject, prompt: str, answer: str, reasoning: str) -> None:
     encode = subject.tokenizer
     row = encode(answer, add_special_tokens=False)["input_ids"]
-    start, stop = reasoning_span(subject, encode(prompt, add_special_tokens=False)["input_ids"], row)
+    start, stop = find_reasoning_span(subject, encode(prompt, add_special_tokens=False)["input_ids"], row)
     assert encode.decode(row[start:stop]) == reasoning
 
 
 def test_a_template_with_thinking_is_rendered_so(subject: Subject, prompts: PromptSet) -> None:
     """Also where the subject's own mode is not to think."""
     subject.tokenizer.chat_template = THINKING
-    (row, *_) = reasoning_rows(FitContext(subject, prompts), 1, 4, 1)
+    (row, *_) = collect_reasoning_rows(FitContext(subject, prompts), 1, 4, 1)
     text = subject.tokenizer.decode(row)
     assert "<think>" in text
     assert "</think>" not in text
@@ -162,8 +162,8 @@ def test_too_few_places_and_no_directions_say_so(subject: Subject, prompts: Prom
 
 def test_shuffled_rows_would_take_out_something_else(subject: Subject, prompts: PromptSet) -> None:
     """Negative control: read at the prompts' ends, which is no reasoning, another subspace is found."""
-    rows = reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
+    rows = collect_reasoning_rows(FitContext(subject, prompts), 32, 12, 3)
     ends = [row for group in ("target", "control") for row in render_prompts(subject, prompts[group])]
-    one, other = (reasoning_subspace(subject, r, 2)[1:] for r in (rows, ends))
+    one, other = (compute_reasoning_subspace(subject, r, 2)[1:] for r in (rows, ends))
     overlap = torch.linalg.svdvals(torch.einsum("lkw,ljw->lkj", one, other))
     assert overlap[:, -1].max() < 0.95

@@ -18,14 +18,14 @@ from torch import Tensor
 from obliteratus.causal import FitContext
 from obliteratus.causal.candidates import (
     Candidate,
-    Filter,
-    Grid,
+    CandidateFilter,
+    CandidateGrid,
     at_least,
     at_most,
     choose_candidate,
     make_grid,
-    ranking_scores,
-    template_suffix,
+    score_candidates,
+    count_template_suffix,
 )
 from obliteratus.causal.select import RefusalScorer
 from obliteratus.core.errors import UserError
@@ -93,7 +93,7 @@ def odds(values: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def noise() -> tuple[Subject, Grid, RefusalScorer, Any]:
+def noise() -> tuple[Subject, CandidateGrid, RefusalScorer, Any]:
     subject = tiny_subject("llama_biased")
     prompts = asked()
     found = make_grid(subject, ids_of(subject, prompts), 3, 4, "select")
@@ -101,7 +101,7 @@ def noise() -> tuple[Subject, Grid, RefusalScorer, Any]:
 
 
 @pytest.mark.parametrize("i", [0, 2])
-def test_scores_are_their_definitions(noise: tuple[Subject, Grid, RefusalScorer, Any], i: int) -> None:
+def test_scores_are_their_definitions(noise: tuple[Subject, CandidateGrid, RefusalScorer, Any], i: int) -> None:
     _, found, judge, model = noise
     best, held = found.candidates[i], found.held
     base = logits(model, held["control"]).log_softmax(-1)
@@ -117,7 +117,7 @@ def test_scores_are_their_definitions(noise: tuple[Subject, Grid, RefusalScorer,
     assert float(divergence) > 1e-4  # there is something to compare
 
 
-def test_the_wrong_sign_shows(noise: tuple[Subject, Grid, RefusalScorer, Any]) -> None:
+def test_the_wrong_sign_shows(noise: tuple[Subject, CandidateGrid, RefusalScorer, Any]) -> None:
     _, found, judge, _ = noise
     best = found.candidates[0]
     flipped = replace(best, vector=-best.vector)
@@ -125,7 +125,7 @@ def test_the_wrong_sign_shows(noise: tuple[Subject, Grid, RefusalScorer, Any]) -
     assert abs(judge.induce(flipped) - judge.induce(best)) > 1e-2
 
 
-def test_candidates_are_differences_of_means(noise: tuple[Subject, Grid, RefusalScorer, Any]) -> None:
+def test_candidates_are_differences_of_means(noise: tuple[Subject, CandidateGrid, RefusalScorer, Any]) -> None:
     """One prompt at a time, in double precision, held-out prompts left out."""
     subject, found, _, model = noise
     ids, deep = ids_of(subject, asked()), max(2, int(0.8 * subject.n_layers))
@@ -169,14 +169,14 @@ def test_the_template_ends_where_the_users_text_does() -> None:
     """All prompts end alike; what they share is more than the template's end."""
     subject = tiny_subject("llama")
     ids = render_prompts(subject, [Prompt("What is it about?"), Prompt("Tell me, what is it about?")])
-    assert template_suffix(subject, ids) == SUFFIX
+    assert count_template_suffix(subject, ids) == SUFFIX
     assert common_prefix_length([row[::-1] for row in ids], leave=0) > SUFFIX
 
 
 def test_without_a_template_the_last_token_is_the_prompts_own() -> None:
     subject = tiny_subject("llama")
     subject.tokenizer.chat_template = None
-    assert template_suffix(subject, render_prompts(subject, [Prompt("What?"), Prompt("Why is that?")])) == 1
+    assert count_template_suffix(subject, render_prompts(subject, [Prompt("What?"), Prompt("Why is that?")])) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -207,7 +207,7 @@ def test_a_planted_direction_is_found_in_position_and_layer(block: int, clean: s
     assert found.unit.startswith("nats")
 
 
-def full(found: Grid, judge: RefusalScorer, max_kl: float, min_induce: float) -> int:
+def full(found: CandidateGrid, judge: RefusalScorer, max_kl: float, min_induce: float) -> int:
     """All three scores of every candidate, then the filters, then the lowest bypass."""
     rows = [(judge.bypass(c), judge.trial.divergence(c), judge.induce(c)) for c in found.candidates]
     kept = [(b, i) for i, (b, divergence, induce) in enumerate(rows) if divergence <= max_kl and induce >= min_induce]
@@ -225,17 +225,17 @@ def test_testing_the_best_first_chooses_as_the_full_grid(quantile: float, seed: 
     limits = float(divergence.quantile(quantile)), float(induced.quantile(1 - quantile))
     wanted = full(found, judge, *limits)
     filters = (
-        Filter("max_kl", judge.trial.divergence, at_most(limits[0])),
-        Filter("min_induce", judge.induce, at_least(limits[1])),
+        CandidateFilter("max_kl", judge.trial.divergence, at_most(limits[0])),
+        CandidateFilter("min_induce", judge.induce, at_least(limits[1])),
     )
     before = judge.trial.passed
-    best = choose_candidate(found, ranking_scores(found, judge.bypass, "select"), filters, "select")
+    best = choose_candidate(found, score_candidates(found, judge.bypass, "select"), filters, "select")
     assert best.candidate is found.candidates[wanted]
     assert judge.trial.passed - before < 3 * 4 * len(found.candidates)
 
 
-def fake(values: list[float]) -> Grid:
-    return Grid(tuple(Candidate(-1, i + 1, torch.tensor([v])) for i, v in enumerate(values)), 0, {}, {})
+def fake(values: list[float]) -> CandidateGrid:
+    return CandidateGrid(tuple(Candidate(-1, i + 1, torch.tensor([v])) for i, v in enumerate(values)), 0, {}, {})
 
 
 def test_the_winner_is_the_first_of_the_lowest_that_pass() -> None:
@@ -246,12 +246,12 @@ def test_the_winner_is_the_first_of_the_lowest_that_pass() -> None:
         return float(candidate.vector)
 
     made = fake([9.0, 0.1, 0.1, 0.1, math.nan])
-    best = choose_candidate(made, [1.0, 3.0, 2.0, 2.0, 0.0], (Filter("max_kl", measure, at_most(1.0)),), "x")
+    best = choose_candidate(made, [1.0, 3.0, 2.0, 2.0, 0.0], (CandidateFilter("max_kl", measure, at_most(1.0)),), "x")
     assert best.candidate.stream == 3
     assert best.dropped == {"max_kl": 2}  # NaN and 9 were tried before it
     assert seen == [5, 1, 3]
     with pytest.raises(UserError, match=r"none of 5 candidates passes the filters \(max_kl drops 5\); widen max_kl"):
-        choose_candidate(made, [1.0] * 5, (Filter("max_kl", measure, at_most(0.0)),), "x")
+        choose_candidate(made, [1.0] * 5, (CandidateFilter("max_kl", measure, at_most(0.0)),), "x")
     with pytest.raises(UserError, match="scores are NaN"):
         choose_candidate(made, [math.nan] * 5, (), "x")
 

@@ -28,7 +28,7 @@ from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.rebirth.save import WRITERS as FORMS
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import assemble_subject, open_subject
-from obliteratus.summon.sites import architecture_of, is_tied
+from obliteratus.summon.sites import find_architecture, is_tied
 from obliteratus.weights.matrices import read_weight
 
 NAMES = sorted(MODELS)
@@ -48,7 +48,7 @@ RULES = ["none", "columns", "rows", "whole"]
 EXACT = ["none", "columns", "whole"]  # the rules that keep Q W′ = 0
 STRENGTHS = [-0.5, 0.0, 0.7, 1.0, 2.0]
 BIASED = ["gpt2", "gpt_neox", "gpt_neox_sequential", "gpt_oss", "llama_biased", "opt"]
-SWITCHED = [n for n in NAMES if n not in BIASED and architecture_of(tiny_config(n)).bias_switch]
+SWITCHED = [n for n in NAMES if n not in BIASED and find_architecture(tiny_config(n)).bias_switch]
 SWITCHLESS = [n for n in NAMES if n not in BIASED and n not in SWITCHED]
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -204,7 +204,7 @@ def test_anchored_where_a_bias_can_be_switched_on(
 
 
 def halves(subject: Subject) -> set[str]:
-    return set(architecture_of(subject.model.config).bias_switch)
+    return set(find_architecture(subject.model.config).bias_switch)
 
 
 def test_every_family_is_biased_switched_or_switchless() -> None:

@@ -30,20 +30,20 @@ from obliteratus.core.types import (
     Subject,
 )
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.change import mean_of_experts
-from obliteratus.excise.experts import own_basis, preferred_experts
+from obliteratus.excise.change import average_experts
+from obliteratus.excise.experts import turn_towards_expert, select_preferred_experts
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
-from obliteratus.excise.router_limit import chosen_experts, limit_router_edits, share_moved
+from obliteratus.excise.router_limit import read_chosen_experts, limit_router_edits, compute_changed_share
 from obliteratus.inference.batching import MIN_PREFIX, common_prefix_length
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify.experts import rank_experts
-from obliteratus.weights.matrices import each_expert, read_bias, read_weight
+from obliteratus.weights.matrices import expand_experts, read_bias, read_weight
 
 NAMES = ["mixtral", "gpt_oss"]  # stacked either way, without biases and with
 
@@ -76,7 +76,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Share of each prompt's tokens behind the skipped ones; at the last, count, mean output and mean squared length
     of each expert; one prompt at a time, in fp64."""
-    found: list[list[Tensor]] = [[] for _ in each_expert(subject.module(site.path), site)]
+    found: list[list[Tensor]] = [[] for _ in expand_experts(subject.module(site.path), site)]
     shares = []
     for row in render_prompts(subject, list(prompts)):
         given: list[tuple[Tensor, Tensor]] = []
@@ -176,7 +176,7 @@ def test_activations_go_to_disk_and_back(many: PromptSet, tmp_path: Path) -> Non
 def test_without_noise_an_expert_loses_its_own_difference() -> None:
     delta = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     basis = random_basis(12, 1, 1)
-    found = own_basis(basis, routed(delta, [5] * 4), routed(torch.zeros(4, 12), [5] * 4), 2)
+    found = turn_towards_expert(basis, routed(delta, [5] * 4), routed(torch.zeros(4, 12), [5] * 4), 2)
     unit = delta[2] / delta[2].norm()
     torch.testing.assert_close(found[0] * torch.sign(found[0] @ unit), unit)
 
@@ -188,7 +188,7 @@ def test_the_shrunk_direction_is_james_and_steins(k: int) -> None:
     basis = random_basis(16, k, 1, torch.float64)
     target, control = (torch.randn(4, 16, generator=generator, dtype=torch.float64) for _ in range(2))
     groups = routed(target, [6] * 4, spread=3.0), routed(control, [11] * 4, spread=2.0)
-    found = own_basis(basis, *groups, 1)
+    found = turn_towards_expert(basis, *groups, 1)
     delta = target[1] - control[1]
     inside = basis.T @ basis @ delta
     rest = delta - inside
@@ -205,9 +205,9 @@ def test_the_shrunk_direction_is_james_and_steins(k: int) -> None:
 def test_few_or_noisy_prompts_leave_the_layers_direction(count: list[int], spread: float) -> None:
     basis = random_basis(8, 2, 0)
     mean = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
-    found = own_basis(basis, routed(mean, count, spread=spread), routed(0 * mean, [9, 9], spread=spread), 0)
+    found = turn_towards_expert(basis, routed(mean, count, spread=spread), routed(0 * mean, [9, 9], spread=spread), 0)
     assert torch.equal(found, basis)
-    clear = own_basis(basis, routed(mean, [9, 9]), routed(0 * mean, [9, 9]), 0)
+    clear = turn_towards_expert(basis, routed(mean, [9, 9]), routed(0 * mean, [9, 9]), 0)
     assert not torch.allclose(clear, basis, atol=1e-2)
 
 
@@ -215,9 +215,9 @@ def test_few_or_noisy_prompts_leave_the_layers_direction(count: list[int], sprea
 def test_the_experts_that_target_prompts_draw_on_come_first() -> None:
     zeros = torch.zeros(4, 3)
     groups = {"target": routed(zeros, [2, 9, 0, 9]), "control": routed(zeros, [9, 8, 0, 2])}
-    assert preferred_experts(groups, 0.25).tolist() == [3]
-    assert preferred_experts(groups, 0.5).tolist() == [1, 3]
-    assert preferred_experts(groups, 0.01).tolist() == [3]
+    assert select_preferred_experts(groups, 0.25).tolist() == [3]
+    assert select_preferred_experts(groups, 0.5).tolist() == [1, 3]
+    assert select_preferred_experts(groups, 0.01).tolist() == [3]
     ranked = rank_experts(Activations({}, -1, routed={"here": groups}))
     assert [r.expert for r in ranked] == [3, 1, 2, 0]
     assert ranked[0].excess.low > 0 > ranked[1].excess.low
@@ -238,12 +238,12 @@ def test_shares_and_strengths_follow_the_routing(many: PromptSet) -> None:
     plan = planned(subject, many, Experts(share=0.25, rest=0.5), strength=2.0)
     for site in stacks(subject):
         mine = {e.site.expert: e.strength for e in plan.edits if isinstance(e, Edit) and e.site.path == site.path}
-        first = preferred_experts(acts.routed[site.path], 0.25).tolist()
+        first = select_preferred_experts(acts.routed[site.path], 0.25).tolist()
         assert mine == {e: 2.0 if e in first else 1.0 for e in range(4)}
     few = planned(subject, many, Experts(share=0.25))
     assert len(few.edits) == len(stacks(subject))
-    assert plan_coverage(subject, few)["edited_share"] == pytest.approx(
-        plan_coverage(subject, planned(subject, many, None))["edited_share"] / 4
+    assert summarize_plan_coverage(subject, few)["edited_share"] == pytest.approx(
+        summarize_plan_coverage(subject, planned(subject, many, None))["edited_share"] / 4
     )
 
 
@@ -284,7 +284,7 @@ def test_executors_agree(name: str, case: str, executor: str, many: PromptSet, t
 def test_a_blend_is_the_weighted_mean_and_nothing_else_changes(name: str) -> None:
     subject = opened(name)
     site = stacks(subject)[0]
-    ones = each_expert(subject.module(site.path), site)
+    ones = expand_experts(subject.module(site.path), site)
     plan = Plan((Blend(ones[1], torch.tensor([0, 3]), 0.3),), subject.source.digest)
     made = bake(subject, plan)
     old = subject.module(site.path).get_parameter(site.weight)
@@ -301,15 +301,15 @@ def test_a_blend_is_the_weighted_mean_and_nothing_else_changes(name: str) -> Non
 def test_the_mean_holds_one_matrix_whatever_the_number_of_donors() -> None:
     subject = opened("mixtral")
     site = stacks(subject)[0]
-    ones = each_expert(subject.module(site.path), site)
+    ones = expand_experts(subject.module(site.path), site)
     whole = torch.stack([read_weight(subject.module(site.path), one) for one in ones]).double().mean(0)
     torch.testing.assert_close(
-        mean_of_experts(partial(read_weight, subject.module(site.path)), ones).double(), whole, rtol=1e-5, atol=1e-7
+        average_experts(partial(read_weight, subject.module(site.path)), ones).double(), whole, rtol=1e-5, atol=1e-7
     )
 
 
 def test_a_weaker_plan_blends_less() -> None:
-    site = each_expert(opened("mixtral").module("model.layers.0.mlp.experts"), stacks(opened("mixtral"))[0])[0]
+    site = expand_experts(opened("mixtral").module("model.layers.0.mlp.experts"), stacks(opened("mixtral"))[0])[0]
     change = scale_plan(Plan((Blend(site, torch.tensor([1]), 0.4),)), 0.5).edits[0]
     assert isinstance(change, Blend)
     assert change.share == pytest.approx(0.2)
@@ -396,8 +396,8 @@ def test_router_edits_that_send_prompts_elsewhere_are_weakened(many: PromptSet, 
     shares = []
     for edits in (rest, found, plan):
         with applied(subject, edits):
-            shares.append(chosen_experts(subject, ids, paths))
-    assert float(share_moved(shares[0], shares[1]).mean()) <= 0.25 < float(share_moved(shares[0], shares[2]).mean())
+            shares.append(read_chosen_experts(subject, ids, paths))
+    assert float(compute_changed_share(shares[0], shares[1]).mean()) <= 0.25 < float(compute_changed_share(shares[0], shares[2]).mean())
 
 
 def test_router_edits_that_change_little_stay(many: PromptSet, make_plan: PlanMaker) -> None:
@@ -411,4 +411,4 @@ def test_router_edits_that_change_little_stay(many: PromptSet, make_plan: PlanMa
 
 def test_moved_counts_sets_and_not_their_order() -> None:
     before, after = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[1, 0], [3, 1]]])
-    assert share_moved(before, after).tolist() == [[0.0, 0.5]]
+    assert compute_changed_share(before, after).tolist() == [[0.0, 0.5]]

@@ -17,12 +17,12 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.types import Edit, NormRule, Plan, Site, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.heads import head_attribution
+from obliteratus.excise.heads import attribute_to_heads
 from obliteratus.excise.linear import edit_weight
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.weights.matrices import read_weight
 
 # square; 4 heads of 16 on a width of 48; Conv1D; biased and tied; behind a norm
@@ -56,7 +56,7 @@ def test_attribution_is_what_each_head_writes_along_the_directions(out: int, siz
     for head in range(HEADS):
         columns = [weight[:, head * size + j] for j in range(size)]
         expected.append(sum(float(row @ column) ** 2 for row in q for column in columns) ** 0.5)
-    torch.testing.assert_close(head_attribution(weight, q, HEADS), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(attribute_to_heads(weight, q, HEADS), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("strength", [-0.5, 0.7, 1.0, 2.0])
@@ -216,9 +216,9 @@ def test_an_adapter_has_a_rank_for_each_head(tmp_path: Path) -> None:
 def test_coverage_counts_only_the_columns_of_edited_heads() -> None:
     subject = opened("mistral")
     shares = [
-        plan_coverage(subject, on_heads(subject, s, parts=("attn.out",)))["edited_share"] for s in (0.25, 0.5, 1.0)
+        summarize_plan_coverage(subject, on_heads(subject, s, parts=("attn.out",)))["edited_share"] for s in (0.25, 0.5, 1.0)
     ]
-    whole = plan_coverage(subject, planned(subject, directed(subject), parts=("attn.out",)))["edited_share"]
+    whole = summarize_plan_coverage(subject, planned(subject, directed(subject), parts=("attn.out",)))["edited_share"]
     assert shares == pytest.approx([whole / 4, whole / 2, whole])
     assert 0 < whole < 1
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Shift, Subject
-from obliteratus.excise.kl_budget import largest_factor, limit_kl, scale_plan
+from obliteratus.excise.kl_budget import find_largest_factor, limit_kl, scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
@@ -81,12 +81,12 @@ def test_bisection(root: float) -> None:
         asked.append(x)
         return x**2
 
-    factor, cost = largest_factor(costs, root**2, 6)
+    factor, cost = find_largest_factor(costs, root**2, 6)
     assert root - 1 / 64 <= factor <= root
     assert cost == factor**2
     assert len(asked) == 7
-    assert largest_factor(costs, 1.0, 6) == (1.0, 1.0)
-    assert largest_factor(lambda x: 5.0, 1.0, 6) == (0.0, 0.0)
+    assert find_largest_factor(costs, 1.0, 6) == (1.0, 1.0)
+    assert find_largest_factor(lambda x: 5.0, 1.0, 6) == (0.0, 0.0)
 
 
 def test_shifts_weaken_and_masks_stay() -> None:

@@ -10,7 +10,7 @@ from tests.conftest import random_basis
 from torch import Tensor
 
 from obliteratus.core.types import Edit, NormRule, Site
-from obliteratus.excise.linear import edit_bias, edit_weight, norm_rule_scales, project, project_matrix, through_gain
+from obliteratus.excise.linear import edit_bias, edit_weight, compute_norm_scales, project, project_matrix, fold_gain_orthogonal
 
 RULES: list[NormRule] = ["none", "columns", "rows", "whole"]
 EXACT: list[NormRule] = ["none", "columns", "whole"]
@@ -55,7 +55,7 @@ def test_the_weight_is_its_definition(rule: NormRule, out: int, inp: int, k: int
 def test_the_factors_are_the_edited_matrix_own(rule: NormRule) -> None:
     weight, q = drawn(12, 20, 2, 0)
     plain = golden(weight, q, 0.7, "none")
-    found = norm_rule_scales(project_matrix(weight, q), q, 0.7, rule)
+    found = compute_norm_scales(project_matrix(weight, q), q, 0.7, rule)
     columns, rows = weight.norm(dim=0) / plain.norm(dim=0), weight.norm(dim=1) / plain.norm(dim=1)
     one = torch.full((12,), float(weight.norm() / plain.norm()), dtype=torch.float64)
     expected = {"none": (None, None), "columns": (columns, None), "rows": (None, rows), "whole": (None, one)}[rule]
@@ -150,7 +150,7 @@ def test_through_a_gain(width: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     gain = 0.2 + torch.rand(width, generator=generator, dtype=torch.float64)
     gain *= torch.randint(0, 2, (width,), generator=generator) * 2 - 1  # gains can be negative
-    folded = through_gain(q, gain)
+    folded = fold_gain_orthogonal(q, gain)
     torch.testing.assert_close(folded @ folded.T, torch.eye(k).double())
     values = project(torch.randn(5, width, generator=generator, dtype=torch.float64), folded, 1.0)
     assert ((values * gain) @ q.T).abs().max() < 1e-9

@@ -16,13 +16,13 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Excise
 from obliteratus.core.types import Activations, Mask, Plan, ProbeRequest, PromptSet, Site, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.neurons import neuron_attribution, outlying_neurons
+from obliteratus.excise.neurons import attribute_to_neurons, find_outlying_neurons
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 
 CASES = ["llama", "gpt2", "gemma2", "llama_biased"]
 
@@ -40,22 +40,22 @@ def test_attribution_is_what_each_neuron_adds_to_the_difference() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 12, generator=generator, dtype=torch.float64)
     active, q = torch.randn(12, generator=generator, dtype=torch.float64), random_basis(8, 2, 1, torch.float64)
-    found = neuron_attribution(weight, q, active)
+    found = attribute_to_neurons(weight, q, active)
     written = q @ (weight @ active)  # what the layer adds to the difference, along the directions
     torch.testing.assert_close(found.sum(), written.norm())
     for j in range(12):
         alone = q @ weight[:, j] * active[j]
         assert float(found[j]) == pytest.approx(float(alone @ written / written.norm()))
-    assert not torch.allclose(neuron_attribution(weight, q, -active.roll(1)), found)
+    assert not torch.allclose(attribute_to_neurons(weight, q, -active.roll(1)), found)
 
 
 def test_few_are_chosen_and_only_those_that_stand_out() -> None:
     share = torch.randn(1000, generator=torch.Generator().manual_seed(0)).clamp(-2.5, 2.5)
-    assert len(outlying_neurons(share, 0.1)) == 0  # chance alone silences nothing
+    assert len(find_outlying_neurons(share, 0.1)) == 0  # chance alone silences nothing
     share[[7, 400, 900]] = torch.tensor([9.0, 8.0, 7.0])
     share[3] = -20.0  # works against the difference
-    assert outlying_neurons(share, 0.1).tolist() == [7, 400, 900]
-    assert outlying_neurons(share, 0.002).tolist() == [7, 400]  # the cap
+    assert find_outlying_neurons(share, 0.1).tolist() == [7, 400, 900]
+    assert find_outlying_neurons(share, 0.002).tolist() == [7, 400]  # the cap
 
 
 def test_after_a_removal_the_score_says_nothing() -> None:
@@ -64,9 +64,9 @@ def test_after_a_removal_the_score_says_nothing() -> None:
     weight, q = torch.randn(32, 400, generator=generator), random_basis(32, 1, 1)
     active = torch.randn(400, generator=generator)
     weight[:, 9], active[9] = q[0], 40.0
-    assert 9 in outlying_neurons(neuron_attribution(weight, q, active), 0.05)
+    assert 9 in find_outlying_neurons(attribute_to_neurons(weight, q, active), 0.05)
     removed = weight - q.T @ (q @ weight)
-    before, after = (neuron_attribution(w, q, active).abs().max() for w in (weight, removed))
+    before, after = (attribute_to_neurons(w, q, active).abs().max() for w in (weight, removed))
     assert after < 1e-5 * before
 
 
@@ -161,8 +161,8 @@ def test_plans_with_masks_round_trip_and_are_checked(tmp_path: Path) -> None:
 
 def test_coverage_counts_columns() -> None:
     subject = opened("llama")
-    told = plan_coverage(subject, silenced(subject, tuple(range(14))))  # a quarter of 56
-    whole = plan_coverage(subject, Plan((Mask(sites(subject)[0], torch.arange(56)),), subject.source.digest))
+    told = summarize_plan_coverage(subject, silenced(subject, tuple(range(14))))  # a quarter of 56
+    whole = summarize_plan_coverage(subject, Plan((Mask(sites(subject)[0], torch.arange(56)),), subject.source.digest))
     assert told["edited_share"] == pytest.approx(3 / 4 * whole["edited_share"])
 
 

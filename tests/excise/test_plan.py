@@ -18,7 +18,7 @@ from obliteratus.core.settings import Excise
 from obliteratus.core.types import Activations, Directions, Edit, Plan, Site, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import FILES, load_plan, plan_edits, save_plan
-from obliteratus.summon.sites import gain_of
+from obliteratus.summon.sites import read_gain
 
 ACTS = Activations({}, -1)
 
@@ -164,7 +164,7 @@ def test_each_writer_gets_the_directions_of_its_stream(subject: Subject) -> None
     assert [e.site.layer for e in plan.edits] == [0, 2]
     for edit in plan.edits:
         assert (edit.strength, edit.norm, edit.anchor) == (0.5, "rows", None)
-        gain = gain_of(subject, edit.site)
+        gain = read_gain(subject.model, edit.site)
         folded = torch.linalg.qr((found.basis[edit.site.stream] * gain).T.double())[0]
         span = edit.basis.double().T @ edit.basis.double()
         torch.testing.assert_close(span, folded @ folded.T, rtol=0, atol=1e-5)

@@ -15,11 +15,11 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Directions, Edit, Plan, Site, Subject
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.linear import center_rows, edit_reader, past_gain
+from obliteratus.excise.linear import center_rows, edit_reader, fold_gain_reader
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 
 READERS = ("attn.in", "mlp.in")
 CASES = ["llama", "llama_biased", "gemma2", "olmo2", "phi3", "gpt2", "gpt_neox", "opt"]
@@ -35,7 +35,7 @@ def test_a_reader_is_its_definition(strength: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 10, generator=generator, dtype=torch.float64)
     q, gain = random_basis(10, 2, 1, torch.float64), 0.2 + torch.rand(10, generator=generator, dtype=torch.float64)
-    along, basis = past_gain(q, q, gain)
+    along, basis = fold_gain_reader(q, q, gain)
     torch.testing.assert_close(along @ basis.T, torch.eye(2).double())
     x = torch.randn(5, 10, generator=generator, dtype=torch.float64)
     expected = (gain * (x - strength * x @ q.T @ q)) @ weight.T
@@ -48,7 +48,7 @@ def test_a_reader_is_its_definition(strength: float) -> None:
 
 def test_a_gain_of_zero_hides_its_coordinate() -> None:
     gain = torch.tensor([0.0, 1.0, 2.0])
-    along, basis = past_gain(torch.ones(1, 3) / 3**0.5, torch.ones(1, 3) / 3**0.5, gain)
+    along, basis = fold_gain_reader(torch.ones(1, 3) / 3**0.5, torch.ones(1, 3) / 3**0.5, gain)
     assert torch.isfinite(along).all()
     assert along[0, 0] == basis[0, 0] == 0
 
@@ -146,12 +146,12 @@ def test_the_tied_head_parts_from_the_table(tmp_path: Path) -> None:
 
 def test_readers_are_reported_and_writers_keep_their_share() -> None:
     subject = opened("llama")
-    told = plan_coverage(subject, readers(subject, directed(subject), parts=("attn.in", "mlp.out")))
+    told = summarize_plan_coverage(subject, readers(subject, directed(subject), parts=("attn.in", "mlp.out")))
     assert told["parts"]["attn.in"] == {"found": 9, "edited": 9, "skipped_layers": [], "why_skipped": ""}
     assert "mlp.in" not in told["parts"]
     assert (
         told["edited_share"]
-        == plan_coverage(subject, planned(subject, directed(subject), parts=("mlp.out",)))["edited_share"]
+        == summarize_plan_coverage(subject, planned(subject, directed(subject), parts=("mlp.out",)))["edited_share"]
     )
 
 

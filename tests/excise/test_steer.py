@@ -28,10 +28,10 @@ from obliteratus.core.types import Activations, Directions, Edit, Moments, Plan,
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
 from obliteratus.rebirth.save import save
-from obliteratus.summon.sites import architecture_of
+from obliteratus.summon.sites import find_architecture
 
 BIASED = ["gpt2", "gpt_neox", "gpt_oss", "llama_biased", "opt"]
-MLP_SWITCH = [n for n in SWITCHED if "mlp" in architecture_of(opened(n).model.config).bias_switch]
+MLP_SWITCH = [n for n in SWITCHED if "mlp" in find_architecture(opened(n).model.config).bias_switch]
 NONE = [n for n in SWITCHLESS if n not in ("gemma2", "gemma3", "gemma3_text", "gemma4_text", "olmo2")]
 
 

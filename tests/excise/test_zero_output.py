@@ -15,7 +15,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.types import Change, Mask, Plan, Site, Subject, ZeroOutput
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 
 CASES = ["llama", "gpt2", "gemma2", "llama_biased", "qwen2"]
 
@@ -126,7 +126,7 @@ def test_plans_are_kept_and_checked(tmp_path: Path) -> None:
     plan = plan_of(subject, ZeroOutput(attn), ZeroOutput(mlp, torch.tensor([3])), Mask(attn, torch.tensor([5])))
     save_plan(plan, tmp_path)
     torch.testing.assert_close(live(subject, load_plan(tmp_path)), live(subject, plan))
-    assert 0 < plan_coverage(subject, plan_of(subject, ZeroOutput(mlp, torch.tensor([3]))))["edited_share"] < 0.01
+    assert 0 < summarize_plan_coverage(subject, plan_of(subject, ZeroOutput(mlp, torch.tensor([3]))))["edited_share"] < 0.01
     for wrong in (ZeroOutput(mlp, torch.tensor([32])), Mask(attn, torch.tensor([32])), Mask(attn, torch.tensor([-1]))):
         with pytest.raises(UserError, match="has not"):
             live(subject, plan_of(subject, wrong))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.causal.interventions import ablate, add_to_stream
-from obliteratus.core.cost import Cost, amount, n_of
+from obliteratus.core.cost import Cost, variable, prompt_count
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.shapes import Float
@@ -31,7 +31,7 @@ Positions = Annotated[int, Field(ge=1, le=64)]
 """At most so many of the template's last tokens."""
 HeldOut = Annotated[int, Field(ge=1)]
 """Prompts of each group that candidates are judged on; means are taken on all others."""
-DEPTH = 0.8  # candidates come from streams below this share of L: both papers leave out the last fifth
+MAX_DEPTH = 0.8  # candidates come from streams below this share of L: both papers leave out the last fifth
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Grid:
+class CandidateGrid:
     """All candidates, and what they are judged on."""
 
     candidates: tuple[Candidate, ...]
@@ -59,7 +59,7 @@ class Grid:
 
 
 @dataclass
-class Trial:
+class CandidateTrial:
     """The model under one candidate. Counts the prompts that it passes, which is what a choice costs."""
 
     subject: Subject
@@ -88,7 +88,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Filter:
+class CandidateFilter:
     """What a candidate must satisfy."""
 
     option: str
@@ -108,7 +108,7 @@ class Choice:
 
 
 # ------------------------------------------------------------------------------------- candidates
-def template_suffix(subject: Subject, ids: Ids) -> int:
+def count_template_suffix(subject: Subject, ids: Ids) -> int:
     """Number of last tokens that the template puts after every prompt: all rows share them, whatever was asked.
 
     Two one-letter prompts stand beside them, lest the question mark that all prompts end with be taken for the
@@ -135,7 +135,7 @@ def split_for_candidates(ids: Mapping[str, Ids], held: int, step: str) -> tuple[
     return fit, out
 
 
-def stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -> Float[Tensor, "positions streams width"]:
+def compute_stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -> Float[Tensor, "positions streams width"]:
     """The stream's mean over prompts at each position, fp32 from an fp64 sum."""
     total = torch.zeros(subject.n_layers + 1, len(positions), subject.width, dtype=torch.float64)
     for reading in read_hidden_states(subject, ids, position=positions, title="DISTILL candidates"):
@@ -143,28 +143,28 @@ def stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -> Float[
     return (total / len(ids)).float().transpose(0, 1)
 
 
-def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int, step: str) -> Grid:
+def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int, step: str) -> CandidateGrid:
     """Candidates at the last ``positions`` template tokens (fewer if it has fewer) × streams 1 … ⌊0.8 L⌋ − 1.
 
     Stream ℓ is the input of block ℓ. Stream 0 is left out: there a template's token is the same for all prompts.
     So are streams in which the difference is rounding.
     """
     fit, held = split_for_candidates(ids, held_out, step)
-    n = min(positions, template_suffix(subject, ids["target"] + ids["control"]))
-    means = {g: stream_means(subject, rows, range(-n, 0)) for g, rows in fit.items()}
+    n = min(positions, count_template_suffix(subject, ids["target"] + ids["control"]))
+    means = {g: compute_stream_means(subject, rows, range(-n, 0)) for g, rows in fit.items()}
     delta = means["target"] - means["control"]
     size = means["target"].norm(dim=-1) + means["control"].norm(dim=-1)
     real = delta.norm(dim=-1) > NEGLIGIBLE_DIFFERENCE * size
-    top = max(2, int(DEPTH * subject.n_layers))  # a model of two blocks has stream 1 at least
+    top = max(2, int(MAX_DEPTH * subject.n_layers))  # a model of two blocks has stream 1 at least
     places = [(p, s) for p in range(n) for s in range(1, subject.n_layers) if bool(real[p, s])]
     found = tuple(Candidate(p - n, s, delta[p, s].to(subject.device)) for p, s in places if s < top)
     if not found:
         raise UserError(f"distill step '{step}': the groups do not differ at any template token; check both files")
-    return Grid(found, len(places) - len(found), held, {g: mean[-1] for g, mean in means.items()})
+    return CandidateGrid(found, len(places) - len(found), held, {g: mean[-1] for g, mean in means.items()})
 
 
 # ------------------------------------------------------------------------------------------ choice
-def ranking_scores(grid: Grid, measure: Callable[[Candidate], float], step: str) -> list[float]:
+def score_candidates(grid: CandidateGrid, measure: Callable[[Candidate], float], step: str) -> list[float]:
     """The score that candidates are ordered by, of each of them."""
     with progress(f"DISTILL {step}", len(grid.candidates)) as advance:
 
@@ -176,7 +176,7 @@ def ranking_scores(grid: Grid, measure: Callable[[Candidate], float], step: str)
         return [one(candidate) for candidate in grid.candidates]
 
 
-def choose_candidate(grid: Grid, ranks: Sequence[float], filters: Sequence[Filter], step: str) -> Choice:
+def choose_candidate(grid: CandidateGrid, ranks: Sequence[float], filters: Sequence[CandidateFilter], step: str) -> Choice:
     """The candidate of lowest rank that passes all filters; of equals the first. NaN never wins.
 
     Filters are measured in the order of ranks, until one candidate passes: measuring all of them first gives the
@@ -211,7 +211,7 @@ def at_least(limit: float) -> Callable[[float], bool]:
     return partial(lambda limit, value: value >= limit, limit)
 
 
-def note_choice(step: str, choice: Choice, scores: str, grid: Grid, trial: Trial) -> None:
+def note_choice(step: str, choice: Choice, scores: str, grid: CandidateGrid, trial: CandidateTrial) -> None:
     """Note what was chosen, and what the choice cost."""
     best, n = choice.candidate, len(grid.candidates)
     lost = "".join(f", {option} dropped {count}" for option, count in choice.dropped.items())
@@ -222,13 +222,13 @@ def note_choice(step: str, choice: Choice, scores: str, grid: Grid, trial: Trial
     )
 
 
-def grid_cost(options: Mapping[str, Any]) -> Cost:
+def estimate_grid_cost(options: Mapping[str, Any]) -> Cost:
     """Every candidate looked at three ways (ablated on targets and on controls, added on controls): the most."""
     each = 3 * options["positions"] * options["held_out"]
-    return Cost(n_of("fit") + amount("L") * (DEPTH * each))
+    return Cost(prompt_count("fit") + variable("L") * (MAX_DEPTH * each))
 
 
-def same_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
+def repeat_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
     """One direction for all streams."""
     streams = len(acts["target"].mean)
     basis = normalize(vector.float().cpu(), dim=0).expand(streams, 1, -1).contiguous()

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from obliteratus.causal.candidates import (
     Candidate,
-    Filter,
-    Grid,
+    CandidateFilter,
+    CandidateGrid,
     HeldOut,
     Positions,
-    Trial,
+    CandidateTrial,
     at_most,
     choose_candidate,
-    grid_cost,
+    estimate_grid_cost,
     make_grid,
     note_choice,
-    ranking_scores,
-    same_at_all_streams,
+    score_candidates,
+    repeat_at_all_streams,
 )
 from obliteratus.causal.interventions import FitContext
 from obliteratus.core.progress import SILENT, note, report_to
@@ -36,7 +36,7 @@ from obliteratus.inference.hidden_states import read_hidden_states
 STEP = "cosmic"
 
 
-@extractors.register(STEP, cite="arXiv:2506.00085", needs=("model",), cost=grid_cost)
+@extractors.register(STEP, cite="arXiv:2506.00085", needs=("model",), cost=estimate_grid_cost)
 def cosmic(
     acts: Activations,
     so_far: Directions | None,
@@ -59,15 +59,15 @@ def cosmic(
     """
     ids = {group: render_prompts(lab.subject, lab.prompts[group]) for group in ("target", "control")}
     found = make_grid(lab.subject, ids, positions, held_out, STEP)
-    judge = ConceptInversionScorer.of(lab.subject, found, low_similarity(found.means, share))
+    judge = ConceptInversionScorer.of(lab.subject, found, find_least_similar_streams(found.means, share))
     note(STEP, f"compared at streams {', '.join(map(str, judge.streams))}")
-    ranks = ranking_scores(found, lambda candidate: -judge.score(candidate), STEP)
-    best = choose_candidate(found, ranks, (Filter("max_kl", judge.trial.divergence, at_most(max_kl)),), STEP)
+    ranks = score_candidates(found, lambda candidate: -judge.score(candidate), STEP)
+    best = choose_candidate(found, ranks, (CandidateFilter("max_kl", judge.trial.divergence, at_most(max_kl)),), STEP)
     note_choice(STEP, best, f"score {-best.rank:.3f}, KL {best.measured['max_kl']:.3f} nats", found, judge.trial)
-    return same_at_all_streams(acts, best.candidate.vector, -best.rank, "sum of two cosines")
+    return repeat_at_all_streams(acts, best.candidate.vector, -best.rank, "sum of two cosines")
 
 
-def low_similarity(means: Mapping[str, Float[Tensor, "streams width"]], share: float) -> list[int]:
+def find_least_similar_streams(means: Mapping[str, Float[Tensor, "streams width"]], share: float) -> list[int]:
     """Streams that blocks leave, by lowest cosine between the groups' means: ⌊share·L⌋ of them, at least one."""
     target, control = (means[group][1:].double() for group in ("target", "control"))
     order = torch.cosine_similarity(target, control, dim=1).argsort(stable=True)
@@ -77,14 +77,14 @@ def low_similarity(means: Mapping[str, Float[Tensor, "streams width"]], share: f
 class ConceptInversionScorer:
     """The concept-inversion score of a candidate."""
 
-    def __init__(self, trial: Trial, streams: Sequence[int]) -> None:
+    def __init__(self, trial: CandidateTrial, streams: Sequence[int]) -> None:
         self.trial, self.streams = trial, list(streams)
         self.as_is = {group: self.place(nullcontext(), group) for group in ("target", "control")}
 
     @classmethod
-    def of(cls, subject: Subject, found: Grid, streams: Sequence[int]) -> ConceptInversionScorer:
+    def of(cls, subject: Subject, found: CandidateGrid, streams: Sequence[int]) -> ConceptInversionScorer:
         """With the one baseline that all candidates share."""
-        trial = Trial(subject, found.held)
+        trial = CandidateTrial(subject, found.held)
         trial.known["control"] = trial.first(nullcontext(), "control")
         return cls(trial, streams)
 

@@ -53,7 +53,7 @@ def add_to_stream(subject: Subject, stream: int, vector: Float[Tensor, " width"]
         handle.remove()
 
 
-def answer_logits(
+def compute_answer_logits(
     subject: Subject,
     pairs: Sequence[Pair],
     seen: Callable[[Tensor], None] = lambda states: None,
@@ -63,7 +63,7 @@ def answer_logits(
 
     What all prompts begin with (the template's system turn) runs once, and gradients meet in it. Right padding under
     the causal mask is never seen by what is kept. The head runs on the kept positions only; ``seen`` is called with
-    what enters it there, [tokens, width], which `head_logits` takes. prompts: the same rows, prepared before (`Stem`).
+    what enters it there, [tokens, width], which `compute_head_logits` takes. prompts: the same rows, prepared before (`Stem`).
     """
     rows = [prompt + answer for prompt, answer in pairs]
     prompts = prompts or prepare_prompts(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
@@ -79,8 +79,8 @@ def answer_logits(
         return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
 
 
-def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
-    """Logits of states that `answer_logits` showed before; fp32.
+def compute_head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits of states that `compute_answer_logits` showed before; fp32.
 
     The model's own forward runs on one token, whose state is thrown away, so that soft caps and scales are kept.
     """
@@ -88,6 +88,6 @@ def head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Floa
         return next_logits(subject, torch.zeros(1, 1, dtype=torch.long, device=subject.device), 0, None).float()
 
 
-def answer_tokens(pairs: Sequence[Pair], device: torch.device) -> Tensor:
-    """The tokens that `answer_logits` predicts, in its order. [tokens]."""
+def concatenate_answers(pairs: Sequence[Pair], device: torch.device) -> Tensor:
+    """The tokens that `compute_answer_logits` predicts, in its order. [tokens]."""
     return torch.tensor([token for _, answer in pairs for token in answer], device=device)

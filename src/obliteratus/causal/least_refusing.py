@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.causal.candidates import same_at_all_streams, split_for_candidates
-from obliteratus.causal.interventions import FitContext, ablate, answer_logits
-from obliteratus.core.cost import Answers, Cost, amount, n_of
+from obliteratus.causal.candidates import repeat_at_all_streams, split_for_candidates
+from obliteratus.causal.interventions import FitContext, ablate, compute_answer_logits
+from obliteratus.core.cost import Answers, Cost, variable, prompt_count
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
@@ -32,9 +32,9 @@ ASKED = 32  # prompts of each group whose answers show the words: a quarter of t
 
 def _cost(options: Mapping[str, Any]) -> Cost:
     """Means of all fit prompts, answers that show the words, and each of some 3·L candidates."""
-    trials = Answers(options["length"], amount("L") * (3 * options["prompts"]))
-    words = Answers(options["length"], n_of("fit", "target", ASKED) + n_of("fit", "control", ASKED))
-    return Cost(n_of("fit"), (words, trials))
+    trials = Answers(options["length"], variable("L") * (3 * options["prompts"]))
+    words = Answers(options["length"], prompt_count("fit", "target", ASKED) + prompt_count("fit", "control", ASKED))
+    return Cost(prompt_count("fit"), (words, trials))
 
 
 @extractors.register(STEP, cite="github.com/FailSpy/abliterator", needs=("model",), cost=_cost)
@@ -63,19 +63,19 @@ def least_refusing(
         *_used(lab.subject, fit, length), STEP, WORD_SHARE
     )
     note(STEP, f"refusal words: {openings_to_text(lab.subject, words)}")
-    found = candidate_directions(lab.subject, fit)
+    found = collect_candidates(lab.subject, fit)
     scores: dict[str, float] = {}
     with progress(f"DISTILL {STEP}", len(found)) as advance, report_to(SILENT):
         for name, vector in found.items():
             with ablate(lab.subject, vector):
-                scores[name] = max_refusal_probability(lab.subject, held["target"], words, length)
+                scores[name] = measure_refusal_probability(lab.subject, held["target"], words, length)
             advance(1)
     best = min(scores, key=lambda name: scores[name])
     note(STEP, f"{best} of {len(found)}: refusal words at most {scores[best]:.2f} likely")
-    return same_at_all_streams(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
+    return repeat_at_all_streams(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
 
 
-def candidate_directions(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
+def collect_candidates(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
     """The differences of means at the last token, by name, on the model's device.
 
     Behind a norm the norm's output is taken, which is what reaches the stream.
@@ -93,7 +93,7 @@ def candidate_directions(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, 
     return dict(list(zip(names, delta, strict=True))[1:])
 
 
-def max_refusal_probability(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
+def measure_refusal_probability(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
     """The highest probability of any word at any of the first ``length`` tokens of any greedy answer.
 
     An answer that ends early counts up to its end token.
@@ -102,7 +102,7 @@ def max_refusal_probability(subject: Subject, ids: Ids, words: list[int], length
     # One token more, which nothing looks at, so that the token that ended the answer is predicted too.
     pairs = [(p, a if len(a) == length else [*a, 0]) for p, a in zip(ids, answers, strict=True)]
     with torch.inference_mode():
-        return float(answer_logits(subject, pairs).softmax(-1)[:, words].max())
+        return float(compute_answer_logits(subject, pairs).softmax(-1)[:, words].max())
 
 
 def _used(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor, Tensor]:

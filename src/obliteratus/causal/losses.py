@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obliteratus.causal.interventions import Pair, ablate, add_to_stream, answer_logits, answer_tokens, head_logits
+from obliteratus.causal.interventions import Pair, ablate, add_to_stream, compute_answer_logits, concatenate_answers, compute_head_logits
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 
-ABLATION, ADDITION, RETAIN = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
-ROWS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-135M
+ABLATION_WEIGHT, ADDITION_WEIGHT, RETAIN_WEIGHT = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
+ROWS_PER_PASS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-135M
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ReferenceLogits:
         new = [pair for pair in pairs if str(pair) not in self.states]
         if new:
             seen: list[Tensor] = []
-            answer_logits(self.subject, new, seen.append)
+            compute_answer_logits(self.subject, new, seen.append)
             parts = seen[-1].split([len(answer) for _, answer in new])
             self.states |= {str(pair): part for pair, part in zip(new, parts, strict=True)}
-        return head_logits(self.subject, torch.cat([self.states[str(pair)] for pair in pairs])).log_softmax(-1)
+        return compute_head_logits(self.subject, torch.cat([self.states[str(pair)] for pair in pairs])).log_softmax(-1)
 
 
 class DirectionLosses:
@@ -54,7 +54,7 @@ class DirectionLosses:
     stream, size: where and how long a vector is added.
     """
 
-    def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN) -> None:
+    def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN_WEIGHT) -> None:
         self.subject, self.stream, self.size, self.retain = subject, stream, size, retain
         self.own = ReferenceLogits(subject)
 
@@ -63,26 +63,26 @@ class DirectionLosses:
         return torch.stack(list(self.parts(unit, material))).sum()
 
     def parts(self, unit: Float[Tensor, " width"], material: LossInputs) -> Iterator[Float[Tensor, ""]]:
-        """What adds up to `total`, `ROWS` prompts at a time."""
-        for pairs, weight in _shares(material.answers, ABLATION):
+        """What adds up to `total`, `ROWS_PER_PASS` prompts at a time."""
+        for pairs, weight in _shares(material.answers, ABLATION_WEIGHT):
             with ablate(self.subject, unit):
                 yield weight * self._surprise(pairs)
-        for pairs, weight in _shares(material.refusals, ADDITION):
+        for pairs, weight in _shares(material.refusals, ADDITION_WEIGHT):
             with add_to_stream(self.subject, self.stream, self.size * unit):
                 yield weight * self._surprise(pairs)
         for pairs, weight in _shares(material.kept, self.retain):
             base = self.own.logp(pairs)
             with ablate(self.subject, unit):
-                found = answer_logits(self.subject, pairs).log_softmax(-1)
+                found = compute_answer_logits(self.subject, pairs).log_softmax(-1)
                 yield weight * F.kl_div(found, base, reduction="sum", log_target=True)
 
     def _surprise(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
-        logits = answer_logits(self.subject, pairs)
-        return F.cross_entropy(logits, answer_tokens(pairs, self.subject.device), reduction="sum")
+        logits = compute_answer_logits(self.subject, pairs)
+        return F.cross_entropy(logits, concatenate_answers(pairs, self.subject.device), reduction="sum")
 
 
 def _shares(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:
-    """`ROWS` pairs at a time, and the weight of each of their tokens' losses."""
+    """`ROWS_PER_PASS` pairs at a time, and the weight of each of their tokens' losses."""
     tokens = sum(len(answer) for _, answer in pairs)
-    for first in range(0, len(pairs), ROWS):
-        yield pairs[first : first + ROWS], weight / tokens
+    for first in range(0, len(pairs), ROWS_PER_PASS):
+        yield pairs[first : first + ROWS_PER_PASS], weight / tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 from obliteratus.causal.early_stopping import EarlyStopping, draw_batch
 from obliteratus.causal.interventions import FitContext, Pair, ablate, add_to_stream
 from obliteratus.causal.losses import DirectionLosses, LossInputs
-from obliteratus.core.cost import Answers, Cost, Training, n_of, number
+from obliteratus.core.cost import Answers, Cost, Training, prompt_count, number
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.shapes import Float
@@ -25,11 +25,11 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 
 BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
-FALLING = 1e-4  # a loss on the held answers that fell by less than this stands still
-EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
-HELD = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
-LEAST = 4  # fewer held prompts than this say nothing
-REDUCED = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
+MIN_IMPROVEMENT = 1e-4  # a loss on the held answers that fell by less than this stands still
+CHECK_EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
+HELD_OUT_PROMPTS = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
+MIN_HELD_OUT = 4  # fewer held prompts than this say nothing
+RATE_DIVISOR = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def rdo(
     if not bool(start.any()):
         raise UserError("distill step 'rdo': the step before found no direction to start from")
     size = float(mean_difference(acts)[stream].norm())
-    material = _material(lab, start, stream, size, tokens)
-    fitted = _fitted(
+    material = _collect_inputs(lab, start, stream, size, tokens)
+    fitted = fit_direction(
         DirectionLosses(lab.subject, stream, size), material, start, RdoSettings(steps, lr, batch, patience)
     )
     note(
@@ -87,12 +87,12 @@ def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
 
     The model's own answers pass once more than that, without gradients.
     """
-    written = (Answers(tokens, n_of("fit", "target")), Answers(tokens, n_of("fit", "control"), 2))
-    looks = number(3 * HELD * (1 + -(-steps // EVERY)))
-    return Cost(looks + n_of("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
+    written = (Answers(tokens, prompt_count("fit", "target")), Answers(tokens, prompt_count("fit", "control"), 2))
+    looks = number(3 * HELD_OUT_PROMPTS * (1 + -(-steps // CHECK_EVERY)))
+    return Cost(looks + prompt_count("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
 
 
-def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> LossInputs:
+def _collect_inputs(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> LossInputs:
     target, control = (render_prompts(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
 
     def written(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:
@@ -109,20 +109,20 @@ def _material(lab: FitContext, start: Tensor, stream: int, size: float, tokens: 
 
 
 # ------------------------------------------------------------------------------------------------- fit
-def _fitted(
+def fit_direction(
     losses: DirectionLosses, material: LossInputs, start: Float[Tensor, " width"], how: RdoSettings
 ) -> EarlyStopping[Tensor]:
     """The unit direction with the least loss on what no step sees."""
-    held, seen = _parted(material)
+    held, seen = _split_held_out(material)
     d = start.to(losses.subject.device).clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
-    found = EarlyStopping(d.detach().clone(), _value(losses, d, held), FALLING, EVERY)
+    found = EarlyStopping(d.detach().clone(), _total_loss(losses, d, held), MIN_IMPROVEMENT, CHECK_EVERY)
     with progress("DISTILL rdo", how.steps) as advance:
         for found.used in range(1, how.steps + 1):
-            _step(losses, d, optimiser, _batch(seen, how.batch, found.used))
+            _step(losses, d, optimiser, _draw_inputs(seen, how.batch, found.used))
             advance(1)
-            if found.looks(how.steps) and not found.judge(d.detach().clone(), _value(losses, d, held)):
-                _slower(optimiser, how.lr)
+            if found.looks(how.steps) and not found.judge(d.detach().clone(), _total_loss(losses, d, held)):
+                _reduce_rate(optimiser, how.lr)
             if found.still >= how.patience:
                 break
     found.best = found.best.cpu()
@@ -141,28 +141,28 @@ def _step(losses: DirectionLosses, d: Tensor, optimiser: torch.optim.Optimizer, 
         d /= d.norm()
 
 
-def _slower(optimiser: torch.optim.Optimizer, lr: float) -> None:
+def _reduce_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = max(group["lr"] / REDUCED, lr / REDUCED**2)
+        group["lr"] = max(group["lr"] / RATE_DIVISOR, lr / RATE_DIVISOR**2)
 
 
 @torch.no_grad()
-def _value(losses: DirectionLosses, d: Tensor, material: LossInputs) -> float:
+def _total_loss(losses: DirectionLosses, d: Tensor, material: LossInputs) -> float:
     return float(losses.total(d, material))
 
 
-def _parted(material: LossInputs) -> tuple[LossInputs, LossInputs]:
-    """(held, seen): at most a quarter is held; where that is less than `LEAST`, all are both."""
+def _split_held_out(material: LossInputs) -> tuple[LossInputs, LossInputs]:
+    """(held, seen): at most a quarter is held; where that is less than `MIN_HELD_OUT`, all are both."""
 
     def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
         mixed = draw_batch(pairs, len(pairs), random.Random(0))
-        n = min(HELD, len(pairs) // 4)
-        return (mixed[:n], mixed[n:]) if n >= LEAST else (mixed, mixed)
+        n = min(HELD_OUT_PROMPTS, len(pairs) // 4)
+        return (mixed[:n], mixed[n:]) if n >= MIN_HELD_OUT else (mixed, mixed)
 
     both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
     return LossInputs(*(held for held, _ in both)), LossInputs(*(seen for _, seen in both))
 
 
-def _batch(material: LossInputs, size: int, step: int) -> LossInputs:
+def _draw_inputs(material: LossInputs, size: int, step: int) -> LossInputs:
     rng = random.Random(step)  # the same batches in every run
     return LossInputs(*(draw_batch(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))

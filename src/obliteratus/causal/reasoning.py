@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.causal.interventions import FitContext
-from obliteratus.core.cost import Answers, Cost, n_of
+from obliteratus.core.cost import Answers, Cost, prompt_count
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float
@@ -35,7 +35,7 @@ TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>")
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    asked = n_of("fit", "control", options["prompts"])
+    asked = prompt_count("fit", "control", options["prompts"])
     return Cost(asked * options["places"], (Answers(options["tokens"], asked),))
 
 
@@ -60,10 +60,10 @@ def keep_reasoning(
     Not published: a method of this name in another program projects out prompt activations, in which nobody reasons.
     """
     so_far = require_directions(so_far, STEP)
-    rows = reasoning_rows(lab, prompts, tokens, places)
+    rows = collect_reasoning_rows(lab, prompts, tokens, places)
     if min(len(rows) - 1, lab.subject.width) < k:
         raise UserError(f"distill step '{STEP}': k={k} needs more than {k} places; got {len(rows)}; raise prompts")
-    out = reasoning_subspace(lab.subject, rows, k)
+    out = compute_reasoning_subspace(lab.subject, rows, k)
     rest = so_far.basis - torch.einsum("lkw,ljw,ljv->lkv", so_far.basis, out, out)
     basis = align_signs(orthonormalize(rest), mean_difference(acts))
     left = float(rest.norm() / so_far.basis.norm().clamp(min=1e-30))
@@ -71,20 +71,20 @@ def keep_reasoning(
     return Directions(basis, compute_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
 
 
-def reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:
+def collect_reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:
     """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
     asked = lab.prompts["control"]
     chosen = [asked[i] for i in evenly_spaced(len(asked), prompts)]
     ids = render_prompts(replace(lab.subject, thinking=True), chosen, reserve=tokens)
     rows = []
     for prompt, answer in zip(ids, generate(lab.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
-        start, stop = reasoning_span(lab.subject, prompt, answer)
+        start, stop = find_reasoning_span(lab.subject, prompt, answer)
         n = stop - start
         rows += [prompt + answer[: start + i + 1] for i in evenly_spaced(n, places)]
     return rows
 
 
-def reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
+def find_reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
     """(start, stop) of the tokens of an answer that are reasoning.
 
     Inside the first think block, which a template may have opened already, without its tags; a block that is not
@@ -104,7 +104,7 @@ def reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) -> tu
     return sum(n <= begin for n in lengths) if begin else 0, sum(n <= end for n in lengths)
 
 
-def reasoning_subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
+def compute_reasoning_subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
     """Top k right singular vectors of the centred stream at the rows' last tokens, at each stream index."""
     stream = torch.empty(len(rows), subject.n_layers + 1, subject.width)
     for reading in read_hidden_states(subject, rows, title=f"DISTILL {STEP} places"):

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from obliteratus.causal.candidates import (
     Candidate,
-    Filter,
-    Grid,
+    CandidateFilter,
+    CandidateGrid,
     HeldOut,
     Positions,
-    Trial,
+    CandidateTrial,
     at_least,
     at_most,
     choose_candidate,
-    grid_cost,
+    estimate_grid_cost,
     make_grid,
     note_choice,
-    ranking_scores,
-    same_at_all_streams,
+    score_candidates,
+    repeat_at_all_streams,
 )
 from obliteratus.causal.interventions import FitContext
-from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.progress import note
 from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import extractors
@@ -36,7 +36,7 @@ from obliteratus.verify.openings import log_odds, opening_tokens, openings_to_te
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    return Cost(n_of("fit")) + grid_cost(options)  # first tokens of all fit prompts
+    return Cost(prompt_count("fit")) + estimate_grid_cost(options)  # first tokens of all fit prompts
 
 
 @extractors.register("select", cite="arXiv:2406.11717", needs=("model",), cost=_cost)
@@ -69,27 +69,27 @@ def select(
     note("select", f"tokens that begin a refusal: {openings_to_text(lab.subject, refusal)}")
     found = make_grid(lab.subject, _behaving(begins, first, refusal), positions, held_out, "select")
     judge = RefusalScorer.of(lab.subject, found, refusal)
-    ranks = ranking_scores(found, judge.bypass, "select")
+    ranks = score_candidates(found, judge.bypass, "select")
     filters = (
-        Filter("max_kl", judge.trial.divergence, at_most(max_kl)),
-        Filter("min_induce", judge.induce, at_least(min_induce)),
+        CandidateFilter("max_kl", judge.trial.divergence, at_most(max_kl)),
+        CandidateFilter("min_induce", judge.induce, at_least(min_induce)),
     )
     best = choose_candidate(found, ranks, filters, "select")
     scores = f"bypass {best.rank:.2f}, induce {best.measured['min_induce']:.2f}, KL {best.measured['max_kl']:.3f} nats"
     note_choice("select", best, scores, found, judge.trial)
-    return same_at_all_streams(acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated")
+    return repeat_at_all_streams(acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated")
 
 
 class RefusalScorer:
     """The two refusal scores of a candidate."""
 
-    def __init__(self, trial: Trial, tokens: list[int]) -> None:
+    def __init__(self, trial: CandidateTrial, tokens: list[int]) -> None:
         self.trial, self.tokens = trial, tokens
 
     @classmethod
-    def of(cls, subject: Subject, found: Grid, tokens: list[int]) -> RefusalScorer:
+    def of(cls, subject: Subject, found: CandidateGrid, tokens: list[int]) -> RefusalScorer:
         """With the one baseline that all candidates share."""
-        trial = Trial(subject, found.held)
+        trial = CandidateTrial(subject, found.held)
         trial.known["control"] = trial.first(nullcontext(), "control")
         return cls(trial, tokens)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Blend, Change, Edit, Mask, Shift, Site, ZeroOutput
 from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
-from obliteratus.weights.matrices import device_of, read_bias, read_weight
+from obliteratus.weights.matrices import execution_device, read_bias, read_weight
 
 Matrix = Float[Tensor, "out in"]
 Bias = Float[Tensor, " out"]
@@ -44,7 +44,7 @@ def _(change: Shift, weight: Matrix) -> Matrix:
 
 @apply_change.register
 def _(change: Blend, weight: Matrix) -> Matrix:
-    assert change.weight is not None, "`fill_donors` comes first"
+    assert change.weight is not None, "`fill_donor_means` comes first"
     return torch.lerp(weight, change.weight.to(weight), change.share)
 
 
@@ -96,12 +96,12 @@ def _(change: ZeroOutput, bias: Bias | None, weight: Matrix | None) -> Bias | No
     return None if bias is None else zero_outputs(bias, change.outputs)
 
 
-def fill_donors(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
+def fill_donor_means(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
     """Blends with their donors' mean, taken from the module: one matrix for all that have the same donors."""
-    return fill_donors_from(changes, partial(read_weight, module), partial(read_bias, module))
+    return fill_donor_means_from(changes, partial(read_weight, module), partial(read_bias, module))
 
 
-def fill_donors_from(
+def fill_donor_means_from(
     changes: Sequence[Change], matrix: Callable[[Site], Matrix], bias: Callable[[Site], Bias | None]
 ) -> tuple[Change, ...]:
     """The same, from wherever an expert's matrix and bias are read."""
@@ -114,14 +114,14 @@ def fill_donors_from(
         if donors not in means:
             sites = [replace(change.site, expert=donor) for donor in donors]
             biases = [bias(site) for site in sites]
-            means[donors] = mean_of_experts(matrix, sites), _mean([b for b in biases if b is not None])
+            means[donors] = average_experts(matrix, sites), _mean([b for b in biases if b is not None])
         weight, shift = means[donors]
         return replace(change, weight=weight, bias=shift)
 
     return tuple(map(whole, changes))
 
 
-def mean_of_experts(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
+def average_experts(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
     """The mean of some experts' matrices, each read once and none held."""
     mean = torch.zeros_like(matrix(sites[0]))
     for number, site in enumerate(sites, 1):
@@ -149,38 +149,40 @@ def needs_bias(change: Change) -> bool:
     return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
 
 
-def changes_of_matrix(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
+def select_changes(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
     """The changes that one matrix gets, in their order: of a stack, those of all experts and of this one."""
     mine = (c for c in changes if c.site.expert in (None, site.expert))
     return tuple(replace(c, site=replace(c.site, expert=site.expert)) for c in mine)
 
 
-def new_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
-    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `changes_of_matrix` one expert."""
+def edit_module_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
+    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `select_changes` one expert."""
     weight = read_weight(module, changes[0].site)
     for change in changes:
         weight = apply_change(change, weight)
     return weight
 
 
-def new_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
+def edit_module_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
     """The bias after all changes, fp32; None where there is none and none is needed."""
-    return bias_after(module, changes, read_weight(module, changes[0].site) if needs_weight(changes) else None)
+    return edit_bias_with_weight(
+        module, changes, read_weight(module, changes[0].site) if needs_weight(changes) else None
+    )
 
 
-def bias_after(module: nn.Module, changes: Sequence[Change], weight: Matrix | None) -> Bias | None:
+def edit_bias_with_weight(module: nn.Module, changes: Sequence[Change], weight: Matrix | None) -> Bias | None:
     """The same, given W before the changes, which only `needs_weight` needs."""
     bias = read_bias(module, changes[0].site)
-    device = device_of(module)
+    device = execution_device(module)
     for change in changes:
         bias = apply_to_bias(change, bias, weight)
         weight = None if weight is None else apply_change(change, weight)
     return None if bias is None else bias.to(device)
 
 
-def bias_change(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
+def compute_bias_difference(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
     """What an adapter must add to the output, fp32 [out]; None where nothing."""
-    after, before = new_bias(module, changes), read_bias(module, changes[0].site)
+    after, before = edit_module_bias(module, changes), read_bias(module, changes[0].site)
     if after is None or before is None:
         return after
     return None if torch.equal(after, before) else after - before

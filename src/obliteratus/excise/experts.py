@@ -42,7 +42,7 @@ def _whole(change: Change) -> TypeGuard[Edit]:
 def _split(edit: Edit, groups: Groups, options: Experts) -> tuple[Change, ...]:
     if options.own and edit.covectors is not None:
         raise UserError("excise.experts.own: an expert's own direction is orthogonal, those of distill are oblique")
-    chosen = set(preferred_experts(groups, options.share).tolist())
+    chosen = set(select_preferred_experts(groups, options.share).tolist())
     every = range(len(groups["target"].count))
     others = torch.tensor([e for e in every if e not in chosen], dtype=torch.long)
     blends = [Blend(replace(edit.site, expert=e), others, options.blend) for e in sorted(chosen) if options.blend]
@@ -52,13 +52,13 @@ def _split(edit: Edit, groups: Groups, options: Experts) -> tuple[Change, ...]:
 
 
 def _of_one(edit: Edit, groups: Groups, expert: int, factor: float, own: bool) -> Edit:
-    basis = own_basis(edit.basis, groups["target"], groups["control"], expert) if own else edit.basis
+    basis = turn_towards_expert(edit.basis, groups["target"], groups["control"], expert) if own else edit.basis
     anchor = None if edit.anchor is None else groups["control"].mean[expert]
     site = replace(edit.site, expert=expert)
     return replace(edit, site=site, basis=basis, strength=factor * edit.strength, anchor=anchor)
 
 
-def own_basis(
+def turn_towards_expert(
     basis: Float[Tensor, "k width"], target: Routed, control: Routed, expert: int
 ) -> Float[Tensor, "k width"]:
     """The basis with its row along the expert's own difference turned towards that difference.
@@ -83,7 +83,7 @@ def own_basis(
 TINY = 1e-30  # a difference of nothing has no direction
 
 
-def preferred_experts(groups: Groups, share: float) -> Int[Tensor, " n"]:
+def select_preferred_experts(groups: Groups, share: float) -> Int[Tensor, " n"]:
     """Experts that get more of the target prompts' tokens than of the control prompts': this share of all, the first,
     and at least one."""
     order = (groups["target"].share - groups["control"].share).argsort(descending=True, stable=True)

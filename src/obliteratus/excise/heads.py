@@ -11,11 +11,11 @@ from torch import Tensor
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Subject
-from obliteratus.summon.sites import architecture_of, has_heads
+from obliteratus.summon.sites import find_architecture, has_heads
 from obliteratus.weights.matrices import read_weight
 
 
-def head_attribution(
+def attribute_to_heads(
     weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], heads: int
 ) -> Float[Tensor, " heads"]:
     """‖Q W[:, head]‖_F for each head: what the edit would take from it, in the weight's own unit.
@@ -34,7 +34,7 @@ def split_by_head(subject: Subject, edits: Sequence[Edit], share: float) -> tupl
 
     Attribution is of the model's own weights, also where earlier passes have edits on the same site.
     """
-    family = architecture_of(subject.model.config)
+    family = find_architecture(subject.model.config)
     parts = ((_split(subject, e, share) if has_heads(family, e.site) else (e,)) for e in edits)
     return tuple(edit for part in parts for edit in part)
 
@@ -47,6 +47,6 @@ def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
         raise UnsupportedModelError(
             f"{edit.site.path} has {weight.shape[1]} inputs, which {heads} heads cannot share; leave excise.heads out"
         )
-    order = head_attribution(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
+    order = attribute_to_heads(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
     kept = sorted(order[: max(1, round(share * heads))].tolist())
     return tuple(replace(edit, site=replace(edit.site, span=(h * size, (h + 1) * size))) for h in kept)

@@ -25,7 +25,7 @@ from obliteratus.core.types import NormRule
 
 # Below this share of its length a column (row, matrix) has nothing but rounding left, and stretching it back
 # would blow up noise: it is left as it is. fp32 keeps about 7 digits, and the share is of squares.
-NOTHING_LEFT = 1e-6
+MIN_REMAINING_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def project_matrix(
     return MatrixProjections(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
 
 
-def norm_rule_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
+def compute_norm_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
     """The factors that a norm rule asks for, in closed form.
 
     ‖P w‖² = ‖w‖² − 2s (Bw)·(Aw) + s² (Aw)ᵀBBᵀ(Aw) for a column w; with A = B = Q that is ‖w‖² − s(2 − s)‖Qw‖².
@@ -81,7 +81,7 @@ def norm_rule_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], streng
 
 
 def _factor(before: Tensor, after: Tensor) -> Tensor:
-    nothing = after <= NOTHING_LEFT * before
+    nothing = after <= MIN_REMAINING_SHARE * before
     return torch.where(nothing, torch.ones_like(before), (before / after.clamp(min=1e-38)).sqrt())
 
 
@@ -117,7 +117,7 @@ def edit_weight(
         edited[:, columns] = edit_weight(weight[:, columns], basis, strength, rule, None, covectors)
         return edited
     m = project_matrix(weight, basis, covectors)
-    factors = norm_rule_scales(m, basis, strength, rule)
+    factors = compute_norm_scales(m, basis, strength, rule)
     edited = torch.addmm(weight, basis.T, m.along, alpha=-strength)
     if factors.inputs is not None:
         edited *= factors.inputs
@@ -152,7 +152,7 @@ def edit_bias(
     return kept if edited is None else edited + kept
 
 
-def through_gain(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> Float[Tensor, "k out"]:
+def fold_gain_orthogonal(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> Float[Tensor, "k out"]:
     """Q′ = orth(γ ⊙ Q): what a writer before a norm with gain γ must lose for the stream to lose Q.
 
     (The norm's own division by a length only rescales. y ⊥ γ⊙q ⟺ γ⊙y ⊥ q.)
@@ -163,22 +163,22 @@ def through_gain(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> 
 
 # A gain smaller than this share of the largest hides its coordinate from what reads behind it: dividing by it would
 # blow up rounding, and nothing is lost by leaving the coordinate out.
-BLIND = 1e-6
+MIN_GAIN_SHARE = 1e-6
 
 
-def past_gain(
+def fold_gain_reader(
     along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
     """(A ⊘ γ, γ ⊙ B): the projection x̂ ← x̂ − BᵀA x̂ as it acts on γ ⊙ x̂, which is what a reader is given."""
-    seen = gain.abs() > BLIND * gain.abs().max()
+    seen = gain.abs() > MIN_GAIN_SHARE * gain.abs().max()
     return torch.where(seen, along / torch.where(seen, gain, 1.0), 0.0), basis * gain
 
 
-def before_gain(
+def fold_gain_oblique(
     along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
     """(γ ⊙ A, B ⊘ γ): the projection as it must act on y, so that γ ⊙ y loses Bᵀ A(γ ⊙ y). Oblique edits of writers."""
-    outer, inner = past_gain(basis, along, gain)
+    outer, inner = fold_gain_reader(basis, along, gain)
     return inner, outer
 
 
@@ -189,5 +189,5 @@ def center_rows(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
     """
     rest = basis - basis.mean(1, keepdim=True)
     _, size, v = torch.linalg.svd(rest, full_matrices=False)
-    kept: Tensor = v[size > NOTHING_LEFT**0.5]
+    kept: Tensor = v[size > MIN_REMAINING_SHARE**0.5]
     return kept.contiguous()

@@ -15,10 +15,10 @@ from obliteratus.weights.matrices import read_weight
 
 # A neuron stands out where its share is this many standard deviations above its layer's mean: of 1 536 normal values
 # two do by chance. The cap on their number comes on top.
-OUTLIER = 3.0
+OUTLIER_DEVIATIONS = 3.0
 
 
-def neuron_attribution(
+def attribute_to_neurons(
     weight: Float[Tensor, "out in"], along: Float[Tensor, "k out"], active: Float[Tensor, " in"]
 ) -> Float[Tensor, " in"]:
     """What each neuron adds to the groups' difference along the directions, in the stream's own unit.
@@ -33,12 +33,12 @@ def neuron_attribution(
     return share
 
 
-def outlying_neurons(share: Float[Tensor, " in"], most: float) -> Tensor:
+def find_outlying_neurons(share: Float[Tensor, " in"], most: float) -> Tensor:
     """Neurons that stand out, at most this share of all, in order. Integers [n], n may be 0."""
     cap = int(most * len(share))
     z = (share - share.mean()) / share.std().clamp(min=1e-30)
     order = z.argsort(descending=True, stable=True)[:cap]
-    return order[z[order] > OUTLIER].sort().values
+    return order[z[order] > OUTLIER_DEVIATIONS].sort().values
 
 
 def make_masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: float) -> list[Change]:
@@ -54,7 +54,7 @@ def make_masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most:
             continue
         weight = read_weight(subject.module(edit.site.path), edit.site)
         active = acts.inputs["target"][edit.site.path] - acts.inputs["control"][edit.site.path]
-        neurons = outlying_neurons(neuron_attribution(weight, edit.along.to(weight), active.to(weight)), most)
+        neurons = find_outlying_neurons(attribute_to_neurons(weight, edit.along.to(weight), active.to(weight)), most)
         if len(neurons):
             found.append(Mask(edit.site, neurons.cpu()))
     return found

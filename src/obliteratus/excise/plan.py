@@ -32,12 +32,12 @@ from obliteratus.core.types import (
 )
 from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
-from obliteratus.excise.linear import center_rows, past_gain
+from obliteratus.excise.linear import center_rows, fold_gain_reader
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift
 from obliteratus.excise.writers import fold_gain
-from obliteratus.summon.sites import gain_of, norm_bias_of
-from obliteratus.weights.matrices import count_inputs, count_outputs, each_expert, has_bias
+from obliteratus.summon.sites import read_gain, read_norm_bias
+from obliteratus.weights.matrices import count_inputs, count_outputs, expand_experts, has_bias
 from obliteratus.weights.safetensors_io import tensor_bytes
 
 FILES = ("plan.safetensors", "plan.json")
@@ -111,12 +111,12 @@ def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, 
         if oblique is not None:
             raise UserError(f"oblique directions do not pass the LayerNorm before {site.path}; leave readers out")
         rows = center_rows(rows)
-    gain = gain_of(subject, site)
+    gain = read_gain(subject.model, site)
     if gain is None or not len(rows):
         return Edit(site, rows.contiguous(), strength, covectors=oblique) if len(rows) else None
-    along, basis = past_gain(rows if oblique is None else oblique, rows, gain.to(rows))
+    along, basis = fold_gain_reader(rows if oblique is None else oblique, rows, gain.to(rows))
     biased = has_bias(subject.module(site.path), site)
-    anchor = norm_bias_of(subject, site) if biased else None
+    anchor = read_norm_bias(subject, site) if biased else None
     return Edit(site, basis.contiguous(), strength, anchor=anchor, covectors=along.contiguous())
 
 
@@ -226,7 +226,7 @@ def _inside(places: Tensor, n: int) -> bool:
 def _check_experts(subject: Subject, change: Change) -> None:
     """The expert, and those that a blend takes from, are in the stack."""
     site = change.site
-    n = len(each_expert(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
+    n = len(expand_experts(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
     named = [-1 if site.expert is None else site.expert]
     named += change.donors.tolist() if isinstance(change, Blend) else []
     if not all(0 <= expert < n for expert in named):

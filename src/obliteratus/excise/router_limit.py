@@ -10,15 +10,15 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Change, Plan, ProbeRequest, Prompt, Subject
-from obliteratus.excise.kl_budget import PROMPTS, largest_factor, scale_plan
+from obliteratus.excise.kl_budget import CHECK_PROMPTS, find_largest_factor, scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 
 # Of the experts chosen for control prompts, the share that may become others. A model whose experts stand in for one
 # another loses little by it, and none was seen to keep its answers when most of them change.
-MOVED = 0.25
-STEPS = 4  # the factor to 1/16: routing moves in steps, and finer ones showed none
+MAX_CHANGED_SHARE = 0.25
+BISECTION_STEPS = 4  # the factor to 1/16: routing moves in steps, and finer ones showed none
 
 
 def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...]) -> Plan:
@@ -30,23 +30,25 @@ def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[P
     stacks = [s.path for s in subject.sites if s.stacked and s.role == "writes"]
     if not stacks or not any(map(_routes, new.edits)):
         return new
-    ids = render_prompts(subject, prompts[:PROMPTS])
+    ids = render_prompts(subject, prompts[:CHECK_PROMPTS])
 
     def chosen(factor: float) -> Int[torch.Tensor, "rows stacks k"]:
         with applied(subject, done + _with(new, factor)):
-            return chosen_experts(subject, ids, stacks)
+            return read_chosen_experts(subject, ids, stacks)
 
     before = chosen(0.0)
-    factor, share = largest_factor(lambda factor: float(share_moved(before, chosen(factor)).mean()), MOVED, STEPS)
+    factor, share = find_largest_factor(
+        lambda factor: float(compute_changed_share(before, chosen(factor)).mean()), MAX_CHANGED_SHARE, BISECTION_STEPS
+    )
     if factor == 0:
         raise UserError(
-            f"excise.parts: router: even 1/{2**STEPS} of the strength sends prompts elsewhere; leave it out"
+            f"excise.parts: router: even 1/{2**BISECTION_STEPS} of the strength sends prompts elsewhere; leave it out"
         )
     note("routers", f"{factor:.0%} of the strength, {share:.0%} of control prompts' experts change")
     return _with(new, factor)
 
 
-def chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
+def read_chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
     """The experts of each prompt's last token. All stacks of a model choose equally many."""
     found: dict[int, torch.Tensor] = {}
     for reading in read_hidden_states(subject, ids, request=ProbeRequest(expert_modules=stacks), title="routers"):
@@ -55,7 +57,7 @@ def chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.T
     return torch.stack([found[row] for row in range(len(ids))])
 
 
-def share_moved(
+def compute_changed_share(
     before: Int[torch.Tensor, "rows stacks k"], after: Int[torch.Tensor, "rows stacks k"]
 ) -> Float[torch.Tensor, "rows stacks"]:
     """Share of the experts chosen before that are not among those chosen after, whatever their order."""

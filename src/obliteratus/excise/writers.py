@@ -8,8 +8,8 @@ from torch import Tensor
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Site, Subject
-from obliteratus.excise.linear import before_gain, through_gain
-from obliteratus.summon.sites import gain_of
+from obliteratus.excise.linear import fold_gain_oblique, fold_gain_orthogonal
+from obliteratus.summon.sites import read_gain
 
 Rows = Float[Tensor, "k width"]
 
@@ -20,12 +20,12 @@ def fold_gain(subject: Subject, site: Site, basis: Rows, covectors: Rows | None 
     They differ only where a norm with gain γ stands between the writer and the stream: then the orthonormal basis
     spans γ⊙basis, and an oblique projection is rescaled on both sides.
     """
-    gain = gain_of(subject, site)
+    gain = read_gain(subject.model, site)
     if gain is None:
         return basis, covectors
     if covectors is None:
-        return through_gain(basis, gain.to(basis)), None
-    along, rescaled = before_gain(covectors, basis, gain.to(basis))
+        return fold_gain_orthogonal(basis, gain.to(basis)), None
+    along, rescaled = fold_gain_oblique(covectors, basis, gain.to(basis))
     return rescaled, along
 
 

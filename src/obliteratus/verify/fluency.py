@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
-from obliteratus.excise.live.attach import without_edits
+from obliteratus.excise.live.hooks import (without_edits)
 from obliteratus.inference.chat_template import context_length, render_prompts
 from obliteratus.inference.generate import stop_tokens
 from obliteratus.inference.teacher_forced import read_answers
@@ -30,7 +30,7 @@ GROUPS = ("target", "control")
 OPENING = 4
 
 
-@scorers.register("fluency", cost=lambda options: Cost(texts=n_of("report")))
+@scorers.register("fluency", cost=lambda options: Cost(texts=prompt_count("report")))
 def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64)] = OPENING) -> Measurement:
     """Perplexity under the unedited model of the answers to target and to control prompts, and the ratio of the two.
 

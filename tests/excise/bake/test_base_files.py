@@ -25,13 +25,13 @@ from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenize
 from obliteratus.cli.jobs import apply_plan
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
-from obliteratus.excise.bake.tensors import anchorable, bake
+from obliteratus.excise.bake.tensors import can_hold_anchors, bake
 from obliteratus.excise.live.hooks import applied
 from obliteratus.rebirth import save as rebirth
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject
-from obliteratus.weights.checkpoint import own_checkpoint
-from obliteratus.weights.rewrite import Finished, finished_files, rewrite_file
+from obliteratus.weights.checkpoint import find_own_checkpoint
+from obliteratus.weights.rewrite import FinishedFiles, read_finished_hashes, rewrite_file
 from obliteratus.weights.safetensors_io import read_header
 
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -169,7 +169,7 @@ def test_new_biases_and_a_parted_head_go_into_the_last_file_and_the_index(
 ) -> None:
     subject = open_subject(stored(tmp_path / "model", name))
     anchored = make_plan(subject, ("attn.out", "mlp.out"), anchored=True)
-    kept = [edit for edit in anchored.edits if anchorable(subject, [edit.site])]
+    kept = [edit for edit in anchored.edits if can_hold_anchors(subject, [edit.site])]
     plan = Plan((*kept, *make_plan(subject, ("embed",)).edits), anchored.model)
     run = save(subject, plan, run_of(subject), tmp_path / "out")
     before, after = raw(tmp_path / "model"), raw(tmp_path / "out")
@@ -339,7 +339,7 @@ def test_one_tensor_is_in_memory_at_a_time(make_plan: PlanMaker, tmp_path: Path)
     subject = open_subject(folder)
     plan = make_plan(subject)
     (tmp_path / "out").mkdir()
-    files = own_checkpoint(subject)
+    files = find_own_checkpoint(subject)
     assert files is not None
     onto = rebirth.BaseCheckpoint(subject, files)
     (tmp_path / "warm").mkdir()
@@ -391,7 +391,7 @@ def test_a_kill_at_any_moment_is_gone_on_from(make_plan: PlanMaker, tmp_path: Pa
         assert out.exists() != hit
         if hit:
             partial = out.with_name(f"{out.name}.saving") / "output"
-            kept += len(finished_files(partial)) > 0
+            kept += len(read_finished_hashes(partial)) > 0
             bake(out)
         assert weights_of(out) == expected
         assert not out.with_name(f"{out.name}.saving").exists()
@@ -405,7 +405,7 @@ def test_only_files_with_their_sum_are_trusted(make_plan: PlanMaker, tmp_path: P
     subject = open_subject(stored(tmp_path / "model", "llama"))
     plan, other, folder = make_plan(subject), make_plan(subject, seed=1), tmp_path / "out"
     folder.mkdir()
-    files = own_checkpoint(subject)
+    files = find_own_checkpoint(subject)
     assert files is not None
     onto = rebirth.BaseCheckpoint(subject, files)
 
@@ -433,7 +433,7 @@ def test_a_stale_record_of_another_form_is_forgotten(make_plan: PlanMaker, tmp_p
     subject = open_subject(stored(tmp_path / "model", "llama"))
     partial = tmp_path / "out.saving"
     (partial / "output").mkdir(parents=True)
-    done = Finished(partial / "output", "an older bake")
+    done = FinishedFiles(partial / "output", "an older bake")
     done.file("model-old.safetensors", lambda path: str(path.write_bytes(b"x")))
     save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "plan")
     assert not list((tmp_path / "out").glob("model*"))
@@ -549,4 +549,4 @@ def test_what_has_no_files_of_its_own_is_written_from_memory(make_plan: PlanMake
     subject = tiny_subject("llama")
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out")
     assert not {"onto", "from_memory"} & run.saved.keys()
-    assert own_checkpoint(subject) is None
+    assert find_own_checkpoint(subject) is None

@@ -176,13 +176,13 @@ def test_plans_that_share_directions_are_one_edit(make_plan: PlanMaker) -> None:
     plan, device = make_plan(subject, PARTS), torch.device("cpu")
     sites = [p.by_site() for p in strengths(plan, 0.5, 1.0, 2.0)]
     path = plan.edits[0].site.parameter
-    shared = live_rows._shared([s[path] for s in sites], device)
+    shared = live_rows.share_edits([s[path] for s in sites], device)
     assert shared is not None
     assert shared[0].strengths.tolist() == [0.5, 1.0, 2.0]
     other = make_plan(subject, PARTS, seed=1).by_site()
-    assert live_rows._shared([sites[0][path], other[path]], device) is None
+    assert live_rows.share_edits([sites[0][path], other[path]], device) is None
     ruled = make_plan(subject, PARTS, norm="rows").by_site()
-    assert live_rows._shared([ruled[path], ruled[path]], device) is None
+    assert live_rows.share_edits([ruled[path], ruled[path]], device) is None
 
 
 def test_what_runs_the_model_must_say_which_rows(make_plan: PlanMaker) -> None:
@@ -220,4 +220,4 @@ def test_rows_without_a_plan_and_plans_of_another_model(make_plan: PlanMaker) ->
 
 def test_a_module_that_mixes_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="does not see whole rows"):
-        live_rows._of_token(torch.tensor([0, 1, 0]), 7)
+        live_rows.plan_of_token(torch.tensor([0, 1, 0]), 7)

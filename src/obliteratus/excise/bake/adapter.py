@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Change, Edit, Mask, Plan, Subject, ZeroOutput
-from obliteratus.excise.change import apply_change, bias_change
+from obliteratus.excise.change import apply_change, compute_bias_difference
 from obliteratus.excise.plan import check_fits
 from obliteratus.weights.matrices import read_weight
 
@@ -36,8 +36,8 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     tensors, ranks, errors, biased = {}, [], [0.0], False
     for edits in plan.by_site().values():
         path = edits[0].site.path
-        (b, a), error = low_rank_factors(subject.module(path), edits, max_rank)
-        shift = bias_change(subject.module(path), edits)
+        (b, a), error = factorize_changes(subject.module(path), edits, max_rank)
+        shift = compute_bias_difference(subject.module(path), edits)
         biased |= shift is not None
         ranks.append(a.shape[0])
         errors.append(error)
@@ -66,7 +66,7 @@ def _check_layouts(subject: Subject, plan: Plan) -> None:
         raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
 
 
-def low_rank_factors(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
+def factorize_changes(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
     """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
     original = read_weight(module, changes[0].site)
     weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]

@@ -11,17 +11,17 @@ from torch import nn
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Plan, Site, Subject
-from obliteratus.excise.bake.check_base import check_same
-from obliteratus.excise.bake.tensors import bias_switches
+from obliteratus.excise.bake.check_base import check_same_matrix
+from obliteratus.excise.bake.tensors import find_bias_switches
 from obliteratus.excise.plan import check_fits
 from obliteratus.weights.bitsandbytes import is_packed
-from obliteratus.weights.checkpoint import Checkpoint, open_checkpoint, own_checkpoint
+from obliteratus.weights.checkpoint import Checkpoint, open_checkpoint, find_own_checkpoint
 from obliteratus.weights.matrices import has_bias
 
 NO_BASE = "none"
 
 
-def find_base(subject: Subject, base: str = "") -> Checkpoint | None:
+def find_base_checkpoint(subject: Subject, base: str = "") -> Checkpoint | None:
     """The checkpoint whose files ``merged`` is baked onto: ``base`` (folder, organism:NAME, hub id), or the one that a
     quantized model was quantized from on loading, or a plain model's own; None where there is none, or for ``none``.
 
@@ -32,7 +32,7 @@ def find_base(subject: Subject, base: str = "") -> Checkpoint | None:
     if base and not packed:
         raise UserError(f"--base {base}: {subject.source.id} is not quantized, and is edited itself; leave --base out")
     if not packed:
-        return own_checkpoint(subject)
+        return find_own_checkpoint(subject)
     name = base or subject.source.base
     if not name or name == NO_BASE:
         return None
@@ -40,7 +40,7 @@ def find_base(subject: Subject, base: str = "") -> Checkpoint | None:
     onto = BaseCheckpoint(subject, known)
     if why := onto.why_not(packed[0]):
         raise UserError(f"{name}: {why}; {_OTHERWISE}")
-    check_same(subject, packed[0], onto.holder(packed[0]), name)
+    check_same_matrix(subject, packed[0], onto.holder(packed[0]), name)
     return known
 
 
@@ -98,7 +98,7 @@ class BaseCheckpoint:
     def holder(self, site: Site) -> nn.Module:
         """A module with the stored matrix and bias: views of the files, which are read as they are looked at."""
         key, bias = self.source(site.parameter), self.files.key(f"{site.path}.{site.bias}")
-        assert key is not None, "`why_not` comes first"
+        assert key is not None, "`explain_unbakeable` comes first"
         made = nn.Module()
         made.register_parameter(site.weight, nn.Parameter(self.files.tensor(key), requires_grad=False))
         if bias is not None:
@@ -106,11 +106,11 @@ class BaseCheckpoint:
         return made
 
 
-def why_not(onto: BaseCheckpoint, plan: Plan) -> str:
+def explain_unbakeable(onto: BaseCheckpoint, plan: Plan) -> str:
     """Why a plan cannot be baked onto these files, so that the model must be written from memory; empty where it can.
     UserError where a tensor is stored in a dtype that cannot be edited, or the plan cannot be merged at all."""
     check_fits(onto.subject, plan)
-    sites = [*sites_with_new_bias(onto.subject, plan), *(changes[0].site for changes in plan.by_site().values())]
+    sites = [*find_new_bias_sites(onto.subject, plan), *(changes[0].site for changes in plan.by_site().values())]
     for site in sites:
         why = onto.why_not(site)
         if why and onto.quantized:
@@ -132,7 +132,7 @@ def _names(onto: BaseCheckpoint, site: Site) -> list[tuple[str, str]]:
     return [(f"{site.path}.{site.bias}", onto.bias(site)), *head]
 
 
-def sites_with_new_bias(subject: Subject, plan: Plan) -> list[Site]:
+def find_new_bias_sites(subject: Subject, plan: Plan) -> list[Site]:
     """Sites that get a bias because their half of the block does."""
-    halves = bias_switches(subject, plan)
+    halves = find_bias_switches(subject, plan)
     return [site for site in subject.sites if site.part.partition(".")[0] in halves]

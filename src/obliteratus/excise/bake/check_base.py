@@ -16,7 +16,7 @@ SUBNORMAL = 1e-6  # below it fp16's numbers are further apart than that share
 CHUNK = 1 << 20  # values compared at once: 4 MB in fp32, so that comparing holds no second matrix
 
 
-def check_same(subject: Subject, site: Site, holder: nn.Module, name: str) -> None:
+def check_same_matrix(subject: Subject, site: Site, holder: nn.Module, name: str) -> None:
     """UserError unless the stored matrix in ``holder`` is that of the model; name: of the checkpoint."""
     module = subject.module(site.path)
     if not is_packed(module):
@@ -30,7 +30,7 @@ def check_same(subject: Subject, site: Site, holder: nn.Module, name: str) -> No
         )
 
 
-def check_expert(subject: Subject, site: Site, part: Tensor, start: int, name: str) -> None:
+def check_same_expert(subject: Subject, site: Site, part: Tensor, start: int, name: str) -> None:
     """The same of one expert's matrix, or a part of it that begins at the output ``start``."""
     stack = subject.module(site.path).get_parameter(site.weight)
     _check(subject, site, stack[site.expert, start : start + len(part)], part, name)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.types import Change, Plan, Shift, Site
-from obliteratus.excise.bake.base_files import BaseCheckpoint, sites_with_new_bias
-from obliteratus.excise.bake.check_base import check_expert, check_same
-from obliteratus.excise.bake.tensors import bake_in_pieces, bias_switches, new_biases, new_matrix
-from obliteratus.excise.change import changes_of_matrix, fill_donors_from, needs_bias, new_weight
+from obliteratus.excise.bake.base_files import BaseCheckpoint, find_new_bias_sites
+from obliteratus.excise.bake.check_base import check_same_expert, check_same_matrix
+from obliteratus.excise.bake.tensors import bake_in_pieces, find_bias_switches, edit_biases, edit_parameter
+from obliteratus.excise.change import select_changes, fill_donor_means_from, needs_bias, edit_module_weight
 from obliteratus.weights.checkpoint import Checkpoint
-from obliteratus.weights.matrices import has_bias, read_weight, to_stored
+from obliteratus.weights.matrices import has_bias, read_weight, convert_to_stored
 from obliteratus.weights.safetensors_io import Pieces
 
 
@@ -33,8 +33,8 @@ class TensorEdits:
 
 def edit_tensors(onto: BaseCheckpoint, plan: Plan) -> TensorEdits:
     """All that a plan changes, if `why_not` does not speak against it."""
-    made = TensorEdits({}, {}, dict.fromkeys(bias_switches(onto.subject, plan).values(), True))
-    for site in sites_with_new_bias(onto.subject, plan):
+    made = TensorEdits({}, {}, dict.fromkeys(find_bias_switches(onto.subject, plan).values(), True))
+    for site in find_new_bias_sites(onto.subject, plan):
         _add_bias(onto, site, made)
     if onto.tied is not None and any(name in onto.tied for name in plan.by_site()):
         _part(onto, onto.tied, made)
@@ -86,16 +86,16 @@ def _matrix(onto: BaseCheckpoint, changes: Sequence[Change]) -> Iterator[Tensor]
     and an edit of what was rounded before would round twice; or finer, and the file would grow without saying more."""
     site = changes[0].site
     holder = onto.holder(site)
-    check_same(onto.subject, site, holder, onto.files.name)
-    yield from bake_in_pieces(new_matrix(holder, changes))
+    check_same_matrix(onto.subject, site, holder, onto.files.name)
+    yield from bake_in_pieces(edit_parameter(holder, changes))
 
 
 def _bias(onto: BaseCheckpoint, changes: Sequence[Change]) -> Iterator[Tensor]:
     site = changes[0].site
     holder = onto.holder(site)
     if all(isinstance(change, Shift) for change in changes):  # then nobody else looks at the matrix
-        check_same(onto.subject, site, holder, onto.files.name)
-    bias = new_biases(holder, changes)
+        check_same_matrix(onto.subject, site, holder, onto.files.name)
+    bias = edit_biases(holder, changes)
     assert bias is not None, "asked for only where there is one"
     yield bias.to(holder.get_parameter(site.bias if has_bias(holder, site) else site.weight).dtype)
 
@@ -109,7 +109,7 @@ def _filling(onto: BaseCheckpoint, by_site: Mapping[str, Sequence[Change]]) -> F
     files have a stack's matrices in a row."""
 
     def whole(name: str) -> Sequence[Change]:
-        return fill_donors_from(by_site[name], partial(_expert, onto), lambda site: None)
+        return fill_donor_means_from(by_site[name], partial(_expert, onto), lambda site: None)
 
     return lru_cache(maxsize=1)(whole)
 
@@ -119,7 +119,7 @@ def _one_by_one(onto: BaseCheckpoint, changes: Sequence[Change], filling: Fillin
     made: dict[str, Pieces] = {}
     for expert, keys in enumerate(onto.experts(changes[0].site)):
         site = replace(changes[0].site, expert=expert)
-        if changes_of_matrix(changes, site):
+        if select_changes(changes, site):
             made |= {key: partial(_new_expert, onto, filling, site, key) for key in keys}
     return made
 
@@ -142,7 +142,7 @@ def _new_expert(onto: BaseCheckpoint, filling: Filling, site: Site, key: str) ->
     matrix = onto.files.tensor(key)
     before = onto.experts(site)[site.expert or 0]
     start = sum(len(onto.files.like(other)) for other in before[: before.index(key)])
-    check_expert(onto.subject, site, matrix, start, onto.files.name)
+    check_same_expert(onto.subject, site, matrix, start, onto.files.name)
     holder, alone = _alone(matrix, site)
-    mine = [replace(change, site=alone) for change in changes_of_matrix(filling(site.parameter), site)]
-    yield to_stored(new_weight(holder, mine), alone, matrix)
+    mine = [replace(change, site=alone) for change in select_changes(filling(site.parameter), site)]
+    yield convert_to_stored(edit_module_weight(holder, mine), alone, matrix)

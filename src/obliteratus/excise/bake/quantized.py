@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.types import Change, Edit
-from obliteratus.excise.change import apply_change, bias_after, needs_bias, needs_weight
-from obliteratus.weights.bitsandbytes import Entries, noted, requantize
+from obliteratus.excise.change import apply_change, edit_bias_with_weight, needs_bias, needs_weight
+from obliteratus.weights.bitsandbytes import Entries, pad_notes, requantize
 from obliteratus.weights.matrices import read_bias, read_weight
 
 Lazy = Callable[[], Tensor]
@@ -67,14 +67,14 @@ def _made(
     path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: RequantizationLosses | None
 ) -> Entries:
     before = read_weight(module, changes[0].site)
-    bias = bias_after(module, changes, before if needs_weight(changes) else None)
+    bias = edit_bias_with_weight(module, changes, before if needs_weight(changes) else None)
     weight = before
     for change in changes:
         weight = apply_change(change, weight)
     if weight is before:  # only the bias changes
-        entries: Entries = noted(module.state_dict())
+        entries: Entries = pad_notes(module.state_dict())
     else:
-        entries, lost = requantize(weight, module, edit_subspace(changes))
+        entries, lost = requantize(weight, module, span_of_edits(changes))
         if losses is not None:
             edit = before.neg_().add_(weight)
             losses.by_path[path] = RequantizationLoss(
@@ -86,7 +86,7 @@ def _made(
     return entries
 
 
-def edit_subspace(changes: Sequence[Change]) -> Tensor | None:
+def span_of_edits(changes: Sequence[Change]) -> Tensor | None:
     """Orthonormal rows that span all directions which the changes take off or measure by; None of readers."""
     edits = [c for c in changes if isinstance(c, Edit) and c.site.role == "writes"]
     if not edits:

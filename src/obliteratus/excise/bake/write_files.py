@@ -16,7 +16,7 @@ from obliteratus.excise.bake.base_files import BaseCheckpoint
 from obliteratus.excise.bake.edited_tensors import TensorEdits, edit_tensors
 from obliteratus.excise.plan import plan_digest
 from obliteratus.weights.checkpoint import Checkpoint
-from obliteratus.weights.rewrite import Finished, copy_file, rewrite_file, write_aside
+from obliteratus.weights.rewrite import FinishedFiles, copy_file, rewrite_file, write_atomically
 from obliteratus.weights.sources import INDEX, WHOLE
 
 # Weights in other forms would be those of the unedited model.
@@ -33,7 +33,7 @@ def bake_into_checkpoint(onto: BaseCheckpoint, plan: Plan, folder: Path) -> dict
     `onto.why_not` comes first. UserError where a file was altered, or cannot be written.
     """
     files, edits = onto.files, edit_tensors(onto, plan)
-    done = Finished(folder, _identity(files, plan))
+    done = FinishedFiles(folder, _identity(files, plan))
     copies = 0
     with progress("REBIRTH writing", len(files.shards)) as advance:
         for file in files.shards:
@@ -102,5 +102,5 @@ def _write_config(source: Path, changes: Mapping[str, bool], folder: Path) -> No
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with write_aside(path) as out:
+    with write_atomically(path) as out:
         out.write(f"{json.dumps(data, indent=2, ensure_ascii=False)}\n".encode())
