@@ -22,8 +22,8 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill import find_directions
-from obliteratus.excise.bake.base_files import BaseCheckpoint, find_base
-from obliteratus.excise.bake.write_files import bake_into_checkpoint
+from obliteratus.excise.bake.base_checkpoint import BaseCheckpoint, find_base_checkpoint
+from obliteratus.excise.bake.write_checkpoint import bake_into_checkpoint
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import plan_edits
 from obliteratus.forecast.offloaded import SCORED, forecast_stages
@@ -36,7 +36,7 @@ from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
-from obliteratus.summon.sites import tied_in
+from obliteratus.summon.sites import find_tied_ends
 from obliteratus.summon.summary import summarize_model
 from obliteratus.verify.before_and_after import streamable_steps
 from obliteratus.weigh import weigh_sites
@@ -153,11 +153,11 @@ def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
 def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
     """Bake the plan, and score some prompts live and as saved: the largest difference of first tokens' probabilities,
     relative to the largest of them."""
-    files = find_base(subject)
+    files = find_base_checkpoint(subject)
     assert files is not None, "it was opened from files"
     out.mkdir(parents=True)
     with meter.stage("SAVE"):
-        bake_into_checkpoint(BaseCheckpoint(subject, files, tied_in(subject)), plan, out)
+        bake_into_checkpoint(BaseCheckpoint(subject, files, find_tied_ends(subject)), plan, out)
     ids = render_prompts(subject, report["control"][:SCORED])
     with meter.stage("SCORE live"), applied(subject, plan):
         live = first_token_log_probs(subject, ids)

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from obliteratus.core.errors import UnsupportedModelError, UserError
 from obliteratus.core.types import Edit, Plan, PromptSet, Shift, Subject
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.live.hooks import applied, compile_changes
+from obliteratus.excise.live.hooks import (applied)
+from obliteratus.excise.live.compile import (compile_changes)
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.rebirth import save as rebirth
@@ -30,7 +31,7 @@ from obliteratus.summon.load import open_subject, read_config
 from obliteratus.summon.summary import summarize_model
 from obliteratus.weights.bitsandbytes import unpacked_shape
 from obliteratus.weights.matrices import count_inputs, read_weight
-from obliteratus.weights.quantization import choose_storage
+from obliteratus.weights.quantization import choose_storage_format
 from obliteratus.weights.sources import locate
 
 pytest.importorskip("bitsandbytes")
@@ -52,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     def make(name: str, kind: str = "") -> Path:
         folder: Path = tmp_path_factory.mktemp(f"{name}-{kind}".replace(" ", "-"))
         if kind:
-            open_subject(make(name), quantise=KINDS[kind]).model.save_pretrained(folder)
+            open_subject(make(name), quantize=KINDS[kind]).model.save_pretrained(folder)
         else:
             tiny(name, num_hidden_layers=2, **SIZES[name]).save_pretrained(folder, max_shard_size="100KB")
         tiny_tokenizer().save_pretrained(folder)
@@ -81,13 +82,13 @@ def test_the_matrix_is_what_the_module_computes(name: str, kind: str, folders: F
         subject.model(torch.arange(12)[None])
 
 
-def test_digest_quantisation_and_coverage(folders: Folders) -> None:
-    plain, here = open_subject(folders("llama")), open_subject(folders("llama"), quantise="4bit", self_test=True)
-    assert here.source.quantisation == "bitsandbytes nf4"
+def test_digest_quantization_and_coverage(folders: Folders) -> None:
+    plain, here = open_subject(folders("llama")), open_subject(folders("llama"), quantize="4bit", self_test=True)
+    assert here.source.quantization == "bitsandbytes nf4"
     assert here.source.digest == plain.source.digest  # the checkpoint's, whatever it is loaded as
     assert here.source.base == str(folders("llama"))
     stored = open_subject(folders("llama", "nf4"))
-    assert (stored.source.quantisation, stored.source.base) == ("bitsandbytes nf4", "")
+    assert (stored.source.quantization, stored.source.base) == ("bitsandbytes nf4", "")
     assert stored.source.digest == open_subject(folders("llama", "nf4")).source.digest
     assert (
         len({open_subject(folders("llama", kind)).source.digest for kind in ("nf4", "int8")} | {here.source.digest})
@@ -104,7 +105,7 @@ def test_the_digest_sees_the_scales(folders: Folders, tmp_path: Path) -> None:
     doubled.module("model.layers.0.mlp.down_proj").weight.mul_(2)
     doubled.model.save_pretrained(folder)
     twice = tmp_path / "packed"
-    open_subject(folder, quantise="4bit").model.save_pretrained(twice)
+    open_subject(folder, quantize="4bit").model.save_pretrained(twice)
     tiny_tokenizer().save_pretrained(twice)
     assert open_subject(twice).source.digest != open_subject(folders("llama", "nf4")).source.digest
 
@@ -113,10 +114,10 @@ def test_inspect_knows_what_it_will_take(folders: Folders) -> None:
     for kind, label in (("nf4", "bitsandbytes nf4"), ("int8", "bitsandbytes int8")):
         subject = open_subject(folders("llama", kind))
         found = summarize_model(folders("llama", kind))
-        assert (found.quantisation, found.packed, found.sites) == (label, True, subject.sites)
+        assert (found.quantization, found.packed, found.sites) == (label, True, subject.sites)
         held = sum(t.numel() * t.element_size() for t in subject.model.state_dict().values())
         assert found.loaded_bytes == pytest.approx(held, rel=0.02)
-        assert found == summarize_model(folders("llama"), quantise=KINDS[kind]) or found.source != str(folders("llama"))
+        assert found == summarize_model(folders("llama"), quantize=KINDS[kind]) or found.source != str(folders("llama"))
     assert summarize_model(folders("llama")).loaded_bytes == summarize_model(folders("llama")).weight_bytes["float32"]
 
 
@@ -204,7 +205,7 @@ def test_merged_packs_once_and_leaves_the_rest_alone(
         gc.collect()
     paths = {edits[0].site.path for edits in plan.by_site().values()}
     assert (counts.read, counts.packed, counts.most) == (len(paths), len(paths), 1)
-    assert notes["requantised"]["matrices"] == len(paths)
+    assert notes["requantized"]["matrices"] == len(paths)
     before, after = states(folders(name, kind)), states(tmp_path / "merged")
     assert before.keys() == after.keys()
     touched = {key for key in before if any(key.startswith(f"{path}.") for path in paths)}
@@ -212,9 +213,9 @@ def test_merged_packs_once_and_leaves_the_rest_alone(
     assert all(not torch.equal(before[f"{p}.weight"], after[f"{p}.weight"]) for p in paths)
     fresh = open_subject(tmp_path / "merged")
     lost = _lost(subject, fresh, plan)
-    assert lost == pytest.approx(notes["requantised"]["error"], rel=1e-3)
+    assert lost == pytest.approx(notes["requantized"]["error"], rel=1e-3)
     assert lost < (0.02 if kind == "int8" else 0.3)
-    assert notes["requantised"]["kept"] == pytest.approx(1, abs=0.1)
+    assert notes["requantized"]["kept"] == pytest.approx(1, abs=0.1)
 
 
 def _lost(subject: Subject, fresh: Subject, plan: Plan) -> float:
@@ -242,7 +243,7 @@ def test_saved_answers_as_reloaded_and_nearly_as_live(
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged", prompts)
     assert run.saved["rescore"]["max_kl"] < (0.01 if kind == "int8" else 0.1)  # the edit itself moves it by 0.2
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"packed again as {subject.source.quantisation}" in card
+    assert f"packed again as {subject.source.quantization}" in card
     mark = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert mark["load_in_4bit"] == (kind == "nf4")
     ids = render_prompts(subject, prompts["target"])
@@ -268,11 +269,11 @@ def test_an_adapter_on_packed_weights(
 @pytest.mark.parametrize(
     ("name", "parts"), [("llama", ("attn.out", "mlp.out")), ("qwen2", ("embed", "mlp.out")), ("gpt2", ("mlp.out",))]
 )
-def test_quantised_on_loading_bakes_into_its_source(
+def test_quantized_on_loading_bakes_into_its_source(
     name: str, parts: tuple[str, ...], folders: Folders, make_plan: PlanMaker, prompts: PromptSet, tmp_path: Path
 ) -> None:
     """Bit for bit what the full-precision model would have been saved as; also tied tables (qwen2) and Conv1D."""
-    subject, plain = open_subject(folders(name), quantise="4bit"), open_subject(folders(name))
+    subject, plain = open_subject(folders(name), quantize="4bit"), open_subject(folders(name))
     plan = make_plan(subject, parts)
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged", prompts)
     assert run.saved["base"] == str(folders(name))
@@ -308,16 +309,16 @@ def test_another_base_is_refused_even_where_only_one_direction_differs(
     """A sibling that was edited once before looks alike to any tolerance but that of its codes."""
     plain, subject = open_subject(folders("llama")), open_subject(folders("llama", kind))
     save(plain, make_plan(plain, seed=3), run_of(plain), tmp_path / "edited", "merged")
-    with pytest.raises(UserError, match=r"is not what was quantised \(\d+\.\d% of its codes differ\)"):
+    with pytest.raises(UserError, match=r"differs from the matrix that was quantized \(\d+\.\d% of its codes differ\)"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(tmp_path / "edited"))
     tiny("llama", num_hidden_layers=2).save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="its hidden_size is 32, that of the model 64"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(tmp_path / "small"))
-    with pytest.raises(UserError, match="is quantised itself"):
+    with pytest.raises(UserError, match="is quantized itself"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(folders("llama", kind)))
     with pytest.raises(UserError, match="is for --save merged"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "adapter", base=str(folders("llama")))
-    with pytest.raises(UserError, match="is not quantised, and is edited itself"):
+    with pytest.raises(UserError, match="is not quantized, and is edited itself"):
         save(plain, make_plan(plain), run_of(plain), tmp_path / "out", base=str(folders("llama")))
     assert not (tmp_path / "out").exists()
 
@@ -342,15 +343,15 @@ def test_steering_alone_changes_no_code(folders: Folders, tmp_path: Path) -> Non
 
 
 def test_base_none_packs_again(folders: Folders, make_plan: PlanMaker, tmp_path: Path) -> None:
-    subject = open_subject(folders("llama"), quantise="8bit")
+    subject = open_subject(folders("llama"), quantize="8bit")
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base="none")
-    assert run.saved["requantised"]["matrices"] == 4
-    assert open_subject(tmp_path / "out").source.quantisation == "bitsandbytes int8"
+    assert run.saved["requantized"]["matrices"] == 4
+    assert open_subject(tmp_path / "out").source.quantization == "bitsandbytes int8"
 
 
 def test_a_base_rounded_to_bf16_first_is_the_same_one(folders: Folders, make_plan: PlanMaker, tmp_path: Path) -> None:
     """Most packed checkpoints were made from bf16, whatever the base is stored in."""
-    subject = open_subject(folders("llama"), quantise="4bit", dtype="bfloat16")
+    subject = open_subject(folders("llama"), quantize="4bit", dtype="bfloat16")
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out")
     assert run.saved["base"] == str(folders("llama"))
     assert {v.dtype for v in states(tmp_path / "out").values()} == {torch.float32}
@@ -358,7 +359,7 @@ def test_a_base_rounded_to_bf16_first_is_the_same_one(folders: Folders, make_pla
 
 # --------------------------------------------------------------------------------------------- refusals
 def marked(folder: Path, mark: dict[str, Any]) -> Path:
-    """A model folder whose configuration names a quantisation, and whose weights would give themselves away."""
+    """A model folder whose configuration names a quantization, and whose weights would give themselves away."""
     tiny("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -371,13 +372,13 @@ def marked(folder: Path, mark: dict[str, Any]) -> Path:
     [
         (
             {"quant_method": "gptq", "bits": 4, "group_size": 128},
-            "quantised as gptq, which is not supported: its",
+            "quantized as gptq, which is not supported: its",
         ),
-        ({"quant_method": "awq", "bits": 4}, "quantised as awq, which is not supported"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "quantised as compressed-tensors"),
-        ({"quant_method": "torchao", "quant_type": "int4"}, "quantised as torchao"),
-        ({"quant_method": "zipped"}, "quantised as zipped, which is not supported: a format of which nothing is known"),
-        ({"bits": 3}, "quantised as a format without a name"),
+        ({"quant_method": "awq", "bits": 4}, "quantized as awq, which is not supported"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "quantized as compressed-tensors"),
+        ({"quant_method": "torchao", "quant_type": "int4"}, "quantized as torchao"),
+        ({"quant_method": "zipped"}, "quantized as zipped, which is not supported: a format of which nothing is known"),
+        ({"bits": 3}, "quantized as a format without a name"),
     ],
     ids=["gptq", "awq", "compressed", "torchao", "unknown", "nameless"],
 )
@@ -406,14 +407,14 @@ def test_fp8_is_loaded_as_floats_and_edited_as_such(make_plan: PlanMaker, tmp_pa
     mark = {"quant_method": "fp8", "weight_block_size": [64, 64], "activation_scheme": "dynamic"}
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "quantization_config": mark}))
     subject = open_subject(folder)
-    assert (subject.source.quantisation, subject.source.dtype) == ("fp8", "bfloat16")
-    assert summarize_model(folder).quantisation == "fp8"
+    assert (subject.source.quantization, subject.source.dtype) == ("fp8", "bfloat16")
+    assert summarize_model(folder).quantization == "fp8"
     site = next(s for s in subject.sites if s.part == "attn.out")
     assert not summarize_model(folder).packed
     weight = read_weight(subject.module(site.path), site)
     assert float((weight - read_weight(exact.get_submodule(site.path), site)).norm() / weight.norm()) < 0.05
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out")
-    assert "requantised" not in run.saved
+    assert "requantized" not in run.saved
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert {v.dtype for v in states(tmp_path / "out").values()} == {torch.bfloat16}
 
@@ -422,7 +423,7 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1
 
 
 def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
-    """What `choose_storage` tells transformers of a gpt-oss file, on a tiny one: 32 codes and an exponent a block."""
+    """What `choose_storage_format` tells transformers of a gpt-oss file, on a tiny one: 32 codes and an exponent a block."""
     sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "num_key_value_heads": 2}
     common = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model("gpt_oss", vocab_size=264, dtype="bfloat16", **sizes, **common)
@@ -444,7 +445,7 @@ def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": mark}))
     origin = locate(tmp_path)
-    storage = choose_storage(origin, read_config(origin))
+    storage = choose_storage_format(origin, read_config(origin))
     assert (storage.label, storage.packed) == ("mxfp4", False)
     experts = (
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", **storage.options).model.layers[0].mlp.experts
@@ -453,16 +454,16 @@ def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
         assert torch.equal(experts.get_parameter(name).float(), values)
 
 
-def test_what_cannot_be_quantised(folders: Folders) -> None:
-    with pytest.raises(UserError, match=r"is quantised already \(bitsandbytes nf4\); leave --quantise out"):
-        open_subject(folders("llama", "nf4"), quantise="4bit")
-    with pytest.raises(UserError, match="--quantise '5bit' does not exist"):
-        open_subject(folders("llama"), quantise="5bit")
+def test_what_cannot_be_quantized(folders: Folders) -> None:
+    with pytest.raises(UserError, match=r"is quantized already \(bitsandbytes nf4\); leave --quantize out"):
+        open_subject(folders("llama", "nf4"), quantize="4bit")
+    with pytest.raises(UserError, match="--quantize '5bit' does not exist"):
+        open_subject(folders("llama"), quantize="5bit")
 
 
 def test_bytes_kept_as_bf16_are_not_taken_for_numbers(folders: Folders) -> None:
     """bnb_4bit_quant_storage=bfloat16, as FSDP wants it: codes whose bits spell NaN."""
-    subject = open_subject(folders("llama"), quantise={**KINDS["nf4"], "bnb_4bit_quant_storage": "bfloat16"})
+    subject = open_subject(folders("llama"), quantize={**KINDS["nf4"], "bnb_4bit_quant_storage": "bfloat16"})
     site = next(s for s in subject.sites if s.part == "attn.out")
     module = subject.module(site.path)
     assert module.weight.dtype == torch.bfloat16

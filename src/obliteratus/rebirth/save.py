@@ -22,10 +22,10 @@ from obliteratus.core.results import Run
 from obliteratus.core.run_folder import check_disk, check_free, publish, write_atomic
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.bake.adapter import save_adapter
-from obliteratus.excise.bake.base_files import BaseCheckpoint, find_base, why_not
+from obliteratus.excise.bake.base_checkpoint import BaseCheckpoint, find_base_checkpoint, explain_unbakeable
 from obliteratus.excise.bake.quantized import RequantizationLosses
-from obliteratus.excise.bake.tensors import bake, bake_in_pieces, bias_switches
-from obliteratus.excise.bake.write_files import bake_into_checkpoint
+from obliteratus.excise.bake.tensors import bake, bake_in_pieces, find_bias_switches
+from obliteratus.excise.bake.write_checkpoint import bake_into_checkpoint
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.inference.chat_template import render_prompts
@@ -34,11 +34,11 @@ from obliteratus.rebirth.model_card import model_card
 from obliteratus.rebirth.tolerance import is_quantized, tolerance
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
-from obliteratus.summon.sites import tied_in
-from obliteratus.weights.bitsandbytes import padded
-from obliteratus.weights.quantization import quantization_entry
-from obliteratus.weights.rewrite import explain_full_disk, file_sums, forget_finished, tidy_folder
-from obliteratus.weights.safetensors_io import dtypes_in, write_index, write_shard
+from obliteratus.summon.sites import find_tied_ends
+from obliteratus.weights.bitsandbytes import padded_note_shapes
+from obliteratus.weights.quantization import read_quantization_config
+from obliteratus.weights.rewrite import explain_full_disk, describe_files, remove_finished_files, remove_unfinished_files
+from obliteratus.weights.safetensors_io import list_dtypes, write_index, write_shard
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
@@ -59,8 +59,8 @@ def save(
     """Save what the run made, reload it, score it again, and only then let the folder appear.
 
     form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or ``plan``. The subject stays
-    as it was. prompts: held-out ones to score again with; some neutral ones if None. base: of a quantised model, the
-    full-precision checkpoint that ``merged`` bakes into; see `find_base`. Returns the run as saved.
+    as it was. prompts: held-out ones to score again with; some neutral ones if None. base: of a quantized model, the
+    full-precision checkpoint that ``merged`` bakes into; see `find_base_checkpoint`. Returns the run as saved.
     Raises UserError where the folder is in use, the disk is too small, the plan cannot take that form, or what
     was saved does not answer as what was measured.
     """
@@ -80,13 +80,13 @@ def write_output(
     """Everything of `save` but the last rename, into ``partial/output``."""
     folder = partial / "output"
     with explain_full_disk(folder):
-        tidy_folder(folder)
-        files = find_base(subject, base) if form == "merged" else None
-        onto = None if files is None else BaseCheckpoint(subject, files, tied_in(subject))
+        remove_unfinished_files(folder)
+        files = find_base_checkpoint(subject, base) if form == "merged" else None
+        onto = None if files is None else BaseCheckpoint(subject, files, find_tied_ends(subject))
         notes = _write_anew(subject, plan, folder, form) if onto is None else _write_onto(onto, plan, folder)
         save_plan(plan, folder)
         rescore = _rescored(subject, plan, folder, form, _sample(prompts))
-        saved = {"form": form, **notes, "rescore": rescore, "files": file_sums(folder)}
+        saved = {"form": form, **notes, "rescore": rescore, "files": describe_files(folder)}
         run = run.model_copy(update={"status": "done", "saved": saved})
         (folder / "README.md").write_text(model_card(run))
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
@@ -107,7 +107,7 @@ def bytes_needed(subject: Subject, form: Form, base: str = "") -> int:
     check_form(form, base)
     if form == "adapter" and subject.offloaded is not None:
         raise UserError("--save adapter: needs the whole model in memory; allow more with --memory, or --save plan")
-    files = find_base(subject, base) if form == "merged" else None
+    files = find_base_checkpoint(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     weights = weights if files is None else files.size
     return int((1.1 if form == "merged" else 0.1) * weights) + 10**7  # tokenizer and cards: < 10 MB
@@ -118,12 +118,12 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     """All weights, shard by shard, edited ones computed as they are written: one matrix at a time."""
     config, losses = copy.deepcopy(subject.model.config), RequantizationLosses()
     edits = bake(subject, plan, losses)
-    for key in bias_switches(subject, plan).values():
+    for key in find_bias_switches(subject, plan).values():
         setattr(config, key, True)
     state: dict[str, Any] = dict(subject.model.state_dict())
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases: small
-    state |= {name: like for name, like in padded(state).items() if name in edits}
-    if ends := tied_in(subject):
+    state |= {name: like for name, like in padded_note_shapes(state).items() if name in edits}
+    if ends := find_tied_ends(subject):
         if any(end in edits for end in ends):  # the other stays as it was, so the two part
             config.tie_word_embeddings = False
         else:
@@ -136,12 +136,12 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
         write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
     config.save_pretrained(folder)
     _write_rest(subject, folder)
-    return {"requantised": losses.summary()} if losses.by_path else {}
+    return {"requantized": losses.summary()} if losses.by_path else {}
 
 
 def _write_onto(onto: BaseCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
     """Baked onto files that are there, or, where those of a plain model do not serve, written from memory."""
-    why = why_not(onto, plan)
+    why = explain_unbakeable(onto, plan)
     if why and onto.subject.offloaded is not None:
         raise UserError(f"{why}, and the weights do not fit into memory: allow more with --memory, or --save plan")
     if why:
@@ -153,7 +153,7 @@ def _write_onto(onto: BaseCheckpoint, plan: Plan, folder: Path) -> dict[str, Any
 
 
 def _write_anew(subject: Subject, plan: Plan, folder: Path, form: Form) -> dict[str, Any]:
-    forget_finished(folder)
+    remove_finished_files(folder)
     return WRITERS[form](subject, plan, folder)
 
 
@@ -185,7 +185,7 @@ def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subjec
     if form == "merged":
         alike: dict[str, Any] = {"dtype": subject.source.dtype, "thinking": subject.thinking}
         if subject.offloaded is None:
-            fresh = open_subject(folder, **alike, quantise=_again(subject, folder))
+            fresh = open_subject(folder, **alike, quantize=_again(subject, folder))
         else:
             fresh = open_offloaded(folder, **alike)
         yield fresh
@@ -200,9 +200,9 @@ def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subjec
 
 
 def _again(subject: Subject, folder: Path) -> dict[str, Any]:
-    """How to quantise what was saved in full precision as the subject is: its own memory is then enough."""
+    """How to quantize what was saved in full precision as the subject is: its own memory is then enough."""
     saved = json.loads((folder / "config.json").read_text())
-    mark = {} if "quantization_config" in saved else quantization_entry(subject.model.config)
+    mark = {} if "quantization_config" in saved else read_quantization_config(subject.model.config)
     return {key: value for key, value in mark.items() if key != "quant_method" and not key.startswith("_")}
 
 
@@ -228,9 +228,9 @@ def _rescored(subject: Subject, plan: Plan, folder: Path, form: Form, sample: Pr
         live = first_token_log_probs(subject, ids, title="REBIRTH live")
     with reload_output(subject, folder, form) as fresh:
         saved = first_token_log_probs(fresh, ids, title="REBIRTH reloaded")
-    worst, limit = float(kl_divergence(live, saved).max()), tolerance(subject, form, dtypes_in(folder))
+    worst, limit = float(kl_divergence(live, saved).max()), tolerance(subject, form, list_dtypes(folder))
     if not worst <= limit:
-        what = subject.source.quantisation or subject.source.dtype
+        what = subject.source.quantization or subject.source.dtype
         raise UserError(
             f"{folder}: what was saved does not answer as what was measured (KL {worst:.2g} nats, at most "
             f"{limit:.0e} is allowed for {what}); {_way_out(form, form == 'merged' and is_quantized(subject))}"

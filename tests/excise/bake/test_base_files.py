@@ -488,7 +488,7 @@ def altered(file: Path) -> None:
     [
         (missing, "lacks the shard"),
         (truncated, "is truncated"),
-        (altered, "was altered: its SHA-256|not what was loaded"),
+        (altered, "was altered: its SHA-256|differs from what was loaded"),
     ],
 )
 def test_a_broken_file_is_named_and_nothing_appears(
@@ -514,7 +514,7 @@ def test_an_altered_matrix_is_noticed_without_any_recorded_sum(make_plan: PlanMa
     subject = open_subject(folder)
     plan = make_plan(subject)
     replace_tensors(folder / "model.safetensors", lambda t: t[plan.edits[0].site.parameter].add_(1e-6))
-    with pytest.raises(UserError, match=r"self_attn.o_proj.weight is not what was loaded: its file was altered"):
+    with pytest.raises(UserError, match=r"self_attn.o_proj.weight differs from what was loaded: its file was altered"):
         save(subject, plan, run_of(subject), tmp_path / "out")
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Change, Plan, Shift, Site, Subject
 from obliteratus.excise.bake.quantized import RequantizationLosses, requantize_module
-from obliteratus.excise.change import select_changes, fill_donor_means, needs_bias, edit_module_bias, edit_module_weight
+from obliteratus.excise.change import edit_module_bias, edit_module_weight, fill_donor_means, needs_bias, select_changes
 from obliteratus.excise.plan import check_fits
 from obliteratus.summon.sites import find_architecture
 from obliteratus.weights.bitsandbytes import is_packed
-from obliteratus.weights.matrices import count_outputs, expand_experts, has_bias, read_bias, convert_to_stored
+from obliteratus.weights.matrices import convert_to_stored, count_outputs, expand_experts, has_bias, read_bias
 
 Lazy = Callable[[], Tensor]
 
