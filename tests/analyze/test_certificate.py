@@ -10,12 +10,12 @@ from tests.support.contexts import check_finding, context_of_activations, one_po
 from tests.support.planted import planted, shuffled
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.certificate import Certificate, certificate
+from obliteratus.analyze.certificate import Certificate, certify
 from obliteratus.analyze.samples import (
+    draw_permutations,
     familywise_p_values,
-    held_out_projections,
     identity_order,
-    permuted_orders,
+    project_held_out,
     split_folds,
 )
 from obliteratus.core.errors import UserError
@@ -31,7 +31,7 @@ def run(acts: Activations, **options: object) -> Certificate:
 
 def test_finds_a_planted_difference_everywhere_but_in_the_embeddings() -> None:
     found = run(planted()[0])
-    assert found.found == (1, 2, 3, 4)
+    assert found.significant == (1, 2, 3, 4)
     assert found.p[1:].tolist() == [0.01] * 4  # the least that 99 permutations can say
     assert found.d_prime[0] == 0
     assert (found.d_prime[1:] > 2).all()
@@ -54,7 +54,7 @@ def test_false_positives_are_at_most_the_level(standardize: bool) -> None:
     hits = 0
     for seed in range(200):
         rows = shuffled(acts, seed).groups
-        found = certificate(
+        found = certify(
             rows["target"].rows[:, :4, :24],
             rows["control"].rows[:, :4, :24],
             draws=99,
@@ -72,15 +72,15 @@ def test_a_weak_difference_behind_massive_dimensions_needs_standardising() -> No
     rows = torch.randn(2, 80, 1, 32, generator=generator)
     rows[..., :3] *= 300
     rows[0, :, 0, 10:14] += 0.8
-    assert certificate(rows[0], rows[1], draws=99).signal
-    assert not certificate(rows[0], rows[1], draws=99, standardize=False).signal
+    assert certify(rows[0], rows[1], draws=99).signal
+    assert not certify(rows[0], rows[1], draws=99, standardize=False).signal
 
 
 def test_held_out_scores_are_those_of_a_loop_in_float64() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(30, 12, generator=generator).double() + 3
-    plan, order = split_folds(13, 17, 4, seed=2), permuted_orders(30, 3, seed=3)
-    found = held_out_projections(rows @ rows.T, plan, order)
+    plan, order = split_folds(13, 17, 4, seed=2), draw_permutations(30, 3, seed=3)
+    found = project_held_out(rows @ rows.T, plan, order)
     for draw in range(4):
         x = rows.numpy()[order[draw].numpy()]
         for i in range(30):

@@ -14,10 +14,10 @@ from obliteratus.analyze import analyze
 from obliteratus.analyze.cones import (
     Cones,
     bootstrap_category_weights,
-    cosines,
-    effective_rank,
-    inner_products,
-    memberships,
+    compute_cosines,
+    compute_effective_rank,
+    compute_inner_products,
+    group_by_category,
 )
 from obliteratus.analyze.samples import Sample
 from obliteratus.core.errors import UserError
@@ -49,7 +49,7 @@ def planted() -> Tensor:
 
 def test_finds_directions_of_their_own() -> None:
     found = run(planted(), stream=2)
-    assert found.found == (2,)
+    assert found.significant == (2,)
     assert found.names == ("stars", "rivers", "music")
     assert found.rank[1] < 1.3
     # Two of three at right angles to the third: shares 2/3 and 1/3.
@@ -62,7 +62,7 @@ def test_finds_directions_of_their_own() -> None:
 
 def test_one_direction_is_no_cone() -> None:
     found = run(planted()[:, :2])
-    assert found.found == ()
+    assert found.significant == ()
     assert found.stream == 1  # where the groups differ most
     assert "share one direction" in found.summary()
     check_finding(found)
@@ -72,14 +72,14 @@ def test_finds_nothing_in_one_population() -> None:
     """Few prompts alone make a rank near the number of categories: a fixed threshold would call that a cone."""
     found = run(torch.zeros(3, 4, WIDTH))
     assert found.rank.min() > 1.8
-    assert found.found == ()
+    assert found.significant == ()
 
 
 def test_categories_that_mean_nothing_are_not_found() -> None:
     """The real structure of stream 2, but labels drawn by chance."""
     order = torch.randperm(len(NAMES), generator=torch.Generator().manual_seed(4)).tolist()
     found = run(planted(), prompts_of_categories(*(NAMES[i] for i in order)))
-    assert found.found == ()
+    assert found.significant == ()
 
 
 @pytest.mark.parametrize(("length", "truth"), [(20, 0.5), (4, 0.5), (4, 0.9)])
@@ -93,7 +93,7 @@ def test_intervals_hold_the_cosine_of_many_prompts(length: float, truth: float) 
     for seed in range(100):
         rows = torch.randn(2, 2 * EACH, 1, WIDTH, generator=torch.Generator().manual_seed(seed))
         rows[0] += shift.repeat_interleave(EACH, 0)
-        found.append(cosines(Sample(rows[0], rows[1]), 0, member, 200, seed)[0][1])
+        found.append(compute_cosines(Sample(rows[0], rows[1]), 0, member, 200, seed)[0][1])
     assert sum(s.value for s in found) / 100 == pytest.approx(truth, abs=0.02)
     assert sum(s.low <= truth <= s.high for s in found) >= 90  # 95 % of 100, less two standard errors
 
@@ -104,7 +104,7 @@ def test_products_are_those_of_different_prompts() -> None:
     weights = bootstrap_category_weights(
         torch.block_diag(torch.ones(1, 3), torch.ones(1, 2)).double(), torch.ones(1, 4).double(), 3, 0
     )
-    found = inner_products(torch.tensor(x @ x.T), weights)
+    found = compute_inner_products(torch.tensor(x @ x.T), weights)
     for draw in range(4):
         w = weights[draw].numpy()
 
@@ -123,20 +123,22 @@ def test_golden() -> None:
     x = numpy.random.default_rng(0).normal(size=(4, 9))
     sigma = numpy.linalg.svd(x, compute_uv=False) ** 2
     shares = sigma / sigma.sum()
-    assert float(effective_rank(torch.tensor(x @ x.T))) == pytest.approx(numpy.exp(-(shares * numpy.log(shares)).sum()))
-    assert float(effective_rank(torch.eye(5).double())) == pytest.approx(5)
-    assert float(effective_rank(torch.ones(5, 5).double())) == pytest.approx(1)
-    assert float(effective_rank(torch.zeros(2, 2).double())) == 0
+    assert float(compute_effective_rank(torch.tensor(x @ x.T))) == pytest.approx(
+        numpy.exp(-(shares * numpy.log(shares)).sum())
+    )
+    assert float(compute_effective_rank(torch.eye(5).double())) == pytest.approx(5)
+    assert float(compute_effective_rank(torch.ones(5, 5).double())) == pytest.approx(1)
+    assert float(compute_effective_rank(torch.zeros(2, 2).double())) == 0
 
 
 def test_small_and_nameless_categories_are_left_out() -> None:
-    names, member = memberships(["a", "", "b", "a", "b", "c"], 2)
+    names, member = group_by_category(["a", "", "b", "a", "b", "c"], 2)
     assert names == ("a", "b")
     assert member.tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0]]
     with pytest.raises(UserError, match="give prompts a category"):
-        memberships(["a", "a", "b"], 2)
+        group_by_category(["a", "a", "b"], 2)
     with pytest.raises(UserError, match="got none"):
-        memberships(["", ""], 2)
+        group_by_category(["", ""], 2)
 
 
 def test_a_stream_that_is_not_there() -> None:

@@ -21,13 +21,13 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.decomposition import Decomposition, decomposition
+from obliteratus.analyze.decomposition import Decomposition, decompose_difference
 from obliteratus.analyze.significance import (
     Contrast,
+    compute_ratio_limit,
     contrast_between_groups,
     contrast_within_pairs,
-    degrees_of_freedom,
-    largest_ratio,
+    estimate_degrees_of_freedom,
 )
 from obliteratus.core.errors import UserError
 
@@ -51,7 +51,7 @@ def by_head(found: Decomposition) -> dict[tuple[int, int], float]:
 @pytest.mark.parametrize("name", KINDS)
 def test_parts_sum_to_the_difference_of_the_stream(name: str) -> None:
     context = random_model_context(name)
-    found = decomposition(context)
+    found = decompose_difference(context)
     delta = context.activations["target"].mean[-1] - context.activations["control"].mean[-1]
     assert found.total == pytest.approx(float(delta @ context.directions.basis[-1, 0]), abs=2e-5)
     assert len(found.names) == 1 + 3 * context.subject.n_layers
@@ -59,7 +59,7 @@ def test_parts_sum_to_the_difference_of_the_stream(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
 def test_writers_leave_nothing_where_no_number_stands_between(name: str) -> None:
-    found = decomposition(random_model_context(name))
+    found = decompose_difference(random_model_context(name))
     gated = ("block 1 rest",) if name == "qwen2_moe" else ()  # a gate of its own multiplies the shared expert
     rests = [value for part, value in by_name(found).items() if part.endswith("rest") and part not in gated]
     assert max(map(abs, rests)) < 1e-5
@@ -69,7 +69,7 @@ def test_writers_leave_nothing_where_no_number_stands_between(name: str) -> None
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2"])
 def test_one_prompt_at_a_time_in_double_precision(name: str) -> None:
     context = random_model_context(name)
-    found = decomposition(context)
+    found = decompose_difference(context)
     truth = {g: torch.stack([by_hand(context, row) for row in token_ids(context, g)]) for g in ("target", "control")}
     expected = truth["target"].mean(0) - truth["control"].mean(0)
     assert torch.allclose(found.parts.value.double(), expected, atol=1e-5)
@@ -105,7 +105,7 @@ def by_hand(context: AnalysisContext, row: list[int]) -> Tensor:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_heads_sum_to_attention(name: str) -> None:
     """Biases are the same for all prompts, so that nothing of them is in a difference without a norm."""
-    found = decomposition(random_model_context(name))
+    found = decompose_difference(random_model_context(name))
     for block in range(3 if name in ("llama", "gemma2") else 2):
         heads = sum(value for (layer, _), value in by_head(found).items() if layer == block)
         assert heads == pytest.approx(by_name(found)[f"block {block} attention"], abs=1e-5)
@@ -113,16 +113,16 @@ def test_heads_sum_to_attention(name: str) -> None:
 
 
 def test_a_hybrid_has_heads_only_where_it_has_attention() -> None:
-    found = decomposition(random_model_context("qwen3_next"))
+    found = decompose_difference(random_model_context("qwen3_next"))
     assert {layer for layer, _ in found.head_names} == {1}
 
 
 # ------------------------------------------------------------------------------------------------ what it finds
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_head_that_writes_the_direction_is_found(block: int) -> None:
-    found = decomposition(refusing_context(block=block))
-    assert [found.names[i] for i in found.parts.found] == [f"block {block} attention"]
-    assert [found.head_names[i] for i in found.heads.found] == [(block, 0)]
+    found = decompose_difference(refusing_context(block=block))
+    assert [found.names[i] for i in found.parts.significant] == [f"block {block} attention"]
+    assert [found.head_names[i] for i in found.heads.significant] == [(block, 0)]
     assert by_head(found)[block, 0] == pytest.approx(found.total, rel=1e-4)
     assert f"block {block} attention" in found.summary()
     check_finding(found, ["block", "Δ along d", "head"])
@@ -131,44 +131,44 @@ def test_the_head_that_writes_the_direction_is_found(block: int) -> None:
 def test_the_mlp_that_answers_it_is_found() -> None:
     """Where the direction is present, the same block's MLP writes −COMMON at all tokens of the template but one."""
     context = with_direction(refusing_context(block=2, clean="\n"), torch.eye(32)[COMMON])
-    found = decomposition(context)
-    assert [found.names[i] for i in found.parts.found] == ["block 2 mlp"]
-    assert float(found.parts.value[found.parts.found[0]]) < -0.1
+    found = decompose_difference(context)
+    assert [found.names[i] for i in found.parts.significant] == ["block 2 mlp"]
+    assert float(found.parts.value[found.parts.significant[0]]) < -0.1
 
 
 def test_the_stream_can_be_named_and_must_be_there() -> None:
     context = refusing_context(block=4)
-    assert decomposition(context, stream=3).parts.found == []
-    assert len(decomposition(context, stream=3).names) == 10
+    assert decompose_difference(context, stream=3).parts.significant == []
+    assert len(decompose_difference(context, stream=3).names) == 10
     with pytest.raises(UserError, match=r"stream 99 of 0 to 8"):
-        decomposition(context, stream=99)
+        decompose_difference(context, stream=99)
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_identical_groups_find_nothing() -> None:
-    found = decomposition(with_same_groups(refusing_context()))
+    found = decompose_difference(with_same_groups(refusing_context()))
     assert found.total == 0
-    assert found.parts.found == found.heads.found == []
+    assert found.parts.significant == found.heads.significant == []
     assert "nothing beyond chance" in found.summary()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_shuffled_groups_find_nothing(name: str) -> None:
     context = with_random_direction(context_of_model(tiny_subject(name), shuffled(asked())))
-    found = decomposition(context)
-    assert found.parts.found == found.heads.found == []
+    found = decompose_difference(context)
+    assert found.parts.significant == found.heads.significant == []
 
 
 def test_shuffled_groups_of_the_refuser_find_nothing() -> None:
     context = refusing_context()
-    found = decomposition(
+    found = decompose_difference(
         with_direction(context_of_model(context.subject, shuffled(asked())), context.directions.basis[0, 0])
     )
-    assert found.parts.found == found.heads.found == []
+    assert found.parts.significant == found.heads.significant == []
 
 
 def test_a_random_direction_has_nothing_of_it() -> None:
-    found = decomposition(with_random_direction(refusing_context()))
+    found = decompose_difference(with_random_direction(refusing_context()))
     assert abs(found.total) < 1e-5
     # rounding, which lies beyond its own chance on some processors, and is nothing beside the planted difference
     assert all(float(part.value.abs().max()) < 1e-4 for part in (found.parts, found.heads))
@@ -180,7 +180,7 @@ def test_it_is_registered_with_its_cost() -> None:
 
 # ------------------------------------------------------------------------------------------------------ chance
 def false_alarms(draw: Any) -> int:
-    return sum(bool(draw(torch.Generator().manual_seed(seed)).found) for seed in range(200))
+    return sum(bool(draw(torch.Generator().manual_seed(seed)).significant) for seed in range(200))
 
 
 def test_permuted_limits_hold_their_level() -> None:
@@ -201,16 +201,16 @@ def test_a_shift_is_found_and_only_it() -> None:
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 20, generator=g)
     rows[:20, 7] += 3
-    assert contrast_between_groups(rows[:20], rows[20:]).found == [7]
-    assert contrast_within_pairs(rows[:20]).found == [7]
+    assert contrast_between_groups(rows[:20], rows[20:]).significant == [7]
+    assert contrast_within_pairs(rows[:20]).significant == [7]
 
 
 def test_limits_of_ratios_are_those_of_tables() -> None:
-    assert largest_ratio(1, 4, 3.0) == pytest.approx(3.490, rel=0.06)  # F of 3 and 12 degrees, 95 %
-    assert largest_ratio(10, 2, 6.0) == pytest.approx(5.724, rel=0.1)  # F of 6 and 12 degrees at 0.95^(1/10)
+    assert compute_ratio_limit(1, 4, 3.0) == pytest.approx(3.490, rel=0.06)  # F of 3 and 12 degrees, 95 %
+    assert compute_ratio_limit(10, 2, 6.0) == pytest.approx(5.724, rel=0.1)  # F of 6 and 12 degrees at 0.95^(1/10)
 
 
 def test_degrees_of_freedom_are_read_off_the_spread_of_logarithms() -> None:
     for freedom in (1.0, 4.0, 50.0):
         draws = torch.distributions.Chi2(torch.tensor(freedom)).sample((200000,))
-        assert degrees_of_freedom(float(draws.log().var())) == pytest.approx(freedom, rel=0.05)
+        assert estimate_degrees_of_freedom(float(draws.log().var())) == pytest.approx(freedom, rel=0.05)

@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.entanglement import entanglement, entanglement_ratio
+from obliteratus.analyze.entanglement import compute_entanglement_ratio, measure_entanglement
 from obliteratus.core.settings import Step
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
@@ -38,8 +38,8 @@ def leaning(layer: int | None = 1) -> AnalysisContext:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
-    found = entanglement(leaning(layer), random=16)
-    assert found.found == [layer]
+    found = measure_entanglement(leaning(layer), random=16)
+    assert found.significant == [layer]
     assert found.kl[layer].value == max(score.value for score in found.kl)
     assert f"random directions cost: {layer}" in found.summary()
     check_finding(found, ["layer", "KL on controls (nats)"])
@@ -49,7 +49,7 @@ def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
 def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
     subject = tiny_subject(name)
     context = with_direction(context_of_model(subject, asked()), random_basis(subject.width, 1, 3)[0])
-    found = entanglement(context, prompts=5)
+    found = measure_entanglement(context, prompts=5)
     ids = render_prompts(subject, [context.held_out["control"][i * 12 // 5] for i in range(5)])
     for layer in range(subject.n_layers):
         d = context.directions.basis[layer + 1, 0].double()
@@ -88,22 +88,25 @@ def test_random_directions_find_nothing() -> None:
     """20 grounds of random directions: one is expected to show a layer."""
     context = leaning(None)
     found = [
-        entanglement(with_random_direction(context, seed), prompts=4, random=4, seed=100 * seed) for seed in range(20)
+        measure_entanglement(with_random_direction(context, seed), prompts=4, random=4, seed=100 * seed)
+        for seed in range(20)
     ]
-    assert sum(bool(one.found) for one in found) <= 4  # 4 or more by chance in one of sixty
+    assert sum(bool(one.significant) for one in found) <= 4  # 4 or more by chance in one of sixty
 
 
 def test_a_direction_that_controls_have_nothing_of_costs_nothing() -> None:
-    found = entanglement(refusing_context())
+    found = measure_entanglement(refusing_context())
     assert max(score.value for score in found.kl) < 1e-5
-    assert found.found == []
+    assert found.significant == []
 
 
 def test_identical_groups_have_no_direction_to_remove() -> None:
     context = with_same_groups(context_of_model(tiny_subject("llama"), asked()))
-    found = entanglement(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])))
+    found = measure_entanglement(
+        replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")]))
+    )
     assert all(score.value == 0 for score in found.kl)
-    assert found.found == []
+    assert found.significant == []
     found.summary()
 
 
@@ -112,11 +115,11 @@ def test_the_limit_holds_its_level_on_random_numbers(freedom: int) -> None:
     alarms = 0
     for seed in range(200):
         numbers = torch.randn(12, 5, freedom, generator=torch.Generator().manual_seed(seed))
-        ratio, limit = entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
+        ratio, limit = compute_entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
         alarms += bool((ratio > limit).any())
     assert alarms <= 18  # 10 expected; 18 or more by chance in one of a hundred
 
 
 def test_it_is_registered_with_its_cost() -> None:
     cost = analyses["entanglement"].cost({"prompts": 32, "random": 2})
-    assert cost.forwards.of({"N_search,control": 100, "L": 30}) == 32 * (1 + 30 * 3)
+    assert cost.forwards.evaluate({"N_search,control": 100, "L": 30}) == 32 * (1 + 30 * 3)

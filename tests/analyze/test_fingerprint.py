@@ -9,7 +9,7 @@ from scipy.stats import kurtosis
 from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.fingerprint import Fingerprint, features, fingerprint
+from obliteratus.analyze.fingerprint import Fingerprint, compute_features, measure_fingerprint
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
 
@@ -47,7 +47,7 @@ def test_one_population_is_as_its_permutations() -> None:
 
 
 def test_says_that_it_predicts_nothing() -> None:
-    assert "predict nothing" in (fingerprint.__doc__ or "")
+    assert "predict nothing" in (measure_fingerprint.__doc__ or "")
     assert "predicts nothing" in run(one_population(n=8)).summary()
 
 
@@ -55,7 +55,7 @@ def test_golden() -> None:
     x = numpy.random.default_rng(0).normal(size=(30, 7)) + 2
     centered = x - x.mean(0)
     lengths = numpy.linalg.norm(x, axis=1)
-    found = features(torch.tensor(centered @ centered.T), torch.tensor(lengths), 12)
+    found = compute_features(torch.tensor(centered @ centered.T), torch.tensor(lengths), 12)
     one, two = x[:12], x[12:]
     assert float(found[0]) == pytest.approx(lengths[:12].mean() / lengths[12:].mean())
     delta = one.mean(0) - two.mean(0)

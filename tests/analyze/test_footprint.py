@@ -15,10 +15,10 @@ from tests.support.tiny import tiny_subject
 from obliteratus.analyze import analyze
 from obliteratus.analyze.footprint import (
     Footprint,
-    effective_writer_matrices,
+    find_smallest_share,
     gini,
-    smallest_share_holding,
-    subspace_shares,
+    iterate_writer_matrices,
+    measure_subspace_shares,
 )
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, Subject
@@ -49,7 +49,7 @@ def test_finds_the_matrices_and_columns_that_write() -> None:
         weight = subject.module(narrow).weight
         weight[:, 3] += 3 * found.basis[3, 0]  # far more, and random directions see the column, too
     made = run(subject, found)
-    assert made.found == (f"{loud}.weight", f"{narrow}.weight")
+    assert made.significant == (f"{loud}.weight", f"{narrow}.weight")
     assert made.sparse == (f"{narrow}.weight",)
     at = made.sites.index(f"{narrow}.weight")
     assert made.columns[at] == pytest.approx(1 / 32)
@@ -61,7 +61,7 @@ def test_finds_the_matrices_and_columns_that_write() -> None:
 def test_random_directions_find_nothing(name: str) -> None:
     subject = tiny_subject(name)
     found = run(subject, directions(subject, k=2, seed=5))
-    assert found.found == found.sparse == ()
+    assert found.significant == found.sparse == ()
     assert found.share.mean() == pytest.approx(math.sqrt(2 / subject.width), rel=0.25)
     check_finding(found)
 
@@ -81,7 +81,7 @@ def test_streams_without_a_direction_are_left_out() -> None:
 
 def test_every_expert_is_a_matrix_of_its_own() -> None:
     subject = tiny_subject("mixtral")
-    names = [name for name, _, _ in effective_writer_matrices(subject)]
+    names = [name for name, _, _ in iterate_writer_matrices(subject)]
     assert len(names) == len(set(names))
     assert sum("[" in name for name in names) == 2 * 4
 
@@ -89,7 +89,7 @@ def test_every_expert_is_a_matrix_of_its_own() -> None:
 def test_gains_count() -> None:
     subject = tiny_subject("gemma2")
     made = 0
-    for _, site, weight in effective_writer_matrices(subject):
+    for _, site, weight in iterate_writer_matrices(subject):
         gain = read_gain(subject.model, site)
         if gain is not None:
             plain = read_weight(subject.module(site.path), site)
@@ -101,7 +101,7 @@ def test_gains_count() -> None:
 def test_golden() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, rows = torch.randn(8, 30, generator=generator), random_basis(8, 2, 1)
-    share, gini, columns = subspace_shares(weight, rows[None])[:, 0].tolist()
+    share, gini, columns = measure_subspace_shares(weight, rows[None])[:, 0].tolist()
     v = (rows.double().numpy() @ weight.double().numpy()) ** 2
     energy = v.sum(0)
     assert share == pytest.approx(numpy.sqrt(v.sum()) / numpy.linalg.norm(weight.double().numpy()))
@@ -115,5 +115,5 @@ def test_what_gaussian_columns_give() -> None:
     values = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0)).square()
     assert float(gini(values)) == pytest.approx(2 / math.pi, abs=0.005)
     assert float(gini(torch.ones(1, 10))) == pytest.approx(0, abs=1e-6)
-    assert float(smallest_share_holding(torch.ones(1, 10))) == pytest.approx(0.8)
+    assert float(find_smallest_share(torch.ones(1, 10))) == pytest.approx(0.8)
     assert float(gini(torch.zeros(1, 10))) == 0

@@ -8,7 +8,7 @@ from tests.support.contexts import activations_of, check_finding, context_of_act
 from torch import Tensor
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.geometry import Geometry, chance_cosine, similar_runs
+from obliteratus.analyze.geometry import Geometry, find_similar_runs, permute_cosines
 from obliteratus.analyze.samples import Sample
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
@@ -51,7 +51,7 @@ def test_finds_runs_turns_and_signs() -> None:
 def test_finds_nothing_in_one_population_though_its_noise_lasts() -> None:
     found = run(lasting(torch.zeros(STREAMS, WIDTH)))
     assert found.cosine.min() > 0.8  # what a measure without a null would call persistence
-    assert found.found == found.clusters == found.reach == ()
+    assert found.significant == found.clusters == found.reach == ()
     assert found.chance.min() > 0.8
     assert "no stream" in found.summary()
     check_finding(found)
@@ -64,8 +64,8 @@ def test_finds_nothing_in_independent_noise() -> None:
 def test_a_slow_turn_is_not_chained() -> None:
     angle = torch.arange(STREAMS) * 0.5  # 29° a stream, 45° is the limit
     rows = torch.stack([angle.cos(), angle.sin()], 1).double()
-    assert similar_runs(rows @ rows.T, range(STREAMS), 0.7) == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert similar_runs(rows @ rows.T, [0, 1, 3, 4], 0.7) == ((0, 1), (3, 4))  # a gap ends a run
+    assert find_similar_runs(rows @ rows.T, range(STREAMS), 0.7) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert find_similar_runs(rows @ rows.T, [0, 1, 3, 4], 0.7) == ((0, 1), (3, 4))  # a gap ends a run
 
 
 def test_cosines_are_those_of_float64() -> None:
@@ -86,5 +86,5 @@ def test_persistence_by_hand() -> None:
 
 def test_chance_is_nothing_where_noise_does_not_last() -> None:
     acts = one_population()
-    chance = chance_cosine(Sample(acts["target"].rows[:, 1:], acts["control"].rows[:, 1:]), 0)
+    chance = permute_cosines(Sample(acts["target"].rows[:, 1:], acts["control"].rows[:, 1:]), 0)
     assert (chance - torch.eye(4)).abs().max() < 0.1

@@ -21,9 +21,9 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.lens import lens, random_limit
-from obliteratus.analyze.readout import logit_effects, next_token_log_probs
-from obliteratus.analyze.tuned_lens import fit_map, score_lenses, tuned_lens
+from obliteratus.analyze.lens import apply_logit_lens, compute_random_limit
+from obliteratus.analyze.readout import compute_logit_effects, compute_next_token_log_probs
+from obliteratus.analyze.tuned_lens import fit_map, measure_tuned_lens, score_lenses
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions
 from obliteratus.distill import find_directions
@@ -39,7 +39,7 @@ def test_the_last_stream_reads_out_as_the_model_does(name: str) -> None:
     rows = context.activations["target"].rows
     assert rows is not None
     truth = first_token_log_probs(context.subject, token_ids(context, "target"))
-    assert torch.allclose(next_token_log_probs(context.subject, rows[:, -1]), truth, atol=1e-4)
+    assert torch.allclose(compute_next_token_log_probs(context.subject, rows[:, -1]), truth, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
@@ -58,7 +58,7 @@ def test_logits_move_as_the_gradient_says(name: str) -> None:
     with torch.no_grad():
         moved = (head(norm(stream + step * d)) - head(norm(stream - step * d))) / (2 * step)
     expected = (moved - moved.mean()) / moved.std()
-    found = torch.cat(list(logit_effects(subject, d[None].float())))[0]
+    found = torch.cat(list(compute_logit_effects(subject, d[None].float())))[0]
     assert torch.allclose(found.double(), expected, atol=1e-3)
 
 
@@ -76,8 +76,8 @@ def with_token(stream: int) -> AnalysisContext:
 
 
 def test_the_token_that_a_direction_promotes_is_found() -> None:
-    found = lens(with_token(stream=2))
-    assert found.found == [2]
+    found = apply_logit_lens(with_token(stream=2))
+    assert found.significant == [2]
     assert found.promoted[2][0] == "N"
     assert found.promoted[0] == ()
     assert "stream 2 promotes 'N'" in found.summary()
@@ -87,13 +87,13 @@ def test_the_token_that_a_direction_promotes_is_found() -> None:
 def test_the_other_sign_suppresses_it() -> None:
     context = with_token(stream=1)
     basis = -context.directions.basis
-    found = lens(replace(context, directions=replace(context.directions, basis=basis)))
+    found = apply_logit_lens(replace(context, directions=replace(context.directions, basis=basis)))
     assert found.suppressed[1][0] == "N"
-    assert found.found == [1]
+    assert found.significant == [1]
 
 
 def test_streams_that_agree_share_their_tokens() -> None:
-    found = lens(with_token(stream=3), tokens=5)
+    found = apply_logit_lens(with_token(stream=3), tokens=5)
     assert found.sharing[0] == found.sharing[1] == 0
     assert found.sharing[2] == 1
     assert found.sharing[3] < 0.5
@@ -106,17 +106,17 @@ def test_random_directions_promote_nothing() -> None:
     for seed in range(200):
         rows = random_basis(context.subject.width, 4, 100 + seed)
         found = Directions(rows[:, None], torch.ones(4), torch.ones(4), "known")
-        alarms += bool(lens(replace(context, directions=found), random=4000).found)
+        alarms += bool(apply_logit_lens(replace(context, directions=found), random=4000).significant)
     assert alarms <= 18  # 18 or more by chance in one of a hundred
-    assert random_limit(context.subject, 4, 4000, 1) == pytest.approx(
-        random_limit(context.subject, 4, 4000, 0), rel=0.05
+    assert compute_random_limit(context.subject, 4, 4000, 1) == pytest.approx(
+        compute_random_limit(context.subject, 4, 4000, 0), rel=0.05
     )
 
 
 def test_no_direction_promotes_nothing() -> None:
     context = with_same_groups(with_token(stream=2))
-    found = lens(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])))
-    assert found.found == []
+    found = apply_logit_lens(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])))
+    assert found.significant == []
     assert all(tokens == () for tokens in found.promoted)
     assert "no direction" in found.summary()
 
@@ -168,8 +168,8 @@ def test_unrelated_rows_are_mapped_to_their_mean() -> None:
 @pytest.mark.parametrize("block", [2, 5])
 def test_the_stream_from_which_the_answer_is_known_is_found(block: int) -> None:
     context = refusing_context(block=block)
-    found = tuned_lens(context)
-    assert found.found == list(range(block + 1, 8))
+    found = measure_tuned_lens(context)
+    assert found.significant == list(range(block + 1, 8))
     assert found.tuned[block + 1].value < 0.1 * found.constant.value
     assert found.constant.value == pytest.approx(found.tuned[block].value, abs=1e-3)
     assert found.promoted[-1][0] == "N"
@@ -179,7 +179,7 @@ def test_the_stream_from_which_the_answer_is_known_is_found(block: int) -> None:
 
 def test_kl_is_of_the_model_to_the_lens() -> None:
     context = context_of_model(tiny_subject("gemma2"), asked())
-    found = tuned_lens(context)
+    found = measure_tuned_lens(context)
     model = copy.deepcopy(context.subject.model).double()
     rows = torch.cat([context.activations[g].rows for g in ("target", "control")]).double()
     with torch.no_grad():
@@ -194,14 +194,14 @@ def test_pairs_that_do_not_belong_together_tell_nothing() -> None:
     fit = torch.cat([context.activations[g].rows for g in ("target", "control")])
     ends = fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0)), -1]
     maps = [fit_map(fit[:, stream], ends) for stream in range(3)]
-    assert score_lenses(context, maps, fit, next_token_log_probs(context.subject, fit[:, -1])).found == []
+    assert score_lenses(context, maps, fit, compute_next_token_log_probs(context.subject, fit[:, -1])).significant == []
 
 
 def test_prompts_that_are_all_the_same_tell_nothing() -> None:
     prompts = asked()
     same = replace(prompts, groups={g: (prompts["control"][0],) * 6 for g in ("target", "control")})
-    found = tuned_lens(with_random_direction(context_of_model(tiny_subject("llama"), same)))
-    assert found.found == []
+    found = measure_tuned_lens(with_random_direction(context_of_model(tiny_subject("llama"), same)))
+    assert found.significant == []
     assert found.constant.value == pytest.approx(0, abs=1e-5)
     assert "no stream tells" in found.summary()
 

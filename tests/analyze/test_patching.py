@@ -22,8 +22,8 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.patch_values import Patch, patched_last_streams
-from obliteratus.analyze.patching import Patching, PatchLocation, patching
+from obliteratus.analyze.patch_values import Patch, run_patched
+from obliteratus.analyze.patching import Patching, PatchLocation, patch_activations
 
 
 def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1) -> float:
@@ -35,12 +35,12 @@ def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> None:
     """Behind a template's newline nothing else is written at the last token but −COMMON, by the same block's MLP."""
-    found = patching(refusing_context(block=block, clean="\n"), heads=8)
+    found = patch_activations(refusing_context(block=block, clean="\n"), heads=8)
     blocks = [PatchLocation("block", layer, -1) for layer in range(block, 8)]
-    names = {found.places[i] for i in found.effects.found}
+    names = {found.places[i] for i in found.effects.significant}
     assert names >= {PatchLocation("attention", block, -1), *blocks}
     assert {(p.layer, p.position) for p in names - set(blocks)} == {(block, -1)}
-    assert [found.heads[i] for i in found.head_effects.found] == [PatchLocation("head", block, -1, 0)]
+    assert [found.heads[i] for i in found.head_effects.significant] == [PatchLocation("head", block, -1, 0)]
     assert effect(found, "block", 7, -1) == pytest.approx(found.gap.value, rel=1e-4)  # the whole way
     assert effect(found, "head", block, -1, 0) == pytest.approx(effect(found, "attention", block, -1), rel=1e-4)
     assert float(found.share(found.effects)[found.places.index(blocks[-1])]) == pytest.approx(1, rel=1e-4)
@@ -50,11 +50,11 @@ def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> N
 
 def test_the_other_way_round_and_by_projection() -> None:
     context = refusing_context(block=3)
-    found = patching(context, score="projection", into="control", heads=4)
+    found = patch_activations(context, score="projection", into="control", heads=4)
     assert found.unit == "stream"
     assert found.gap.value < -1
     place = PatchLocation("attention", 3, -1)
-    assert found.places[found.effects.found[0]].layer >= 3
+    assert found.places[found.effects.significant[0]].layer >= 3
     assert float(found.share(found.effects)[found.places.index(place)]) == pytest.approx(1, rel=1e-4)
     delta = context.activations["control"].mean[-1] - context.activations["target"].mean[-1]
     first = [0, 1, 3, 4, 6, 7, 9, 10]  # eight of twelve, evenly
@@ -70,7 +70,7 @@ def test_one_pair_by_hand(name: str) -> None:
     """In double precision, with prompts of different lengths."""
     subject = tiny_subject(name)
     context = with_direction(context_of_model(subject, asked()), random_basis(subject.width, 1, 2)[0])
-    found = patching(context, score="projection", pairs=1, positions=2, heads=100)
+    found = patch_activations(context, score="projection", pairs=1, positions=2, heads=100)
     rows = [token_ids(context, group)[0] for group in ("target", "control")]
     assert len(rows[0]) != len(rows[1])
     assert len(found.heads) == subject.n_layers * 4 * 2
@@ -133,7 +133,7 @@ def module_of(names: dict[str, Any], block: Any, kind: str) -> Any:
 
 def test_log_odds_are_of_the_two_first_choices() -> None:
     context = refusing_context(clean="\n")
-    found = patching(context, pairs=3, positions=1, heads=0)
+    found = patch_activations(context, pairs=3, positions=1, heads=0)
     model = copy.deepcopy(context.subject.model).double()
     with torch.no_grad():
         ids = {g: [token_ids(context, g)[i] for i in (0, 4, 8)] for g in ("target", "control")}
@@ -148,8 +148,8 @@ def test_log_odds_are_of_the_two_first_choices() -> None:
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("score", ["logits", "projection"])
 def test_identical_prompts_move_nothing(score: Any) -> None:
-    found = patching(with_same_groups(refusing_context()), score=score)
-    assert found.effects.found == found.head_effects.found == []
+    found = patch_activations(with_same_groups(refusing_context()), score=score)
+    assert found.effects.significant == found.head_effects.significant == []
     assert float(found.effects.value.abs().max()) < 1e-4
     assert float(found.share(found.effects).abs().max()) < 1e-4
     found.summary()
@@ -158,13 +158,13 @@ def test_identical_prompts_move_nothing(score: Any) -> None:
 def test_shuffled_groups_move_nothing_on_average() -> None:
     context = refusing_context()
     null = with_direction(context_of_model(context.subject, shuffled(asked())), context.directions.basis[0, 0])
-    found = patching(null, score="projection", pairs=12)
-    assert found.effects.found == found.head_effects.found == []
+    found = patch_activations(null, score="projection", pairs=12)
+    assert found.effects.significant == found.head_effects.significant == []
 
 
 def test_a_random_direction_is_moved_by_nothing() -> None:
-    found = patching(with_random_direction(refusing_context()), score="projection")
-    assert found.effects.found == found.head_effects.found == []
+    found = patch_activations(with_random_direction(refusing_context()), score="projection")
+    assert found.effects.significant == found.head_effects.significant == []
 
 
 # ------------------------------------------------------------------------------------------------------ putting
@@ -172,15 +172,15 @@ def test_rows_do_not_see_each_other_and_places_must_be_there() -> None:
     context = context_of_model(tiny_subject("llama"), asked())
     subject, ids = context.subject, token_ids(context, "target")[:5]
     put = Patch("model.layers.1.mlp", -2, torch.ones(subject.width))
-    plain = patched_last_streams(subject, ids, [()] * 5, "test")
-    found = patched_last_streams(subject, ids, [(), (put,), (), (), ()], "test")
+    plain = run_patched(subject, ids, [()] * 5, "test")
+    found = run_patched(subject, ids, [(), (put,), (), (), ()], "test")
     assert torch.allclose(found[[0, 2, 3, 4]], plain[[0, 2, 3, 4]], atol=1e-5)
     assert not torch.allclose(found[1], plain[1], atol=1e-3)
     with pytest.raises(ValueError, match="before the beginning"):
-        patched_last_streams(subject, [[1, 2]], [(Patch("model.layers.1", -3, put.value),)], "test")
+        run_patched(subject, [[1, 2]], [(Patch("model.layers.1", -3, put.value),)], "test")
 
 
 def test_it_is_registered_with_its_cost() -> None:
     cost = analyses["patching"].cost({"pairs": 8, "positions": 3, "heads": 32})
-    assert cost.forwards.of({"N_search,target": 50, "L": 30}) == 8 * (2 + 3 * (3 * 30 + 32))
-    assert cost.forwards.of({"N_search,target": 5, "L": 30}) == 5 * (2 + 3 * (3 * 30 + 32))
+    assert cost.forwards.evaluate({"N_search,target": 50, "L": 30}) == 8 * (2 + 3 * (3 * 30 + 32))
+    assert cost.forwards.evaluate({"N_search,target": 5, "L": 30}) == 5 * (2 + 3 * (3 * 30 + 32))

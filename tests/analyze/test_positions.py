@@ -20,7 +20,7 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import analyses
 from obliteratus.analyze.auc import pairwise_auc
-from obliteratus.analyze.positions import positions
+from obliteratus.analyze.positions import measure_positions
 
 SUFFIX = len("\nassistant:")  # a token a byte
 
@@ -28,8 +28,8 @@ SUFFIX = len("\nassistant:")  # a token a byte
 @pytest.mark.parametrize("block", [2, 5])
 def test_tokens_behind_the_trigger_are_apart_from_the_block_on(block: int) -> None:
     """Attention writes the direction wherever a # came before, so at every token of the template."""
-    found = positions(refusing_context(block=block), last=SUFFIX)
-    places = {found.place(i) for i in found.contrast.found}
+    found = measure_positions(refusing_context(block=block), last=SUFFIX)
+    places = {found.place(i) for i in found.contrast.significant}
     assert places == {(-p, s) for p in range(1, SUFFIX + 1) for s in range(block + 1, 9)}
     assert found.auc[:, block + 1 :].min() == 1
     assert torch.allclose(found.auc[:, : block + 1], torch.tensor(0.5))
@@ -40,7 +40,7 @@ def test_tokens_behind_the_trigger_are_apart_from_the_block_on(block: int) -> No
 
 def test_one_prompt_at_a_time_in_double_precision() -> None:
     context = context_of_model(tiny_subject("gemma2"), asked())
-    found = positions(context, last=4)
+    found = measure_positions(context, last=4)
     model = copy.deepcopy(context.subject.model).double()
     means = []
     for group in ("target", "control"):
@@ -62,13 +62,13 @@ def test_auc_counts_pairs() -> None:
 def test_no_more_tokens_than_the_shortest_prompt_has() -> None:
     context = refusing_context()
     shortest = min(len(row) for group in ("target", "control") for row in token_ids(context, group))
-    assert len(positions(context, last=200).tokens) == shortest
+    assert len(measure_positions(context, last=200).tokens) == shortest
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_identical_groups_are_nowhere_apart() -> None:
-    found = positions(with_same_groups(refusing_context()))
-    assert found.contrast.found == []
+    found = measure_positions(with_same_groups(refusing_context()))
+    assert found.contrast.significant == []
     assert torch.allclose(found.auc, torch.tensor(0.5))
     assert "nothing beyond chance" in found.summary()
 
@@ -76,12 +76,15 @@ def test_identical_groups_are_nowhere_apart() -> None:
 def test_shuffled_groups_are_nowhere_apart() -> None:
     for context in (refusing_context(), context_of_model(tiny_subject("llama"), asked())):
         null = context_of_model(context.subject, shuffled(asked()))
-        assert positions(with_direction(null, context.directions.basis[-1, 0])).contrast.found == []
+        assert measure_positions(with_direction(null, context.directions.basis[-1, 0])).contrast.significant == []
 
 
 def test_a_random_direction_shows_nothing() -> None:
-    assert positions(with_random_direction(refusing_context()), last=SUFFIX).contrast.found == []
-    assert positions(with_direction(refusing_context(), torch.eye(32)[CLEAN]), last=SUFFIX).contrast.found == []
+    assert measure_positions(with_random_direction(refusing_context()), last=SUFFIX).contrast.significant == []
+    assert (
+        measure_positions(with_direction(refusing_context(), torch.eye(32)[CLEAN]), last=SUFFIX).contrast.significant
+        == []
+    )
 
 
 def test_it_is_registered_with_its_cost() -> None:

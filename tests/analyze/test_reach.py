@@ -23,12 +23,12 @@ from torch import Tensor
 from obliteratus.analyze import AnalysisContext, analyses, analyze
 from obliteratus.analyze.reach import (
     Reach,
-    candidate_first_blocks,
-    cheapest_edits,
-    reach,
-    refusal_rate_under,
-    remaining_probability,
-    typical_first_tokens,
+    choose_first_blocks,
+    compute_remaining_behavior,
+    find_typical_first_tokens,
+    measure_reach,
+    measure_refusal_rate,
+    rank_edits,
 )
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
@@ -42,9 +42,9 @@ ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
 
 @pytest.mark.parametrize("block", [2, 4])
 def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: int) -> None:
-    found = reach(refusing_context(block=block), **ALL)
+    found = measure_reach(refusing_context(block=block), **ALL)
     assert found.depths == tuple(range(LAYERS))
-    assert found.found == tuple(range(block + 1))
+    assert found.effective_depths == tuple(range(block + 1))
     assert found.tokens == ("N",)
     assert all(abs(s.value - 1) < 1e-3 for s in found.left["both"][block + 1 :])
     assert f"from block {block} on" in found.summary()
@@ -53,7 +53,7 @@ def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: in
 
 def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     """Attention writes the refusal; no MLP does."""
-    found = reach(refusing_context(block=3), **ALL)
+    found = measure_reach(refusing_context(block=3), **ALL)
     assert found.left["attention"][2].high < 0.05
     assert abs(found.left["mlp"][2].value - 1) < 1e-3
     assert found.works("attention")
@@ -67,10 +67,10 @@ def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     eye = torch.eye(32)
     context = with_direction(refusing_context(block=4), eye[REFUSAL] + eye[END + 3])
     base, after = both(context, layer)
-    token = typical_first_tokens(base["target"], base["control"])
+    token = find_typical_first_tokens(base["target"], base["control"])
     mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
     left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
-    found = reach(context, **ALL).left["both"][layer]
+    found = measure_reach(context, **ALL).left["both"][layer]
     assert found.value == pytest.approx(float(left), abs=1e-4)
     assert 0.01 < found.value < 0.99
     assert found.n == 12
@@ -83,7 +83,7 @@ def test_what_it_costs_is_that_of_baked_weights(layer: int) -> None:
     )
     base, after = both(context, layer)
     p, q = base["control"], after["control"]
-    found = reach(context, **ALL).kl["both"][layer].value
+    found = measure_reach(context, **ALL).kl["both"][layer].value
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
     assert found > 1e-5
 
@@ -118,7 +118,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
     paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
     anchored = replace(plain, activations=collect_activations(subject, asked(), request=ProbeRequest(paths)))
     oblique = replace(anchored, directions=find_directions(anchored.acts, [Step(use="leace")]))
-    cost = [reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
+    cost = [measure_reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
     assert len({round(c, 9) for c in cost}) == 3
     assert cost[1] < cost[0]
 
@@ -126,20 +126,20 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
     context = refusing_context(block=3, word="Sorry, I can't")
-    found = reach(context, **ALL)
+    found = measure_reach(context, **ALL)
     (first, *rest) = found.answered
     assert not rest
     assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
     assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.summary()
-    assert refusal_rate_under(context.subject, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
-    assert reach(context, **{**ALL, "tries": 0}).answered == ()
+    assert measure_refusal_rate(context.subject, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
+    assert measure_reach(context, **{**ALL, "tries": 0}).answered == ()
 
 
 def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
     score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
     left = {p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0, 0)}.items()}
     cost = {p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0, 0)}.items()}
-    assert cheapest_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
+    assert rank_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
 
 
 @pytest.mark.parametrize(
@@ -147,24 +147,24 @@ def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
     [(30, 0.3, 7, [11, 14, 17, 20, 23, 26, 29]), (4, 0.0, 9, [0, 1, 2, 3]), (1, 0.3, 8, [0])],
 )
 def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: list[int]) -> None:
-    assert candidate_first_blocks(n, low, most) == blocks
+    assert choose_first_blocks(n, low, most) == blocks
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("seed", range(3))
 def test_random_directions_find_nothing(seed: int) -> None:
-    found = reach(with_random_direction(refusing_context(), seed), **ALL)
-    assert found.found == ()
+    found = measure_reach(with_random_direction(refusing_context(), seed), **ALL)
+    assert found.effective_depths == ()
     assert all(abs(s.value - 1) < 0.1 for s in found.left["both"])
     assert "from no depth on" in found.summary()
 
 
 def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
     """Of 32 dimensions, removing a random one in every block moves this model's answers."""
-    found = reach(refusing_context(), **ALL)
-    assert found.found[0] == 0
+    found = measure_reach(refusing_context(), **ALL)
+    assert found.effective_depths[0] == 0
     as_random = replace(found, left={**found.left, "both": found.left["random"]})
-    assert as_random.found == ()
+    assert as_random.effective_depths == ()
     assert any(s.value < 0.5 for s in found.left["random"])
 
 
@@ -172,15 +172,17 @@ def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
 def test_groups_that_do_not_differ_find_nothing(null: str) -> None:
     context: AnalysisContext = refusing_context()
     context = with_same_groups(context) if null == "same" else replace(context, held_out=shuffled(asked()))
-    found = reach(context, **ALL)
-    assert found.found == ()
+    found = measure_reach(context, **ALL)
+    assert found.effective_depths == ()
     assert not found.tokens or null == "shuffled"
     check_finding(found, ["first edited block"])
 
 
 def test_no_directions_leave_the_model_as_it_is() -> None:
     context = with_same_groups(context_of_model(tiny_subject("llama"), asked()))
-    found = reach(replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])), **ALL)
+    found = measure_reach(
+        replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])), **ALL
+    )
     assert all(s.value < 1e-6 for s in found.kl["both"])
     assert all(s.value == 1 for s in found.left["both"])
 
@@ -189,16 +191,16 @@ def test_no_directions_leave_the_model_as_it_is() -> None:
 def test_first_tokens_are_those_that_are_likely_and_typical() -> None:
     target = torch.tensor([[0.5, 0.3, 0.04, 0.16], [0.5, 0.3, 0.04, 0.16]]).log()
     control = torch.tensor([[0.01, 0.2, 0.0, 0.79]]).log()
-    assert typical_first_tokens(target, control) == (0,)
-    assert typical_first_tokens(control, control) == ()
+    assert find_typical_first_tokens(target, control) == (0,)
+    assert find_typical_first_tokens(control, control) == ()
 
 
 def test_what_remains_is_one_before_and_zero_as_controls_are() -> None:
     base = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]]).log()
-    assert remaining_probability(base, base, 2, [0]).mean() == pytest.approx(1)
+    assert compute_remaining_behavior(base, base, 2, [0]).mean() == pytest.approx(1)
     gone = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).log()
-    assert remaining_probability(base, gone, 2, [0]).tolist() == pytest.approx([0, 0], abs=1e-6)
-    assert remaining_probability(base, gone, 2, []).tolist() == [1, 1]
+    assert compute_remaining_behavior(base, gone, 2, [0]).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert compute_remaining_behavior(base, gone, 2, []).tolist() == [1, 1]
 
 
 def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
@@ -206,5 +208,5 @@ def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     assert isinstance(analyze(context_of_model(subject, asked()), [Step(use="reach", depths=1)])["reach"], Reach)
     cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
-    assert cost.forwards.of(values) == (24 + 10) * (1 + 10 * 4)
-    assert cost.passes(values) == (24 + 10) * (1 + 10 * 4) + 2 * 48 * 17
+    assert cost.forwards.evaluate(values) == (24 + 10) * (1 + 10 * 4)
+    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 2 * 48 * 17

@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.repair import repair, single_step
+from obliteratus.analyze.repair import compute_single_step_p_values, measure_repair
 
 BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
 
@@ -43,16 +43,18 @@ def repairing(strength: float = 8.0, at: int = 6) -> AnalysisContext:
 
 @pytest.mark.parametrize("at", [4, 6])
 def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
-    found = repair(repairing(at=at))
-    assert found.found == list(range(2, at))  # before block 2 nothing is taken; from ``at`` on nobody is left to repair
-    assert all(found.restored[depth] > 0.2 for depth in found.found)
+    found = measure_repair(repairing(at=at))
+    assert found.significant == list(
+        range(2, at)
+    )  # before block 2 nothing is taken; from ``at`` on nobody is left to repair
+    assert all(found.restored[depth] > 0.2 for depth in found.significant)
     assert "later layers write back" in found.summary()
     check_finding(found, ["taken up to layer", "Δ along d"])
 
 
 def test_layers_that_do_not_repair_show_nothing() -> None:
-    found = repair(refusing_context(block=2))
-    assert found.found == []
+    found = measure_repair(refusing_context(block=2))
+    assert found.significant == []
     assert torch.allclose(found.left, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
     assert float(found.restored.abs().max()) < 1e-4
     assert "no layer" in found.summary()
@@ -65,8 +67,8 @@ def test_layers_that_lean_on_it_are_below_zero() -> None:
     mlp.gate_proj.weight.data[0, CLEAN] = 2  # the last token's own
     mlp.up_proj.weight.data[0, REFUSAL] = 1
     mlp.down_proj.weight.data[REFUSAL, 0] = 2
-    found = repair(context)
-    assert found.found == []
+    found = measure_repair(context)
+    assert found.significant == []
     assert all(found.restored[depth] < -0.1 for depth in (2, 3, 4))
 
 
@@ -76,7 +78,7 @@ def test_baked_weights_one_prompt_at_a_time(name: str) -> None:
     subject = tiny_subject(name)
     d = torch.nn.functional.normalize(torch.randn(subject.width, generator=torch.Generator().manual_seed(1)), dim=0)
     context = with_direction(context_of_model(subject, asked()), d)
-    found = repair(context, prompts=12)
+    found = measure_repair(context, prompts=12)
     whole = torch.stack([deltas(context, subject.model, d)])[0]
     assert torch.allclose(found.direct.double(), whole, atol=1e-5)
     for i, depth in enumerate(found.depths):
@@ -128,7 +130,7 @@ def baked(model: Any, depth: int, d: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_a_random_direction_is_not_written_back() -> None:
     for seed in range(5):
-        assert repair(with_random_direction(repairing(), seed), prompts=4).found == []
+        assert measure_repair(with_random_direction(repairing(), seed), prompts=4).significant == []
 
 
 def test_random_directions_are_found_no_more_often_than_the_level() -> None:
@@ -138,8 +140,8 @@ def test_random_directions_are_found_no_more_often_than_the_level() -> None:
     found, by_p = 0, 0
     for seed in range(60):
         noise = torch.randn(subject.width, generator=torch.Generator().manual_seed(1000 + seed))
-        one = repair(with_direction(context, noise), prompts=4, seed=seed)
-        found += bool(one.found)
+        one = measure_repair(with_direction(context, noise), prompts=4, seed=seed)
+        found += bool(one.significant)
         by_p += bool((one.p <= one.level).any())
     assert found <= by_p <= 8  # the binomial's 99.6 % point
     assert by_p >= 1  # the limit is not out of reach
@@ -147,13 +149,13 @@ def test_random_directions_are_found_no_more_often_than_the_level() -> None:
 
 def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
     back = torch.tensor([[3.0, 1.0], [2.0, 0.5], [0.0, 4.0], [-5.0, -1.0]])
-    assert single_step(back).tolist() == [0.5, 0.75]  # itself and the third; those and the second
-    assert single_step(torch.zeros(20, 3)).tolist() == [1, 1, 1]
+    assert compute_single_step_p_values(back).tolist() == [0.5, 0.75]  # itself and the third; those and the second
+    assert compute_single_step_p_values(torch.zeros(20, 3)).tolist() == [1, 1, 1]
 
 
 def test_identical_groups_show_nothing() -> None:
-    found = repair(with_same_groups(repairing()))
-    assert found.found == []
+    found = measure_repair(with_same_groups(repairing()))
+    assert found.significant == []
     assert float(found.direct.abs().max()) == 0
     assert float(found.restored.abs().max()) == 0
 
@@ -161,12 +163,15 @@ def test_identical_groups_show_nothing() -> None:
 def test_shuffled_groups_show_nothing() -> None:
     context = repairing()
     assert (
-        repair(with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])).found == []
+        measure_repair(
+            with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])
+        ).significant
+        == []
     )
 
 
 def test_depths_are_spread_and_cost_is_told() -> None:
-    assert repair(repairing(), depths=3, prompts=2).depths == (0, 3, 6)
+    assert measure_repair(repairing(), depths=3, prompts=2).depths == (0, 3, 6)
     assert LAYERS == 8
     cost = analyses["repair"].cost({"prompts": 16, "depths": 8, "random": 19})
-    assert cost.forwards.of({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 20)
+    assert cost.forwards.evaluate({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 20)

@@ -18,15 +18,15 @@ from torch.nn.functional import normalize
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
 from obliteratus.analyze.sae import (
-    NONE,
-    SparseParts,
-    coefficients,
+    NO_ATOM,
+    SparseDecomposition,
+    compute_mean_differences,
+    compute_permuted_aucs,
+    fit_coefficients,
+    mark_target_rows,
     matching_pursuit,
-    mean_differences,
-    resampled_aucs,
-    target_members,
 )
-from obliteratus.analyze.samples import permuted_orders, sample_of
+from obliteratus.analyze.samples import draw_permutations, read_sample
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations, Directions
@@ -34,9 +34,9 @@ from obliteratus.core.types import Activations, Directions
 FEATURES = 160  # of a dictionary made for a width of 64: none of its rows are at right angles
 
 
-def run(context: AnalysisContext, **options: Any) -> SparseParts:
+def run(context: AnalysisContext, **options: Any) -> SparseDecomposition:
     found = analyze(context, [Step(use="sae", **({"draws": 99} | options))])["sae"]
-    assert isinstance(found, SparseParts)
+    assert isinstance(found, SparseDecomposition)
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_sum_of_atoms_is_found_with_exactly_those_atoms(file: str, signs: dict
     for atom in found.atoms:
         assert atom.coefficient == pytest.approx(signs[atom.feature] / float(truth.norm()), abs=1e-5)
     assert found.share[len(signs) - 1 :].tolist() == pytest.approx([1.0] * (11 - len(signs)), abs=1e-9)
-    assert len(signs) in found.found
+    assert len(signs) in found.significant
     assert found.features == FEATURES
     assert check_finding(found)["atoms"]["feature"] == [atom.feature for atom in found.atoms]
 
@@ -81,7 +81,7 @@ def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
     rows, truth = sparse_rows(400)
     context = context_of_activations(acts_of(rows))
     found = run(context)
-    assert found.found[0] == 1
+    assert found.significant[0] == 1
     first = found.atoms[0]
     assert first.feature in found.telling
     assert first.coefficient > 0.9
@@ -97,7 +97,7 @@ def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
 def test_a_direction_of_many_features_is_not_sparse(file: str) -> None:
     """The negative control of the planted ones: a random direction, beside mean differences that are random too."""
     found = [
-        run(pointing(one_population(), dictionary(1, 64, seed)[0]), pretrained=file, stream=2).found
+        run(pointing(one_population(), dictionary(1, 64, seed)[0]), pretrained=file, stream=2).significant
         for seed in range(40, 60)
     ]
     assert sum(bool(f) for f in found) <= 4  # of 20 at level 0.05: the binomial's 99.7 % point
@@ -106,10 +106,10 @@ def test_a_direction_of_many_features_is_not_sparse(file: str) -> None:
 # ---------------------------------------------------------------------------------------------------- chance
 def test_one_population_gives_nothing() -> None:
     found = run(context_of_activations(one_population()), draws=199)
-    assert found.found == ()
+    assert found.significant == ()
     assert found.telling == ()
     assert "no sparser" in found.summary()
-    assert run(context_of_activations(shuffled(planted()[0])), draws=199).found == ()
+    assert run(context_of_activations(shuffled(planted()[0])), draws=199).significant == ()
     check_finding(found)
 
 
@@ -122,7 +122,7 @@ def test_false_findings_keep_to_the_level(spread: float) -> None:
         rows = torch.randn(80, 1, 24, generator=generator) * torch.logspace(spread, -spread, 24)
         rows += 3 * (torch.rand(80, 1, 24, generator=generator) < 0.05)
         found = run(context_of_activations(activations_of(rows[:40], rows[40:])))
-        hits += torch.tensor([bool(found.found), bool(found.telling)])
+        hits += torch.tensor([bool(found.significant), bool(found.telling)])
     assert (hits <= 11).all(), hits  # 5 are the level, and 11 its binomial upper end (99.6 %)
 
 
@@ -150,7 +150,7 @@ def test_pursuit_by_hand() -> None:
     torch.testing.assert_close(in_fp32.share, found.share, rtol=0, atol=1e-5)
     assert (found.share.diff(dim=1) >= 0).all()
     expected = numpy.linalg.lstsq(atoms[:5].T.numpy(), units[0].numpy(), rcond=None)[0]
-    assert coefficients(units[0], atoms[:5]).tolist() == pytest.approx(expected.tolist())
+    assert fit_coefficients(units[0], atoms[:5]).tolist() == pytest.approx(expected.tolist())
 
 
 def test_pursuit_ends_where_nothing_is_left() -> None:
@@ -159,7 +159,12 @@ def test_pursuit_ends_where_nothing_is_left() -> None:
         torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 2.0, 2.0, 0.0], [0.0] * 4]), dim=1
     )
     found = matching_pursuit(units.double(), atoms, 3)
-    assert found.atoms.tolist() == [[1, NONE, NONE], [2, NONE, NONE], [1, 0, NONE], [NONE] * 3]  # of opposites, its own
+    assert found.atoms.tolist() == [
+        [1, NO_ATOM, NO_ATOM],
+        [2, NO_ATOM, NO_ATOM],
+        [1, 0, NO_ATOM],
+        [NO_ATOM] * 3,
+    ]  # of opposites, its own
     assert found.share[2].tolist() == pytest.approx([4 / 9, 5 / 9, 5 / 9])
     assert found.share[3].tolist() == [0, 0, 0]
 
@@ -167,13 +172,13 @@ def test_pursuit_ends_where_nothing_is_left() -> None:
 def test_areas_are_mann_and_whitneys() -> None:
     generator = torch.Generator().manual_seed(3)
     fired = torch.randn(30, 6, generator=generator).clamp(min=0).round(decimals=1)  # with many ties
-    order = permuted_orders(30, 4, seed=1)
-    chosen, target = torch.randint(6, (5, 3), generator=generator), target_members(order, 12)
-    chosen[2, 2] = NONE
-    found = resampled_aucs(fired, chosen, target)
+    order = draw_permutations(30, 4, seed=1)
+    chosen, target = torch.randint(6, (5, 3), generator=generator), mark_target_rows(order, 12)
+    chosen[2, 2] = NO_ATOM
+    found = compute_permuted_aucs(fired, chosen, target)
     for draw in range(5):
         for k in range(3):
-            if chosen[draw, k] == NONE:
+            if chosen[draw, k] == NO_ATOM:
                 assert found[draw, k] == 0.5
                 continue
             values = fired[:, chosen[draw, k]].double()
@@ -183,8 +188,8 @@ def test_areas_are_mann_and_whitneys() -> None:
 
 def test_permuted_labels_make_mean_differences() -> None:
     acts, _ = planted(n=20)
-    sample, order = sample_of(acts, "sae"), permuted_orders(40, 3)
-    made = mean_differences(sample, 1, order)
+    sample, order = read_sample(acts, "sae"), draw_permutations(40, 3)
+    made = compute_mean_differences(sample, 1, order)
     torch.testing.assert_close(made[0], (acts["target"].mean - acts["control"].mean)[1].double(), rtol=0, atol=1e-4)
     rows = torch.cat([acts["target"].rows, acts["control"].rows])[:, 1].double()
     torch.testing.assert_close(made[2], rows[order[2, :20]].mean(0) - rows[order[2, 20:]].mean(0))

@@ -11,14 +11,14 @@ from tests.support.contexts import activations_of, check_finding, context_of_act
 from tests.support.planted import planted
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.auc import delong_auc, newcombe
-from obliteratus.analyze.samples import d_prime, permutation_null, permuted_orders, split_folds
+from obliteratus.analyze.auc import delong_auc, newcombe_interval
+from obliteratus.analyze.samples import d_prime, draw_permutations, permute_d_prime, split_folds
 from obliteratus.analyze.separability import (
     Separability,
-    cross_validated_log_odds,
+    cross_validate_probe,
+    estimate_variance_inflation,
     fit_logistic,
-    scores_of,
-    variance_inflation,
+    score_stream,
 )
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
@@ -33,7 +33,7 @@ def run(acts: Activations) -> Separability:
 def test_a_planted_shift_is_told_apart_as_far_as_theory_says() -> None:
     """A shift of 4 along a direction known but for sampling error: d′ = 4 cos θ, with tan² θ as in uncertainty."""
     found = run(planted()[0])
-    assert found.found == (1, 2, 3, 4)
+    assert found.significant == (1, 2, 3, 4)
     expected = 4 * numpy.cos(numpy.arctan(numpy.sqrt(64 * 2 / 160) / 4))
     for gap, area, probe in list(zip(found.d_prime, found.auc, found.probe, strict=True))[1:]:
         assert gap.low < expected < gap.high
@@ -48,7 +48,7 @@ def test_a_planted_shift_is_told_apart_as_far_as_theory_says() -> None:
 
 def test_finds_nothing_in_one_population() -> None:
     found = run(one_population())
-    assert found.found == ()
+    assert found.significant == ()
     assert all(abs(s.value - 0.5) < 0.12 for s in found.auc + found.probe)
     assert "no stream" in found.summary()
     check_finding(found)
@@ -59,7 +59,7 @@ def test_held_out_means_held_out() -> None:
     target, control = torch.randn(2, 20, 2, 200, generator=torch.Generator().manual_seed(0))
     acts = activations_of(target, control)
     found = run(acts)
-    assert found.found == ()
+    assert found.significant == ()
     assert all(abs(s.value - 0.5) < 0.3 for s in found.auc)  # of 20 and 20 prompts: three standard errors
     rows = torch.cat([acts["target"].rows, acts["control"].rows])[:, 0].double()
     everyone, labels = torch.ones(40, dtype=torch.bool), torch.arange(40) < 20
@@ -74,8 +74,8 @@ def test_intervals_cover_the_truth(shift: float) -> None:
         rows = torch.randn(60, 32, generator=torch.Generator().manual_seed(seed)).double()
         rows[:30, 0] += shift
         gram, plan = rows @ rows.T, split_folds(30, 30, 5, seed)
-        by = variance_inflation(permutation_null(gram, plan, permuted_orders(60, 99, seed))[1:], 30, 30)
-        found.append(scores_of(gram, plan, 1.0, seed, by))
+        by = estimate_variance_inflation(permute_d_prime(gram, plan, draw_permutations(60, 99, seed))[1:], 30, 30)
+        found.append(score_stream(gram, plan, 1.0, seed, by))
     for scores in zip(*found, strict=True):
         truth = sum(s.value for s in scores) / 200
         missed = sum(not s.low <= truth <= s.high for s in scores)
@@ -102,7 +102,7 @@ def test_a_perfect_auc_has_an_interval() -> None:
     assert found.value == found.high == 1
     assert 0.7 < found.low < 0.95
     assert delong_auc(torch.zeros(10), torch.zeros(10)).value == 0.5
-    wide, narrow = newcombe(1.0, 10, 10), newcombe(1.0, 100, 100)
+    wide, narrow = newcombe_interval(1.0, 10, 10), newcombe_interval(1.0, 100, 100)
     assert wide[0] < narrow[0]
 
 
@@ -118,7 +118,7 @@ def test_the_probe_is_the_minimum_that_another_optimiser_finds() -> None:
     rows = torch.randn(40, 6, generator=generator).double() * 5 + 2
     rows[:18, 0] += 6
     plan, labels = split_folds(18, 22, 4), (torch.arange(40) < 18).double().numpy() * 2 - 1
-    found = cross_validated_log_odds(rows @ rows.T, plan, ridge=0.7)
+    found = cross_validate_probe(rows @ rows.T, plan, ridge=0.7)
     for fold in range(4):
         kept = plan.outside(fold).numpy()
         x = rows.numpy() - rows.numpy()[kept].mean(0)
@@ -134,4 +134,4 @@ def test_the_probe_is_the_minimum_that_another_optimiser_finds() -> None:
 def test_the_probe_survives_groups_that_lie_far_apart() -> None:
     rows = torch.randn(30, 4).double()
     rows[:15] += 1e4
-    assert torch.isfinite(cross_validated_log_odds(rows @ rows.T, split_folds(15, 15, 3), ridge=1e-4)).all()
+    assert torch.isfinite(cross_validate_probe(rows @ rows.T, split_folds(15, 15, 3), ridge=1e-4)).all()

@@ -11,13 +11,13 @@ from tests.support.contexts import activations_of, check_finding
 from obliteratus.analyze.samples import Sample, split_folds
 from obliteratus.analyze.transfer import (
     RIDGES,
-    Fold,
+    FoldMap,
     Transfer,
     choose_ridge,
-    fold_difference,
+    compute_fold_difference,
+    measure_transfer,
     permute_within_groups,
     score_maps,
-    transfer,
 )
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Activations
@@ -41,12 +41,12 @@ def models(related: bool = True, shift: float = 3.0, seed: int = 0) -> tuple[Act
 
 
 def run(pair: tuple[Activations, Activations], folds: int = 5) -> Transfer:
-    return transfer(*pair, (0, 0), folds=folds, draws=19)
+    return measure_transfer(*pair, (0, 0), folds=folds, draws=19)
 
 
 def test_a_planted_relation_is_found() -> None:
     found = run(models())
-    assert found.found
+    assert found.significant
     assert found.r2 > 0.8
     assert found.cosine > 0.9
     assert found.ceiling >= found.cosine - 0.05
@@ -59,12 +59,12 @@ def test_a_planted_relation_is_found() -> None:
 def test_unrelated_models_without_a_group_give_nothing() -> None:
     """And over 100 such pairs of models no more findings than the level allows."""
     found = run(models(related=False, shift=0.0, seed=1))
-    assert not found.found
+    assert not found.significant
     assert found.r2 < 0.02
     assert abs(found.cosine) < 0.5
     assert "no map" in found.summary()
     check_finding(found)
-    hits = sum(run(few(models(related=False, shift=0.0, seed=seed)), 2).found for seed in range(100))
+    hits = sum(run(few(models(related=False, shift=0.0, seed=seed)), 2).significant for seed in range(100))
     low, high = binom.interval(0.95, 100, 0.05)
     assert low <= hits <= high, hits
 
@@ -80,14 +80,14 @@ def test_shuffled_pairs_give_nothing() -> None:
     rows = torch.cat([two["target"].rows, two["control"].rows])
     rows = rows[torch.randperm(2 * N, generator=torch.Generator().manual_seed(5))]
     found = run((one, activations_of(rows[:N], rows[N:])))
-    assert not found.found
+    assert not found.significant
     assert found.r2 < 0.02
 
 
 def test_what_the_group_alone_gives_is_said() -> None:
     """Nothing in common but the group: the map beats chance, and no more than pairs shuffled within groups."""
     found = run(models(related=False))
-    assert found.found
+    assert found.significant
     assert found.r2 == pytest.approx(found.r2_within, abs=0.05)
     assert found.cosine > 0.8  # the group's direction maps onto the group's direction, whatever else is shared
 
@@ -95,7 +95,7 @@ def test_what_the_group_alone_gives_is_said() -> None:
 def test_prompts_must_be_the_same() -> None:
     one, two = models()
     with pytest.raises(UserError, match="the same prompts"):
-        transfer(one, activations_of(two["target"].rows[:-1], two["control"].rows), (0, 0))
+        measure_transfer(one, activations_of(two["target"].rows[:-1], two["control"].rows), (0, 0))
 
 
 def test_golden() -> None:
@@ -121,9 +121,9 @@ def test_golden() -> None:
         errors += ((truth - (x[~kept] - x[kept].mean(0)) @ best) ** 2).sum()
         whole += (truth**2).sum()
         mapped = (plan.weights[fold].numpy() @ x) @ best
-        own = fold_difference(torch.tensor(y), plan, fold).numpy()
+        own = compute_fold_difference(torch.tensor(y), plan, fold).numpy()
         cosines.append(mapped @ own / numpy.linalg.norm(mapped) / numpy.linalg.norm(own))
-    found = score_maps([Fold(torch.tensor(x), plan, f) for f in range(3)], torch.tensor(y))
+    found = score_maps([FoldMap(torch.tensor(x), plan, f) for f in range(3)], torch.tensor(y))
     assert found[0] == pytest.approx(1 - errors / whole, rel=1e-6)
     assert found[1] == pytest.approx(numpy.mean(cosines), rel=1e-6)
 

@@ -12,10 +12,10 @@ from obliteratus.analyze import analyze
 from obliteratus.analyze.samples import Sample
 from obliteratus.analyze.uncertainty import (
     Uncertainty,
-    angles,
-    bootstrap_weights,
-    split_half_agreement,
-    split_half_weights,
+    compute_angles,
+    compute_half_agreement,
+    draw_bootstrap_weights,
+    draw_half_weights,
 )
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
@@ -29,7 +29,7 @@ def run(acts: Activations) -> Uncertainty:
 
 def test_a_planted_direction_is_agreed_on() -> None:
     found = run(planted()[0])
-    assert found.found == (1, 2, 3, 4)
+    assert found.significant == (1, 2, 3, 4)
     assert (found.halves[1:] > 0.8).all()
     assert found.halves[0] == 0
     assert found.angle[0] == 90
@@ -47,7 +47,7 @@ def test_the_angle_is_the_sampling_error(n: int) -> None:
 
 def test_finds_nothing_in_one_population() -> None:
     found = run(one_population())
-    assert found.found == ()
+    assert found.significant == ()
     assert (found.halves.abs() < 0.3).all()  # 64 dimensions: a cosine by chance is 0.12
     assert (found.angle[1:] > 35).all()
     assert "no direction" in found.summary()
@@ -66,21 +66,21 @@ def test_golden() -> None:
     sample = Sample(rows[:12], rows[12:])
     x = sample.at(0)
     gram = x @ x.T
-    weights = bootstrap_weights(sample, 5, 1)
+    weights = draw_bootstrap_weights(sample, 5, 1)
     vectors = (weights @ x).numpy()
     numpy.testing.assert_allclose(vectors[0], (rows[:12].double().mean(0) - rows[12:].double().mean(0))[0], atol=1e-6)
     cosines = vectors[1:] @ vectors[0] / numpy.linalg.norm(vectors[1:], axis=1) / numpy.linalg.norm(vectors[0])
-    numpy.testing.assert_allclose(angles(gram, weights), numpy.degrees(numpy.arccos(cosines)), rtol=1e-9)
+    numpy.testing.assert_allclose(compute_angles(gram, weights), numpy.degrees(numpy.arccos(cosines)), rtol=1e-9)
     order = torch.randperm(23, generator=generator)
-    parts = split_half_weights(sample, 1, 2)
+    parts = draw_half_weights(sample, 1, 2)
     one, two = (parts[0] @ x[order]).numpy()
     expected = one @ two / numpy.linalg.norm(one) / numpy.linalg.norm(two)
-    numpy.testing.assert_allclose(split_half_agreement(gram, parts, order[None])[0], expected, rtol=1e-9)
+    numpy.testing.assert_allclose(compute_half_agreement(gram, parts, order[None])[0], expected, rtol=1e-9)
 
 
 def test_halves_share_no_prompt() -> None:
     sample = Sample(torch.zeros(7, 1, 3), torch.zeros(8, 1, 3))
-    parts = split_half_weights(sample, 20, 0)
+    parts = draw_half_weights(sample, 20, 0)
     assert ((parts[:, 0] != 0) ^ (parts[:, 1] != 0)).all()
     torch.testing.assert_close(parts[:, :, :7].sum(2), torch.ones(20, 2).double())
     torch.testing.assert_close(parts[:, :, 7:].sum(2), -torch.ones(20, 2).double())

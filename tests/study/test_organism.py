@@ -42,7 +42,7 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
     results: list[KnockoutResult] = [r for chunk in engine.chunks() for r in engine.measure(chunk)]
     parts = (
         analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
-        .found["decomposition"]
+        .findings["decomposition"]
         .to_dict()["parts"]["of"]
     )
     written = [sum(parts[f"block {r.layer} {half}"]["value"] for half in ("attention", "mlp")) for r in results]

@@ -1,4 +1,4 @@
-"""How well one number tells two groups apart, whatever its unit: the area under the ROC curve and its interval."""
+"""The area under the ROC curve: how well a number tells two groups apart, whatever its unit, with an interval."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ HALVINGS = 60  # of the interval 0–1: past what fp64 tells apart
 
 
 def pairwise_auc(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"]) -> Float[Tensor, " n"]:
-    """P(target > control) + ½ P(equal), over all pairs, for each of n numbers (Mann and Whitney 1947)."""
+    """Return P(target > control) + ½ P(equal) over all pairs, for each of n numbers (Mann and Whitney 1947)."""
     parts = [(x > control).float().mean(0) + 0.5 * (x == control).float().mean(0) for x in target]
     return torch.stack(parts).mean(0)
 
 
 def delong_auc(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Score:
-    """The probability that a value of ``one`` lies above one of ``two``, ties counted half, with its interval.
+    """Return the probability that a value of ``one`` exceeds one of ``two``, ties counted half, with its interval.
 
-    The interval is DeLong's (1988), which assumes nothing of the values. Where one group lies wholly above the other,
-    or all values are the same, its variance is zero and says nothing; there Newcombe's (2006, method 5) stands.
-    Values are taken as independent: those from cross-fitting nearly are.
+    The interval is DeLong's (1988), which assumes nothing of the values' distribution. Where one group lies wholly
+    above the other, or all values are equal, its variance is zero and says nothing; Newcombe's interval (2006,
+    method 5) takes its place. Values are taken as independent; those from cross-fitting nearly are.
     """
-    wins = _wins(one.double(), two.double())
+    wins = _count_wins(one.double(), two.double())
     value = float(wins.mean())
     variance = float(wins.mean(1).var() / len(one) + wins.mean(0).var() / len(two))
     if variance > 0:
         low, high = value - Z * sqrt(variance), value + Z * sqrt(variance)
     else:
-        low, high = newcombe(value, len(one), len(two))
+        low, high = newcombe_interval(value, len(one), len(two))
     return Score(value=value, low=max(0.0, low), high=min(1.0, high), n=len(one) + len(two), unit="AUC")
 
 
-def newcombe(value: float, n: int, m: int) -> tuple[float, float]:
-    """Where an AUC's distance to the one observed is Z standard errors, at *its* value: not empty at 0 and 1."""
-    return _end(value, 0.0, n, m), _end(value, 1.0, n, m)
+def newcombe_interval(value: float, n: int, m: int) -> tuple[float, float]:
+    """Return the AUCs that lie Z of their own standard errors from the observed one; not empty at 0 and 1."""
+    return _find_end(value, 0.0, n, m), _find_end(value, 1.0, n, m)
 
 
-def _wins(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Float[Tensor, "n m"]:
+def _count_wins(one: Float[Tensor, " n"], two: Float[Tensor, " m"]) -> Float[Tensor, "n m"]:
     gap = one[:, None] - two[None]
     return (gap > 0).double() + 0.5 * (gap == 0).double()
 
 
-def _end(value: float, far: float, n: int, m: int) -> float:
-    """The farthest AUC towards ``far`` that the one observed does not refute, by halving."""
+def _find_end(value: float, bound: float, n: int, m: int) -> float:
+    """Return the AUC nearest to ``bound`` that the observed one does not refute, by bisection."""
     near = value
     for _ in range(HALVINGS):
-        middle = (near + far) / 2
-        held = abs(middle - value) <= Z * sqrt(_variance(middle, n, m))
-        near, far = (middle, far) if held else (near, middle)
+        middle = (near + bound) / 2
+        compatible = abs(middle - value) <= Z * sqrt(_compute_variance(middle, n, m))
+        near, bound = (middle, bound) if compatible else (near, middle)
     return near
 
 
-def _variance(value: float, n: int, m: int) -> float:
-    """Hanley and McNeil's (1982), with both groups of their mean size inside the bracket as Newcombe has it."""
+def _compute_variance(value: float, n: int, m: int) -> float:
+    """Return Hanley and McNeil's variance (1982), with Newcombe's change: the mean group size inside the bracket."""
     more = (n + m) / 2 - 1
     inside = 1 + more * (1 - value) / (2 - value) + more * value / (1 + value)
     return value * (1 - value) * inside / (n * m)

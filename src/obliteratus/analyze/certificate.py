@@ -17,12 +17,12 @@ from obliteratus.analyze.samples import (
     Folds,
     Level,
     Sample,
+    compute_thresholds,
+    draw_permutations,
     familywise_p_values,
-    permutation_null,
-    permuted_orders,
-    sample_of,
+    permute_d_prime,
+    read_sample,
     split_folds,
-    thresholds,
 )
 from obliteratus.core.shapes import Float
 from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve
@@ -49,7 +49,7 @@ class Certificate:
         return bool((self.p <= self.level).any())
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def significant(self) -> tuple[int, ...]:
         """Stream indices that do."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
@@ -66,7 +66,7 @@ class Certificate:
             "level": self.level,
             "permutations": self.draws,
             "prompts": {"target": self.n[0], "control": self.n[1]},
-            "found": list(self.found),
+            "found": list(self.significant),
             "d_prime": self.d_prime.tolist(),
             "threshold": self.threshold.tolist(),
             "p_stream": self.p.tolist(),
@@ -78,7 +78,7 @@ class Certificate:
         least = f"above {float(self.threshold[best]):.2f} would have been found"
         if self.signal:
             return (
-                f"the groups differ at {len(self.found)} streams, most clearly at {best}: held-out d′ "
+                f"the groups differ at {len(self.significant)} streams, most clearly at {best}: held-out d′ "
                 f"{float(self.d_prime[best]):.2f} ({p})"
             )
         return f"no difference found ({p}); at stream {best} a held-out d′ {least}"
@@ -92,7 +92,7 @@ class Certificate:
         add_legend(axes)
 
 
-def certificate(
+def certify(
     target: Float[Tensor, "target streams width"],
     control: Float[Tensor, "control streams width"],
     *,
@@ -119,15 +119,15 @@ def certificate(
 def certify_sample(
     sample: Sample, *, level: float, draws: int, folds: int, standardize: bool, seed: int
 ) -> Certificate:
-    """`certificate` of a sample."""
+    """`certify` of a sample."""
     n, m = sample.n, len(sample) - sample.n
-    plan, order = split_folds(n, m, folds, seed), permuted_orders(len(sample), draws, seed + 1)
-    found = torch.stack([permutation_null(gram, plan, order) for gram in sample.grams(standardize)], 1)
-    return Certificate(found[0], thresholds(found, level), familywise_p_values(found), level, draws, (n, m))
+    plan, order = split_folds(n, m, folds, seed), draw_permutations(len(sample), draws, seed + 1)
+    found = torch.stack([permute_d_prime(gram, plan, order) for gram in sample.grams(standardize)], 1)
+    return Certificate(found[0], compute_thresholds(found, level), familywise_p_values(found), level, draws, (n, m))
 
 
 @analyses.register("certificate", cite="ISBN 978-0-471-55761-6", needs=("rows",))
-def certificate_of(
+def certify_activations(
     context: AnalysisContext,
     *,
     level: Level = LEVEL,
@@ -138,7 +138,7 @@ def certificate_of(
 ) -> Certificate:
     """Do target and control differ at any stream? A permutation test whose false positives are at most ``level``.
 
-    As `certificate`, which takes any two sets of rows: of an edited model it certifies what is left. Needs rows.
+    As `certify`, which takes any two sets of rows: of an edited model it certifies what is left. Needs rows.
     """
-    sample = sample_of(context.activations, "certificate", least=4)  # 2 folds of 2: a variance needs two
+    sample = read_sample(context.activations, "certificate", least=4)  # 2 folds of 2: a variance needs two
     return certify_sample(sample, level=level, draws=draws, folds=folds, standardize=standardize, seed=seed)

@@ -16,9 +16,9 @@ from obliteratus.analyze.samples import (
     Level,
     Sample,
     chance_interval,
+    draw_permutations,
     familywise_p_values,
-    permuted_orders,
-    sample_of,
+    read_sample,
 )
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
@@ -51,7 +51,7 @@ class Cones:
     level: float
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def significant(self) -> tuple[int, ...]:
         """Stream indices at which categories have directions of their own."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
@@ -62,7 +62,7 @@ class Cones:
             "categories": dict(zip(self.names, self.counts, strict=True)),
             "stream": self.stream,
             "level": self.level,
-            "found": list(self.found),
+            "found": list(self.significant),
             "cosine": {f"{self.names[j]} / {self.names[i]}": self.cosine[i][j].model_dump() for i, j in pairs},
             "rank": self.rank.tolist(),
             "rank_by_chance_low": self.chance[0].tolist(),
@@ -74,9 +74,9 @@ class Cones:
         size = f"{len(self.names)} categories, the smallest of {min(self.counts)} prompts"
         rank = f"effective rank {float(self.rank[self.stream]):.2f} at stream {self.stream}, by chance "
         rank += f"{float(self.chance[0, self.stream]):.2f} to {float(self.chance[1, self.stream]):.2f}"
-        if not self.found:
+        if not self.significant:
             return f"categories share one direction as far as can be told: {rank} ({size})"
-        return f"categories have directions of their own at {len(self.found)} streams: {rank} ({size})"
+        return f"categories have directions of their own at {len(self.significant)} streams: {rank} ({size})"
 
     def draw(self, figure: Figure) -> None:
         """Cosines beside ranks."""
@@ -91,7 +91,7 @@ class Cones:
 
 
 @analyses.register("cones", cite="arXiv:2502.17420", needs=("rows",))
-def cones(
+def measure_cones(
     context: AnalysisContext,
     *,
     least: Annotated[int, Field(ge=2)] = LEAST,
@@ -106,22 +106,24 @@ def cones(
     Effective rank: exp of the entropy of the squared singular values' shares (Roy and Vetterli 2007, squares: shares
     of energy), of the categories' unit directions. Few prompts alone push it above 1, so it is compared with ``draws``
     random permutations of the categories. Cosines are at ``stream`` (None: the highest score of the directions), with
-    percentile intervals of prompts drawn anew, and free of noise, which would lower them (`inner_products`).
+    percentile intervals of prompts drawn anew, and free of noise, which would lower them (`compute_inner_products`).
     Categories with fewer than ``least`` prompts are left out; UserError where fewer than two are left. That categories
     differ is no sign that the behavior does: topics have directions of their own, too. Needs rows.
     """
-    sample = sample_of(context.activations, "cones")
-    names, member = memberships([p.category for p in context.prompts["target"]], least)
+    sample = read_sample(context.activations, "cones")
+    names, member = group_by_category([p.category for p in context.prompts["target"]], least)
     at = int(context.directions.score.argmax()) if stream is None else stream
     if at >= sample.streams:
         raise UserError(f"analysis 'cones': stream={at}, but streams run from 0 to {sample.streams - 1}")
-    ranks = torch.stack([effective_ranks(sample, s, member, draws, seed) for s in range(sample.streams)], 1)
-    cosine = cosines(sample, at, member, resamples, seed + 1)
+    ranks = torch.stack([compute_effective_ranks(sample, s, member, draws, seed) for s in range(sample.streams)], 1)
+    cosine = compute_cosines(sample, at, member, resamples, seed + 1)
     counts = tuple(int(row.sum()) for row in member)
     return Cones(names, counts, at, cosine, ranks[0], chance_interval(ranks), familywise_p_values(ranks), level)
 
 
-def memberships(categories: Sequence[str], least: int) -> tuple[tuple[str, ...], Float[Tensor, "categories prompts"]]:
+def group_by_category(
+    categories: Sequence[str], least: int
+) -> tuple[tuple[str, ...], Float[Tensor, "categories prompts"]]:
     """Names of the categories that are large enough, and 1 for each prompt that is of one. An empty name is none."""
     counts = {name: categories.count(name) for name in dict.fromkeys(categories) if name}
     names = tuple(name for name, count in counts.items() if count >= least)
@@ -133,7 +135,7 @@ def memberships(categories: Sequence[str], least: int) -> tuple[tuple[str, ...],
     return names, torch.tensor([[float(c == name) for c in categories] for name in names]).double()
 
 
-def effective_ranks(
+def compute_effective_ranks(
     sample: Sample, stream: int, member: Float[Tensor, "categories prompts"], draws: int, seed: int
 ) -> Float[Tensor, " draws"]:
     """Effective rank of the categories' directions at one stream: as they are, then with categories permuted.
@@ -144,13 +146,13 @@ def effective_ranks(
     delta = rows[counted] - rows[sample.n :].mean(0)
     gram, kept = delta @ delta.T, member[:, counted]
     made = []
-    for order in permuted_orders(len(counted), draws, seed):
+    for order in draw_permutations(len(counted), draws, seed):
         weights = _means(kept[:, order])
-        made.append(effective_rank(_unit(weights @ gram @ weights.T)))
+        made.append(compute_effective_rank(_unit(weights @ gram @ weights.T)))
     return torch.stack(made)
 
 
-def effective_rank(gram: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
+def compute_effective_rank(gram: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
     """exp H of the shares of XXᵀ's eigenvalues, which are the squares of X's singular values; 0 where all are zero."""
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     total = values.sum()
@@ -158,7 +160,7 @@ def effective_rank(gram: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
     return torch.where(total > 0, torch.exp(-torch.xlogy(shares, shares).sum()), 0.0)
 
 
-def cosines(
+def compute_cosines(
     sample: Sample, stream: int, member: Float[Tensor, "categories prompts"], resamples: int, seed: int
 ) -> tuple[tuple[Score, ...], ...]:
     """Between the categories' directions, free of the noise of few prompts, with percentile intervals.
@@ -168,7 +170,7 @@ def cosines(
     rows = sample.at(stream)
     everyone = torch.ones(1, len(rows) - sample.n).double()
     values, counts = (
-        inner_products(rows @ rows.T, bootstrap_category_weights(member, everyone, resamples, seed)),
+        compute_inner_products(rows @ rows.T, bootstrap_category_weights(member, everyone, resamples, seed)),
         member.sum(1).int().tolist(),
     )
     size = values.diagonal(dim1=1, dim2=2)
@@ -202,7 +204,7 @@ def bootstrap_category_weights(
     return torch.stack(made, 1)
 
 
-def inner_products(
+def compute_inner_products(
     gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "draws groups rows"]
 ) -> Float[Tensor, "draws categories categories"]:
     """Inner products of the categories' differences from control, of which noise is no part.

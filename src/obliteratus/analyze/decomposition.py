@@ -12,7 +12,7 @@ from torch import Tensor
 from obliteratus.analyze.base import GROUPS, Aim, AnalysisContext, Stream, analyses, choose_direction
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.analyze.writers import block_output_modules, writers_in_order
-from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import ProbeRequest, Prompt, Site, Subject
 from obliteratus.inference.chat_template import render_prompts
@@ -56,8 +56,8 @@ class Decomposition:
             "prompts": list(self.prompts),
             "parts": _table(self.names, self.parts),
             "heads": _table(heads, self.heads),
-            "found": [self.names[i] for i in self.parts.found],
-            "found_heads": [heads[i] for i in self.heads.found],
+            "found": [self.names[i] for i in self.parts.significant],
+            "found_heads": [heads[i] for i in self.heads.significant],
         }
 
     def summary(self) -> str:
@@ -94,13 +94,13 @@ def _table(names: Sequence[str], contrast: Contrast) -> dict[str, Any]:
     return {"limit": contrast.limit, "of": {name: {"value": v, "error": e} for name, v, e in values}}
 
 
-COST = Cost(n_of("fit", "target") + n_of("fit", "control"))
+COST = Cost(prompt_count("fit", "target") + prompt_count("fit", "control"))
 
 
 @analyses.register(
     "decomposition", cite="Elhage et al. 2021, transformer-circuits.pub/2021/framework", cost=lambda options: COST
 )
-def decomposition(context: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
+def decompose_difference(context: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
     """What each block's attention, MLP and heads add to the groups' difference along the direction, at one token.
 
     Measured on the fit prompts: outputs of everything that adds to the stream, behind its norm where there is one;

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.significance import degrees_of_freedom, largest_ratio, random_rows
-from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.analyze.significance import compute_ratio_limit, draw_subspace, estimate_degrees_of_freedom
+from obliteratus.core.cost import Cost, constant, prompt_count, variable
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # A KL of so many nats is rounding: logarithms begin there.
 NOTHING = 1e-6
 # Bytes of what the blocks below each edit gave, kept for the next layers: 32 short prompts of a small model take 10 MB.
-KEPT = 50e6
+CACHE_BYTES = 50e6
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Entanglement:
     """What the largest ratio reaches in one of twenty models whose directions are random."""
 
     @property
-    def found(self) -> list[int]:
+    def significant(self) -> list[int]:
         """Layers that controls lean on along the directions more than along random ones."""
         return [i for i, value in enumerate(self.ratio.tolist()) if value > self.limit]
 
     def to_dict(self) -> dict[str, Any]:
         """Every layer's KL with its interval, beside those of random directions."""
         values = {"kl": [s.model_dump() for s in self.kl], "random": self.random.tolist()}
-        return {**values, "ratio": self.ratio.tolist(), "limit": self.limit, "found": self.found}
+        return {**values, "ratio": self.ratio.tolist(), "limit": self.limit, "found": self.significant}
 
     def summary(self) -> str:
         """The layer that costs most, and the one that costs least."""
         values = [s.value for s in self.kl]
         worst, best = values.index(max(values)), values.index(min(values))
         ends = f"KL on controls {values[best]:.2g} (layer {best}) to {values[worst]:.2g} nats (layer {worst})"
-        layers = ", ".join(map(str, self.found)) or "none"
+        layers = ", ".join(map(str, self.significant)) or "none"
         return f"{ends}; layers where it is more than random directions cost: {layers}"
 
     def draw(self, figure: Figure) -> None:
@@ -76,18 +76,18 @@ class Entanglement:
         bars = [[max(v - s.low, 0) for v, s in zip(values, self.kl, strict=True)]]
         bars += [[max(s.high - v, 0) for v, s in zip(values, self.kl, strict=True)]]
         axes.errorbar(places, values, yerr=bars, fmt="o-", color=BLUE, label="the layer's directions")
-        axes.plot(self.found, [values[i] for i in self.found], "o", color=ORANGE, label="more than random")
+        axes.plot(self.significant, [values[i] for i in self.significant], "o", color=ORANGE, label="more than random")
         axes.set_yscale("log")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    each = n_of("search", "control", options["prompts"])
-    return Cost(each * (number(1) + amount("L") * (1 + options["random"])))
+    each = prompt_count("search", "control", options["prompts"])
+    return Cost(each * (constant(1) + variable("L") * (1 + options["random"])))
 
 
 @analyses.register("entanglement", cite="arXiv:2406.11717", cost=_cost)
-def entanglement(
+def measure_entanglement(
     context: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 16,
@@ -103,7 +103,7 @@ def entanglement(
     """
     subject, held = context.subject, context.held_out["control"]
     ids = render_prompts(subject, [held[i] for i in evenly_spaced(len(held), prompts)])
-    trunk = CachedPrompts(subject, ids, budget=KEPT, answers=())
+    trunk = CachedPrompts(subject, ids, budget=CACHE_BYTES, answers=())
     base, rows = trunk.first_token(), []
     with progress("ANALYZE entanglement", subject.n_layers) as advance, report_to(SILENT):
         for layer in range(subject.n_layers):
@@ -112,7 +112,7 @@ def entanglement(
             advance(1)
     table = torch.stack(rows)
     own = tuple(bootstrap(values, mean, "nats") for values in table[:, 0])
-    return Entanglement(own, table[:, 1:].mean(2), *entanglement_ratio(table.mean(2)))
+    return Entanglement(own, table[:, 1:].mean(2), *compute_entanglement_ratio(table.mean(2)))
 
 
 def _plans(context: AnalysisContext, layer: int, random: int, seed: int) -> list[Plan]:
@@ -121,7 +121,7 @@ def _plans(context: AnalysisContext, layer: int, random: int, seed: int) -> list
     rows = rows[rows.any(1)]
     if not len(rows):
         return []
-    draws = [random_rows(len(rows), subject.width, seed + layer * random + i) for i in range(random)]
+    draws = [draw_subspace(len(rows), subject.width, seed + layer * random + i) for i in range(random)]
     return [remove_from_writers(subject, basis, (layer,)) for basis in (rows, *draws)]
 
 
@@ -135,7 +135,7 @@ def _divergences(
     return torch.stack([kl_divergence(base, part) for part in logp.split(len(base))])
 
 
-def entanglement_ratio(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tensor, " layers"], float]:
+def compute_entanglement_ratio(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tensor, " layers"], float]:
     """`Entanglement.ratio` and its limit. means: the layer's own first; a layer without directions is all zero.
 
     A small change costs a quadratic form in its direction, which for random ones is about χ²-distributed; with how
@@ -146,5 +146,5 @@ def entanglement_ratio(means: Float[Tensor, "layers plans"]) -> tuple[Float[Tens
     n, draws = int(there.sum()), drawn.shape[1]
     if not n:
         return torch.zeros(len(means)), torch.inf
-    freedom = degrees_of_freedom(float(drawn[there].log().var(1).mean()))
-    return (means[:, 0] / drawn.mean(1)).float(), largest_ratio(n, draws, freedom)
+    freedom = estimate_degrees_of_freedom(float(drawn[there].log().var(1).mean()))
+    return (means[:, 0] / drawn.mean(1)).float(), compute_ratio_limit(n, draws, freedom)

@@ -10,7 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.samples import LEVEL, Level, chance_interval, familywise_p_values, permuted_orders, sample_of
+from obliteratus.analyze.samples import (
+    LEVEL,
+    Level,
+    chance_interval,
+    draw_permutations,
+    familywise_p_values,
+    read_sample,
+)
 from obliteratus.core.shapes import Float
 from obliteratus.report.curves import Figure, plot_curve, plot_range
 
@@ -74,7 +81,7 @@ class Fingerprint:
 
 
 @analyses.register("fingerprint", needs=("rows",))
-def fingerprint(
+def measure_fingerprint(
     context: AnalysisContext,
     *,
     draws: Annotated[int, Field(ge=19, le=10_000)] = PERMUTATIONS,
@@ -88,12 +95,12 @@ def fingerprint(
     prompts; permuted labels are treated alike, which is why only what lies outside their range says anything. Needs
     rows, four prompts of each group.
     """
-    sample = sample_of(context.activations, "fingerprint", least=4)
-    order, n, m = permuted_orders(len(sample), draws, seed), sample.n, len(sample) - sample.n
+    sample = read_sample(context.activations, "fingerprint", least=4)
+    order, n, m = draw_permutations(len(sample), draws, seed), sample.n, len(sample) - sample.n
     lengths = torch.cat([sample.target, sample.control]).double().norm(dim=2)
     found = []
     for stream, gram in enumerate(sample.grams()):
-        found.append(torch.stack([features(gram[rows][:, rows], lengths[rows, stream], n) for rows in order]))
+        found.append(torch.stack([compute_features(gram[rows][:, rows], lengths[rows, stream], n) for rows in order]))
     made = torch.stack(found, 2).transpose(0, 1)
     far = (made - made.mean(1, keepdim=True)).abs()
     p = familywise_p_values(far.transpose(0, 1).flatten(1)).unflatten(0, (len(FEATURES), -1))
@@ -101,7 +108,9 @@ def fingerprint(
     return Fingerprint(ratio, tails, width, torch.stack([chance_interval(one) for one in made]), p, level, (n, m))
 
 
-def features(gram: Float[Tensor, "rows rows"], lengths: Float[Tensor, " rows"], n: int) -> Float[Tensor, " features"]:
+def compute_features(
+    gram: Float[Tensor, "rows rows"], lengths: Float[Tensor, " rows"], n: int
+) -> Float[Tensor, " features"]:
     """The three, where the first n rows are the target's. From products of rows alone; 0 where there is nothing."""
     weights = torch.cat([gram.new_full((n,), 1 / n), gram.new_full((len(gram) - n,), -1 / (len(gram) - n))])
     along = gram[:n] @ weights

@@ -47,7 +47,7 @@ class Footprint:
     draws: int
 
     @property
-    def found(self) -> tuple[str, ...]:
+    def significant(self) -> tuple[str, ...]:
         """Sites that write along the directions beyond chance."""
         return tuple(s for s, p in zip(self.sites, self.share_p.tolist(), strict=True) if p <= self.level)
 
@@ -61,7 +61,7 @@ class Footprint:
         return {
             "random_directions": self.draws,
             "level": self.level,
-            "found": list(self.found),
+            "found": list(self.significant),
             "sparse": list(self.sparse),
             "site": list(self.sites),
             "share": self.share.tolist(),
@@ -79,12 +79,12 @@ class Footprint:
         n = len(self.sites)
         if not n:
             return "no matrix writes into a stream that has a direction"
-        if not self.found:
+        if not self.significant:
             return f"none of {n} matrices writes along the directions more than along {self.draws} random ones"
-        top = max(self.found, key=lambda s: float(self.share[self.sites.index(s)]))
+        top = max(self.significant, key=lambda s: float(self.share[self.sites.index(s)]))
         at = self.sites.index(top)
         return (
-            f"{len(self.found)} of {n} matrices write along the directions more than along {self.draws} random ones, "
+            f"{len(self.significant)} of {n} matrices write along the directions more than along {self.draws} random ones, "
             f"most {top} ({float(self.share[at]):.1%} of its norm); {len(self.sparse)} on fewer columns than chance"
         )
 
@@ -105,7 +105,7 @@ class Footprint:
 
 
 @analyses.register("footprint", cite="doi:10.2307/2223319")
-def footprint(
+def measure_footprint(
     context: AnalysisContext,
     *,
     draws: Annotated[int, Field(ge=19, le=10_000)] = RANDOM,
@@ -122,8 +122,8 @@ def footprint(
     """
     subspaces = _subspaces(context.directions.basis, draws, seed)
     found = [
-        (name, site, subspace_shares(weight, subspaces[:, site.stream].to(weight)).double())
-        for name, site, weight in effective_writer_matrices(context.subject)
+        (name, site, measure_subspace_shares(weight, subspaces[:, site.stream].to(weight)).double())
+        for name, site, weight in iterate_writer_matrices(context.subject)
         if subspaces[0, site.stream].any()
     ]
     made = torch.stack([one for _, _, one in found], 2) if found else torch.zeros(3, draws + 1, 0).double()
@@ -144,7 +144,7 @@ def footprint(
     )
 
 
-def effective_writer_matrices(subject: Subject) -> Iterator[tuple[str, Site, Float[Tensor, "width inp"]]]:
+def iterate_writer_matrices(subject: Subject) -> Iterator[tuple[str, Site, Float[Tensor, "width inp"]]]:
     """Name, site and weight of each writer as it reaches the stream, of stacks each expert's; fp32, one at a time."""
     for stack in (site for site in subject.sites if site.role == "writes"):
         module = subject.module(stack.path)
@@ -154,13 +154,13 @@ def effective_writer_matrices(subject: Subject) -> Iterator[tuple[str, Site, Flo
             yield name, site, weight if gain is None else gain.to(weight)[:, None] * weight
 
 
-def subspace_shares(
+def measure_subspace_shares(
     weight: Float[Tensor, "width inp"], rows: Float[Tensor, "draws k width"]
 ) -> Float[Tensor, "3 draws"]:
     """Of each subspace: share of the norm along it, Gini coefficient of the columns, share of columns with `MOST`."""
     energy = torch.stack([(subspace @ weight).square().sum(0) for subspace in rows])
     size = weight.norm().clamp(min=torch.finfo(weight.dtype).tiny)
-    return torch.stack([energy.sum(1).sqrt() / size, gini(energy), smallest_share_holding(energy)])
+    return torch.stack([energy.sum(1).sqrt() / size, gini(energy), find_smallest_share(energy)])
 
 
 def gini(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
@@ -171,7 +171,7 @@ def gini(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
     return torch.where(total > 0, ordered @ place / (n * torch.where(total > 0, total, 1.0)), 0.0).to(values)
 
 
-def smallest_share_holding(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
+def find_smallest_share(values: Float[Tensor, "draws n"]) -> Float[Tensor, " draws"]:
     """The least share of the values that together hold `MOST` of the sum."""
     running = values.double().sort(1, descending=True).values.cumsum(1)
     needed = (running < MOST * running[:, -1:]).sum(1) + 1

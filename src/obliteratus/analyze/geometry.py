@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.certificate import certify_sample
-from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, permuted_orders, sample_of
+from obliteratus.analyze.samples import DRAWS, FOLDS, LEVEL, Draws, Level, Sample, draw_permutations, read_sample
 from obliteratus.core.shapes import Float
 from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve, plot_matrix
 
@@ -28,7 +28,7 @@ class Geometry:
 
     cosine: Float[Tensor, "streams streams"]
     """Signed; zero where a stream has no direction."""
-    found: tuple[int, ...]
+    significant: tuple[int, ...]
     """Stream indices where the groups differ beyond chance: only there a direction means something."""
     clusters: tuple[tuple[int, ...], ...]
     """Runs of neighboring found streams, all of whose pairs have a cosine of at least ``alike``."""
@@ -42,14 +42,14 @@ class Geometry:
     @property
     def persistence(self) -> Float[Tensor, " lags"]:
         """Mean cosine of found streams that lie ``lag`` apart, from lag 0; NaN where no two do."""
-        return _by_lag(self.cosine, self.found)
+        return _by_lag(self.cosine, self.significant)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, by stream index."""
         return {
             "prompts": self.n,
             "alike": self.alike,
-            "found": list(self.found),
+            "found": list(self.significant),
             "clusters": [list(c) for c in self.clusters],
             "reach": list(self.reach),
             "persistence": _known(self.persistence),
@@ -58,12 +58,12 @@ class Geometry:
         }
 
     def summary(self) -> str:
-        if not self.found:
+        if not self.significant:
             return f"no stream has a direction beyond chance ({self.n} prompts)"
         runs = ", ".join(f"{c[0]}–{c[-1]}" if len(c) > 1 else str(c[0]) for c in self.clusters)
         middle = sorted(self.reach)[len(self.reach) // 2]
         return (
-            f"{len(self.found)} of {len(self.cosine)} streams have a direction, in runs {runs} (cosines ≥ "
+            f"{len(self.significant)} of {len(self.cosine)} streams have a direction, in runs {runs} (cosines ≥ "
             f"{self.alike:g}); half of them last {middle} streams or more ({self.n} prompts)"
         )
 
@@ -79,7 +79,7 @@ class Geometry:
 
 
 @analyses.register("geometry", needs=("rows",))
-def geometry(
+def compare_directions(
     context: AnalysisContext,
     *,
     alike: Annotated[float, Field(gt=0, le=1)] = ALIKE,
@@ -94,18 +94,18 @@ def geometry(
     complete: every pair is alike, so that a slow turn is not chained into one. Signs are kept; a direction that turns
     over has a cosine of −1 and ends a run. Needs rows.
     """
-    sample = sample_of(context.activations, "geometry", least=4)
+    sample = read_sample(context.activations, "geometry", least=4)
     tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardize=True, seed=seed)
     rows = normalize(context.directions.basis[:, 0].double(), dim=1)
     cosine = rows @ rows.T
-    found = [s for s in tested.found if cosine[s, s] > 0]
-    lasting = chance_cosine(sample, seed)
+    found = [s for s in tested.significant if cosine[s, s] > 0]
+    lasting = permute_cosines(sample, seed)
     chance = _by_lag(lasting, lasting.diagonal().nonzero().flatten().tolist())
     reach = tuple(_reach(cosine, found[i:], alike) for i in range(len(found)))
-    return Geometry(cosine, tuple(found), similar_runs(cosine, found, alike), reach, chance, alike, len(sample))
+    return Geometry(cosine, tuple(found), find_similar_runs(cosine, found, alike), reach, chance, alike, len(sample))
 
 
-def similar_runs(
+def find_similar_runs(
     cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float
 ) -> tuple[tuple[int, ...], ...]:
     """Neighboring streams, from the first on, as long as each is alike all of its run."""
@@ -119,9 +119,9 @@ def similar_runs(
     return tuple(map(tuple, made))
 
 
-def chance_cosine(sample: Sample, seed: int) -> Float[Tensor, "streams streams"]:
+def permute_cosines(sample: Sample, seed: int) -> Float[Tensor, "streams streams"]:
     """Mean cosine of the streams' mean differences over permutations of the labels, the same ones at each stream."""
-    order = permuted_orders(len(sample), YARDSTICK, seed)[1:]
+    order = draw_permutations(len(sample), YARDSTICK, seed)[1:]
     side = torch.cat([torch.ones(sample.n) / sample.n, -torch.ones(len(sample) - sample.n) / (len(sample) - sample.n)])
     weights = torch.zeros(YARDSTICK, len(sample)).double().scatter_(1, order, side.double().expand(YARDSTICK, -1))
     deltas = torch.stack([normalize(weights @ sample.at(s), dim=1) for s in range(sample.streams)], 1)

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.readout import logit_effects
-from obliteratus.analyze.significance import random_units
+from obliteratus.analyze.readout import compute_logit_effects
+from obliteratus.analyze.significance import draw_unit_vectors
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Subject
 from obliteratus.report.curves import BLUE, GREY, ORANGE
@@ -31,7 +31,7 @@ class Lens:
     suppressed: tuple[tuple[str, ...], ...]
     """And lowers most."""
     high: Float[Tensor, "streams tokens"]
-    """The logits of `logit_effects`."""
+    """The logits of `compute_logit_effects`."""
     low: Float[Tensor, "streams tokens"]
     """The logits of `suppressed`."""
     limit: float
@@ -40,7 +40,7 @@ class Lens:
     """Of the tokens a stream promotes, the share that the stream before promotes too, 0–1; zero at stream 0."""
 
     @property
-    def found(self) -> list[int]:
+    def significant(self) -> list[int]:
         """Streams whose direction promotes or suppresses a token more than random directions do any."""
         most = torch.maximum(self.high[:, 0], -self.low[:, 0])
         return [i for i, value in enumerate(most.tolist()) if value > self.limit]
@@ -51,15 +51,17 @@ class Lens:
             {"promoted": _pairs(up, high), "suppressed": _pairs(down, low)}
             for up, high, down, low in zip(self.promoted, self.high, self.suppressed, self.low, strict=True)
         ]
-        return {"streams": streams, "limit": self.limit, "found": self.found, "sharing": self.sharing.tolist()}
+        return {"streams": streams, "limit": self.limit, "found": self.significant, "sharing": self.sharing.tolist()}
 
     def summary(self) -> str:
         """What the clearest stream promotes."""
-        if not self.found:
+        if not self.significant:
             return "no direction promotes or suppresses any token more than random directions do"
-        best = max(self.found, key=lambda i: max(float(self.high[i, 0]), -float(self.low[i, 0])))
+        best = max(self.significant, key=lambda i: max(float(self.high[i, 0]), -float(self.low[i, 0])))
         up, down = (" ".join(map(repr, tokens[best][:5])) for tokens in (self.promoted, self.suppressed))
-        return f"{len(self.found)} streams beyond random directions; stream {best} promotes {up}, suppresses {down}"
+        return (
+            f"{len(self.significant)} streams beyond random directions; stream {best} promotes {up}, suppresses {down}"
+        )
 
     def draw(self, figure: Figure) -> None:
         """The top and the bottom token's logit by stream, the first of them named at the clearest one."""
@@ -79,7 +81,7 @@ def _pairs(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
 
 
 @analyses.register("lens", cite="nostalgebraist 2020, interpreting GPT: the logit lens")
-def lens(
+def apply_logit_lens(
     context: AnalysisContext,
     *,
     tokens: Annotated[int, Field(ge=1, le=100)] = 10,
@@ -92,34 +94,36 @@ def lens(
     ``random`` random directions' would by chance, over all streams together (5 %). tokens: listed at each end.
     """
     subject, rows = context.subject, context.directions.basis[:, 0]
-    logits = list(logit_effects(subject, rows))
-    high, up = extreme_tokens(logits, tokens, largest=True)
-    low, down = extreme_tokens(logits, tokens, largest=False)
+    logits = list(compute_logit_effects(subject, rows))
+    high, up = find_extreme_tokens(logits, tokens, largest=True)
+    low, down = find_extreme_tokens(logits, tokens, largest=False)
     there = rows.any(1)
     return Lens(
-        promoted=token_texts(subject, up, there),
-        suppressed=token_texts(subject, down, there),
+        promoted=decode_tokens(subject, up, there),
+        suppressed=decode_tokens(subject, down, there),
         high=high,
         low=low,
-        limit=random_limit(subject, int(there.sum()), random, seed),
+        limit=compute_random_limit(subject, int(there.sum()), random, seed),
         sharing=_sharing(up, there),
     )
 
 
-def random_limit(subject: Subject, streams: int, random: int, seed: int) -> float:
+def compute_random_limit(subject: Subject, streams: int, random: int, seed: int) -> float:
     """The largest |logit| over so many random directions: its 95 % point. The quantile 0.95^(1/streams) of one's."""
-    units = random_units(random, subject.width, seed)
-    largest = torch.cat([part.abs().amax(1) for part in logit_effects(subject, units)])
+    units = draw_unit_vectors(random, subject.width, seed)
+    largest = torch.cat([part.abs().amax(1) for part in compute_logit_effects(subject, units)])
     return float(torch.quantile(largest, LEVEL ** (1 / max(streams, 1))))
 
 
-def extreme_tokens(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def find_extreme_tokens(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest or smallest logits of each row, and their tokens; all of them where there are fewer."""
     found = [part.topk(min(k, part.shape[1]), dim=1, largest=largest) for part in logits]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def token_texts(subject: Subject, tokens: Int[Tensor, "n k"], there: Bool[Tensor, " n"]) -> tuple[tuple[str, ...], ...]:
+def decode_tokens(
+    subject: Subject, tokens: Int[Tensor, "n k"], there: Bool[Tensor, " n"]
+) -> tuple[tuple[str, ...], ...]:
     """Tokens as text, none for rows that are not there; ids beyond the tokenizer, of a padded vocabulary, by number."""
     known = len(subject.tokenizer)
 

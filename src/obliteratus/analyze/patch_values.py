@@ -37,9 +37,7 @@ class Patch:
     """(start, stop) of the columns that are replaced; None is all of them."""
 
 
-def patched_last_streams(
-    subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], title: str
-) -> Float[Tensor, "rows width"]:
+def run_patched(subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], title: str) -> Float[Tensor, "rows width"]:
     """The last stream at every row's last token, fp32, with that row's values put in. Rows do not see each other.
 
     Positions may not lie before a row's beginning: ValueError.

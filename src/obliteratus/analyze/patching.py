@@ -13,7 +13,7 @@ from torch import Tensor
 from obliteratus.analyze.base import AnalysisContext, analyses
 from obliteratus.analyze.significance import Contrast, contrast_within_pairs, describe_clearest
 from obliteratus.analyze.writers import block_output_modules
-from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.core.cost import Cost, constant, prompt_count, variable
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 from obliteratus.analyze.base import GROUPS, choose_direction, subsample
-from obliteratus.analyze.patch_values import Patch, patched_last_streams
-from obliteratus.analyze.readout import next_token_log_probs
+from obliteratus.analyze.patch_values import Patch, run_patched
+from obliteratus.analyze.readout import compute_next_token_log_probs
 from obliteratus.analyze.writers import is_mixer, writers_in_order
 from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
@@ -32,7 +32,7 @@ from obliteratus.summon.sites import find_architecture, has_heads
 from obliteratus.verify.intervals import bootstrap, mean
 from obliteratus.weights.matrices import count_inputs
 
-What = Literal["logits", "projection"]
+PatchScore = Literal["logits", "projection"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PatchingSetup:
     """The direction of the score ``projection``."""
 
     @classmethod
-    def of(cls, context: AnalysisContext, score: What, into: str, pairs: int, positions: int) -> PatchingSetup:
+    def of(cls, context: AnalysisContext, score: PatchScore, into: str, pairs: int, positions: int) -> PatchingSetup:
         """Runs both groups once."""
         subject, prompts = context.subject, subsample(context.held_out, pairs)
         n = min(len(prompts[group]) for group in GROUPS)
@@ -80,7 +80,7 @@ class PatchingSetup:
         least = min(positions, *(len(row) for group in rows.values() for row in group))
         along = choose_direction(context, subject.n_layers, "patching").vector if score == "projection" else None
         outputs, inputs = _given(subject, other, least)
-        first = patched_last_streams(subject, rows[into], [()] * n, "ANALYZE patching")
+        first = run_patched(subject, rows[into], [()] * n, "ANALYZE patching")
         last = outputs[f"{subject.layers}.{subject.n_layers - 1}"][:, -1]
         return cls(subject, rows[into], least, outputs, inputs, first, last, along)
 
@@ -98,8 +98,10 @@ class PatchingSetup:
         """pairs: of each row."""
         if self.along is not None:
             return streams @ self.along
-        one, two = (next_token_log_probs(self.subject, x).argmax(1)[list(pairs)] for x in (self.first, self.other))
-        logp, rows = next_token_log_probs(self.subject, streams), torch.arange(len(streams))
+        one, two = (
+            compute_next_token_log_probs(self.subject, x).argmax(1)[list(pairs)] for x in (self.first, self.other)
+        )
+        logp, rows = compute_next_token_log_probs(self.subject, streams), torch.arange(len(streams))
         return logp[rows, one] - logp[rows, two]
 
     def effects(self, places: Sequence[PatchLocation]) -> Float[Tensor, "pairs places"]:
@@ -107,7 +109,7 @@ class PatchingSetup:
         n = len(self.ids)
         jobs = [(pair, place) for place in places for pair in range(n)]
         puts = [self._puts(pair, place) for pair, place in jobs]
-        streams = patched_last_streams(self.subject, [self.ids[pair] for pair, _ in jobs], puts, "ANALYZE patching")
+        streams = run_patched(self.subject, [self.ids[pair] for pair, _ in jobs], puts, "ANALYZE patching")
         base = self._score(self.first, range(n))
         parts = [self._score(x, range(n)) for x in streams.split(n)]
         return torch.stack([base - part for part in parts], 1)
@@ -186,8 +188,8 @@ class Patching:
 
     def to_dict(self) -> dict[str, Any]:
         """Every place with its effect, standard error and share, and by name those beyond chance."""
-        found = [str(self.places[i]) for i in self.effects.found]
-        heads = [str(self.heads[i]) for i in self.head_effects.found]
+        found = [str(self.places[i]) for i in self.effects.significant]
+        heads = [str(self.heads[i]) for i in self.head_effects.significant]
         tables = {"places": self._table(self.places, self.effects), "heads": self._table(self.heads, self.head_effects)}
         return {"gap": self.gap.model_dump(), "unit": self.unit, "found": found, "found_heads": heads, **tables}
 
@@ -225,15 +227,15 @@ def _grid(values: Sequence[tuple[PatchLocation, float]]) -> Float[Tensor, "posit
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    places = amount("L") * (len(KINDS) * options["positions"]) + number(options["heads"] * options["positions"])
-    return Cost((places + number(2)) * n_of("search", "target", options["pairs"]))
+    places = variable("L") * (len(KINDS) * options["positions"]) + constant(options["heads"] * options["positions"])
+    return Cost((places + constant(2)) * prompt_count("search", "target", options["pairs"]))
 
 
 @analyses.register("patching", cite="arXiv:2202.05262", cost=_cost)
-def patching(
+def patch_activations(
     context: AnalysisContext,
     *,
-    score: What = "logits",
+    score: PatchScore = "logits",
     into: Literal["target", "control"] = "target",
     pairs: Annotated[int, Field(ge=1, le=1000)] = 8,
     positions: Annotated[int, Field(ge=1, le=64)] = 3,

@@ -13,7 +13,7 @@ from torch import Tensor
 from obliteratus.analyze.auc import pairwise_auc
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
-from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.shapes import Float
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
@@ -46,14 +46,14 @@ class Positions:
         shape = (len(self.tokens), self.streams)
         values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
         tables = {name: value.reshape(shape).tolist() for name, value in values.items()}
-        found = [self.place(i) for i in self.contrast.found]
+        found = [self.place(i) for i in self.contrast.significant]
         about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "prompts": list(self.prompts)}
         return {**about, "found": [list(place) for place in found], **tables}
 
     def summary(self) -> str:
         """Where they lie furthest apart."""
         named = describe_clearest(self.contrast, lambda i: "token {} stream {}".format(*self.place(i)))
-        places = {self.place(i)[0] for i in self.contrast.found}
+        places = {self.place(i)[0] for i in self.contrast.significant}
         return f"apart at {len(places)} of the last {len(self.tokens)} tokens: {named}"
 
     def draw(self, figure: Figure) -> None:
@@ -66,11 +66,13 @@ class Positions:
         figure.colorbar(image, ax=axes, label="AUC")
 
 
-COST = Cost(n_of("search", "target") + n_of("search", "control"))
+COST = Cost(prompt_count("search", "target") + prompt_count("search", "control"))
 
 
 @analyses.register("positions", cite="arXiv:2406.11717", cost=lambda options: COST)
-def positions(context: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0) -> Positions:
+def measure_positions(
+    context: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0
+) -> Positions:
     """How far the groups lie apart along each stream's first direction, at the last tokens of held-out prompts.
 
     All positions come from one pass. Directions are as they were fitted, at their one token. What stands out is told

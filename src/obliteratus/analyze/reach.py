@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
-from obliteratus.core.cost import Answers, Cost, amount, n_of, number
+from obliteratus.core.cost import Answers, Cost, constant, prompt_count, variable
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
@@ -42,20 +42,20 @@ BOTH = "both"
 PARTS: Mapping[str, tuple[str, ...]] = {BOTH: ("attn.out", "mlp.out"), "attention": ("attn.out",), "mlp": ("mlp.out",)}
 
 
-def candidate_first_blocks(n: int, low: float, most: int) -> list[int]:
+def choose_first_blocks(n: int, low: float, most: int) -> list[int]:
     """At most so many of the blocks from ``low`` of the depth on, evenly spread; the last one is not left out."""
     blocks = list(range(n))[int(low * n) :][::-1]
     return sorted(blocks[i] for i in evenly_spaced(len(blocks), most))
 
 
-def parts_present(subject: Subject) -> dict[str, tuple[str, ...]]:
+def list_parts(subject: Subject) -> dict[str, tuple[str, ...]]:
     """The parts that this model's blocks have."""
     there = {site.part for site in subject.sites}
     own = {name: tuple(p for p in of if there & set(expand_part(p))) for name, of in PARTS.items()}
     return {name: of for name, of in own.items() if of}
 
 
-def plan_from_layer(context: AnalysisContext, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
+def plan_removal_from(context: AnalysisContext, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
     """The directions taken from these parts of blocks ``layer`` and above, as EXCISE would: anchored where anchors were
     probed. No directions there: the model as it is."""
     subject = context.subject
@@ -67,7 +67,7 @@ def plan_from_layer(context: AnalysisContext, directions: Directions, parts: Seq
         return Plan((), subject.source.digest)
 
 
-def random_directions(directions: Directions, seed: int) -> Directions:
+def randomize_directions(directions: Directions, seed: int) -> Directions:
     """Random directions in place of these, as many at each stream."""
     noise = torch.randn(directions.basis.shape, generator=torch.Generator().manual_seed(seed))
     rows = torch.linalg.qr(normalize(noise, dim=2).transpose(1, 2))[0].transpose(1, 2)
@@ -75,7 +75,7 @@ def random_directions(directions: Directions, seed: int) -> Directions:
     return Directions((rows * there).contiguous(), directions.score, directions.raw, "random")
 
 
-def typical_first_tokens(
+def find_typical_first_tokens(
     target: Float[Tensor, "rows vocabulary"], control: Float[Tensor, "others vocabulary"]
 ) -> tuple[int, ...]:
     """Return the first tokens that are typical of target prompts, from log-probabilities; there may be none."""
@@ -83,7 +83,7 @@ def typical_first_tokens(
     return tuple(frequent_openings(one, other))
 
 
-def remaining_probability(
+def compute_remaining_behavior(
     base: Float[Tensor, "rows vocabulary"], edited: Float[Tensor, "rows vocabulary"], size: int, tokens: Sequence[int]
 ) -> Float[Tensor, " target"]:
     """Of each target prompt: its probability of the tokens, in units of what the groups differ by; 1 without tokens.
@@ -98,7 +98,7 @@ def remaining_probability(
     return ((after[:size] - floor) / (before[:size].mean() - floor)).float()
 
 
-def refusal_rate_under(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
+def measure_refusal_rate(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
     """Share of target prompts whose answers of so many tokens refuse, under the plan."""
     with applied(subject, plan):
         found = measure(subject, PromptSet({"target": tuple(prompts)}), (Step(use="refusal", tokens=tokens),))
@@ -108,12 +108,12 @@ def refusal_rate_under(subject: Subject, plan: Plan, prompts: Sequence[Prompt], 
 RANDOM = "random"
 COLORS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
 # Bytes of what the blocks below each edit gave, kept for the next depths: 48 short prompts of a small model take 15 MB.
-KEPT = 50e6
+CACHE_BYTES = 50e6
 HALF = 0.5  # of the behavior
 NOTHING = 1e-5  # nats: below lies rounding, and logarithms begin
 # Of the behavior: an edit that leaves more by first tokens is not answered. In 60 trials refusals never fell short of
 # what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first look can be trusted").
-WORTH = 0.1
+MAX_REMAINING_BEHAVIOR = 0.1
 Cells = Mapping[str, tuple[Score, ...]]
 """By part and depth."""
 
@@ -138,7 +138,7 @@ class Reach:
     look for, and all is left."""
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def effective_depths(self) -> tuple[int, ...]:
         """Depths from which removal in attention and MLP ends more than half of the behavior, and random removal less:
         the intervals lie apart."""
         rows = zip(self.depths, self.left[BOTH], self.left[RANDOM], strict=True)
@@ -160,14 +160,14 @@ class Reach:
             name: {part: [s.model_dump() for s in row] for part, row in table.items()} for name, table in tables.items()
         }
         answered = [{"part": part, "depth": depth, **s.model_dump()} for part, depth, s in self.answered]
-        found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.found)}
+        found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.effective_depths)}
         return {"depths": list(self.depths), **told, **found}
 
     def summary(self) -> str:
         """How deep edits may begin."""
-        if not self.found:
+        if not self.effective_depths:
             return "removing the directions ends the behavior from no depth on"
-        last = max(self.found)
+        last = max(self.effective_depths)
         left, cost = (table[BOTH][self.depths.index(last)].value for table in (self.left, self.kl))
         text = (
             f"removal still works from block {last} on: {100 * max(left, 0):.0f} % of the behavior is left, "
@@ -194,14 +194,14 @@ class Reach:
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    each = sum((n_of("search", group, options["prompts"]) for group in GROUPS), number(0))
-    passes = Cost(each * (number(1) + amount("L", options["depths"]) * (len(PARTS) + 1)))
-    written = Answers(options["tokens"], n_of("search", "target", options["answers"]), options["tries"])
+    each = sum((prompt_count("search", group, options["prompts"]) for group in GROUPS), constant(0))
+    passes = Cost(each * (constant(1) + variable("L", options["depths"]) * (len(PARTS) + 1)))
+    written = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), options["tries"])
     return passes + Cost(answers=(written,) if options["tries"] else ())
 
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
-def reach(
+def measure_reach(
     context: AnalysisContext,
     *,
     prompts: Annotated[int, Field(ge=2)] = 24,
@@ -224,35 +224,35 @@ def reach(
     spread from ``low`` of the depth on: further down an edit costs more and has not been seen to do more. answers,
     tokens: target search prompts that are answered, at most, and how long.
     """
-    subject, layers = context.subject, candidate_first_blocks(context.subject.n_layers, low, depths)
+    subject, layers = context.subject, choose_first_blocks(context.subject.n_layers, low, depths)
     some = {g: [context.held_out[g][i] for i in evenly_spaced(len(context.held_out[g]), prompts)] for g in GROUPS}
-    size, parts = len(some["target"]), parts_present(subject)
+    size, parts = len(some["target"]), list_parts(subject)
     trunk = CachedPrompts(
-        subject, [row for g in GROUPS for row in render_prompts(subject, some[g])], budget=KEPT, answers=()
+        subject, [row for g in GROUPS for row in render_prompts(subject, some[g])], budget=CACHE_BYTES, answers=()
     )
     base, found = trunk.first_token(), []
     with progress("ANALYZE reach", len(layers)) as advance, report_to(SILENT):
         for layer in layers:
-            plans = [plan_from_layer(context, context.directions, of, layer) for of in parts.values()]
-            plans.append(plan_from_layer(context, random_directions(context.directions, seed), parts[BOTH], layer))
+            plans = [plan_removal_from(context, context.directions, of, layer) for of in parts.values()]
+            plans.append(plan_removal_from(context, randomize_directions(context.directions, seed), parts[BOTH], layer))
             with applied_per_row(subject, plans, [i for i in range(len(plans)) for _ in base]):
                 found.append(trunk.times(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
     left, cost, begun = tabulate(base, found, (*parts, RANDOM), size)
     held = [context.held_out["target"][i] for i in evenly_spaced(len(context.held_out["target"]), answers)]
-    tried = _answered(context, cheapest_edits(layers, left, cost)[:tries] if begun else [], held, tokens)
+    tried = _answered(context, rank_edits(layers, left, cost)[:tries] if begun else [], held, tokens)
     words = tuple(subject.tokenizer.decode([t]) for t in begun)
     return Reach(tuple(layers), left, cost, tried, words)
 
 
-def cheapest_edits(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str, int]]:
+def rank_edits(layers: Sequence[int], left: Cells, cost: Cells) -> list[tuple[str, int]]:
     """Parts and depths that leave at most ``WORTH``, by KL; of equals (to 1e-4 nats) one part before both, then the
     deepest."""
     cells = [
         (round(cost[part][i].value, 4), part == BOTH, -layer, part)
         for part in left
         for i, layer in enumerate(layers)
-        if part != RANDOM and left[part][i].value <= WORTH
+        if part != RANDOM and left[part][i].value <= MAX_REMAINING_BEHAVIOR
     ]
     return [(part, -layer) for _, _, layer, part in sorted(cells)]
 
@@ -261,11 +261,11 @@ def _answered(
     context: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
 ) -> tuple[tuple[str, int, Score], ...]:
     """Refusals under each edit, up to the first that ends them."""
-    parts, done = parts_present(context.subject), list[tuple[str, int, Score]]()
+    parts, done = list_parts(context.subject), list[tuple[str, int, Score]]()
     with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
         for part, layer in cells:
-            plan = plan_from_layer(context, context.directions, parts[part], layer)
-            done.append((part, layer, refusal_rate_under(context.subject, plan, prompts, tokens)))
+            plan = plan_removal_from(context, context.directions, parts[part], layer)
+            done.append((part, layer, measure_refusal_rate(context.subject, plan, prompts, tokens)))
             advance(1)
             if done[-1][2].value == 0:
                 break
@@ -282,13 +282,13 @@ def tabulate(
 
     size: how many rows are target prompts, which come first.
     """
-    begun = typical_first_tokens(base[:size], base[size:])
+    begun = find_typical_first_tokens(base[:size], base[size:])
     left: dict[str, tuple[Score, ...]] = {}
     cost: dict[str, tuple[Score, ...]] = {}
     for i, part in enumerate(parts):
         rows = [logp[i] for logp in edited]
         left[part] = tuple(
-            bootstrap(remaining_probability(base, logp, size, begun), mean, "share left") for logp in rows
+            bootstrap(compute_remaining_behavior(base, logp, size, begun), mean, "share left") for logp in rows
         )
         cost[part] = tuple(bootstrap(kl_divergence(base[size:], logp[size:]), mean, "nats") for logp in rows)
     return left, cost, begun

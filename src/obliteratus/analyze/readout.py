@@ -17,21 +17,23 @@ from obliteratus.weights.matrices import fetch_parameter
 VALUES = 16_000_000
 
 
-def unembedding(subject: Subject) -> Site:
+def find_unembedding(subject: Subject) -> Site:
     """The matrix that reads the last stream."""
     return next(site for site in subject.sites if site.part == "unembed")
 
 
-def final_norm(subject: Subject) -> nn.Module:
+def find_final_norm(subject: Subject) -> nn.Module:
     """The norm between the last stream and the unembedding."""
-    path = unembedding(subject).gain
+    path = find_unembedding(subject).gain
     assert path is not None, "every family declares its final norm"
     return subject.module(path)
 
 
-def next_token_log_probs(subject: Subject, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+def compute_next_token_log_probs(
+    subject: Subject, streams: Float[Tensor, "rows width"]
+) -> Float[Tensor, "rows vocabulary"]:
     """Next-token log-probabilities of last streams, natural, fp32, on the CPU: norm, head, soft caps and scales."""
-    norm, dtype = final_norm(subject), subject.model.dtype
+    norm, dtype = find_final_norm(subject), subject.model.dtype
     parts = []
     with torch.inference_mode():
         for some in streams.split(_rows(subject)):
@@ -40,13 +42,15 @@ def next_token_log_probs(subject: Subject, streams: Float[Tensor, "rows width"])
     return torch.cat(parts)
 
 
-def logit_effects(subject: Subject, directions: Float[Tensor, "n width"]) -> Iterator[Float[Tensor, "some vocabulary"]]:
+def compute_logit_effects(
+    subject: Subject, directions: Float[Tensor, "n width"]
+) -> Iterator[Float[Tensor, "some vocabulary"]]:
     """W_U(γ⊙d): by how much each direction, added to a stream of fixed length, moves each logit; in batches, fp32.
 
     A LayerNorm also centres, and its bias is no part of a direction. In units of the logits' standard deviation over
     the vocabulary, after their mean, which softmax does not see, is taken off. Soft caps and scales keep the order.
     """
-    site = unembedding(subject)
+    site = find_unembedding(subject)
     weight, gain = (
         fetch_parameter(subject.model.get_output_embeddings(), "weight").detach(),
         read_gain(subject.model, site),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from obliteratus.analyze.base import GROUPS, AnalysisContext, Stream, analyses, choose_direction, subsample
 from obliteratus.analyze.samples import LEVEL, Level
-from obliteratus.analyze.significance import random_units
-from obliteratus.core.cost import Cost, amount, n_of, number
+from obliteratus.analyze.significance import draw_unit_vectors
+from obliteratus.core.cost import Cost, constant, prompt_count, variable
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
@@ -57,7 +57,7 @@ class Repair:
     level: float
 
     @property
-    def found(self) -> list[int]:
+    def significant(self) -> list[int]:
         """Depths from which layers write the direction back: extra, of the sign of what was taken, lies beyond chance.
 
         p is at most the level, and all of its interval is worth a word (5 % of the last difference).
@@ -77,17 +77,17 @@ class Repair:
             )
         ]
         chance = {"chance": self.chance, "level": self.level}
-        return {"direct": self.direct.tolist(), "depths": depths, **chance, "found": self.found}
+        return {"direct": self.direct.tolist(), "depths": depths, **chance, "found": self.significant}
 
     def summary(self) -> str:
         """Where most comes back."""
-        if not self.found:
+        if not self.significant:
             return "no layer writes the direction back beyond what random directions show"
-        places = [self.depths.index(depth) for depth in self.found]
+        places = [self.depths.index(depth) for depth in self.significant]
         best = max(places, key=lambda i: float(self.restored[i]))
         return (
             f"self-repair: with the direction taken up to layer {self.depths[best]}, later layers write back "
-            f"{100 * float(self.restored[best]):.0f} % of it ({len(self.found)} of {len(self.depths)} depths show some)"
+            f"{100 * float(self.restored[best]):.0f} % of it ({len(self.significant)} of {len(self.depths)} depths show some)"
         )
 
     def draw(self, figure: Figure) -> None:
@@ -104,12 +104,12 @@ class Repair:
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    each = sum((n_of("fit", group, options["prompts"]) for group in GROUPS), number(0))
-    return Cost(each * (number(1) + amount("L", options["depths"]) * (1 + options["random"])))
+    each = sum((prompt_count("fit", group, options["prompts"]) for group in GROUPS), constant(0))
+    return Cost(each * (constant(1) + variable("L", options["depths"]) * (1 + options["random"])))
 
 
 @analyses.register("repair", cite="arXiv:2307.15771", cost=_cost)
-def repair(
+def measure_repair(
     context: AnalysisContext,
     *,
     stream: Stream = None,
@@ -131,9 +131,9 @@ def repair(
     subject, aim = context.subject, choose_direction(context, stream, "repair")
     layers = _spread(subject.n_layers - 1, depths)
     chosen = subsample(context.prompts, prompts)
-    units = torch.cat([aim.vector[None], random_units(random, subject.width, seed)])
+    units = torch.cat([aim.vector[None], draw_unit_vectors(random, subject.width, seed)])
     found = _measured(subject, chosen, layers, units, context.activations.position)
-    return _judged(found[0], layers, torch.stack([written_back(one, layers) for one in found]), level, seed)
+    return _judged(found[0], layers, torch.stack([compute_written_back(one, layers) for one in found]), level, seed)
 
 
 def _spread(n: int, most: int) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def _along(
     return along.view(len(plans), len(rows), -1, len(units))
 
 
-def group_differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
+def compute_group_differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
     """Differences of the groups' means: one draw, of all prompts; with a seed, bootstrap resamples of each group."""
     means = []
     for i, rows in enumerate(measured):
@@ -190,7 +190,7 @@ def group_differences(measured: Measured, seed: int | None = None) -> Float[Tens
     return means[0] - means[1]
 
 
-def compensating_writes(
+def compute_compensation(
     delta: Float[Tensor, "plans streams draws"], layers: Sequence[int]
 ) -> Float[Tensor, "depths draws"]:
     """What the layers above each depth write, less what they write in the model as it is."""
@@ -199,14 +199,14 @@ def compensating_writes(
     return above - (delta[0, -1] - delta[0, places])
 
 
-def written_back(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " depths"]:
-    """What is written back at each depth: `compensating_writes`, above zero where it has the sign of what was there."""
-    delta = group_differences(measured)
+def compute_written_back(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " depths"]:
+    """What is written back at each depth: `compute_compensation`, above zero where it has the sign of what was there."""
+    delta = compute_group_differences(measured)
     sign = torch.where(delta[0, torch.tensor(layers) + 1, 0] >= 0, 1.0, -1.0)
-    return sign * compensating_writes(delta, layers)[:, 0]
+    return sign * compute_compensation(delta, layers)[:, 0]
 
 
-def single_step(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
+def compute_single_step_p_values(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
     """How often a draw's largest reaches the first draw's at each depth, itself counted: p for all depths together.
 
     Not standardized by depth (`family_wise`): of twenty values none lies more than 4.3 standard deviations from their
@@ -218,8 +218,11 @@ def single_step(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]
 def _judged(
     measured: Measured, layers: tuple[int, ...], back: Float[Tensor, "draws depths"], level: float, seed: int
 ) -> Repair:
-    delta, drawn = group_differences(measured), compensating_writes(group_differences(measured, seed), layers)
-    values = compensating_writes(delta, layers)[:, 0]
+    delta, drawn = (
+        compute_group_differences(measured),
+        compute_compensation(compute_group_differences(measured, seed), layers),
+    )
+    values = compute_compensation(delta, layers)[:, 0]
     ends = torch.quantile(drawn, torch.tensor([0.025, 0.975]).double(), dim=1)  # 95 %
     n = sum(rows.shape[1] for rows in measured)
     places = torch.tensor(layers) + 1
@@ -235,7 +238,7 @@ def _judged(
         left=delta[1:, -1, 0].float(),
         extra=tuple(_score(v, low, high, n) for v, low, high in zip(values, *ends, strict=True)),
         restored=torch.where(real, values / taken, 0.0).float(),
-        p=single_step(back),
+        p=compute_single_step_p_values(back),
         chance=float(torch.quantile(back[1:].max(1).values, 1 - level, interpolation="higher")),
         level=level,
     )

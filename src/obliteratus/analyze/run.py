@@ -1,4 +1,4 @@
-"""Analyses of one model, from its prompts to a page: what they cost first, then one probe for all of them."""
+"""Run analyses of one model: estimate their cost, probe once for all of them, and write one page of the findings."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import find_directions
 from obliteratus.probe.probe import collect_activations
-from obliteratus.prompts import parts_checked
+from obliteratus.prompts import split_prompts
 
-FOUND_BY = (Step(use="mean_diff"),)  # the directions that are analysed: the plainest, one for each layer
+DISTILL_STEPS = (Step(use="mean_diff"),)  # gives the directions that are analyzed: the simplest, one for each stream
 
 
 def select_analyses(names: Sequence[str]) -> tuple[Step, ...]:
-    """The analyses of those names, in the registry's order; all of them for none. UserError for a name that is none."""
+    """Return the named analyses in the registry's order, or all of them if no name is given.
+
+    Raises UserError for an unknown name.
+    """
     wanted = {analyses[name].name for name in names} or set(analyses)
     return tuple(Step(use=name) for name in analyses if name in wanted)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Findings by name, and why other analyses did not run."""
+    """The findings of a model's analyses."""
 
-    found: dict[str, Finding]
+    findings: dict[str, Finding]
     skipped: dict[str, str]
-    """By name, one line each; empty where all ran."""
+    """For each analysis that did not run, the reason in one line."""
 
     def to_dict(self) -> dict[str, Any]:
-        """By analysis; under ``skipped``, where there are any, those that did not run, each with its reason."""
-        numbers: dict[str, Any] = {name: finding.to_dict() for name, finding in self.found.items()}
+        """Return the numbers by analysis, and under ``skipped``, if any analysis did not run, the reasons."""
+        numbers: dict[str, Any] = {name: finding.to_dict() for name, finding in self.findings.items()}
         return numbers | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -50,29 +53,33 @@ def analyze_subject(
     budget: int | None = None,
     strict: bool = True,
 ) -> Report:
-    """Findings on activations of the fit prompts that are probed once; search prompts are held out.
+    """Run the analyses on activations of the fit prompts; the search prompts are held out.
 
-    What everything costs is said before anything runs. budget: forward passes, at most, beside the probe; analyses are
-    taken in from the cheapest on, and the others are skipped. strict: an analysis that cannot work on these prompts
-    raises its UserError; else it is skipped too. UserError where a part of the prompts is empty or the budget below 0.
+    The cost of everything is noted before anything runs.
+
+    budget: the most forward passes, not counting the probe's; the cheapest analyses run and the others are skipped.
+    strict: whether an analysis that cannot work on these prompts raises its UserError or is skipped.
+    Raises UserError where a split of the prompts is empty or the budget is below 0.
     """
-    fit, held, _ = parts_checked(prompts, seed, searched=True)
-    kept, skipped = select_affordable(steps, formula_values(fit, held, subject.n_layers), budget)
-    acts = collect_activations(subject, fit)
-    context = AnalysisContext(acts, find_directions(acts, FOUND_BY), subject, fit, held)
+    splits = split_prompts(prompts, seed, uses_search_split=True)
+    chosen, skipped = select_affordable(steps, formula_values(splits.fit, splits.search, subject.n_layers), budget)
+    acts = collect_activations(subject, splits.fit)
+    context = AnalysisContext(acts, find_directions(acts, DISTILL_STEPS), subject, splits.fit, splits.search)
     if strict:
-        return Report(analyze(context, kept), skipped)
-    found, unable = try_analyses(context, kept)
-    return Report(found, skipped | unable)
+        return Report(analyze(context, chosen), skipped)
+    findings, failures = try_analyses(context, chosen)
+    return Report(findings, skipped | failures)
 
 
 def write_report(report: Report, out: Path, title: str) -> None:
-    """index.html with all plots, and analysis.json, in a folder that appears when both are whole. UserError where the
-    folder is in use."""
+    """Write index.html and analysis.json into a folder that appears when both files are complete.
+
+    Raises UserError if the folder is in use.
+    """
     check_free(out)
     partial = out.with_name(out.name + ".partial")
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(page(report.found, title, report.skipped))
+    (folder / "index.html").write_text(page(report.findings, title, report.skipped))
     (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1))
     publish(partial, out)

@@ -19,9 +19,9 @@ from obliteratus.analyze.samples import (
     Level,
     Sample,
     chance_interval,
+    draw_permutations,
     familywise_p_values,
-    permuted_orders,
-    sample_of,
+    read_sample,
 )
 from obliteratus.analyze.significance import ROUNDING
 from obliteratus.core.errors import UserError
@@ -33,7 +33,7 @@ from obliteratus.distill.train_autoencoder import Training, train_autoencoders
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend
 from obliteratus.verify.intervals import wilson_rate
 
-NONE = -1  # in the place of an atom, where nothing is left to explain
+NO_ATOM = -1  # in the place of an atom, where nothing is left to explain
 TIE = 1e-6  # relative: of an atom and its opposite, which tie but for fp32 rounding (1e-7), the one along it is taken
 
 
@@ -42,7 +42,7 @@ class Pursuit:
     """Of each direction, the atoms in the order they were taken."""
 
     atoms: Int[Tensor, "draws most"]
-    """Rows of the dictionary; `NONE` from where on nothing is left that an atom explains."""
+    """Rows of the dictionary; `NO_ATOM` from where on nothing is left that an atom explains."""
     share: Float[Tensor, "draws most"]
     """Of the direction's squared length, what the first 1, 2 … atoms span: 0–1, never falling; fp64."""
 
@@ -64,7 +64,7 @@ def matching_pursuit(units: Float[Tensor, "draws width"], dictionary: Float[Tens
         some = (rest * row).sum(1).abs() > ROUNDING
         basis[:, k] = torch.where(some[:, None], _new(row, basis), 0.0)
         rest = rest - (rest * basis[:, k]).sum(1, keepdim=True) * basis[:, k]
-        places.append(torch.where(some, atom, NONE))
+        places.append(torch.where(some, atom, NO_ATOM))
         shares.append((units.square().sum(1) - rest.square().sum(1)).clamp(0, 1))
     return Pursuit(torch.stack(places, 1), torch.stack(shares, 1))
 
@@ -76,7 +76,7 @@ def _new(row: Float[Tensor, "draws width"], basis: Float[Tensor, "draws most wid
     return normalize(row, dim=1)
 
 
-def coefficients(unit: Float[Tensor, " width"], atoms: Float[Tensor, "k width"]) -> Float[Tensor, " k"]:
+def fit_coefficients(unit: Float[Tensor, " width"], atoms: Float[Tensor, "k width"]) -> Float[Tensor, " k"]:
     """By which the atoms sum to the direction as nearly as they can (least squares); fp64."""
     made: Tensor = torch.linalg.lstsq(atoms.double().T, unit.double()[:, None]).solution
     return made[:, 0]
@@ -103,7 +103,7 @@ class Atom:
 
 
 @dataclass(frozen=True)
-class SparseParts:
+class SparseDecomposition:
     """A direction as a sum of features."""
 
     stream: int
@@ -127,7 +127,7 @@ class SparseParts:
     """Target and control."""
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def significant(self) -> tuple[int, ...]:
         """Numbers of atoms that explain more of the direction than chance allows: none where it is not sparse."""
         return tuple(((self.p <= self.level).nonzero().flatten() + 1).tolist())
 
@@ -147,7 +147,7 @@ class SparseParts:
             "prompts": list(self.prompts),
             "level": self.level,
             "permutations": self.draws,
-            "found": list(self.found),
+            "found": list(self.significant),
             "telling": list(self.telling),
             "explained": self.share.tolist(),
             "explained_by_chance_low": self.by_chance[0].tolist(),
@@ -166,9 +166,9 @@ class SparseParts:
     def summary(self) -> str:
         """Of how few features, beside chance."""
         n, where = sum(self.prompts), f"the direction at stream {self.stream}"
-        if not self.found:
+        if not self.significant:
             return f"{where} is no sparser in {self.features} features than chance would have it ({n} prompts)"
-        k = self.found[0]
+        k = self.significant[0]
         named = ", ".join(f"{a.feature} ({a.coefficient:+.2f}, AUC {a.auc.value:.2f})" for a in self.atoms[:NAMED])
         return (
             f"{where} is sparser in {self.features} features than chance: {k} {'explains' if k == 1 else 'explain'} "
@@ -200,7 +200,7 @@ WHO = "analysis 'sae'"
 
 
 @analyses.register("sae", cite="arXiv:2309.08600, doi:10.1109/ACSSC.1993.342465", needs=("rows",))
-def sae(
+def decompose_into_features(
     context: AnalysisContext,
     *,
     stream: Stream = None,
@@ -210,7 +210,7 @@ def sae(
     draws: Draws = DRAWS,
     level: Level = LEVEL,
     seed: int = 0,
-) -> SparseParts:
+) -> SparseDecomposition:
     """Which features of a sparse autoencoder sum to the direction, and whether it takes fewer of them than chance.
 
     The unit direction is decomposed over the features' unit decoder rows by orthogonal matching pursuit (`matching_pursuit`), up
@@ -230,9 +230,9 @@ def sae(
     aim = choose_direction(context, stream, "sae")
     if pretrained is not None and stream is None:
         raise UserError(f"{WHO}: pretrained needs stream, the index it was trained on; got none")
-    sample = sample_of(context.activations, "sae")
+    sample = read_sample(context.activations, "sae")
     book = _dictionary(context, aim.stream, training, pretrained)
-    return _decomposed(sample, aim, book, atoms, permuted_orders(len(sample), draws, seed), level)
+    return _decomposed(sample, aim, book, atoms, draw_permutations(len(sample), draws, seed), level)
 
 
 @dataclass(frozen=True)
@@ -276,14 +276,14 @@ def _explained(coder: SparseAutoencoder, rows: Float[Tensor, "1 rows width"]) ->
 
 def _decomposed(
     sample: Sample, aim: Aim, book: FeatureStatistics, most: int, order: Int[Tensor, "draws rows"], level: float
-) -> SparseParts:
+) -> SparseDecomposition:
     """The direction, and the mean differences of every order but the first, which is the true one."""
-    units = torch.cat([aim.vector.double()[None], mean_differences(sample, aim.stream, order[1:])])
+    units = torch.cat([aim.vector.double()[None], compute_mean_differences(sample, aim.stream, order[1:])])
     found = matching_pursuit(normalize(units, dim=1), book.units, most)
     chances = familywise_p_values(
-        (resampled_aucs(book.fired, found.atoms, target_members(order, sample.n)) - 0.5).abs()
+        (compute_permuted_aucs(book.fired, found.atoms, mark_target_rows(order, sample.n)) - 0.5).abs()
     )
-    return SparseParts(
+    return SparseDecomposition(
         stream=aim.stream,
         source=book.source,
         features=int(book.units.any(1).sum()),
@@ -302,8 +302,8 @@ def _atoms(
     aim: Aim, book: FeatureStatistics, chosen: Int[Tensor, " k"], n: int, p: Float[Tensor, " k"]
 ) -> tuple[Atom, ...]:
     """The direction's own, with what the prompts say of each."""
-    chosen = chosen[chosen != NONE]
-    size, made = coefficients(aim.vector, book.units[chosen]), []
+    chosen = chosen[chosen != NO_ATOM]
+    size, made = fit_coefficients(aim.vector, book.units[chosen]), []
     for feature, coefficient, chance in zip(chosen.tolist(), size.tolist(), p.tolist(), strict=False):
         one, two = book.fired[:n, feature], book.fired[n:, feature]
         target, control = (wilson_rate(int((x > 0).sum()), len(x)) for x in (one, two))
@@ -312,24 +312,26 @@ def _atoms(
 
 
 # ---------------------------------------------------------------------------------------------------- chance
-def target_members(order: Int[Tensor, "draws rows"], n: int) -> Bool[Tensor, "draws rows"]:
+def mark_target_rows(order: Int[Tensor, "draws rows"], n: int) -> Bool[Tensor, "draws rows"]:
     """Which rows stand at the target's places."""
     return torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
 
 
-def mean_differences(sample: Sample, stream: int, order: Int[Tensor, "draws rows"]) -> Float[Tensor, "draws width"]:
+def compute_mean_differences(
+    sample: Sample, stream: int, order: Int[Tensor, "draws rows"]
+) -> Float[Tensor, "draws width"]:
     """Mean of the rows at the target's places less that of the others; fp64."""
-    inside, n = target_members(order, sample.n), sample.n
+    inside, n = mark_target_rows(order, sample.n), sample.n
     weights = torch.where(inside, 1 / n, -1 / (len(sample) - n)).double()
     return weights @ sample.at(stream)
 
 
-def resampled_aucs(
+def compute_permuted_aucs(
     fired: Float[Tensor, "rows features"], chosen: Int[Tensor, "draws k"], target: Bool[Tensor, "draws rows"]
 ) -> Float[Tensor, "draws k"]:
     """AUC of each draw's features, on that draw's labels: Mann and Whitney's, by ranks, ties counted half; fp64.
 
-    0.5 where a place holds no feature (`NONE`).
+    0.5 where a place holds no feature (`NO_ATOM`).
     """
     used, place = chosen.clamp(min=0).unique(return_inverse=True)
     values = fired[:, used].T.contiguous()
@@ -339,4 +341,4 @@ def resampled_aucs(
     n = target.sum(1)
     sums = torch.stack([(ranks[place[:, k]] * target).sum(1) for k in range(chosen.shape[1])], 1)
     area = (sums - (n * (n + 1) / 2)[:, None]) / (n * (target.shape[1] - n))[:, None]
-    return torch.where(chosen == NONE, 0.5, area)
+    return torch.where(chosen == NO_ATOM, 0.5, area)

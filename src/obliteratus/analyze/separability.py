@@ -21,12 +21,12 @@ from obliteratus.analyze.samples import (
     Folds,
     Level,
     d_prime,
+    draw_permutations,
     familywise_p_values,
-    held_out_projections,
     identity_order,
-    permutation_null,
-    permuted_orders,
-    sample_of,
+    permute_d_prime,
+    project_held_out,
+    read_sample,
     split_folds,
 )
 from obliteratus.core.results import Score
@@ -40,7 +40,7 @@ DONE = 1e-10  # change of the log-odds at which it has arrived
 FLAT = 1e-9  # least p (1 − p): a prompt that is sure leaves a weight whose inverse must stay finite
 
 
-def cross_validated_log_odds(
+def cross_validate_probe(
     gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float = RIDGE
 ) -> Float[Tensor, " rows"]:
     """Log-odds that each row is the target's, from a probe fitted on the other folds."""
@@ -104,7 +104,7 @@ class Separability:
     """Token of the prompts, counted from their end."""
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def significant(self) -> tuple[int, ...]:
         """Stream indices that tell the groups apart beyond chance."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
@@ -118,7 +118,7 @@ class Separability:
         return {
             "position": self.position,
             "level": self.level,
-            "found": list(self.found),
+            "found": list(self.significant),
             "best": self.best,
             "majority": self.majority,
             "auc": [s.model_dump() for s in self.auc],
@@ -128,11 +128,11 @@ class Separability:
         }
 
     def summary(self) -> str:
-        if not self.found:
+        if not self.significant:
             return f"no stream tells the groups apart beyond chance ({self.auc[0].n} prompts)"
         one, gap, probe = self.auc[self.best], self.d_prime[self.best], self.probe[self.best]
         return (
-            f"{len(self.found)} of {len(self.auc)} streams tell the groups apart; best {self.best}: AUC {_shown(one)}, "
+            f"{len(self.significant)} of {len(self.auc)} streams tell the groups apart; best {self.best}: AUC {_shown(one)}, "
             f"d′ {_shown(gap)}, probe {_shown(probe)} ({one.n} prompts)"
         )
 
@@ -151,7 +151,7 @@ class Separability:
 
 
 @analyses.register("separability", cite="doi:10.2307/2531595", needs=("rows",))
-def separability(
+def measure_separability(
     context: AnalysisContext,
     *,
     folds: Folds = FOLDS,
@@ -163,7 +163,7 @@ def separability(
     """Held-out AUC (DeLong et al. 1988), d′ and a logistic probe's accuracy for each stream, at the probed position.
 
     Each fold's prompts are scored by what the others give: their place along the mean difference, from half way
-    between the means, and a logistic probe (`cross_validated_log_odds`, ``ridge``). p: ``draws`` permutations of the labels, by the
+    between the means, and a logistic probe (`cross_validate_probe`, ``ridge``). p: ``draws`` permutations of the labels, by the
     largest d′ of all streams (`familywise_p_values`).
 
     Intervals are DeLong's, a bootstrap's over prompts, and Wilson's, each widened by what permutations show: folds
@@ -171,29 +171,29 @@ def separability(
     times, for 60 prompts of one population). They hold for one stream; the best of many flatters itself. A probe learns
     a difference of topic as well as refusal. Needs rows, four prompts of each group.
     """
-    sample = sample_of(context.activations, "separability", least=4)
+    sample = read_sample(context.activations, "separability", least=4)
     n, m = sample.n, len(sample) - sample.n
-    plan, order = split_folds(n, m, folds, seed), permuted_orders(n + m, draws, seed + 1)
+    plan, order = split_folds(n, m, folds, seed), draw_permutations(n + m, draws, seed + 1)
     measured, drawn = [], []
     for gram in sample.grams():
-        drawn.append(permutation_null(gram, plan, order))
-        measured.append(scores_of(gram, plan, ridge, seed, variance_inflation(drawn[-1][1:], n, m)))
+        drawn.append(permute_d_prime(gram, plan, order))
+        measured.append(score_stream(gram, plan, ridge, seed, estimate_variance_inflation(drawn[-1][1:], n, m)))
     p, most = familywise_p_values(torch.stack(drawn, 1)), max(n, m) / (n + m)
     areas, gaps, shares = (tuple(scores) for scores in zip(*measured, strict=True))
     return Separability(areas, gaps, shares, most, p, level, context.activations.position)
 
 
-def scores_of(gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, by: float) -> list[Score]:
+def score_stream(gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, by: float) -> list[Score]:
     """One stream's AUC, d′ and probe, the intervals widened ``by``."""
     n, rows = plan.n, len(gram)
-    scores = held_out_projections(gram, plan, identity_order(rows))[0]
-    right = int(((cross_validated_log_odds(gram, plan, ridge) > 0) == (torch.arange(rows) < n)).sum())
-    gap = d_prime_interval(scores[:n], scores[n:], seed)
+    scores = project_held_out(gram, plan, identity_order(rows))[0]
+    right = int(((cross_validate_probe(gram, plan, ridge) > 0) == (torch.arange(rows) < n)).sum())
+    gap = bootstrap_d_prime(scores[:n], scores[n:], seed)
     shares = [widen_interval(x, by, 0.0, 1.0) for x in (delong_auc(scores[:n], scores[n:]), wilson_rate(right, rows))]
     return [shares[0], widen_interval(gap, by), shares[1]]
 
 
-def variance_inflation(by_chance: Float[Tensor, " draws"], n: int, m: int) -> float:
+def estimate_variance_inflation(by_chance: Float[Tensor, " draws"], n: int, m: int) -> float:
     """How many times more d′ varies under permuted labels than it would for independent values; at least 1."""
     return max(1.0, float(by_chance.std()) / sqrt(1 / n + 1 / m))
 
@@ -204,7 +204,7 @@ def widen_interval(score: Score, by: float, least: float = -inf, most: float = i
     return score.model_copy(update={"low": max(least, low), "high": min(most, high)})
 
 
-def d_prime_interval(one: Float[Tensor, " n"], two: Float[Tensor, " m"], seed: int = 0) -> Score:
+def bootstrap_d_prime(one: Float[Tensor, " n"], two: Float[Tensor, " m"], seed: int = 0) -> Score:
     """d′ with the percentile interval of a bootstrap over both groups' values."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [x[torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)] for x in (one, two)]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obliteratus.analyze.samples import FOLDS, LEVEL, FoldPlan, Rows, Sample, permuted_orders, sample_of, split_folds
+from obliteratus.analyze.samples import (
+    FOLDS,
+    LEVEL,
+    FoldPlan,
+    Rows,
+    Sample,
+    draw_permutations,
+    read_sample,
+    split_folds,
+)
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations
@@ -48,7 +57,7 @@ class Transfer:
     n: int
 
     @property
-    def found(self) -> bool:
+    def significant(self) -> bool:
         """Whether the map knows more than chance of prompts that it has not seen."""
         return self.p <= self.level
 
@@ -60,7 +69,7 @@ class Transfer:
             "prompts": self.n,
             "shuffles": len(self.r2_by_chance),
             "level": self.level,
-            "found": self.found,
+            "found": self.significant,
             "p": self.p,
             "r2": self.r2,
             "r2_by_chance": [min(self.r2_by_chance), max(self.r2_by_chance)],
@@ -72,7 +81,7 @@ class Transfer:
 
     def summary(self) -> str:
         where = f"stream {self.streams[0]} (width {self.widths[0]}) to {self.streams[1]} (width {self.widths[1]})"
-        if not self.found:
+        if not self.significant:
             return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self.n} prompts)"
         return (
             f"{where}: held-out R² {self.r2:.2f} (group alone {self.r2_within:.2f}), the mapped direction's cosine "
@@ -95,7 +104,7 @@ class Transfer:
             add_legend(axes)
 
 
-def transfer(
+def measure_transfer(
     one: Activations,
     two: Activations,
     streams: tuple[int, int],
@@ -116,8 +125,10 @@ def transfer(
     """
     first, x, y = pair_streams(one, two, streams)
     plan = split_folds(first.n, len(first) - first.n, folds, seed)
-    bridge = [Fold(x, plan, fold) for fold in range(len(plan.weights))]
-    r2, cosine = zip(*(score_maps(bridge, y[order]) for order in permuted_orders(len(x), draws, seed + 1)), strict=True)
+    bridge = [FoldMap(x, plan, fold) for fold in range(len(plan.weights))]
+    r2, cosine = zip(
+        *(score_maps(bridge, y[order]) for order in draw_permutations(len(x), draws, seed + 1)), strict=True
+    )
     inside = [score_maps(bridge, y[order])[0] for order in permute_within_groups(first, draws, seed + 2)]
     return Transfer(
         r2=r2[0],
@@ -138,7 +149,7 @@ def pair_streams(
     one: Activations, two: Activations, streams: tuple[int, int]
 ) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
     """The first model's sample, and a stream of each model. UserError where they are not of as many prompts."""
-    first, second = (sample_of(acts, "transfer", least=4) for acts in (one, two))
+    first, second = (read_sample(acts, "transfer", least=4) for acts in (one, two))
     if (first.n, len(first)) != (second.n, len(second)):
         raise UserError(
             f"analysis 'transfer' needs the same prompts of both models; got {first.n} + {len(first) - first.n} and "
@@ -147,7 +158,7 @@ def pair_streams(
     return first, first.at(streams[0]), second.at(streams[1])
 
 
-class Fold:
+class FoldMap:
     """The ridge map of all rows outside one fold, for any second stream: its eigenvalues are found once."""
 
     def __init__(self, x: Rows, plan: FoldPlan, fold: int) -> None:
@@ -174,7 +185,7 @@ class Fold:
         truth = y[~self.kept] - y[self.kept].mean(0)
         error = truth - self.rest @ self.x.T @ dual
         mapped = self.delta @ self.x.T @ dual
-        cosine = normalize(mapped, dim=0) @ normalize(fold_difference(y, self.plan, self.at), dim=0)
+        cosine = normalize(mapped, dim=0) @ normalize(compute_fold_difference(y, self.plan, self.at), dim=0)
         return float(error.square().sum()), float(truth.square().sum()), float(cosine)
 
 
@@ -190,14 +201,14 @@ def choose_ridge(
     return ridges[errors.argmin()]
 
 
-def score_maps(bridge: list[Fold], y: Rows) -> tuple[float, float]:
+def score_maps(bridge: list[FoldMap], y: Rows) -> tuple[float, float]:
     """Held-out R² over all folds together, and the mean cosine of the mapped direction."""
     scores = [fold.score(y) for fold in bridge]
     errors, whole = sum(s[0] for s in scores), sum(s[1] for s in scores)
     return 1 - errors / whole if whole else 0.0, sum(s[2] for s in scores) / len(scores)
 
 
-def fold_difference(y: Rows, plan: FoldPlan, fold: int) -> Float[Tensor, " width"]:
+def compute_fold_difference(y: Rows, plan: FoldPlan, fold: int) -> Float[Tensor, " width"]:
     """Mean difference of the rows of one fold."""
     rows, target = ~plan.outside(fold), torch.arange(len(y)) < plan.n
     return y[rows & target].mean(0) - y[rows & ~target].mean(0)
@@ -213,4 +224,4 @@ def permute_within_groups(sample: Sample, draws: int, seed: int) -> list[Tensor]
 
 def _own(y: Rows, plan: FoldPlan, fold: int) -> float:
     """Cosine of y's mean difference outside the fold with that inside."""
-    return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(fold_difference(y, plan, fold), dim=0))
+    return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(compute_fold_difference(y, plan, fold), dim=0))

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
-from obliteratus.analyze.lens import extreme_tokens, token_texts
-from obliteratus.analyze.readout import logit_effects, next_token_log_probs
+from obliteratus.analyze.lens import decode_tokens, find_extreme_tokens
+from obliteratus.analyze.readout import compute_logit_effects, compute_next_token_log_probs
 from obliteratus.analyze.significance import ROUNDING
-from obliteratus.core.cost import Cost, n_of
+from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.distill.steps import require_rows
@@ -46,7 +46,7 @@ class TunedLens:
     gain: tuple[Score, ...]
     """constant − tuned, prompt by prompt: above zero where the stream tells something of the prompt's next token."""
     kept: tuple[bool, ...]
-    """Whether the stream's map begins at the identity, or at nothing: what predicts better (`Ridge`)."""
+    """Whether the stream's map begins at the identity, or at nothing: what predicts better (`RidgeMap`)."""
     promoted: tuple[tuple[str, ...], ...]
     """Tokens that the stream's direction promotes once it is taken through the map; none where it is zero."""
     fitted: int
@@ -55,7 +55,7 @@ class TunedLens:
     """The one token of each prompt, counted from its end, that they were fitted on and are judged at."""
 
     @property
-    def found(self) -> list[int]:
+    def significant(self) -> list[int]:
         """Streams that tell something: the gain's interval lies above zero (rounding)."""
         return [i for i, score in enumerate(self.gain) if score.low > NOTHING]
 
@@ -63,7 +63,12 @@ class TunedLens:
         """Every KL with its interval."""
         scores = {name: [s.model_dump() for s in part] for name, part in self._parts()}
         constant, promoted = self.constant.model_dump(), [list(tokens) for tokens in self.promoted]
-        found = {"found": self.found, "promoted": promoted, "fitted": self.fitted, "from_identity": list(self.kept)}
+        found = {
+            "found": self.significant,
+            "promoted": promoted,
+            "fitted": self.fitted,
+            "from_identity": list(self.kept),
+        }
         return {"position": self.position, **scores, "constant": constant, **found}
 
     def _parts(self) -> tuple[tuple[str, tuple[Score, ...]], ...]:
@@ -72,9 +77,9 @@ class TunedLens:
     def summary(self) -> str:
         """From where on the next token is known."""
         at = f"at token {self.position} alone"
-        if not self.found:
+        if not self.significant:
             return f"{at}: no stream tells more of what follows than the mean does ({self.constant.value:.3g} nats)"
-        first, last = self.found[0], self.tuned[-1]
+        first, last = self.significant[0], self.tuned[-1]
         return (
             f"{at}: what follows shows from stream {first} on ({self.tuned[first].value:.3g} nats, the mean alone "
             f"{self.constant.value:.3g}); {last.value:.3g} nats at the last but one"
@@ -88,14 +93,14 @@ class TunedLens:
             axes.plot(places, [s.value for s in scores], "o-", color=color, label=name)
             axes.fill_between(places, [s.low for s in scores], [s.high for s in scores], color=color, alpha=0.2)
         axes.axhline(self.constant.value, color=GREY, linestyle="--", label="mean of all prompts")
-        axes.plot(self.found, [0.0] * len(self.found), "|", color=GREEN, label="knows more than the mean")
+        axes.plot(self.significant, [0.0] * len(self.significant), "|", color=GREEN, label="knows more than the mean")
         axes.set_yscale("symlog", linthresh=0.01)  # nats: below, a lens is as good as the model
         axes.legend()
 
 
 # ------------------------------------------------------------------------------------------------------ the map
 @dataclass(frozen=True)
-class Ridge:
+class RidgeMap:
     """h ↦ target + p·(h − source) + (h − source)Xᵀα: an affine map fitted by ridge regression, kept in its dual form.
 
     p is 1 where the penalty draws towards the identity, 0 where it draws towards the mean.
@@ -122,7 +127,7 @@ class Ridge:
         return (moved if self.identity else 0) + (moved @ self.rows.T) @ self.dual
 
 
-def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> Ridge:
+def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> RidgeMap:
     """The map from source rows to target rows whose penalty and starting point cross-validate best.
 
     min ‖Y − XA‖² + λ‖A‖² in closed form, λ and p by generalized cross-validation (Golub, Heath and Wahba 1979).
@@ -138,7 +143,7 @@ def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) 
     error, penalty, identity = min(tried, key=lambda t: t[0])
     rest = vectors.T @ (y - x if identity else y)
     dual = vectors @ (rest / (values + penalty)[:, None])
-    return Ridge(*centres, x, dual, identity, error)
+    return RidgeMap(*centres, x, dual, identity, error)
 
 
 def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
@@ -152,8 +157,10 @@ def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------- the analysis
-@analyses.register("tuned_lens", cite="arXiv:2303.08112", needs=("rows",), cost=lambda options: Cost(n_of("search")))
-def tuned_lens(context: AnalysisContext) -> TunedLens:
+@analyses.register(
+    "tuned_lens", cite="arXiv:2303.08112", needs=("rows",), cost=lambda options: Cost(prompt_count("search"))
+)
+def measure_tuned_lens(context: AnalysisContext) -> TunedLens:
     """How much of the model's next token each stream tells, through an affine map to the last stream.
 
     Fitted on the fit prompts' rows, at their one position, and scored on the search prompts at the same: KL of the
@@ -164,14 +171,14 @@ def tuned_lens(context: AnalysisContext) -> TunedLens:
     acts = context.activations
     fit = torch.cat([require_rows(acts, group, "tuned_lens") for group in GROUPS])
     held = _held(context)
-    true = next_token_log_probs(context.subject, held[:, -1])
+    true = compute_next_token_log_probs(context.subject, held[:, -1])
     maps = [fit_map(fit[:, stream], fit[:, -1]) for stream in range(fit.shape[1] - 1)]
     return score_lenses(context, maps, held, true)
 
 
 def score_lenses(
     context: AnalysisContext,
-    maps: list[Ridge],
+    maps: list[RidgeMap],
     held: Float[Tensor, "prompts streams width"],
     true: Float[Tensor, "prompts vocabulary"],
 ) -> TunedLens:
@@ -179,7 +186,7 @@ def score_lenses(
     subject = context.subject
 
     def off(streams: Tensor) -> Tensor:
-        return kl_divergence(true, next_token_log_probs(subject, streams))
+        return kl_divergence(true, compute_next_token_log_probs(subject, streams))
 
     constant = off(maps[0].target.float().expand(len(held), -1))
     tuned = [off(one(held[:, i])) for i, one in enumerate(maps)]
@@ -209,8 +216,8 @@ def _held(context: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
     return rows
 
 
-def _promoted(context: AnalysisContext, maps: list[Ridge]) -> tuple[tuple[str, ...], ...]:
+def _promoted(context: AnalysisContext, maps: list[RidgeMap]) -> tuple[tuple[str, ...], ...]:
     rows = context.directions.basis[:-1, 0]
     moved = torch.cat([one.linear(row[None].double()) for one, row in zip(maps, rows, strict=True)]).float()
-    logits = list(logit_effects(context.subject, normalize(moved, dim=1)))
-    return token_texts(context.subject, extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))
+    logits = list(compute_logit_effects(context.subject, normalize(moved, dim=1)))
+    return decode_tokens(context.subject, find_extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))

@@ -15,9 +15,9 @@ from obliteratus.analyze.samples import (
     Level,
     Sample,
     chance_interval,
+    draw_permutations,
     familywise_p_values,
-    permuted_orders,
-    sample_of,
+    read_sample,
 )
 from obliteratus.core.shapes import Float, Int
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend, plot_curve, plot_range
@@ -46,7 +46,7 @@ class Uncertainty:
     n: tuple[int, int]
 
     @property
-    def found(self) -> tuple[int, ...]:
+    def significant(self) -> tuple[int, ...]:
         """Stream indices whose halves agree beyond chance."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
@@ -55,7 +55,7 @@ class Uncertainty:
         return {
             "prompts": {"target": self.n[0], "control": self.n[1]},
             "level": self.level,
-            "found": list(self.found),
+            "found": list(self.significant),
             "angle": self.angle.tolist(),
             "angle_95": self.angle_high.tolist(),
             "halves": self.halves.tolist(),
@@ -66,11 +66,11 @@ class Uncertainty:
 
     def summary(self) -> str:
         n = f"{self.n[0]} and {self.n[1]} prompts"
-        if not self.found:
+        if not self.significant:
             return f"no direction that two halves of the prompts agree on beyond chance ({n})"
-        best = min(self.found, key=lambda s: float(self.angle[s]))
+        best = min(self.significant, key=lambda s: float(self.angle[s]))
         return (
-            f"{len(self.found)} of {len(self.p)} streams have a direction that halves agree on; the surest is at "
+            f"{len(self.significant)} of {len(self.p)} streams have a direction that halves agree on; the surest is at "
             f"{best}: ±{float(self.angle_high[best]):.0f}° (95 %), halves' cosine {float(self.halves[best]):.2f} ({n})"
         )
 
@@ -89,7 +89,7 @@ class Uncertainty:
 
 
 @analyses.register("uncertainty", cite="doi:10.1214/aos/1176344552", needs=("rows",))
-def uncertainty(
+def measure_uncertainty(
     context: AnalysisContext,
     *,
     resamples: Annotated[int, Field(ge=20, le=100_000)] = RESAMPLES,
@@ -105,14 +105,14 @@ def uncertainty(
     flatter, since a resample shares prompts with the whole. The halves share none: their cosine is near 0 where there
     is nothing, and p compares it with ``draws`` permutations of the labels. Needs rows, four prompts of each group.
     """
-    sample = sample_of(context.activations, "uncertainty", least=4)
-    order = permuted_orders(len(sample), draws, seed)
-    parts = split_half_weights(sample, splits, seed + 1)
-    weights = bootstrap_weights(sample, resamples, seed + 2)
+    sample = read_sample(context.activations, "uncertainty", least=4)
+    order = draw_permutations(len(sample), draws, seed)
+    parts = draw_half_weights(sample, splits, seed + 1)
+    weights = draw_bootstrap_weights(sample, resamples, seed + 2)
     turned, agreed = [], []
     for gram in sample.grams():
-        turned.append(angles(gram, weights))
-        agreed.append(split_half_agreement(gram, parts, order))
+        turned.append(compute_angles(gram, weights))
+        agreed.append(compute_half_agreement(gram, parts, order))
     found, spread = torch.stack(agreed, 1), torch.stack(turned, 1)
     high = torch.quantile(spread, 0.95, dim=0)
     p = familywise_p_values(found)
@@ -121,7 +121,7 @@ def uncertainty(
     )
 
 
-def split_half_weights(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 rows"]:
+def draw_half_weights(sample: Sample, splits: int, seed: int) -> Float[Tensor, "splits 2 rows"]:
     """Weights of the mean differences of two halves, each with half of either group (the middle prompt in one)."""
     generator = torch.Generator().manual_seed(seed)
     n, m = sample.n, len(sample) - sample.n
@@ -130,7 +130,7 @@ def split_half_weights(sample: Sample, splits: int, seed: int) -> Float[Tensor, 
     return torch.cat([made[0], -made[1]], 2)
 
 
-def bootstrap_weights(sample: Sample, resamples: int, seed: int) -> Float[Tensor, "resamples rows"]:
+def draw_bootstrap_weights(sample: Sample, resamples: int, seed: int) -> Float[Tensor, "resamples rows"]:
     """Weights of the mean difference as it is, then of those of prompts drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -141,14 +141,14 @@ def bootstrap_weights(sample: Sample, resamples: int, seed: int) -> Float[Tensor
     return torch.cat([made[0], -made[1]], 1)
 
 
-def angles(gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "all rows"]) -> Float[Tensor, " resamples"]:
+def compute_angles(gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "all rows"]) -> Float[Tensor, " resamples"]:
     """Degrees between the first weights' vector and each of the others'; 90 where one of them is zero."""
     along = weights @ gram
     products, squares = along @ weights[0], (along * weights).sum(1).clamp(min=0)
     return torch.rad2deg(torch.arccos(_cosine(products[1:], squares[1:], squares[0])))
 
 
-def split_half_agreement(
+def compute_half_agreement(
     gram: Float[Tensor, "rows rows"], parts: Float[Tensor, "splits 2 rows"], order: Int[Tensor, "draws rows"]
 ) -> Float[Tensor, " draws"]:
     """Mean cosine of the halves' mean differences, the rows standing as each draw has them."""

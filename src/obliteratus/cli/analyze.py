@@ -61,7 +61,7 @@ def _show(report: Report) -> None:
 
     from obliteratus.cli.terminal import results
 
-    for name, finding in report.found.items():
+    for name, finding in report.findings.items():
         results.print(f"[bold]{name}[/]  {finding.summary()}")
     for name, why in report.skipped.items():
         results.print(f"[bold]{name}[/]  skipped: {escape(why)}")
