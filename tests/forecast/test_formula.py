@@ -12,10 +12,10 @@ from rich.console import ConsoleDimensions
 from tests.support.tiny import tiny_subject
 from typer.testing import CliRunner
 
-from obliteratus.causal.rdo import HELD
+from obliteratus.causal.rdo import HELD_OUT_PROMPTS
 from obliteratus.cli.app import app
 from obliteratus.cli.terminal import results
-from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, amount, n_of, number
+from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, variable, prompt_count, constant
 from obliteratus.core.progress import Advance, Reporter, report_to
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Prompt, PromptSet
@@ -42,20 +42,20 @@ SMALL = {"use": "refusal", "tokens": 4}
 
 # --------------------------------------------------------------------------------------------- formulas
 def test_an_amount_is_its_formula() -> None:
-    found = (2 * n_of("fit") + number(3)) * amount("L") + n_of("search", "target", 48) * 6
+    found = (2 * prompt_count("fit") + constant(3)) * variable("L") + prompt_count("search", "target", 48) * 6
     assert str(found) == "2·L·N_fit + 3·L + 6·min(N_search,target, 48)"
     for n in (10, 100):
         values = {"N_fit": 7, "L": 5, "N_search,target": n}
-        assert found.of(values) == (2 * 7 + 3) * 5 + 6 * min(n, 48)
+        assert found.evaluate(values) == (2 * 7 + 3) * 5 + 6 * min(n, 48)
     with pytest.raises(KeyError):
-        found.of({"L": 5})
+        found.evaluate({"L": 5})
     assert not Amount()
-    assert not n_of("fit") * 0
+    assert not prompt_count("fit") * 0
 
 
 def test_costs_add_and_repeat() -> None:
-    one = Cost(n_of("fit"), (Answers(48, n_of("report")),), training=(Training(200, 24, 16),))
-    two = Cost(n_of("fit"), (Answers(16, n_of("search") + n_of("fit"), 3),), texts=amount("N_texts"))
+    one = Cost(prompt_count("fit"), (Answers(48, prompt_count("report")),), training=(Training(200, 24, 16),))
+    two = Cost(prompt_count("fit"), (Answers(16, prompt_count("search") + prompt_count("fit"), 3),), texts=variable("N_texts"))
     assert str((one + two) * 2) == (
         "4·N_fit forwards + 2·N_report × 48 tokens + (6·N_search + 6·N_fit) × 16 tokens"
         " + 400 gradient steps × 24 prompts + 2·N_texts texts"
@@ -90,7 +90,7 @@ def test_steps_that_ask_the_model_say_what_and_others_nothing() -> None:
 
 def test_an_option_of_excise_can_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `kl_budget` and its like need: one entry in a table."""
-    monkeypatch.setitem(costs.EXCISE, "heads", Cost(6 * n_of("search", "control", 48)))
+    monkeypatch.setitem(costs.EXCISE_COSTS, "heads", Cost(6 * prompt_count("search", "control", 48)))
     assert str(stage_costs(load_recipe("surgical"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
     assert "EXCISE" not in stage_costs(load_recipe("basic"))
 
@@ -131,15 +131,15 @@ def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
     made = load_recipe(name, {"passes": passes, "excise.strength": 0.05, "verify": [SMALL, {"use": "perplexity"}]})
     seen, values = counted(made)
     cost = total_cost(made)
-    assert sum(n for title, n in seen.items() if title.startswith("PROBE")) == cost.forwards.of(values) == 11 * passes
-    assert seen["VERIFY answers"] == sum(a.tokens * a.times * a.prompts.of(values) for a in cost.answers) == 2 * 5 * 4
-    assert seen["VERIFY perplexity"] == cost.texts.of(values) == 32
+    assert sum(n for title, n in seen.items() if title.startswith("PROBE")) == cost.forwards.evaluate(values) == 11 * passes
+    assert seen["VERIFY answers"] == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in cost.answers) == 2 * 5 * 4
+    assert seen["VERIFY perplexity"] == cost.texts.evaluate(values) == 32
 
 
 def test_first_tokens_are_counted_where_nothing_is_shared() -> None:
     made = load_recipe("basic", {"verify": [{"use": "first_token_kl"}]})
     seen, values = counted(made)
-    assert seen["VERIFY first tokens"] == stage_costs(made)["VERIFY"].forwards.of(values) == 6
+    assert seen["VERIFY first tokens"] == stage_costs(made)["VERIFY"].forwards.evaluate(values) == 6
     assert counted(load_recipe("basic", {"verify": [SMALL, {"use": "first_token_kl"}]}))[0]["VERIFY first tokens"] == 0
 
 
@@ -148,9 +148,9 @@ def test_rdo_does_what_its_formula_says() -> None:
     seen, values = counted(made)
     asked = stage_costs(made)["DISTILL"]
     wrote = seen["rdo answers"] + seen["rdo refusals"] + seen["rdo own answers"]
-    assert wrote == sum(a.tokens * a.times * a.prompts.of(values) for a in asked.answers) == (6 + 2 * 5) * 4
+    assert wrote == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in asked.answers) == (6 + 2 * 5) * 4
     assert asked.training == (Training(seen["DISTILL rdo"], 9, 4),)
-    assert asked.forwards.of(values) == 3 * HELD * 2 + 5  # at most: two looks, and own answers once
+    assert asked.forwards.evaluate(values) == 3 * HELD_OUT_PROMPTS * 2 + 5  # at most: two looks, and own answers once
 
 
 # ----------------------------------------------------------------------------------------------- classes

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantise, Trust, show_progress
-
-if TYPE_CHECKING:
-    from obliteratus.forecast.offloaded import Forecast
+from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantize, Trust, show_progress
 
 # Prompts that a forecast is reckoned with where none are given: the organism's, some 250 of each group.
 USUAL = "organism:astronomy"
@@ -18,7 +15,7 @@ USUAL = "organism:astronomy"
 def inspect(
     model: Model,
     dtype: Dtype = "auto",
-    quantise: Quantise = "",
+    quantize: Quantize = "",
     trust_remote_code: Trust = False,
     memory: Memory = None,
     target: Annotated[str, typer.Option(help="Prompts that --memory reckons with.")] = USUAL,
@@ -38,36 +35,38 @@ def inspect(
     from obliteratus.summon.summary import summarize_model
 
     limit = parse_size(memory) if memory else None
-    opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet=True):
         made = summarize_model(model, **opening)
         data = forecast_model(made)
         plan = forecast_run(made, limit, load_recipe(method), load_prompts(target, control), opening) if limit else None
     if json:
-        show_json({**data, **({"plan": plan.told()} if plan else {})})
+        show_json({**data, **({"plan": plan} if plan else {})})
         return
     show(data, sites)
     if plan:
         _show(plan)
 
 
-def _show(plan: Forecast) -> None:
+def _show(plan: dict[str, Any]) -> None:
     """The forecast under a limit as a table."""
     from obliteratus.cli.terminal import format_bytes, make_table, results
 
-    if not plan.stages:
-        results.print(
-            f"All weights fit into {format_bytes(plan.limit)}: {format_bytes(plan.needed)} are needed at least."
-        )
+    if not plan["stages"]:
+        needed = format_bytes(plan["needed_in_memory"])
+        results.print(f"All weights fit into {format_bytes(plan['limit'])}: {needed} are needed at least.")
         return
-    rows = [[name, format_bytes(s.peak), format_bytes(s.read), f"{s.seconds:.0f} s"] for name, s in plan.stages.items()]
-    title = f"Weights stay on disk under {format_bytes(plan.limit)}; {plan.prompts} prompts"
+    rows = [
+        [name, format_bytes(s["peak"]), format_bytes(s["read"]), f"{s['seconds']:.0f} s"]
+        for name, s in plan["stages"].items()
+    ]
+    title = f"Weights stay on disk under {format_bytes(plan['limit'])}; {plan['prompts']} prompts"
     results.print(make_table(title, ["stage", "peak memory", "weights read", "time"], rows))
 
 
 def _kind(data: dict[str, Any]) -> str:
     """How the weights are held in memory."""
-    dtype, stored = data["memory"]["dtype"], data["quantisation"]
+    dtype, stored = data["memory"]["dtype"], data["quantization"]
     if not stored:
         return f"in {dtype}"
     return f"as {stored}, the rest in {dtype}" if data["packed"] else f"in {dtype}, from {stored}"

@@ -1,36 +1,34 @@
-"""What a step asks of the model, as a formula of prompts and layers. Steps declare it where they are registered.
+"""How much of the model's work a step asks for, as a formula of prompt and layer counts.
 
-A formula is kept as data, so that it is read by people and evaluated by forecasts: nobody writes a number twice.
+Each step declares its cost where it is registered. The formula is kept as data, so that it can be both printed and
+evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 
 Values = Mapping[str, int | float]
-"""What the names of a formula stand for, e.g. ``{"N_fit": 512, "L": 30}``."""
+"""Values of a formula's variables, e.g. ``{"N_fit": 512, "L": 30}``."""
 Factor = tuple[str, int]
-"""A name, and the most that is taken of it (0: all)."""
+"""A variable, and the largest value that it counts with (0: no cap)."""
 
 
 @dataclass(frozen=True)
 class Amount:
-    """A sum of products, such as 2·N_fit + 13·L."""
+    """A sum of products of variables, such as 2·N_fit + 13·L."""
 
-    terms: Mapping[tuple[Factor, ...], int | float] = field(default_factory=dict)
+    terms: Mapping[tuple[Factor, ...], int]
 
     def __add__(self, other: Amount) -> Amount:
-        names = dict.fromkeys([*self.terms, *other.terms])
-        return Amount({name: self.terms.get(name, 0) + other.terms.get(name, 0) for name in names})
+        return _sum_terms([*self.terms.items(), *other.terms.items()])
 
-    def __mul__(self, other: Amount | int | float) -> Amount:
-        other = other if isinstance(other, Amount) else Amount({(): other})
-        total = Amount()
-        for mine, one in self.terms.items():
-            for theirs, two in other.terms.items():
-                total += Amount({tuple(sorted(mine + theirs)): one * two})
-        return total
+    def __mul__(self, other: Amount | int) -> Amount:
+        pairs = product(self.terms.items(), (other if isinstance(other, Amount) else constant(other)).terms.items())
+        return _sum_terms((tuple(sorted(mine + theirs)), a * b) for (mine, a), (theirs, b) in pairs)
 
     __rmul__ = __mul__
 
@@ -38,73 +36,79 @@ class Amount:
         return any(self.terms.values())
 
     def __str__(self) -> str:
-        return " + ".join(_term(factors, times) for factors, times in self.terms.items() if times)
+        return " + ".join(_format_term(factors, times) for factors, times in self.terms.items() if times)
 
-    def of(self, values: Values) -> float:
-        """The number, names replaced by their values. KeyError for a name that has none."""
-        total = 0.0
-        for factors, times in self.terms.items():
-            for name, most in factors:
-                times = times * (min(values[name], most) if most else values[name])
-            total += times
-        return total
-
-
-def _term(factors: tuple[Factor, ...], times: int | float) -> str:
-    names = [f"min({name}, {most})" if most else name for name, most in factors]
-    return "·".join([f"{times:g}"] * (times != 1 or not names) + names)
+    def evaluate(self, values: Values) -> float:
+        """Return the number that the formula gives for these values. Raises KeyError for a variable without one."""
+        return float(
+            sum(
+                times * math.prod(min(values[name], cap) if cap else values[name] for name, cap in factors)
+                for factors, times in self.terms.items()
+            )
+        )
 
 
-def amount(name: str, most: int = 0) -> Amount:
-    """A name by itself; ``most`` caps it: ``amount("N_search", 48)`` is min(N_search, 48)."""
-    return Amount({((name, most),): 1})
+def _sum_terms(terms: Iterable[tuple[tuple[Factor, ...], int]]) -> Amount:
+    total: dict[tuple[Factor, ...], int] = {}
+    for factors, times in terms:
+        total[factors] = total.get(factors, 0) + times
+    return Amount(total)
 
 
-def number(value: int) -> Amount:
-    """A plain number."""
+def _format_term(factors: tuple[Factor, ...], times: int) -> str:
+    names = [f"min({name}, {cap})" if cap else name for name, cap in factors]
+    return "·".join([f"{times}"] * (times != 1 or not names) + names)
+
+
+def constant(value: int) -> Amount:
+    """Return a plain number as a formula."""
     return Amount({(): value})
 
 
-def n_of(part: str, group: str = "", most: int = 0) -> Amount:
-    """Prompts of one part (fit, search, report), of all groups together or of one: N_fit, N_report,control."""
-    return amount(f"N_{part},{group}" if group else f"N_{part}", most)
+def variable(name: str, cap: int = 0) -> Amount:
+    """Return a variable as a formula; ``variable("L", 48)`` is min(L, 48)."""
+    return Amount({((name, cap),): 1})
+
+
+def prompt_count(part: str, group: str = "", cap: int = 0) -> Amount:
+    """Return the number of prompts of a split (fit, search, report), or of one group of it: N_fit, N_report,control."""
+    return variable(f"N_{part},{group}" if group else f"N_{part}", cap)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts that are answered together, so many times. Each prompt is passed once as well."""
+    """Prompts that are answered in one batch, ``times`` times. Each prompt also passes through the model once."""
 
     tokens: int
-    """Of each answer, at most."""
+    """Tokens of each answer, at most."""
     prompts: Amount
-    """Of one time."""
     times: int = 1
 
 
 @dataclass(frozen=True)
 class Training:
-    """Gradient steps. Weights are frozen, so a prompt costs one pass forward and one back."""
+    """Gradient steps. The weights are frozen, so a prompt costs one forward and one backward pass."""
 
     steps: int
-    """The cap: a step may stop earlier."""
+    """The most steps: training may stop earlier."""
     prompts: int
-    """Passed forward and back at each step."""
+    """Prompts of each step."""
     tokens: int
-    """Of the answer behind each prompt."""
+    """Tokens of the answer that follows each prompt."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What is asked of the model. All parts are empty for steps over tensors."""
+    """What a step asks of the model. Everything is empty for a step that only computes with tensors."""
 
-    forwards: Amount = Amount()
-    """Prompts passed once."""
+    forwards: Amount = Amount({})
+    """Prompts that pass through the model once."""
     answers: tuple[Answers, ...] = ()
-    texts: Amount = Amount()
-    """Paragraphs of prose passed once, LM head and all."""
+    texts: Amount = Amount({})
+    """Paragraphs of prose that pass through the model and its LM head once."""
     training: tuple[Training, ...] = ()
     free_after: str = ""
-    """The step whose passes this one takes over, and then costs nothing."""
+    """A step whose passes this one reuses, so that it costs nothing after that step."""
 
     def __add__(self, other: Cost) -> Cost:
         answers, training = self.answers + other.answers, self.training + other.training
@@ -118,22 +122,23 @@ class Cost:
     def __bool__(self) -> bool:
         return bool(self.forwards or self.answers or self.texts or self.training)
 
-    def passes(self, values: Values) -> int:
-        """Forward passes of one prompt, at most: every token of an answer is one, and a gradient step's prompt two."""
-        count = self.forwards.of(values) + self.texts.of(values)
-        count += sum((1 + a.tokens) * a.times * a.prompts.of(values) for a in self.answers)
+    def count_passes(self, values: Values) -> int:
+        """Return the most passes of one prompt. Each token of an answer is one, each prompt of a gradient step two."""
+        count = self.forwards.evaluate(values) + self.texts.evaluate(values)
+        count += sum((1 + a.tokens) * a.times * a.prompts.evaluate(values) for a in self.answers)
         return round(count + sum(2 * t.steps * t.prompts for t in self.training))
 
     def __str__(self) -> str:
-        parts = [f"{_bracketed(self.forwards)} forwards"] * bool(self.forwards)
-        parts += [f"{_bracketed(a.prompts * a.times)} × {a.tokens} tokens" for a in self.answers]
+        parts = [f"{_bracket(self.forwards)} forwards"] * bool(self.forwards)
+        parts += [f"{_bracket(a.prompts * a.times)} × {a.tokens} tokens" for a in self.answers]
         parts += [f"{t.steps} gradient steps × {t.prompts} prompts" for t in self.training]
-        parts += [f"{_bracketed(self.texts)} texts"] * bool(self.texts)
+        parts += [f"{_bracket(self.texts)} texts"] * bool(self.texts)
         return " + ".join(parts) or "nothing"
 
 
-def _bracketed(what: Amount) -> str:
-    return f"({what})" if len([t for t in what.terms.values() if t]) > 1 else str(what)
+def _bracket(amount: Amount) -> str:
+    text = str(amount)
+    return f"({text})" if " + " in text else text
 
 
 FREE = Cost()

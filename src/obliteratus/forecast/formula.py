@@ -1,4 +1,4 @@
-"""What a recipe costs, derived from its steps: a formula, a class, what memory it keeps. No number is written twice."""
+"""What a recipe costs, derived from its steps: the formula, the cost class and the memory class."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Any
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
-from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, n_of
+from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, prompt_count
 from obliteratus.core.registry import Registry
-from obliteratus.core.settings import Excise, Recipe, Step
-from obliteratus.excise.kl_budget import PROMPTS, STEPS
-from obliteratus.excise.router_limit import STEPS as TRIED
-from obliteratus.pipeline.recipe import dump_toml
+from obliteratus.core.settings import Recipe, Search, Step, Tune
+from obliteratus.core.toml import dump_toml
+from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.run import CHECK_TOKENS, CHECKED
-from obliteratus.search.run import CHECKED as MEMBERS
-from obliteratus.tune.fit import EVERY, HELD
-from obliteratus.tune.targets import OPENINGS
+from obliteratus.search.run import MAX_CHECKED
+from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS
+from obliteratus.tune.targets import OPENING_LENGTHS
 from obliteratus.verify import scorers
 
-# What the classes, and the forecasts in docs/runtimes.md, are reckoned with: the organism's prompts to within a few.
+# Prompt and layer counts that the classes and docs/runtimes.md are computed with: close to the organism's own.
 REFERENCE: Values = {
     "N_fit": 512,
     "N_fit,target": 256,
@@ -35,35 +34,40 @@ REFERENCE: Values = {
     "N_texts": 16,
     "L": 32,
 }
-# Tokens: a prompt's own, those that all prompts share (passed once, but with gradients each time), and a text's.
+# Tokens of a prompt beyond the shared prefix, of that prefix (run once, but in every gradient step), and of a text.
 OWN, SHARED, TEXT = 40, 24, 80
-# Work over that of one PROBE and the two VERIFYs, without which there is no run: up to a quarter more is not felt,
-# and beyond four times a run of minutes is one of an hour.
+# Work relative to one PROBE and two VERIFYs, which every run needs. A quarter more is not noticed; more than four
+# times as much turns a run of minutes into one of an hour.
 CLASSES = {"low": 1.25, "moderate": 4.0}
 
-# Options of [excise] that ask the model: what one pass with each costs, whatever its value.
-EXCISE: dict[str, Cost] = {
-    "kl_budget": Cost(n_of("search", "control", PROMPTS) * (2 + STEPS)),  # unedited, whole, and each bisection
-}
-ROUTERS = Cost(n_of("search", "control", PROMPTS) * (2 + TRIED))  # as they were, whole, and each bisection
+
+def _bisection_cost(steps: int) -> Cost:
+    """Return the cost of first tokens unedited, with the whole edit, and at each bisection step."""
+    return Cost(prompt_count("search", "control", kl_budget.CHECK_PROMPTS) * (2 + steps))
 
 
-def stage_costs(made: Recipe) -> dict[str, Cost]:
-    """The most that each stage asks of the model in a whole run."""
-    found = {
-        "PROBE": Cost(n_of("fit")) * made.passes,
-        "ANALYZE": _steps(analyses, made.analyze),
-        "DISTILL": _steps(extractors, made.distill) * made.passes,
-        "EXCISE": _excise(made.excise, bool(made.analyze)) * made.passes,
-        "CHECK": Cost(answers=(Answers(CHECK_TOKENS, n_of("search", "target", CHECKED)),)) * (made.passes - 1),
-        "TUNE": _tune(made),
-        "SEARCH": _search(made),
-        "VERIFY": _steps(scorers, made.verify) * 2,  # before and after
+# What an option of [excise] costs in each pass, whatever its value.
+EXCISE_COSTS = {"kl_budget": _bisection_cost(kl_budget.BISECTION_STEPS)}
+ROUTER_COST = _bisection_cost(router_limit.BISECTION_STEPS)
+
+
+def stage_costs(recipe: Recipe) -> dict[str, Cost]:
+    """Return the most that each stage of a run asks of the model; stages that ask nothing are left out."""
+    check = Cost(answers=(Answers(CHECK_TOKENS, prompt_count("search", "target", CHECKED)),))
+    costs = {
+        "PROBE": Cost(prompt_count("fit")) * recipe.passes,
+        "ANALYZE": _add_steps(analyses, recipe.analyze),
+        "DISTILL": _add_steps(extractors, recipe.distill) * recipe.passes,
+        "EXCISE": _excise_cost(recipe) * recipe.passes,
+        "CHECK": check * (recipe.passes - 1),
+        "TUNE": _tune_cost(recipe.tune) if recipe.tune else FREE,
+        "SEARCH": _search_cost(recipe.search, recipe.verify) if recipe.search else FREE,
+        "VERIFY": _add_steps(scorers, recipe.verify) * 2,  # before and after
     }
-    return {name: cost for name, cost in found.items() if cost}
+    return {name: cost for name, cost in costs.items() if cost}
 
 
-def _steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
+def _add_steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
     total, earlier = FREE, set()
     for step in steps:
         cost = registry[step.use].cost(registry.check(step.use, step.options))
@@ -73,92 +77,91 @@ def _steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
     return total
 
 
-def _excise(excise: Excise, advised: bool) -> Cost:
-    """advised: whether measurements may set a KL budget."""
-    chosen = {*excise.model_dump(exclude_defaults=True), *(["kl_budget"] if advised else [])}
-    routers = ROUTERS if "router" in excise.parts else FREE
-    return reduce(add, (cost for name, cost in EXCISE.items() if name in chosen), routers)
+def _excise_cost(recipe: Recipe) -> Cost:
+    options = set(recipe.excise.model_dump(exclude_defaults=True))
+    if recipe.analyze:  # measurements may set a KL budget
+        options.add("kl_budget")
+    costs = [cost for name, cost in EXCISE_COSTS.items() if name in options]
+    return reduce(add, costs, ROUTER_COST if "router" in recipe.excise.parts else FREE)
 
 
-def _search(made: Recipe) -> Cost:
-    """First tokens for every trial, and the most: answers to target prompts for each, the longer check for ten."""
-    if made.search is None:
-        return FREE
-    target, control = (n_of("search", group, made.search.prompts) for group in ("target", "control"))
-    trial = Cost(target + control, (Answers(made.search.tokens, target),))
-    longer = tuple(
-        replace(a, prompts=target + control) for step in made.verify for a in _steps(scorers, [step]).answers
-    )
-    return trial * made.search.trials + Cost(answers=longer) * (1 + MEMBERS)  # and the unedited model
+def _search_cost(search: Search, verify: Sequence[Step]) -> Cost:
+    """Return the cost if every trial answers all target prompts, and the most plans of the front are checked."""
+    target, control = (prompt_count("search", group, search.prompts) for group in ("target", "control"))
+    trial = Cost(target + control, (Answers(search.tokens, target),))
+    answers = [a for step in verify for a in _add_steps(scorers, [step]).answers]
+    check = Cost(answers=tuple(replace(a, prompts=target + control) for a in answers))
+    return trial * search.trials + check * (1 + MAX_CHECKED)  # 1: the unedited model
 
 
-def _tune(made: Recipe) -> Cost:
-    """The most answers and gradient steps; a look at search prompts every few of them.
+def _tune_cost(tune: Tune) -> Cost:
+    """Return the cost if no answer and no gradient step is left out.
 
-    Target prompts are opened under two plans, and their answers gone on with from each length of opening, as long as
-    they refuse.
+    Target prompts are answered briefly under two plans. Each of these openings, cut to every length, is then
+    continued for as long as the model refuses.
     """
-    how = made.tune
-    if how is None:
-        return FREE
-    steps, held = how.steps * len(how.leads), n_of("search", "target", HELD) + n_of("search", "control", HELD)
-    looks = held * (len(how.leads) + -(-steps // EVERY))
-    target, control = (n_of("fit", g, how.prompts) + n_of("search", g, HELD) for g in ("target", "control"))
-    begun, led = Answers(OPENINGS[-1], target, times=2), Answers(how.tokens, target, times=2 * len(OPENINGS))
-    written = (Answers(how.tokens, control), begun, led)
-    return Cost(looks, written, training=(Training(steps, 2 * how.batch, how.tokens),))
+    groups = ("target", "control")
+    held_out = [prompt_count("search", group, HELD_OUT_PROMPTS) for group in groups]
+    target, control = (prompt_count("fit", g, tune.prompts) + n for g, n in zip(groups, held_out, strict=True))
+    steps = tune.steps * len(tune.margins)
+    checks = (held_out[0] + held_out[1]) * (len(tune.margins) + -(-steps // CHECK_EVERY))
+    openings = Answers(OPENING_LENGTHS[-1], target, times=2)
+    continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))
+    answers = (Answers(tune.tokens, control), openings, continued)
+    return Cost(checks, answers, training=(Training(steps, 2 * tune.batch, tune.tokens),))
 
 
-def total_cost(made: Recipe) -> Cost:
-    """All stages together."""
-    return reduce(add, stage_costs(made).values(), FREE)
+def total_cost(recipe: Recipe) -> Cost:
+    """Return the cost of all stages together."""
+    return reduce(add, stage_costs(recipe).values(), FREE)
 
 
-def format_formula(made: Recipe) -> str:
-    """For people: 2·N_fit forwards + …, behind ≤ where a run may stop earlier."""
-    early = made.passes > 1 or made.search is not None or bool(total_cost(made).training)
-    return ("≤ " if early else "") + str(total_cost(made))
+def format_formula(recipe: Recipe) -> str:
+    """Return the total as text, such as ``2·N_fit forwards + …``, after ≤ if the run may stop earlier."""
+    total = total_cost(recipe)
+    may_stop = recipe.passes > 1 or recipe.search is not None or bool(total.training)
+    return ("≤ " if may_stop else "") + str(total)
 
 
-def count_tokens(cost: Cost, values: Values = REFERENCE) -> float:
-    """Tokens that pass through the model; one with gradients counts twice, for the way back."""
-    count = OWN * cost.forwards.of(values) + TEXT * cost.texts.of(values)
-    count += sum((OWN + a.tokens) * a.times * a.prompts.of(values) for a in cost.answers)
+def count_tokens(cost: Cost) -> float:
+    """Return the tokens that pass through the model at `REFERENCE`; a token with gradients counts twice."""
+    count = OWN * cost.forwards.evaluate(REFERENCE) + TEXT * cost.texts.evaluate(REFERENCE)
+    count += sum((OWN + a.tokens) * a.times * a.prompts.evaluate(REFERENCE) for a in cost.answers)
     return count + sum(2 * t.steps * t.prompts * (SHARED + OWN + t.tokens) for t in cost.training)
 
 
-def relative_effort(made: Recipe) -> float:
-    """Work at the reference, over that of one PROBE and two VERIFYs."""
-    least = {"PROBE": Cost(n_of("fit")), "VERIFY": stage_costs(made)["VERIFY"]}
-    return count_tokens(total_cost(made)) / sum(count_tokens(cost) for cost in least.values())
+def relative_effort(recipe: Recipe) -> float:
+    """Return the work at `REFERENCE` relative to one PROBE and the two VERIFYs."""
+    least = count_tokens(Cost(prompt_count("fit"))) + count_tokens(stage_costs(recipe)["VERIFY"])
+    return count_tokens(total_cost(recipe)) / least
 
 
-def cost_class(made: Recipe) -> str:
-    """low, moderate or high: see `CLASSES`."""
-    return next((name for name, most in CLASSES.items() if relative_effort(made) <= most), "high")
+def cost_class(recipe: Recipe) -> str:
+    """Return ``low``, ``moderate`` or ``high``, as `CLASSES` defines them."""
+    return next((name for name, limit in CLASSES.items() if relative_effort(recipe) <= limit), "high")
 
 
-def memory_class(made: Recipe) -> tuple[str, str]:
-    """The class (means, sketch, rows or gradients: the largest that is held beside the model) and its formula."""
-    training = total_cost(made).training
+def memory_class(recipe: Recipe) -> tuple[str, str]:
+    """Return what takes most memory beside the model (means, sketch, rows or gradients), and its size as a formula."""
+    training = total_cost(recipe).training
     if training:
-        held = max(training, key=lambda t: t.prompts * t.tokens)
-        return "gradients", f"O({held.prompts}·tokens·L·H)"
+        largest = max(training, key=lambda t: t.prompts * t.tokens)
+        return "gradients", f"O({largest.prompts}·tokens·L·H)"
     return {
         "rows": ("rows", "O(N_fit·L·H)"),
-        "sketch": ("sketch", f"O({made.probe.sketch}·L·H)"),
+        "sketch": ("sketch", f"O({recipe.probe.sketch}·L·H)"),
         "moments": ("means", "O(L·H)"),
-    }[made.probe.keep]
+    }[recipe.probe.keep]
 
 
-def describe_cost(made: Recipe) -> dict[str, Any]:
-    """All of it as plain data."""
-    kind, size = memory_class(made)
+def describe_cost(recipe: Recipe) -> dict[str, Any]:
+    """Return everything that is known of a recipe's cost as plain data."""
+    kind, size = memory_class(recipe)
     return {
-        "formula": format_formula(made),
-        "stages": {name: str(cost) for name, cost in stage_costs(made).items()},
-        "class": cost_class(made),
-        "effort": round(relative_effort(made), 2),
+        "formula": format_formula(recipe),
+        "stages": {name: str(cost) for name, cost in stage_costs(recipe).items()},
+        "class": cost_class(recipe),
+        "effort": round(relative_effort(recipe), 2),
         "memory": {"class": kind, "formula": size},
     }
 
@@ -166,13 +169,13 @@ def describe_cost(made: Recipe) -> dict[str, Any]:
 COLUMNS = ["name", "what it does", "cost", "memory", "source"]
 
 
-def table_row(made: Recipe) -> list[str]:
-    """A line of the table of methods."""
-    return [made.name, made.about, cost_class(made), memory_class(made)[0], ", ".join(made.cite)]
+def table_row(recipe: Recipe) -> list[str]:
+    """Return the recipe's row in the table of methods, whose columns are `COLUMNS`."""
+    return [recipe.name, recipe.about, cost_class(recipe), memory_class(recipe)[0], ", ".join(recipe.cite)]
 
 
-def annotate_recipe(made: Recipe) -> str:
-    """The recipe as TOML, with what it costs in comments above."""
-    kind, size = memory_class(made)
-    head = [f"{made.name}: {format_formula(made)}", f"cost {cost_class(made)}, memory {kind}: {size}"]
-    return "".join(f"# {line}\n" for line in head) + dump_toml(made)
+def annotate_recipe(recipe: Recipe) -> str:
+    """Return the recipe as TOML with its cost in comments at the top."""
+    kind, size = memory_class(recipe)
+    head = [f"{recipe.name}: {format_formula(recipe)}", f"cost {cost_class(recipe)}, memory {kind}: {size}"]
+    return "".join(f"# {line}\n" for line in head) + dump_toml(recipe)

@@ -1,4 +1,4 @@
-"""What a model will cost here, from its outline and this machine: memory and time, before anything is loaded."""
+"""What a model will cost on this machine, from its summary alone: memory, and the time of a probe."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ import torch
 from obliteratus.inference.memory import host_memory
 from obliteratus.summon.summary import ModelSummary
 
-PROMPTS, TOKENS = 256, 40  # an ordinary probe: as many prompts, with so many tokens beyond the shared prefix
-GEMM = 1024  # tokens of the matrix product that measures the machine: those of one CPU batch
+PROMPTS, TOKENS = 256, 40  # a usual probe: prompts of each group, and their tokens beyond the shared prefix
+GEMM_TOKENS = 1024  # rows of the matrix product that measures the machine
 
 
 def measure_gemm_rate(width: int = 1024, seconds: float = 0.3) -> float:
-    """FLOP/s of fp32 matrix products [1024, width] × [width, 4·width] on this machine, the best of ≥ 3 runs."""
-    x, w = torch.randn(GEMM, width), torch.randn(4 * width, width)
+    """Return this machine's FLOP/s on fp32 products [1024, width] × [width, 4·width], the best of at least 3."""
+    x, w = torch.randn(GEMM_TOKENS, width), torch.randn(4 * width, width)
     best, end, runs = float("inf"), time.perf_counter() + seconds, 0
     while time.perf_counter() < end or runs < 3:
         start = time.perf_counter()
         torch.nn.functional.linear(x, w)
         best, runs = min(best, time.perf_counter() - start), runs + 1
-    return 2.0 * GEMM * width * 4 * width / best
+    return 2.0 * GEMM_TOKENS * width * 4 * width / best
 
 
-def forecast_model(found: ModelSummary) -> dict[str, Any]:
-    """All that `inspect` shows, as plain data."""
-    backbone = found.coverage.writers + found.coverage.readers + found.coverage.unclaimed
-    rate = measure_gemm_rate()
-    weights = found.loaded_bytes
+def forecast_model(summary: ModelSummary) -> dict[str, Any]:
+    """Return everything that `obliteratus inspect` shows as plain data. Sizes are in bytes, times in seconds."""
+    coverage, rate = summary.coverage, measure_gemm_rate()
+    backbone = coverage.writers + coverage.readers + coverage.unclaimed
     return {
-        "source": found.source,
-        "model_type": found.model_type,
-        "quantisation": found.quantisation,
-        "packed": found.packed,
-        "n_layers": found.n_layers,
-        "width": found.width,
-        "parameters": found.n_params,
-        "tied_embeddings": found.tied,
-        "sites": [vars(s) for s in found.sites],
-        "parts": dict(Counter(s.part for s in found.sites)),
-        "coverage": found.coverage.to_dict(),
+        "source": summary.source,
+        "model_type": summary.model_type,
+        "quantization": summary.quantization,
+        "packed": summary.packed,
+        "n_layers": summary.n_layers,
+        "width": summary.width,
+        "parameters": summary.n_params,
+        "tied_embeddings": summary.tied,
+        "sites": [vars(site) for site in summary.sites],
+        "parts": dict(Counter(site.part for site in summary.sites)),
+        "coverage": coverage.to_dict(),
         "memory": {
-            "dtype": found.dtype,
-            "weights": weights,
-            "cache_per_token": found.kv_bytes_per_token,
-            "activations_kept": 4 * 2 * PROMPTS * (found.n_layers + 1) * found.width,
+            "dtype": summary.dtype,
+            "weights": summary.loaded_bytes,
+            "cache_per_token": summary.kv_bytes_per_token,
+            "activations_kept": 4 * 2 * PROMPTS * (summary.n_layers + 1) * summary.width,  # fp32, two groups
             "free": host_memory(),
         },
         "time": {

@@ -1,4 +1,7 @@
-"""What a run with weights on disk will take, stage by stage: measured on a few blocks, and reckoned for the rest."""
+"""What each stage of a run takes when the weights stay on disk.
+
+Speeds are measured on a few blocks of the model; the rest is computed from sizes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,228 +21,187 @@ from obliteratus.inference.batching import CPU_TOKENS, make_batches, shared_pref
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.layerwise import LayerwisePass, block_parameters, outer_parameters, run_layerwise
 from obliteratus.inference.memory import memory_limit, resident_bytes
-from obliteratus.inference.memory_needs import BUFFERS, batch_bytes, bytes_in_memory, check_offloaded_fits
+from obliteratus.inference.memory_needs import BUFFERS, bytes_in_memory, bytes_offloaded, check_offloaded_fits
 from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.prompts import parts_checked
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import ModelSummary
 from obliteratus.verify.drift import text_tokens
-from obliteratus.weights.rewrite import Output, Source
+from obliteratus.weights.rewrite import HashingReader, HashingWriter
 
-BLOCKS = 3  # that are run: the first warms up, and the fastest of the others stands for all
-# Of prompts, so many passes are run through each: enough for the next block to be read meanwhile, as it will be.
-PASSES = 6
-# Of a file, so many bytes are copied, summed and synced to measure the disk: half a second on a slow one.
-COPIED = 256_000_000
-SCORED = 16  # prompts that REBIRTH scores again, live and as saved
+BLOCKS = 3  # blocks that are measured: the first warms up, and the fastest of the others counts
+BATCHES = 6  # batches run through each of them: enough for the next block to be read meanwhile, as in a real run
+COPIED_BYTES = 256_000_000  # bytes copied, hashed and synced to measure the disk: half a second on a slow one
+SCORED = 16  # prompts that REBIRTH scores before and after saving
 
 
 class StageForecast(NamedTuple):
     """What one stage takes."""
 
     peak: int
-    """Bytes that the process holds at most."""
+    """Most bytes that the process holds."""
     read: int
-    """Bytes of weights read."""
+    """Bytes of weights read from disk."""
     seconds: float
 
 
-@dataclass(frozen=True)
-class Rates:
-    """This machine on this model."""
+class Rates(NamedTuple):
+    """Speeds of this machine on this model."""
 
     read: float
-    """Bytes a second, of a block's weights."""
+    """Bytes of a block's weights read in a second."""
     token: float
-    """Seconds a token takes in one block while nothing is read."""
+    """Seconds of one token in one block while nothing is read."""
     block: float
-    """Seconds that a block takes beside, or beyond reading it where that takes longer."""
+    """Seconds of one block beyond the longer of reading it and computing it."""
     gemm: float
-    """FLOP/s of the head's products."""
-    copied: float
-    """Bytes a second, read, summed, written and synced."""
+    """FLOP/s of the LM head's matrix products."""
+    copy: float
+    """Bytes read, hashed, written and synced in a second."""
+
+
+def forecast_run(
+    summary: ModelSummary, limit: float, recipe: Recipe, prompts: PromptSet, opening: dict[str, Any]
+) -> dict[str, Any]:
+    """Return where a run's weights are kept under the limit in bytes, and what each stage takes if that is on disk.
+
+    In that case a few blocks are read and run to measure them, and ``stages`` is not empty. opening: arguments for
+    `open_offloaded`. Raises UserError where the limit is too small even for weights on disk.
+    """
+    fit, _, report = parts_checked(prompts, recipe.seed)
+    count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
+    needed, stages = bytes_in_memory(summary), dict[str, StageForecast]()
+    if needed > limit:
+        with memory_limit(limit):
+            check_offloaded_fits(summary)
+            subject = open_offloaded(summary.source, **opening)
+            stages = forecast_stages(summary, subject, adapt_recipe(subject, recipe), fit, report)
+    return {
+        "limit": limit,
+        "weights": "on disk" if stages else "in memory",
+        "needed_in_memory": needed,
+        "prompts": count,
+        "stages": {name: stage._asdict() for name, stage in stages.items()},
+        "peak": max((stage.peak for stage in stages.values()), default=needed),
+        "seconds": sum(stage.seconds for stage in stages.values()),
+    }
 
 
 def forecast_stages(
-    made: ModelSummary, subject: Subject, recipe: Recipe, parts: tuple[PromptSet, PromptSet]
+    summary: ModelSummary, subject: Subject, recipe: Recipe, fit: PromptSet, report: PromptSet
 ) -> dict[str, StageForecast]:
-    """By stage of a run whose weights stay on disk. recipe: as it is `adapt_recipe` that. parts: the prompts to fit on,
-    and those to report on."""
-    fit, report = (_ids(subject, part) for part in parts)
-    texts = text_tokens(subject) if any(s.use == "perplexity" for s in recipe.verify) else []
-    rates = measure_rates(subject, fit)
-    weights = subject.offloaded.stored_bytes(list(subject.offloaded))
-    row = 4 * (made.n_layers + 1) * made.width  # bytes of a prompt's streams, fp32
-    scored, rows = report[-SCORED:], 2 * len(report)
-    probe, twice = _own(fit), 2 * (_own(report) + sum(map(len, texts)))
-    head = _head_flops(made, rows + 2 * sum(map(len, texts))) / rates.gemm
-    at_head = _head(made, subject) / rates.read  # a tied one is in memory
-    vocabulary = 4 * made.vocabulary
-    base = resident_bytes()
-    passing = base + max(made.table_bytes, 2 * made.block_bytes + batch_bytes(made))
+    """Return the forecast of each stage. The recipe must have gone through `adapt_recipe`."""
+    fit_ids, report_ids = _render(subject, fit), _render(subject, report)
+    texts = text_tokens(subject) if any(step.use == "perplexity" for step in recipe.verify) else []
+    rates, base = measure_rates(subject, fit_ids), resident_bytes()
+    table, head = (subject.offloaded.stored_bytes(outer_parameters(subject, head=end)) for end in (False, True))
+    head = 0 if summary.tied else int(head)  # a tied head is in memory already
+    weights = int(subject.offloaded.stored_bytes(list(subject.offloaded)))
+    tied_table = summary.table_bytes if summary.tied else 0  # stays in memory from the first tokens to the last
+    logits, stream = 4 * summary.vocabulary, 4 * summary.width  # bytes of one token, fp32
+    reading = _block_bytes(subject) / rates.read
+
+    def run_seconds(tokens: int) -> float:
+        """Return the seconds of one pass: the table, then each block, read while the one before it computes."""
+        blocks = summary.n_layers * (max(reading, tokens * rates.token) + rates.block)
+        return float(table / rates.read + reading + blocks)
+
+    passing = bytes_offloaded(summary)
+    probe_rows = len(fit_ids) + _rows_kept(recipe.probe, fit)
+    verify_tokens = 2 * (_count_tokens(report_ids) + sum(map(len, texts)))  # before and after the edit
+    head_rows = 2 * len(report_ids)
+    head_seconds = 2.0 * summary.vocabulary * summary.width * (head_rows + 2 * sum(map(len, texts))) / rates.gemm
+    scored = report_ids[-SCORED:]
     return {
         f"PROBE × {recipe.passes}": StageForecast(
-            passing + row * (len(fit) + _rows_kept(recipe.probe, parts[0])),
-            recipe.passes * (weights - _head(made, subject)),
-            recipe.passes * _blocks(made, subject, probe, rates),
+            passing + stream * (summary.n_layers + 1) * probe_rows,
+            recipe.passes * (weights - head),
+            recipe.passes * run_seconds(_count_tokens(fit_ids)),
         ),
         "VERIFY": StageForecast(
-            passing + _kept_table(made) + 4 * made.width * twice + 2 * rows * vocabulary,
+            passing + tied_table + stream * verify_tokens + 2 * head_rows * logits,
             weights,
-            _blocks(made, subject, twice, rates) + at_head + head,
+            run_seconds(verify_tokens) + head / rates.read + head_seconds,
         ),
-        "SAVE": _saved(made, base, weights, rates),
+        # An edited matrix is at most half of its block, and has a copy beside it.
+        "SAVE": StageForecast(base + 2 * (summary.block_bytes // 2) + BUFFERS, weights, weights / rates.copy),
         "SCORE × 2": StageForecast(
-            passing + _kept_table(made) + len(scored) * vocabulary,
+            passing + tied_table + len(scored) * logits,
             2 * weights,
-            2 * (_blocks(made, subject, _own(scored), rates) + at_head),
+            2 * (run_seconds(_count_tokens(scored)) + head / rates.read),
         ),
     }
 
 
+def _render(subject: Subject, prompts: PromptSet) -> Ids:
+    return render_prompts(subject, list(chain.from_iterable(prompts.groups.values())))
+
+
+def _count_tokens(ids: Ids) -> int:
+    """Return the tokens that are computed; those of the shared prefix count once."""
+    n = shared_prefix_length(ids)
+    return sum(len(row) - n for row in ids) + n
+
+
+def _rows_kept(options: Probe, fit: PromptSet) -> int:
+    """Return how many prompts' streams PROBE's result takes as much memory as."""
+    sizes = [len(members) for members in fit.groups.values()]
+    return {"rows": sum(sizes), "sketch": 2 * options.sketch * len(sizes), "moments": 0}[options.keep]
+
+
+def _block_bytes(subject: Subject) -> int:
+    return int(subject.offloaded.stored_bytes(block_parameters(subject, subject.n_layers - 1)))
+
+
+# ------------------------------------------------------------------------------------------ measuring
 def measure_rates(subject: Subject, ids: Ids) -> Rates:
-    """Read some blocks, run prompts through the first of them, and copy a little."""
-    read = _read(subject)
-    token, block = _block(subject, ids, read)
+    """Read some blocks, run prompts through the first of them, copy part of a file, and return the speeds."""
+    read = _measure_read(subject)
+    token, block = _measure_block(subject, ids, read)
     files = list(subject.offloaded.files.shards)
-    return Rates(read, token, block, measure_gemm_rate(), _copied(files[len(files) // 2]))
+    return Rates(read, token, block, measure_gemm_rate(), _measure_copy(files[len(files) // 2]))
 
 
-def _read(subject: Subject) -> float:
-    """Bytes a second: of the last blocks, the faster of those that are read into memory that was in use before."""
+def _measure_read(subject: Subject) -> float:
+    """Return bytes a second. Only the last two blocks count: they are read into memory that was in use before."""
     names = [block_parameters(subject, block) for block in range(subject.n_layers)[-BLOCKS - 1 :]]
     times = [time.perf_counter()]
-    for own, then in zip(names, [*names[1:], ()], strict=True):
-        with subject.offloaded.holding(own, then):
+    for own, following in zip(names, [*names[1:], ()], strict=True):
+        with subject.offloaded.load_block(own, following):
             times.append(time.perf_counter())
     seconds = [after - before for before, after in pairwise(times)]
     return float(subject.offloaded.stored_bytes(names[-1]) / min(seconds[-2:]))
 
 
-def _block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
-    """Seconds of a token in a block, and of a block beside (`Rates`): of the first blocks, those that took least."""
+def _measure_block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
+    """Return `Rates.token` and `Rates.block`, each the least of those that the first blocks took."""
     n = shared_prefix_length(ids)
-    rows = [ids[i] for batch in make_batches([len(row) - n for row in ids], CPU_TOKENS)[:PASSES] for i in batch]
-    begun: dict[int, float] = {}
-    rate: list[float] = []
+    rows = [ids[i] for batch in make_batches([len(row) - n for row in ids], CPU_TOKENS)[:BATCHES] for i in batch]
+    starts: dict[int, float] = {}
+    token_seconds: list[float] = []
 
     @contextmanager
-    def clock(stream: int, of: Sequence[int], lengths: Any) -> Iterator[None]:
+    def clock(stream: int, rows: Sequence[int], lengths: Any) -> Iterator[None]:
         start = time.perf_counter()
-        begun.setdefault(stream, start)
+        starts.setdefault(stream, start)
         try:
             yield
         finally:  # a pass ends by an exception
-            if stream:  # not the table
-                rate.append((time.perf_counter() - start) / int(lengths.sum()))
+            if stream:  # stream 0 is the embedding table
+                token_seconds.append((time.perf_counter() - start) / int(lengths.sum()))
 
-    run_layerwise(
-        subject, LayerwisePass(subject, rows), top=min(BLOCKS + 1, subject.n_layers), look=clock, title="measuring"
-    )
-    walls = [after - before for before, after in pairwise(begun[stream] for stream in sorted(begun))][1:]
-    token = min(rate)
-    return token, max(0.0, min(walls, default=0.0) - max(_reading(subject, read), _own(rows) * token))
-
-
-def _reading(subject: Subject, read: float) -> float:
-    """Seconds that a block takes to be read, at so many bytes a second."""
-    return float(subject.offloaded.stored_bytes(block_parameters(subject, subject.n_layers - 1)) / read)
+    top = min(BLOCKS + 1, subject.n_layers)
+    run_layerwise(subject, LayerwisePass(subject, rows), top=top, look=clock, title="measuring")
+    block_seconds = [after - before for before, after in pairwise(starts[stream] for stream in sorted(starts))][1:]
+    token = min(token_seconds)
+    known = max(_block_bytes(subject) / read, _count_tokens(rows) * token)
+    return token, max(0.0, min(block_seconds, default=0.0) - known)
 
 
-def _copied(file: Path) -> float:
-    size, start = min(file.stat().st_size, COPIED), time.perf_counter()
+def _measure_copy(file: Path) -> float:
+    size, start = min(file.stat().st_size, COPIED_BYTES), time.perf_counter()
     with tempfile.TemporaryFile() as copy, file.open("rb") as opened:
-        Source(opened, "").copy(Output(copy), size)
+        HashingReader(opened, "").copy(HashingWriter(copy), size)
         copy.flush()
         os.fsync(copy.fileno())
     return size / (time.perf_counter() - start)
-
-
-def _blocks(made: ModelSummary, subject: Subject, tokens: int, rates: Rates) -> float:
-    """Seconds of one pass: the table, then each block, read while the one before it computes."""
-    reading = _reading(subject, rates.read)
-    table = subject.offloaded.stored_bytes(outer_parameters(subject)) / rates.read
-    return float(table + reading + made.n_layers * (max(reading, tokens * rates.token) + rates.block))
-
-
-def _saved(made: ModelSummary, base: int, weights: int, rates: Rates) -> StageForecast:
-    largest = made.block_bytes // 2  # an edited matrix is at most half of its block, and has a copy beside it
-    return StageForecast(base + 2 * largest + BUFFERS, weights, weights / rates.copied)
-
-
-def _rows_kept(options: Probe, fit: PromptSet) -> int:
-    """Prompts' worth of streams that PROBE holds, beside those that it reads."""
-    sizes = [len(members) for members in fit.groups.values()]
-    return {"rows": sum(sizes), "sketch": 2 * options.sketch * len(sizes), "moments": 0}[options.keep]
-
-
-def _head(made: ModelSummary, subject: Subject) -> int:
-    """Bytes of a head that PROBE need not read."""
-    names = outer_parameters(subject, head=True)
-    return 0 if made.tied else int(subject.offloaded.stored_bytes(names))
-
-
-def _kept_table(made: ModelSummary) -> int:
-    """A tied table stays in memory from the first tokens to the last."""
-    return made.table_bytes if made.tied else 0
-
-
-def _head_flops(made: ModelSummary, rows: int) -> float:
-    return 2.0 * made.vocabulary * made.width * rows
-
-
-def _own(ids: Ids) -> int:
-    """Tokens that are run: those that all share once."""
-    n = shared_prefix_length(ids)
-    return sum(len(row) - n for row in ids) + n
-
-
-def _ids(subject: Subject, prompts: PromptSet) -> Ids:
-    return render_prompts(subject, list(chain.from_iterable(prompts.groups.values())))
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What `inspect --memory` says."""
-
-    limit: float
-    needed: int
-    """Bytes with all weights loaded."""
-    stages: dict[str, StageForecast]
-    """Of a run with the weights on disk; empty where they fit into memory."""
-    prompts: int
-    """Of the run that is reckoned with."""
-
-    @property
-    def peak(self) -> int:
-        return max((stage.peak for stage in self.stages.values()), default=self.needed)
-
-    def told(self) -> dict[str, Any]:
-        """As plain data."""
-        stages = {name: stage._asdict() for name, stage in self.stages.items()}
-        return {
-            "limit": self.limit,
-            "weights": "on disk" if self.stages else "in memory",
-            "needed_in_memory": self.needed,
-            "prompts": self.prompts,
-            "stages": stages,
-            "peak": self.peak,
-            "seconds": sum(stage.seconds for stage in self.stages.values()),
-        }
-
-
-def forecast_run(
-    made: ModelSummary, limit: float, recipe: Recipe, prompts: PromptSet, opening: dict[str, Any]
-) -> Forecast:
-    """Where the weights of a run go under the limit (bytes), and what each stage takes if they stay on disk: then three
-    blocks are read and run. UserError where it cannot work."""
-    fit, _, report = parts_checked(prompts, recipe.seed)
-    count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
-    needed = bytes_in_memory(made)
-    if needed <= limit:
-        return Forecast(limit, needed, {}, count)
-    with memory_limit(limit):
-        check_offloaded_fits(made)
-        subject = open_offloaded(made.source, **opening)
-        stages = forecast_stages(made, subject, adapt_recipe(subject, recipe), (fit, report))
-    return Forecast(limit, needed, stages, count)
