@@ -15,8 +15,8 @@ import torch
 
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.forecast.machine import measure_gemm_rate
-from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 

@@ -27,9 +27,9 @@ from obliteratus.core.settings import Probe
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.forecast.formula import stage_costs
 from obliteratus.forecast.machine import measure_gemm_rate
-from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
+from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations

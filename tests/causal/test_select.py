@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tests.support.hooked import hooked, ids_of, without
+from tests.support.notes import Notes
 from tests.support.refuser import REFUSAL, asked, byte, refuser, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
@@ -23,34 +23,24 @@ from obliteratus.causal.candidates import (
     at_least,
     at_most,
     choose_candidate,
+    count_template_suffix,
     make_grid,
     score_candidates,
-    count_template_suffix,
 )
 from obliteratus.causal.select import RefusalScorer
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import Reporter, report_to
+from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, Prompt, PromptSet, Subject
 from obliteratus.distill import find_directions
-from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
+from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.probe.probe import collect_activations
 from obliteratus.verify.openings import log_odds, opening_tokens, typical_openings
 
 SUFFIX = len("\nassistant:")  # a token a byte
 TOKENS = [70, 71, 100]
-
-
-class Notes(Reporter):
-    """Keeps what is noted."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, title: str, text: str) -> None:
-        self.texts.append(f"{title}: {text}")
 
 
 def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Directions, list[str]]:
@@ -59,32 +49,10 @@ def chosen(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Direct
         return find_directions(collect_activations(subject, prompts), [step], FitContext(subject, prompts)), notes.texts
 
 
-def ids_of(subject: Subject, prompts: PromptSet) -> dict[str, list[list[int]]]:
-    return {g: render_prompts(subject, prompts[g]) for g in ("target", "control")}
-
-
 # ------------------------------------------------------------------------------------ in double precision
-@contextmanager
-def hooked(pairs: list[tuple[Any, Any]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def logits(model: Any, ids: list[list[int]]) -> Tensor:
     with torch.no_grad():
         return torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
-
-
-def without(model: Any, vector: Tensor) -> Any:
-    """Hooks that take the vector out of whatever a Llama's writers write."""
-    d = vector.double() / vector.double().norm()
-    layers = model.model.layers
-    writers = [model.model.embed_tokens, *(x.self_attn.o_proj for x in layers), *(x.mlp.down_proj for x in layers)]
-    return hooked([(w, lambda m, a, y: y - (y @ d)[..., None] * d) for w in writers])
 
 
 def odds(values: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import PlanMaker, random_basis
-from tests.excise.test_executors import CLOSE, EXECUTORS, directed, live, opened
+from tests.support.executors import CLOSE, EXECUTORS, directed, live, opened
 from tests.support.tiny import tiny_subject
 from torch import Tensor, nn
 
@@ -31,13 +31,13 @@ from obliteratus.core.types import (
 )
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.change import average_experts
-from obliteratus.excise.experts import turn_towards_expert, select_preferred_experts
+from obliteratus.excise.experts import select_preferred_experts, turn_towards_expert
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
-from obliteratus.excise.router_limit import read_chosen_experts, limit_router_edits, compute_changed_share
-from obliteratus.inference.batching import MIN_PREFIX, common_prefix_length
+from obliteratus.excise.router_limit import compute_changed_share, limit_router_edits, read_chosen_experts
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.shared_prefix import MIN_PREFIX, common_prefix_length
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
@@ -362,7 +362,7 @@ def test_a_stack_that_is_not_edited_is_an_error_and_a_dense_model_is_none(many: 
 
 def test_a_run_records_the_ranking(many: PromptSet) -> None:
     changed = {"excise": {"experts": {"own": True}}, "verify": [{"use": "first_token_kl"}]}
-    plan, found = run(load_recipe("basic", changed), opened("mixtral"), many)
+    plan, found, *_ = run(load_recipe("basic", changed), opened("mixtral"), many)
     told = found.passes[0]["experts"]
     assert told == sorted(told, key=lambda one: -one["value"])
     assert told
@@ -397,7 +397,11 @@ def test_router_edits_that_send_prompts_elsewhere_are_weakened(many: PromptSet, 
     for edits in (rest, found, plan):
         with applied(subject, edits):
             shares.append(read_chosen_experts(subject, ids, paths))
-    assert float(compute_changed_share(shares[0], shares[1]).mean()) <= 0.25 < float(compute_changed_share(shares[0], shares[2]).mean())
+    assert (
+        float(compute_changed_share(shares[0], shares[1]).mean())
+        <= 0.25
+        < float(compute_changed_share(shares[0], shares[2]).mean())
+    )
 
 
 def test_router_edits_that_change_little_stay(many: PromptSet, make_plan: PlanMaker) -> None:

@@ -22,12 +22,12 @@ from obliteratus.inference import batching as forward
 from obliteratus.inference import generate as generation
 from obliteratus.inference import shared_prefix as prefixes
 from obliteratus.inference import token_losses as losses
-from obliteratus.inference.batching import common_prefix_length, decoder_blocks, make_batches
+from obliteratus.inference.batching import decoder_blocks, make_batches
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.inference.logits import first_token_log_probs
-from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
+from obliteratus.inference.shared_prefix import common_prefix_length, is_recurrent, prepare_prompts
 from obliteratus.inference.token_losses import token_losses
 
 NAMES = KINDS

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.causal.test_select import Notes
 from tests.conftest import PlanMaker
 from tests.pipeline.test_passes import SHORT
 from tests.pipeline.test_passes import prompts as few
 from tests.probe.test_probe import assert_same
+from tests.support.notes import Notes
 from tests.support.tiny import tiny_subject
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook

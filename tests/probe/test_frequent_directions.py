@@ -149,7 +149,7 @@ def refused(steps: list[Step], given: RunInputs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("use", "options"), [("winsorise", {}), ("sae", {}), ("svd", {"paired": True}), ("leace", {"k": 2})]
+    ("use", "options"), [("winsorize", {}), ("sae", {}), ("svd", {"paired": True}), ("leace", {"k": 2})]
 )
 def test_what_needs_every_prompt_is_refused_before_and_when_run(use: str, options: dict[str, Any]) -> None:
     steps = [Step(use=use, **options)]

@@ -14,11 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import make_batches, pad_rows, run_backbone, run_or_halve, state_bytes, token_budget
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.inference.hooks import StreamCapture
-from obliteratus.inference.shared_prefix import prepare_prompts
+from obliteratus.inference.shared_prefix import prepare_prompts, run_backbone
 
 Side = Literal["output", "input"]
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.causal.interventions import ablate, add_to_stream
-from obliteratus.core.cost import Cost, variable, prompt_count
+from obliteratus.core.cost import Cost, prompt_count, variable
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Prompt, Subject
 from obliteratus.distill.steps import NEGLIGIBLE_DIFFERENCE, compute_score
-from obliteratus.inference.batching import common_prefix_length
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
+from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.prompts import evenly_spaced
 
 Positions = Annotated[int, Field(ge=1, le=64)]

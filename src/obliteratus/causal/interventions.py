@@ -15,10 +15,10 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
-from obliteratus.inference.batching import PreparedPrompts, pad_rows
+from obliteratus.inference.batching import pad_rows
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.logits import narrow_head, next_logits
-from obliteratus.inference.shared_prefix import prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a templated prompt and of an answer to it."""

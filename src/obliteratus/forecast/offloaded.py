@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 from obliteratus.core.settings import Probe, Recipe
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.forecast.machine import measure_gemm_rate
-from obliteratus.inference.batching import CPU_TOKENS, make_batches, shared_prefix_length
+from obliteratus.inference.batching import CPU_TOKENS, make_batches
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.layerwise import LayerwisePass, block_parameters, outer_parameters, run_layerwise
 from obliteratus.inference.memory import memory_limit, resident_bytes
 from obliteratus.inference.memory_needs import BUFFERS, bytes_in_memory, bytes_offloaded, check_offloaded_fits
+from obliteratus.inference.shared_prefix import shared_prefix_length
 from obliteratus.pipeline.offloaded import adapt_recipe
-from obliteratus.prompts import parts_checked
+from obliteratus.prompts import split_prompts
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import ModelSummary
 from obliteratus.verify.drift import text_tokens
@@ -68,7 +69,7 @@ def forecast_run(
     In that case a few blocks are read and run to measure them, and ``stages`` is not empty. opening: arguments for
     `open_offloaded`. Raises UserError where the limit is too small even for weights on disk.
     """
-    fit, _, report = parts_checked(prompts, recipe.seed)
+    fit, _, report = split_prompts(prompts, recipe.seed)
     count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
     needed, stages = bytes_in_memory(summary), dict[str, StageForecast]()
     if needed > limit:
@@ -158,7 +159,7 @@ def measure_rates(subject: Subject, ids: Ids) -> Rates:
     """Read some blocks, run prompts through the first of them, copy part of a file, and return the speeds."""
     read = _measure_read(subject)
     token, block = _measure_block(subject, ids, read)
-    files = list(subject.offloaded.files.shards)
+    files = list(subject.offloaded.checkpoint.shards)
     return Rates(read, token, block, measure_gemm_rate(), _measure_copy(files[len(files) // 2]))
 
 

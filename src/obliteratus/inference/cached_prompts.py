@@ -21,16 +21,16 @@ from torch import Tensor
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import PreparedPrompts, run_or_halve
+from obliteratus.inference.batching import run_or_halve
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import DecodingBatch, Done, decode, group_answers, prefill
 from obliteratus.inference.kv_cache import prefix_states
 from obliteratus.inference.layer_cache import LayerCache
 from obliteratus.inference.logits import last_logits, prepared_first_token_log_probs
 from obliteratus.inference.row_plans import all_variants, variants_of
-from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, is_recurrent, prepare_prompts
 from obliteratus.inference.token_losses import prepared_token_losses
-from obliteratus.summon.sites import architecture_of
+from obliteratus.summon.sites import find_architecture
 
 GoOn = Callable[[Tensor], bool]
 Worth = Callable[[Collection[int]], bool]
@@ -199,7 +199,7 @@ class CachedPrompts:
 # ---------------------------------------------------------------------------------------------- checks
 def supports_caching(subject: Subject) -> bool:
     """Whether the stream, keys and values are all that the blocks above need of those below."""
-    return not is_recurrent(subject) and not architecture_of(subject.model.config).hands_on
+    return not is_recurrent(subject) and not find_architecture(subject.model.config).shares_state_across_layers
 
 
 def hooks_by_module(subject: Subject) -> Hooks:

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicCache
 
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import PreparedPrompts, make_batches, run_or_halve, state_bytes, token_budget
+from obliteratus.inference.batching import make_batches, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.kv_cache import Filling, GrowingLayer, cache_arguments, fill_rows, growing_cache
 from obliteratus.inference.logits import last_logits
 from obliteratus.inference.memory import free_memory
 from obliteratus.inference.row_plans import rows_in_pass
-from obliteratus.inference.shared_prefix import is_recurrent, prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, is_recurrent, prepare_prompts
 
 Done = Callable[[list[int]], bool]
 First = Callable[[list[int], Tensor], None]

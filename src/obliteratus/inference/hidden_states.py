@@ -14,10 +14,8 @@ from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.batching import (
     TOKENS,
-    PreparedPrompts,
     make_batches,
     pad_rows,
-    run_backbone,
     run_or_halve,
     state_bytes,
     token_budget,
@@ -26,7 +24,7 @@ from obliteratus.inference.batching import (
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import ExpertRouting, StreamCapture
 from obliteratus.inference.layerwise import LayerwisePass, run_layerwise
-from obliteratus.inference.shared_prefix import prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts, run_backbone
 from obliteratus.inference.spill import SpilledRows, allocate_rows
 
 STREAM_ONLY = ProbeRequest()

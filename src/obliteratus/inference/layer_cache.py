@@ -14,20 +14,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import (
-    PreparedPrompts,
-    make_batches,
-    pad_rows,
-    run_backbone,
-    run_or_halve,
-    state_bytes,
-    token_budget,
-)
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import kv_bytes
 from obliteratus.inference.hooks import DoneError, decoder_blocks
 from obliteratus.inference.kv_cache import KeyValues
 from obliteratus.inference.resume import PackedRows, ResumePoint
+from obliteratus.inference.shared_prefix import PreparedPrompts, run_backbone
 
 # Cuts lie at eighths of the depth: an edit begins on average a sixteenth of the blocks above one, and each costs the
 # stream of all prompts (SmolLM2, 96 prompts of 20 tokens of their own: 4.5 MB).

@@ -19,25 +19,22 @@ from transformers.cache_utils import DynamicCache
 
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import (
-    PreparedPrompts,
-    make_batches,
-    pad_rows,
-    run_backbone,
-    run_or_halve,
-    shared_prefix_length,
-    state_bytes,
-    token_budget,
-)
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import DoneError, decoder_blocks
 from obliteratus.inference.kv_cache import KeyValues
 from obliteratus.inference.memory import free_memory, trim_heap
 from obliteratus.inference.resume import PackedRows, ResumePoint
 from obliteratus.inference.row_plans import all_variants, variants_of
-from obliteratus.inference.shared_prefix import has_full_attention, is_recurrent
+from obliteratus.inference.shared_prefix import (
+    PreparedPrompts,
+    has_full_attention,
+    is_recurrent,
+    run_backbone,
+    shared_prefix_length,
+)
 from obliteratus.inference.spill import SHARE, allocate_rows
-from obliteratus.summon.sites import end_paths
+from obliteratus.summon.sites import find_end_paths
 
 Look = Callable[[int, list[int], Tensor], AbstractContextManager[Any]]
 """(stream index ℓ that the pass makes, its rows, their lengths) → what is around the pass that gives it."""
@@ -65,7 +62,7 @@ def run_to_head(
     head = outer_parameters(subject, head=True)
     with _table_kept(subject):
         _through_blocks(subject, sweeps, subject.n_layers, ignore_layer, title)
-        with subject.offloaded.holding(head):
+        with subject.offloaded.load_block(head):
             yield [sweep.prompts(subject.n_layers) for sweep in sweeps]
 
 
@@ -74,8 +71,8 @@ def _table_kept(subject: Subject) -> Iterator[None]:
     """Inside, a table that is embedding and head is in memory, if it takes little of what is free: else it is read
     twice."""
     shelf, names = subject.offloaded, outer_parameters(subject)
-    small = shelf.bytes_of(names) <= SHARE * free_memory(subject)
-    with shelf.keeping(names) if shelf.tied and small else nullcontext():
+    small = shelf.memory_bytes(names) <= SHARE * free_memory(subject)
+    with shelf.keep_in_memory(names) if shelf.tied and small else nullcontext():
         yield
 
 
@@ -86,7 +83,7 @@ def _through_blocks(subject: Subject, sweeps: Sequence[LayerwisePass], top: int,
     rows = sum(sweep.n for sweep in sweeps)
     with torch.inference_mode(), progress(title, (top + 1) * rows) as advance:
         for stream, (names, then) in enumerate(stations):
-            with subject.offloaded.holding(names, then):
+            with subject.offloaded.load_block(names, then):
                 for sweep in sweeps:
                     sweep.run(stream, look, advance)
             trim_heap()  # glibc holds on to some 10 MB of freed memory more with each block
@@ -100,7 +97,7 @@ def block_parameters(subject: Subject, block: int) -> tuple[str, ...]:
 
 def outer_parameters(subject: Subject, head: bool = False) -> tuple[str, ...]:
     """The table of embeddings, or that of the head."""
-    path = end_paths(subject.model)[head]
+    path = find_end_paths(subject.model)[head]
     return tuple(f"{path}.{name}" for name, _ in subject.module(path).named_parameters())
 
 

@@ -14,7 +14,6 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import (
     TOKENS,
-    PreparedPrompts,
     make_batches,
     pad_rows,
     run_or_halve,
@@ -26,7 +25,7 @@ from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.kv_cache import cache_arguments
 from obliteratus.inference.layerwise import LayerwisePass, run_to_head
 from obliteratus.inference.resume import ResumePoint, pass_inputs
-from obliteratus.inference.shared_prefix import prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
 
 
 @contextmanager

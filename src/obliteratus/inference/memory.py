@@ -15,7 +15,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Subject
-from obliteratus.weights.devices import agree_on_least
+from obliteratus.weights.devices import minimum_over_processes
 
 LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
 """Bytes that the process may hold where the model is."""
@@ -41,7 +41,7 @@ def free_memory(subject: Subject) -> int:
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
     limit = LIMIT.get()
     here = free if limit == math.inf else max(0.0, min(free, limit - held_bytes(subject)))
-    return int(agree_on_least(subject.model, float(here), subject.device))
+    return int(minimum_over_processes(subject.model, float(here), subject.device))
 
 
 def host_memory() -> int:

@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import ProbeRequest, Subject
-from obliteratus.inference.batching import PreparedPrompts, pad_rows, run_backbone, shared_prefix_length
+from obliteratus.inference.batching import pad_rows
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import StreamCapture
-from obliteratus.inference.kv_cache import prefix_states
-from obliteratus.inference.row_plans import variants_of
-from obliteratus.summon.sites import architecture_of
+from obliteratus.inference.kv_cache import KeyValues, cache_arguments, expand_variants, prefix_cache, prefix_states
+from obliteratus.inference.resume import ResumePoint, pass_inputs
+from obliteratus.inference.row_plans import rows_in_pass, variants_of
+from obliteratus.summon.sites import find_architecture
+
+# A shared prefix shorter than this saves less than its own pass and the longer attention cost.
+MIN_PREFIX = 4
+
+
+@dataclass(frozen=True)
+class PreparedPrompts:
+    """Token rows with their shared prefix taken off and computed."""
+
+    rows: Ids
+    skipped: int
+    """Length of the prefix that was taken off."""
+    prefix: KeyValues | None
+    lower: ResumePoint | None = None
+    """What the lower blocks gave before, where they need not run."""
+    variants: tuple[int, ...] | None = None
+    """Under which of several edits each row is; None where all are under the same."""
+
+    def cache(self, rows: Sequence[int]) -> Any:
+        """For a pass over these rows; None without a prefix."""
+        return prefix_cache(self.prefix_of(rows)) if self.prefix else None
+
+    def prefix_of(self, rows: Sequence[int]) -> KeyValues:
+        """The prefix's states for these rows, [rows, heads, tokens, head]."""
+        return expand_variants(self.prefix or [], self.variants_of(rows) or [0] * len(rows))
+
+    def variants_of(self, rows: Sequence[int]) -> list[int] | None:
+        return None if self.variants is None else [self.variants[i] for i in rows]
+
+    @contextmanager
+    def around(self, rows: Sequence[int]) -> Iterator[None]:
+        """Around a pass over these rows: known blocks do not run, and hooks know under which edits each row is."""
+        with rows_in_pass(self.variants_of(rows)), self.lower.entering(rows) if self.lower else nullcontext():
+            yield
+
+    def ends(self) -> list[int]:
+        """The shortest and the longest row."""
+        return sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))[:: max(1, len(self.rows) - 1)]
+
+    def of(self, rows: Sequence[int]) -> PreparedPrompts:
+        """These rows alone, in this order; one may come several times."""
+        chosen, kinds = [self.rows[i] for i in rows], self.variants_of(rows)
+        lower = self.lower.of(rows) if self.lower else None
+        return replace(self, rows=chosen, lower=lower, variants=None if kinds is None else tuple(kinds))
+
+
+def common_prefix_length(ids: Ids, leave: int = 1) -> int:
+    """Number of leading tokens that all rows share; at least ``leave`` tokens of each row are left."""
+    first, last = min(ids), max(ids)
+    limit = max(0, min(len(row) for row in ids) - leave)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    return min(same, limit)
+
+
+def shared_prefix_length(ids: Ids, leave: int = 1) -> int:
+    """`common_prefix_length`, where it is long enough to be worth a pass of its own; else 0."""
+    n = common_prefix_length(ids, leave) if len(ids) > 1 else 0
+    return n if n >= MIN_PREFIX else 0
 
 
 def prepare_prompts(subject: Subject, ids: Ids, reuse: bool = True, leave: int = 1) -> PreparedPrompts:
@@ -30,7 +92,7 @@ def prepare_prompts(subject: Subject, ids: Ids, reuse: bool = True, leave: int =
 def is_recurrent(subject: Subject) -> bool:
     """Whether anything but attention keeps states between tokens: there is no prefix of keys and values to share, and
     padding would enter the states of what comes after it."""
-    return architecture_of(subject.model.config).recurrent
+    return find_architecture(subject.model.config).recurrent
 
 
 def has_full_attention(subject: Subject) -> bool:
@@ -54,3 +116,11 @@ def _last(subject: Subject, prompts: PreparedPrompts, row: int) -> Float[Tensor,
     with capture.watching(), prompts.around([row]):
         run_backbone(subject, ids, prompts.skipped, prompts.cache([row]))
     return capture.stacked()[0].detach()
+
+
+def run_backbone(subject: Subject, ids: Tensor, start: int, cache: Any, lower: ResumePoint | None = None) -> Any:
+    """One pass without the LM head over tokens whose positions begin at ``start``."""
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    given = pass_inputs(subject, ids, lower)
+    trunk = subject.model.base_model
+    return trunk(**given, position_ids=positions, **cache_arguments(trunk, cache))

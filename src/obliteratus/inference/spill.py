@@ -11,7 +11,7 @@ from torch import Tensor
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Subject
 from obliteratus.inference.memory import free_memory
-from obliteratus.weights.safetensors_io import read_fully, tensor_bytes
+from obliteratus.weights.safetensors_io import read_at, tensor_bytes
 
 # Of what is free, rows may take as much and stay in memory: half goes to batches, and DISTILL wants copies of some.
 SHARE = 0.25
@@ -33,7 +33,7 @@ class SpilledRows:
     def __getitem__(self, rows: Int[Tensor, " *any"]) -> Float[Tensor, "*any width"]:
         first, last = int(rows.min()), int(rows.max())
         stretch = torch.empty(last - first + 1, self.width, dtype=self.dtype)
-        if read_fully(self._file.fileno(), tensor_bytes(stretch), first * self._bytes) < stretch.nbytes:
+        if read_at(self._file.fileno(), tensor_bytes(stretch), first * self._bytes) < stretch.nbytes:
             raise ValueError(f"rows {first} to {last} were never written")
         return stretch[rows - first]
 

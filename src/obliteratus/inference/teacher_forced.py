@@ -10,18 +10,11 @@ from torch import Tensor
 
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import (
-    PreparedPrompts,
-    make_batches,
-    pad_rows,
-    run_or_halve,
-    state_bytes,
-    token_budget,
-)
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.logits import narrow_head, next_logits
 from obliteratus.inference.memory import LOGIT_TOKENS
-from obliteratus.inference.shared_prefix import prepare_prompts
+from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
 
 T = TypeVar("T")
 

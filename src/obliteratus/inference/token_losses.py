@@ -19,21 +19,15 @@ from torch.nn.functional import cross_entropy, linear
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import (
-    PreparedPrompts,
-    make_batches,
-    pad_rows,
-    run_or_halve,
-    state_bytes,
-    token_budget,
-)
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import DoneError
 from obliteratus.inference.layerwise import LayerwisePass, run_to_head
 from obliteratus.inference.memory import LOGIT_TOKENS
 from obliteratus.inference.resume import pass_inputs
 from obliteratus.inference.row_plans import variants_of
-from obliteratus.weights.devices import is_parted
+from obliteratus.inference.shared_prefix import PreparedPrompts
+from obliteratus.weights.devices import is_sharded
 
 # 512 words × 508 tokens in fp32 are 1 MB, the second-level cache of one core: 98 of 105 GFLOP/s there, softmax and all;
 # 94 with four times as many words (docs/experiments/studies.md, "The LM head in parts").
@@ -104,7 +98,7 @@ def _runner(subject: Subject, prompts: PreparedPrompts) -> Callable[[list[int]],
 
 def _plain_head(subject: Subject) -> nn.Linear | None:
     head = subject.model.get_output_embeddings()
-    plain = type(head) is nn.Linear and head.weight.is_floating_point() and not is_parted(head.weight)
+    plain = type(head) is nn.Linear and head.weight.is_floating_point() and not is_sharded(head.weight)
     return head if plain else None
 
 

@@ -26,8 +26,8 @@ from obliteratus.core.types import Activations, ProbeRequest, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
-from obliteratus.weights.organism import cache_folder
-from obliteratus.weights.rewrite import sha256_of
+from obliteratus.weights.organism import get_cache_folder
+from obliteratus.weights.rewrite import hash_file
 from obliteratus.weights.safetensors_io import tensor_bytes
 
 SWITCH = "OBLITERATUS_PROBE_CACHE"
@@ -59,7 +59,7 @@ def kept(
         return collect_activations(subject, prompts, options, request)
     modules = [[*paths] for paths in (request.output_modules, request.input_modules, request.expert_modules)]
     key = digest_of([weights, made_by(subject), asked_of(subject, prompts, options), modules])
-    place = cache_folder() / "probes" / key
+    place = get_cache_folder() / "probes" / key
     found = _read(place)
     if found is not None:
         note(stage, "kept from an earlier run on the same model and prompts")
@@ -111,7 +111,7 @@ def weights_of(subject: Subject) -> str:
     tensors = {**dict(subject.model.named_buffers()), **subject.model.state_dict(keep_vars=False)}
     heads = [[name, str(t.dtype), [*t.shape]] for name, t in tensors.items() if isinstance(t, Tensor)]
     if subject.offloaded is not None:
-        files = [(file, file.stat()) for file in subject.offloaded.files.shards]
+        files = [(file, file.stat()) for file in subject.offloaded.checkpoint.shards]
         return digest_of([heads, [[str(file.resolve()), at.st_size, at.st_mtime_ns] for file, at in files]])
     values = [t for t in tensors.values() if isinstance(t, Tensor)]
     if any(t.is_meta for t in values):
@@ -155,7 +155,7 @@ def _write(acts: Activations, place: Path) -> None:
 
 def _sum(folder: Path) -> str:
     """Of an entry's files, one SHA-256 each."""
-    return " ".join(sha256_of(folder / name) for name in FILES)
+    return " ".join(hash_file(folder / name) for name in FILES)
 
 
 def trim(folder: Path, limit: int) -> None:
