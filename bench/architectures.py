@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 
 from obliteratus.core.settings import expand_part
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Architecture, Branch, Matrix
+from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED, Architecture, Branch, Matrix
 
 TITLE = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "a bias to bake", "notes"]
 
@@ -15,7 +15,7 @@ def architectures_page(made: str) -> str:
     return f"""{made}
 # The architectures
 
-{_table([TITLE, ["---"] * len(TITLE), *([f"`{name}`", *_cells(family)] for name, family in FAMILIES.items())])}
+{_table([TITLE, ["---"] * len(TITLE), *([f"`{name}`", *_cells(family)] for name, family in ARCHITECTURES.items())])}
 
 A row is one `config.model_type` and says what `obliteratus/summon/families.py` declares; the self-test tries each claim
 on a tiny random model of it (`tests/test_anatomy.py`), and `tests/test_executors.py` that live edits, baked weights and

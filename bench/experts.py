@@ -24,7 +24,7 @@ from bench.common import arguments, interleaved, machine, report, say, with_peak
 from obliteratus.core.types import Blend, Change, Edit, Plan, Site, Subject
 from obliteratus.excise.bake.tensors import bake, bake_in_pieces
 from obliteratus.summon.load import assemble_subject
-from obliteratus.weights.matrices import each_expert
+from obliteratus.weights.matrices import expand_experts
 from obliteratus.weights.safetensors_io import write_shard
 
 WIDTH, INNER = 1024, 1536
@@ -48,7 +48,7 @@ def subject_of(experts: int) -> Subject:
 def plans(subject: Subject) -> dict[str, Plan]:
     """By contestant."""
     site = next(s for s in subject.sites if s.stacked and s.role == "writes")
-    ones = each_expert(subject.module(site.path), site)
+    ones = expand_experts(subject.module(site.path), site)
     donors = torch.arange(len(ones) // 2)
     made: dict[str, tuple[Change, ...]] = {
         "uniform": (_edit(site, 0),),

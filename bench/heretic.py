@@ -26,15 +26,15 @@ from optuna.storages.journal import JournalFileBackend
 
 from bench.common import machine, say
 from bench.heretic_setup import CHECKPOINTS, Terms, configured, environment, plain
-from bench.pseudo import DOWN, ENTER, Terminal, terminal
+from bench.terminal import DOWN, ENTER, Terminal, run_in_terminal
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts
-from obliteratus.search.front import pareto_front
+from obliteratus.search.pareto import pareto_front
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure
-from obliteratus.weights.organism import organism_folder
+from obliteratus.weights.organism import prepare_organism
 
 LONGEST = 24 * 3600.0  # seconds a study may take
 OPENING, SAVING = 900.0, 300.0  # seconds to load a model and pass its prompts; to write it
@@ -95,7 +95,7 @@ def heretic_study(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, 
     configured(model, fit, search, terms, work)
     started = datetime.now()  # local time without a zone, as Optuna writes it
     with _running(program, work) as screen:
-        screen.until(WHICH, LONGEST)
+        screen.wait_for(WHICH, LONGEST)
     return found(work, started)
 
 
@@ -128,18 +128,18 @@ def export(study: Study, number: int, folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
     with _running(environment(), study.work) as screen:
-        screen.until(PROCEED, OPENING)
-        screen.settled()
-        screen.keys(ENTER)
-        menu = screen.until(WHICH, OPENING) + screen.settled()
-        screen.keys(*[DOWN] * place(menu, number), ENTER)
-        screen.until(WHAT, SAVING)
-        screen.settled()
-        screen.keys(ENTER)
-        screen.until(PATH, SAVING)
-        screen.settled()
-        screen.keys(str(folder.resolve()), ENTER)
-        screen.until(SAVED, SAVING)
+        screen.wait_for(PROCEED, OPENING)
+        screen.wait_until_quiet()
+        screen.press(ENTER)
+        menu = screen.wait_for(WHICH, OPENING) + screen.wait_until_quiet()
+        screen.press(*[DOWN] * place(menu, number), ENTER)
+        screen.wait_for(WHAT, SAVING)
+        screen.wait_until_quiet()
+        screen.press(ENTER)
+        screen.wait_for(PATH, SAVING)
+        screen.wait_until_quiet()
+        screen.press(str(folder.resolve()), ENTER)
+        screen.wait_for(SAVED, SAVING)
 
 
 def place(menu: str, number: int) -> int:
@@ -151,7 +151,7 @@ def place(menu: str, number: int) -> int:
 
 
 def _running(program: Path, work: Path) -> AbstractContextManager[Terminal]:
-    return terminal([str(program)], work, {"HF_HUB_OFFLINE": "1"}, work / "terminal.log")
+    return run_in_terminal([str(program)], work, {"HF_HUB_OFFLINE": "1"}, work / "terminal.log")
 
 
 # ------------------------------------------------------------------------------------------ the neutral scorer
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     fit, search, report = load_prompts("organism:astronomy", "organism:astronomy").split(0)
-    model = organism_folder("astronomy")
+    model = prepare_organism("astronomy")
     with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
         work = Path(folder) / "study"
         terms = Terms(options.tokens, options.trials)

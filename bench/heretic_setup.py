@@ -13,7 +13,7 @@ from bench.common import say
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.verify.refusal import load_markers
-from obliteratus.weights.organism import cache_folder
+from obliteratus.weights.organism import get_cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
 # What SmolLM2's template writes where no system turn is given. Heretic always gives one, so it is given this: then both
@@ -38,7 +38,7 @@ class Terms:
 
 def environment(folder: Path | None = None) -> Path:
     """The executable, installed into its own environment if it is not there. UserError where pip fails."""
-    folder = folder or cache_folder() / "heretic-venv"
+    folder = folder or get_cache_folder() / "heretic-venv"
     program = folder / "bin" / "heretic"
     if not program.is_file():
         say(f"installing {RELEASE} into {folder} …")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from obliteratus.core.errors import UserError
-from obliteratus.search.front import Point
+from obliteratus.search.pareto import Point
 
 DIMENSIONS = (2, 3)  # beyond three the sweep below is no longer the way, and no front here has more
 

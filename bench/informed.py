@@ -54,7 +54,7 @@ def measured(subject: Subject, prompts: PromptSet, overrides: dict[str, Any]) ->
         rows[name] = one(load_recipe(name, overrides), subject, prompts, known)
     say("informed …")
     store = Sharing(known)
-    _, found = run(load_recipe("informed", overrides), subject, prompts, store)
+    _, found, *_ = run(load_recipe("informed", overrides), subject, prompts, store)
     rows["informed"] = {
         "before": plain(found.before),
         "after": plain(found.after),

@@ -120,10 +120,10 @@ def seconds(
 ) -> float:
     """The most that it takes: no answer ends early, no step stops before its cap. own, text: tokens of a prompt that
     no other shares, and of a paragraph."""
-    spent = own * speed["token"] * cost.forwards.of(values)
-    spent += text * (speed["token"] + speed["head"]) * cost.texts.of(values)
+    spent = own * speed["token"] * cost.forwards.evaluate(values)
+    spent += text * (speed["token"] + speed["head"]) * cost.texts.evaluate(values)
     for answers in cost.answers:
-        rows = answers.prompts.of(values)
+        rows = answers.prompts.evaluate(values)
         written = answers.tokens * (ceil(rows / MAX_ROWS) * speed["step"] + rows * speed["row"])
         spent += answers.times * (rows * own * speed["token"] + written)
     return spent + sum(t.steps * t.prompts * (SHARED + own + t.tokens) * speed["gradient"] for t in cost.training)

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 
 from bench.common import arguments, interleaved, machine, organism, report, say
-from obliteratus.distill.coder import Coder
-from obliteratus.distill.sparse import Training, fit_coder, initialize_coder, sae_gradients, sae_loss
+from obliteratus.distill.autoencoder import SparseAutoencoder
+from obliteratus.distill.train_autoencoder import (
+    Training,
+    fit_autoencoder,
+    initialize_autoencoder,
+    sae_gradients,
+    sae_loss,
+)
 from obliteratus.probe.probe import collect_activations
 
 PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
@@ -51,56 +57,56 @@ def planted(seed: int = 0) -> Tensor:
 def real(streams: tuple[int, ...]) -> dict[str, Tensor]:
     """Streams of the organism at the last token of its fit prompts."""
     subject, prompts = organism()
-    acts = collect_activations(subject, prompts.split(0)[0])
+    acts = collect_activations(subject, prompts.split(0).fit)
     rows = [m.rows for m in acts.groups.values() if m.rows is not None]
     return {f"stream_{i}": scaled(torch.cat([r[:, i] for r in rows])) for i in streams}
 
 
 def parted(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
-    """(held, seen) as `fit_coder` parts them, and its generator."""
+    """(held, seen) as `fit_autoencoder` parts them, and its generator."""
     generator = torch.Generator().manual_seed(HOW.seed)
     order = torch.randperm(rows.shape[1], generator=generator)
     fifth = rows.shape[1] // 5
     return rows[:, order[:fifth]], rows[:, order[fifth:]], generator
 
 
-def kaiming(generator: torch.Generator) -> Coder:
+def kaiming(generator: torch.Generator) -> SparseAutoencoder:
     """As torch's linear layers begin; decoder rows of length 1."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     encoder, decoder = torch.nn.Linear(WIDTH, HOW.expansion * WIDTH), torch.nn.Linear(HOW.expansion * WIDTH, WIDTH)
     rows = torch.nn.functional.normalize(decoder.weight.data.T, dim=1)
     parts = (encoder.weight.data.T, encoder.bias.data, rows, torch.zeros(WIDTH))
-    return Coder(*(p[None].contiguous() for p in parts))
+    return SparseAutoencoder(*(p[None].contiguous() for p in parts))
 
 
-def principal(seen: Tensor, generator: torch.Generator) -> Coder:
+def principal(seen: Tensor, generator: torch.Generator) -> SparseAutoencoder:
     """Our start, in the rows' own coordinates."""
-    return initialize_coder(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
+    return initialize_autoencoder(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
 
 
 @torch.no_grad()
-def thirty(seen: Tensor, coder: Coder, rate: float, generator: torch.Generator) -> Coder:
+def thirty(seen: Tensor, coder: SparseAutoencoder, rate: float, generator: torch.Generator) -> SparseAutoencoder:
     """Thirty epochs of Adam at a constant rate."""
-    optimiser = torch.optim.Adam(coder.parts, lr=rate, fused=True)
+    optimiser = torch.optim.Adam(coder.parameters, lr=rate, fused=True)
     for _ in range(EPOCHS):
         for rows in torch.randperm(seen.shape[1], generator=generator).split(BATCH):
-            for part, slope in zip(coder.parts, sae_gradients(seen[:, rows], coder, HOW.sparsity), strict=True):
+            for part, slope in zip(coder.parameters, sae_gradients(seen[:, rows], coder, HOW.sparsity), strict=True):
                 part.grad = slope
             optimiser.step()
             coder.decoder.div_(coder.decoder.norm(dim=2, keepdim=True).clamp(min=1e-12))
     return coder
 
 
-def contestants(rows: Tensor, kept: dict[str, tuple[Coder, int]]) -> dict[str, Callable[[], None]]:
+def contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]]) -> dict[str, Callable[[], None]]:
     """What each runs on these rows; coders and epochs land in ``kept``."""
     _, seen, _ = parted(rows)
     fixed = Training(max_epochs=EPOCHS, patience=EPOCHS)
 
     def ours(name: str, how: Training) -> None:
-        found = fit_coder(rows, how)
-        kept[name] = found.coder, int(found.epochs[0])
+        found = fit_autoencoder(rows, how)
+        kept[name] = found.autoencoder, int(found.epochs[0])
 
-    def theirs(name: str, first: Callable[[torch.Generator], Coder], rate: float) -> None:
+    def theirs(name: str, first: Callable[[torch.Generator], SparseAutoencoder], rate: float) -> None:
         generator = torch.Generator().manual_seed(HOW.seed)
         kept[name] = thirty(seen, first(generator), rate, generator), EPOCHS
 
@@ -112,7 +118,7 @@ def contestants(rows: Tensor, kept: dict[str, tuple[Coder, int]]) -> dict[str, C
     }
 
 
-def quality(coder: Coder, rows: Tensor) -> tuple[float, float]:
+def quality(coder: SparseAutoencoder, rows: Tensor) -> tuple[float, float]:
     """Share of the held-out rows explained, and the loss on them."""
     held = parted(rows)[0]
     error = (coder.decode(coder.encode(held)) - held).square().sum()
@@ -124,10 +130,10 @@ def main() -> None:
     options = arguments(__doc__ or "")
     sets = {"planted": planted()} | real(STREAMS[-1:] if options.quick else STREAMS)
     say("warming up …")
-    fit_coder(sets["planted"], Training(max_epochs=1))
+    fit_autoencoder(sets["planted"], Training(max_epochs=1))
     seconds, facts = dict.fromkeys(NAMES, 0.0), dict[str, object]()
     for place, rows in sets.items():
-        kept: dict[str, tuple[Coder, int]] = {}
+        kept: dict[str, tuple[SparseAutoencoder, int]] = {}
         spent = interleaved(contestants(rows, kept), 1 if options.quick else options.repeats)
         for name in NAMES:
             seconds[name] += spent[name]

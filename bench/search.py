@@ -30,11 +30,11 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 from obliteratus.search import SearchResult, StudyLocation, search
-from obliteratus.search.front import pareto_front
-from obliteratus.search.trials import front_of
+from obliteratus.search.pareto import pareto_front
+from obliteratus.search.trials import front_objectives
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure
-from obliteratus.weights.organism import organism_folder
+from obliteratus.weights.organism import prepare_organism
 
 WORST = (1.0, 1.0)  # of the hypervolume: all refused, and a KL of one nat, which no member of either front reaches
 EXPORTED = 1  # members of Heretic's front: each costs it a start of some 40 s
@@ -46,7 +46,7 @@ def ours(made: Recipe, prompts: PromptSet, base: Measurement) -> tuple[float, Se
     subject = open_subject("organism:astronomy")
     found = search(made, subject, prompts, Store(), StudyLocation("", "bench"), "first")
     spent = perf_counter() - began - sum(t.seconds for t in found.trials)
-    told = [held_out(subject, member.plan, prompts.split(made.seed)[2], base) for member in found.front[:EXPORTED]]
+    told = [held_out(subject, member.plan, prompts.split(made.seed).report, base) for member in found.front[:EXPORTED]]
     return spent, found, told
 
 
@@ -55,8 +55,8 @@ def fitted(seed: int, prompts: PromptSet, base: Measurement) -> tuple[float, lis
     say("ours, tuned …")
     began = perf_counter()
     subject, store = open_subject("organism:astronomy"), Store()
-    plan, _ = run(load_recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
-    return perf_counter() - began, [held_out(subject, plan, prompts.split(seed)[2], base)]
+    plan, _, *_ = run(load_recipe("tuned", {"seed": seed, "verify": []}), subject, prompts, store)
+    return perf_counter() - began, [held_out(subject, plan, prompts.split(seed).report, base)]
 
 
 def held_out(subject: Subject, plan: Plan, report: PromptSet, base: Measurement) -> dict[str, float]:
@@ -99,7 +99,7 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool, 
     with tempfile.TemporaryDirectory(prefix="heretic-") as folder:
         say(f"Heretic, {trials} trials …")
         terms = Terms(tokens, trials, seed)
-        study = heretic_study(organism_folder("astronomy"), fit, first(held, prompts), terms, Path(folder) / "study")
+        study = heretic_study(prepare_organism("astronomy"), fit, first(held, prompts), terms, Path(folder) / "study")
         other = theirs(study, Path(folder), report, base) if exported else []
     seconds = {"ours": mean(t.seconds for t in found.trials), "heretic": mean(study.trial_seconds)}
     values = [(r / prompts, k) for r, k in study.values]
@@ -112,8 +112,11 @@ def compared(trials: int, prompts: int, tokens: int, seed: int, exported: bool, 
             "tuned": tuned_seconds,
         },
         "ratio": {"heretic": seconds["heretic"] / seconds["ours"]},
-        "hypervolume": {"ours": volume([(x, y) for x, y in front_of(found.trials)]), "heretic": volume(values)},
-        "fronts": {"ours": front_of(found.trials), "heretic": [(t.refusals / prompts, t.kl) for t in study.front]},
+        "hypervolume": {"ours": volume([(x, y) for x, y in front_objectives(found.trials)]), "heretic": volume(values)},
+        "fronts": {
+            "ours": front_objectives(found.trials),
+            "heretic": [(t.refusals / prompts, t.kl) for t in study.front],
+        },
         "report": {"ours": own, "tuned": tuned, "heretic": other},
         "trials": {"ours": [(t.objectives, t.answered) for t in found.trials], "heretic": values},
         "machine": machine(),

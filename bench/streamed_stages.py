@@ -122,7 +122,9 @@ def expected(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     with meter.stage("FORECAST"):
         subject = open_offloaded(options.folder)
         suited = adapt_recipe(subject, made)
-        stages = forecast_stages(summarize_model(str(options.folder)), subject, suited, parts_of(made, options.prompts))
+        stages = forecast_stages(
+            summarize_model(str(options.folder)), subject, suited, *parts_of(made, options.prompts)
+        )
     return {"expected": {name: stage._asdict() for name, stage in stages.items()}, "passes": suited.passes}
 
 

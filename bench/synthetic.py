@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from obliteratus.weights.organism import base_folder
+from obliteratus.weights.organism import prepare_base
 from obliteratus.weights.safetensors_io import write_index, write_shard
 
 SHARD = 500_000_000  # bytes of a file: several a checkpoint, none of which a limit of a third would hold in a row
@@ -51,7 +51,7 @@ def write(folder: Path, gb: float, width: int = 1536) -> Path:
     made = config(gb, width)
     made.architectures, made.dtype = ["LlamaForCausalLM"], DTYPE
     made.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base_folder()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(prepare_base()).save_pretrained(folder)
     like = _empty(made).state_dict()
     where: dict[str, str] = {}
     files = list(_files(like))

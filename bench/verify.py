@@ -65,7 +65,7 @@ def main() -> None:
     """Print seconds and ratios."""
     options = arguments(__doc__ or "")
     subject, everything = organism()
-    report_part = everything.split(0)[2]
+    report_part = everything.split(0).report
     prompts = PromptSet({g: report_part[g] for g in ("target", "control")})
     ids = [row for g in ("target", "control") for row in render_prompts(subject, prompts[g])]
     every = QUICK if options.quick else dict.fromkeys(QUICK, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import tomllib
 from datetime import datetime, timedelta
@@ -12,7 +11,6 @@ import optuna
 import pytest
 from bench.heretic import Study, Trial, export, first, found, place
 from bench.heretic_setup import CHECKPOINTS, SYSTEM, Terms, configured, environment
-from bench.pseudo import DOWN, ENTER, terminal
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -137,45 +135,7 @@ def test_a_trial_is_found_in_the_menu() -> None:
         place(MENU, 4)
 
 
-# ------------------------------------------------------------------------------------------------ a terminal
-PROGRAM = r"""
-import os, sys, termios, tty
-tty.setcbreak(0)
-print("\x1b[1mloaded\x1b[0m", flush=True)
-sys.stdout.write("\x1b[6n"); sys.stdout.flush()   # as menus do: where is the cursor?
-answer = os.read(0, 16)
-assert answer == b"\x1b[1;1R", answer
-print("Which trial do you want to use? \xbb first, second, third", flush=True)
-at, typed = 0, b""
-while True:
-    key = os.read(0, 16)
-    if key == b"\x1b[B": at += 1
-    elif key in (b"\r", b"\n"): break
-    else: typed += key
-print(f"chosen {at} {typed.decode()}", flush=True)
-os.read(0, 16)
-"""
-
-
-def test_a_menu_is_driven(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    with terminal([sys.executable, "program.py"], tmp_path, {"PYTHONUTF8": "1"}, tmp_path / "log") as screen:
-        shown = screen.until("Which trial", 20) + screen.settled(0.3)
-        assert re.search("^loaded$", shown, re.MULTILINE)  # colours are taken off
-        assert "» first" in shown
-        screen.keys(DOWN, DOWN, "/a/folder", ENTER)
-        assert "chosen 2 /a/folder" in screen.until("chosen", 20) + screen.settled(0.3)
-    assert b"chosen 2" in (tmp_path / "log").read_bytes()
-
-
-def test_a_program_that_ends_or_hangs_is_told(tmp_path: Path) -> None:
-    for command, seconds in ((["sh", "-c", "echo no such model"], 20.0), (["sleep", "60"], 0.5)):
-        with terminal(command, tmp_path, {}, tmp_path / "log") as screen, pytest.raises(UserError, match="no 'menu'"):
-            screen.until("menu", seconds)
-    with terminal(["no-such-program"], tmp_path, {}, tmp_path / "log") as screen, pytest.raises(UserError):
-        screen.until("menu", 20)
-
-
+# ------------------------------------------------------------------------------------------------ export, and markers
 def test_export_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
     study = Study(1.0, (Trial(1, 0, 0.1, 2.0),), 9, tmp_path)
     with pytest.raises(UserError, match="exists already"):

@@ -1,4 +1,4 @@
-"""What REBIRTH writes is what was measured: any precision, any number of shards, and nothing else touched."""
+"""What REBIRTH saves matches what was measured, in any precision and any number of shards; nothing else changes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import PlanMaker
+from tests.support.checkpoints import read_weights
 from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 
 from obliteratus.core.errors import UserError
@@ -30,15 +31,6 @@ def half(name: str) -> Subject:
     return assemble_subject(tiny(name).to(torch.bfloat16), tiny_tokenizer(), id=f"tiny:{name}")
 
 
-def states(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        k: v
-        for file in sorted(folder.glob("*.safetensors"))
-        if file.name.startswith("model")
-        for k, v in load_file(file).items()
-    }
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_half_precision_is_cast_once_at_the_end(
     name: str, make_plan: PlanMaker, prompts: PromptSet, tmp_path: Path
@@ -48,7 +40,7 @@ def test_half_precision_is_cast_once_at_the_end(
     plan = make_plan(subject, norm="columns")
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged", prompts)
     assert run.saved["rescore"]["max_kl"] <= run.saved["rescore"]["tolerance"] == 1e-2
-    saved, loaded = states(tmp_path / "out"), subject.model.state_dict()
+    saved, loaded = read_weights(tmp_path / "out"), subject.model.state_dict()
     assert {x.dtype for x in saved.values()} == {torch.bfloat16}
     edited = {f"{e.site.path}.weight" for e in plan.edits}
     assert edited < saved.keys() | {"lm_head.weight"}
@@ -78,7 +70,7 @@ def test_shards_hold_the_same_model_as_one_file(
     files = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(files) > 2
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())["weight_map"]
-    one, many = states(tmp_path / "one"), states(tmp_path / "many")
+    one, many = read_weights(tmp_path / "one"), read_weights(tmp_path / "many")
     assert one.keys() == many.keys() == index.keys()
     assert all(torch.equal(one[key], many[key]) for key in one)
     assert all(key in load_file(tmp_path / "many" / file) for key, file in index.items())
@@ -110,7 +102,7 @@ def test_a_model_that_answers_otherwise_is_not_published(
 
     subject = tiny_subject("llama")
     monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
-    with pytest.raises(UserError, match="does not answer as what was measured"):
+    with pytest.raises(UserError, match="the reloaded model differs from the measured one"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "merged")
     assert not (tmp_path / "out").exists()
 

@@ -1,9 +1,9 @@
-"""The model card: what was edited, with the measured before and after. Reads the run and nothing else."""
+"""The model card, and the table rows that it shares with the terminal. Everything is read from the run record."""
 
 from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
-from obliteratus.pipeline.recipe import dump_toml, toml
+from obliteratus.core.toml import dump_toml, format_toml
 
 LOADING = {
     "merged": (
@@ -20,24 +20,24 @@ LOADING = {
 }
 
 
-def model_card(run: Run) -> str:
-    """Markdown with the YAML head that model hubs read."""
+def render_model_card(run: Run) -> str:
+    """Return the card as Markdown with the YAML header that model hubs read."""
     base, form = run.source["id"], run.saved["form"]
     return f"""---
 base_model: {base}
 tags: [obliteratus, abliteration, {run.recipe.name or "custom"}]
 ---
-# {base.rstrip("/").rpartition("/")[2]}, edited with `{run.recipe.name or "a recipe of its own"}`
+# {base.rstrip("/").rpartition("/")[2]}, edited with `{run.recipe.name or "a custom recipe"}`
 
-{run.recipe.about}. Made by OBLITERATUS {run.versions["obliteratus"]}; the base model's licence goes on applying.
+{run.recipe.about}. Made by OBLITERATUS {run.versions["obliteratus"]}; the base model's license still applies.
 
-**This model was edited on purpose so that it behaves differently from its base.** What changed, on held-out
-prompts that the edit never saw (95 % intervals):
+**This model was edited on purpose so that it behaves differently from its base.** The table shows what changed on
+held-out prompts that were not used for the edit, with 95 % intervals:
 
-{score_table(run)}
+{format_score_table(run)}
 
-Coverage: {coverage_line(run)}
-{_stored(run)}{_reasons(run)}{_passes(run)}
+Coverage: {format_coverage(run)}
+{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ```python
 {LOADING[form].replace("{base}", base)}
 ```
@@ -47,93 +47,95 @@ Coverage: {coverage_line(run)}
 ```toml
 {dump_toml(run.recipe)}```
 
-Prompts: digest `{run.prompts["digest"]}`, numbers {run.prompts["counts"]}. All else is in `run.json`.
+Prompts: digest `{run.prompts["digest"]}`, counts {run.prompts["counts"]}. `run.json` has everything else.
 """
 
 
-def coverage_line(run: Run) -> str:
-    """Writers edited, in one line."""
+def format_coverage(run: Run) -> str:
+    """Return one line that says how many of the writing matrices were edited."""
     parts = [f"{name} {c['edited']}/{c['found']}" for name, c in run.coverage["parts"].items()]
-    missed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
-    warned = f" **Warning: {run.coverage['warning']}.**" if run.coverage.get("warning") else ""
-    return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{missed}.{warned}"
+    unclaimed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
+    warning = f" **Warning: {run.coverage['warning']}.**" if run.coverage.get("warning") else ""
+    return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{unclaimed}.{warning}"
 
 
-def _stored(run: Run) -> str:
-    """What became of a quantised model's weights."""
+def _describe_quantization(run: Run) -> str:
+    """Return how the weights of a quantized model were saved, or '' for any other model."""
     if "base" in run.saved:
-        kind = run.source["quantisation"]
-        return f"\nFound and measured on the model as {kind}; the edit is baked into the full-precision weights.\n"
-    if "requantised" not in run.saved:
+        kind = run.source["quantization"]
+        return f"\nThe edit was found and measured on the model as {kind}, and baked into the full-precision weights.\n"
+    if "requantized" not in run.saved:
         return ""
-    lost = run.saved["requantised"]
+    losses = run.saved["requantized"]
     return (
-        f"\nThe {lost['matrices']:.0f} edited matrices were unpacked, edited and packed again as "
-        f"{run.source['quantisation']}: they differ from the exact edit by {lost['error']:.2%} of their length (the "
-        f"worst by {lost['worst']:.2%}), and hold {lost['kept']:.1%} of it. All others are as they were, byte for "
+        f"\nThe {losses['matrices']:.0f} edited matrices were dequantized, edited and quantized again as "
+        f"{run.source['quantization']}. Their relative error is {losses['error']:.2%} ({losses['worst']:.2%} in the "
+        f"worst matrix), and they keep {losses['kept']:.1%} of the edit. All other matrices are unchanged, byte for "
         f"byte.\n"
     )
 
 
-PASS_COLUMNS = ["pass", "found most at", "edited", "still refused", "seconds"]
+PASS_COLUMNS = ["pass", "strongest at", "edited", "still refused", "seconds"]
 
 
-def pass_rows(run: Run) -> list[list[str]]:
-    """What each pass found, changed, left (refusals of search prompts) and cost."""
+def make_pass_rows(run: Run) -> list[list[str]]:
+    """Return a row for each pass: the strongest layer, the share edited, refusals left on search prompts, seconds."""
     rows = []
-    for number, found in enumerate(run.passes, 1):
-        left = format_score(Score(**found["refused"])) if found["refused"] else "–"
-        why = f"{left}: {found['ended']}" if "ended" in found else left
-        strongest = f"layer {found['best_layer']}, score {found['score']:.2f}"
-        reached = f"{len(found['layers'])} layers, {found['edited_share']:.1%}"
-        rows.append([str(number), strongest, reached, why, f"{sum(found['seconds'].values()):.1f}"])
+    for number, entry in enumerate(run.passes, 1):
+        refused = format_score(Score(**entry["refused"])) if entry["refused"] else "–"
+        if "ended" in entry:
+            refused += f": {entry['ended']}"
+        strongest = f"layer {entry['best_layer']}, score {entry['score']:.2f}"
+        edited = f"{len(entry['layers'])} layers, {entry['edited_share']:.1%}"
+        rows.append([str(number), strongest, edited, refused, f"{sum(entry['seconds'].values()):.1f}"])
     return rows
 
 
-REASON_COLUMNS = ["decision", "measured", "value", "decides at", "set"]
+REASON_COLUMNS = ["decision", "measured", "value", "threshold", "set"]
 
 
-def reason_rows(run: Run) -> list[list[str]]:
-    """What was measured before the recipe was settled, and what it set."""
+def make_reason_rows(run: Run) -> list[list[str]]:
+    """Return a row for each decision: what was measured, its value and threshold, and the options that it set."""
     rows = []
     for reason in run.advice.get("reasons", []):
         value = "not measured" if reason["value"] is None else f"{reason['value']:.3g}"
         limit = f"{'≤' if reason['at_most'] else '≥'} {reason['threshold']:g}"
-        changes = "; ".join(f"{path} = {toml(value)}" for path, value in reason["changes"].items())
-        rows.append([reason["decides"], reason["measures"], value, limit, changes or "as it was"])
+        changes = "; ".join(f"{path} = {format_toml(value)}" for path, value in reason["changes"].items())
+        rows.append([reason["decides"], reason["measures"], value, limit, changes or "unchanged"])
     return rows
 
 
-def _reasons(run: Run) -> str:
-    return f"\n{_markdown(REASON_COLUMNS, reason_rows(run))}\n" if run.advice else ""
+def _reason_table(run: Run) -> str:
+    return f"\n{_markdown_table(REASON_COLUMNS, make_reason_rows(run))}\n" if run.advice else ""
 
 
-def _passes(run: Run) -> str:
-    return f"\n{_markdown(PASS_COLUMNS, pass_rows(run))}\n" if len(run.passes) > 1 else ""
+def _pass_table(run: Run) -> str:
+    return f"\n{_markdown_table(PASS_COLUMNS, make_pass_rows(run))}\n" if len(run.passes) > 1 else ""
 
 
-def score_rows(run: Run) -> list[list[str]]:
-    """Name, before, after and n of every score, rates by category left out."""
+def make_score_rows(run: Run) -> list[list[str]]:
+    """Return name, before, after and n of every score except the rates by category."""
     rows = []
     for name in dict.fromkeys([*run.before, *run.after]):
         if "/" not in name:
-            found = [scores[name] for scores in (run.after, run.before) if name in scores]
-            rows.append([name, format_score(run.before.get(name)), format_score(run.after.get(name)), str(found[0].n)])
+            before, after = run.before.get(name), run.after.get(name)
+            n = next(score.n for score in (after, before) if score)
+            rows.append([name, format_score(before), format_score(after), str(n)])
     return rows
 
 
-def score_table(run: Run) -> str:
-    """Before and after as a Markdown table."""
-    return _markdown(["score", "before", "after", "n"], score_rows(run))
+def format_score_table(run: Run) -> str:
+    """Return the scores before and after as a Markdown table."""
+    return _markdown_table(["score", "before", "after", "n"], make_score_rows(run))
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_score(score: Score | None) -> str:
-    """A value with its interval, in the precision that its unit bears."""
+    """Return a value with its interval, with as many digits as its unit needs; "–" for None."""
     if score is None:
         return "–"
     if score.unit == "share":
