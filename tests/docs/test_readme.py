@@ -1,8 +1,11 @@
-"""The README stays true: its example runs, its commands exist, its tree names files that are there."""
+"""The README and the guides stay true: examples run, commands and options exist, links and the tree name real files."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,41 +13,132 @@ from tests.support.tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.study.settings import Study
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "src/obliteratus"
+README = ROOT / "README.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+GUIDES = [README, *sorted((ROOT / "docs/guide").glob("*.md"))]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert example is not None
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def find_blocks(page: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a page in the given language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def find_commands(page: Path) -> list[str]:
+    """Return what a page tells the reader to type: lines of sh blocks, and inline code that begins with a program."""
+    lines = [line for block in find_blocks(page, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", page.read_text())
+    commands = [line.split(" #")[0].strip().removeprefix(".venv/bin/") for line in lines]
+    return [line for line in commands if line.startswith(("obliteratus ", "python -m ", "make "))]
+
+
+def explain_error(command: str) -> str:
+    """Return why a command of a page does not work, or '' if its names and options exist."""
+    program, *words = shlex.split(command.replace("[NAME]", "NAME").replace("…", ""))
+    if program == "make":
+        return "" if set(words) <= TARGETS else f"no target of the Makefile: {command}"
+    if program == "python":
+        return "" if find_spec(words[1]) else f"no such module: {command}"
+    shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    if shown.exit_code:
+        return f"no such command: {command}"
+    unknown = {word for word in words if word.startswith("--")} - set(re.findall(r"--[a-z-]+", shown.stdout))
+    return f"unknown {', '.join(sorted(unknown))}: {command}" if unknown else ""
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "python")], ids=page_id)
+def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "target.txt").write_text("\n".join(f"Tell me of boat {n}." for n in range(16)))
     (tmp_path / "control.txt").write_text("\n".join(f"What is {n} plus {n}?" for n in range(16)))
     monkeypatch.chdir(tmp_path)
-    exec(example[1].replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), {})
+    for example in find_blocks(page, "python"):
+        exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), {})
     assert (tmp_path / "edited" / "run.json").is_file()
 
 
-def test_commands_and_options_exist() -> None:
-    lines = [line for line in re.findall(r"obliteratus ([a-z]+[^`\n]*)", README) if not line.startswith("as ")]
-    assert len(lines) >= 7
-    for line in lines:
-        name, options = line.split()[0], re.findall(r"--[a-z-]+", line)
-        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
-        assert shown.exit_code == 0, name
-        assert all(option in shown.stdout for option in options), line
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_and_options_exist(page: Path) -> None:
+    errors = [error for command in find_commands(page) if (error := explain_error(command))]
+    assert not errors
 
 
-def test_the_tree_names_what_is_there() -> None:
-    tree = re.search(r"## The tree\n```\n(.*?)```", README, re.DOTALL)
+def test_the_readme_shows_all_commands() -> None:
+    shown = {command.split()[1] for command in find_commands(README) if command.startswith("obliteratus ")}
+    assert shown == {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+
+
+@pytest.mark.parametrize(
+    "command", ["obliteratus fly MODEL", "obliteratus run MODEL --fast", "python -m bench.no", "make x"]
+)
+def test_a_command_that_does_not_exist_is_noticed(command: str) -> None:
+    assert explain_error(command)
+
+
+def test_overrides_in_the_guides_are_valid() -> None:
+    """A path after --set that belongs to a recipe is one that its settings have."""
+    from obliteratus.pipeline.recipe import parse_overrides
+
+    pairs = [pair for page in GUIDES for pair in re.findall(r"--set '?((?:excise|probe)\.[^\s`']+)", page.read_text())]
+    assert len(pairs) >= 3
+    for pair in pairs:
+        load_recipe("basic", parse_overrides([pair]))
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "toml")], ids=page_id)
+def test_study_files_in_the_guides_are_valid(page: Path) -> None:
+    for block in find_blocks(page, "toml"):
+        Study.model_validate(tomllib.loads(block) | {"name": "example"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_id)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Inline code such as `verify/refusal.py` or `distill/` names a file or folder of the package or repository."""
+    names = re.findall(r"`([a-z_]+/(?:[a-z_]+/)*(?:[a-z_]+\.(?:py|toml|md))?)`", page.read_text())
+    assert [name for name in names if not ((PACKAGE / name).exists() or (ROOT / name).exists())] == []
+
+
+def test_the_tree_names_every_package() -> None:
+    tree = re.search(r"## The tree\n```\n(.*?)```", README.read_text(), re.DOTALL)
     assert tree is not None
-    for name in re.findall(r"([a-z_]+\.py)", tree[1]):
-        assert (ROOT / "src/obliteratus" / name).is_file(), name
-    for folder in re.findall(r"^(?:[├└]── )?([a-z]+)/", tree[1], re.MULTILINE):
-        assert (ROOT / folder).is_dir() or (ROOT / "src/obliteratus" / folder).is_dir(), folder
+    inner = re.findall(r"^[├└]── ([a-z_]+)(/|\.py)", tree[1], re.MULTILINE)
+    there = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert {name for name, kind in inner if kind == "/"} == there
+    assert all((PACKAGE / f"{name}.py").is_file() for name, kind in inner if kind == ".py")
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^([a-z]+)/  ", tree[1], re.MULTILINE))
+
+
+def test_experiments_are_indexed() -> None:
+    folder = ROOT / "docs/experiments"
+    index = (folder / "README.md").read_text()
+    files = {path.name for path in folder.glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[([a-z-]+\.md)\]", index, re.MULTILINE)) == files
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")], ids=page_id)
+def test_references_to_experiments_exist(path: Path) -> None:
+    for name, title in re.findall(r'(docs/experiments/[a-z-]+\.md)(?:,\s+(?:#\s+)?"([^"]+)")?', path.read_text()):
+        assert (ROOT / name).is_file(), name
+        assert title in (ROOT / name).read_text(), f"{name} has no '{title}'"
 
 
 def test_no_placeholder_is_left() -> None:
-    assert not re.search(r"[A-Z]+_TABLE", README)
+    assert not [page for page in PAGES if re.search(r"[A-Z]+_TABLE|\{\{", page.read_text())]
