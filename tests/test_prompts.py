@@ -9,7 +9,7 @@ import pytest
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import SPLITS, Prompt, PromptSet
-from obliteratus.prompts import load_prompts, parts_checked
+from obliteratus.prompts import load_prompts, split_prompts
 
 ROWS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}]
 
@@ -78,19 +78,19 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "blank.txt": (" \n\n", "the prompt file is empty"),
     "empty.jsonl": ("", "the prompt file is empty"),
     "header.csv": ("prompt\n", "the prompt file is empty"),
-    "nul.txt": (b"a\0b\n", "a binary file, not text"),
+    "nul.txt": (b"a\0b\n", "this is a binary file; give a text file"),
     "latin.txt": ("caf\u00e9".encode("latin-1"), r"not UTF-8 text \(byte 3\)"),
     "image.txt": (b"\x89PNG\r\n\x1a\n\0\0", "not UTF-8 text"),
     "utf16.txt": ("one".encode("utf-16"), "not UTF-8 text"),
-    "broken.jsonl": ('{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: not JSON"),
+    "broken.jsonl": ('{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: this line is not JSON"),
     "numbers.jsonl": ("1\n2\n", "rows must be objects with a prompt"),
     "number.jsonl": ('{"prompt": 3}', "a prompt is int, not text: 3"),
     "columns.jsonl": ('{"foo": "a", "bar": 1}', "none of the columns prompt, .*; it has foo, bar; rename one"),
     "columns.csv": ("foo,bar\n1,2\n", "none of the columns prompt, .*; it has foo, bar; rename one"),
     "nothing.jsonl": ('{"prompt": ""}\n{"prompt": null}', "the group 'target' is empty"),
-    "fake.parquet": ("not parquet", "not a readable Parquet file"),
+    "fake.parquet": ("not parquet", "the Parquet file cannot be read"),
     "same.txt": ("plain\ncalm\n", "target and control hold the same prompts; give two different files"),
-    "both.txt": ("calm\nwild\n", "1 prompts stand in target and in control, the first is 'calm'; remove them"),
+    "both.txt": ("calm\nwild\n", "1 prompts are both in target and in control, such as 'calm'; remove them"),
 }
 
 
@@ -105,7 +105,7 @@ def test_bad_files_are_told_what_and_where(name: str, tmp_path: Path, control: P
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "missing.parquet", "."])
 def test_missing_files(name: str, tmp_path: Path, control: Path) -> None:
-    with pytest.raises(UserError, match=r"no such prompt file; give a \.txt, \.jsonl"):
+    with pytest.raises(UserError, match=r"this prompt file does not exist; give a \.txt, \.jsonl"):
         load_prompts(tmp_path / name, control)
 
 
@@ -115,7 +115,7 @@ def test_the_control_file_is_checked_as_well(tmp_path: Path, control: Path) -> N
 
 
 def test_the_hub_without_a_network(control: Path) -> None:
-    with pytest.raises(UserError, match=r"the hub cannot be read .*; give a local file"):
+    with pytest.raises(UserError, match=r"the hub cannot be reached .*; give a local file"):
         load_prompts("hub:owner/name", control)
 
 
@@ -171,6 +171,6 @@ def test_the_digest_knows_texts_pins_and_groups() -> None:
 
 def test_a_group_too_small_for_its_parts() -> None:
     small = PromptSet({"target": many(1), "control": many(20, 50)})
-    with pytest.raises(UserError, match=r"'target' leaves no prompt for the (fit|report) part"):
-        parts_checked(small, 0)
-    assert len(parts_checked(PromptSet({"target": many(8), "control": many(8, 50)}), 0)) == 3
+    with pytest.raises(UserError, match=r"'target' has no prompt in the (fit|report) split"):
+        split_prompts(small, 0)
+    assert len(list(split_prompts(PromptSet({"target": many(8), "control": many(8, 50)}), 0))) == 3

@@ -1,19 +1,46 @@
-"""Find the directions by which a language model represents a behaviour, edit along them, prove what changed."""
+"""Find the directions by which a language model represents a behavior, edit the weights along them, measure the change.
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.results import Run
-from obliteratus.core.settings import Recipe
-from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
-from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.pipeline.recipe import list_methods as methods
-from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.run import run
-from obliteratus.probe.probe import collect_activations
-from obliteratus.prompts import load_prompts
-from obliteratus.rebirth.save import save
-from obliteratus.summon.load import open_subject
-from obliteratus.verify import measure
+The public names are imported when they are first used, so that ``import obliteratus`` is fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obliteratus.core.errors import UserError
+    from obliteratus.core.results import Run
+    from obliteratus.core.settings import Recipe
+    from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
+    from obliteratus.excise.live.hooks import applied
+    from obliteratus.excise.plan import load_plan, save_plan
+    from obliteratus.pipeline.recipe import list_methods, load_recipe
+    from obliteratus.pipeline.run import run
+    from obliteratus.probe.probe import collect_activations
+    from obliteratus.prompts import load_prompts
+    from obliteratus.rebirth.save import save
+    from obliteratus.summon.load import open_subject
+    from obliteratus.verify import measure
+
+MODULES = {
+    "Plan": "core.types",
+    "Prompt": "core.types",
+    "PromptSet": "core.types",
+    "Recipe": "core.settings",
+    "Run": "core.results",
+    "Subject": "core.types",
+    "UserError": "core.errors",
+    "applied": "excise.live.hooks",
+    "collect_activations": "probe.probe",
+    "list_methods": "pipeline.recipe",
+    "load_plan": "excise.plan",
+    "load_prompts": "prompts",
+    "load_recipe": "pipeline.recipe",
+    "measure": "verify",
+    "open_subject": "summon.load",
+    "run": "pipeline.run",
+    "save": "rebirth.save",
+    "save_plan": "excise.plan",
+}
 
 __all__ = [
     "Plan",
@@ -25,13 +52,23 @@ __all__ = [
     "UserError",
     "applied",
     "collect_activations",
+    "list_methods",
     "load_plan",
     "load_prompts",
     "load_recipe",
     "measure",
-    "methods",
     "open_subject",
     "run",
     "save",
     "save_plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module 'obliteratus' has no attribute '{name}'")
+    return getattr(import_module(f"obliteratus.{MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

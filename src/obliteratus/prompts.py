@@ -1,4 +1,4 @@
-"""Prompt sources to a PromptSet, with every kind of unusable file named."""
+"""Read prompts from files and data sets. Every kind of unusable source has its own error message."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import SPLITS, Prompt, PromptSet
+from obliteratus.core.types import SPLITS, Prompt, PromptSet, Splits
 
-# Columns that public data sets use for the user's turn, the plainest name first.
+# Columns that public data sets use for the user's turn. The first that exists is taken.
 COLUMNS = ("prompt", "text", "instruction", "question", "goal", "query")
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
@@ -20,7 +20,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 def load_prompts(
     target: str | Path, control: str | Path, bypass: str | Path | None = None, keep: str | Path | None = None
 ) -> PromptSet:
-    """Prompts that show the behaviour (target), that do not (control), and optional groups.
+    """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
 
     A source is a text file (one prompt a line), JSONL, CSV or Parquet (a column named prompt, text, instruction,
     question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``, or
@@ -33,7 +33,7 @@ def load_prompts(
 
 
 def check_prompts(prompts: PromptSet, names: Mapping[str, str] | None = None) -> PromptSet:
-    """The same prompts, if target and control are there, not empty, and share nothing."""
+    """Return the prompts, or raise UserError if target or control is missing or empty, or if they share prompts."""
     names = names or {group: group for group in prompts.groups}
     for group in {"target", "control"} - set(prompts.groups):
         raise UserError(f"prompts: the group '{group}' is missing; give --{group} SOURCE")
@@ -46,32 +46,32 @@ def check_prompts(prompts: PromptSet, names: Mapping[str, str] | None = None) ->
     both = texts["target"] & texts["control"]
     if both:
         raise UserError(
-            f"{names['target']}: {len(both)} prompts stand in target and in control, the first is "
+            f"{names['target']}: {len(both)} prompts are both in target and in control, such as "
             f"'{min(both)[:60]}'; remove them from one"
         )
     return prompts
 
 
-def parts_checked(prompts: PromptSet, seed: int, searched: bool = False) -> tuple[PromptSet, PromptSet, PromptSet]:
-    """fit, search, report; UserError where fit or report (and search, if it is ``searched``) has an empty group."""
-    parts = prompts.split(seed)
-    for name, part in zip(SPLITS, parts, strict=True):
+def split_prompts(prompts: PromptSet, seed: int, uses_search_split: bool = False) -> Splits:
+    """Split the prompts. Raises UserError if a group has no prompt in fit or report, or in search if that is used."""
+    splits = prompts.split(seed)
+    for name, part in zip(SPLITS, splits, strict=True):
         for group, members in part.groups.items():
-            if not members and (searched or name != "search"):
+            if not members and (uses_search_split or name != "search"):
                 raise UserError(
-                    f"prompts: the group '{group}' leaves no prompt for the {name} part "
-                    f"({len(prompts[group])} in all); give more, at least 8"
+                    f"prompts: the group '{group}' has no prompt in the {name} split "
+                    f"({len(prompts[group])} in all); give at least 8 prompts"
                 )
-    return parts
+    return splits
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
-    """At most so many of n places, evenly spaced from 0: prompts often come sorted by what they are about."""
+    """Return at most ``most`` of n indices, evenly spaced from 0, since prompts often come sorted by topic."""
     return [i * n // most for i in range(most)] if n > most else list(range(n))
 
 
 def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
-    """All prompts of one source, as of `load_prompts`, each once. Raises UserError."""
+    """Return the prompts of one source without duplicates. Raises UserError as `load_prompts` does."""
     return _read(str(source), "target")
 
 
@@ -80,9 +80,9 @@ def _read(source: str, group: str) -> tuple[Prompt, ...]:
     if source.startswith("hub:"):
         rows = _from_hub(source)
     elif source.startswith("organism:"):
-        from obliteratus.weights.organism import data_folder
+        from obliteratus.weights.organism import find_data_folder
 
-        rows = _rows(data_folder(source.removeprefix("organism:")) / f"{group}.jsonl")
+        rows = _rows(find_data_folder(source.removeprefix("organism:")) / f"{group}.jsonl")
     else:
         rows = _rows(Path(source))
     return tuple({p.text: p for p in (_prompt(row, source) for row in rows) if p.text}.values())
@@ -91,7 +91,8 @@ def _read(source: str, group: str) -> tuple[Prompt, ...]:
 def _rows(path: Path, column: str = "") -> Iterable[Mapping[str, Any]]:
     if not path.is_file():
         raise UserError(
-            f"{path}: no such prompt file; give a {', '.join(SUFFIXES)} file, hub:owner/name or organism:NAME"
+            f"{path}: this prompt file does not exist; give a {', '.join(SUFFIXES)} file, "
+            "hub:owner/name or organism:NAME"
         )
     if path.suffix == ".parquet":
         return _named(_parquet(path), path, column)
@@ -108,9 +109,9 @@ def _text(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"{path}: the file is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
-        raise UserError(f"{path}: a binary file, not text; give one prompt a line")
+        raise UserError(f"{path}: this is a binary file; give a text file with one prompt a line")
     if not text.strip():
         raise UserError(f"{path}: the prompt file is empty; give at least one prompt a line")
     return text
@@ -123,7 +124,9 @@ def _jsonl(text: str, path: Path) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}); one object a line") from error
+                raise UserError(
+                    f"{path}:{number}: this line is not JSON ({error.msg}); write one object a line"
+                ) from error
     return rows
 
 
@@ -131,26 +134,26 @@ def _parquet(path: Path) -> list[Any]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ModuleNotFoundError as error:
-        raise UserError(f"{path}: Parquet needs pyarrow; pip install 'obliteratus[parquet]'") from error
+        raise UserError(f"{path}: reading Parquet needs pyarrow; pip install 'obliteratus[parquet]'") from error
     try:
         return list(parquet.read_table(path).to_pylist())
     except ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+        raise UserError(f"{path}: the Parquet file cannot be read ({error}); write it again") from error
 
 
 def _named(rows: list[Any], path: Path, column: str) -> list[Mapping[str, Any]]:
-    """Rows with their prompt under the key ``prompt``."""
+    """Return the rows with their prompt under the key ``prompt``."""
     if not rows:
         raise UserError(f"{path}: the prompt file is empty; give at least one row")
     if all(isinstance(row, str) for row in rows):
         return [{"prompt": row} for row in rows]
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: rows must be objects with a prompt, or strings")
-    found = next((c for c in ([column] if column else COLUMNS) if c in rows[0]), None)
-    if found is None:
+    name = next((c for c in ([column] if column else COLUMNS) if c in rows[0]), None)
+    if name is None:
         what = f"no column '{column}'" if column else f"none of the columns {', '.join(COLUMNS)}"
         raise UserError(f"{path}: {what}; it has {', '.join(map(str, rows[0]))}; rename one")
-    return [{**row, "prompt": row.get(found)} for row in rows]
+    return [{**row, "prompt": row.get(name)} for row in rows]
 
 
 def _prompt(row: Mapping[str, Any], source: str) -> Prompt:
@@ -159,12 +162,12 @@ def _prompt(row: Mapping[str, Any], source: str) -> Prompt:
         raise UserError(f"{source}: a prompt is {type(text).__name__}, not text: {str(text)[:60]}")
     split = row.get("split") or ""
     if split and split not in SPLITS:
-        split = ""  # public sets carry train/test here, which says nothing about our parts
+        split = ""  # public data sets have train and test here, which says nothing about our splits
     return Prompt((text or "").strip(), str(row.get("category") or ""), split, str(row.get("system") or ""))
 
 
 def _from_hub(source: str) -> Iterable[Mapping[str, Any]]:
-    """A data set's files, as its owner stores them or as the hub converts them to Parquet."""
+    """Return the rows of a data set, from its owner's files or from the hub's Parquet conversion."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -178,8 +181,8 @@ def _from_hub(source: str) -> Iterable[Mapping[str, Any]]:
                 return [row for path in paths for row in _rows(Path(path), column)]
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
-            f"{source}: the hub cannot be read ({str(error).splitlines()[0]}); give a local file"
+            f"{source}: the hub cannot be reached ({str(error).splitlines()[0]}); give a local file"
         ) from error
     raise UserError(
-        f"{source}: no {', '.join(SUFFIXES[1:])} file of the split '{split or 'train'}'; name a split that exists"
+        f"{source}: there is no {', '.join(SUFFIXES[1:])} file of the split '{split or 'train'}'; name one that exists"
     )

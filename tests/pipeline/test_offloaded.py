@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import PlanMaker
-from tests.excise.bake.test_base_files import shards, stored
+from tests.support.checkpoints import shards, stored
 from tests.support.tiny import MODELS
 from torch import Tensor
 from typer.testing import CliRunner
@@ -38,14 +38,14 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations
 from obliteratus.rebirth.save import save
-from obliteratus.summon.architectures import FAMILIES
+from obliteratus.summon.architectures import ARCHITECTURES
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import summarize_model
 from obliteratus.verify import measure
 from obliteratus.verify.before_and_after import measure_side_by_side, streamable_steps
 
-ALONE = sorted(name for name, (kind, _) in MODELS.items() if not FAMILIES[kind].hands_on)
+ALONE = sorted(name for name, (kind, _) in MODELS.items() if not ARCHITECTURES[kind].shares_state_across_layers)
 TOGETHER = sorted(MODELS.keys() - set(ALONE))
 FEW = ["llama", "qwen2", "gemma2", "mixtral", "gpt2"]  # plain, tied, windows and post-norms, experts, positions
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -152,7 +152,7 @@ def test_batches_and_spilling_make_no_difference(
 ) -> None:
     loaded, away = both(stored(tmp_path, name))
     expected, first = streams(loaded), first_token_log_probs(loaded, IDS)
-    monkeypatch.setattr(spill, "SHARE", 0.0)
+    monkeypatch.setattr(spill, "MEMORY_SHARE", 0.0)
     with tokens_per_batch(tokens):
         assert close(streams(away), expected)
         assert close(first_token_log_probs(away, IDS), first)
@@ -250,7 +250,7 @@ def test_a_run_is_that_of_memory(tmp_path: Path, many: PromptSet) -> None:
     folder = stored(tmp_path / "model", "llama", max_position_embeddings=128)
     loaded, away = both(folder)
     made = load_recipe("advanced").model_copy(update={"verify": STEPS})
-    (plan, told), (theirs, known) = run(made, away, many), run(made, loaded, many)
+    (plan, told, *_), (theirs, known, *_) = run(made, away, many), run(made, loaded, many)
     assert plan.edits
     assert len(plan.edits) == len(theirs.edits)
     for mine, other in zip(plan.edits, theirs.edits, strict=True):
@@ -277,9 +277,9 @@ def test_a_run_that_was_interrupted_reads_nothing_again(tmp_path: Path, many: Pr
     away = open_offloaded(stored(tmp_path / "model", "llama", max_position_embeddings=128))
     made, kept = load_recipe("advanced").model_copy(update={"verify": STEPS}), tmp_path / "kept"
     kept.mkdir()
-    plan, told = run(made, away, many, Store(kept))
+    plan, told, *_ = run(made, away, many, Store(kept))
     before = away.offloaded.bytes_read
-    again, same = run(made, away, many, Store(kept))
+    again, same, *_ = run(made, away, many, Store(kept))
     assert away.offloaded.bytes_read == before
     assert (len(again.edits), same.after) == (len(plan.edits), told.after)
 
@@ -310,8 +310,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_adapter_needs_the_model_in_memory(tmp_path: Path, make_plan: PlanMaker, many: PromptSet) -> None:
     away = open_offloaded(stored(tmp_path / "model", "llama"))
-    plan, told = run(load_recipe("basic").model_copy(update={"verify": STEPS[:2]}), away, many)
-    with pytest.raises(UserError, match="--save adapter: needs the whole model"):
+    plan, told, *_ = run(load_recipe("basic").model_copy(update={"verify": STEPS[:2]}), away, many)
+    with pytest.raises(UserError, match="--save adapter: the whole model must be in memory"):
         save(away, plan, told, tmp_path / "out", "adapter")
     assert not (tmp_path / "out").exists()
     save(away, plan, told, tmp_path / "plan", "plan")

@@ -1,4 +1,4 @@
-"""Each pass tells what it found, changed, left and cost, in run.json, on the terminal and on the card."""
+"""run.json, the terminal and the model card say what each pass found, changed, left and cost."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.pipeline import run as pipeline
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.rebirth.model_card import model_card, pass_rows
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.pipeline.stages import Stages
+from obliteratus.rebirth.model_card import make_pass_rows, render_model_card
+from obliteratus.summon.coverage import summarize_plan_coverage
 
 SHORT = [{"use": "refusal", "tokens": 4}]
 
@@ -34,7 +35,8 @@ def prompts(search: int = 3) -> PromptSet:
 
 def made(passes: int, search: int, store: Store | None = None, **changed: Any) -> tuple[Plan, Run]:
     overrides = {"passes": passes, "verify": SHORT, "excise.strength": 0.3, **changed}
-    return run(load_recipe("surgical", overrides), tiny_subject("llama"), prompts(search), store)
+    result = run(load_recipe("surgical", overrides), tiny_subject("llama"), prompts(search), store)
+    return result.plan, result.run
 
 
 def test_passes_that_nothing_ends() -> None:
@@ -51,7 +53,7 @@ def test_passes_that_nothing_ends() -> None:
     assert "ended" not in first
     assert last["ended"] == "all passes done"
     own = Plan(plan.edits[: first["edits"]], plan.model)
-    assert first["edited_share"] == plan_coverage(tiny_subject("llama"), own)["edited_share"]
+    assert first["edited_share"] == summarize_plan_coverage(tiny_subject("llama"), own)["edited_share"]
 
 
 def test_a_check_that_ends_the_passes_is_told() -> None:
@@ -65,7 +67,7 @@ def test_a_check_that_ends_the_passes_is_told() -> None:
 
 
 def test_a_pass_that_finds_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "still_refused", lambda *given: 1.0)  # no check is ever passed
+    monkeypatch.setattr(Stages, "check_refusal", lambda *args: None)  # no check ends the passes
     monkeypatch.setattr(pipeline, "NOTHING_LEFT", 1e9)  # and no later pass finds enough
     _, found = made(3, 3)
     (only,) = found.passes
@@ -75,9 +77,9 @@ def test_a_pass_that_finds_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pass costs all that is allowed; a second would cost more, and is not an error."""
-    monkeypatch.setattr(pipeline, "still_refused", lambda *given: 1.0)
+    monkeypatch.setattr(Stages, "check_refusal", lambda *args: None)
     plan, _ = made(1, 3)
-    search = prompts().split(0)[1]["control"]
+    search = prompts().split(0).search["control"]
     cost = limit_kl(tiny_subject("llama"), Plan(), plan, search, 1e3)[2]
     again, found = made(3, 3, **{"excise.kl_budget": cost * (1 + 1e-6)})
     (only,) = found.passes
@@ -99,7 +101,7 @@ def shown(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def carded(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:
-    return model_card(found.model_copy(update={"saved": {"form": "plan"}}))
+    return render_model_card(found.model_copy(update={"saved": {"form": "plan"}}))
 
 
 @pytest.mark.parametrize("show", [shown, carded])
@@ -109,7 +111,7 @@ def test_people_see_several_passes_and_not_a_single_one(
     _, two = made(2, 0)
     text = show(two, monkeypatch)
     assert "still refused" in text
-    for row in pass_rows(two):
+    for row in make_pass_rows(two):
         assert all(cell in text for cell in row)
     assert "still refused" not in show(made(1, 0)[1], monkeypatch)
 

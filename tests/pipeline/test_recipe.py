@@ -9,7 +9,8 @@ import pytest
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Recipe
-from obliteratus.pipeline.recipe import check_runs, dump_toml, list_methods, load_recipe, parse_overrides, parse_recipe
+from obliteratus.core.toml import dump_toml
+from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe, parse_overrides, parse_recipe
 
 BASE = """
 about = "a recipe for these tests"
@@ -181,7 +182,7 @@ BAD_OVERRIDES = {
     "probe.position=-65": "probe.position: input should be greater than or equal to -64",
     "weigh.1.n=3": "there is no entry '1'; entries are 0 to 0",
     "weigh.x.n=3": "there is no entry 'x'",
-    "about.x=1": "'about' is a value, nothing lies below it",
+    "about.x=1": "'about' is a single value and has no keys",
     "weigh.0.n=-1": "weigh step 'skip_first': n: input should be greater",
     "weigh.0.m=1": "weigh step 'skip_first': m: extra inputs",
     "distill.0.use=mean_dif": "distill step 'mean_dif' does not exist; did you mean 'mean_diff'",
@@ -210,8 +211,8 @@ def test_an_unknown_method_is_told_the_near_one() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"about = ", r"bad\.toml: not TOML"),
-        (b"\xff\xfe", r"bad\.toml: not TOML"),
+        (b"about = ", r"bad\.toml: this is not valid TOML"),
+        (b"\xff\xfe", r"bad\.toml: this is not valid TOML"),
         (b"about = 'x'", "distill: field required"),
         (b"distill = [{use = 'mean_diff'}]", "about: field required"),
         (b"about = 'x'\ndistill = [{k = 3}]", r"distill\.0\.use: field required"),
@@ -225,5 +226,5 @@ def test_bad_files(text: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such recipe file"):
+    with pytest.raises(UserError, match="this recipe file does not exist"):
         load_recipe(tmp_path / "none.toml")

@@ -44,7 +44,7 @@ def advanced() -> Recipe:
 def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptSet) -> None:
     ids = render_prompts(subject, few["control"][:2])
     untouched = first_token_log_probs(subject, ids)
-    plan, found = run(advanced(), subject, few)
+    plan, found, *_ = run(advanced(), subject, few)
     assert found.before["refusal.target"].value >= 0.9
     assert found.after["refusal.target"].value <= 0.1
     assert found.after["refusal.control"].value <= 0.1  # one of 16
@@ -63,7 +63,7 @@ def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> Non
     half = len(fit) // 2
     held = {g: tuple(p for p in members if p.split != "fit") for g, members in few.groups.items()}
     mixed = {"target": (*fit[:half], *held["target"]), "control": (*fit[half:], *held["control"])}
-    _, found = run(advanced(), subject, PromptSet(mixed))
+    _, found, *_ = run(advanced(), subject, PromptSet(mixed))
     assert found.after["refusal.target"].value >= 0.8
 
 
@@ -71,7 +71,7 @@ def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) ->
     """Three passes are asked for. One is enough for a strong edit; one that does nothing goes on to the next."""
     strong = load_recipe("surgical", {"passes": 3, "verify": [{"use": "refusal", "tokens": 4}]})
     store = Store()
-    _, found = run(strong, subject, searched(few), store)
+    _, found, *_ = run(strong, subject, searched(few), store)
     assert len(found.passes) == 1
     assert "CHECK 2" in store.seconds
     assert "PROBE 2" not in store.seconds

@@ -1,4 +1,4 @@
-"""The command line. Every command parses, calls the library, and shows what came back."""
+"""Define the command line. Every command parses its options, calls the library, and shows the result."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from obliteratus.cli.inspect import inspect
 from obliteratus.cli.options import (
     Base,
     Bypass,
+    Commands,
     Control,
     Device,
     Dtype,
@@ -21,7 +22,7 @@ from obliteratus.cli.options import (
     Memory,
     Model,
     Out,
-    Quantise,
+    Quantize,
     Quiet,
     Resume,
     Save,
@@ -34,14 +35,17 @@ from obliteratus.cli.options import (
     show_progress,
     with_seed,
 )
-from obliteratus.cli.study import report, study, study_from_yaml
+from obliteratus.cli.study import report, study
 
 app = typer.Typer(
-    help="Find the directions by which a language model represents a behaviour, edit along them, prove what changed.",
+    cls=Commands,
+    help="Find the directions by which a language model represents a behavior, edit the weights along them, and "
+    "measure on held-out prompts what changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a bug shows a plain traceback
     rich_markup_mode="rich",
 )
+Method = Annotated[str, typer.Option(help="Name of a method, or a recipe file.")]
 
 
 @app.command()
@@ -50,7 +54,7 @@ def run(
     model: Model,
     target: Target,
     control: Control,
-    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "basic",
+    method: Method = "basic",
     bypass: Bypass = None,
     keep: Keep = None,
     out: Out = None,
@@ -60,26 +64,28 @@ def run(
     resume: Resume = False,
     base: Base = "",
     dtype: Dtype = "auto",
-    quantise: Quantise = "",
+    quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
-    self_test: Annotated[bool, typer.Option("--self-test", help="Try every claim of the architecture table.")] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Check every claim of the architecture table on this model.")
+    ] = False,
     memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the directions, edit, measure on held-out prompts, save."""
+    """Find the directions, edit the model, measure on held-out prompts, and save the result."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
     overrides = with_seed(set_, seed)
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet):
-        job = Job.checked(model, method, overrides, sources, out, save, base)
-        done = run_job(job, opening, resume, memory)
-    show_result(done, out, json)
+        job = Job.create(model, method, overrides, sources, out, save, base)
+        result = run_job(job, opening, resume, memory)
+    show_result(result, out, json)
 
 
 @app.command()
@@ -88,11 +94,17 @@ def search(
     model: Model,
     target: Target,
     control: Control,
-    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "optimized",
-    trials: Annotated[int | None, typer.Option(min=1, help="Of the whole study; by default the recipe's.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Journal file or Optuna URL, for several workers.")] = None,
-    study: Annotated[str | None, typer.Option(help="Its name there.")] = None,
-    pick: Annotated[str, typer.Option(help="knee, first, last, or a member's number.")] = "knee",
+    method: Method = "optimized",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Journal file or Optuna URL, so that several workers share a study.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Optuna study name.")] = None,
+    pick: Annotated[
+        str, typer.Option(help="Member of the front to save: knee (nearest to the ideal), first, last, or a number.")
+    ] = "knee",
     bypass: Bypass = None,
     keep: Keep = None,
     out: Out = None,
@@ -102,7 +114,7 @@ def search(
     resume: Resume = False,
     base: Base = "",
     dtype: Dtype = "auto",
-    quantise: Quantise = "",
+    quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
@@ -110,45 +122,47 @@ def search(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Try a recipe's values on live plans, and save the best trade of refusals against damage."""
+    """Search the values of a recipe, and save the best trade-off between refusals and damage."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
     overrides = with_seed(set_, seed)
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet):
-        job = Job.checked(model, method, overrides, sources, out, save, base).searching(trials, storage, study, pick)
-        done = run_job(job, opening, resume, memory)
-    show_result(done, out, json)
+        job = Job.create(model, method, overrides, sources, out, save, base).with_search(trials, storage, study, pick)
+        result = run_job(job, opening, resume, memory)
+    show_result(result, out, json)
 
 
 @app.command()
 @handle_errors
 def demo(
-    method: Annotated[str, typer.Option(help="A method's name, or a recipe file.")] = "advanced",
+    method: Method = "advanced",
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The main job on the embedded model organism: a small chat model that refuses to talk about astronomy."""
+    """Run a method on the included model organism, a small chat model that refuses to talk about astronomy."""
     from obliteratus.cli.jobs import Job, run_job, show_answers, show_result
 
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet):
-        job = Job.checked("organism:astronomy", method, set_ or [], sources, out, save)
-        done = run_job(job, {}, resume=False)
-    show_result(done, out, json)
+        job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
+        result = run_job(job, {}, resume=False)
+    show_result(result, out, json)
     if not json:
-        show_answers(done)
+        show_answers(result)
 
 
 @app.command()
 @handle_errors
-def methods(name: Annotated[str | None, typer.Argument(help="Show this recipe.")] = None, json: Json = False) -> None:
-    """The recipes: what each does, costs and cites; with a name, the recipe itself."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Method whose recipe to show.")] = None, json: Json = False
+) -> None:
+    """List the methods with what each does, costs and cites, or show the recipe of one."""
     from obliteratus.cli.terminal import make_table, results, show_json
     from obliteratus.forecast.formula import COLUMNS, annotate_recipe, describe_cost, table_row
     from obliteratus.pipeline.recipe import list_methods, load_recipe
@@ -170,10 +184,10 @@ def verify(
     control: Control,
     keep: Keep = None,
     against: Annotated[str | None, typer.Option(help="Base model to compare with.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All prompts, not only the report part.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Use all prompts, not only the report split.")] = False,
     seed: Seed = None,
     dtype: Dtype = "auto",
-    quantise: Quantise = "",
+    quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -182,14 +196,17 @@ def verify(
     """Measure a model on held-out prompts, by itself or against its base."""
     from obliteratus.cli.jobs import compare_models
     from obliteratus.cli.terminal import show_comparison, show_json
-    from obliteratus.prompts import load_prompts, parts_checked
+    from obliteratus.prompts import load_prompts, split_prompts
 
     prompts = load_prompts(target, control, keep=keep)
-    part = prompts if everything else parts_checked(prompts, seed or 0)[2]
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    part = prompts if everything else split_prompts(prompts, seed or 0).report
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet):
         before, after = compare_models(model, against, part, opening)
-    show_json({"before": before, "after": after}) if json else show_comparison(model, against or "base", before, after)
+    if json:
+        show_json({"before": before, "after": after})
+    else:
+        show_comparison(model, against or "base", before, after)
 
 
 @app.command()
@@ -197,11 +214,11 @@ def verify(
 def apply(
     plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Output folder. It must not exist yet.")],
     save: Save = "merged",
     base: Base = "",
     dtype: Dtype = "auto",
-    quantise: Quantise = "",
+    quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -211,18 +228,21 @@ def apply(
     from obliteratus.cli.jobs import apply_plan
     from obliteratus.cli.terminal import results, show_json
 
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantise": quantise}
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet):
         saved = apply_plan(plan, model, out, save, opening, base)
-    show_json(saved) if json else results.print(f"[bold]Saved[/]   {out} ({save})")
+    if json:
+        show_json(saved)
+    else:
+        results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, analyze, study, report, study_from_yaml):
+for command in (inspect, analyze, study, report):
     app.command()(handle_errors(command))
 
 
 def main() -> None:
-    """Entry point. SIGTERM ends a run as Ctrl-C does."""
+    """Run the command line. SIGTERM ends a run as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="obliteratus")
 

@@ -1,4 +1,4 @@
-"""The command `inspect`."""
+"""Define the command `inspect`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantize, Trust, show_progress
 
-# Prompts that a forecast is reckoned with where none are given: the organism's, some 250 of each group.
-USUAL = "organism:astronomy"
+# A forecast without prompts is made for those of the organism, about 250 of each group.
+DEFAULT_PROMPTS = "organism:astronomy"
 
 
 def inspect(
@@ -18,14 +18,13 @@ def inspect(
     quantize: Quantize = "",
     trust_remote_code: Trust = False,
     memory: Memory = None,
-    target: Annotated[str, typer.Option(help="Prompts that --memory reckons with.")] = USUAL,
-    control: Annotated[str, typer.Option(help="Prompts that --memory reckons with.")] = USUAL,
-    method: Annotated[str, typer.Option(help="The method that --memory reckons with.")] = "advanced",
+    target: Annotated[str, typer.Option(help="Target prompts for the forecast of --memory.")] = DEFAULT_PROMPTS,
+    control: Annotated[str, typer.Option(help="Control prompts for the forecast of --memory.")] = DEFAULT_PROMPTS,
+    method: Annotated[str, typer.Option(help="Method for the forecast of --memory.")] = "advanced",
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     json: Json = False,
 ) -> None:
-    """Sites, coverage, memory and time forecast; loads no weights, but with --memory a few blocks to measure."""
-    from obliteratus.cli.inspect import show
+    """Show sites, coverage, and a forecast of memory and time. Only --memory loads a few blocks, to time them."""
     from obliteratus.cli.terminal import show_json
     from obliteratus.forecast.machine import forecast_model
     from obliteratus.forecast.offloaded import forecast_run
@@ -37,24 +36,25 @@ def inspect(
     limit = parse_size(memory) if memory else None
     opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet=True):
-        made = summarize_model(model, **opening)
-        data = forecast_model(made)
-        plan = forecast_run(made, limit, load_recipe(method), load_prompts(target, control), opening) if limit else None
+        summary = summarize_model(model, **opening)
+        data = forecast_model(summary)
+        prompts = load_prompts(target, control)
+        plan = forecast_run(summary, limit, load_recipe(method), prompts, opening) if limit else None
     if json:
         show_json({**data, **({"plan": plan} if plan else {})})
         return
     show(data, sites)
     if plan:
-        _show(plan)
+        show_plan(plan)
 
 
-def _show(plan: dict[str, Any]) -> None:
-    """The forecast under a limit as a table."""
+def show_plan(plan: dict[str, Any]) -> None:
+    """Print the forecast of a run under a memory limit."""
     from obliteratus.cli.terminal import format_bytes, make_table, results
 
     if not plan["stages"]:
         needed = format_bytes(plan["needed_in_memory"])
-        results.print(f"All weights fit into {format_bytes(plan['limit'])}: {needed} are needed at least.")
+        results.print(f"All weights fit into {format_bytes(plan['limit'])}; the run needs at least {needed}.")
         return
     rows = [
         [name, format_bytes(s["peak"]), format_bytes(s["read"]), f"{s['seconds']:.0f} s"]
@@ -65,7 +65,7 @@ def _show(plan: dict[str, Any]) -> None:
 
 
 def _kind(data: dict[str, Any]) -> str:
-    """How the weights are held in memory."""
+    """Return how the weights are held in memory."""
     dtype, stored = data["memory"]["dtype"], data["quantization"]
     if not stored:
         return f"in {dtype}"
@@ -73,7 +73,7 @@ def _kind(data: dict[str, Any]) -> str:
 
 
 def show(data: dict[str, Any], sites: bool) -> None:
-    """The forecast as tables on stdout."""
+    """Print the summary of a model and its forecast."""
     from obliteratus.cli.terminal import format_bytes, make_table, results
     from obliteratus.forecast.machine import PROMPTS, TOKENS
     from obliteratus.summon.coverage import coverage_warning
@@ -88,7 +88,10 @@ def show(data: dict[str, Any], sites: bool) -> None:
             f"{cover['share']:.1%} of the writing parameters; {len(cover['paths'])} unclaimed matrices",
         ],
         ["weights", f"{format_bytes(memory['weights'])} {_kind(data)}; {format_bytes(memory['free'])} free here"],
-        ["activations", f"{format_bytes(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept in full"],
+        [
+            "activations",
+            f"{format_bytes(memory['activations_kept'])} for {PROMPTS} + {PROMPTS} prompts kept one by one",
+        ],
         ["key-value cache", f"{format_bytes(memory['cache_per_token'])} a token"],
         [
             "PROBE",
@@ -96,12 +99,12 @@ def show(data: dict[str, Any], sites: bool) -> None:
             f"{clock['gemm_flops'] / 1e9:.0f} GFLOP/s just measured here (CPU, fp32)",
         ],
     ]
-    results.print(make_table(data["source"], ["what", "how much"], rows))
+    results.print(make_table(data["source"], ["what", "value"], rows))
     if short := coverage_warning(cover["share"], len(cover["paths"])):
         results.print(f"[bold red]warning[/] {short}")
     for path in cover["paths"]:
-        results.print(f"[bold red]unclaimed[/] {path}: in no table, never edited")
+        results.print(f"[bold red]unclaimed[/] {path}: not in the architecture table, so it is never edited")
     if sites:
-        for site in data["sites"]:  # one a line and tab-separated: for grep and cut
-            between = f"through {site['gain']}" if site["gain"] else "straight"
-            results.out("\t".join([site["path"], site["part"], site["role"], site["layout"], between]))
+        for site in data["sites"]:  # one per line and tab-separated, for grep and cut
+            norm = f"through {site['gain']}" if site["gain"] else "no norm"
+            results.out("\t".join([site["path"], site["part"], site["role"], site["layout"], norm]))

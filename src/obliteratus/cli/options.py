@@ -1,4 +1,4 @@
-"""What the commands share: their options, and what becomes of errors, interrupts and progress."""
+"""Define what the commands share: options, and the handling of errors, interrupts and progress."""
 
 from __future__ import annotations
 
@@ -11,42 +11,62 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from obliteratus.core.errors import UserError
 
-Model = Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or organism:NAME.")]
-Target = Annotated[str, typer.Option(help="Prompts that show the behaviour: file, hub:owner/name or organism:NAME.")]
-Control = Annotated[str, typer.Option(help="Prompts that do not.")]
-Bypass = Annotated[str | None, typer.Option(help="Prompts that get round the behaviour.")]
-Keep = Annotated[str | None, typer.Option(help="Prompts whose behaviour must stay.")]
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
+Target = Annotated[str, typer.Option(help="Prompts that show the behavior: a file, hub:owner/name or organism:NAME.")]
+Control = Annotated[str, typer.Option(help="Prompts the model answers normally.")]
+Bypass = Annotated[str | None, typer.Option(help="Target prompts rewritten so that the model answers them.")]
+Keep = Annotated[str | None, typer.Option(help="Prompts for which the behavior must stay as it is.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Change the recipe: path=value, e.g. excise.strength=0.7.")
+    list[str] | None, typer.Option("--set", help="Change a value of the recipe: path=value, as in excise.strength=0.7.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Output folder; must not exist.")]
-Save = Annotated[str, typer.Option(help="merged, adapter or plan.")]
-Memory = Annotated[str | None, typer.Option(help="Most that the process may hold, the model's included: 6GB.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the split and of all that is random.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same --out.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder. It must not exist yet.")]
+Save = Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")]
+Memory = Annotated[str | None, typer.Option(help="Most memory that the process may use, such as 6GB.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the prompt split and of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same --out.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Quantise = Annotated[
-    str, typer.Option("--quantise", help="Pack the linear layers on loading: 4bit, fp4 or 8bit (needs bitsandbytes).")
+Quantize = Annotated[
+    str, typer.Option(help="Quantize the linear layers on loading: 4bit, fp4 or 8bit. Needs bitsandbytes.")
 ]
 Base = Annotated[
     str,
-    typer.Option(help="Of a quantised model: the full-precision checkpoint that merged bakes into; none packs again."),
+    typer.Option(help="Full-precision checkpoint to bake into if the model is quantized; none re-quantizes instead."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Render templates in their thinking mode.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model over devices.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Render chat templates in their thinking mode.")]
 
-# 128 + the number of the signal, as shells count it: what an interrupted program is expected to return.
+# Old name → new name, of options and commands.
+RENAMED = {"--quantise": "--quantize", "study-from-yaml": "study --from-yaml"}
+
+
+class Commands(TyperGroup):
+    """The group of all commands. It names the new name of an option or command that was renamed."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        for arg in args:
+            name = arg.partition("=")[0]
+            if name in RENAMED and (name.startswith("--") or arg is args[0]):
+                typer.echo(f"error: '{name}' is now called '{RENAMED[name]}'", err=True)
+                raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+
+# Shells expect 128 + the number of the signal from an interrupted program.
 INTERRUPTED = 130
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """User errors: one line, exit 2. Interrupts: exit 130. All else is a bug and shows its traceback."""
+    """Wrap a command: a UserError prints one line and exits with 2, an interrupt exits with 130.
+
+    Any other exception is a bug and shows its traceback.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -57,14 +77,14 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted: nothing half-written is left; with --out, add --resume to go on", err=True)
+            typer.echo("interrupted: no half-written output is left; with --out, add --resume to continue", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
     return run
 
 
-def _check_one_process(asked: dict[str, Any]) -> None:
-    if asked.get("device") == "tp":
+def _check_one_process(options: dict[str, Any]) -> None:
+    if options.get("device") == "tp":
         raise UserError(
             "--device tp: the command line runs one process; use ob.open_subject(…, device='tp') in a script"
         )
@@ -72,11 +92,11 @@ def _check_one_process(asked: dict[str, Any]) -> None:
 
 @contextmanager
 def show_progress(quiet: bool) -> Iterator[None]:
-    """Bars and notes on stderr, unless quiet; the libraries' own bars and warnings never."""
-    from transformers.utils import logging as theirs
+    """Show progress bars and notes on stderr unless ``quiet``, and none of the libraries' own bars and warnings."""
+    from transformers.utils import logging as transformers_logging
 
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     for library in ("huggingface_hub", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes")
@@ -92,5 +112,5 @@ def show_progress(quiet: bool) -> Iterator[None]:
 
 
 def with_seed(changes: list[str] | None, seed: int | None) -> list[str]:
-    """``--set`` and ``--seed`` together: a seed is a value of the recipe as any other."""
+    """Return the changes of ``--set`` with that of ``--seed``, which is a value of the recipe like any other."""
     return [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]

@@ -132,16 +132,16 @@ def _checked(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> S
     """The study with everything that the command line says, checked as far as it can be without the model."""
     from obliteratus.core.errors import UserError
     from obliteratus.pipeline.recipe import parse_overrides
+    from obliteratus.study.data import check_study
     from obliteratus.study.files import load_study as read_study
     from obliteratus.study.files import with_own_prompts
-    from obliteratus.study.material import check_study
-    from obliteratus.summon.load import dtype_of
+    from obliteratus.summon.load import parse_dtype
 
     given = {path: value for path, value in changes.items() if value is not None}
     made = with_own_prompts(read_study(source, parse_overrides(list(pairs)) | given))
     if not made.model:
         raise UserError(f"study '{source}': it names no model; give one: obliteratus study {source} MODEL")
-    dtype_of(made.dtype)
+    parse_dtype(made.dtype)
     check_study(made)
     return made
 

@@ -1,4 +1,4 @@
-"""What a person sees: bars with rate and time left, tables. Notes and bars go to stderr, results to stdout."""
+"""Show progress bars and notes on stderr, and results on stdout."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from obliteratus.core.results import Run
 from obliteratus.rebirth.model_card import (
     PASS_COLUMNS,
     REASON_COLUMNS,
-    coverage_line,
-    pass_rows,
-    reason_rows,
-    score_rows,
+    format_coverage,
+    make_pass_rows,
+    make_reason_rows,
+    make_score_rows,
 )
 
 notes = Console(stderr=True, highlight=False)
@@ -38,7 +38,7 @@ results = Console(highlight=False)
 
 
 class _Rate(ProgressColumn):
-    """Units a second, measured."""
+    """Column with the measured units per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -46,7 +46,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars(Reporter):
-    """Progress on stderr; a bar disappears when its work is done, a note stays."""
+    """Reporter that shows bars and notes on stderr. A bar disappears when its work is done, and a note stays."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate())
@@ -65,35 +65,35 @@ class Bars(Reporter):
 
 
 def show_json(data: Any) -> None:
-    """The one JSON document on stdout."""
+    """Print one JSON document on stdout."""
     results.out(json.dumps(data, indent=1, ensure_ascii=False), highlight=False)
 
 
 def show_run(run: Run) -> None:
-    """Before and after, coverage, and where the result is."""
+    """Print the scores before and after, the decisions, passes, coverage and times of a run."""
     results.print(score_table(run))
     if run.advice:
-        results.print(make_table("Decisions, by what was measured", REASON_COLUMNS, reason_rows(run)))
+        results.print(make_table("Decisions, and the measurements behind them", REASON_COLUMNS, make_reason_rows(run)))
     if run.recipe.passes > 1:
-        results.print(make_table("Passes, refusals on search prompts", PASS_COLUMNS, pass_rows(run)))
-    results.print(f"[bold]Edited[/]  {coverage_line(run)}")
+        results.print(make_table("Passes, with refusal rates on search prompts", PASS_COLUMNS, make_pass_rows(run)))
+    results.print(f"[bold]Edited[/]  {format_coverage(run)}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
     results.print(f"[bold]Time[/]    {seconds}")
 
 
 def score_table(run: Run) -> Table:
-    """All scores but those by category."""
+    """Return the table of all scores except those by category."""
     title = f"{run.recipe.name or 'recipe'} on {run.source['id']}, held-out prompts, 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE)  # fits 80 columns
     for name in ("score", "before", "after", "n"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for row in score_rows(run):
+    for row in make_score_rows(run):
         table.add_row(*row)
     return table
 
 
 def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A plain table."""
+    """Return a plain table."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -103,13 +103,13 @@ def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 
 def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Scores of two models side by side."""
+    """Print the scores of two models side by side."""
     rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
     results.print(make_table(title, ["score", against, "model"], rows))
 
 
 def format_bytes(n: float | int) -> str:
-    """Bytes for people: 538 MB."""
+    """Return a number of bytes with its unit, such as ``538 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{n:.1f} {unit}"

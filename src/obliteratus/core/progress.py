@@ -1,6 +1,6 @@
-"""Progress without plumbing: the library reports, whoever started it decides what is shown.
+"""Report progress from the library to whoever started it.
 
-By default nothing is. The command line installs bars; a test may install a list.
+By default nothing is shown. The command line installs progress bars, and a test may install a list.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ Advance = Callable[[int], None]
 
 
 class Reporter:
-    """Shows nothing; the parent of those that do."""
+    """Base class of reporters. It shows nothing."""
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A piece of work of ``total`` units; what is entered takes the number of units done since last."""
+        """Return a context manager for work of ``total`` units. It yields a function to which
+        the number of newly done units is passed."""
         return nullcontext(lambda done: None)
 
     def note(self, title: str, text: str) -> None:
-        """Something was finished."""
+        """Show that something was finished."""
 
 
 SILENT = Reporter()
@@ -28,7 +29,7 @@ _reporter: ContextVar[Reporter] = ContextVar("reporter", default=SILENT)
 
 
 def progress(title: str, total: int) -> AbstractContextManager[Advance]:
-    """``with progress("PROBE", 256) as advance: … advance(32)``."""
+    """Show progress of ``total`` units: ``with progress("PROBE", 256) as advance: … advance(32)``."""
     return _reporter.get().bar(title, total)
 
 
@@ -39,7 +40,7 @@ def note(title: str, text: str) -> None:
 
 @contextmanager
 def report_to(reporter: Reporter) -> Iterator[None]:
-    """Report to ``reporter`` inside the block."""
+    """Send progress and notes to ``reporter`` inside the block."""
     token = _reporter.set(reporter)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Named steps. A technique registers one function with its citation; its options are its signature."""
+"""Register steps by name. A technique registers one function with its citation; its options are its signature."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from obliteratus.core.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 Costing = Callable[[Mapping[str, Any]], Cost]
-"""A step's options, filled with their defaults → what one call of it asks of the model."""
+"""Maps a step's options, defaults included, to what one call of it costs."""
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What is known of a run before any weight is loaded."""
+    """What is known about a run before any weight is loaded."""
 
     counts: Mapping[str, int]
-    """Fit prompts by group."""
+    """Number of fit prompts by group."""
     width: Callable[[], int]
-    """Of the model's stream; asked for only where a step must know, since it reads the model's configuration."""
+    """Returns the width of the residual stream. It reads the model's configuration, so call it only if needed."""
     keep: str = "rows"
     """``probe.keep``."""
 
 
 Fits = Callable[[Mapping[str, Any], RunInputs], None]
-"""(a step's options, filled with their defaults; what it will be given) → UserError where it cannot work."""
+"""Takes a step's options, defaults included, and the run's inputs. Raises UserError if the step cannot work."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,25 @@ class Entry(Generic[F]):
     function: F
     cite: str
     options: type[BaseModel]
-    """Built from the keyword-only parameters; validates and fills defaults."""
+    """Model of the keyword-only parameters, which validates them and fills in defaults."""
     needs: tuple[str, ...] = ()
-    """What it cannot run without: ``rows`` (every prompt's activations), ``model``, or a group of prompts by name."""
+    """What the step cannot run without: ``rows`` (activations of every prompt), ``spread``, ``model``, or a group."""
     fits: Fits = lambda options, given: None
     cost: Costing = lambda options: FREE
 
     @property
     def about(self) -> str:
-        """First line of the docstring."""
+        """First line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
 
 class Registry(Generic[F]):
-    """Steps of one kind, by name."""
+    """All steps of one kind, by name."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, renamed: Mapping[str, str] | None = None) -> None:
+        """renamed: old names of steps (``"old": "new"``) and of options (``"step.old": "new"``), for error messages."""
         self.kind = kind
+        self.renamed = dict(renamed or {})
         self._entries: dict[str, Entry[F]] = {}
 
     def register(
@@ -70,11 +72,11 @@ class Registry(Generic[F]):
         fits: Fits = lambda options, given: None,
         cost: Costing = lambda options: FREE,
     ) -> Callable[[F], F]:
-        """Decorator. The keyword-only parameters of the function become the step's options.
+        """Return a decorator that registers a function. Its keyword-only parameters become the step's options.
 
-        needs: what the step cannot run without, so that a recipe can be refused before weights are loaded.
-        fits: a check, for the same purpose, of its options against numbers of prompts and the model's width.
-        cost: what it asks of the model, from its options; a step over tensors asks nothing.
+        cite: source of the technique. needs: see `Entry.needs`; recipes are refused by it before weights are loaded.
+        fits: checks, at the same time, the options against numbers of prompts and the model's width. cost: what the
+        step asks of the model; a step over tensors asks nothing.
         """
 
         def add(function: F) -> F:
@@ -86,6 +88,8 @@ class Registry(Generic[F]):
         return add
 
     def __getitem__(self, name: str) -> Entry[F]:
+        if name in self.renamed:
+            raise UserError(f"{self.kind} step '{name}' is now called '{self.renamed[name]}'; change the name")
         if name not in self._entries:
             raise UserError(unknown_name(f"{self.kind} step", name, self._entries))
         return self._entries[name]
@@ -94,7 +98,10 @@ class Registry(Generic[F]):
         return iter(sorted(self._entries))
 
     def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        """All options of a step, given ones validated. Raises UserError naming the step and the option."""
+        """Validate options and return them with all defaults. Raises UserError that names the step and the option."""
+        for option in options:
+            if new := self.renamed.get(f"{name}.{option}"):
+                raise UserError(f"{self.kind} step '{name}': option '{option}' is now called '{new}'; change the name")
         try:
             made = self[name].options(**options)
         except ValidationError as error:
@@ -110,18 +117,18 @@ def _options(function: Callable[..., Any]) -> type[BaseModel]:
 
 
 def unknown_name(what: str, name: str, known: Any) -> str:
-    """One line for a name that does not exist, with the near one."""
+    """Return one line that says that a name does not exist, with the closest known name or all of them."""
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(known))
     return f"{what} '{name}' does not exist; {hint}"
 
 
 def explain_validation_error(error: ValidationError) -> str:
-    """A pydantic error in one line: where, what, what was given."""
+    """Return a pydantic error as one line: the key, what is wrong, and the value."""
 
     def one(item: Any) -> str:
         where = ".".join(str(x) for x in item["loc"])
-        if item["type"] == "value_error":  # a rule of our own about several values: its text says what was given
+        if item["type"] == "value_error":  # our own validators already name the values
             return f"{where}: {item['ctx']['error']}"
         given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
         return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}{given}"

@@ -1,4 +1,4 @@
-"""What a run measured and did."""
+"""Define what a run records: scores, and everything else in run.json."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from obliteratus.core.settings import FrozenModel, Recipe
 
 
 class Score(FrozenModel):
-    """A measured number, never without its interval and sample size."""
+    """A measured number with its interval and sample size."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity; a broken model's perplexity may be
+    model_config = ConfigDict(
+        ser_json_inf_nan="strings"
+    )  # JSON has no infinity, which a broken model's perplexity may be
 
     value: float
     low: float
+    """Lower end of the 95 % interval."""
     high: float
-    """95 % interval."""
+    """Upper end of the 95 % interval."""
     n: int
     unit: str
 
 
 class Run(FrozenModel):
-    """What was done and what came of it: `run.json`. Report, card and `--json` read this and nothing else."""
+    """Record of a run, written to ``run.json``. Reports, model cards and ``--json`` read only this."""
 
     version: int = 1
     status: Literal["running", "done"] = "running"
     recipe: Recipe
     source: dict[str, str]
     prompts: dict[str, Any]
-    """Digest and number of prompts by split and group, thinking mode, prompt files."""
+    """Digest, number of prompts by split and group, thinking mode and prompt files."""
     before: dict[str, Score] = Field(default_factory=dict)
     after: dict[str, Score] = Field(default_factory=dict)
     coverage: dict[str, Any] = Field(default_factory=dict)
     passes: tuple[dict[str, Any], ...] = ()
-    """What each pass found and did."""
+    """Findings, edits and seconds of each pass."""
     search: dict[str, Any] = Field(default_factory=dict)
-    """Of a search: the study, its trials, the front, and which member this is."""
+    """For a search: the study, its trials, the front, and the member that was chosen."""
     advice: dict[str, Any] = Field(default_factory=dict)
-    """What was measured before the recipe was settled, and each decision with its number."""
+    """For a method with analyses: each decision about the recipe with the measurement that it rests on."""
     seconds: dict[str, float] = Field(default_factory=dict)
     saved: dict[str, Any] = Field(default_factory=dict)
-    """Form, files and the outcome of the re-score."""
+    """Saved form, files with their SHA-256, and the result of scoring the reloaded model."""
     versions: dict[str, str] = Field(default_factory=dict)

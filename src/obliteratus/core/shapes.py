@@ -1,6 +1,6 @@
-"""Shapes in annotations: read by people always, checked at run time in tests only.
+"""Annotate tensor shapes. Only the tests check them at run time.
 
-jaxtyping is a development dependency. Where it is absent, ``Float[Tensor, "k width"]`` is ``Tensor``.
+jaxtyping is a development dependency. Without it ``Float[Tensor, "k width"]`` means ``Tensor``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING or find_spec("jaxtyping"):
 else:
 
     class Float:
-        """Stands in for jaxtyping's: forgets the shape, keeps the type."""
+        """Replacement for jaxtyping's class that drops the shape and keeps the type."""
 
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]

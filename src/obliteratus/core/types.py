@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +67,15 @@ class PromptSet:
         The split of a prompt depends only on its text, its system turn and the seed. Adding prompts or changing their
         order moves no other prompt by more than one place.
         """
-        return Splits(*(PromptSet({g: _part(ps, name, seed) for g, ps in self.groups.items()}) for name in SPLITS))
+        fit, search, report = (
+            PromptSet({group: _part(members, name, seed) for group, members in self.groups.items()}) for name in SPLITS
+        )
+        return Splits(fit, search, report, self.digest)
 
 
-class Splits(NamedTuple):
-    """Disjoint parts of a prompt set, each with the same groups."""
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint parts of a prompt set, each with the same groups. Iterating gives fit, search and report."""
 
     fit: PromptSet
     """Directions are fitted on these prompts."""
@@ -79,11 +83,11 @@ class Splits(NamedTuple):
     """Searches, tuning and budgets choose on these prompts."""
     report: PromptSet
     """Reported scores are measured on these prompts and on no others."""
+    digest: str
+    """Digest of the whole prompt set."""
 
-    @property
-    def digest(self) -> str:
-        """Content hash of all three splits."""
-        return digest_of([part.digest for part in self])
+    def __iter__(self) -> Iterator[PromptSet]:
+        return iter((self.fit, self.search, self.report))
 
 
 SPLITS = ("fit", "search", "report")
@@ -165,6 +169,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How many values of the backbone's matrices the architecture table accounts for. Vectors are not counted."""
+
+    writers: int
+    readers: int
+    inner: int
+    """Values of matrices that the table declares to stand between readers and writers, such as convolutions."""
+    unclaimed: int
+    paths: tuple[str, ...]
+    """Matrices that the table does not know, each of which could be a missed writer."""
+
+    @property
+    def share(self) -> float:
+        """Share (0–1) of writing values that are known if every unclaimed matrix is a missed writer."""
+        return self.writers / max(self.writers + self.unclaimed, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `share` as plain data for JSON."""
+        return {**asdict(self), "paths": list(self.paths), "share": self.share}
+
+
+@dataclass(frozen=True)
 class Subject:
     """A loaded model, its tokenizer, and the sites that can be edited in it."""
 
@@ -176,6 +202,8 @@ class Subject:
     layers: str
     """Module path of the list of decoder blocks."""
     source: Source
+    coverage: Coverage
+    """What the architecture table knows of the model's matrices."""
     thinking: bool = False
     """Value of the thinking switch for chat templates that have one. It is recorded in the run."""
     offloaded: Any = None

@@ -1,4 +1,4 @@
-"""Directions and weights become a plan; plans are saved and loaded as safetensors + JSON."""
+"""Plans: made from directions and weights, saved and loaded as safetensors + JSON, and checked against a model."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from obliteratus.core.types import (
     Edit,
     Mask,
     Plan,
+    ProbeRequest,
     Shift,
     Site,
     Subject,
@@ -50,39 +51,55 @@ def plan_edits(
     acts: Activations,
     options: Excise,
 ) -> Plan:
-    """One edit for each wanted site with a direction and a weight. Raises NothingMatchedError if there is none.
+    """Return a plan with one edit for each site of ``options.parts`` that has a direction and a weight.
 
-    With ``options.heads`` the edit of an attention output becomes one for each head that is kept, with ``experts`` that
-    of a stack one for each expert; ``neurons`` and ``steer`` add masks and a shift.
+    With ``options.heads`` the edit of an attention output becomes one for each chosen head, with ``experts`` that of a
+    stack one for each expert; ``neurons`` and ``steer`` add masks and a shift.
 
-    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``.
+    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``. Raises NothingMatchedError
+    if nothing is edited.
     """
-    wanted = _wanted(subject.sites, options.parts)
+    parts = _select_parts(subject.sites, options.parts)
     edits = [
         _edit(subject, site, directions, float(weight) * options.strength, acts, options)
         for site, weight in zip(subject.sites, weights, strict=True)
-        if site.part in wanted and float(weight) != 0
+        if site.part in parts and float(weight) != 0
     ]
-    found = tuple(edit for edit in edits if edit is not None)
-    if not found:
+    made = tuple(edit for edit in edits if edit is not None)
+    if not made:
         raise NothingMatchedError(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    more: list[Change] = [] if options.neurons is None else make_masks(subject, found, acts, options.neurons)
-    more += [make_shift(found, directions, acts, options.steer)] if options.steer else []
-    edited: tuple[Change, ...] = found if options.heads is None else split_by_head(subject, found, options.heads)
+    more: list[Change] = [] if options.neurons is None else make_masks(subject, made, acts, options.neurons)
+    more += [make_shift(made, directions, acts, options.steer)] if options.steer else []
+    edited: tuple[Change, ...] = made if options.heads is None else split_by_head(subject, made, options.heads)
     if options.experts is not None:
         edited = split_by_expert(edited, acts, options.experts)
     return Plan((*edited, *more), subject.source.digest)
 
 
-def _wanted(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
-    """The parts of sites that are asked for. Each that is named must be there."""
-    there = {s.part for s in sites}
+def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
+    """Return which modules PROBE has to read, besides the residual stream, for edits with these options.
+
+    Anchored edits need the mean outputs of the edited writers, masks of neurons the mean inputs of the MLP outputs, and
+    edits of single experts the routing in every stack.
+    """
+    anchored = {p for part in options.parts for p in expand_part(part)} if options.anchored else set()
+    masked = set(expand_part("mlp.out")) if options.neurons is not None else set()
+    return ProbeRequest(
+        output_modules=[s.path for s in sites if s.role == "writes" and s.part in anchored],
+        input_modules=[s.path for s in sites if s.part in masked and not s.stacked],
+        expert_modules=[s.path for s in sites if s.role == "writes" and s.stacked and options.experts is not None],
+    )
+
+
+def _select_parts(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
+    """Expand the names of parts. Raises NothingMatchedError for one that this model does not have."""
+    existing = {s.part for s in sites}
     for part in parts:
-        if there.isdisjoint(expand_part(part)):
-            known = ", ".join(sorted(there))
+        if existing.isdisjoint(expand_part(part)):
+            known = ", ".join(sorted(existing))
             raise NothingMatchedError(f"excise.parts: '{part}' names no part of this model; it has {known}")
     return {part for name in parts for part in expand_part(name)}
 
@@ -91,25 +108,30 @@ def _edit(
     subject: Subject, site: Site, directions: Directions, strength: float, acts: Activations, options: Excise
 ) -> Edit | None:
     rows = directions.basis[site.stream]
-    there = rows.norm(dim=1) > 0.5  # rows are of length 1, or 0 where nothing was found
-    if not there.any():
+    nonzero = rows.norm(dim=1) > 0.5  # rows are of length 1, or 0 where no direction was found
+    if not nonzero.any():
         return None
-    oblique = None if directions.covectors is None else directions.covectors[site.stream][there]
+    rows = rows[nonzero]
+    oblique = None if directions.covectors is None else directions.covectors[site.stream][nonzero]
     if site.role == "reads":
-        return _reader(subject, site, rows[there], oblique, strength)
-    basis, along = fold_gain(subject, site, rows[there], oblique)
+        return _edit_reader(subject, site, rows, oblique, strength)
+    basis, covectors = fold_gain(subject, site, rows, oblique)
     anchor = acts.outputs[site.path] if options.anchored else None
-    return Edit(site, basis.contiguous(), strength, options.norm, anchor, along)
+    return Edit(site, basis.contiguous(), strength, options.norm, anchor, covectors)
 
 
-def _reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> Edit | None:
-    """What the site is given after its norm loses what the stream held along the rows.
+def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> Edit | None:
+    """Return the edit of a reader's input, behind its norm, that removes what the stream holds along the rows.
 
-    A LayerNorm's own bias stays where the reader has a bias that can make up for it; else it is cut along them too.
+    A LayerNorm's own bias is kept if the reader has a bias that can make up for it; otherwise it loses its part along
+    the rows too. Returns None if a LayerNorm removes the rows anyway.
     """
     if site.norm == "layer" and site.gain is not None:
         if oblique is not None:
-            raise UserError(f"oblique directions do not pass the LayerNorm before {site.path}; leave readers out")
+            raise UserError(
+                f"oblique directions (leace) cannot be removed behind the LayerNorm before {site.path}; leave readers "
+                "out of excise.parts"
+            )
         rows = center_rows(rows)
     gain = read_gain(subject.model, site)
     if gain is None or not len(rows):
@@ -125,35 +147,36 @@ KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "b
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
-    """Write plan.safetensors (fp32 bases, anchors …) and plan.json (all else) into an existing folder."""
+    """Write plan.safetensors (bases, anchors and other tensors, fp32) and plan.json (all else) into a folder."""
     tensors: dict[str, Tensor] = {}
     edits = []
     for i, change in enumerate(plan.edits):
         fields = vars(change)
-        held = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        for name, value in held.items():  # clones: safetensors refuses two names of one tensor
+        own = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        for name, value in own.items():  # clones: safetensors refuses two names of one tensor
             exact = value if not value.is_floating_point() else value.float()
             tensors[f"{i}.{name}"] = exact.clone(memory_format=torch.contiguous_format)
         kind = next(name for name, known in KINDS.items() if type(change) is known)
-        rest = {name: value for name, value in fields.items() if name not in held and value is not None}
+        rest = {name: value for name, value in fields.items() if name not in own and value is not None}
         edits.append({"kind": kind, **rest, "site": asdict(change.site)})
     save_file(tensors, folder / FILES[0])
     (folder / FILES[1]).write_text(json.dumps({"version": 2, "model": plan.model, "edits": edits}, indent=1))
 
 
 def load_plan(folder: Path) -> Plan:
-    """The plan in a folder. Raises UserError where there is none, where it cannot be read or contradicts itself."""
+    """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself."""
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in this folder; give the output folder of a run, or of --save plan")
     try:
         data = json.loads((folder / FILES[1]).read_text())
         with safe_open(folder / FILES[0], "pt") as tensors:
-            known = [name.partition(".") for name in tensors.keys()]  # noqa: SIM118 — no mapping
-            held: list[dict[str, Tensor]] = [{} for _ in data["edits"]]
-            for number, _, name in known:
-                held[int(number)][name] = tensors.get_tensor(f"{number}.{name}")
-        plan = Plan(tuple(_loaded(item, own) for item, own in zip(data["edits"], held, strict=True)), data["model"])
+            names = [name.partition(".") for name in tensors.keys()]  # noqa: SIM118 — no mapping
+            own: list[dict[str, Tensor]] = [{} for _ in data["edits"]]
+            for number, _, name in names:
+                own[int(number)][name] = tensors.get_tensor(f"{number}.{name}")
+        edits = tuple(_load_change(item, fields) for item, fields in zip(data["edits"], own, strict=True))
+        plan = Plan(edits, data["model"])
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
     _check_rules(plan, folder)
@@ -161,19 +184,19 @@ def load_plan(folder: Path) -> Plan:
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 of all that the plan says: equal for equal plans alone."""
-    told = hashlib.sha256(plan.model.encode())
+    """Return the SHA-256 of everything in the plan: only equal plans have equal digests."""
+    digest = hashlib.sha256(plan.model.encode())
     for change in plan.edits:
         for name, value in vars(change).items():
-            told.update(f"{type(change).__name__} {name} ".encode())
-            told.update(tensor_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
-    return told.hexdigest()
+            digest.update(f"{type(change).__name__} {name} ".encode())
+            digest.update(tensor_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
 
 
-def _loaded(item: dict[str, Any], held: dict[str, Tensor]) -> Change:
+def _load_change(item: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
     start, stop = item["site"]["span"] or (None, None)
     site = Site(**item["site"] | {"span": None if start is None else (start, stop)})
-    rest = {name: value for name, value in item.items() if name not in ("kind", "site")} | held
+    rest = {name: value for name, value in item.items() if name not in ("kind", "site")} | tensors
     return KINDS[item.get("kind", "edit")](site=site, **rest)
 
 
@@ -181,11 +204,13 @@ def _check_rules(plan: Plan, folder: Path) -> None:
     for name, changes in plan.by_site().items():
         rules = {c.norm for c in changes if isinstance(c, Edit)}
         if len(rules) > 1:
-            raise UserError(f"{folder}: two norm rules ({', '.join(sorted(rules))}) on {name}; a site has one")
+            raise UserError(
+                f"{folder}: the plan has two norm rules ({', '.join(sorted(rules))}) on {name}; give each site one rule"
+            )
 
 
 def check_fits(subject: Subject, plan: Plan) -> None:
-    """Raises UserError unless the plan was made for this model, its numbers are finite, and its places exist."""
+    """Raise UserError unless the plan was made for this model, is finite, and edits only what the model has."""
     if plan.model != subject.source.digest:
         raise UserError(
             f"the plan was made for another model (its digest is {plan.model}, that of {subject.source.id} "
@@ -195,42 +220,45 @@ def check_fits(subject: Subject, plan: Plan) -> None:
         numbers = [torch.as_tensor(x) for x in vars(change).values() if isinstance(x, float | Tensor)]
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise UserError(f"the plan holds NaN or Inf at {change.site.path}; run the method again")
-        _check_place(subject, change)
+        _check_site(subject, change)
 
 
-def _check_place(subject: Subject, change: Change) -> None:
-    """Heads and neurons lie inside the matrix; what only writers can have is on a writer."""
+def _check_site(subject: Subject, change: Change) -> None:
+    """Raise UserError unless heads, neurons and experts exist, and changes for writers only are on writers."""
     site = change.site
-    apart = site.span is not None or site.expert is not None
-    if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or apart):
-        raise UserError(f"the plan wants of {site.path}, which reads, what only writers can have; run the method again")
+    in_part = site.span is not None or site.expert is not None
+    if site.role == "reads" and (not isinstance(change, Edit) or change.norm != "none" or in_part):
+        raise UserError(
+            f"{site.path} is a reader; masks, shifts, norm rules, heads and single experts apply only to writers; run "
+            "the method again"
+        )
     if isinstance(change, Mask):
         n = count_inputs(subject.module(site.path), site)
         whole_stack = site.stacked and site.expert is None  # experts have no neurons in common
         if whole_stack or site.part not in (*expand_part("mlp.out"), "attn.out") or not _inside(change.neurons, n):
-            raise UserError(f"the plan silences inputs that {site.path} has not; run the method again")
+            raise UserError(f"the plan masks inputs that {site.path} does not have; run the method again")
     if isinstance(change, ZeroOutput) and change.outputs is not None:
         n = count_outputs(subject.module(site.path), site)
         if not _inside(change.outputs, n):
-            raise UserError(f"the plan silences outputs that {site.path} has not; run the method again")
+            raise UserError(f"the plan zeroes outputs that {site.path} does not have; run the method again")
     if isinstance(change, Blend) or site.expert is not None:
         _check_experts(subject, change)
     if isinstance(change, Edit) and site.span is not None:
         _check_span(subject, change, site.span)
 
 
-def _inside(places: Tensor, n: int) -> bool:
-    return bool(((places >= 0) & (places < n)).all())
+def _inside(indices: Tensor, n: int) -> bool:
+    return bool(((indices >= 0) & (indices < n)).all())
 
 
 def _check_experts(subject: Subject, change: Change) -> None:
-    """The expert, and those that a blend takes from, are in the stack."""
+    """Raise UserError unless the edited expert, and the donors of a blend, are in the stack."""
     site = change.site
     n = len(expand_experts(subject.module(site.path), replace(site, expert=None))) if site.stacked else 0
-    named = [-1 if site.expert is None else site.expert]
-    named += change.donors.tolist() if isinstance(change, Blend) else []
-    if not all(0 <= expert < n for expert in named):
-        raise UserError(f"the plan edits experts {named} of {site.path}, which has {n}; run the method again")
+    experts = [-1 if site.expert is None else site.expert]
+    experts += change.donors.tolist() if isinstance(change, Blend) else []
+    if not all(0 <= expert < n for expert in experts):
+        raise UserError(f"the plan edits experts {experts} of {site.path}, which has {n}; run the method again")
 
 
 def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:
@@ -239,4 +267,6 @@ def _check_span(subject: Subject, edit: Edit, span: tuple[int, int]) -> None:
     if not 0 <= span[0] < span[1] <= n:
         raise UserError(f"the plan edits inputs {list(span)} of {site.path}, which has {n}; run the method again")
     if edit.anchor is not None:
-        raise UserError(f"the plan anchors a single head at {site.path}; an anchor needs the whole; set only one")
+        raise UserError(
+            f"the plan anchors a single head of {site.path}, but an anchor needs the whole matrix; run the method again"
+        )

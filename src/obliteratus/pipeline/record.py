@@ -1,55 +1,42 @@
-"""What a run's record says of its passes and its prompts."""
+"""Describe the passes and prompts of a run for its record."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from obliteratus.core.run_folder import Store
-from obliteratus.core.types import SPLITS, Activations, Directions, Plan, PromptSet, Subject
+from obliteratus.core.types import SPLITS, Activations, Directions, Plan, Splits, Subject
 from obliteratus.inference.chat_template import has_template
-from obliteratus.summon.coverage import plan_coverage
+from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify.experts import rank_experts
 
-RANKED = 10  # experts that a record names: the first are what is looked at
+RANKED_EXPERTS = 10  # experts that a record lists, those most particular to target prompts first
 
 
 def describe_pass(subject: Subject, acts: Activations, directions: Directions, plan: Plan) -> dict[str, Any]:
-    """What one pass found, and what it changed of the model."""
+    """Return what one pass found and what it changes in the model."""
     best = int(directions.score.argmax())
     return {
         "steps": list(directions.trace),
         "score": float(directions.score.max()),
         "best_stream": best,
-        "best_layer": best - 1,  # the block that writes this stream; −1 is the embeddings
+        "best_layer": best - 1,  # the block that writes this stream; −1 stands for the embeddings
         "edits": len(plan.edits),
         "layers": sorted({e.site.layer for e in plan.edits}),
-        "edited_share": plan_coverage(subject, plan)["edited_share"],
-        "experts": [{"path": r.path, "expert": r.expert, **r.excess.model_dump()} for r in rank_experts(acts)[:RANKED]],
+        "edited_share": summarize_plan_coverage(subject, plan)["edited_share"],
+        "experts": [
+            {"path": r.path, "expert": r.expert, **r.excess.model_dump()} for r in rank_experts(acts)[:RANKED_EXPERTS]
+        ],
     }
 
 
-def describe_passes(passes: list[dict[str, Any]], store: Store, ended: str) -> tuple[dict[str, Any], ...]:
-    """Each pass with what it cost, what search prompts showed after it, and of the last why none followed."""
-    done = []
-    for number, found in enumerate(passes, 1):
-        stages = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {
-            "CHECK": f"CHECK {number + 1}"
-        }
-        spent = {name: store.seconds[key] for name, key in stages.items() if key in store.seconds}
-        checked = store.values.get(stages["CHECK"])
-        refused = checked.scores["refusal.target"] if checked else None
-        done.append({**found, "seconds": spent, "refused": refused.model_dump() if refused else None})
-        if number == len(passes):
-            done[-1]["ended"] = ended
-    return tuple(done)
-
-
-def describe_prompts(prompts: PromptSet, seed: int, subject: Subject) -> dict[str, Any]:
-    """The prompts of a run, and how they were shown to the model."""
-    parts = dict(zip(SPLITS, prompts.split(seed), strict=True))
-    counts = {name: {g: len(ps) for g, ps in part.groups.items()} for name, part in parts.items()}
+def describe_prompts(splits: Splits, subject: Subject) -> dict[str, Any]:
+    """Return the digest and counts of the prompts, and how they are rendered for the model."""
+    counts = {
+        name: {group: len(prompts) for group, prompts in part.groups.items()}
+        for name, part in zip(SPLITS, splits, strict=True)
+    }
     return {
-        "digest": prompts.digest,
+        "digest": splits.digest,
         "counts": counts,
         "template": has_template(subject),
         "thinking": subject.thinking,

@@ -1,4 +1,4 @@
-"""What decides a recipe: a declared table of measurements, from which value on they decide, and what they change.
+"""Declare how measurements decide a recipe: what each rule measures, its threshold, and what it changes.
 
 The thresholds were found on the model organisms: see docs/experiments/informed.md, "What `informed` decides by".
 """
@@ -19,161 +19,181 @@ from obliteratus.core.results import Score
 from obliteratus.core.settings import Range, Recipe
 from obliteratus.core.types import Activations
 
-# Of 48 search prompts: none. First tokens do not say it: on weather-late they left 4 %, and 31 % were refused.
-ENOUGH = 0.02
-# Of the energy of categories' directions. Kinds of one topic share one: what they have of a second is 0.010 to 0.034 on
-# three organisms; two refusals in different words have 0.42 and 0.45.
-SHARE = 0.2
-BUDGET = 2.0  # × the upper end of what the chosen edit was measured to cost: a later pass may cost as much again
-ROUND = 0.005  # nats: the least budget; random directions taken from block 16 on cost 0.004
+# Less than one of 48 search prompts. First tokens cannot replace the answers here: on weather-late they said that 4 %
+# of the behavior was left where 31 % of the prompts were still refused.
+REFUSAL_ENDED = 0.02
+# Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
+# topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
+AXIS_SHARE = 0.2
+# Factor on the upper end of the KL that the chosen edit was measured to cost, since a later pass may cost as much.
+KL_FACTOR = 2.0
+# Smallest KL budget in nats. Random directions taken from block 16 on cost 0.004.
+MIN_KL_BUDGET = 0.005
 
 
 @dataclass(frozen=True)
 class RuleInputs:
-    """What a decision may rest on."""
+    """What a rule may decide by."""
 
     recipe: Recipe
-    """As decided so far."""
+    """The recipe as the rules before this one left it."""
     acts: Activations
-    found: Mapping[str, Finding]
+    findings: Mapping[str, Finding]
+    """Findings by analysis."""
     anchors: bool
-    """Whether saved weights can hold the constant part of an edit (`anchorable`)."""
+    """Whether the model's weights can hold anchored edits (`advise.can_anchor`)."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One decision. It is made where the value lies at or below ``threshold`` (``at_most``), else at or above it."""
+    """One decision. It is made if the value is at most ``threshold`` (``at_most``), or else at least ``threshold``."""
 
     decides: str
     needs: str
-    """The analysis that measures it; empty for what the model or the recipe itself says."""
+    """Name of the analysis that measures the value. Empty if the model or the recipe gives it."""
     measures: str
     threshold: float
     at_most: bool
     value: Callable[[RuleInputs], float | None]
-    """None where there is nothing to measure."""
+    """Returns None if there is nothing to measure."""
     change: Callable[[RuleInputs], dict[str, Any]]
-    """Recipe paths → values."""
+    """Returns path into the recipe → new value."""
 
     def applies(self, value: float) -> bool:
+        """Return whether the value is on the side of the threshold on which the rule changes the recipe."""
         return value <= self.threshold if self.at_most else value >= self.threshold
 
 
-# ------------------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------------------- measurements
 @dataclass(frozen=True)
 class DepthChoice:
-    """Where edits begin, and in which part."""
+    """Which part to edit, and from which block on."""
 
     part: str
-    first: int
-    """Block."""
+    first_block: int
     refused: float
+    """Share of search target prompts that the model still refuses under this edit."""
     kl: Score
 
 
-def choose_depth(known: RuleInputs) -> DepthChoice | None:
-    """Of the edits that were answered, the first with the fewest refusals; None where none was."""
-    found = cast(Reach, known.found["reach"])
-    done = [
-        DepthChoice(part, depth, share.value, found.kl[part][found.depths.index(depth)])
-        for part, depth, share in found.answered
+def choose_depth(inputs: RuleInputs) -> DepthChoice | None:
+    """Return the edit with the fewest refusals among those that were answered, or None if none was."""
+    reach = cast(Reach, inputs.findings["reach"])
+    choices = [
+        DepthChoice(part, depth, share.value, reach.kl[part][reach.depths.index(depth)])
+        for part, depth, share in reach.answered
     ]
-    return min(done, key=lambda c: c.refused, default=None)
+    return min(choices, key=lambda choice: choice.refused, default=None)
 
 
-def _refused(known: RuleInputs) -> float | None:
-    best = choose_depth(known)
-    return None if best is None else best.refused
+def category_spectrum(cones: Cones) -> list[float]:
+    """Return each principal axis' share of the energy of the categories' directions, largest first.
 
-
-def _kl(known: RuleInputs) -> float | None:
-    best = choose_depth(known)
-    return None if best is None or best.refused > ENOUGH else best.kl.high
-
-
-def category_spectrum(found: Cones) -> list[float]:
-    """Of the categories' unit directions where the behaviour is clearest, noise taken out: each principal axis' share
-    of their energy, largest first."""
-    cosine = torch.tensor([[score.value for score in row] for row in found.cosine], dtype=torch.float64)
+    The directions are those of the stream where the behavior is clearest, with noise removed.
+    """
+    cosine = torch.tensor([[score.value for score in row] for row in cones.cosine], dtype=torch.float64)
     values = torch.linalg.eigvalsh(cosine).clamp(min=0).flip(0)
     shares: list[float] = (values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)).tolist()
     return shares
 
 
-def _second(known: RuleInputs) -> float:
-    return category_spectrum(cast(Cones, known.found["cones"]))[1]
+def _remaining_refusal(inputs: RuleInputs) -> float | None:
+    best = choose_depth(inputs)
+    return None if best is None else best.refused
 
 
-# ------------------------------------------------------------------------------------- what is changed
-def _directions(known: RuleInputs) -> dict[str, Any]:
-    """One for each axis that matters: LEACE's of as many classes, or where the recipe has another extractor, SVD's."""
-    k = sum(share >= SHARE for share in category_spectrum(cast(Cones, known.found["cones"])))
-    if known.recipe.distill[0].use == "leace":
+def _removal_kl(inputs: RuleInputs) -> float | None:
+    best = choose_depth(inputs)
+    return None if best is None or best.refused > REFUSAL_ENDED else best.kl.high
+
+
+def _second_axis(inputs: RuleInputs) -> float:
+    return category_spectrum(cast(Cones, inputs.findings["cones"]))[1]
+
+
+# --------------------------------------------------------------------------------------------- changes
+def _set_directions(inputs: RuleInputs) -> dict[str, Any]:
+    """Use one direction for each axis with enough energy: classes for LEACE, or else rows of an SVD."""
+    k = sum(share >= AXIS_SHARE for share in category_spectrum(cast(Cones, inputs.findings["cones"])))
+    if inputs.recipe.distill[0].use == "leace":
         return {"distill.0.k": k}
-    return {"distill": [{"use": "svd", "k": k}, CLEAR]}
+    return {"distill": [{"use": "svd", "k": k}, ORTHOGONAL]}
 
 
-def _layers(known: RuleInputs) -> dict[str, Any]:
-    best = _chosen(known)
-    depth = floor(1e4 * best.first / _last(known)) / 1e4  # rounded down, so that the block itself is in
+def _set_layers(inputs: RuleInputs) -> dict[str, Any]:
+    best = _require_depth(inputs)
+    depth = floor(1e4 * best.first_block / _last_block(inputs)) / 1e4  # rounded down, so that the block is included
     parts = {"attn": float(best.part != "mlp"), "mlp": float(best.part != "attention")}
     return {"weigh": [{"use": "middle", "low": depth, "high": 1.0}, {"use": "component", **parts}]}
 
 
-def _budget(known: RuleInputs) -> dict[str, Any]:
-    return {"excise.kl_budget": round(max(ROUND, BUDGET * _chosen(known).kl.high), 4)}
+def _set_kl_budget(inputs: RuleInputs) -> dict[str, Any]:
+    return {"excise.kl_budget": round(max(MIN_KL_BUDGET, KL_FACTOR * _require_depth(inputs).kl.high), 4)}
 
 
-def _chosen(known: RuleInputs) -> DepthChoice:
-    best = choose_depth(known)
-    assert best is not None, "the rule's value was measured"
+def _require_depth(inputs: RuleInputs) -> DepthChoice:
+    best = choose_depth(inputs)
+    assert best is not None, "a rule changes the recipe only after its value was measured"
     return best
 
 
-def _last(known: RuleInputs) -> int:
-    """Index of the last block."""
-    return max(1, known.acts["control"].mean.shape[0] - 2)
+def _last_block(inputs: RuleInputs) -> int:
+    return max(1, inputs.acts["control"].mean.shape[0] - 2)
 
 
-def search_ranges(known: RuleInputs) -> dict[str, Range]:
-    """Where a search may look: first blocks from which removal ends more than half, and parts that end some of it."""
-    if "reach" not in known.found or not (found := cast(Reach, known.found["reach"])).found:
+def search_ranges(inputs: RuleInputs) -> dict[str, Range]:
+    """Return what a search should try: first blocks from which removal ends over half of the behavior, and the parts
+    that end some of it."""
+    if "reach" not in inputs.findings:
         return {}
-    low, high = (floor(1e2 * d / _last(known)) / 1e2 for d in (min(found.found), max(found.found)))
-    spans = {"weigh.0.low": Range(low=low, high=max(high, low + 0.05))}
-    works = {"attn": found.works("attention"), "mlp": found.works("mlp")}
-    return spans | {f"weigh.1.{part}": Range(low=0.0, high=1.5) for part, does in works.items() if does}
+    reach = cast(Reach, inputs.findings["reach"])
+    if not reach.effective_depths:
+        return {}
+    low, high = (
+        floor(1e2 * d / _last_block(inputs)) / 1e2 for d in (min(reach.effective_depths), max(reach.effective_depths))
+    )
+    ranges = {"weigh.0.low": Range(low=low, high=max(high, low + 0.05))}
+    works = {"attn": reach.works("attention"), "mlp": reach.works("mlp")}
+    return ranges | {f"weigh.1.{part}": Range(low=0.0, high=1.5) for part, does in works.items() if does}
 
 
-CLEAR = {"use": "orthogonal_to_control"}
-UNANCHORED = {"excise.anchored": False, "excise.norm": "columns", "distill": [{"use": "mean_diff"}, CLEAR]}
+ORTHOGONAL = {"use": "orthogonal_to_control"}
+WITHOUT_ANCHORS = {"excise.anchored": False, "excise.norm": "columns", "distill": [{"use": "mean_diff"}, ORTHOGONAL]}
 RULES = (
     Rule(
-        "norm rule, and what of controls is spared",
-        "",
-        "whether the saved weights can hold an anchor: 1 or 0",
-        0.0,
-        True,
-        lambda known: float(known.anchors or not known.recipe.excise.anchored),
-        lambda known: UNANCHORED,
+        decides="norm rule, and whether control prompts' mean is kept",
+        needs="",
+        measures="whether the saved weights can hold an anchor: 1 or 0",
+        threshold=0.0,
+        at_most=True,
+        value=lambda inputs: float(inputs.anchors or not inputs.recipe.excise.anchored),
+        change=lambda inputs: WITHOUT_ANCHORS,
     ),
     Rule(
-        "directions, and how they are found",
-        "cones",
-        "second axis' share of the energy of the categories' directions",
-        SHARE,
-        False,
-        _second,
-        _directions,
+        decides="number of directions, and how they are found",
+        needs="cones",
+        measures="second principal axis' share of the energy of the categories' directions",
+        threshold=AXIS_SHARE,
+        at_most=False,
+        value=_second_axis,
+        change=_set_directions,
     ),
     Rule(
-        "layers, attention and MLP",
-        "reach",
-        "refused search prompts under the cheapest removal that ends refusals",
-        ENOUGH,
-        True,
-        _refused,
-        _layers,
+        decides="layers, attention and MLP",
+        needs="reach",
+        measures="refused search prompts under the cheapest removal that ends refusals",
+        threshold=REFUSAL_ENDED,
+        at_most=True,
+        value=_remaining_refusal,
+        change=_set_layers,
     ),
-    Rule("KL budget", "reach", "KL of that removal on controls, upper end, nats", 0.0, False, _kl, _budget),
+    Rule(
+        decides="KL budget",
+        needs="reach",
+        measures="KL of that removal on control prompts, upper end, nats",
+        threshold=0.0,
+        at_most=False,
+        value=_removal_kl,
+        change=_set_kl_budget,
+    ),
 )

@@ -1,6 +1,18 @@
-"""Search: the values of a recipe that refuse least at least damage, tried on live plans."""
+"""SEARCH: try many values of a recipe as live plans, and keep those that refuse least at the least damage.
 
-from obliteratus.search.run import Member, SearchResult, StudyLocation, check_pick, search, with_trials
-from obliteratus.search.space import searchable
+Trials live in an Optuna study that several processes may share.
+It may import the stages and pipeline, and is run by cli.
+"""
 
-__all__ = ["Member", "SearchResult", "StudyLocation", "check_pick", "search", "searchable", "with_trials"]
+from obliteratus.search.run import FrontMember, SearchResult, StudyLocation, check_pick, search, set_trial_count
+from obliteratus.search.space import add_default_search
+
+__all__ = [
+    "FrontMember",
+    "SearchResult",
+    "StudyLocation",
+    "add_default_search",
+    "check_pick",
+    "search",
+    "set_trial_count",
+]

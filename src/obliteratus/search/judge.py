@@ -1,4 +1,8 @@
-"""A trial is judged in two looks: one pass over prompts for every trial, answers only for those that may still win."""
+"""Score trials in two steps: a cheap estimate for every trial, answers only for trials that could enter the front.
+
+The estimate takes one pass over the prompts: first-token KL on control prompts, and refusal rates predicted from the
+probability of the first tokens that this model's refusals begin with.
+"""
 
 from __future__ import annotations
 
@@ -18,217 +22,226 @@ from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.inference.memory import free_memory
-from obliteratus.search.front import dominates
+from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.drift import TAILS
 from obliteratus.verify.openings import SHARE, TIMES, openings_to_text
-from obliteratus.verify.refusal import GROUPS, judge_answer, refuses_already
-from obliteratus.verify.refusal import Verdict as Kind
+from obliteratus.verify.refusal import GROUPS, Verdict, judge_answer, refuses_already
 
-CHEAP = ("refusal", "first_token_kl")  # scorers that the first look stands in for
-# nats: a model that says nothing finite, or something certain of what the base excluded, is as far off as this. No
-# KL of a working model comes near (a vocabulary of 50 000 drawn evenly is about 10 away).
-WORST = 100.0
+ESTIMATED_SCORERS = ("refusal", "first_token_kl")  # scorers that the estimate replaces
+# KL in nats given to a model whose output is not finite, or that is certain of a token that the base model excluded.
+# No working model comes near: a uniform distribution over 50 000 tokens is about 10 nats away.
+MAX_KL = 100.0
 Scores = Mapping[str, float]
-Worth = Callable[[Scores, Scores], bool]
-"""(what the first look says, what refusal rates are at least by the answers so far) → whether to go on."""
-# Of the weights' bytes, what the blocks below trials' edits made of the prompts may take: a search is to stay within
-# 1.2 times the loaded model, answers' keys and values included. Under a memory budget, a quarter of what is left.
-KEPT, OF_FREE = 0.1, 0.25
+Continue = Callable[[Scores, Scores], bool]
+"""(estimated scores, lower bounds of refusal rates from the answers so far) → whether to go on generating answers."""
+# Memory for cached hidden states of the prompts, as a share of the weights' bytes: a search should stay within 1.2
+# times the loaded model, including the answers' KV cache. Under a memory limit, at most a quarter of what is free.
+CACHE_SHARE, FREE_MEMORY_SHARE = 0.1, 0.25
 
 
 @dataclass(frozen=True)
 class TrialVerdict:
-    """What is known of a trial."""
+    """The scores of a trial."""
 
     scores: Mapping[str, float]
     answered: bool
-    """Whether its refusal rates are of answers, or estimates from first tokens."""
+    """Whether refusal rates of target and keep prompts come from answers. If not, they are estimates."""
 
 
 @dataclass(frozen=True)
 class RefusalScale:
-    """From the probability that refusals begin with to a refusal rate: the line through the base's two groups."""
+    """Predicts a refusal rate from the probability of refusal openings, by a line through the base model's two groups."""
 
     tokens: tuple[int, ...]
+    """First tokens of refusals."""
     slope: float
-    at: float
-    """Probability and rate of the control group."""
-    rate: float
+    control_probability: float
+    control_rate: float
 
-    def __call__(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
-        """The estimated share of refusals, 0–1."""
-        mass = float(opening_probability(logp, self.tokens).mean())
-        return min(1.0, max(0.0, self.rate + self.slope * (mass - self.at)))
+    def estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
+        """Return the estimated share of refusals, 0–1."""
+        probability = float(opening_probability(logp, self.tokens).mean())
+        return min(1.0, max(0.0, self.control_rate + self.slope * (probability - self.control_probability)))
 
 
 def opening_probability(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> Float[Tensor, " rows"]:
-    """Probability that an answer begins with one of the tokens, of each row."""
+    """Return, for each row, the probability that the answer begins with one of the tokens."""
     return logp[:, list(tokens)].double().exp().sum(-1)
 
 
 class TrialJudge:
-    """The prompts that trials are judged on, and all that is known of the unedited model's answers to them."""
+    """Scores plans on the search prompts, against the unedited model's first tokens and refusal rates."""
 
-    def __init__(self, subject: Subject, prompts: PromptSet, made: Recipe, before: Measurement) -> None:
-        """before: what the recipe's ``verify`` steps found of the unedited model on these prompts."""
-        assert made.search is not None
-        self.subject, self.prompts, self.search = subject, prompts, made.search
+    def __init__(self, subject: Subject, prompts: PromptSet, recipe: Recipe, before: Measurement) -> None:
+        """before: what the recipe's ``verify`` steps measured on the unedited model with these prompts."""
+        assert recipe.search is not None
+        self.subject, self.prompts, self.search = subject, prompts, recipe.search
         self.groups = [g for g in GROUPS if g in prompts.groups]
         self.before = before
-        self.more = [step for step in made.verify if step.use not in CHEAP]
-        self.rows = {g: render_prompts(subject, prompts[g], reserve=made.search.tokens) for g in self.groups}
-        self.asked = [g for g in self.groups if g != "control"]
+        self.other_scorers = [step for step in recipe.verify if step.use not in ESTIMATED_SCORERS]
+        self.rows = {g: render_prompts(subject, prompts[g], reserve=recipe.search.tokens) for g in self.groups}
+        self.answered_groups = [g for g in self.groups if g != "control"]
         weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-        room = min(KEPT * weights, OF_FREE * free_memory(subject))
-        self.control = CachedPrompts(
-            subject, self.rows["control"], budget=room / 3, answers=()
-        )  # keeps no keys and values
-        self.target = CachedPrompts(subject, [row for g in self.asked for row in self.rows[g]], budget=room)
-        base = self._split(self.target.first_token()) | {"control": self.control.first_token()}
+        budget = min(CACHE_SHARE * weights, FREE_MEMORY_SHARE * free_memory(subject))
+        # Control prompts get no answers, so their keys and values are not cached.
+        self.control = CachedPrompts(subject, self.rows["control"], budget=budget / 3, answers=())
+        answered_rows = [row for g in self.answered_groups for row in self.rows[g]]
+        self.answered = CachedPrompts(subject, answered_rows, budget=budget)
+        base = self._split_by_group(self.answered.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]
         self.scale = fit_refusal_scale(subject, base, before)
 
-    def judged(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
-        """One look, or two if the trial could be in the front. front: the answered trials' `objectives`."""
-        return self.looked(plan, lambda known, decided: self.may_enter(known, decided, front))
+    def judge(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
+        """Score a plan; generate answers only while it could still enter the front.
 
-    def cheap(self, plan: Plan) -> TrialVerdict:
-        """The first look: KL on control prompts, refusal rates estimated from first tokens, other scorers."""
-        return self.looked(plan, lambda known, decided: False)
-
-    def answered(self, plan: Plan) -> TrialVerdict:
-        """Both looks: refusal rates of answers to target and keep prompts; of controls the estimate stays."""
-        return self.looked(plan, lambda known, decided: True)
-
-    def looked(self, plan: Plan, worth: Worth) -> TrialVerdict:
-        """The first look, and the second while ``worth`` wants it: answers go on from the first tokens' pass.
-
-        Of a second look that is given up, the refusals seen are known: no rate is told that is below them.
+        front: the objectives of the answered trials.
         """
-        seen: dict[str, float] = {}
+        return self._score(plan, lambda estimate, bounds: self.may_enter(estimate, bounds, front))
+
+    def estimate(self, plan: Plan) -> TrialVerdict:
+        """Score a plan without answers."""
+        return self._score(plan, lambda estimate, bounds: False)
+
+    def judge_answers(self, plan: Plan) -> TrialVerdict:
+        """Score a plan by answers to all target and keep prompts. The refusal rate of controls stays an estimate."""
+        return self._score(plan, lambda estimate, bounds: True)
+
+    def _score(self, plan: Plan, go_on: Continue) -> TrialVerdict:
+        """Estimate, then generate answers while ``go_on`` says so; they continue from the estimate's pass.
+
+        If generation is given up, refusals seen so far are lower bounds: no returned rate is below them.
+        """
+        bounds: dict[str, float] = {}
         with applied(self.subject, plan):
-            known = self._controls()
+            scores = self._estimate_controls()
 
-            def go_on(logp: Tensor) -> bool:
-                known.update({f"refusal.{g}": self._rate(part) for g, part in self._split(logp).items()})
-                return worth(known, seen)
+            def begin(logp: Tensor) -> bool:
+                rates = {f"refusal.{g}": self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
+                scores.update(rates)
+                return go_on(scores, bounds)
 
-            def still(decided: Collection[int]) -> bool:
-                seen.update(self._shares(decided))
-                return worth(known, seen)
+            def proceed(refused: Collection[int]) -> bool:
+                bounds.update(self._refused_shares(refused))
+                return go_on(scores, bounds)
 
-            answers = self.target.generate(self.search.tokens, done=self._over, go_on=go_on, worth=still)
-        told = self._told(answers) if answers else {name: max(known[name], rate) for name, rate in seen.items()}
-        return TrialVerdict(known | told, bool(answers))
+            answers = self.answered.generate(self.search.tokens, done=self._refuses, go_on=begin, worth=proceed)
+        if answers:
+            return TrialVerdict(scores | self._count_verdicts(answers), True)
+        return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
 
-    def _controls(self) -> dict[str, float]:
-        """What control prompts' first tokens say, and the scorers that the first look does not stand in for."""
+    def _estimate_controls(self) -> dict[str, float]:
+        """Return KL and estimated refusal rate of control prompts, and the other scorers if an objective needs them."""
         control = self.control.first_token()
-        divergence = kl_divergence(self.base, control).nan_to_num(nan=WORST).clamp(max=WORST).double()
-        known = {f"kl.first_token.{tail}": float(of(divergence)) for tail, of in TAILS.items()}
-        known["refusal.control"] = self._rate(control)
-        return known | (self._others() if self._wants_others(known) else {})
+        divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
+        scores = {f"kl.first_token.{tail}": float(reduce(divergence)) for tail, reduce in TAILS.items()}
+        scores["refusal.control"] = self._estimate_rate(control)
+        return scores | (self._run_other_scorers() if self._needs_other_scorers(scores) else {})
 
-    def _over(self, new: list[int]) -> bool:
-        return refuses_already(self.subject, new)
+    def _refuses(self, answer: list[int]) -> bool:
+        return refuses_already(self.subject, answer)
 
-    def _rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
-        return self.scale(logp.nan_to_num(nan=0.0))
+    def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
+        return self.scale.estimate_rate(logp.nan_to_num(nan=0.0))
 
-    def _split(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows of the second trunk by group."""
-        return dict(zip(self.asked, rows.split([len(self.rows[g]) for g in self.asked]), strict=True))
+    def _split_by_group(self, rows: Tensor) -> dict[str, Tensor]:
+        """Split rows of the answered prompts by group."""
+        sizes = [len(self.rows[g]) for g in self.answered_groups]
+        return dict(zip(self.answered_groups, rows.split(sizes), strict=True))
 
-    def _told(self, answers: Ids) -> dict[str, float]:
-        """Shares of refusals and of degenerate answers, by group."""
+    def _count_verdicts(self, answers: Ids) -> dict[str, float]:
+        """Return the shares of refusals and of degenerate answers by group."""
         verdicts = [judge_answer(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
-        kinds: dict[str, Kind] = {"refusal": "refused", "degenerate": "degenerate"}
+        counted: dict[str, Verdict] = {"refusal": "refused", "degenerate": "degenerate"}
         return {
-            f"{name}.{g}": verdicts[rows.start : rows.stop].count(kind) / len(rows)
-            for g, rows in self._rows_of().items()
-            for name, kind in kinds.items()
+            f"{name}.{g}": verdicts[rows.start : rows.stop].count(verdict) / len(rows)
+            for g, rows in self._row_ranges().items()
+            for name, verdict in counted.items()
         }
 
-    def _shares(self, decided: Collection[int]) -> dict[str, float]:
-        """Of each group's rows, how many have refused already."""
-        return {f"refusal.{g}": sum(row in rows for row in decided) / len(rows) for g, rows in self._rows_of().items()}
+    def _refused_shares(self, refused: Collection[int]) -> dict[str, float]:
+        """Return the share of each group's rows that have refused already."""
+        return {
+            f"refusal.{g}": sum(row in rows for row in refused) / len(rows) for g, rows in self._row_ranges().items()
+        }
 
-    def _rows_of(self) -> dict[str, range]:
-        """Where each group stands in the second trunk."""
-        ends = accumulate(len(self.rows[g]) for g in self.asked)
-        return {g: range(end - len(self.rows[g]), end) for g, end in zip(self.asked, ends, strict=True)}
+    def _row_ranges(self) -> dict[str, range]:
+        """Return the rows of each group among the answered prompts."""
+        ends = accumulate(len(self.rows[g]) for g in self.answered_groups)
+        return {g: range(end - len(self.rows[g]), end) for g, end in zip(self.answered_groups, ends, strict=True)}
 
-    def may_enter(self, known: Scores, seen: Scores, front: Sequence[Sequence[float]]) -> bool:
-        """Whether a trial could be in the front, for all that its first look and the answers so far say.
+    def may_enter(self, estimate: Scores, bounds: Scores, front: Sequence[Sequence[float]]) -> bool:
+        """Whether a trial could still enter the front, given its estimate and the refusals seen so far.
 
-        seen: by score, what a refusal rate is at least. A trial that would leave more refusals of target prompts than
-        ``worth`` allows is no use to anybody; it is answered only while there is no front.
+        bounds: lower bounds of refusal rates by score name. A trial that would leave more refusals of target prompts
+        than ``max_remaining_refusal`` allows is useless, so it gets answers only while the front is empty.
         """
-        best = self.hoped(known, seen)
-        aims = dict(zip(self.search.minimise, best, strict=True))
-        enough = self.search.worth * self.before.scores["refusal.target"].value
-        useful = not front or aims.get("refusal.target", 0.0) <= enough
+        best = self.best_objectives(estimate, bounds)
+        by_name = dict(zip(self.search.minimize, best, strict=True))
+        limit = self.search.max_remaining_refusal * self.before.scores["refusal.target"].value
+        useful = not front or by_name.get("refusal.target", 0.0) <= limit
         return useful and not any(dominates(other, best) for other in front)
 
-    def hoped(self, known: Scores, seen: Scores) -> tuple[float, ...]:
-        """The objectives, if all refusal rates were as much better as the margin and the answers so far allow."""
-        rates = {name: value for name, value in known.items() if name.startswith("refusal.")}
-        low = {name: max(0.0, value - self.search.margin, seen.get(name, 0.0)) for name, value in rates.items()}
-        high = {name: min(1.0, max(value + self.search.margin, seen.get(name, 0.0))) for name, value in rates.items()}
-        ends = [high if name.startswith("-") else low for name in self.search.minimise]
+    def best_objectives(self, estimate: Scores, bounds: Scores) -> tuple[float, ...]:
+        """Return the objectives if every refusal rate were as good as the margin and the answers so far allow."""
+        rates = {name: value for name, value in estimate.items() if name.startswith("refusal.")}
+        margin = self.search.margin
+        low = {name: max(0.0, value - margin, bounds.get(name, 0.0)) for name, value in rates.items()}
+        high = {name: min(1.0, max(value + margin, bounds.get(name, 0.0))) for name, value in rates.items()}
         return tuple(
-            objective_value(name, {**known, **end}) for name, end in zip(self.search.minimise, ends, strict=True)
+            read_objective(name, {**estimate, **(high if name.startswith("-") else low)})
+            for name in self.search.minimize
         )
 
     def objectives(self, verdict: TrialVerdict) -> tuple[float, ...]:
-        """What is made small, in the order of ``minimise``. Raises UserError for a name that no scorer gives."""
-        return tuple(objective_value(name, verdict.scores) for name in self.search.minimise)
+        """Return the values of ``search.minimize``, in order. Raises UserError for a name that no scorer returns."""
+        return tuple(read_objective(name, verdict.scores) for name in self.search.minimize)
 
-    def excess(self, scores: Mapping[str, float]) -> float:
-        """By how much more controls are refused than is allowed; at most 0 is feasible."""
+    def excess_refusal(self, scores: Scores) -> float:
+        """Return by how much more control prompts are refused than allowed. A trial is feasible at 0 and below."""
         base = self.before.scores["refusal.control"].value
         return scores["refusal.control"] - base - self.search.control_margin
 
-    def _wants_others(self, known: Mapping[str, float]) -> bool:
-        """Whether an objective is none of the first look's: the other scorers cost passes of their own."""
-        given = {*known, *(f"refusal.{g}" for g in self.groups)}
-        return any(name.removeprefix("-") not in given for name in self.search.minimise)
+    def _needs_other_scorers(self, estimate: Scores) -> bool:
+        """Whether an objective is missing from the estimate. Other scorers cost passes of their own."""
+        estimated = {*estimate, *(f"refusal.{g}" for g in self.groups)}
+        return any(name.removeprefix("-") not in estimated for name in self.search.minimize)
 
-    def _others(self) -> dict[str, float]:
-        found = measure(self.subject, self.prompts, self.more, self.before)
+    def _run_other_scorers(self) -> dict[str, float]:
+        found = measure(self.subject, self.prompts, self.other_scorers, self.before)
         return {name: score.value for name, score in found.scores.items()}
 
+    def describe_openings(self) -> str:
+        """Return the tokens that refusals begin with, as text."""
+        return openings_to_text(self.subject, self.scale.tokens)
 
-def objective_value(name: str, scores: Mapping[str, float]) -> float:
-    """A score, or behind a minus its opposite. Raises UserError for one that is not there."""
+
+def read_objective(name: str, scores: Scores) -> float:
+    """Return the score of this name, negated if the name starts with a minus. Raises UserError if it is missing."""
     plain = name.removeprefix("-")
     if plain not in scores:
-        raise UserError(f"search.minimise: '{plain}' is no score of a trial; there are: {', '.join(sorted(scores))}")
+        raise UserError(f"search.minimize: '{plain}' is no score of a trial; use one of: {', '.join(sorted(scores))}")
     return -scores[plain] if name.startswith("-") else scores[plain]
 
 
 def fit_refusal_scale(subject: Subject, base: Mapping[str, Tensor], before: Measurement) -> RefusalScale:
-    """By which first tokens this model refuses, and how their probability tells its refusal rate.
+    """Find the first tokens of this model's refusals, and how their probability predicts its refusal rate.
 
-    Tokens that begin at least one refused target prompt in twenty, and four times as often as controls. Raises
-    UserError where there is none, or where target prompts are refused no more than controls.
+    The tokens are those that begin at least one refused target prompt in twenty, and are four times as frequent as for
+    control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such token, or if
+    target prompts are not refused more often than control prompts.
     """
     refused = torch.tensor([r["verdict"] == "refused" for r in before.records if r.get("group") == "target"])
     target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
-    of = target[refused].mean(0) if bool(refused.any()) else target.mean(0)
-    tokens = tuple(int(t) for t in ((of >= SHARE) & (of >= TIMES * control)).nonzero()[:, 0])
+    frequency = target[refused].mean(0) if bool(refused.any()) else target.mean(0)
+    tokens = tuple(int(t) for t in ((frequency >= SHARE) & (frequency >= TIMES * control)).nonzero()[:, 0])
     rates = {g: before.scores[f"refusal.{g}"].value for g in ("target", "control")}
     if not tokens or rates["target"] <= rates["control"]:
         raise UserError(
             f"search: this model refuses {rates['target']:.0%} of target and {rates['control']:.0%} of control search "
-            f"prompts, by {len(tokens)} first tokens of its own; there is nothing to search for. Give other prompts"
+            f"prompts, and {len(tokens)} first tokens are typical of its refusals; there is nothing to search for. "
+            "Give other prompts"
         )
-    mass = {g: float(opening_probability(base[g], tokens).mean()) for g in ("target", "control")}
-    slope = (rates["target"] - rates["control"]) / max(1e-6, mass["target"] - mass["control"])
-    return RefusalScale(tokens, slope, mass["control"], rates["control"])
-
-
-def opening_texts(judge: TrialJudge) -> str:
-    """The tokens that refusals begin with, for a note."""
-    return openings_to_text(judge.subject, judge.scale.tokens)
+    probability = {g: float(opening_probability(base[g], tokens).mean()) for g in ("target", "control")}
+    slope = (rates["target"] - rates["control"]) / max(1e-6, probability["target"] - probability["control"])
+    return RefusalScale(tokens, slope, probability["control"], rates["control"])

@@ -1,4 +1,4 @@
-"""What a search leaves: its front as a table, a picture, and recipe files that `run` takes."""
+"""What a search writes: its front as a table, a plot, and recipe files for `run`."""
 
 from __future__ import annotations
 
@@ -10,51 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.run_folder import write_atomic
-from obliteratus.pipeline.recipe import dump_toml
-from obliteratus.search.run import Member, SearchResult
+from obliteratus.core.toml import dump_toml
+from obliteratus.search.run import FrontMember, SearchResult
 from obliteratus.search.trials import Trial
 
-# Colours that colour-blind readers tell apart (Okabe and Ito): trials with answers, estimates, the front.
+# Colors that color-blind readers can tell apart (Okabe and Ito).
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
-
-
 JOURNAL = "study.journal"
 
 
-def write_front(found: SearchResult, folder: Path, journal: Path) -> None:
-    """``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png``, into an existing folder.
+def write_front(result: SearchResult, folder: Path, journal: Path) -> None:
+    """Write ``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png`` into an existing folder.
 
-    journal: the study's own file; kept too if there is one, so that a later search can go on from it.
+    journal: the study's file. If it exists it is copied too, so that a later search can continue from it.
     """
     (folder / "front").mkdir()
-    for number, member in enumerate(found.front, 1):
+    for number, member in enumerate(result.front, 1):
         write_atomic(folder / "front" / f"{number}.toml", annotate_member(member))
-    search = {**found.run.search, "all": [asdict(trial) for trial in found.trials]}
-    write_atomic(folder / "front.json", json.dumps(search, indent=1))
-    plot_front(found, folder / "front.png")
+    record = {**result.run.search, "all": [asdict(trial) for trial in result.trials]}
+    write_atomic(folder / "front.json", json.dumps(record, indent=1))
+    plot_front(result, folder / "front.png")
     if journal.is_file():
         shutil.copy(journal, folder / JOURNAL)
 
 
-def annotate_member(member: Member) -> str:
-    """The member's recipe, behind what its check found."""
+def annotate_member(member: FrontMember) -> str:
+    """Return the member's recipe as TOML, after a comment with the scores of its check."""
     scores = ", ".join(f"{name} {value:.4g}" for name, value in flat_scores(member).items())
     return f"# Trial {member.trial.number} of a search; on search prompts: {scores}\n" + dump_toml(member.recipe)
 
 
-def flat_scores(member: Member) -> dict[str, float]:
-    """The scores of a member by name, those by category left out."""
+def flat_scores(member: FrontMember) -> dict[str, float]:
+    """Return the member's scores without those by category."""
     return {name: value for name, value in member.scores.items() if "/" not in name}
 
 
-def front_rows(found: SearchResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of the front; the chosen member is marked."""
-    names = [name.removeprefix("-") for name in found.run.search["minimise"]]
+def front_rows(result: SearchResult) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the front's table. An arrow marks the chosen member."""
+    names = [name.removeprefix("-") for name in result.run.search["minimize"]]
     columns = ["", "trial", *names, "values"]
-    return columns, [_row(i, m, names, i == found.picked) for i, m in enumerate(found.front)]
+    return columns, [_row(i, m, names, i == result.picked) for i, m in enumerate(result.front)]
 
 
-def _row(i: int, member: Member, names: Sequence[str], chosen: bool) -> list[str]:
+def _row(i: int, member: FrontMember, names: Sequence[str], chosen: bool) -> list[str]:
     scores = [f"{member.scores[name]:.3f}" for name in names]
     values = ", ".join(f"{path}={_short(value)}" for path, value in member.trial.values.items())
     return [f"{'→' if chosen else ''}{i + 1}", str(member.trial.number), *scores, values]
@@ -64,20 +62,20 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def plot_front(found: SearchResult, file: Path) -> None:
-    """All trials over the first two objectives, and the checked front; a single objective over its trials."""
-    from matplotlib.figure import Figure  # takes half a second to load, and no other command draws
+def plot_front(result: SearchResult, file: Path) -> None:
+    """Plot all trials and the checked front over the first two objectives; a single objective over trial numbers."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second to load
 
-    names = [*found.run.search["minimise"], "trial"]
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")  # inches; a column of a paper is about as wide
-    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1], title=found.run.search["study"])
-    for answered, colour in ((False, ESTIMATED), (True, ANSWERED)):
-        points = [_point(t) for t in found.trials if t.answered == answered]
+    names = [*result.run.search["minimize"], "trial"]
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")  # inches: about the width of a column of a paper
+    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1], title=result.run.search["study"])
+    for answered, color in ((False, ESTIMATED), (True, ANSWERED)):
+        points = [_point(t) for t in result.trials if t.answered == answered]
         label = "answers" if answered else "estimated from first tokens"
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=12, color=colour, label=label)
-    line = [(*m.objectives, float(m.trial.number))[:2] for m in found.front]
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=12, color=color, label=label)
+    line = [(*m.objectives, float(m.trial.number))[:2] for m in result.front]
     axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=FRONT, label="front, checked")
-    axes.plot(*line[found.picked], "o", ms=11, mfc="none", color=FRONT, label="chosen")
+    axes.plot(*line[result.picked], "o", ms=11, mfc="none", color=FRONT, label="chosen")
     axes.legend()
     figure.savefig(file)
 

@@ -1,10 +1,9 @@
-"""A whole search: baseline, trials, a longer check of the front, and the chosen member proved on report prompts."""
+"""Run a search: measure the baseline, run trials, check the front with longer answers, and evaluate the chosen member."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from obliteratus.core.errors import UserError
@@ -12,166 +11,173 @@ from obliteratus.core.progress import note
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
-from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.pipeline.offloaded import measured
 from obliteratus.pipeline.recipe import check_runs, without_trial_count
-from obliteratus.pipeline.run import proved
-from obliteratus.prompts import parts_checked
-from obliteratus.search.front import nearest_to_ideal, pareto_front
-from obliteratus.search.ground import DirectionCache
-from obliteratus.search.judge import TrialJudge, objective_value, opening_texts
-from obliteratus.search.space import trial_recipe
+from obliteratus.pipeline.run import evaluate_plan
+from obliteratus.pipeline.stages import Stages
+from obliteratus.search.direction_cache import DirectionCache
+from obliteratus.search.judge import TrialJudge, read_objective
+from obliteratus.search.optuna_study import SearchStudy
+from obliteratus.search.pareto import find_nearest_to_ideal, pareto_front
+from obliteratus.search.space import apply_values
 from obliteratus.search.storage import open_storage
-from obliteratus.search.study import SearchStudy
-from obliteratus.search.trials import Trial, front_trials, run_trials, trial_plan
+from obliteratus.search.trials import Trial, rebuild_plan, run_trials, select_front
+from obliteratus.verify import Measurement, measure
 from obliteratus.verify.refusal import GROUPS
 
-# The longer check costs some ten trials' time a member; a front has seldom more, and of more the ends and even steps
-# between them say as much.
-CHECKED = 10
-PICKS = ("knee", "first", "last")
+# Members of the front that get the longer check, which costs about ten trials' time each. A front seldom has more; of a
+# larger one, the ends and even steps between them say as much.
+MAX_CHECKED = 10
+PICKS = ("balanced", "first", "last")
 
 
 @dataclass(frozen=True)
-class Member:
-    """One trial of the front, with what the longer check found."""
+class FrontMember:
+    """One trial of the front, with the scores of the longer check."""
 
     trial: Trial
     recipe: Recipe
     plan: Plan
-    """What the trial measured."""
+    """The plan that the trial measured."""
     objectives: tuple[float, ...]
     scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to."""
+    """The result of a search."""
 
     plan: Plan
     run: Run
-    front: tuple[Member, ...]
-    """Fewest of the first objective first."""
+    before: Measurement
+    after: Measurement
+    front: tuple[FrontMember, ...]
+    """Sorted by the first objective."""
     picked: int
-    """Which of them `run` and `plan` are of."""
+    """Index of the member that ``plan`` and ``run`` belong to."""
     trials: tuple[Trial, ...]
 
 
 @dataclass(frozen=True)
 class StudyLocation:
-    """Where the study is kept, and what it is called there."""
+    """Where a study is stored, and its name there."""
 
     storage: str
-    """A file, or a URL that Optuna knows."""
+    """A file, or a storage URL of Optuna; '' keeps the study in memory."""
     name: str
 
 
 def search(
-    made: Recipe, subject: Subject, prompts: PromptSet, store: Store, place: StudyLocation, pick: str = "knee"
+    recipe: Recipe, subject: Subject, splits: Splits, store: Store, location: StudyLocation, pick: str = "balanced"
 ) -> SearchResult:
-    """Try the recipe's space, and prove the chosen member on report prompts that no trial saw. Changes no weight.
+    """Search the recipe's space on search prompts, and evaluate the chosen member on report prompts. Changes no weight.
 
-    made: a recipe with a search (`searchable`). pick: ``knee`` (farthest below the line between the front's ends),
-    ``first`` (fewest of the first objective), ``last``, or a member's number from 1. Raises UserError for what the
-    user can mend; finished trials stay in the study.
+    recipe: one with a search (see `add_default_search`). pick: the member of the front to choose. ``balanced`` is the
+    one nearest to the best value of every objective, ``first`` has the least of the first objective, ``last`` the most,
+    and a number counts members from 1. Raises UserError for what the user can mend; finished trials stay in the study.
     """
-    assert made.search is not None, "give a recipe that `searchable` made"
-    check_runs(made, prompts.groups)
-    fit, held, report = parts_checked(prompts, made.seed, searched=True)
-    before = measured(store, "VERIFY before", subject, report, made.verify)
-    some = PromptSet({g: held[g][: made.search.prompts] for g in GROUPS if g in held.groups})
-    base = measured(store, "VERIFY search", subject, some, made.verify)
-    ground, judge = DirectionCache(subject, fit, made, store), TrialJudge(subject, some, made, base)
-    note("SEARCH", f"refusals begin with {opening_texts(judge)}")
-    study = SearchStudy(open_storage(place.storage), place.name, made, study_identity(made, subject, prompts))
-    trials = run_trials(study, made, ground, judge, made.search.trials)
-    front = measure_front(trials, made, ground, judge, place)
-    chosen = pick_member(front, pick)
-    winner = front[chosen]
-    told = {"search": describe_search(made, place, trials, front, chosen)}
-    run = proved(store, winner.recipe, subject, prompts, winner.plan, before, told)
-    return SearchResult(winner.plan, run, tuple(front), chosen, tuple(trials))
-
-
-def study_identity(made: Recipe, subject: Subject, prompts: PromptSet) -> dict[str, Any]:
-    """What all trials of a study must share; how many there are is free."""
-    return {"model": subject.source.digest, "prompts": prompts.digest, "recipe": without_trial_count(made)}
+    assert recipe.search is not None, "give a recipe from add_default_search"
+    check_runs(recipe, splits.fit.groups)
+    stages = Stages(subject, splits, store)
+    before = stages.measure("VERIFY before", splits.report, recipe.verify)
+    groups = splits.search.groups
+    prompts = PromptSet({g: groups[g][: recipe.search.prompts] for g in GROUPS if g in groups})
+    baseline = stages.measure("VERIFY search", prompts, recipe.verify)
+    cache, judge = DirectionCache(stages, recipe), TrialJudge(subject, prompts, recipe, baseline)
+    note("SEARCH", f"refusals begin with {judge.describe_openings()}")
+    identity = {"model": subject.source.digest, "prompts": splits.digest, "recipe": without_trial_count(recipe)}
+    study = SearchStudy(open_storage(location.storage), location.name, recipe, identity)
+    trials = run_trials(study, recipe, cache, judge, recipe.search.trials)
+    front = measure_front(trials, recipe, cache, judge, location)
+    picked = pick_member(front, pick)
+    member = front[picked]
+    record = {"search": describe_search(recipe, location, trials, front, picked)}
+    result = evaluate_plan(member.recipe, stages, member.plan, before, record)
+    return SearchResult(*result, tuple(front), picked, tuple(trials))
 
 
 def measure_front(
-    trials: Sequence[Trial], made: Recipe, ground: DirectionCache, judge: TrialJudge, place: StudyLocation
-) -> list[Member]:
-    """The front, its members measured with the recipe's own verify steps; those that turn out worse drop out.
+    trials: Sequence[Trial], recipe: Recipe, cache: DirectionCache, judge: TrialJudge, location: StudyLocation
+) -> list[FrontMember]:
+    """Measure the members of the front with the recipe's verify steps, and return those that remain on the front.
 
-    Raises UserError where no trial is feasible.
+    Raises UserError if no trial is feasible.
     """
-    good = front_trials(trials)
-    if not good:
+    candidates = select_front(trials)
+    if not candidates:
         raise UserError(
-            f"search: none of {len(trials)} trials kept refusals of control prompts within search.control_margin; "
-            f"they are in the study '{place.name}' of {place.storage}. Widen the space, or allow more"
+            f"search: none of {len(trials)} trials kept refusals of control prompts within search.control_margin; the "
+            f"trials are in the study '{location.name}' of {location.storage or 'memory'}. Widen the space, or raise "
+            "search.control_margin"
         )
-    measure = partial(_checked, made=made, ground=ground, judge=judge)
-    found = [member for member in map(measure, thin_front(good, CHECKED)) if judge.excess(member.scores) <= 0]
-    best = [found[i] for i in pareto_front([m.objectives for m in found])]
-    if not best:
-        raise UserError("search: longer answers refuse too many control prompts in every member; allow more")
-    return sorted(best, key=lambda m: m.objectives)
+    members = [check_trial(trial, recipe, cache, judge) for trial in thin_front(candidates, MAX_CHECKED)]
+    feasible = [member for member in members if judge.excess_refusal(member.scores) <= 0]
+    front = [feasible[i] for i in pareto_front([m.objectives for m in feasible])]
+    if not front:
+        raise UserError(
+            "search: in the check with longer answers, every member of the front refuses too many control prompts; "
+            "raise search.control_margin"
+        )
+    return sorted(front, key=lambda m: m.objectives)
 
 
-def _checked(trial: Trial, made: Recipe, ground: DirectionCache, judge: TrialJudge) -> Member:
-    plan = trial_plan(trial, made, ground)
-    with applied(ground.subject, plan):
-        found = measured(Store(), f"CHECK {trial.number}", ground.subject, judge.prompts, made.verify, judge.before)
+def check_trial(trial: Trial, recipe: Recipe, cache: DirectionCache, judge: TrialJudge) -> FrontMember:
+    """Measure a trial's plan with the recipe's verify steps."""
+    assert recipe.search is not None
+    plan, subject = rebuild_plan(trial, recipe, cache), judge.subject
+    with applied(subject, plan):
+        found = measure(subject, judge.prompts, recipe.verify, judge.before, base=subject)
     scores = {**trial.scores, **{name: score.value for name, score in found.scores.items()}}
-    assert made.search is not None
-    values = tuple(objective_value(name, scores) for name in made.search.minimise)
-    return Member(trial, trial_recipe(made, trial.values), plan, values, scores)
+    objectives = tuple(read_objective(name, scores) for name in recipe.search.minimize)
+    return FrontMember(trial, apply_values(recipe, trial.values), plan, objectives, scores)
 
 
 def thin_front(front: Sequence[Trial], most: int) -> list[Trial]:
-    """At most so many, evenly over the front, both ends among them."""
+    """Return at most this many trials, evenly spaced over the front and including both ends."""
     if len(front) <= most:
         return list(front)
     return [front[round(i * (len(front) - 1) / (most - 1))] for i in range(most)]
 
 
-def pick_member(front: Sequence[Member], pick: str) -> int:
-    """Index of the chosen member. Raises UserError for a number that the front has not."""
-    if pick == "knee":
-        return nearest_to_ideal([m.objectives for m in front])
+def pick_member(front: Sequence[FrontMember], pick: str) -> int:
+    """Return the index of the chosen member. Raises UserError for a number beyond the front."""
+    check_pick(pick)
+    if pick == "balanced":
+        return find_nearest_to_ideal([m.objectives for m in front])
     if pick in PICKS:
         return 0 if pick == "first" else len(front) - 1
-    if not pick.isdigit() or not 1 <= int(pick) <= len(front):
-        raise UserError(f"--pick {pick}: give {', '.join(PICKS)}, or a member of the front, 1 to {len(front)}")
+    if int(pick) > len(front):
+        raise UserError(f"--pick {pick}: the front has {len(front)} members; give 1 to {len(front)}")
     return int(pick) - 1
 
 
 def check_pick(pick: str) -> None:
-    """Refuse, before any trial, what no front can have."""
+    """Raise UserError, before any trial, for a choice that no front can satisfy."""
+    if pick == "knee":
+        raise UserError("--pick knee is now called --pick balanced: the member nearest to the best of every objective")
     if pick not in PICKS and not (pick.isdigit() and int(pick) >= 1):
-        raise UserError(f"--pick {pick}: give {', '.join(PICKS)}, or the number of a member of the front")
+        raise UserError(f"--pick {pick}: give {', '.join(PICKS)}, or the number of a member of the front, from 1")
 
 
 def describe_search(
-    made: Recipe, place: StudyLocation, trials: Sequence[Trial], front: Sequence[Member], chosen: int
+    recipe: Recipe, location: StudyLocation, trials: Sequence[Trial], front: Sequence[FrontMember], picked: int
 ) -> dict[str, Any]:
-    """Of the search, for run.json."""
-    assert made.search is not None
+    """Return the record of a search for run.json."""
+    assert recipe.search is not None
     return {
-        "study": place.name,
-        "minimise": list(made.search.minimise),
-        "sampler": made.search.sampler,
+        "study": location.name,
+        "minimize": list(recipe.search.minimize),
+        "sampler": recipe.search.sampler,
         "trials": len(trials),
         "answered": sum(t.answered for t in trials),
         "seconds": round(sum(t.seconds for t in trials), 1),
-        "picked": chosen + 1,
+        "picked": picked + 1,
         "front": [{"trial": m.trial.number, "values": m.trial.values, "scores": dict(m.scores)} for m in front],
     }
 
 
-def with_trials(made: Recipe, trials: int) -> Recipe:
-    """The recipe with so many trials."""
-    assert made.search is not None
-    return made.model_copy(update={"search": made.search.model_copy(update={"trials": trials})})
+def set_trial_count(recipe: Recipe, trials: int) -> Recipe:
+    """Return the recipe with this number of trials."""
+    assert recipe.search is not None
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": trials})})

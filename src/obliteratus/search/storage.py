@@ -1,4 +1,4 @@
-"""Where a study lives: a journal file, or any database that Optuna knows. It may answer late, or no more."""
+"""The storage of a study: a journal file, or any database that Optuna supports. Calls are retried if it is down."""
 
 from __future__ import annotations
 
@@ -18,69 +18,70 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 
 T = TypeVar("T")
-TROUBLE = (StorageInternalError, SQLAlchemyError, OSError)
-WAITS = (1.0, 4.0, 15.0)  # seconds before each new try: a restarted server is back within some ten
+STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError, OSError)
+RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each retry: a restarted server is back after about ten
 
 
-def open_storage(where: str) -> BaseStorage:
-    """The storage behind a URL (``postgresql://…``, ``sqlite:///…``), the journal file at a path, or memory for ``""``.
+def open_storage(location: str) -> BaseStorage:
+    """Open a database URL (``postgresql://…``, ``sqlite:///…``), the journal file at a path, or memory for ``""``.
 
-    Raises UserError where it cannot be reached.
+    Raises UserError if it cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # our own progress says what a trial found
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # our own progress reports what a trial found
     logging.getLogger("optuna").propagate = False
-    if not where:
+    if not location:
         return InMemoryStorage()
-    if "://" not in where:
-        return with_retries(retry(lambda: JournalStorage(JournalFileBackend(str(Path(where)))), where), where)
+    if "://" not in location:
+        journal = retry(lambda: JournalStorage(JournalFileBackend(str(Path(location)))), location)
+        return with_retries(journal, location)
     try:
-        # A connection that the server dropped is noticed before it is used.
-        made = retry(lambda: RDBStorage(where, engine_kwargs={"pool_pre_ping": True}), where)
-        return with_retries(get_storage(made), where)
+        # pool_pre_ping notices a connection that the server dropped before it is used.
+        database = retry(lambda: RDBStorage(location, engine_kwargs={"pool_pre_ping": True}), location)
+        return with_retries(get_storage(database), location)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise UserError(
-            f"--storage {hide_password(where)}: cannot be opened ({error}); see optuna's storage URLs"
+            f"--storage {hide_password(location)}: cannot be opened ({error}); give a storage URL of Optuna"
         ) from error
 
 
-def retry(call: Callable[[], T], where: str) -> T:
-    """What the call gives, tried again where the storage does not answer.
+def retry(call: Callable[[], T], location: str) -> T:
+    """Return the result of the call, retrying it if the storage does not answer.
 
-    Raises SilentStorageError when it still does not: what trials have found until then is in the study.
+    Raises StorageUnreachableError if the last try fails too. Finished trials are in the study by then.
     """
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_WAITS, None):
         try:
             return call()
         except (ArgumentError, NoSuchModuleError):
             raise
-        except TROUBLE as error:
+        except STORAGE_ERRORS as error:
             if wait is None:
-                raise SilentStorageError(
-                    f"--storage {hide_password(where)}: does not answer ({_first_line(error)}); finished trials are safe in "
-                    "it: run the same command again when it does"
+                raise StorageUnreachableError(
+                    f"--storage {hide_password(location)}: does not answer ({_first_line(error)}); finished trials are "
+                    "safe in it, so run the same command again once it answers"
                 ) from error
             note("storage", f"no answer, trying again in {wait:.0f} s")
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
-class SilentStorageError(UserError):
-    """The storage answers no more."""
+class StorageUnreachableError(UserError):
+    """The storage does not answer any more."""
 
 
-def with_retries(storage: BaseStorage, where: str) -> BaseStorage:
-    """The same storage, each of its calls tried again where it does not answer."""
+def with_retries(storage: BaseStorage, location: str) -> BaseStorage:
+    """Return the same storage with each of its calls wrapped in `retry`."""
     for name in BaseStorage.__abstractmethods__:
         call = getattr(storage, name)
-        setattr(storage, name, lambda *a, _call=call, **k: retry(lambda: _call(*a, **k), where))
+        setattr(storage, name, lambda *a, _call=call, **k: retry(lambda: _call(*a, **k), location))
     return storage
 
 
-def hide_password(where: str) -> str:
-    """A URL without its password."""
-    scheme, sign, rest = where.partition("://")
+def hide_password(url: str) -> str:
+    """Return a URL without its password."""
+    scheme, sign, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
-    return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}" if at else where
+    return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}" if at else url
 
 
 def _first_line(error: Exception) -> str:

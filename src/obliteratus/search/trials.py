@@ -1,4 +1,4 @@
-"""The loop: ask, plan, judge, tell. A trial is a live plan, so it loads nothing and copies no weight."""
+"""The loop over trials: draw values, plan, score, store. A trial is a live plan, so it loads and copies no weights."""
 
 from __future__ import annotations
 
@@ -13,89 +13,93 @@ from optuna.trial import FrozenTrial
 from obliteratus.core.progress import progress
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan
-from obliteratus.search.front import pareto_front
-from obliteratus.search.ground import DirectionCache
+from obliteratus.search.direction_cache import DirectionCache
 from obliteratus.search.judge import TrialJudge, TrialVerdict
-from obliteratus.search.space import decode_values, sample_values, trial_recipe
-from obliteratus.search.study import EXCESS, SearchStudy, suggest
+from obliteratus.search.optuna_study import EXCESS, SearchStudy, make_suggester
+from obliteratus.search.pareto import pareto_front
+from obliteratus.search.space import apply_values, decode_values, sample_values
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial, as the storage keeps it."""
+    """A finished trial."""
 
     number: int
     values: dict[str, Any]
-    """By path into the recipe."""
+    """Drawn values by path into the recipe."""
     objectives: tuple[float, ...]
     scores: dict[str, float]
     answered: bool
+    """Whether its refusal rates come from answers."""
     feasible: bool
+    """Whether it keeps refusals of control prompts within ``search.control_margin``."""
     seconds: float
 
 
-def parse_trial(frozen: FrozenTrial, made: Recipe) -> Trial:
-    """Optuna's record of a trial as ours."""
-    assert made.search is not None
+def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
+    """Convert Optuna's record of a finished trial."""
+    assert recipe.search is not None
     assert frozen.values is not None, "a finished trial has values"
-    space, known = made.search.space, frozen.user_attrs
+    space, attributes = recipe.search.space, frozen.user_attrs
     values = {path: decode_values(value, space[path]) for path, value in frozen.params.items()}
     return Trial(
         frozen.number,
         values,
         tuple(frozen.values),
-        known["scores"],
-        known["answered"],
+        attributes["scores"],
+        attributes["answered"],
         frozen.constraints[EXCESS] <= 0,
-        known["seconds"],
+        attributes["seconds"],
     )
 
 
-def run_trials(study: SearchStudy, made: Recipe, ground: DirectionCache, judge: TrialJudge, trials: int) -> list[Trial]:
-    """Trials until the study has ``trials`` of them, other processes' included; returns all finished ones."""
+def run_trials(
+    study: SearchStudy, recipe: Recipe, cache: DirectionCache, judge: TrialJudge, trials: int
+) -> list[Trial]:
+    """Run trials until the study has ``trials`` of them, including those of other processes. Returns all finished ones."""
     with progress("SEARCH", trials) as advance:
-        advance(len(study.done))
-        while (begun := study.ask(trials)) is not None:
-            before = len(study.done)
-            with study.at(begun):
-                run_trial(study, made, ground, judge, begun)
-            advance(len(study.done) - before)
-    return finished_trials(study, made)
+        advance(len(study.finished))
+        while (trial := study.ask(trials)) is not None:
+            before = len(study.finished)
+            with study.running(trial):
+                run_trial(study, recipe, cache, judge, trial)
+            advance(len(study.finished) - before)
+    return finished_trials(study, recipe)
 
 
 def run_trial(
-    study: SearchStudy, made: Recipe, ground: DirectionCache, judge: TrialJudge, begun: optuna.Trial
+    study: SearchStudy, recipe: Recipe, cache: DirectionCache, judge: TrialJudge, trial: optuna.Trial
 ) -> TrialVerdict:
-    """One trial from its values to its scores."""
+    """Draw a trial's values, score its plan and store the result."""
     start = time.perf_counter()
-    values = sample_values(made, suggest(begun))
-    plan = ground.plan(trial_recipe(made, values))
-    verdict = judge.judged(plan, front_of(finished_trials(study, made)))
-    known = {
+    values = sample_values(recipe, make_suggester(trial))
+    plan = cache.plan(apply_values(recipe, values))
+    verdict = judge.judge(plan, front_objectives(finished_trials(study, recipe)))
+    attributes = {
         "scores": dict(verdict.scores),
         "answered": verdict.answered,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    study.tell(begun, judge.objectives(verdict), judge.excess(verdict.scores), known)
+    study.tell(trial, judge.objectives(verdict), judge.excess_refusal(verdict.scores), attributes)
     return verdict
 
 
-def finished_trials(study: SearchStudy, made: Recipe) -> list[Trial]:
-    """All trials that are done, in order."""
-    return [parse_trial(frozen, made) for frozen in study.done]
+def finished_trials(study: SearchStudy, recipe: Recipe) -> list[Trial]:
+    """Return the study's finished trials in order."""
+    return [parse_trial(frozen, recipe) for frozen in study.finished]
 
 
-def front_of(trials: Sequence[Trial]) -> list[tuple[float, ...]]:
-    """Objectives of the best trials: answered, feasible, and dominated by no other such."""
-    return [t.objectives for t in front_trials(trials)]
+def select_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the answered, feasible trials that no other such trial dominates, sorted by the first objective."""
+    eligible = [t for t in trials if t.answered and t.feasible]
+    return sorted((eligible[i] for i in pareto_front([t.objectives for t in eligible])), key=lambda t: t.objectives)
 
 
-def front_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials of `front_of`, fewest of the first objective first."""
-    good = [t for t in trials if t.answered and t.feasible]
-    return sorted((good[i] for i in pareto_front([t.objectives for t in good])), key=lambda t: t.objectives)
+def front_objectives(trials: Sequence[Trial]) -> list[tuple[float, ...]]:
+    """Return the objectives of `select_front`."""
+    return [t.objectives for t in select_front(trials)]
 
 
-def trial_plan(trial: Trial, made: Recipe, ground: DirectionCache) -> Plan:
-    """The plan that a trial measured, to the bit: the same values over the same directions."""
-    return ground.plan(trial_recipe(made, trial.values))
+def rebuild_plan(trial: Trial, recipe: Recipe, cache: DirectionCache) -> Plan:
+    """Return the plan that the trial measured, bit for bit: the same values over the same directions."""
+    return cache.plan(apply_values(recipe, trial.values))

@@ -1,0 +1,40 @@
+"""Read and write TOML, the format of recipes and studies."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+
+from obliteratus.core.errors import UserError
+
+
+def parse_toml(text: bytes, source: str) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises UserError that names the source if it is not TOML."""
+    try:
+        return tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: this is not valid TOML ({error})") from error
+
+
+def dump_toml(value: BaseModel) -> str:
+    """Return a recipe or study as TOML without its defaults. Reading the text back gives the same value."""
+    return tomli_w.dumps(_without_none(value.model_dump(exclude_defaults=True)))
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null, so a key without a value is left out."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def format_toml(value: Any) -> str:
+    """Return a single value as TOML on one line, such as ``[0.5, 1.0]`` or ``{ use = "svd" }``."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {format_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(format_toml, value)) + "]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

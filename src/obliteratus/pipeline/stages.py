@@ -1,0 +1,155 @@
+"""Define each stage of a run. A stage keeps its result in the store, so that an interrupted run can resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from obliteratus.causal import FitContext
+from obliteratus.causal.check_bypass import check_bypass
+from obliteratus.core.results import Score
+from obliteratus.core.run_folder import Store
+from obliteratus.core.settings import Excise, Recipe, Step
+from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Splits, Subject
+from obliteratus.distill import find_directions, load_directions, save_directions
+from obliteratus.excise.kl_budget import limit_kl
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
+from obliteratus.excise.router_limit import limit_router_edits
+from obliteratus.pipeline.advise import Advice, analyze_and_advise, can_anchor, load_advice, save_advice
+from obliteratus.pipeline.advise import fit_recipe_to_weights as fit_to_weights
+from obliteratus.probe.cache import collect_cached_activations
+from obliteratus.probe.probe import collect_activations, load_activations, save_activations
+from obliteratus.tune.fit import tune_plan
+from obliteratus.verify import Measurement, measure, measure_before_and_after
+from obliteratus.weigh import weigh_sites
+
+ADVICE = "ANALYZE"  # name of the stage, and of its folder in the folder of a run
+# Before a later pass the model answers so many search prompts with so many tokens. This is enough to see a refusal
+# begin, and to tell a refusal rate of 5 % from one of 20 %.
+CHECK_PROMPTS, CHECK_TOKENS = 48, 16
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of one run, on one model and its split prompts."""
+
+    subject: Subject
+    splits: Splits
+    store: Store
+
+    def measure_before(self, recipe: Recipe) -> Measurement | None:
+        """VERIFY the unedited model. None if its weights stay on disk: `measure_after` then measures both states."""
+        if self.subject.offloaded is not None:
+            return None
+        return self.measure("VERIFY before", self.splits.report, recipe.verify)
+
+    def advise(self, recipe: Recipe) -> Advice:
+        """ANALYZE: let the recipe's analyses change the recipe. They use the activations of the first pass."""
+        anchors = can_anchor(self.subject, recipe.excise)
+        start = fit_to_weights(recipe, anchors)
+        acts = self.probe(1, start)
+        return self.store.stage(
+            ADVICE,
+            lambda: analyze_and_advise(self.subject, self.splits, recipe, start.distill, acts, anchors),
+            save_advice,
+            load_advice,
+        )
+
+    def check_refusal(self, number: int) -> Score | None:
+        """Return the refusal rate on search target prompts before a later pass, or None if it cannot be measured.
+
+        Without search prompts there is nothing to measure, and with weights on disk every token would read all of them.
+        """
+        few = PromptSet({"target": self.splits.search["target"][:CHECK_PROMPTS]})
+        if not few["target"] or self.subject.offloaded is not None:
+            return None
+        found = self.measure(f"CHECK {number}", few, (Step(use="refusal", tokens=CHECK_TOKENS),))
+        return found.scores["refusal.target"]
+
+    def probe(self, number: int, recipe: Recipe, edited: bool = False) -> Activations:
+        """PROBE: collect the activations of the fit prompts. Those of an unedited model are cached for later runs."""
+        request = wanted_by(recipe.excise, self.subject.sites)
+        collect = collect_activations if edited else collect_cached_activations
+        return self.store.stage(
+            f"PROBE {number}",
+            lambda: collect(self.subject, self.splits.fit, recipe.probe, request),
+            save_activations,
+            load_activations,
+        )
+
+    def distill(self, number: int, recipe: Recipe, acts: Activations) -> Directions:
+        """DISTILL: find directions in the activations."""
+        context = FitContext(self.subject, self.splits.fit)
+
+        def find() -> Directions:
+            check_bypass(context, recipe.distill)
+            return find_directions(acts, recipe.distill, context)
+
+        return self.store.stage(f"DISTILL {number}", find, save_directions, load_directions)
+
+    def excise(self, number: int, recipe: Recipe, done: Plan, acts: Activations, directions: Directions) -> Plan:
+        """EXCISE: plan the edits of one pass, and weaken them if they exceed the limit on routers or the KL budget."""
+        options = recipe.excise if number == 1 else _without_first_pass_only(recipe.excise)
+        controls = self.splits.search["control"]
+
+        def plan() -> Plan:
+            weights = weigh_sites(directions, self.subject.sites, acts, recipe.weigh)
+            new = plan_edits(self.subject, directions, weights, acts, options)
+            new = limit_router_edits(self.subject, done, new, controls)
+            if options.kl_budget is None:
+                return new
+            return limit_kl(self.subject, done, new, controls, options.kl_budget)[0]
+
+        return self.store.stage(f"EXCISE {number}", plan, save_plan, load_plan)
+
+    def tune(self, recipe: Recipe, plan: Plan) -> Plan:
+        """TUNE: fit the plan by gradient descent. A recipe without ``tune`` returns the plan as it is."""
+        settings = recipe.tune
+        if settings is None:
+            return plan
+        return self.store.stage(
+            "TUNE",
+            lambda: tune_plan(self.subject, plan, self.splits.fit, self.splits.search, settings, recipe.seed),
+            save_plan,
+            load_plan,
+        )
+
+    def measure_after(self, recipe: Recipe, plan: Plan, before: Measurement | None) -> tuple[Measurement, Measurement]:
+        """VERIFY the model under the plan, and before it if that is still to be measured."""
+        if before is not None:
+            with applied(self.subject, plan):
+                return before, self.measure("VERIFY after", self.splits.report, recipe.verify, before)
+        return self.store.stage(
+            "VERIFY",
+            lambda: measure_before_and_after(self.subject, plan, self.splits.report, recipe.verify),
+            _save_both,
+            lambda folder: (Measurement.load(folder / "before"), Measurement.load(folder / "after")),
+        )
+
+    def measure(
+        self, name: str, prompts: PromptSet, steps: tuple[Step, ...], before: Measurement | None = None
+    ) -> Measurement:
+        """Run scorers on the model as it is now. Edits are live, so the subject without them is its own base."""
+        return self.store.stage(
+            name,
+            lambda: measure(self.subject, prompts, steps, before, base=self.subject),
+            lambda found, folder: found.save(folder / "measured"),
+            lambda folder: Measurement.load(folder / "measured"),
+        )
+
+    def seconds_of_pass(self, number: int) -> dict[str, float]:
+        """Return the seconds of each stage of a pass, with the refusal check that follows it."""
+        names = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {"CHECK": f"CHECK {number + 1}"}
+        return {name: self.store.seconds[key] for name, key in names.items() if key in self.store.seconds}
+
+
+def _without_first_pass_only(options: Excise) -> Excise:
+    """Masks and steering are scored on the unedited model, and experts are blended once: a later pass does neither."""
+    experts = None if options.experts is None else options.experts.model_copy(update={"blend": 0.0})
+    return options.model_copy(update={"neurons": None, "steer": 0.0, "experts": experts})
+
+
+def _save_both(both: tuple[Measurement, Measurement], folder: Path) -> None:
+    both[0].save(folder / "before")
+    both[1].save(folder / "after")

@@ -1,0 +1,181 @@
+"""The Optuna study of a search: which trial comes next, which processes work on it, and what has been found.
+
+All of it lives in the storage, so several processes can share a study and an interrupted one can resume.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.settings import Recipe
+from obliteratus.search.space import Suggest, start_values
+from obliteratus.search.storage import StorageUnreachableError
+
+# Of NSGA-II: a generation must end well before a study of 60 trials does. The default of 50 would be random search.
+POPULATION = 12
+# A running trial of another machine counts as dead after this many times the longest finished trial, and at least this
+# long.
+STALE_FACTOR, STALE_AFTER = 10, timedelta(minutes=10)
+EXCESS = "refused controls"  # name of the constraint: refusals of control prompts beyond what is allowed, feasible at ≤
+0
+
+
+def _tpe(seed: int) -> BaseSampler:
+    # Values of one space are modeled jointly; paths that a choice removes form separate groups.
+    return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+
+def _gp(seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, warn_independent_sampling=False)
+
+
+def _nsga2(seed: int) -> BaseSampler:
+    return NSGAIISampler(seed=seed, population_size=POPULATION)
+
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
+
+
+class SearchStudy:
+    """Trials of one recipe on one model with the same prompts, run by any number of processes."""
+
+    def __init__(self, storage: BaseStorage, name: str, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+        """Open or create the study. Raises UserError if a study of this name has another identity."""
+        assert recipe.search is not None
+        self.search, self.seed, self.name = recipe.search, recipe.seed, name
+        self.study = _open_study(storage, name, len(self.search.minimize))
+        _check_identity(self.study, name, dict(identity))
+        self.fail_stale_trials()
+        if not any(t.state != TrialState.FAIL for t in self.study.get_trials(deepcopy=False)):
+            self.study.enqueue_trial(start_values(recipe))  # the first trial is the recipe itself
+
+    def ask(self, trials: int) -> optuna.Trial | None:
+        """Return the next trial, or None if ``trials`` are finished or running.
+
+        Each trial gets a new sampler seeded by the trial's index. The sampler thus knows nothing beyond the storage,
+        and a resumed study continues exactly as it would have without the interruption.
+        """
+        self.fail_stale_trials()
+        if len(self.finished_or_running) >= trials:
+            return None
+        states = [t.state for t in self.study.get_trials(deepcopy=False)]
+        index = sum(state not in (TrialState.FAIL, TrialState.WAITING) for state in states)
+        self.study.sampler = self._make_sampler(index)
+        trial = self.study.ask()
+        trial.set_user_attr("worker", worker_name())
+        return trial
+
+    def _make_sampler(self, index: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # A prime factor, so that trials of different recipe seeds get different sampler seeds.
+            return SAMPLERS[self.search.sampler](self.seed * 100_003 + index)
+
+    def tell(self, trial: optuna.Trial, values: Sequence[float], excess: float, attributes: Mapping[str, Any]) -> None:
+        """Store the result of a trial."""
+        trial.set_constraint(EXCESS, excess)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        self.study.tell(trial, list(values))
+
+    @contextmanager
+    def running(self, trial: optuna.Trial) -> Iterator[None]:
+        """Inside, the trial runs. An error or an interrupt marks it as failed, so that another trial replaces it."""
+        try:
+            yield
+        except StorageUnreachableError:
+            raise  # the storage cannot be told; whoever opens the study next sees that this process is gone
+        except BaseException:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+
+    @property
+    def finished(self) -> list[FrozenTrial]:
+        """Finished trials, in order."""
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+
+    @property
+    def finished_or_running(self) -> list[FrozenTrial]:
+        """Trials that are finished or that a process is running."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state in states]
+
+    def fail_stale_trials(self) -> None:
+        """Mark running trials as failed if their process has died, so that other trials replace them."""
+        longest = max((t.duration for t in self.finished if t.duration is not None), default=timedelta())
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if _is_stale(trial, max(STALE_FACTOR * longest, STALE_AFTER)):
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def make_suggester(trial: optuna.Trial) -> Suggest:
+    """Return the function by which a space draws this trial's values."""
+
+    def suggest(path: str, values: BaseDistribution) -> Any:
+        if isinstance(values, CategoricalDistribution):
+            return trial.suggest_categorical(path, values.choices)
+        if isinstance(values, IntDistribution):
+            return trial.suggest_int(path, values.low, values.high, log=values.log)
+        assert isinstance(values, FloatDistribution), "a range gives one of these three distributions"
+        return trial.suggest_float(path, values.low, values.high, log=values.log)
+
+    return suggest
+
+
+def _open_study(storage: BaseStorage, name: str, objectives: int) -> optuna.Study:
+    directions = [StudyDirection.MINIMIZE] * objectives
+    try:
+        return optuna.create_study(storage=storage, study_name=name, directions=directions)
+    except DuplicatedStudyError:
+        return optuna.load_study(storage=storage, study_name=name)
+
+
+def _check_identity(study: optuna.Study, name: str, identity: Mapping[str, Any]) -> None:
+    stored = study.user_attrs.get("identity")
+    if stored is None:
+        study.set_user_attr("identity", identity)
+        return
+    changed = sorted(key for key in identity if stored.get(key) != identity[key])
+    if changed:
+        raise UserError(
+            f"study '{name}' was made with another {', '.join(changed)}; choose another study name with --study"
+        )
+
+
+def worker_name() -> str:
+    """Identify this process by host, process id and start time, because process ids are reused."""
+    return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
+
+
+def _is_stale(trial: FrozenTrial, max_age: timedelta) -> bool:
+    host, pid, started = (trial.user_attrs.get("worker", "") + "  ").split(" ")[:3]
+    if host == socket.gethostname() and pid.isdigit():
+        return str(started) != _start_time(int(pid))
+    assert trial.datetime_start is not None, "a running trial has a start time"
+    age: timedelta = datetime.now() - trial.datetime_start
+    return bool(age > max_age)
+
+
+def _start_time(pid: int) -> str:
+    """Return a process's start in clock ticks since boot, or '' if there is no such process or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]  # state and starttime, fields 3 and 22 of proc(5)
