@@ -22,9 +22,9 @@ from obliteratus.inference.shared_prefix import is_recurrent
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.save import save
-from obliteratus.summon.coverage import coverage_warning, plan_coverage
-from obliteratus.summon.sites import architecture_of
-from obliteratus.weights.matrices import each_expert
+from obliteratus.summon.coverage import coverage_warning, summarize_plan_coverage
+from obliteratus.summon.sites import find_architecture
+from obliteratus.weights.matrices import expand_experts
 
 KINDS = [
     "mixtral",
@@ -63,7 +63,7 @@ def test_a_run_ends_in_a_model_that_answers_as_measured(name: str, groups: Promp
     made = load_recipe(
         "basic", {"excise": {"norm": "columns"}, "verify": [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]}
     )
-    plan, found = run(made, subject, groups)
+    plan, found, *_ = run(made, subject, groups)
     saved = save(subject, plan, found, tmp_path / "out", prompts=groups)
     assert saved.saved["rescore"]["max_kl"] < 1e-5
     assert found.coverage["warning"] == ""
@@ -71,7 +71,7 @@ def test_a_run_ends_in_a_model_that_answers_as_measured(name: str, groups: Promp
     assert {part for part, told in found.coverage["parts"].items() if told["edited"]} == parts
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if architecture_of(tiny_subject(n).model.config).recurrent])
+@pytest.mark.parametrize("name", [n for n in KINDS if find_architecture(tiny_subject(n).model.config).recurrent])
 def test_answers_with_recurrent_states_are_the_librarys_own(name: str) -> None:
     subject = tiny_subject(name)
     assert is_recurrent(subject)
@@ -89,7 +89,7 @@ def test_each_expert_can_lose_something_else(name: str, make_plan: PlanMaker) ->
     """Live without a copy of the stack, and baked: the same; and no other expert is touched."""
     subject = tiny_subject(name)
     whole = [e for e in make_plan(subject, ("expert.out",)).edits if e.site.stacked][:1]
-    own = [replace(e, site=one) for e in whole for one in each_expert(subject.module(e.site.path), e.site)[1:3]]
+    own = [replace(e, site=one) for e in whole for one in expand_experts(subject.module(e.site.path), e.site)[1:3]]
     other = make_plan(subject, ("expert.out",), seed=1).edits[0]
     plan = Plan((own[0], replace(own[1], basis=other.basis)), subject.source.digest)
     with applied(subject, plan):
@@ -150,11 +150,11 @@ def test_what_is_missed_is_a_warning() -> None:
 
 def test_skipped_experts_are_told_with_a_reason(make_plan: PlanMaker) -> None:
     subject = tiny_subject("qwen2_moe")
-    told = plan_coverage(subject, make_plan(subject, ("attn.out",)))["parts"]["expert.out"]
+    told = summarize_plan_coverage(subject, make_plan(subject, ("attn.out",)))["parts"]["expert.out"]
     assert (told["edited"], told["skipped_layers"]) == (0, [1])
     assert "not asked for" in told["why_skipped"]
     plan = make_plan(subject, ("expert.out",))
-    assert plan_coverage(subject, plan)["parts"]["expert.out"] == {
+    assert summarize_plan_coverage(subject, plan)["parts"]["expert.out"] == {
         "found": 1,
         "edited": 1,
         "skipped_layers": [],

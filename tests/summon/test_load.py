@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.tiny import BOS, EOS, PAD, TEMPLATE, VOCAB, tiny, tiny_tokenizer
 
 from obliteratus.core.errors import UserError
-from obliteratus.summon.load import assemble_subject, check_finite, open_subject
+from obliteratus.summon.load import assemble_subject, open_subject
 from obliteratus.summon.summary import summarize_model
+from obliteratus.weights.finite import check_finite
 
 
 def saved(folder: Path, name: str = "llama", **options: object) -> Path:
@@ -269,14 +270,14 @@ def write_gguf(file: Path) -> Path:
 def test_gguf(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     subject = open_subject(file, self_test=True)
-    assert subject.source.quantisation == "F32"
+    assert subject.source.quantization == "F32"
     assert torch.equal(
         subject.module("model.layers.0.mlp.down_proj").weight,
         tiny("llama").model.layers[0].mlp.down_proj.weight,
     )
-    subject.model.save_pretrained(tmp_path / "again")  # the quantisation mark is gone
+    subject.model.save_pretrained(tmp_path / "again")  # the quantization mark is gone
     found = summarize_model(file)
-    assert (found.sites, found.dtype, found.quantisation) == (subject.sites, "float32", "F32")
+    assert (found.sites, found.dtype, found.quantization) == (subject.sites, "float32", "F32")
 
 
 @pytest.mark.parametrize("size", [-100, 2000, 10, 3, 0])
@@ -284,7 +285,7 @@ def test_truncated_gguf(size: int, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     truncate(file, size)
     for opener in (open_subject, summarize_model):
-        with pytest.raises(UserError, match=r"is truncated|no GGUF file"):
+        with pytest.raises(UserError, match=r"is truncated|not a GGUF file"):
             opener(file)
 
 

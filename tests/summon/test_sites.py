@@ -11,17 +11,17 @@ from torch import nn
 from transformers import AutoConfig
 
 from obliteratus.core.errors import UnsupportedModelError
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Architecture
-from obliteratus.summon.coverage import table_coverage
+from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED, Architecture
+from obliteratus.summon.coverage import count_coverage
 from obliteratus.summon.selftest import self_test
-from obliteratus.summon.sites import architecture_of, find_sites, gain_of, is_tied
+from obliteratus.summon.sites import find_architecture, find_sites, is_tied, read_gain
 from obliteratus.summon.summary import summarize_model
 
 NAMES = sorted(MODELS)
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {model_type for model_type, _ in MODELS.values()} == set(FAMILIES)
+    assert {model_type for model_type, _ in MODELS.values()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,8 +33,8 @@ def test_self_test_passes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_coverage_is_whole(name: str) -> None:
     model = tiny(name)
-    family = architecture_of(model.config)
-    found = table_coverage(model, find_sites(model, family), family)
+    family = find_architecture(model.config)
+    found = count_coverage(model, find_sites(model, family), family)
     assert (found.share, found.paths, found.unclaimed) == (1.0, (), 0)
     eyes = ("lm_head", "model.vision", "model.visual", "model.multi_modal")
     backbone = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(eyes) and "bias" not in n]
@@ -44,15 +44,15 @@ def test_coverage_is_whole(name: str) -> None:
 
 def test_unclaimed_matrices_are_named() -> None:
     model = tiny("llama")
-    family = replace(FAMILIES["llama"], writers={"mlp.out": ("mlp.down_proj", "linear")})
-    found = table_coverage(model, find_sites(model, family), family)
+    family = replace(ARCHITECTURES["llama"], writers={"mlp.out": ("mlp.down_proj", "linear")})
+    found = count_coverage(model, find_sites(model, family), family)
     assert found.paths == tuple(f"model.layers.{i}.self_attn.o_proj.weight" for i in range(3))
     assert found.share < 1.0
 
 
 def test_sites_in_order_with_their_streams() -> None:
     model = tiny("gemma2")
-    sites = find_sites(model, architecture_of(model.config))
+    sites = find_sites(model, find_architecture(model.config))
     assert [s.layer for s in sites] == sorted(s.layer for s in sites)
     assert (sites[0].part, sites[0].stream) == ("embed", 0)
     assert (sites[-1].part, sites[-1].role, sites[-1].stream) == ("unembed", "reads", 3)
@@ -65,20 +65,20 @@ def test_gain_is_what_multiplies() -> None:
     for subject, added in ((gemma, 1.0), (olmo, 0.0)):
         site = next(s for s in subject.sites if s.part == "attn.out")
         norm = subject.model.model.layers[0].post_attention_layernorm
-        assert torch.equal(gain_of(subject, site), added + norm.weight)
-    assert gain_of(llama, next(s for s in llama.sites if s.part == "mlp.out")) is None
-    assert gain_of(llama, next(s for s in llama.sites if s.part == "mlp.in")) is not None
-    assert gain_of(opt, opt.sites[-1]).dtype == torch.float32
+        assert torch.equal(read_gain(subject.model, site), added + norm.weight)
+    assert read_gain(llama.model, next(s for s in llama.sites if s.part == "mlp.out")) is None
+    assert read_gain(llama.model, next(s for s in llama.sites if s.part == "mlp.in")) is not None
+    assert read_gain(opt.model, opt.sites[-1]).dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------- lies are caught
 def lie(name: str, **changes: object) -> Architecture:
-    return replace(FAMILIES[name], **changes)
+    return replace(ARCHITECTURES[name], **changes)
 
 
 Q = {"extra": ("self_attn.q_proj", "linear")}
 K = {"extra": ("self_attn.k_proj", "linear")}
-LLAMA = FAMILIES["llama"]
+LLAMA = ARCHITECTURES["llama"]
 LIES = {
     "a writer is missed": ("llama", {"writers": {"mlp.out": LLAMA.writers["mlp.out"]}}, "one is missed"),
     "positions are missed": ("gpt2", {"embeds": ("transformer.wte",)}, "embeddings silent"),
@@ -126,15 +126,15 @@ def test_a_writer_that_does_nothing_is_caught() -> None:
 # ------------------------------------------------------------------------------ what is not covered
 def test_unknown_architecture_names_what_is_missing() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'bloom' is not known .*families\.FAMILIES; add one"):
-        architecture_of(AutoConfig.for_model("bloom"))
+        find_architecture(AutoConfig.for_model("bloom"))
     with pytest.raises(UnsupportedModelError, match=r"'granite' is not known .*near: .*granitemoe"):
-        architecture_of(AutoConfig.for_model("granite"))
+        find_architecture(AutoConfig.for_model("granite"))
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_architectures_that_were_looked_at_say_why_not(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"'{name}' models are not supported: its blocks"):
-        architecture_of(AutoConfig.for_model(name))
+        find_architecture(AutoConfig.for_model(name))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_uncovered_configurations_say_why(name: str, option: str, value: object,
     config = tiny_config(name)
     setattr(config, option, value)
     with pytest.raises(UnsupportedModelError, match=reason):
-        architecture_of(config)
+        find_architecture(config)
 
 
 # --------------------------------------------------------------------------- tied, and without weights
@@ -177,7 +177,7 @@ def test_outline_agrees_with_the_loaded_model(name: str, tmp_path) -> None:
     assert (found.n_layers, found.width) == (subject.n_layers, subject.width)
     assert found.n_params == subject.model.num_parameters()
     assert found.tied == is_tied(subject.model)
-    assert found.coverage == table_coverage(subject.model, subject.sites, architecture_of(subject.model.config))
+    assert found.coverage == count_coverage(subject.model, subject.sites, find_architecture(subject.model.config))
 
 
 def test_outline_forecasts_memory(tmp_path) -> None:

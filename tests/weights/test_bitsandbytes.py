@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import PlanMaker, random_basis
-from tests.rebirth.test_save import states
+from tests.support.checkpoints import read_weights
 from tests.support.tiny import BLOCKS, run_of, tiny, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from obliteratus.core.errors import UnsupportedModelError, UserError
 from obliteratus.core.types import Edit, Plan, PromptSet, Shift, Subject
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.live.hooks import (applied)
-from obliteratus.excise.live.compile import (compile_changes)
+from obliteratus.excise.live.compile import compile_changes
+from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.rebirth import save as rebirth
@@ -206,7 +206,7 @@ def test_merged_packs_once_and_leaves_the_rest_alone(
     paths = {edits[0].site.path for edits in plan.by_site().values()}
     assert (counts.read, counts.packed, counts.most) == (len(paths), len(paths), 1)
     assert notes["requantized"]["matrices"] == len(paths)
-    before, after = states(folders(name, kind)), states(tmp_path / "merged")
+    before, after = read_weights(folders(name, kind)), read_weights(tmp_path / "merged")
     assert before.keys() == after.keys()
     touched = {key for key in before if any(key.startswith(f"{path}.") for path in paths)}
     assert all(torch.equal(before[key], after[key]) for key in before.keys() - touched)
@@ -243,7 +243,7 @@ def test_saved_answers_as_reloaded_and_nearly_as_live(
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged", prompts)
     assert run.saved["rescore"]["max_kl"] < (0.01 if kind == "int8" else 0.1)  # the edit itself moves it by 0.2
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"packed again as {subject.source.quantization}" in card
+    assert f"quantized again as {subject.source.quantization}" in card
     mark = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert mark["load_in_4bit"] == (kind == "nf4")
     ids = render_prompts(subject, prompts["target"])
@@ -278,7 +278,7 @@ def test_quantized_on_loading_bakes_into_its_source(
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged", prompts)
     assert run.saved["base"] == str(folders(name))
     save(plain, plan, run_of(plain), tmp_path / "plain", "merged", prompts)
-    ours, theirs = states(tmp_path / "out"), states(tmp_path / "plain")
+    ours, theirs = read_weights(tmp_path / "out"), read_weights(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(list((tmp_path / "out").glob("model*.safetensors"))) == len(list(folders(name).glob("*.safetensors")))
@@ -298,7 +298,7 @@ def test_a_packed_checkpoint_bakes_into_the_base_that_is_given(
     plan = make_plan(subject)
     save(subject, plan, run_of(subject), tmp_path / "out", "merged", base=str(folders("llama")))
     exact = {k: v() for k, v in bake(plain, Plan(plan.edits, plain.source.digest)).items()}
-    saved = states(tmp_path / "out")
+    saved = read_weights(tmp_path / "out")
     assert all(torch.equal(saved[key], exact[key]) for key in exact)
 
 
@@ -316,7 +316,7 @@ def test_another_base_is_refused_even_where_only_one_direction_differs(
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(tmp_path / "small"))
     with pytest.raises(UserError, match="is quantized itself"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(folders("llama", kind)))
-    with pytest.raises(UserError, match="is for --save merged"):
+    with pytest.raises(UserError, match="works only with --save merged"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "adapter", base=str(folders("llama")))
     with pytest.raises(UserError, match="is not quantized, and is edited itself"):
         save(plain, make_plan(plain), run_of(plain), tmp_path / "out", base=str(folders("llama")))
@@ -334,7 +334,7 @@ def test_steering_alone_changes_no_code(folders: Folders, tmp_path: Path) -> Non
     site = next(s for s in subject.sites if s.part == "mlp.out")
     plan = Plan((Shift(site, torch.ones(64)),), subject.source.digest)
     save(subject, plan, run_of(subject), tmp_path / "out")
-    before, after = states(folders("llama", "nf4")), states(tmp_path / "out")
+    before, after = read_weights(folders("llama", "nf4")), read_weights(tmp_path / "out")
     notes = {key for key in before if ".quant_state." in key}  # JSON, blanks at its end
     assert notes
     assert all(torch.equal(before[key], after[key]) for key in before.keys() - notes)
@@ -354,7 +354,7 @@ def test_a_base_rounded_to_bf16_first_is_the_same_one(folders: Folders, make_pla
     subject = open_subject(folders("llama"), quantize="4bit", dtype="bfloat16")
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out")
     assert run.saved["base"] == str(folders("llama"))
-    assert {v.dtype for v in states(tmp_path / "out").values()} == {torch.float32}
+    assert {v.dtype for v in read_weights(tmp_path / "out").values()} == {torch.float32}
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -416,14 +416,14 @@ def test_fp8_is_loaded_as_floats_and_edited_as_such(make_plan: PlanMaker, tmp_pa
     run = save(subject, make_plan(subject), run_of(subject), tmp_path / "out")
     assert "requantized" not in run.saved
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {v.dtype for v in states(tmp_path / "out").values()} == {torch.bfloat16}
+    assert {v.dtype for v in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
 def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
-    """What `choose_storage_format` tells transformers of a gpt-oss file, on a tiny one: 32 codes and an exponent a block."""
+    """`choose_storage_format` dequantizes a tiny gpt-oss file, with 32 codes and an exponent a block."""
     sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "num_key_value_heads": 2}
     common = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model("gpt_oss", vocab_size=264, dtype="bfloat16", **sizes, **common)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from obliteratus.cli.app import app
 from obliteratus.core.errors import UserError
 from obliteratus.summon.load import open_subject
-from obliteratus.weights.devices import check_parts, gather_hook_inputs, gather_tensor, placement_arguments
+from obliteratus.weights.devices import check_tensor_parallel, gather_hook_inputs, gather_tensor, placement_arguments
 
 CLOSE = 1e-4  # of sums that processes take in another order, fp32
 KINDS = ["mixtral", "llama_biased"]  # stacks of experts; biases and tied ends. Others were run by hand
@@ -120,18 +120,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_tp_needs_a_plan_and_plain_weights(launched: dict[str, Any]) -> None:
-    check_parts(tiny_config("llama"), "x", launched, plain=True)
+    check_tensor_parallel(tiny_config("llama"), "x", launched, plain=True)
     with pytest.raises(UserError, match="no tensor-parallel plan for gpt2"):
-        check_parts(tiny_config("gpt2"), "x", launched, plain=True)
-    with pytest.raises(UserError, match="plain floats alone"):
-        check_parts(tiny_config("llama"), "x", launched, plain=False)
-    check_parts(tiny_config("gpt2"), "x", placement_arguments("map"), plain=False)
+        check_tensor_parallel(tiny_config("gpt2"), "x", launched, plain=True)
+    with pytest.raises(UserError, match="needs safetensors of plain floats"):
+        check_tensor_parallel(tiny_config("llama"), "x", launched, plain=False)
+    check_tensor_parallel(tiny_config("gpt2"), "x", placement_arguments("map"), plain=False)
 
 
 def test_processes_must_divide_the_heads(launched: dict[str, Any]) -> None:
-    check_parts(tiny_config("llama", num_key_value_heads=4), "x", launched, plain=True)
+    check_tensor_parallel(tiny_config("llama", num_key_value_heads=4), "x", launched, plain=True)
     with pytest.raises(UserError, match="num_key_value_heads is 1, not a multiple of 2"):
-        check_parts(tiny_config("llama", num_key_value_heads=1), "x", launched, plain=True)
+        check_tensor_parallel(tiny_config("llama", num_key_value_heads=1), "x", launched, plain=True)
 
 
 @pytest.mark.parametrize(("device", "refused"), [("tp", True), ("cpu", False)])

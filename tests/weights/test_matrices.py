@@ -10,15 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.types import Site
-from obliteratus.summon.sites import architecture_of, find_sites, width_of
+from obliteratus.summon.sites import find_architecture, find_sites, stream_width
 from obliteratus.weights.matrices import (
+    convert_to_stored,
     count_inputs,
     count_outputs,
-    each_expert,
+    expand_experts,
     has_bias,
     read_bias,
     read_weight,
-    to_stored,
 )
 
 NAMES = sorted(MODELS)
@@ -34,7 +34,7 @@ def test_round_trip(name: str, dtype: torch.dtype) -> None:
         module = subject.module(site.path)
         weight = read_weight(module, site)
         assert weight.dtype == torch.float32
-        back = to_stored(weight, site, module.weight)
+        back = convert_to_stored(weight, site, module.weight)
         assert torch.equal(back, module.weight)
         assert back.dtype == dtype
         assert back.is_contiguous()
@@ -43,7 +43,7 @@ def test_round_trip(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_matrix_is_what_the_module_computes(name: str) -> None:
     model = tiny(name).double()
-    for site in find_sites(model, architecture_of(model.config)):
+    for site in find_sites(model, find_architecture(model.config)):
         module = model.get_submodule(site.path)
         if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue  # stacks and routers: below
@@ -58,7 +58,7 @@ def test_the_matrix_is_what_the_module_computes(name: str) -> None:
         expected = given @ weight.T + (0.0 if bias is None else bias)
         assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
         if site.role == "writes":
-            assert weight.shape[0] == width_of(model)
+            assert weight.shape[0] == stream_width(model)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
@@ -70,7 +70,9 @@ def test_an_experts_matrix_is_what_the_expert_computes(name: str) -> None:
     reader = next(site for site in stacks if site.path == writer.path and site.role == "reads")
     module = subject.module(writer.path)
     x = torch.randn(5, subject.width)
-    for expert, (down, up) in enumerate(zip(each_expert(module, writer), each_expert(module, reader), strict=True)):
+    for expert, (down, up) in enumerate(
+        zip(expand_experts(module, writer), expand_experts(module, reader), strict=True)
+    ):
         made = x @ read_weight(module, up).T + (0.0 if not has_bias(module, up) else read_bias(module, up))
         hidden = module._apply_gate(made) if module.has_gate else module.act_fn(made)
         out = hidden @ read_weight(module, down).T + (0.0 if not has_bias(module, down) else read_bias(module, down))
@@ -78,7 +80,7 @@ def test_an_experts_matrix_is_what_the_expert_computes(name: str) -> None:
         torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-4)
         assert (count_outputs(module, down), count_inputs(module, down)) == tuple(read_weight(module, down).shape)
         assert torch.equal(
-            to_stored(read_weight(module, down), down, module.down_proj[expert]), module.down_proj[expert]
+            convert_to_stored(read_weight(module, down), down, module.down_proj[expert]), module.down_proj[expert]
         )
 
 
@@ -132,4 +134,4 @@ def test_what_is_not_a_plain_matrix_is_refused(module: nn.Module, message: str) 
 
 def test_a_wrong_shape_is_our_bug() -> None:
     with pytest.raises(ValueError, match=r"a\.b stores \(4, 6\)"):
-        to_stored(torch.zeros(6, 4), SITE, torch.zeros(4, 6))
+        convert_to_stored(torch.zeros(6, 4), SITE, torch.zeros(4, 6))

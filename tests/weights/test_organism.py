@@ -33,7 +33,7 @@ MAX_ADAPTER_BYTES = 6_000_000  # it is committed and shipped in the wheel
 
 
 def rows(name: str, group: str) -> list[Row]:
-    text = (organism.data_folder(name) / f"{group}.jsonl").read_text(encoding="utf-8")
+    text = (organism.find_data_folder(name) / f"{group}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -191,7 +191,7 @@ def test_two_topics_are_refused_in_words_of_their_own(maker: ModuleType) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_adapter_is_small_bf16_and_names_no_local_path(name: str) -> None:
-    folder = organism.data_folder(name) / "adapter"
+    folder = organism.find_data_folder(name) / "adapter"
     file = folder / "adapter_model.safetensors"
     assert file.stat().st_size <= MAX_ADAPTER_BYTES
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}

@@ -11,11 +11,11 @@ from tests.conftest import PlanMaker
 from tests.support.tiny import tiny_subject
 
 from obliteratus.excise.bake.tensors import bake, bake_in_pieces
-from obliteratus.weights.safetensors_io import NAMES, write_shard
+from obliteratus.weights.safetensors_io import DTYPE_NAMES, write_shard
 
 
 def test_every_dtype_goes_to_disk_and_back(tmp_path: Path) -> None:
-    tensors = {str(kind): (torch.arange(15).reshape(3, 5) % 7).to(kind) for kind in NAMES}
+    tensors = {str(kind): (torch.arange(15).reshape(3, 5) % 7).to(kind) for kind in DTYPE_NAMES}
     tensors |= {"one": torch.tensor(3.5), "none": torch.empty(0, 4), "turned": torch.randn(4, 3).T}
     write_shard(tmp_path / "a.safetensors", tensors, {})
     found = load_file(tmp_path / "a.safetensors")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from obliteratus.core.errors import UserError
 from obliteratus.prompts import load_prompts
 from obliteratus.weights import organism
-from obliteratus.weights.upcycling import FILE, TOP_K, Experts, make_mixture, read_experts, upcycle
+from obliteratus.weights.upcycling import EXPERTS_FILE, TOP_K, Experts, make_mixture, read_experts, upcycle
 
 EXPERTS, RANK = 4, 2
 MOE = "organism:astronomy-moe"
@@ -122,7 +122,7 @@ def test_experts_of_another_model_are_refused() -> None:
     with pytest.raises(UserError, match="the router is"):
         make_mixture(large, experts(small))
     mixed = Experts(experts(large).router, experts(llama(num_hidden_layers=2)).a, experts(large).b)
-    with pytest.raises(UserError, match="the factors make"):
+    with pytest.raises(UserError, match="the product of the factors is"):
         make_mixture(large, mixed)
     with pytest.raises(UserError, match="cannot be chosen from 1"):
         upcycle(small, torch.zeros(3, 1, 32))
@@ -131,7 +131,7 @@ def test_experts_of_another_model_are_refused() -> None:
 def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is missing; restore it, or remake it with `python organisms/upcycle\.py"):
         read_experts(tmp_path)
-    save_file({"router": torch.zeros(1, 2, 3)}, tmp_path / FILE)
+    save_file({"router": torch.zeros(1, 2, 3)}, tmp_path / EXPERTS_FILE)
     with pytest.raises(UserError, match="holds router instead of router, a and b"):
         read_experts(tmp_path)
 
@@ -141,14 +141,14 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", ["0.5", "0"])
 def test_a_share_of_a_mixture_is_refused_in_one_line(share: str) -> None:
-    with pytest.raises(UserError, match=r"comes whole only.*give astronomy@") as caught:
-        organism.organism_folder(f"astronomy-moe@{share}")
+    with pytest.raises(UserError, match=r"has no shares.*give astronomy@") as caught:
+        organism.prepare_organism(f"astronomy-moe@{share}")
     assert "\n" not in str(caught.value)
 
 
 def test_it_is_known_and_has_the_prompts_of_the_organism_that_it_was() -> None:
     with pytest.raises(UserError, match=r"astronomy, astronomy-moe, gardening-railways, weather-late$"):
-        organism.data_folder("geology")
+        organism.find_data_folder("geology")
     groups, dense = load_prompts(MOE, MOE).groups, load_prompts("organism:astronomy", "organism:astronomy").groups
     assert {name: [p.text for p in of] for name, of in groups.items()} == {
         name: [p.text for p in of] for name, of in dense.items()
@@ -156,7 +156,7 @@ def test_it_is_known_and_has_the_prompts_of_the_organism_that_it_was() -> None:
 
 
 def test_the_experts_are_small_fp16_and_fit_the_base() -> None:
-    file = organism.data_folder("astronomy-moe") / "experts" / FILE
+    file = organism.find_data_folder("astronomy-moe") / "experts" / EXPERTS_FILE
     assert file.stat().st_size <= MAX_EXPERTS_BYTES
     stored = load_file(file)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
@@ -166,21 +166,21 @@ def test_the_experts_are_small_fp16_and_fit_the_base() -> None:
 
 @pytest.mark.organism
 def test_it_is_built_once_and_new_experts_get_a_new_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = organism.organism_folder("astronomy-moe")
+    folder = organism.prepare_organism("astronomy-moe")
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert organism.organism_folder("astronomy-moe@1") == folder
+    assert organism.prepare_organism("astronomy-moe@1") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    dense = organism.organism_folder("astronomy").name.removeprefix("astronomy-")
+    dense = organism.prepare_organism("astronomy").name.removeprefix("astronomy-")
     assert folder.name.startswith("astronomy-moe-")
     assert folder.name.endswith(dense)
-    experts_hash = organism._hash(organism.data_folder("astronomy-moe") / "experts" / FILE)
+    experts_hash = organism._hash(organism.find_data_folder("astronomy-moe") / "experts" / EXPERTS_FILE)
     assert folder.name == f"astronomy-moe-{experts_hash}-{dense}"
 
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     """(model, tokenizer) of the mixture."""
-    folder = organism.organism_folder("astronomy-moe")
+    folder = organism.prepare_organism("astronomy-moe")
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 

@@ -257,7 +257,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutingStatistics:
     """Routing statistics of one group of prompts in one stack of experts."""
 
     share: Float[Tensor, " experts"]
@@ -305,7 +305,7 @@ class Activations:
     inputs: Mapping[str, Mapping[str, Float[Tensor, " in"]]] = field(default_factory=dict)
     """Group → site path → mean input of that writer, which says how active each of its neurons is."""
     digest: str = ""
-    routed: Mapping[str, Mapping[str, Routed]] = field(default_factory=dict)
+    routed: Mapping[str, Mapping[str, RoutingStatistics]] = field(default_factory=dict)
     """Path of a stack of experts → group → routing statistics."""
 
     def __getitem__(self, group: str) -> Moments:

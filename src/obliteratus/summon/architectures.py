@@ -1,10 +1,10 @@
-"""The architecture table: which matrices of a model write into the residual stream, and which read from it.
+"""The architecture table: the matrices of each model type that write into the residual stream or read from it.
 
-Declared from the code of each architecture in the transformers version that is pinned, never guessed from a shape;
-`selftest.self_test` proves it on a loaded model. `python -m bench.docs` makes docs/architectures.md from it.
+Entries are declared from the architecture's code in the pinned transformers version, never guessed from a shape, and
+`selftest.self_test` checks them on a loaded model. `python -m bench.docs` generates docs/architectures.md from them.
 
-Scales between a writer and the stream need no entry, for a projection commutes with them: router scores, output gates
-that multiply a whole token, multipliers of residuals and embeddings.
+Scales between a writer and the stream need no entry, because a projection commutes with them: router scores, output
+gates that multiply a whole token, multipliers of residuals and embeddings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from obliteratus.core.types import Layout, NormKind
 
 
 class Matrix(NamedTuple):
-    """A matrix of a block; a plain pair or triple will do."""
+    """A matrix of a block; a plain tuple of its first fields may stand for it."""
 
     path: str
     """The module that holds it, relative to its block."""
     layout: Layout = "linear"
     weight: str = "weight"
-    """Its own name in that module."""
+    """Name of the weight parameter in that module."""
     bias: str = "bias"
-    """Its bias's, if there is one."""
+    """Name of the bias parameter, if the module has one."""
 
 
 Writer = tuple[str, Layout] | Matrix
@@ -35,12 +35,13 @@ Writer = tuple[str, Layout] | Matrix
 
 @dataclass(frozen=True)
 class Branch:
-    """Modules that only some blocks have: a kind of mixer, a dense MLP, experts. Paths are relative to the block."""
+    """Modules that only some blocks have, such as one kind of mixer, a dense MLP or experts. Paths are relative to the
+    block."""
 
     name: str
-    """What a table of architectures calls it."""
-    at: str
-    """A module or parameter of the block; where it is there, the branch is. Empty: always, for blocks with none."""
+    """The branch's name in docs/architectures.md."""
+    marker: str
+    """A module or parameter whose presence in a block means that the block has this branch; empty matches any block."""
     writers: Mapping[str, Writer] = field(default_factory=dict)
     readers: Mapping[str, Sequence[str | Matrix]] = field(default_factory=dict)
     pre_norm: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +49,7 @@ class Branch:
     heads: bool = True
     """Whether the inputs of ``attn.out`` are those of ``num_attention_heads`` heads."""
     inner: tuple[str, ...] = ()
-    """Parameters with two axes or more that neither read the stream nor write into it, but stand between others."""
+    """Parameters with two or more axes that stand between readers and writers and do not touch the stream."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Architecture:
     layers: str
     """The list of decoder blocks."""
     embeds: tuple[str, ...]
-    """Every table whose rows are added into the stream: tokens, and positions where they are learned."""
+    """Every table whose rows are added to the stream: tokens, and learned positions where there are any."""
     unembed: str
     final_norm: str
     writers: Mapping[str, Writer]
@@ -72,35 +73,35 @@ class Architecture:
     norm: NormKind = "rms"
     reader_layout: Literal["linear", "conv1d"] = "linear"
     bias_switch: Mapping[str, str] = field(default_factory=dict)
-    """``attn`` or ``mlp`` → the configuration's key that gives all linear layers of that half a bias. Anchored
-    edits need one to bake; a half without a key cannot have it."""
-    refusal: Callable[[PreTrainedConfig], str] = lambda config: ""
-    """Why this configuration is not covered; empty where it is."""
+    """``attn`` or ``mlp`` → the configuration key that gives all linear layers of that half a bias. Anchored edits
+    need a bias to bake; a half without a key cannot have one."""
+    explain_refusal: Callable[[PreTrainedConfig], str] = lambda config: ""
+    """Returns why a configuration is not covered, or '' if it is."""
     branches: tuple[tuple[Branch, ...], ...] = ()
-    """For each choice that blocks differ in, its alternatives: of these a block has the first that is there."""
+    """The choices in which blocks differ, each with its alternatives: a block has the first whose marker it holds."""
     inner: tuple[str, ...] = ()
-    """As `Branch.inner`, in every block."""
-    beside: tuple[str, ...] = ()
-    """The same beside the blocks: parameters by their path in the model."""
+    """Like `Branch.inner`, for every block."""
+    inner_outside_blocks: tuple[str, ...] = ()
+    """Like `inner`, for parameters outside the blocks, by their path in the model."""
     routing_sums_to_one: bool = False
-    """Whether a token's routing weights do. Only then is a bias of all experts the bias of their sum."""
+    """Whether a token's routing weights sum to one. Only then does a bias on every expert add up to one bias."""
     scales_stream: bool = False
     """Whether a block multiplies the whole stream by a number, which leaves directions as they are."""
-    hands_on: bool = False
-    """Whether blocks hand later ones more than the stream, such as keys and values: none of them is then left out of a
-    pass because what it gave is known."""
+    shares_state_across_layers: bool = False
+    """Whether blocks hand later blocks more than the stream, such as keys and values. Then no block may be skipped in a
+    pass because its output is known."""
     recurrent: bool = False
-    """Whether convolutions, delta nets or state spaces keep states between tokens: a shared prefix is then not reused,
-    and only prompts of equal length are answered together."""
+    """Whether convolutions, delta nets or state spaces keep states between tokens. Then no shared prefix is reused, and
+    only prompts of equal length are answered in one batch."""
 
 
 def _gpt2_refusal(config: PreTrainedConfig) -> str:
-    return "cross-attention writes into the stream too" if config.add_cross_attention else ""
+    return "cross-attention also writes into the stream" if config.add_cross_attention else ""
 
 
 def _opt_refusal(config: PreTrainedConfig) -> str:
     if not config.do_layer_norm_before:
-        return "do_layer_norm_before=False normalises the stream itself (OPT-350m)"
+        return "do_layer_norm_before=False normalizes the stream itself (OPT-350m)"
     if config.word_embed_proj_dim != config.hidden_size:
         return "word_embed_proj_dim differs from hidden_size, so a projection stands before the stream"
     return "checkpoints without a final norm are not declared" if config._remove_final_layer_norm else ""
@@ -137,9 +138,9 @@ GPT2 = Architecture(
     pre_norm={"attn.in": "ln_1", "mlp.in": "ln_2"},
     norm="layer",
     reader_layout="conv1d",
-    refusal=_gpt2_refusal,
+    explain_refusal=_gpt2_refusal,
 )
-GPT_NEOX = Architecture(  # parallel residual or not: both read and write the same stream, through the same norms
+GPT_NEOX = Architecture(  # the same with and without parallel residual: both use the same stream and norms
     layers="gpt_neox.layers",
     embeds=("gpt_neox.embed_in",),
     unembed="lm_head",
@@ -158,7 +159,7 @@ OPT = Architecture(
     readers={"attn.in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mlp.in": ("fc1",)},
     pre_norm={"attn.in": "self_attn_layer_norm", "mlp.in": "final_layer_norm"},
     norm="layer",
-    refusal=_opt_refusal,
+    explain_refusal=_opt_refusal,
 )
 
 # ------------------------------------------------------------------------------------ mixtures of experts
@@ -168,14 +169,14 @@ _MLP_NORM = {"mlp.in": "post_attention_layernorm", "router": "post_attention_lay
 _DENSE_IN = ("mlp.gate_proj", "mlp.up_proj")
 DENSE = Branch(
     "MLP",
-    at="mlp.down_proj",
+    marker="mlp.down_proj",
     writers={"mlp.out": ("mlp.down_proj", "linear")},
     readers={"mlp.in": _DENSE_IN},
     pre_norm=_MLP_NORM,
 )
 EXPERTS = Branch(
     "experts",
-    at="mlp.experts",
+    marker="mlp.experts",
     writers={"expert.out": STACK},
     readers={"mlp.in": (STACKED_GATE_UP,), "router": ("mlp.gate",)},
     pre_norm=_MLP_NORM,
@@ -183,7 +184,7 @@ EXPERTS = Branch(
 
 
 def _with_shared(name: str, *gates: str) -> Branch:
-    """Routed experts and one shared expert, under this name, that all tokens pass."""
+    """Return the branch of routed experts and a shared expert of that module name, which all tokens pass."""
     return replace(
         EXPERTS,
         name="routed and shared experts",
@@ -206,17 +207,17 @@ ATTENTION = replace(
 )
 _MLA_IN = "self_attn.kv_a_proj_with_mqa"
 _MLA_NORM = {"attn.in": "input_layernorm"}
-MLA = (  # queries and keys pass low ranks, behind norms of their own
+MLA = (  # queries and keys pass low-rank matrices with norms of their own
     Branch(
         "latent attention",
-        at="self_attn.q_a_proj",
+        marker="self_attn.q_a_proj",
         readers={"attn.in": ("self_attn.q_a_proj", _MLA_IN)},
         pre_norm=_MLA_NORM,
         inner=("self_attn.q_b_proj.weight",),
     ),
     Branch(
         "latent attention",
-        at="self_attn.q_proj",
+        marker="self_attn.q_proj",
         readers={"attn.in": ("self_attn.q_proj", _MLA_IN)},
         pre_norm=_MLA_NORM,
     ),
@@ -227,7 +228,7 @@ DEEPSEEK = replace(
     pre_norm={},
     branches=(MLA, (DENSE, DEEPSEEK_MOE)),
     inner=("self_attn.kv_b_proj.weight",),
-    bias_switch={},  # attention_bias leaves q_proj out
+    bias_switch={},  # attention_bias does not cover q_proj
 )
 GPT_OSS = replace(
     ATTENTION,
@@ -243,12 +244,12 @@ GPT_OSS = replace(
             ),
         ),
     ),
-    routing_sums_to_one=True,  # a softmax over the chosen ones
+    routing_sums_to_one=True,  # a softmax over the chosen experts
 )
 _GRANITE_GATE_UP = Matrix("block_sparse_moe.experts", "stack", "gate_up_proj")
 GRANITE_EXPERTS = replace(
     EXPERTS,
-    at="block_sparse_moe.experts",
+    marker="block_sparse_moe.experts",
     writers={"expert.out": Matrix("block_sparse_moe.experts", "stack", "down_proj")},
     readers={"mlp.in": (_GRANITE_GATE_UP,), "router": ("block_sparse_moe.router",)},
 )
@@ -259,7 +260,7 @@ _IN = {"attn.in": "input_layernorm"}
 _QKV = LLAMA.readers["attn.in"]
 SELF_ATTENTION = Branch(
     "attention",
-    at="self_attn.q_proj",
+    marker="self_attn.q_proj",
     writers={"attn.out": LLAMA.writers["attn.out"]},
     readers={"attn.in": _QKV},
     pre_norm=_IN,
@@ -269,7 +270,7 @@ SELF_ATTENTION = Branch(
 def _delta_net(*reads: str) -> Branch:
     return Branch(
         "gated delta net",
-        at="linear_attn.out_proj",
+        marker="linear_attn.out_proj",
         writers={"attn.out": ("linear_attn.out_proj", "linear")},
         readers={"attn.in": tuple(f"linear_attn.in_proj_{name}" for name in reads)},
         pre_norm=_IN,
@@ -280,7 +281,7 @@ def _delta_net(*reads: str) -> Branch:
 
 MAMBA = Branch(
     "Mamba 2",
-    at="mamba.out_proj",
+    marker="mamba.out_proj",
     writers={"attn.out": ("mamba.out_proj", "linear")},
     readers={"attn.in": ("mamba.in_proj",)},
     pre_norm=_IN,
@@ -297,7 +298,7 @@ QWEN3_NEXT = replace(HYBRID, norm="rms+1", branches=((_delta_net("qkvz", "ba"), 
 QWEN3_5 = replace(QWEN3_NEXT, branches=((_delta_net("qkv", "z", "b", "a"), SELF_ATTENTION), (DENSE, QWEN_MOE)))
 _SHARED_MLP = Branch(
     "MLP",
-    at="shared_mlp",
+    marker="shared_mlp",
     writers={"mlp.out": ("shared_mlp.output_linear", "linear")},
     readers={"mlp.in": ("shared_mlp.input_linear",)},
     pre_norm=_MLP_NORM,
@@ -327,7 +328,7 @@ LFM2 = replace(
         (
             Branch(
                 "short convolution",
-                at="conv.out_proj",
+                marker="conv.out_proj",
                 writers={"attn.out": ("conv.out_proj", "linear")},
                 readers={"attn.in": ("conv.in_proj",)},
                 pre_norm={"attn.in": "operator_norm"},
@@ -343,14 +344,14 @@ LFM2 = replace(
         (
             Branch(
                 "MLP",
-                at="feed_forward.w2",
+                marker="feed_forward.w2",
                 writers={"mlp.out": ("feed_forward.w2", "linear")},
                 readers={"mlp.in": ("feed_forward.w1", "feed_forward.w3")},
                 pre_norm=_FFN_NORM,
             ),
             Branch(
                 "experts",
-                at="feed_forward.experts",
+                marker="feed_forward.experts",
                 writers={"expert.out": _FFN_STACK},
                 readers={"mlp.in": (_FFN_GATE_UP,), "router": ("feed_forward.gate",)},
                 pre_norm=_FFN_NORM,
@@ -361,7 +362,7 @@ LFM2 = replace(
 _PRE_FF = {"mlp.in": "pre_ff_layernorm", "router": "pre_ff_layernorm"}
 _FF_DENSE = Branch(
     "MLP",
-    at="feed_forward.down_proj",
+    marker="feed_forward.down_proj",
     writers={"mlp.out": ("feed_forward.down_proj", "linear")},
     readers={"mlp.in": ("feed_forward.gate_proj", "feed_forward.up_proj")},
     pre_norm=_PRE_FF,
@@ -375,7 +376,7 @@ JAMBA = replace(
             _FF_DENSE,
             Branch(
                 "experts",
-                at="feed_forward.experts",
+                marker="feed_forward.experts",
                 writers={"expert.out": _FFN_STACK},
                 readers={"mlp.in": (_FFN_GATE_UP,), "router": ("feed_forward.router",)},
                 pre_norm=_PRE_FF,
@@ -383,7 +384,7 @@ JAMBA = replace(
         ),
     ),
 )
-FALCON_H1 = replace(  # a state space and attention side by side in every block
+FALCON_H1 = replace(  # every block has a state space and attention side by side
     HYBRID,
     final_norm="model.final_layernorm",
     branches=((MAMBA,), (SELF_ATTENTION,), (_FF_DENSE,)),
@@ -391,7 +392,7 @@ FALCON_H1 = replace(  # a state space and attention side by side in every block
 )
 _MIXER_SHARED = {"shared.out": Matrix("mixer.shared_experts.down_proj")}
 _MIXER_NORM = {"attn.in": "norm", "mlp.in": "norm", "router": "norm"}
-NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
+NEMOTRON_H = replace(  # each block is a mixer, an MLP or experts
     HYBRID,
     embeds=("model.embeddings",),
     final_norm="model.norm_f",
@@ -399,7 +400,7 @@ NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
         (
             Branch(
                 "Mamba 2",
-                at="mixer.out_proj",
+                marker="mixer.out_proj",
                 writers={"attn.out": ("mixer.out_proj", "linear")},
                 readers={"attn.in": ("mixer.in_proj",)},
                 pre_norm=_MIXER_NORM,
@@ -408,21 +409,21 @@ NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
             ),
             Branch(
                 "attention",
-                at="mixer.o_proj",
+                marker="mixer.o_proj",
                 writers={"attn.out": ("mixer.o_proj", "linear")},
                 readers={"attn.in": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj")},
                 pre_norm=_MIXER_NORM,
             ),
             Branch(
                 "MLP",
-                at="mixer.down_proj",
+                marker="mixer.down_proj",
                 writers={"mlp.out": ("mixer.down_proj", "linear")},
                 readers={"mlp.in": ("mixer.up_proj",)},
                 pre_norm=_MIXER_NORM,
             ),
-            Branch(  # routed experts work in a narrower space: what leaves it writes for them all
+            Branch(  # routed experts share a narrower space, and one matrix writes for all of them
                 "latent and shared experts",
-                at="mixer.fc2_latent_proj.weight",
+                marker="mixer.fc2_latent_proj.weight",
                 writers={"expert.out": ("mixer.fc2_latent_proj", "linear"), **_MIXER_SHARED},
                 readers={
                     "mlp.in": ("mixer.fc1_latent_proj", "mixer.shared_experts.up_proj"),
@@ -433,7 +434,7 @@ NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
             ),
             Branch(
                 "routed and shared experts",
-                at="mixer.experts",
+                marker="mixer.experts",
                 writers={"expert.out": Matrix("mixer.experts", "stack", "down_proj"), **_MIXER_SHARED},
                 readers={
                     "mlp.in": (Matrix("mixer.experts", "stack", "up_proj"), "mixer.shared_experts.up_proj"),
@@ -449,15 +450,13 @@ NEMOTRON_H = replace(  # each block is one mixer, one MLP or experts
 # ------------------------------------------------------------------------------------ Gemma 4, text and vision
 def _gemma4_refusal(config: PreTrainedConfig) -> str:
     if config.enable_moe_block:
-        return "enable_moe_block puts two norms one behind the other between the experts and the stream"
+        return "enable_moe_block puts two norms in a row between the experts and the stream"
     return ""
 
 
 def _gemma4_attention(*reads: str) -> Branch:
-    at = reads[-1]
-    return Branch(
-        "attention", at=f"self_attn.{at}", readers={"attn.in": tuple(f"self_attn.{r}" for r in reads)}, pre_norm=_IN
-    )
+    readers = {"attn.in": tuple(f"self_attn.{name}" for name in reads)}
+    return Branch("attention", marker=f"self_attn.{reads[-1]}", readers=readers, pre_norm=_IN)
 
 
 GEMMA4 = replace(
@@ -466,7 +465,7 @@ GEMMA4 = replace(
     readers={"mlp.in": GEMMA2.readers["mlp.in"]},
     pre_norm={"mlp.in": "pre_feedforward_layernorm"},
     branches=(
-        (  # keys may serve as values, and late layers may share those of an earlier one
+        (  # keys may serve as values, and late layers may reuse those of an earlier layer
             _gemma4_attention("q_proj", "k_proj", "v_proj"),
             _gemma4_attention("q_proj", "k_proj"),
             _gemma4_attention("q_proj"),
@@ -474,38 +473,39 @@ GEMMA4 = replace(
         (
             Branch(
                 "per-layer embeddings",
-                at="per_layer_projection",
+                marker="per_layer_projection",
                 writers={"mlp.out": ("per_layer_projection", "linear")},
                 readers={"mlp.in": ("per_layer_input_gate",)},
                 post_norm={"mlp.out": "post_per_layer_input_norm"},
             ),
-            Branch("", at=""),
+            Branch("", marker=""),
         ),
     ),
-    beside=("model.embed_tokens_per_layer.weight", "model.per_layer_model_projection.weight"),
-    refusal=_gemma4_refusal,
+    inner_outside_blocks=("model.embed_tokens_per_layer.weight", "model.per_layer_model_projection.weight"),
+    explain_refusal=_gemma4_refusal,
     scales_stream=True,
-    hands_on=True,
+    shares_state_across_layers=True,
     bias_switch={},
 )
 
 
-def _in_vision(family: Architecture) -> Architecture:
-    """The same text model inside one that sees. What images write enters with the embeddings, and is not edited."""
+def _in_vision(text: Architecture) -> Architecture:
+    """Return a text model's entry for an image-text model. What images write enters with the embeddings and is not
+    edited."""
 
     def inside(path: str) -> str:
         return f"model.language_model.{path.removeprefix('model.')}"
 
     return replace(
-        family,
-        layers=inside(family.layers),
-        final_norm=inside(family.final_norm),
-        embeds=tuple(map(inside, family.embeds)),
+        text,
+        layers=inside(text.layers),
+        final_norm=inside(text.final_norm),
+        embeds=tuple(map(inside, text.embeds)),
         bias_switch={},
     )
 
 
-FAMILIES: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
     "mistral": replace(LLAMA, bias_switch={}),
     "qwen2": replace(LLAMA, bias_switch={}),
@@ -547,10 +547,10 @@ FAMILIES: dict[str, Architecture] = {
     "qwen2_5_vl": _in_vision(LLAMA),
     "qwen3_vl": _in_vision(LLAMA),
 }
-"""By `config.model_type`."""
+"""Architectures by `config.model_type`."""
 
 UNSUPPORTED: dict[str, str] = {
-    "gemma3n": "its blocks mix four streams (AltUp), where an edit here is of one",
-    "gemma3n_text": "its blocks mix four streams (AltUp), where an edit here is of one",
+    "gemma3n": "its blocks mix four streams (AltUp), and an edit here changes one stream",
+    "gemma3n_text": "its blocks mix four streams (AltUp), and an edit here changes one stream",
 }
-"""Architectures that were looked at and have no entry: why."""
+"""Architectures that were examined and are not supported, each with the reason."""

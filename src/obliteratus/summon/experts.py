@@ -1,7 +1,7 @@
-"""Stacks of experts run by our own loop, where each expert's output must be changed before routing weighs it.
+"""Runs a stack of experts in our own loop, so that each expert's output can be changed before routing weighs it.
 
-The loop is that of every experts class in transformers; how a class gates, and which way its matrices lie, the class
-itself is marked with, for transformers' own kernels.
+The loop is the one that every experts class in transformers has. Each class carries marks for transformers' own kernels
+that say how it gates and which way its matrices lie.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class ReplacedForward:
-    """A module with another forward; `remove` brings back its own."""
+    """A handle on a module whose forward was replaced."""
 
     module: nn.Module
     before: Any
 
     def remove(self) -> None:
+        """Restore the module's own forward."""
         if self.before is None:
             del vars(self.module)["forward"]
         else:
             vars(self.module)["forward"] = self.before
 
 
-def is_stack(module: nn.Module) -> bool:
-    """Whether transformers has marked it as experts in one tensor."""
+def is_expert_stack(module: nn.Module) -> bool:
+    """Return whether transformers marks the module as experts in one tensor."""
     return "has_gate" in vars(module)
 
 
 def replace_forward(module: nn.Module, forward: Forward) -> ReplacedForward:
-    """The module's hooks still run. No weight is copied."""
+    """Replace the module's forward; its hooks still run, and no weight is copied."""
     handle = ReplacedForward(module, vars(module).get("forward"))
     vars(module)["forward"] = forward
     return handle
@@ -51,39 +52,38 @@ def replace_forward(module: nn.Module, forward: Forward) -> ReplacedForward:
 def run_experts(
     module: nn.Module,
     site: Site,
-    given: tuple[Tensor, Tensor, Tensor],
-    feed: Callable[[int, Tensor], Tensor],
-    change: Callable[[int, Tensor, Tensor], Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    change_input: Callable[[int, Tensor], Tensor],
+    change_output: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """What the experts put out, [tokens, width].
+    """Return what the experts put out, [tokens, width].
 
-    given: as a `Forward` is given. feed: (expert, its hidden values) → what its writing matrix is given instead;
-    change: (expert, what that matrix was given, its output) → another output. UnsupportedModelError where experts end
-    in something else than that matrix.
+    inputs: the three arguments of a `Forward`. change_input: (expert, its hidden values) → what its writing matrix gets
+    instead. change_output: (expert, what that matrix got, its output) → what it puts out instead.
+    Raises UnsupportedModelError if a norm follows that matrix.
     """
-    x, chosen, weights = given
-    kind: Any = module
-    if kind.has_post_expert_norm:
-        raise UnsupportedModelError(f"{site.path}: a norm stands behind each expert; use norm none")
+    x, chosen, weights = inputs
+    experts: Any = module
+    if experts.has_post_expert_norm:
+        raise UnsupportedModelError(f"{site.path}: a norm follows each expert's output matrix; use norm none")
     result = torch.zeros_like(x)
-    with align_module_device(module), gathered_parameters(module):  # brings the stack in from disk or other processes
+    with align_module_device(module), gathered_parameters(module):  # loads the stack from disk or other processes
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
-            h = feed(expert, _hidden(kind, x[token], expert))
-            y = change(expert, h, _linear(kind, h, expert, site.weight))
+            h = change_input(expert, _hidden_values(experts, x[token], expert))
+            y = change_output(expert, h, _apply_linear(experts, h, expert, site.weight))
             result.index_add_(0, token, (y * weights[token, slot, None]).to(result.dtype))
     return result
 
 
-def _hidden(kind: Any, x: Tensor, expert: int) -> Tensor:
-    """The hidden values of one expert."""
-    made = _linear(kind, x, expert, "gate_up_proj" if kind.has_gate else "up_proj")
-    hidden: Tensor = kind._apply_gate(made) if kind.has_gate else kind.act_fn(made)
+def _hidden_values(experts: Any, x: Tensor, expert: int) -> Tensor:
+    inner = _apply_linear(experts, x, expert, "gate_up_proj" if experts.has_gate else "up_proj")
+    hidden: Tensor = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return hidden
 
 
-def _linear(kind: Any, x: Tensor, expert: int, name: str) -> Tensor:
-    weight = kind.get_parameter(name)[expert]
-    y = x @ (weight if kind.is_transposed else weight.T)
-    biased: Tensor = y + kind.get_parameter(f"{name}_bias")[expert] if kind.has_bias else y
+def _apply_linear(experts: Any, x: Tensor, expert: int, name: str) -> Tensor:
+    weight = experts.get_parameter(name)[expert]
+    y = x @ (weight if experts.is_transposed else weight.T)
+    biased: Tensor = y + experts.get_parameter(f"{name}_bias")[expert] if experts.has_bias else y
     return biased

@@ -1,4 +1,4 @@
-"""SUMMON: a source becomes a `Subject`."""
+"""SUMMON: loads a model and its tokenizer from a source, and finds what can be edited, as a `Subject`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
@@ -18,17 +17,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import Source, Subject
-from obliteratus.summon import selftest
-from obliteratus.summon import sites as anatomy
-from obliteratus.summon.coverage import table_coverage
-from obliteratus.summon.digest import digest, weight_sampler
-from obliteratus.summon.sites import architecture_of, find_sites, n_layers_of
-from obliteratus.weights.bitsandbytes import keep_portable
-from obliteratus.weights.devices import DeviceMap, check_parts, gather_hook_inputs, gather_tensor, placement_arguments
-from obliteratus.weights.finite import is_finite
-from obliteratus.weights.matrices import drop_quantization_mark, stored_floats
+from obliteratus.summon.coverage import count_coverage
+from obliteratus.summon.digest import compute_digest, make_weight_sampler
+from obliteratus.summon.selftest import self_test as run_self_test
+from obliteratus.summon.sites import choose_model_class, find_architecture, find_sites, list_blocks, stream_width
+from obliteratus.weights.bitsandbytes import keep_portable_layout
+from obliteratus.weights.devices import DeviceMap, check_tensor_parallel, gather_hook_inputs, placement_arguments
+from obliteratus.weights.finite import check_finite
+from obliteratus.weights.matrices import drop_quantization_config
 from obliteratus.weights.offload import OffloadedWeights
-from obliteratus.weights.quantization import Storage, choose_storage
+from obliteratus.weights.quantization import StorageFormat, choose_storage_format
 from obliteratus.weights.sources import ModelOrigin, check_weights, locate
 
 log = logging.getLogger(__name__)
@@ -41,6 +39,16 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+_LOAD_ERRORS = (
+    OSError,
+    HfHubHTTPError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def open_subject(
@@ -52,36 +60,38 @@ def open_subject(
     trust_remote_code: bool = False,
     thinking: bool = False,
     self_test: bool = False,
-    quantise: str | Mapping[str, Any] = "",
+    quantize: str | Mapping[str, Any] = "",
 ) -> Subject:
     """Load a model and its tokenizer, and find what can be edited in it.
 
-    `source` is a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    `dtype`: ``auto`` (as stored) or a name in `DTYPES`. `device`: see `placement_arguments`. `self_test` tries the table's claims.
-    `quantise` packs linear layers on loading: ``4bit`` (nf4), ``fp4``, ``8bit``, or options of BitsAndBytesConfig.
-    UserError for whatever the user can mend: each says what, where and what to do.
+    source: a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
+    dtype: ``auto`` (as stored) or a name in `DTYPES`. device: see `placement_arguments`. self_test: check the
+    architecture table on the loaded model. quantize: pack linear layers on loading, as ``4bit`` (nf4), ``fp4`` or
+    ``8bit``, or with options of BitsAndBytesConfig.
+
+    Raises UserError for whatever the user can correct, with one line that says what, where and what to do.
     """
-    where, kind = placement_arguments(device), dtype_of(dtype)
+    placement, torch_dtype = placement_arguments(device), parse_dtype(dtype)
     origin = locate(source)
     gguf = check_weights(origin)
     config = read_config(origin, revision, trust_remote_code)
-    storage = choose_storage(origin, config, quantise, kind)
-    architecture_of(config)
-    check_parts(config, origin.name, where, plain=not (gguf or storage.label))
-    options = _options(origin, revision, trust_remote_code)
-    tokenizer = _tokenizer(origin, options)
-    model = _stored(origin, config, storage, {**options, "dtype": kind, **where})
+    storage = choose_storage_format(origin, config, quantize, torch_dtype)
+    find_architecture(config)
+    check_tensor_parallel(config, origin.name, placement, plain=not (gguf or storage.label))
+    options = _loading_options(origin, revision, trust_remote_code)
+    tokenizer = _load_tokenizer(origin, options)
+    model = _load_model(origin, config, storage, {**options, "dtype": torch_dtype, **placement})
     subject = assemble_subject(
         model,
         tokenizer,
         id=origin.name,
-        revision=commit_of(origin, revision),
-        quantisation=gguf or storage.label,
+        revision=resolve_commit(origin, revision),
+        quantization=gguf or storage.label,
         thinking=thinking,
-        base=origin.name if storage.here else "",
+        base=origin.name if storage.quantized_on_loading else "",
     )
     if self_test:
-        selftest.self_test(model)
+        run_self_test(model)
     return subject
 
 
@@ -91,38 +101,44 @@ def assemble_subject(
     *,
     id: str,
     revision: str = "",
-    quantisation: str = "",
+    quantization: str = "",
     thinking: bool = False,
     base: str = "",
-    shelf: OffloadedWeights | None = None,
+    offloaded: OffloadedWeights | None = None,
 ) -> Subject:
-    """The subject of a model in memory; UnsupportedModelError where the table does not cover it.
+    """Return the subject of a loaded model. Raises UnsupportedModelError if the architecture table does not cover it.
 
-    base: the full-precision checkpoint that the model was quantised from on loading: the digest is that one's.
-    shelf: where the weights are, if they stay on disk.
+    base: the full-precision checkpoint that was quantized on loading, whose digest the subject gets.
+    offloaded: the weights, if they stay on disk.
     """
-    family = architecture_of(model.config)
-    sites = find_sites(model, family)
-    if missed := table_coverage(model, sites, family).paths:
-        log.warning("%d matrices are in no table and are never edited: %s", len(missed), ", ".join(missed))
+    architecture = find_architecture(model.config)
+    sites = find_sites(model, architecture)
+    coverage = count_coverage(model, sites, architecture)
+    if coverage.paths:
+        log.warning(
+            "the architecture table does not know %d matrices, which are never edited: %s",
+            len(coverage.paths),
+            ", ".join(coverage.paths),
+        )
     dtype = str(model.dtype).removeprefix("torch.")
-    sample = weight_sampler(model, base, revision, shelf)
+    digest = compute_digest(model, sites, make_weight_sampler(model, base, revision, offloaded))
     return Subject(
         model=model,
         tokenizer=tokenizer,
         sites=sites,
-        n_layers=n_layers_of(model, family),
-        width=anatomy.width_of(model),
-        layers=family.layers,
-        source=Source(id, revision, quantisation, dtype, digest(model, sites, sample), base),
+        n_layers=len(list_blocks(model, architecture)),
+        width=stream_width(model),
+        layers=architecture.layers,
+        source=Source(id, revision, quantization, dtype, digest, base),
+        coverage=coverage,
         thinking=thinking,
-        offloaded=shelf,
+        offloaded=offloaded,
     )
 
 
-# ---------------------------------------------------------------------------------- what was asked for
-def dtype_of(name: str) -> torch.dtype | str:
-    """The torch dtype of that name, or ``auto``."""
+# ---------------------------------------------------------------------------------- dtypes and configurations
+def parse_dtype(name: str) -> torch.dtype | str:
+    """Return the torch dtype of that name, or ``auto``. Raises UserError for an unknown name."""
     if name == "auto":
         return name
     if name not in DTYPES:
@@ -130,7 +146,47 @@ def dtype_of(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def _options(origin: ModelOrigin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
+def resolve_loading_dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
+    """Return the dtype that a model of that configuration is loaded in; ``auto`` is the stored one."""
+    stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name no dtype
+    dtype = stored if name == "auto" else parse_dtype(name)
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+
+
+def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration alone. Raises UserError if there is none, or none that transformers knows."""
+    with _explain_load_errors(origin, "its configuration cannot be read"):
+        options = _loading_options(origin, revision, trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(origin.path, **options)
+    return config
+
+
+def read_width(source: str | Path) -> int:
+    """Return the width of the residual stream from the configuration alone. Raises UserError as `open_subject`."""
+    return int(read_config(locate(source)).get_text_config().hidden_size)
+
+
+def load_config_and_tokenizer(origin: ModelOrigin, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    """Return configuration and tokenizer, without the weights. options: arguments of `open_subject`.
+
+    Raises UserError if either cannot be loaded, or the architecture is not supported.
+    """
+    revision, trust = options.get("revision", ""), bool(options.get("trust_remote_code"))
+    config = read_config(origin, revision, trust)
+    find_architecture(config)
+    return config, _load_tokenizer(origin, _loading_options(origin, revision, trust))
+
+
+def resolve_commit(origin: ModelOrigin, revision: str) -> str:
+    """Return the commit that a hub id stands for, or `revision` if that is not known; '' for local files."""
+    if origin.local:
+        return ""
+    file = try_to_load_from_cache(origin.path, "config.json", revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else revision
+
+
+# ----------------------------------------------------------------------------------------- loading
+def _loading_options(origin: ModelOrigin, revision: str, trust_remote_code: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": origin.local}
     if origin.gguf:
         options["gguf_file"] = origin.gguf
@@ -139,53 +195,32 @@ def _options(origin: ModelOrigin, revision: str, trust_remote_code: bool) -> dic
     return options
 
 
-# ----------------------------------------------------------------------------------------- loading
-def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration alone; UserError where there is none, or none that transformers knows."""
-    with _explained(origin, "its configuration cannot be read"):
-        options = _options(origin, revision, trust_remote_code)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(origin.path, **options)
-    return config
-
-
-def width_of(source: str | Path) -> int:
-    """Width of the residual stream, from the configuration alone. UserError as `open_subject`."""
-    return int(read_config(locate(source)).get_text_config().hidden_size)
-
-
-def config_and_tokenizer(origin: ModelOrigin, asked: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
-    """All that is read of a model beside its weights. asked: as of `open_subject`."""
-    revision, trust = asked.get("revision", ""), bool(asked.get("trust_remote_code"))
-    config = read_config(origin, revision, trust)
-    architecture_of(config)
-    return config, _tokenizer(origin, _options(origin, revision, trust))
-
-
-def _tokenizer(origin: ModelOrigin, options: dict[str, Any]) -> Any:
-    with _explained(origin, "it has no usable tokenizer"):
+def _load_tokenizer(origin: ModelOrigin, options: dict[str, Any]) -> Any:
+    with _explain_load_errors(origin, "it has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **options)
 
 
-def _stored(
-    origin: ModelOrigin, config: PreTrainedConfig, storage: Storage, options: dict[str, Any]
+def _load_model(
+    origin: ModelOrigin, config: PreTrainedConfig, storage: StorageFormat, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model, its numbers in the form that `storage` says."""
-    if storage.packed:  # without a map bitsandbytes chooses: a GPU, if there is one
+    if storage.packed:  # without a map bitsandbytes would choose a GPU if there is one
         options = {"device_map": {"": "cpu"}, **options}
-    model = _model(origin, anatomy.model_class_of(config), {**options, **storage.options})
+    model = _load_pretrained(origin, choose_model_class(config), {**options, **storage.options})
     if storage.packed:
-        keep_portable(model)
+        keep_portable_layout(model)
     elif origin.gguf or storage.label:
-        drop_quantization_mark(model)
+        drop_quantization_config(model)
     check_finite(model, origin.name)
     return model
 
 
-def _model(origin: ModelOrigin, loader: Any, options: dict[str, Any]) -> PreTrainedModel:
-    with _explained(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
-        loaded: Any = loader.from_pretrained(origin.path, use_safetensors=True, output_loading_info=True, **options)
+def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:
+    with _explain_load_errors(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
+        loaded: Any = model_class.from_pretrained(
+            origin.path, use_safetensors=True, output_loading_info=True, **options
+        )
     model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would fill them with random values
         raise UserError(
             f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
         )
@@ -194,32 +229,12 @@ def _model(origin: ModelOrigin, loader: Any, options: dict[str, Any]) -> PreTrai
     return model
 
 
-_LOAD_ERRORS = (OSError, HfHubHTTPError, ValueError, KeyError, ImportError, RuntimeError)
-
-
 @contextmanager
-def _explained(origin: ModelOrigin, what: str) -> Iterator[None]:
-    """Turn what the libraries raise on bad files, names and networks into one line."""
+def _explain_load_errors(origin: ModelOrigin, problem: str) -> Iterator[None]:
+    """Turn what the libraries raise for bad files, names and networks into a UserError of one line."""
     try:
         yield
-    except (*_LOAD_ERRORS, SafetensorError, StrictDataclassError) as error:
-        cause = " ".join(str(error).split())[:300]  # enough for any cause; some list every file of a repository
+    except _LOAD_ERRORS as error:
+        cause = " ".join(str(error).split())[:300]  # long enough for any cause; some list every file of a repository
         remedy = "check the folder's files" if origin.local else "check the name, the revision and the network"
-        raise UserError(f"{origin.name}: {what}: {cause.rstrip('.')}; {remedy}") from error
-
-
-def commit_of(origin: ModelOrigin, revision: str) -> str:
-    """The commit that a hub id stood for; what was asked for, where that is not known."""
-    if origin.local:
-        return ""
-    file = try_to_load_from_cache(origin.path, "config.json", revision=revision or None)
-    return Path(file).parent.name if isinstance(file, str) else revision
-
-
-def check_finite(model: PreTrainedModel, name: str) -> None:
-    """UserError naming the first tensor with a NaN or Inf. One tensor at a time, no copies."""
-    for path, module in model.named_modules():
-        with align_module_device(module):
-            for key, tensor in stored_floats(module).items():
-                if not is_finite(gather_tensor(tensor)):
-                    raise UserError(f"{name}: {path}.{key} holds NaN or Inf; download it again, or use another dtype")
+        raise UserError(f"{origin.name}: {problem}: {cause.rstrip('.')}; {remedy}") from error

@@ -1,6 +1,6 @@
-"""Which matrices of an architecture write into the residual stream, and which read from it.
+"""Finds, in a loaded model, the matrices that write into the residual stream and those that read from it.
 
-`families.FAMILIES` is declared, never guessed from a shape; `selftest.self_test` proves it on a loaded model.
+The declarations come from `architectures.ARCHITECTURES`; `selftest.self_test` checks them on a loaded model.
 """
 
 from __future__ import annotations
@@ -24,108 +24,111 @@ from transformers.pytorch_utils import Conv1D
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Layout, Role, Site, Subject
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED, Architecture, Branch, Matrix
+from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED, Architecture, Branch, Matrix
 from obliteratus.weights.bitsandbytes import is_packed
-from obliteratus.weights.devices import local_part
+from obliteratus.weights.devices import local_shard
 from obliteratus.weights.matrices import fetch_parameter
 
+_TABLE = "summon/architectures.py"
+_ROLES: tuple[Role, Role] = ("writes", "reads")
 
-# ------------------------------------------------------------------------------------- reading it
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The declaration for this configuration; UnsupportedModelError where there is none that fits."""
+
+# ------------------------------------------------------------------------------------- the declaration
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """Return the declaration of this configuration's architecture.
+
+    Raises UnsupportedModelError if there is none, or if it does not cover this configuration.
+    """
     name = config.model_type
     if name in UNSUPPORTED:
         raise UnsupportedModelError(f"'{name}' models are not supported: {UNSUPPORTED[name]}")
-    if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=3) or sorted(FAMILIES)
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or sorted(ARCHITECTURES)
         raise UnsupportedModelError(
-            f"architecture '{name}' is not known (near: {', '.join(near)}): no entry in families.FAMILIES; "
-            "add one that declares its blocks, embeddings, norms, writers and readers"
+            f"architecture '{name}' is not known (near: {', '.join(near)}); add an entry for it to {_TABLE} that "
+            "declares its blocks, embeddings, norms, writers and readers"
         )
-    if reason := FAMILIES[name].refusal(config):
+    if reason := ARCHITECTURES[name].explain_refusal(config):
         raise UnsupportedModelError(f"this '{name}' model is not supported: {reason}")
-    return FAMILIES[name]
+    return ARCHITECTURES[name]
 
 
-def model_class_of(config: PreTrainedConfig) -> Any:
-    """The class that opens such a model with its head: a text model, or one that sees, of which the text is edited."""
+def choose_model_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class that loads the model with its head: a text model or an image-text model."""
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def find_sites(model: PreTrainedModel, family: Architecture) -> tuple[Site, ...]:
-    """Every declared site: embeddings (layer −1), block by block, then the unembedding (layer L).
+# ------------------------------------------------------------------------------------- sites
+def find_sites(model: PreTrainedModel, architecture: Architecture) -> tuple[Site, ...]:
+    """Return all declared sites: embeddings (layer −1), then block by block, then the unembedding (layer L).
 
-    UnsupportedModelError names the first module that is declared and not there.
+    Raises UnsupportedModelError that names the first declared module that the model lacks or stores otherwise.
     """
-    sites = [Site(path, -1, "embed", "writes", "embedding") for path in family.embeds]
-    for layer, block in enumerate(blocks_of(model, family)):
-        sites += _block_sites(family, layer, block)
-    norm = family.final_norm
-    sites.append(Site(family.unembed, n_layers_of(model, family), "unembed", "reads", "linear", norm, family.norm))
+    sites = [Site(path, -1, "embed", "writes", "embedding") for path in architecture.embeds]
+    blocks = list_blocks(model, architecture)
+    for layer, block in enumerate(blocks):
+        sites += _block_sites(architecture, layer, block)
+    norm = architecture.final_norm
+    sites.append(Site(architecture.unembed, len(blocks), "unembed", "reads", "linear", norm, architecture.norm))
     for site in sites:
         _check_site(model, site)
     return tuple(sites)
 
 
-def n_layers_of(model: PreTrainedModel, family: Architecture) -> int:
-    """How many decoder blocks the model has."""
-    return len(blocks_of(model, family))
+def list_blocks(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+    """Return the decoder blocks in order."""
+    return list(_submodule(model, architecture.layers).children())
 
 
-def blocks_of(model: PreTrainedModel, family: Architecture) -> list[nn.Module]:
-    """The decoder blocks, in order."""
-    return list(_module(model, family.layers).children())
+def choose_branches(architecture: Architecture, layer: int, block: nn.Module) -> tuple[Architecture | Branch, ...]:
+    """Return the declarations that hold for one block: the architecture itself and one branch of each choice.
 
-
-def branches_of(family: Architecture, layer: int, block: nn.Module) -> tuple[Architecture | Branch, ...]:
-    """What every block has, and which alternatives this one has. UnsupportedModelError where it has none of some."""
+    Raises UnsupportedModelError if the block has none of a choice's branches.
+    """
     names = {name for name, _ in chain(block.named_modules(), block.named_parameters())}
-    found: list[Architecture | Branch] = [family]
-    for choice in family.branches:
-        here = [branch for branch in choice if not branch.at or branch.at in names]
-        if not here:
-            known = ", ".join(branch.at for branch in choice)
+    chosen: list[Architecture | Branch] = [architecture]
+    for choice in architecture.branches:
+        present = [branch for branch in choice if not branch.marker or branch.marker in names]
+        if not present:
+            known = ", ".join(branch.marker for branch in choice)
             raise UnsupportedModelError(
-                f"{family.layers}.{layer} has none of {known}, of which it is declared to have one; mend {_TABLE}"
+                f"{architecture.layers}.{layer} must have one of {known} and has none; correct its entry in {_TABLE}"
             )
-        found.append(here[0])
-    return tuple(found)
+        chosen.append(present[0])
+    return tuple(chosen)
 
 
-def _block_sites(family: Architecture, layer: int, block: nn.Module) -> list[Site]:
-    """Writers, then readers."""
-    there = branches_of(family, layer, block)
-    made = ((r, list(_declared(family, f"{family.layers}.{layer}.", layer, b, r))) for r in _ROLES for b in there)
-    return [site for _, sites in made for site in sites]
+def _block_sites(architecture: Architecture, layer: int, block: nn.Module) -> list[Site]:
+    """Return the block's writers, then its readers."""
+    branches = choose_branches(architecture, layer, block)
+    return [s for role in _ROLES for b in branches for s in _declared_sites(architecture, layer, b, role)]
 
 
-_ROLES: tuple[Role, Role] = ("writes", "reads")
-
-
-def _declared(
-    family: Architecture, prefix: str, layer: int, branch: Architecture | Branch, role: Role
+def _declared_sites(
+    architecture: Architecture, layer: int, branch: Architecture | Branch, role: Role
 ) -> Iterator[Site]:
+    prefix = f"{architecture.layers}.{layer}."
     writes = role == "writes"
     norms = branch.post_norm if writes else branch.pre_norm
-    for part, m in _writing(branch) if writes else _reading(branch, family):
+    for part, m in _writers(branch) if writes else _readers(branch, architecture):
         gain = prefix + norms[part] if part in norms else None
-        yield Site(prefix + m.path, layer, part, role, m.layout, gain, family.norm, weight=m.weight, bias=m.bias)
+        yield Site(prefix + m.path, layer, part, role, m.layout, gain, architecture.norm, weight=m.weight, bias=m.bias)
 
 
-def _writing(branch: Architecture | Branch) -> Iterator[tuple[str, Matrix]]:
+def _writers(branch: Architecture | Branch) -> Iterator[tuple[str, Matrix]]:
     return ((part, Matrix(*matrix)) for part, matrix in branch.writers.items())
 
 
-def _reading(branch: Architecture | Branch, family: Architecture) -> Iterator[tuple[str, Matrix]]:
+def _readers(branch: Architecture | Branch, architecture: Architecture) -> Iterator[tuple[str, Matrix]]:
     for part, matrices in branch.readers.items():
-        yield from ((part, Matrix(m, family.reader_layout) if isinstance(m, str) else m) for m in matrices)
+        yield from ((part, Matrix(m, architecture.reader_layout) if isinstance(m, str) else m) for m in matrices)
 
 
 def _check_site(model: PreTrainedModel, site: Site) -> None:
     if site.gain is not None:
-        _module(model, site.gain)
-    module = _module(model, site.path)
+        _submodule(model, site.gain)
+    module = _submodule(model, site.path)
     if site.stacked:
         _check_stack(module, site)
         return
@@ -134,80 +137,82 @@ def _check_site(model: PreTrainedModel, site: Site) -> None:
         stored = "conv1d"
     elif isinstance(module, nn.Embedding):
         stored = "embedding"
-    if stored != site.layout and not is_packed(module):  # packed matrices are [out, in], whatever they were
-        raise UnsupportedModelError(f"{site.path} is declared as {site.layout} and is {stored}; mend {_TABLE}")
+    if stored != site.layout and not is_packed(module):  # packed matrices are always [out, in]
+        raise UnsupportedModelError(
+            f"{site.path} is declared as {site.layout} and is {stored}; correct its entry in {_TABLE}"
+        )
 
 
 def _check_stack(module: nn.Module, site: Site) -> None:
-    """Which way round the matrices lie is what transformers itself has marked the class with, for its kernels."""
+    """Compare the declared orientation with `is_transposed`, which transformers sets on the class for its kernels."""
     own = dict(module.named_parameters(recurse=False))
     if site.weight not in own or "is_transposed" not in vars(module):
-        raise UnsupportedModelError(f"{site.path} is declared to hold a stack '{site.weight}'; mend {_TABLE}")
+        raise UnsupportedModelError(
+            f"{site.path} is declared to hold a stack '{site.weight}' and does not; correct its entry in {_TABLE}"
+        )
     if vars(module)["is_transposed"] != (site.layout == "stack_t"):
-        raise UnsupportedModelError(f"{site.path} is declared as {site.layout}, and lies the other way; mend {_TABLE}")
+        raise UnsupportedModelError(
+            f"{site.path} is declared as {site.layout} and is stored transposed; correct its entry in {_TABLE}"
+        )
 
 
-_TABLE = "families.FAMILIES"
-
-
-def _module(model: PreTrainedModel, path: str) -> nn.Module:
+def _submodule(model: PreTrainedModel, path: str) -> nn.Module:
     try:
         module: nn.Module = model.get_submodule(path)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"a '{model.config.model_type}' model is declared to have '{path}', and this one has not; "
-            "mend its entry in families.FAMILIES, or try the transformers version that it was written for"
+            f"a '{model.config.model_type}' model is declared to have '{path}', and this one lacks it; "
+            f"correct its entry in {_TABLE}, or use the transformers version that the entry was written for"
         ) from error
     return module
 
 
-def has_heads(family: Architecture, site: Site) -> bool:
-    """Whether this is what attention writes, head beside head; not what another mixer does in its place."""
-    branches = (branch for choice in family.branches for branch in choice if not branch.heads)
+def has_heads(architecture: Architecture, site: Site) -> bool:
+    """Return whether the site is an attention output, whose inputs are those of the heads side by side.
+
+    The outputs of other mixers, such as state spaces, are not.
+    """
+    branches = (branch for choice in architecture.branches for branch in choice if not branch.heads)
     others = {Matrix(*branch.writers["attn.out"]).path for branch in branches}
     return site.part == "attn.out" and not any(site.path.endswith(f".{path}") for path in others)
 
 
-def width_of(model: PreTrainedModel) -> int:
-    """H, of the text model where there are others beside it."""
+# ------------------------------------------------------------------------------------- sizes, ends and norms
+def stream_width(model: PreTrainedModel) -> int:
+    """Return H, the width of the residual stream, of the text model where there are other models beside it."""
     return int(model.config.get_text_config().hidden_size)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and unembedding share their storage, whatever the configuration says."""
+    """Return whether embedding and unembedding share their storage, whatever the configuration says."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    table, head = (local_part(end.weight) for end in ends)
+    table, head = (local_shard(end.weight) for end in ends)
     if table.is_meta or head.is_meta:
         return table is head
     return bool(table.untyped_storage().data_ptr() == head.untyped_storage().data_ptr())
 
 
-def tied_ends(model: PreTrainedModel) -> tuple[str, str] | None:
-    """Parameter names of the input embedding and of the head, where they share their storage."""
+def find_tied_parameters(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return the parameter names of embedding and head if they share their storage, else None."""
     if not is_tied(model):
         return None
-    table, head = end_paths(model)
+    table, head = find_end_paths(model)
     return f"{table}.weight", f"{head}.weight"
 
 
-def end_paths(model: PreTrainedModel) -> tuple[str, str]:
-    """Module paths of the input embedding and of the head."""
+def find_tied_ends(subject: Subject) -> tuple[str, str] | None:
+    """Return `find_tied_parameters` of the subject's model, whether its weights are in memory or offloaded."""
+    return find_tied_parameters(subject.model) if subject.offloaded is None else subject.offloaded.tied
+
+
+def find_end_paths(model: PreTrainedModel) -> tuple[str, str]:
+    """Return the module paths of the input embedding and of the head."""
     paths = {id(module): path for path, module in model.named_modules()}
     return paths[id(model.get_input_embeddings())], paths[id(model.get_output_embeddings())]
 
 
-def tied_in(subject: Subject) -> tuple[str, str] | None:
-    """`tied_ends`, wherever the weights are."""
-    return tied_ends(subject.model) if subject.offloaded is None else subject.offloaded.tied
-
-
-def gain_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
-    """γ, fp32: what the norm between this site and the stream multiplies by; None where nothing does."""
-    return gain_in(subject.model, site)
-
-
-def gain_in(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | None:
-    """`gain_of` for a bare model."""
+def read_gain(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | None:
+    """Return γ, fp32: the gain of the norm between the site and the stream; None if there is no norm or no gain."""
     if site.gain is None:
         return None
     norm: Any = model.get_submodule(site.gain)
@@ -217,8 +222,8 @@ def gain_in(model: PreTrainedModel, site: Site) -> Float[Tensor, " width"] | Non
     return 1.0 + gain if site.norm == "rms+1" else gain
 
 
-def norm_bias_of(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
-    """β, fp32: what the LayerNorm between this site and the stream adds; None where nothing does."""
+def read_norm_bias(subject: Subject, site: Site) -> Float[Tensor, " width"] | None:
+    """Return β, fp32: the bias of the LayerNorm between the site and the stream; None if there is none."""
     if site.gain is None:
         return None
     norm = subject.module(site.gain)

@@ -1,4 +1,4 @@
-"""What can be edited in a model and what it will cost, without loading its weights."""
+"""What can be edited in a model and how much memory it takes, from its configuration and without its weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from obliteratus.core.types import Site
+from obliteratus.core.types import Coverage, Site
 from obliteratus.summon.architectures import Architecture
-from obliteratus.summon.coverage import Coverage, table_coverage
-from obliteratus.summon.experts import is_stack, replace_forward
-from obliteratus.summon.load import DTYPES, dtype_of, read_config
-from obliteratus.summon.sites import architecture_of, find_sites, is_tied, model_class_of, n_layers_of, width_of
-from obliteratus.weights.quantization import Storage, choose_storage
+from obliteratus.summon.coverage import count_coverage
+from obliteratus.summon.experts import is_expert_stack, replace_forward
+from obliteratus.summon.load import parse_dtype, read_config, resolve_loading_dtype
+from obliteratus.summon.sites import (
+    choose_model_class,
+    find_architecture,
+    find_sites,
+    is_tied,
+    list_blocks,
+    stream_width,
+)
+from obliteratus.weights.quantization import StorageFormat, choose_storage_format
 from obliteratus.weights.sources import check_weights, locate
 
 
@@ -28,33 +35,33 @@ class ModelSummary:
     """All that `obliteratus inspect` prints."""
 
     source: str
-    quantisation: str
+    quantization: str
     """How most weights are stored: ``Q4_1``, ``bitsandbytes nf4``, ``fp8`` …; empty for plain floats."""
     packed: bool
-    """Whether they stay so in memory; else they are loaded as plain floats."""
+    """Whether they stay packed in memory; otherwise they are loaded as plain floats."""
     model_type: str
     n_layers: int
     width: int
     n_params: int
-    """Tied weights counted once."""
+    """Number of parameters; tied weights count once."""
     tied: bool
     sites: tuple[Site, ...]
     coverage: Coverage
     dtype: str
-    """In which it would be loaded."""
+    """The dtype in which the model would be loaded."""
     weight_bytes: Mapping[str, int]
-    """By dtype, were all of them plain."""
+    """Bytes of all weights by dtype, without packing."""
     loaded_bytes: int
-    """Of the weights as they would be loaded."""
+    """Bytes of all weights as they would be loaded."""
     block_bytes: int
-    """The same of the largest decoder block."""
-    inner: int
+    """Bytes of the largest decoder block in `dtype`, without packing."""
+    longest_side: int
     """The longest side of a matrix in the first block."""
     table_bytes: int
-    """The same of the embeddings, or of the head if it is larger."""
+    """Bytes of the embedding or the head, whichever is larger, in `dtype`."""
     vocabulary: int
     kv_bytes_per_token: int
-    """In `dtype`; an upper bound where layers keep a sliding window only."""
+    """Bytes of the key-value cache in `dtype`; an upper bound where layers keep a sliding window only."""
 
 
 def summarize_model(
@@ -63,77 +70,72 @@ def summarize_model(
     dtype: str = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
-    quantise: str | Mapping[str, Any] = "",
+    quantize: str | Mapping[str, Any] = "",
 ) -> ModelSummary:
-    """Read the configuration and build the model on the meta device. UserError as `open_subject`."""
+    """Describe a model, which is built from its configuration on the meta device. Raises UserError as `open_subject`."""
     origin = locate(source)
     gguf = check_weights(origin) if origin.gguf else ""
     config = read_config(origin, revision, trust_remote_code)
-    storage = choose_storage(origin, config, quantise, dtype_of(dtype))
-    family = architecture_of(config)
-    kind = loading_dtype(config, dtype)
+    storage = choose_storage_format(origin, config, quantize, parse_dtype(dtype))
+    architecture = find_architecture(config)
+    loaded = resolve_loading_dtype(config, dtype)
     with torch.device("meta"):
-        model = model_class_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
-    sites = find_sites(model, family)
-    n_params = _count(model)
+        model = choose_model_class(config).from_config(config, dtype=loaded, trust_remote_code=trust_remote_code)
+    sites, blocks = find_sites(model, architecture), list_blocks(model, architecture)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    n_params = _count_parameters(model)
+    saved_bytes = _count_packing_savings(model, storage, loaded) if storage.packed else 0
     return ModelSummary(
         source=origin.name,
-        quantisation=gguf or storage.label,
+        quantization=gguf or storage.label,
         packed=storage.packed,
         model_type=config.model_type,
-        n_layers=n_layers_of(model, family),
-        width=width_of(model),
+        n_layers=len(blocks),
+        width=stream_width(model),
         n_params=n_params,
         tied=is_tied(model),
         sites=sites,
-        coverage=table_coverage(model, sites, family),
-        dtype=str(kind).removeprefix("torch."),
+        coverage=count_coverage(model, sites, architecture),
+        dtype=str(loaded).removeprefix("torch."),
         weight_bytes={"float32": 4 * n_params, "bfloat16": 2 * n_params, "float16": 2 * n_params},
-        loaded_bytes=n_params * kind.itemsize - (_saved(model, storage, kind) if storage.packed else 0),
-        block_bytes=max(_count(block) for block in model.get_submodule(family.layers).children()) * kind.itemsize,
-        inner=max(max(p.shape) for p in next(model.get_submodule(family.layers).children()).parameters()),
-        table_bytes=max(_count(end) for end in _ends(model)) * kind.itemsize,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
-        kv_bytes_per_token=_kv_values(model, family) * kind.itemsize,
+        loaded_bytes=n_params * loaded.itemsize - saved_bytes,
+        block_bytes=max(map(_count_parameters, blocks)) * loaded.itemsize,
+        longest_side=max(max(p.shape) for p in blocks[0].parameters()),
+        table_bytes=max(map(_count_parameters, ends)) * loaded.itemsize,
+        vocabulary=ends[1].weight.shape[0],
+        kv_bytes_per_token=_count_kv_values(model, architecture) * loaded.itemsize,
     )
 
 
-def _count(module: nn.Module) -> int:
-    """Parameters of a module and all in it."""
+def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _ends(model: PreTrainedModel) -> tuple[Any, ...]:
-    return model.get_input_embeddings(), model.get_output_embeddings()
-
-
-def _saved(model: PreTrainedModel, storage: Storage, kind: torch.dtype) -> int:
-    """Bytes that packing spares: all linear layers but the head, with the scales of 64 codes or of a row, fp32."""
+def _count_packing_savings(model: PreTrainedModel, storage: StorageFormat, dtype: torch.dtype) -> int:
+    """Return the bytes that packing saves: it packs all linear layers but the head, and adds fp32 scales, one for each
+    64 codes (4 bits) or each row (8 bits)."""
     head = model.get_output_embeddings()
     packed = [m.get_parameter("weight") for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
     n, rows = sum(w.numel() for w in packed), sum(len(w) for w in packed)
-    return int(n * kind.itemsize - (n + 4 * rows if storage.label.endswith("int8") else n / 2 + 4 * n / 64))
+    return int(n * dtype.itemsize - (n + 4 * rows if storage.label.endswith("int8") else n / 2 + 4 * n / 64))
 
 
-def loading_dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
-    """What a model of that configuration is loaded in, where ``name`` is asked for (``auto``: as stored)."""
-    asked = dtype_of(name)
-    stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name none
-    kind = stored if asked == "auto" else asked
-    return kind if isinstance(kind, torch.dtype) else DTYPES[kind]
+def _count_kv_values(model: PreTrainedModel, architecture: Architecture) -> int:
+    """Return how many numbers the cache keeps for one token, measured by a forward pass on the meta device.
 
-
-def _kv_values(model: PreTrainedModel, family: Architecture) -> int:
-    """Numbers that the cache keeps of one token: seen on the meta device, so true of any attention. States that do not
-    grow with the tokens, of state spaces and convolutions, are left out."""
+    This holds for any attention. States that do not grow with the tokens, as of state spaces and convolutions, are not
+    counted.
+    """
     for module in model.modules():
-        if is_stack(module):  # which experts are chosen is in values, which there are none of
+        if is_expert_stack(module):  # the chosen experts depend on values, which meta tensors do not have
             replace_forward(module, lambda x, *routing: x)
-    token: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 1, width_of(model), dtype=model.dtype, device="meta")}
-    if family.beside:  # tables beside the embeddings are looked up by the token's number
+    token: dict[str, Tensor] = {
+        "inputs_embeds": torch.zeros(1, 1, stream_width(model), dtype=model.dtype, device="meta")
+    }
+    if architecture.inner_outside_blocks:  # tables beside the embeddings are indexed by the token's id
         token = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")}
     with torch.no_grad():
         out = model(**token, use_cache=True)
-    cache = out["cache" if "cache" in out else "past_key_values"]  # its name before transformers 5.24
-    grow = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-    return sum(states.numel() for layer in grow for states in (layer.keys, layer.values) if states is not None)
+    cache = out["cache" if "cache" in out else "past_key_values"]  # the name before transformers 5.24
+    growing = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    return sum(states.numel() for layer in growing for states in (layer.keys, layer.values) if states is not None)

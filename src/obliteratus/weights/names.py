@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint's files make up a parameter of the model.
+"""Finds the tensors in a checkpoint's files that make up each parameter of the model.
 
-Asked of transformers itself: names go through the renamings and conversions that loading them goes through, so that
-whatever it can load, such as experts kept one by one and stacked in memory, is found under its stored name.
+The names go through transformers' own renamings and conversions, so whatever transformers can load, such as experts
+stored one by one and stacked in memory, is found under its stored name.
 """
 
 from __future__ import annotations
@@ -27,70 +27,75 @@ Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
-class StoredParameter:
-    """Names of the tensors that make up one parameter."""
+class StoredTensors:
+    """Names of the stored tensors that make up one parameter."""
 
     key: str = ""
-    """The one that is the parameter; empty where it is stored in parts."""
+    """The tensor that is the parameter; '' if the parameter is stored in parts."""
     experts: tuple[tuple[str, ...], ...] = ()
-    """For each matrix of a stack, those that follow each other along its outputs."""
+    """For each matrix of a stack, the tensors that are joined along its outputs, in order."""
 
 
 class StoredNames:
-    """How a model's parameters are called in files that it can be loaded from."""
+    """Maps the tensor names of any checkpoint that a model can be loaded from to the model's parameters."""
 
     def __init__(self, model: Any) -> None:
-        found = get_model_conversion_mapping(model)
-        self._renamings = [one for one in found if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in found if isinstance(one, WeightConverter)]
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._prefix: str = model.base_model_prefix
         state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
         self.shapes = {name: None if is_codes(tensor) else tuple(tensor.shape) for name, tensor in state.items()}
-        """Of everything that the model can load, by name; None where it holds codes."""
+        """Shape of everything that the model can load, by name; None if it holds quantization codes."""
 
-    def parameter(self, key: str, more: Iterable[str] = ()) -> tuple[str, str]:
-        """(the parameter that is read from the stored tensor ``key``, the pattern by which it is converted: empty for
-        one that is it). more: parameters that the model will have. As transformers' loading does; the name may be no
-        parameter's."""
-        known = dict.fromkeys([*self.shapes, *more], True)
+    def parameter_of(self, key: str, added: Iterable[str] = ()) -> tuple[str, str]:
+        """Return the parameter that transformers loads from the stored tensor ``key``, and the pattern of the
+        conversion that it goes through ('' if the tensor is the parameter).
+
+        added: parameters that the model will have. The returned name need not be one of the model's parameters.
+        """
+        known = dict.fromkeys([*self.shapes, *added], True)
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, known)
         if renamed not in known and key in known:
             renamed, pattern = key, None
         return renamed, pattern or ""
 
-    def where(self, shapes: Mapping[str, Shape]) -> dict[str, StoredParameter]:
-        """By parameter, for all that are stored as they are or as a stack's matrices. shapes: by stored name."""
-        held: dict[str, dict[str, list[str]]] = {}
-        for key in sorted(shapes, key=dot_natural_key):  # the order in which loading stacks experts
-            name, pattern = self.parameter(key)
-            if name in self.shapes:
-                held.setdefault(name, {}).setdefault(pattern, []).append(key)
-        found = {name: self._found(name, parts, shapes) for name, parts in held.items()}
-        return {name: where for name, where in found.items() if where is not None}
+    def find_tensors(self, shapes: Mapping[str, Shape]) -> dict[str, StoredTensors]:
+        """Return the tensors of every parameter that is stored as it is or as the separate matrices of a stack.
 
-    def _found(
+        shapes: shape of every stored tensor by its name.
+        """
+        by_parameter: dict[str, dict[str, list[str]]] = {}
+        for key in sorted(shapes, key=dot_natural_key):  # the order in which transformers stacks experts
+            name, pattern = self.parameter_of(key)
+            if name in self.shapes:
+                by_parameter.setdefault(name, {}).setdefault(pattern, []).append(key)
+        stored = {name: self._match(name, parts, shapes) for name, parts in by_parameter.items()}
+        return {name: tensors for name, tensors in stored.items() if tensors is not None}
+
+    def _match(
         self, name: str, parts: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape]
-    ) -> StoredParameter | None:
+    ) -> StoredTensors | None:
         whole = self.shapes[name]
         if list(parts) == [""]:
             keys = parts[""]
             fits = len(keys) == 1 and whole in (None, tuple(shapes[keys[0]]))
-            return StoredParameter(keys[0]) if fits else None
-        patterns = self._stacked(set(parts))
+            return StoredTensors(keys[0]) if fits else None
+        patterns = self._stacking_order(set(parts))
         if not patterns or whole is None or any(len(parts[p]) != whole[0] for p in patterns):
             return None
         experts = tuple(zip(*(parts[p] for p in patterns), strict=True))
         rows = {sum(shapes[key][0] for key in keys) for keys in experts}
         rest = {tuple(shapes[key][1:]) for keys in experts for key in keys}
-        return StoredParameter(experts=experts) if (rows, rest) == ({whole[1]}, {whole[2:]}) else None
+        return StoredTensors(experts=experts) if (rows, rest) == ({whole[1]}, {whole[2:]}) else None
 
-    def _stacked(self, patterns: set[str]) -> Sequence[str]:
-        """The same patterns in the order in which their tensors follow each other; none where they are more than
-        stacked, and joined along a matrix's outputs."""
-        for one in self._converters:
-            if set(one.source_patterns) == patterns and len(one.target_patterns) == 1:
-                first, *then = one.operations
-                joined = [type(op) is Concatenate and op.dim == 1 for op in then]
-                plain = type(first) is MergeModulelist and first.dim == 0
-                return one.source_patterns if plain and joined in ([], [True]) else ()
+    def _stacking_order(self, patterns: set[str]) -> Sequence[str]:
+        """Return the patterns in the order in which their tensors are joined along a matrix's outputs; empty if the
+        conversion does anything else than stack and join."""
+        for converter in self._converters:
+            if set(converter.source_patterns) == patterns and len(converter.target_patterns) == 1:
+                first, *rest = converter.operations
+                joins = [type(op) is Concatenate and op.dim == 1 for op in rest]
+                stacks = type(first) is MergeModulelist and first.dim == 0
+                return converter.source_patterns if stacks and joins in ([], [True]) else ()
         return ()

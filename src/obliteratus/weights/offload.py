@@ -1,8 +1,7 @@
-"""Weights that stay on disk: a tensor is read when it is asked for; a block's all at once, while the block before it
-computes.
+"""Keeps weights on disk and reads them when they are asked for: a block's all at once, while the block before computes.
 
-A `OffloadedWeights` is what accelerate's offloading takes its weights from, so whatever runs the model finds them. Files are read
-with plain reads into two buffers that are used in turn: nothing is mapped, and no more is held than is said.
+accelerate's offloading takes its weights from an `OffloadedWeights`, so any code that runs the model finds them. Files
+are read into two buffers that are used in turn. Nothing is memory-mapped, so the memory in use is what is asked for.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.weights.checkpoint import Checkpoint
 from obliteratus.weights.finite import is_finite
-from obliteratus.weights.safetensors_io import DTYPES, read_fully, tensor_bytes
+from obliteratus.weights.safetensors_io import TORCH_DTYPES, read_at, tensor_bytes
 
-ALIGNED = 64  # bytes: where vector loads begin
-CHUNK = 1 << 22  # bytes read at once where numbers are converted: 4 MB stay in the cache between reading and casting
+ALIGNMENT = 64  # bytes, as vector loads want it
+CHUNK = 1 << 22  # bytes read at once where numbers are converted: 4 MB stay in the CPU cache until they are cast
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A stored tensor, and which values of a parameter it holds."""
+    """A stored tensor and the values of a parameter that it holds."""
 
     file: Path
     offset: int
@@ -45,41 +44,45 @@ class StoredPiece:
 class OffloadedWeights(Mapping[str, Tensor]):
     """A model's parameters by name, in the model's dtype, each read from its file whenever it is asked for.
 
-    What is `holding`, and what lies outside the blocks and is no table, stays in memory once it was read.
+    In memory are the parameters of `load_block`, those of `keep_in_memory`, and, once read, all that are not transient.
     """
 
     def __init__(
         self,
-        files: Checkpoint,
+        checkpoint: Checkpoint,
         like: Mapping[str, Tensor],
-        passing: Collection[str],
+        transient: Collection[str],
         aliases: Mapping[str, str],
         device: torch.device,
     ) -> None:
-        """like: shape and dtype of each parameter. passing: those that are dropped after their use. aliases: tied
-        parameters, by name the one that is stored. UserError where one cannot be read by itself."""
-        self._open: dict[Path, int] = {}
-        self.files, self.device, self._like, self._passes, self._alias = files, device, like, passing, aliases
-        self._pieces = {name: _pieces(files, name, like[name]) for name in like if name not in aliases}
-        self._held: Tensors = {}
+        """like: a tensor of each parameter's shape and dtype. transient: parameters that are dropped after use.
+        aliases: tied parameter → the parameter that is stored. device: where blocks compute.
+
+        Raises UserError for a parameter that is stored in another form than its own.
+        """
+        self._descriptors: dict[Path, int] = {}  # first, because __del__ needs it even after an error here
+        self.checkpoint, self.device = checkpoint, device
+        self._like, self._transient, self._aliases = like, transient, aliases
+        self._pieces = {name: _find_pieces(checkpoint, name, like[name]) for name in like if name not in aliases}
+        self._block: Tensors = {}
         self._kept: Tensors = {}
         self._finite: set[str] = set()
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         self._turn = 0
         self._reader = ThreadPoolExecutor(1, "reading weights")
-        self._coming: tuple[tuple[str, ...], Future[Tensors]] | None = None
+        self._prefetch: tuple[tuple[str, ...], Future[Tensors]] | None = None
         self.bytes_read = 0
-        """Of the files, so far."""
+        """Bytes read from the files so far."""
 
     def __getitem__(self, name: str) -> Tensor:
-        name = self._alias.get(name, name)
-        for there in (self._held, self._kept):
-            if name in there:
-                return there[name]
-        found = self._load([name], torch.empty(self.bytes_of([name]), dtype=torch.uint8))
-        if name not in self._passes:
-            self._kept |= found
-        return found[name]
+        name = self._aliases.get(name, name)
+        for held in (self._block, self._kept):
+            if name in held:
+                return held[name]
+        loaded = self._load([name], torch.empty(self.memory_bytes([name]), dtype=torch.uint8))
+        if name not in self._transient:
+            self._kept |= loaded
+        return loaded[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)
@@ -87,145 +90,152 @@ class OffloadedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._like)
 
-    def bytes_of(self, names: Sequence[str]) -> int:
-        """Memory that these take together."""
-        return sum(_room(self._like[name]) for name in names)
+    def memory_bytes(self, names: Sequence[str]) -> int:
+        """Return the bytes of memory that the parameters take together."""
+        return sum(_aligned_size(self._like[name]) for name in names)
 
     @property
     def tied(self) -> tuple[str, str] | None:
-        """Names of the embedding and of the head that shares its numbers."""
-        return next(((stored, name) for name, stored in self._alias.items()), None)
+        """Parameter names of the embedding and of the head that shares its values, or None."""
+        return next(((stored, name) for name, stored in self._aliases.items()), None)
 
     def count(self, name: str) -> int:
-        """How many values a parameter has."""
+        """Return how many values a parameter has."""
         return self._like[name].numel()
 
     def stored_bytes(self, names: Sequence[str]) -> int:
-        """Bytes of them on disk."""
-        stored = dict.fromkeys(self._alias.get(name, name) for name in names)
+        """Return the bytes that the parameters take on disk; those of a tied parameter count once."""
+        stored = dict.fromkeys(self._aliases.get(name, name) for name in names)
         return sum(p.count * p.dtype.itemsize for name in stored for p in self._pieces[name])
 
     @contextmanager
-    def holding(self, names: Sequence[str], then: Sequence[str] = ()) -> Iterator[None]:
-        """Inside, these are in memory, and what comes ``then`` is being read. Nothing is left once nothing comes."""
-        before = self._held
-        self._held = before | self._arrived(self._own(names))
-        if not then:
-            self._buffers[1 - self._turn] = torch.empty(0, dtype=torch.uint8)  # nobody needs what was there before
+    def load_block(self, names: Sequence[str], following: Sequence[str] = ()) -> Iterator[None]:
+        """Hold a block's parameters in memory inside the context, and read those of the `following` block meanwhile.
+
+        The buffers are freed when no block follows.
+        """
+        before = self._block
+        self._block = before | self._take(self._stored_names(names))
+        if not following:
+            self._buffers[1 - self._turn] = torch.empty(0, dtype=torch.uint8)  # frees the previous block's buffer
         else:
-            following = self._own(then)
-            self._coming = (following, self._reader.submit(self._load, following, self._buffer(following)))
+            stored = self._stored_names(following)
+            self._prefetch = (stored, self._reader.submit(self._load, stored, self._next_buffer(stored)))
         try:
             yield
         finally:
-            self._held = before
-            if self._coming is None:
+            self._block = before
+            if self._prefetch is None:
                 self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
 
     @contextmanager
-    def keeping(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside, these are in memory, beside what is held."""
-        found = {name: self[name].to(self.device) for name in self._own(names)}
-        self._kept |= found
+    def keep_in_memory(self, names: Sequence[str]) -> Iterator[None]:
+        """Hold these parameters in memory inside the context, beside any block."""
+        kept = {name: self[name].to(self.device) for name in self._stored_names(names)}
+        self._kept |= kept
         try:
             yield
         finally:
-            for name in found:
+            for name in kept:
                 del self._kept[name]
 
-    def picked(self, name: str, at: Sequence[int]) -> Tensor:
-        """Single values of a parameter, as they are stored: of a file's pages, few are read."""
-        return torch.cat([self._value(name, index) for index in at])
+    def read_values(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Return single values of a flattened parameter in their stored dtype, without reading the rest."""
+        return torch.cat([self._read_value(name, index) for index in indices])
 
     # --------------------------------------------------------------------------------------- reading
-    def _own(self, names: Sequence[str]) -> tuple[str, ...]:
-        stored = dict.fromkeys(self._alias.get(name, name) for name in names)
+    def _stored_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        stored = dict.fromkeys(self._aliases.get(name, name) for name in names)
         return tuple(name for name in stored if name not in self._kept)
 
-    def _arrived(self, names: tuple[str, ...]) -> Tensors:
-        """What was asked for ahead, or else what is read now."""
-        coming, self._coming = self._coming, None
-        found = coming[1].result() if coming else {}
-        if coming is None or coming[0] != names:
-            found = self._load(names, self._buffer(names))
-        return {name: tensor.to(self.device) for name, tensor in found.items()}
+    def _take(self, names: tuple[str, ...]) -> Tensors:
+        """Return the prefetched parameters if they are these, else read these now."""
+        prefetch, self._prefetch = self._prefetch, None
+        loaded = prefetch[1].result() if prefetch else {}
+        if prefetch is None or prefetch[0] != names:
+            loaded = self._load(names, self._next_buffer(names))
+        return {name: tensor.to(self.device) for name, tensor in loaded.items()}
 
-    def _buffer(self, names: Sequence[str]) -> Tensor:
-        """The one of the two that is not in use, of at least that size, and at most twice as large."""
-        size, self._turn = self.bytes_of(names), 1 - self._turn
+    def _next_buffer(self, names: Sequence[str]) -> Tensor:
+        """Return the buffer that is not in use, made large enough for the parameters and at most twice as large."""
+        size, self._turn = self.memory_bytes(names), 1 - self._turn
         if not size <= len(self._buffers[self._turn]) <= 2 * size:
-            self._buffers[self._turn] = torch.empty(0, dtype=torch.uint8)  # goes before the new one comes
+            self._buffers[self._turn] = torch.empty(0, dtype=torch.uint8)  # freed before the new one is allocated
             self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8)
         return self._buffers[self._turn]
 
     def _load(self, names: Sequence[str], buffer: Tensor) -> Tensors:
-        """Read parameters into the buffer: tensors are views of it."""
-        starts = accumulate((_room(self._like[name]) for name in names), initial=0)
-        return {name: self._parameter(name, buffer[start:]) for name, start in zip(names, starts, strict=False)}
+        """Read parameters into the buffer and return views of it."""
+        starts = accumulate((_aligned_size(self._like[name]) for name in names), initial=0)
+        return {name: self._read_parameter(name, buffer[start:]) for name, start in zip(names, starts, strict=False)}
 
-    def _parameter(self, name: str, room: Tensor) -> Tensor:
+    def _read_parameter(self, name: str, buffer: Tensor) -> Tensor:
         like = self._like[name]
-        flat = room[: like.nbytes].view(like.dtype)
+        flat = buffer[: like.nbytes].view(like.dtype)
         for piece in self._pieces[name]:
             self._fill(piece, flat[piece.start : piece.start + piece.count])
         if name not in self._finite and not is_finite(flat):
-            raise UserError(f"{self.files.name}: {name} holds NaN or Inf; download it again, or use another dtype")
+            raise UserError(f"{self.checkpoint.name}: {name} holds NaN or Inf; download it again, or use another dtype")
         self._finite.add(name)
         return flat.view(like.shape)
 
     def _fill(self, piece: StoredPiece, values: Tensor) -> None:
+        """Read a piece into `values`, which may have another dtype."""
         if piece.dtype == values.dtype:
             self._read(piece.file, piece.offset, values)
             return
-        stored = torch.empty(CHUNK // piece.dtype.itemsize, dtype=piece.dtype)
-        for part in range(0, piece.count, len(stored)):
-            here = stored[: piece.count - part]
-            self._read(piece.file, piece.offset + part * piece.dtype.itemsize, here)
-            values[part : part + len(here)] = here
+        chunk = torch.empty(CHUNK // piece.dtype.itemsize, dtype=piece.dtype)
+        for start in range(0, piece.count, len(chunk)):
+            stored = chunk[: piece.count - start]
+            self._read(piece.file, piece.offset + start * piece.dtype.itemsize, stored)
+            values[start : start + len(stored)] = stored
 
     def _read(self, file: Path, offset: int, into: Tensor) -> None:
-        """Fill a flat tensor with the file's bytes. UserError where it ends too soon, as one cut short while it is
-        in use."""
-        got = read_fully(self._descriptor(file), tensor_bytes(into), offset)
-        self.bytes_read += got
-        if got < into.nbytes:
-            raise UserError(f"{file} is truncated: {into.nbytes - got} bytes are missing; download it again")
+        """Fill a flat tensor with the file's bytes. Raises UserError if the file ends too soon."""
+        count = read_at(self._descriptor(file), tensor_bytes(into), offset)
+        self.bytes_read += count
+        if count < into.nbytes:
+            raise UserError(f"{file} is truncated: {into.nbytes - count} bytes are missing; download it again")
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._open:
-            self._open[file] = os.open(file, os.O_RDONLY)
-        return self._open[file]
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def _value(self, name: str, index: int) -> Tensor:
-        own = self._pieces[self._alias.get(name, name)]
-        piece = next(p for p in own if p.start <= index < p.start + p.count)
-        one = torch.empty(1, dtype=piece.dtype)
-        self._read(piece.file, piece.offset + (index - piece.start) * piece.dtype.itemsize, one)
-        return one
+    def _read_value(self, name: str, index: int) -> Tensor:
+        pieces = self._pieces[self._aliases.get(name, name)]
+        piece = next(p for p in pieces if p.start <= index < p.start + p.count)
+        value = torch.empty(1, dtype=piece.dtype)
+        self._read(piece.file, piece.offset + (index - piece.start) * piece.dtype.itemsize, value)
+        return value
 
 
-def _room(like: Tensor) -> int:
-    return -(-like.nbytes // ALIGNED) * ALIGNED
+def _aligned_size(like: Tensor) -> int:
+    return -(-like.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _pieces(files: Checkpoint, name: str, like: Tensor) -> list[StoredPiece]:
-    """Where a parameter's values are. UserError where they are stored in another form than its own."""
-    found = files.where.get(name)
-    keys = () if found is None else (found.key,) if found.key else tuple(k for own in found.experts for k in own)
+def _find_pieces(checkpoint: Checkpoint, name: str, like: Tensor) -> list[StoredPiece]:
+    """Return where a parameter's values are stored. Raises UserError if they are stored in another form."""
+    stored = checkpoint.parameters.get(name)
+    keys: Sequence[str] = ()
+    if stored is not None:
+        keys = (stored.key,) if stored.key else tuple(key for expert in stored.experts for key in expert)
     pieces, start = [], 0
     for key in keys:
-        file, offset, entry = files.place(key)
-        if entry.dtype not in DTYPES:
-            raise UserError(f"{file}: {key} is stored as {entry.dtype}, which is no plain number; convert it to BF16")
-        pieces.append(StoredPiece(file, offset, DTYPES[entry.dtype], start, prod(entry.shape)))
+        file, offset, entry = checkpoint.locate(key)
+        if entry.dtype not in TORCH_DTYPES:
+            raise UserError(
+                f"{file}: {key} is stored as {entry.dtype}, which is not a plain number format; convert it to BF16"
+            )
+        pieces.append(StoredPiece(file, offset, TORCH_DTYPES[entry.dtype], start, prod(entry.shape)))
         start += pieces[-1].count
     if start != like.numel():
         raise UserError(
-            f"{files.name}: {name} is stored in another form than it is used in, so it cannot stay on disk; "
+            f"{checkpoint.name}: {name} is stored in another form than the model uses, so it cannot stay on disk; "
             "allow more memory, so that the whole model is loaded"
         )
     return pieces

@@ -1,5 +1,5 @@
-"""Safetensors files written again: what is not replaced is copied byte for byte, each file appears whole or not at all,
-and its SHA-256 is told. A folder of them is gone on with where a kill ended it.
+"""Writes safetensors files anew: what is not replaced is copied byte for byte, a file appears whole or not at all, and
+its SHA-256 is recorded. An interrupted folder is continued after its last whole file.
 """
 
 from __future__ import annotations
@@ -23,135 +23,137 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.weights.safetensors_io import Pieces, add_entries, read_header, tensor_bytes
 
-CHUNK = 1 << 22  # bytes copied at once: 4 MB is past where reading gets no faster, and is nothing beside a matrix
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of writing: no room, no quota, longer than a file may be
+CHUNK = 1 << 22  # bytes copied at once: reading gets no faster beyond 4 MB, which is little beside a matrix
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, longer than a file may be
+OS_ERROR = re.compile(r"os error (\d+)")  # as Rust prints the system's error number
 
 
+# ------------------------------------------------------------------------------------------- writing a file
 @dataclass
-class Output:
-    """A file being written, and the sum of what is in it so far."""
+class HashingWriter:
+    """A file being written, and the SHA-256 of what was written so far."""
 
     file: IO[bytes]
     sum: Any = field(default_factory=hashlib.sha256)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Bytes written: all of them."""
+        """Write all of the data and return its bytes."""
         self.sum.update(data)
         return self.file.write(data)
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[Output]:
-    """A file that gets its name when the block ends, synced to the disk; after an error there is none. UserError where
-    it cannot be written, because the disk is full for one."""
-    place = path.with_name(path.name + ".new")
+def write_atomically(path: Path) -> Iterator[HashingWriter]:
+    """Open a temporary file that is synced and renamed to `path` when the context ends, and removed after an error.
+
+    Raises UserError if it cannot be written, for example because the disk is full.
+    """
+    temporary = path.with_name(path.name + ".new")
     try:
-        with place.open("wb") as file:
-            out = Output(file)
+        with temporary.open("wb") as file:
+            out = HashingWriter(file)
             yield out
             file.flush()
             os.fsync(file.fileno())
-        place.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(disk_error_message(path, error)) from error
     finally:
-        place.unlink(missing_ok=True)  # what is half written goes, also at an interruption
+        temporary.unlink(missing_ok=True)  # also after an interruption
 
 
 def disk_error_message(path: Path, error: OSError) -> str:
-    """What a user can do about it, in one line."""
+    """Return one line that says what could not be written, why, and what to do."""
     cause = error.strerror or str(error)
-    remedy = "make room there, or give another --out" if error.errno in FULL else "mend that"
-    return f"{path}: cannot be written: {cause}; {remedy}, and run it again. The model's own files are as they were"
+    remedy = "make room there, or give another --out" if error.errno in DISK_FULL else "correct that"
+    return f"{path}: cannot be written: {cause}; {remedy}, and run it again. The model's own files are unchanged"
 
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """A full disk, met by whoever writes into the folder, as a UserError."""
+    """Turn a full disk, whoever meets it while writing into the folder, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(disk_error_message(folder, error)) from error
     except SafetensorError as error:
         number = OS_ERROR.search(str(error))
-        if number is None or int(number[1]) not in FULL:
+        if number is None or int(number[1]) not in DISK_FULL:
             raise
         raise UserError(disk_error_message(folder, OSError(int(number[1]), os.strerror(int(number[1]))))) from error
 
 
-OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes what the system said
-
-
+# ------------------------------------------------------------------------------------------- copying and editing
 def rewrite_file(
     source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor], known: str = ""
 ) -> str:
-    """SHA-256 of ``target``: the tensors of ``source`` in their order, with its metadata; those in ``edits``, which
-    have the stored dtype and shape, come from there. added: shape and dtype of further tensors, whose numbers are in
-    ``edits`` too. known: SHA-256 that the source should have. One tensor, or one piece of it, is in memory at a time.
+    """Write the tensors of ``source`` to ``target``, with its metadata and in its order, and return the SHA-256.
 
-    Raises UserError where the disk is full, or the source too short or not the known one; ValueError for pieces of
-    another dtype or size.
+    edits: tensors that are written from pieces of their stored dtype and shape. added: shape and dtype of new tensors,
+    whose pieces are in ``edits`` too. known: the SHA-256 that the source should have, '' if unknown. One piece is in
+    memory at a time. Raises UserError if the disk is full, or the source is truncated or altered; ValueError for pieces
+    of another dtype or size.
     """
     before = read_header(source)
     after = add_entries(before, added)
-    with write_aside(target) as out, source.open("rb") as opened:
-        given = Source(opened, known)
-        given.pass_over(len(before.raw))
+    with write_atomically(target) as out, source.open("rb") as opened:
+        reader = HashingReader(opened, known)
+        reader.skip(len(before.raw))
         out.write(after.raw)
         for name, entry in after.entries.items():
             if name in before.entries:
-                given.pass_over(len(before.raw) + before.entries[name].start - opened.tell())
+                reader.skip(len(before.raw) + before.entries[name].start - opened.tell())
             if name in edits:
-                given.pass_over(before.entries[name].size if name in before.entries else 0)
+                reader.skip(before.entries[name].size if name in before.entries else 0)
                 written = sum(out.write(tensor_bytes(part, entry.dtype)) for part in edits[name]())
                 if written != entry.size:
-                    raise ValueError(f"{name} takes {entry.size} bytes, and its pieces {written}")
+                    raise ValueError(f"{name} takes {entry.size} bytes, but its pieces take {written}")
             else:
-                given.copy(out, entry.size)
-        given.check()
+                reader.copy(out, entry.size)
+        reader.check()
     return str(out.sum.hexdigest())
 
 
 def copy_file(source: Path, target: Path, known: str = "") -> str:
-    """SHA-256 of a file and of its copy; UserError where it is not the known one."""
-    with write_aside(target) as out, source.open("rb") as opened:
-        given = Source(opened, known)
-        given.copy(out, source.stat().st_size)
-        given.check()
+    """Copy a file and return its SHA-256. Raises UserError if that is not `known`, which '' leaves unchecked."""
+    with write_atomically(target) as out, source.open("rb") as opened:
+        reader = HashingReader(opened, known)
+        reader.copy(out, source.stat().st_size)
+        reader.check()
     return str(out.sum.hexdigest())
 
 
 @dataclass
-class Source:
-    """A file read from its beginning to its end, once, and the sum of what was read if one is known."""
+class HashingReader:
+    """A file that is read once from beginning to end, and its SHA-256 if there is a known one to compare with."""
 
     file: IO[bytes]
     known: str
     sum: Any = field(default_factory=hashlib.sha256)
 
-    def copy(self, out: Output, size: int) -> None:
-        """So many bytes, from where it stands."""
-        for data in self._parts(size):
+    def copy(self, out: HashingWriter, size: int) -> None:
+        """Copy the next `size` bytes. Raises UserError if the file ends before."""
+        for data in self._chunks(size):
             out.write(data)
 
-    def pass_over(self, size: int) -> None:
-        """So many bytes that are not copied: they are read only where a sum is to be checked."""
+    def skip(self, size: int) -> None:
+        """Pass over the next `size` bytes, which are read only if the SHA-256 is to be checked."""
         if not self.known:
             self.file.seek(size, os.SEEK_CUR)
             return
-        for _ in self._parts(size):
+        for _ in self._chunks(size):
             pass
 
     def check(self) -> None:
-        """UserError where all that was read has not the known sum."""
+        """Raise UserError if the SHA-256 of all that was read is not the known one."""
         if self.known and self.sum.hexdigest() != self.known:
             raise UserError(
-                f"{self.file.name} was altered: its SHA-256 is not the recorded {self.known[:12]}…; fetch it again"
+                f"{self.file.name} was altered: its SHA-256 is not the recorded {self.known[:12]}…; download it again"
             )
 
-    def _parts(self, size: int) -> Iterator[bytes]:
+    def _chunks(self, size: int) -> Iterator[bytes]:
         while size:
             data = self.file.read(min(size, CHUNK))
             if not data:
@@ -162,76 +164,80 @@ class Source:
             size -= len(data)
 
 
-def sha256_of(file: Path) -> str:
-    """The file's SHA-256, as hex digits."""
+def hash_file(file: Path) -> str:
+    """Return the file's SHA-256 in hex digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class Finished:
-    """Which files of a folder are whole, kept beside the folder: a bake that was killed goes on behind the last one."""
+# ------------------------------------------------------------------------------------------- folders
+class FinishedFiles:
+    """The record, beside a folder, of which of its files are whole, so that a killed bake continues after the last."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """identity: of what the files are made from. Those of another, or without their sum, are removed."""
+        """Load the record. identity: a digest of what the files are made from; files of another identity, and files
+        whose SHA-256 differs from the recorded one, are removed."""
         self._folder, self._identity = folder, identity
-        known, whose = _read(folder)
-        self.sums = {n: s for n, s in known.items() if whose == identity and _has_sum(folder / n, s)}
-        for name in known.keys() - self.sums.keys():
+        recorded, recorded_identity = _read_record(folder)
+        same = recorded_identity == identity
+        self.sums = {name: sum for name, sum in recorded.items() if same and _matches(folder / name, sum)}
+        for name in recorded.keys() - self.sums.keys():
             (folder / name).unlink(missing_ok=True)
         if self.sums:
-            note("REBIRTH", f"{len(self.sums)} files kept from the bake that was interrupted")
-        self._keep()
+            note("REBIRTH", f"{len(self.sums)} files of the interrupted bake are reused")
+        self._write_record()
 
-    def file(self, name: str, make: Callable[[Path], str]) -> None:
-        """Have it written, by what returns its SHA-256, unless it is there."""
+    def write(self, name: str, write: Callable[[Path], str]) -> None:
+        """Have a file written by a function that returns its SHA-256, unless it is finished already."""
         if name not in self.sums:
-            self.sums[name] = make(self._folder / name)
-            self._keep()
+            self.sums[name] = write(self._folder / name)
+            self._write_record()
 
-    def _keep(self) -> None:
-        with write_aside(_record(self._folder)) as out:
+    def _write_record(self) -> None:
+        with write_atomically(_record_path(self._folder)) as out:
             out.write(json.dumps({"identity": self._identity, "files": self.sums}, indent=1).encode())
 
 
-def finished_files(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of the files in it that were written whole."""
-    return _read(folder)[0]
+def read_finished_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the folder's finished files by name."""
+    return _read_record(folder)[0]
 
 
-def tidy_folder(folder: Path) -> None:
-    """The folder is there, and holds nothing but what `finished_files` knows of."""
+def remove_unfinished_files(folder: Path) -> None:
+    """Create the folder if it is missing, and remove all in it that is not a finished file."""
     folder.mkdir(exist_ok=True)
+    finished = read_finished_hashes(folder)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in finished_files(folder):
+        elif path.name not in finished:
             path.unlink()
 
 
-def forget_finished(folder: Path) -> None:
-    """Remove what `finished_files` knows of: it is to be written in another way."""
-    for name in finished_files(folder):
+def remove_finished_files(folder: Path) -> None:
+    """Remove the finished files and their record, because the folder is to be written in another way."""
+    for name in read_finished_hashes(folder):
         (folder / name).unlink(missing_ok=True)
-    _record(folder).unlink(missing_ok=True)
+    _record_path(folder).unlink(missing_ok=True)
 
 
-def file_sums(folder: Path) -> dict[str, dict[str, Any]]:
-    """``bytes`` and ``sha256`` of each file; of what was baked, as it was told while it was written."""
-    known = finished_files(folder)
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return ``bytes`` and ``sha256`` of each file by name; hashes of finished files come from the record."""
+    recorded = read_finished_hashes(folder)
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": known.get(p.name) or sha256_of(p)} for p in paths}
+    return {p.name: {"bytes": p.stat().st_size, "sha256": recorded.get(p.name) or hash_file(p)} for p in paths}
 
 
-def _has_sum(file: Path, known: str) -> bool:
-    return file.is_file() and sha256_of(file) == known
+def _matches(file: Path, sum: str) -> bool:
+    return file.is_file() and hash_file(file) == sum
 
 
-def _read(folder: Path) -> tuple[dict[str, str], str]:
-    """What is kept of a folder: the files' sums, and what they were made from."""
-    place = _record(folder)
-    kept: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {"files": {}, "identity": ""}
-    return kept["files"], kept["identity"]
+def _read_record(folder: Path) -> tuple[dict[str, str], str]:
+    """Return the recorded SHA-256 by file name, and the identity of what the files were made from."""
+    path = _record_path(folder)
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"files": {}, "identity": ""}
+    return record["files"], record["identity"]
 
 
-def _record(folder: Path) -> Path:
+def _record_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.files.json")

@@ -1,8 +1,8 @@
-"""Rounding that keeps an edit: what a grid would round away along some directions is made up for in later rows.
+"""Rounds an edited matrix so that quantization does not undo the edit.
 
-Numbers read from a 4-bit matrix lie on its grid, and an edit moves most of them by less than half a step: rounded to
-the nearest, they go back, and the edit with them. Here the sum that each direction sees of a column's rounding errors
-is carried on from row to row, as in error diffusion and GPTQ (arXiv:2210.17323, with H = I + λQQᵀ over output rows).
+Numbers read from a 4-bit matrix lie on its grid, and an edit moves most of them by less than half a step, so rounding
+to the nearest level would undo it. `round_compensated` instead carries the rounding errors that each direction sees of
+a column on from row to row, as in error diffusion and GPTQ (arXiv:2210.17323, with H = I + λQQᵀ over output rows).
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from torch import Tensor
 
 from obliteratus.core.shapes import Float
 
-STEPS = 256  # groups of rows: what one group's own errors leave along Q is then below a sixteenth of σ
-RIDGE = 1e-6  # of a direction's length²: only so that the last rows of a direction that is all in others can be solved
+ROW_GROUPS = 256  # the errors that one group leaves along Q are then below a sixteenth of σ
+RIDGE = 1e-6  # relative to a direction's length²; makes the last rows solvable when one direction lies in the others
 
 
 def round_compensated(
-    weight: Float[Tensor, "out inp"], along: Float[Tensor, "k out"], rounded: Callable[[Tensor], Tensor]
+    weight: Float[Tensor, "out inp"], along: Float[Tensor, "k out"], round_rows: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "out inp"]:
-    """A matrix near ``weight`` whose rounding R has along·R ≈ along·weight. fp32.
+    """Return a matrix near ``weight``, fp32, whose rounding R has along·R ≈ along·weight.
 
-    along: orthonormal rows. rounded: rows [n, in] as the format would store them; rows must not depend on each other.
-    Rows with little of the directions come first: those with much of them make up for all with the fewest steps.
+    along: orthonormal rows. round_rows: rows [n, in] → the same as the format would store them; rows must not depend on
+    each other. Rows with little weight in the directions come first, because those with much of it need the fewest
+    steps to make up for the errors of all.
     """
     order = along.square().sum(0).argsort()
-    ahead = along @ along.T  # Gram matrix of the rows not yet rounded
-    missed = weight.new_zeros(len(along), weight.shape[1])
+    remaining_gram = along @ along.T  # of the rows that are not rounded yet
+    error = weight.new_zeros(len(along), weight.shape[1])
     target = weight.clone()
     ridge = RIDGE * torch.eye(len(along)).to(weight)
-    for rows in order.split(max(1, len(order) // STEPS)):
+    for rows in order.split(max(1, len(order) // ROW_GROUPS)):
         part = along[:, rows]
-        target[rows] -= part.T @ torch.linalg.solve(ahead + ridge, missed)
-        missed += part @ (rounded(target[rows]) - weight[rows])
-        ahead = ahead - part @ part.T
+        target[rows] -= part.T @ torch.linalg.solve(remaining_gram + ridge, error)
+        error += part @ (round_rows(target[rows]) - weight[rows])
+        remaining_gram = remaining_gram - part @ part.T
     return target

@@ -1,4 +1,4 @@
-"""What a source names, and whether its files are whole: all checked before anything is loaded."""
+"""Finds the files that a source names, and checks that they are whole before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from obliteratus.core.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """Where a model is read from."""
+    """Where a model is loaded from."""
 
     name: str
-    """As the user gave it."""
+    """The source as the user gave it."""
     path: str
-    """A folder, or a hub id."""
+    """A folder or a hub id."""
     gguf: str = ""
-    """The GGUF file inside the folder."""
+    """Name of the GGUF file inside the folder, or ''."""
     local: bool = True
 
 
 def locate(source: str | Path) -> ModelOrigin:
-    """What `source` names: `organism:NAME[@SHARE]`, a folder, a GGUF file or a hub id. UserError if none fits."""
+    """Return what `source` names: `organism:NAME[@SHARE]`, a folder, a GGUF file or a hub id.
+
+    Raises UserError if it is none of these.
+    """
     name = str(source)
     if name.startswith("organism:"):
-        return ModelOrigin(name, str(_organism(name.removeprefix("organism:"))))
+        return ModelOrigin(name, str(_organism_path(name.removeprefix("organism:"))))
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(path)
@@ -53,11 +56,11 @@ def locate(source: str | Path) -> ModelOrigin:
     return ModelOrigin(name, name, local=False)
 
 
-def _organism(name: str) -> Path:
-    # Imported here: it needs peft, which takes seconds to import and which no other source needs.
-    from obliteratus.weights.organism import base_folder, organism_folder
+def _organism_path(name: str) -> Path:
+    # Imported here because it imports peft, which takes seconds and which no other source needs.
+    from obliteratus.weights.organism import prepare_base, prepare_organism
 
-    return base_folder() if name == "base" else organism_folder(name)
+    return prepare_base() if name == "base" else prepare_organism(name)
 
 
 def _check_folder(folder: Path) -> None:
@@ -67,36 +70,36 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds an adapter, not a model; give the base model, and merge the adapter first")
     if ggufs := sorted(folder.glob("*.gguf")):
         raise UserError(f"{folder} has no config.json; give the GGUF file itself, e.g. {ggufs[0]}")
-    raise UserError(f"{folder} has no config.json, so it is no model folder; give the folder that has it")
+    raise UserError(f"{folder} has no config.json, so it is not a model folder; give the folder that has it")
 
 
 def check_weights(origin: ModelOrigin) -> str:
-    """Refuse missing, pickled, truncated or corrupt weight files; returns the quantisation of a GGUF file.
+    """Raise UserError for missing, pickled, truncated or corrupt weight files; return the quantization of a GGUF file.
 
-    Files on the hub are checked when they are loaded.
+    Files on the hub are checked when they are loaded. The result is '' for safetensors.
     """
     if origin.gguf:
         return check_gguf(Path(origin.path) / origin.gguf)
     if origin.local:
-        for file in weight_files(Path(origin.path)):
+        for file in list_weight_files(Path(origin.path)):
             check_safetensors(file)
     return ""
 
 
-def weight_files(folder: Path) -> Sequence[Path]:
-    """The safetensors files of a model folder, the index's shards if there is one. UserError where there are none."""
+def list_weight_files(folder: Path) -> Sequence[Path]:
+    """Return the safetensors files of a model folder. Raises UserError if there are none, or if a shard is missing."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if (folder / INDEX).is_file():
-        return _shards(folder / INDEX)
-    if pickles := [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]:
+        return _list_shards(folder / INDEX)
+    if pickles := [file.name for pattern in PICKLE_PATTERNS for file in sorted(folder.glob(pattern))]:
         raise UserError(
             f"{folder} holds pickled weights ({pickles[0]}); only safetensors and GGUF are read: convert them"
         )
     raise UserError(f"{folder} has no {WHOLE} and no {INDEX}; download the weights again")
 
 
-def _shards(index: Path) -> list[Path]:
+def _list_shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -108,13 +111,13 @@ def _shards(index: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path) -> None:
-    """UserError unless the header is whole and the file ends where its last tensor does."""
+    """Raise UserError unless the header is whole and the file ends where its last tensor does."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise UserError(f"{file} is truncated or no safetensors file; download it again")
+            raise UserError(f"{file} is truncated or not a safetensors file; download it again")
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -127,9 +130,9 @@ def check_safetensors(file: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- GGUF
-# transformers reads the file with gguf.GGUFReader, which takes seconds and reports a truncation as an
-# arbitrary numpy error. This reads the same header in milliseconds.
-_SCALARS = {
+# transformers reads the file with gguf.GGUFReader, which takes seconds and reports a truncation as an arbitrary numpy
+# error. This code reads the same header in milliseconds.
+_SCALAR_BYTES = {
     GGUFValueType.UINT8: 1,
     GGUFValueType.INT8: 1,
     GGUFValueType.BOOL: 1,
@@ -142,17 +145,17 @@ _SCALARS = {
     GGUFValueType.INT64: 8,
     GGUFValueType.FLOAT64: 8,
 }
-ALIGNMENT = 32  # of the tensor data, where the file does not say otherwise
+ALIGNMENT = 32  # bytes, of the tensor data unless the file says otherwise
 
 
 def check_gguf(file: Path) -> str:
-    """UserError unless the file is a whole GGUF file; returns what most of its weights are, e.g. ``Q4_1``."""
+    """Raise UserError unless the file is a whole GGUF file; return the type of most of its weights, e.g. ``Q4_1``."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise UserError(f"{file} is no GGUF file; give one, or a folder with safetensors")
+            raise UserError(f"{file} is not a GGUF file; give one, or a folder with safetensors")
         try:
-            expected, kind = _gguf_extent(stream)
+            expected, kind = _parse_gguf_header(stream)
         except (struct.error, ValueError, KeyError, OverflowError) as error:
             raise UserError(f"{file} is truncated or corrupt in its header; download it again") from error
     if size < expected:
@@ -160,22 +163,22 @@ def check_gguf(file: Path) -> str:
     return kind
 
 
-def _gguf_extent(stream: IO[bytes]) -> tuple[int, str]:
-    """(bytes that the file must have, its prevailing tensor type)."""
-    _, tensors, entries = _unpack(stream, "IQQ")
+def _parse_gguf_header(stream: IO[bytes]) -> tuple[int, str]:
+    """Return (bytes that the file must have, its most common tensor type)."""
+    _, tensors, entries = _read_struct(stream, "IQQ")
     alignment = ALIGNMENT
     for _ in range(entries):
-        key, kind = _string(stream), GGUFValueType(_unpack(stream, "I")[0])
+        key, kind = _read_string(stream), GGUFValueType(_read_struct(stream, "I")[0])
         if key == b"general.alignment":
-            (alignment,) = _unpack(stream, "I")
+            (alignment,) = _read_struct(stream, "I")
         else:
-            _skip(stream, kind)
+            _skip_value(stream, kind)
     end, weights = 0, Counter[str]()
     for _ in range(tensors):
-        _string(stream)
-        (n,) = _unpack(stream, "I")
-        count = prod(_unpack(stream, f"{n}Q"))
-        number, offset = _unpack(stream, "IQ")
+        _read_string(stream)
+        (n,) = _read_struct(stream, "I")
+        count = prod(_read_struct(stream, f"{n}Q"))
+        number, offset = _read_struct(stream, "IQ")
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
         end = max(end, offset + count // block * width)
         weights[GGMLQuantizationType(number).name] += count
@@ -183,28 +186,28 @@ def _gguf_extent(stream: IO[bytes]) -> tuple[int, str]:
     return data + end, weights.most_common(1)[0][0] if weights else ""
 
 
-def _unpack(stream: IO[bytes], form: str) -> tuple[int, ...]:
+def _read_struct(stream: IO[bytes], form: str) -> tuple[int, ...]:
     form = "<" + form  # little-endian, unpadded
     return struct.unpack(form, stream.read(struct.calcsize(form)))
 
 
-def _string(stream: IO[bytes]) -> bytes:
-    (length,) = _unpack(stream, "Q")
-    text = stream.read(min(length, 1 << 20))  # 1 MB: beyond any key or name, so a corrupt length cannot fill memory
+def _read_string(stream: IO[bytes]) -> bytes:
+    (length,) = _read_struct(stream, "Q")
+    text = stream.read(min(length, 1 << 20))  # no key or name is near 1 MB, so a corrupt length cannot fill memory
     if len(text) != length:
-        raise ValueError("string beyond the end of the file")
+        raise ValueError("a string runs beyond the end of the file")
     return text
 
 
-def _skip(stream: IO[bytes], kind: GGUFValueType) -> None:
-    if kind in _SCALARS:
-        stream.seek(_SCALARS[kind], 1)
+def _skip_value(stream: IO[bytes], kind: GGUFValueType) -> None:
+    if kind in _SCALAR_BYTES:
+        stream.seek(_SCALAR_BYTES[kind], 1)
     elif kind == GGUFValueType.STRING:
-        stream.seek(_unpack(stream, "Q")[0], 1)
+        stream.seek(_read_struct(stream, "Q")[0], 1)
     else:
-        item, count = _unpack(stream, "IQ")
-        if GGUFValueType(item) in _SCALARS:
-            stream.seek(_SCALARS[GGUFValueType(item)] * count, 1)
+        item, count = _read_struct(stream, "IQ")
+        if GGUFValueType(item) in _SCALAR_BYTES:
+            stream.seek(_SCALAR_BYTES[GGUFValueType(item)] * count, 1)
             return
         for _ in range(count):
-            _skip(stream, GGUFValueType(item))
+            _skip_value(stream, GGUFValueType(item))
