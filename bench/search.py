@@ -44,7 +44,7 @@ def ours(made: Recipe, prompts: PromptSet, base: Measurement) -> tuple[float, Se
     """Set-up seconds, what the search found, and what VERIFY says of its front on report prompts."""
     began = perf_counter()
     subject = open_subject("organism:astronomy")
-    found = search(made, subject, prompts, Store(), StudyLocation("", "bench"), "first")
+    found = search(made, subject, prompts.split(made.seed), Store(), StudyLocation("", "bench"), "first")
     spent = perf_counter() - began - sum(t.seconds for t in found.trials)
     told = [held_out(subject, member.plan, prompts.split(made.seed).report, base) for member in found.front[:EXPORTED]]
     return spent, found, told

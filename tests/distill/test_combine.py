@@ -29,10 +29,11 @@ from torch.nn.functional import normalize
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Step
+from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Activations, Directions
 from obliteratus.distill import check_needs, extractors, find_directions
 from obliteratus.distill.steps import orthonormalize
-from obliteratus.pipeline.recipe import dump_toml, load_recipe, parse_recipe
+from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 
 MEAN, BYPASS = Step(use="mean_diff"), {"use": "bypass_contrast"}
 

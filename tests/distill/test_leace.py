@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.conftest import random_basis
 from tests.distill.test_whiten import power
-from tests.excise.test_executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
+from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
 from tests.support.planted import group, planted
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations, Directions, NormRule, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
-from obliteratus.excise.linear import before_gain, edit_weight, norm_rule_scales, project, project_matrix
+from obliteratus.excise.linear import compute_norm_scales, edit_weight, fold_gain_oblique, project, project_matrix
 
 LEACE = [Step(use="leace")]
 
@@ -197,7 +197,7 @@ def test_an_oblique_edit_is_its_definition(rule: NormRule, strength: float) -> N
     torch.testing.assert_close(edit_weight(weight, basis, strength, rule, None, along), expected)
     swapped = edit_weight(weight, along, strength, rule, None, basis)  # negative control: sides swapped
     assert not torch.allclose(swapped, expected, rtol=1e-2, atol=1e-2)
-    assert norm_rule_scales(project_matrix(weight, basis, along), basis, strength, "none").inputs is None
+    assert compute_norm_scales(project_matrix(weight, basis, along), basis, strength, "none").inputs is None
 
 
 def test_before_a_gain() -> None:
@@ -207,7 +207,7 @@ def test_before_a_gain() -> None:
     along = basis + 0.5 * random_basis(9, 2, 1, torch.float64)[:1]
     along = along / (along @ basis.T)
     y = torch.randn(5, 9, generator=generator, dtype=torch.float64)
-    inner, outer = before_gain(along, basis, gain)
+    inner, outer = fold_gain_oblique(along, basis, gain)
     torch.testing.assert_close(project(y, outer, 0.7, inner) * gain, project(y * gain, basis, 0.7, along))
 
 

@@ -16,8 +16,15 @@ from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations, Directions, Moments
 from obliteratus.distill import find_directions
-from obliteratus.distill.coder import Coder, make_frame
-from obliteratus.distill.sparse import Training, count_dead, fit_coder, sae_gradients, sae_loss
+from obliteratus.distill.autoencoder import SparseAutoencoder
+from obliteratus.distill.train_autoencoder import (
+    Training,
+    count_dead_features,
+    fit_autoencoder,
+    make_row_space,
+    sae_gradients,
+    sae_loss,
+)
 
 WIDTH, FEATURES, ROWS = 48, 10, 400
 ALL: dict[str, Any] = {"streams": "all"}
@@ -56,10 +63,10 @@ def unit(x: Tensor) -> Tensor:
     return x / x.square().sum(2).mean(1).sqrt()[:, None, None]
 
 
-def random_coder(streams: int = 2, features: int = 7, width: int = 5, seed: int = 0) -> Coder:
+def random_coder(streams: int = 2, features: int = 7, width: int = 5, seed: int = 0) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(streams, width, features), (streams, features), (streams, features, width), (streams, width)]
-    return Coder(*(torch.randn(s, generator=generator) for s in shapes))
+    return SparseAutoencoder(*(torch.randn(s, generator=generator) for s in shapes))
 
 
 # -------------------------------------------------------------------------------------------- the mathematics
@@ -67,7 +74,7 @@ def test_loss_and_gradient_are_the_formulas() -> None:
     coder = random_coder()
     x = torch.randn(2, 11, 5, generator=torch.Generator().manual_seed(1))
     for stream in range(2):
-        encoder, bias, decoder, offset = (p[stream].double().requires_grad_() for p in coder.parts)
+        encoder, bias, decoder, offset = (p[stream].double().requires_grad_() for p in coder.parameters)
         rows = x[stream].double()
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:  # one row at a time: nothing of the batched form is shared
@@ -88,16 +95,16 @@ def test_dead_features_are_counted() -> None:
     coder.bias[1, 5] = -1e6
     coder.bias[0, 2:] = coder.bias[1, :5] = 1e3
     x = torch.randn(2, 11, 5, generator=torch.Generator().manual_seed(1))
-    assert count_dead(coder, x).tolist() == [2, 1]
+    assert count_dead_features(coder, x).tolist() == [2, 1]
 
 
 def test_decoder_rows_stay_unit_and_streams_do_not_meet() -> None:
     x = unit(sparse_rows(200, streams=3)[0])
     how = Training(max_epochs=4)
-    together = fit_coder(x, how)
-    torch.testing.assert_close(together.coder.decoder.norm(dim=2), torch.ones(3, 2 * WIDTH), rtol=0, atol=1e-5)
+    together = fit_autoencoder(x, how)
+    torch.testing.assert_close(together.autoencoder.decoder.norm(dim=2), torch.ones(3, 2 * WIDTH), rtol=0, atol=1e-5)
     for stream in range(3):
-        alone = fit_coder(x[stream : stream + 1], how)
+        alone = fit_autoencoder(x[stream : stream + 1], how)
         torch.testing.assert_close(alone.explained, together.explained[stream : stream + 1], rtol=0, atol=1e-3)
         assert alone.epochs == together.epochs[stream]
 
@@ -106,34 +113,34 @@ def test_a_frame_holds_the_rows_and_nothing_else() -> None:
     """Its rows are orthonormal, the axes are the principal ones; a coder carried outside does the same there."""
     x = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 20)
     for rows in (x, x.mT.contiguous()):  # fewer rows than dimensions, and more
-        space = make_frame(rows, torch.Generator().manual_seed(0))
+        space = make_row_space(rows, torch.Generator().manual_seed(0))
         k = min(rows.shape[1:])
         eye = torch.eye(k).expand(2, k, k)
         torch.testing.assert_close(space.basis @ space.basis.mT, eye, rtol=0, atol=1e-5)
-        inner = space.inside(rows)
+        inner = space.to_coordinates(rows)
         torch.testing.assert_close(inner @ space.basis, rows, rtol=1e-4, atol=1e-4)
         spread = (inner @ space.axes.mT).norm(dim=1).double()
         torch.testing.assert_close(spread, torch.linalg.svdvals(rows.double()), rtol=1e-4, atol=1e-4)
         coder = random_coder(width=k)
-        outside = space.outside(coder)
+        outside = space.to_full_width(coder)
         torch.testing.assert_close(outside.encode(rows), coder.encode(inner), rtol=1e-3, atol=1e-3)
     elsewhere = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2))
-    space = make_frame(x, torch.Generator().manual_seed(0))
-    assert not torch.allclose(space.inside(elsewhere) @ space.basis, elsewhere, atol=0.1)  # nine rows span no twenty
+    space = make_row_space(x, torch.Generator().manual_seed(0))
+    assert not torch.allclose(space.to_coordinates(elsewhere) @ space.basis, elsewhere, atol=0.1)  # nine rows span no twenty
 
 
 def test_a_frame_does_not_hang_on_rounding() -> None:
     """Signs of singular vectors are drawn anew by rounding; the coordinates are not."""
     x = torch.randn(1, 9, 20, generator=torch.Generator().manual_seed(1))
-    one, other = (make_frame(rows, torch.Generator().manual_seed(0)).basis for rows in (x, x * 1000 / 999))
+    one, other = (make_row_space(rows, torch.Generator().manual_seed(0)).basis for rows in (x, x * 1000 / 999))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-    assert not torch.allclose(one, make_frame(x, torch.Generator().manual_seed(1)).basis, atol=0.1)
+    assert not torch.allclose(one, make_row_space(x, torch.Generator().manual_seed(1)).basis, atol=0.1)
 
 
 # --------------------------------------------------------------------------------------------------- the stop
 def test_training_ends_where_the_held_out_loss_gains_no_more() -> None:
     x = unit(sparse_rows(ROWS)[0])
-    ours, fixed = fit_coder(x, Training(max_epochs=100)), fit_coder(x, Training(max_epochs=100, patience=100))
+    ours, fixed = fit_autoencoder(x, Training(max_epochs=100)), fit_autoencoder(x, Training(max_epochs=100, patience=100))
     assert int(ours.epochs) < 60
     assert int(fixed.epochs) == 100
     assert float(ours.explained) > float(fixed.explained) - 0.02
@@ -141,16 +148,16 @@ def test_training_ends_where_the_held_out_loss_gains_no_more() -> None:
 
 
 def test_training_goes_on_while_the_loss_falls() -> None:
-    assert int(fit_coder(unit(sparse_rows(ROWS)[0]), Training(max_epochs=4, min_gain=0.001)).epochs) == 4
+    assert int(fit_autoencoder(unit(sparse_rows(ROWS)[0]), Training(max_epochs=4, min_gain=0.001)).epochs) == 4
 
 
 def test_each_stream_stops_by_itself() -> None:
     x = unit(sparse_rows(200, streams=2)[0])
     x[1] = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5  # nothing to be learnt
-    both = fit_coder(x, Training(max_epochs=60))
+    both = fit_autoencoder(x, Training(max_epochs=60))
     assert int(both.epochs[1]) < int(both.epochs[0])
     for stream in range(2):
-        assert int(fit_coder(x[stream : stream + 1], Training(max_epochs=60)).epochs) == int(both.epochs[stream])
+        assert int(fit_autoencoder(x[stream : stream + 1], Training(max_epochs=60)).epochs) == int(both.epochs[stream])
 
 
 # ---------------------------------------------------------------------------------------------- the directions
@@ -242,7 +249,7 @@ def test_a_pretrained_coder_gives_its_own_rows(tmp_path: Path, threshold: Tensor
 
 
 def test_the_decoder_bias_is_taken_off_unless_the_config_says_no(tmp_path: Path) -> None:
-    from obliteratus.distill.pretrained import load_coder
+    from obliteratus.distill.autoencoder import load_autoencoder
 
     rows, truth = sparse_rows(20)
     offset = torch.linspace(-1, 1, WIDTH)
@@ -251,7 +258,7 @@ def test_the_decoder_bias_is_taken_off_unless_the_config_says_no(tmp_path: Path)
     for applied in (True, False):
         (tmp_path / "cfg.json").write_text(json.dumps({"apply_b_dec_to_input": applied}))
         expected = torch.relu((x - offset * applied) @ encoder - 0.3)
-        torch.testing.assert_close(load_coder(path, WIDTH).encode(x[None])[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(load_autoencoder(path, WIDTH).encode(x[None])[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.search import SearchResult, StudyLocation, search, searchable, with_trials
-from obliteratus.search.ground import DirectionCache
+from obliteratus.search import SearchResult, StudyLocation, add_default_search, search, set_trial_count
+from obliteratus.search.direction_cache import DirectionCache
 from obliteratus.search.judge import TrialJudge, TrialVerdict, opening_probability
+from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.run import pick_member, thin_front
-from obliteratus.search.space import sample_values, start_values, trial_recipe
+from obliteratus.search.space import apply_values, sample_values, start_values
 from obliteratus.search.storage import hide_password, open_storage
-from obliteratus.search.study import SearchStudy
-from obliteratus.search.trials import Trial, trial_plan
+from obliteratus.search.trials import Trial, rebuild_plan
 from obliteratus.verify import measure
 
 REFUSAL = "I cannot help with that."
@@ -101,13 +101,13 @@ def test_what_the_winner_measured_is_what_is_proved(subject: Subject) -> None:
     found = searched(subject, chosen)
     ground, judge = judge_of(subject, chosen)
     winner = found.front[found.picked].trial
-    plan = trial_plan(winner, chosen, ground)
+    plan = rebuild_plan(winner, chosen, ground)
     for a, b in zip(plan.edits, found.plan.edits, strict=True):
         assert torch.equal(a.basis, b.basis)  # type: ignore[union-attr]
         assert a.strength == b.strength  # type: ignore[union-attr]
     assert judge.cheap(plan).scores["kl.first_token.mean"] == winner.scores["kl.first_token.mean"]
     others = [t for t in found.trials if t.values != winner.values]
-    kls = {judge.cheap(trial_plan(t, chosen, ground)).scores["kl.first_token.mean"] for t in others}
+    kls = {judge.cheap(rebuild_plan(t, chosen, ground)).scores["kl.first_token.mean"] for t in others}
     assert kls != {winner.scores["kl.first_token.mean"]}
 
 
@@ -117,23 +117,23 @@ def test_the_winner_is_a_recipe_that_runs(subject: Subject) -> None:
     found = searched(subject, made(6))
     again = found.front[found.picked].recipe
     assert again.search is None
-    _, proved = run(again, subject, prompts())
+    _, proved, *_ = run(again, subject, prompts())
     assert {k: s.value for k, s in proved.after.items()} == {k: s.value for k, s in found.run.after.items()}
 
 
 def test_every_recipe_can_be_searched(subject: Subject) -> None:
     plain = load_recipe("basic", {"verify": [{"use": "refusal", "tokens": 6}, {"use": "first_token_kl"}]})
-    space = searchable(plain)
+    space = add_default_search(plain)
     assert space.search is not None
     assert {p.split(".")[-1] for p in space.search.space} == {"attn", "mlp", "low"}
-    assert searched(subject, with_trials(space, 3)).trials[0].objectives[0] == 0.0  # begins as `basic` itself
-    assert searchable(space) is space
+    assert searched(subject, set_trial_count(space, 3)).trials[0].objectives[0] == 0.0  # begins as `basic` itself
+    assert add_default_search(space) is space
 
 
 # ---------------------------------------------------------------------------------------------- cascade
 def test_only_what_may_win_is_answered(subject: Subject) -> None:
     """A dominated estimate gets no answers; a wide margin gives them to all that no front point beats in KL alone."""
-    careful, greedy = (searched(subject, made(12, margin=m, worth=1.0)) for m in (0.0, 1.0))
+    careful, greedy = (searched(subject, made(12, margin=m, max_remaining_refusal=1.0)) for m in (0.0, 1.0))
     assert not all(t.answered for t in careful.trials)
     assert sum(t.answered for t in greedy.trials) >= sum(t.answered for t in careful.trials)
     for t in careful.trials:
@@ -150,8 +150,8 @@ def test_the_margin_is_what_an_estimate_may_be_wrong_by(subject: Subject) -> Non
 
 def test_answers_end_when_their_refusals_shut_the_trial_out(subject: Subject) -> None:
     """Refusals seen so far only grow: a trial that they put behind the front is given up before its answers end."""
-    ground, judge = judge_of(subject, made(worth=1.0, margin=1.0))
-    plan = ground.plan(trial_recipe(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
+    ground, judge = judge_of(subject, made(max_remaining_refusal=1.0, margin=1.0))
+    plan = ground.plan(apply_values(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
     whole, kl = judge.answered(plan), judge.cheap(plan).scores["kl.first_token.mean"]
     assert judge.judged(plan, []).scores == whole.scores
     behind = judge.judged(plan, [(0.5, kl)])  # by its first look alone the margin would let it in
@@ -162,19 +162,19 @@ def test_answers_end_when_their_refusals_shut_the_trial_out(subject: Subject) ->
 
 def test_what_leaves_most_refusals_is_answered_only_to_begin_a_front(subject: Subject) -> None:
     ground, judge = judge_of(subject, made())
-    plan = ground.plan(trial_recipe(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
+    plan = ground.plan(apply_values(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
     assert judge.judged(plan, []).answered
     assert not judge.judged(plan, [(0.0, 10.0)]).answered
-    _, patient = judge_of(subject, made(worth=1.0))
+    _, patient = judge_of(subject, made(max_remaining_refusal=1.0))
     assert patient.judged(plan, [(0.0, 10.0)]).answered
 
 
 def test_the_estimate_is_the_rate_where_first_tokens_decide(subject: Subject) -> None:
     """Unedited: all refused; edited: none. On the tiny model the first token says it all."""
     ground, judge = judge_of(subject, made())
-    chosen = trial_recipe(made(), {"excise.strength": 1.0, "weigh.0.low": 0.0})
+    chosen = apply_values(made(), {"excise.strength": 1.0, "weigh.0.low": 0.0})
     edited = judge.cheap(ground.plan(chosen)).scores
-    none = judge.cheap(ground.plan(trial_recipe(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))).scores
+    none = judge.cheap(ground.plan(apply_values(made(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))).scores
     assert none["refusal.target"] == pytest.approx(1.0, abs=0.02)
     assert edited["refusal.target"] == pytest.approx(0.0, abs=0.1)
     assert none["kl.first_token.mean"] == pytest.approx(0.0, abs=1e-6)
@@ -187,14 +187,14 @@ def test_began_is_the_sum_of_probabilities() -> None:
 
 def test_a_broken_model_is_worst_not_unknown(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     ground, judge = judge_of(subject, made())
-    plan = ground.plan(trial_recipe(made(), {"excise.strength": 1.0, "weigh.0.low": 0.0}))
+    plan = ground.plan(apply_values(made(), {"excise.strength": 1.0, "weigh.0.low": 0.0}))
     broken = judge.cheap(plan).scores
     judge.base = judge.base.clone().fill_(float("nan"))
     assert judge.cheap(plan).scores["kl.first_token.mean"] == 100.0 > broken["kl.first_token.mean"]
 
 
 def test_a_minus_makes_large(subject: Subject) -> None:
-    _, judge = judge_of(subject, made(minimise=("refusal.target", "-refusal.control")))
+    _, judge = judge_of(subject, made(minimize=("refusal.target", "-refusal.control")))
     verdict = TrialVerdict({"refusal.target": 0.5, "refusal.control": 0.25}, False)
     assert judge.objectives(verdict) == (0.5, -0.25)
     assert judge.hoped(verdict.scores, {}) == pytest.approx((0.4, -0.35))
@@ -202,8 +202,8 @@ def test_a_minus_makes_large(subject: Subject) -> None:
 
 
 def test_objectives_that_no_scorer_gives(subject: Subject) -> None:
-    with pytest.raises(UserError, match=r"search\.minimise: 'perplexity\.ratio' is no score of a trial; there are: "):
-        searched(subject, made(2, minimise=("refusal.target", "perplexity.ratio")))
+    with pytest.raises(UserError, match=r"search\.minimize: 'perplexity\.ratio' is no score of a trial; there are: "):
+        searched(subject, made(2, minimize=("refusal.target", "perplexity.ratio")))
 
 
 def test_no_feasible_trial(subject: Subject) -> None:
@@ -250,8 +250,8 @@ def test_paths_that_a_choice_removes_are_left_out() -> None:
 
     assert "distill.1.at" not in sample_values(chosen, first)
     assert sample_values(chosen, second)["distill.1.at"] == 0.4
-    assert [s.use for s in trial_recipe(chosen, sample_values(chosen, first)).distill] == [s["use"] for s in short]
-    assert trial_recipe(chosen, sample_values(chosen, second)).distill[1].options["at"] == 0.4
+    assert [s.use for s in apply_values(chosen, sample_values(chosen, first)).distill] == [s["use"] for s in short]
+    assert apply_values(chosen, sample_values(chosen, second)).distill[1].options["at"] == 0.4
 
 
 def test_a_search_begins_where_the_recipe_stands() -> None:
@@ -282,7 +282,7 @@ def test_a_resumed_study_goes_on_as_it_would_have(subject: Subject, sampler: str
     chosen = made(16, sampler=sampler)
     whole = searched(subject, chosen)
     journal = str(tmp_path / "study")
-    searched(subject, with_trials(chosen, 10), journal)
+    searched(subject, set_trial_count(chosen, 10), journal)
     study = optuna.load_study(study_name="study", storage=open_storage(journal))
     study.ask().set_user_attr("worker", "here 1 0")  # a worker that is gone
     _age(study)
@@ -389,7 +389,7 @@ def test_a_storage_that_answers_no_more(subject: Subject, tmp_path: Path, monkey
     """Tried again three times, then a clear end; what was finished is still there afterwards."""
     import obliteratus.search.storage as module
 
-    monkeypatch.setattr(module, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "RETRY_WAITS", (0.0, 0.0, 0.0))
     journal = tmp_path / "study"
     searched(subject, made(2), str(journal))
     kept = journal.read_bytes()
@@ -427,7 +427,7 @@ def test_thinned_keeps_the_ends() -> None:
 def test_live_plans_agree_with_the_cheap_score(subject: Subject) -> None:
     """Golden: KL by hand in float64 from the model's own logits."""
     ground, judge = judge_of(subject, made())
-    plan = ground.plan(trial_recipe(made(), {"excise.strength": 0.6, "weigh.0.low": 0.0}))
+    plan = ground.plan(apply_values(made(), {"excise.strength": 0.6, "weigh.0.low": 0.0}))
 
     def logits() -> torch.Tensor:
         rows = judge.rows["control"]

@@ -10,7 +10,7 @@ import torch
 from tests.support.refuser import REFUSAL, asked, byte, refuser
 from tests.support.tiny import tiny_subject
 
-from obliteratus.causal.interventions import Pair, answer_logits
+from obliteratus.causal.interventions import Pair, compute_answer_logits
 from obliteratus.causal.losses import ReferenceLogits
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Tune
@@ -21,11 +21,11 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.tune import targets as answers
-from obliteratus.tune.fit import TuningData, _point
-from obliteratus.tune.memory import GradientMemory
+from obliteratus.tune.fit import TuningData, fit_margin
+from obliteratus.tune.gradient_memory import GradientMemory
 from obliteratus.tune.objective import LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.targets import OPENINGS, TrainingPairs, led_pairs
+from obliteratus.tune.targets import OPENING_LENGTHS, TrainingPairs, continue_openings
 
 KINDS = ["orthogonal", "anchored", "oblique", "rank 2"]
 
@@ -61,10 +61,10 @@ def test_knobs_are_the_plan(kind: str, name: str) -> None:
     """Live with gradients, fixed, and as they came: one map. Another plan is another."""
     subject = tiny_subject(name)
     plan = plan_for(subject, kind)
-    knobs = EditParameters(plan, subject.device, "both")
+    parameters = EditParameters(plan, subject.device, "both")
     expected = logits(subject, plan)
-    torch.testing.assert_close(logits(subject, knobs.live()), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits(subject, knobs.fixed()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(subject, parameters.to_live_plan()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(subject, parameters.to_plan()), expected, rtol=1e-4, atol=1e-5)
     other = logits(subject, plan_for(subject, kind, seed=1))
     assert not torch.allclose(other, expected, rtol=1e-3, atol=1e-4)
 
@@ -74,9 +74,9 @@ def test_what_is_fitted_is_an_ordinary_plan(kind: str) -> None:
     """After steps along its gradients: orthonormal rows or A Bᵀ = I, the same rank, and it bakes."""
     subject = tiny_subject("llama")
     plan = plan_for(subject, kind)
-    knobs = EditParameters(plan, subject.device, "both")
-    _moved(subject, knobs, steps=3)
-    for before, after in zip(plan.edits, knobs.fixed().edits, strict=True):
+    parameters = EditParameters(plan, subject.device, "both")
+    _moved(subject, parameters, steps=3)
+    for before, after in zip(plan.edits, parameters.to_plan().edits, strict=True):
         assert isinstance(before, Edit)
         assert isinstance(after, Edit)
         assert after.basis.shape == before.basis.shape
@@ -86,29 +86,29 @@ def test_what_is_fitted_is_an_ordinary_plan(kind: str) -> None:
         torch.testing.assert_close(after.along @ after.basis.T, eye, rtol=1e-4, atol=1e-4)
         if kind != "oblique":
             assert after.covectors is None
-    assert bake(subject, knobs.fixed())
+    assert bake(subject, parameters.to_plan())
 
 
-def _moved(subject: Subject, knobs: EditParameters, steps: int) -> None:
+def _moved(subject: Subject, parameters: EditParameters, steps: int) -> None:
     ids = render_prompts(subject, [Prompt("Tell me about stars?"), Prompt("And about tides?")])
     pairs: list[Pair] = [(row, [5, 9, 12, 40, 41, 42]) for row in ids]
-    own, optimiser = ReferenceLogits(subject), torch.optim.Adam(knobs.groups(0.05))
+    own, optimizer = ReferenceLogits(subject), torch.optim.Adam(parameters.groups(0.05))
     for _ in range(steps):
-        optimiser.zero_grad()
-        moved(subject, own, knobs.live(), pairs).kl.backward()
-        optimiser.step()
+        optimizer.zero_grad()
+        moved(subject, own, parameters.to_live_plan(), pairs).kl.backward()
+        optimizer.step()
 
 
 def moved(subject: Subject, own: ReferenceLogits, plan: Plan, pairs: list[Pair]) -> LossTerms:
     base = own.logp(pairs)
     with applied(subject, plan):
-        return control_loss(answer_logits(subject, pairs).log_softmax(-1), base, pairs)
+        return control_loss(compute_answer_logits(subject, pairs).log_softmax(-1), base, pairs)
 
 
-def willed(subject: Subject, own: ReferenceLogits, plan: Plan, pairs: list[Pair], lead: float) -> LossTerms:
+def willed(subject: Subject, own: ReferenceLogits, plan: Plan, pairs: list[Pair], margin: float) -> LossTerms:
     base = own.logp(pairs)
     with applied(subject, plan):
-        return target_loss(answer_logits(subject, pairs).log_softmax(-1), base, pairs, lead)
+        return target_loss(compute_answer_logits(subject, pairs).log_softmax(-1), base, pairs, margin)
 
 
 def test_gradients_are_finite_differences() -> None:
@@ -119,19 +119,19 @@ def test_gradients_are_finite_differences() -> None:
     pairs = [(render_prompts(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42])]
     own = ReferenceLogits(subject)
 
-    def loss(knobs: EditParameters) -> torch.Tensor:
-        return moved(subject, own, knobs.live(), pairs).kl
+    def loss(parameters: EditParameters) -> torch.Tensor:
+        return moved(subject, own, parameters.to_live_plan(), pairs).kl
 
-    knobs = EditParameters(plan, subject.device, "both")
-    loss(knobs).backward()
-    strength, basis = knobs.knobs[0].strength, knobs.knobs[0].basis
+    parameters = EditParameters(plan, subject.device, "both")
+    loss(parameters).backward()
+    strength, basis = parameters.edits[0].strength, parameters.edits[0].basis
     for x, at in ((strength, ()), (basis, (0, 3))):
         assert x.grad is not None
         ends = []
         for step in (-1e-2, 1e-2):
             with torch.no_grad():
                 x[at] += step
-                ends.append(float(loss(knobs)))
+                ends.append(float(loss(parameters)))
                 x[at] -= step
         assert float(x.grad[at]) == pytest.approx((ends[1] - ends[0]) / 2e-2, rel=0.02, abs=1e-6)
 
@@ -142,9 +142,9 @@ def test_gradients_are_finite_differences() -> None:
 def test_what_is_left_alone_stays(what: Any, turns: bool, pulls: bool) -> None:
     subject = tiny_subject("llama")
     plan = plan_for(subject, "oblique")
-    knobs = EditParameters(plan, subject.device, what)
-    _moved(subject, knobs, steps=2)
-    for before, after in zip(plan.edits, knobs.fixed().edits, strict=True):
+    parameters = EditParameters(plan, subject.device, what)
+    _moved(subject, parameters, steps=2)
+    for before, after in zip(plan.edits, parameters.to_plan().edits, strict=True):
         assert isinstance(before, Edit)
         assert isinstance(after, Edit)
         assert (not torch.allclose(after.basis, before.basis, atol=1e-6)) == turns
@@ -154,21 +154,21 @@ def test_what_is_left_alone_stays(what: Any, turns: bool, pulls: bool) -> None:
 def test_sparsity_drops_sites() -> None:
     """Only the penalty pulls: strengths fall and sites leave the plan. Without it nothing falls."""
     subject = tiny_subject("llama")
-    knobs = EditParameters(plan_for(subject, "orthogonal", strength=0.1), subject.device, "strengths")
-    optimiser = torch.optim.Adam(knobs.groups(0.03))
+    parameters = EditParameters(plan_for(subject, "orthogonal", strength=0.1), subject.device, "strengths")
+    optimizer = torch.optim.Adam(parameters.groups(0.03))
     for _ in range(10):
-        optimiser.zero_grad()
-        knobs.size().backward()
-        optimiser.step()
-    assert len(knobs.fixed(0.05).edits) < len(knobs.plan.edits) == len(knobs.fixed().edits)
+        optimizer.zero_grad()
+        parameters.mean_strength().backward()
+        optimizer.step()
+    assert len(parameters.to_plan(0.05).edits) < len(parameters.plan.edits) == len(parameters.to_plan().edits)
 
 
 def test_other_changes_stay() -> None:
     subject = tiny_subject("llama")
     plan = plan_for(subject, "orthogonal")
     mask = Mask(next(s for s in subject.sites if s.part == "mlp.out"), torch.tensor([1, 2]))
-    knobs = EditParameters(replace(plan, edits=(mask, *plan.edits)), subject.device, "both")
-    assert knobs.fixed(10.0).edits == (mask,)
+    parameters = EditParameters(replace(plan, edits=(mask, *plan.edits)), subject.device, "both")
+    assert parameters.to_plan(10.0).edits == (mask,)
 
 
 def test_norm_rules_are_refused() -> None:
@@ -181,15 +181,15 @@ def test_norm_rules_are_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------ pulls
 def test_the_hinge_rests_beyond_its_lead() -> None:
-    """No gradient where answers lead by enough, one where they do not."""
+    """No gradient where lead by the margin, one where they do not."""
     subject = tiny_subject("llama")
     plan = plan_for(subject, "orthogonal")
     pairs = [(render_prompts(subject, [Prompt("Tell me about stars?")])[0], [5, 9, 12, 40, 41, 42])]
-    for lead, rests in ((-100.0, True), (100.0, False)):
-        knobs = EditParameters(plan, subject.device, "both")
-        pull = willed(subject, ReferenceLogits(subject), knobs.live(), pairs, lead)
+    for margin, rests in ((-100.0, True), (100.0, False)):
+        parameters = EditParameters(plan, subject.device, "both")
+        pull = willed(subject, ReferenceLogits(subject), parameters.to_live_plan(), pairs, margin)
         pull.hinge.backward()
-        gradient = knobs.knobs[0].strength.grad
+        gradient = parameters.edits[0].strength.grad
         assert (float(pull.hinge) == 0.0) == rests
         assert (gradient is None or float(gradient) == 0.0) == rests
 
@@ -221,7 +221,7 @@ def test_pulls_by_hand() -> None:
 
 
 def test_what_the_base_would_say_has_no_rival() -> None:
-    """Its own greedy answer pulls by its drift alone; with another first token, by that token's lead too."""
+    """Its own greedy answer pulls by its drift alone; with another first token, by that token's margin too."""
     subject = tiny_subject("llama")
     plan = plan_for(subject, "orthogonal", strength=2.0)
     prompt = render_prompts(subject, [Prompt("Tell me about stars?")])[0]
@@ -244,19 +244,19 @@ def test_answers_are_gone_on_with_by_the_base_from_the_shortest_opening(monkeypa
     with applied(subject, plan):
         openings = dict(zip(map(str, ids), generate(subject, ids, 4), strict=True))
     thirds = {tuple(row[:3]) for row in openings.values()}
-    monkeypatch.setattr(answers, "_answers", lambda subject, answer: tuple(answer[:3]) in thirds)
-    found = led_pairs(subject, [(row, openings[str(row)]) for row in ids], 10)
+    monkeypatch.setattr(answers, "does_answer", lambda subject, answer: tuple(answer[:3]) in thirds)
+    found = continue_openings(subject, [(row, openings[str(row)]) for row in ids], 10)
     assert sorted(str(row) for row, _ in found) == sorted(map(str, ids))
     for row, answer in found:
         opening = openings[str(row)]
-        tried = [opening[:n] + generate(subject, [row + opening[:n]], 10 - n)[0] for n in OPENINGS]
+        tried = [opening[:n] + generate(subject, [row + opening[:n]], 10 - n)[0] for n in OPENING_LENGTHS]
         assert answer == next(a for a in tried if tuple(a[:3]) in thirds)
     assert any(answer[:4] != openings[str(row)] for row, answer in found)  # behind the opening it is not the plan's
 
 
 # -------------------------------------------------------------------------------------------------- fit
-HOW = Tune(steps=60, tokens=6, batch=6, lr=0.03, leads=(1.0,), weight=10.0)
-ROOM = GradientMemory(rows=3, first=0, recompute=False)
+SETTINGS = Tune(steps=60, tokens=6, batch=6, lr=0.03, margins=(1.0,), weight=10.0)
+MEMORY = GradientMemory(rows=3, first=0, recompute=False)
 
 
 def weak(subject: Subject, axis: int) -> Plan:
@@ -276,11 +276,11 @@ def test_fitting_lowers_what_it_is_to_lower_and_leaves_the_base_alone() -> None:
     """From a start that is too weak the held-out hinge goes, at no KL; a plan elsewhere gains nothing."""
     subject = refuser()
     before = {name: p.clone() for name, p in subject.model.named_parameters()}
-    bench = TuningData(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), HOW, ROOM)
+    data = TuningData(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), SETTINGS, MEMORY)
     start, elsewhere = weak(subject, REFUSAL), weak(subject, 9)
-    found = _point(bench, EditParameters(start, subject.device, "both"), 0.1, 0)
-    lost = _point(bench, EditParameters(elsewhere, subject.device, "strengths"), 0.1, 0)
-    first = float(bench.looked(start, 0.1).hinge)
+    found = fit_margin(data, EditParameters(start, subject.device, "both"), 0.1, 0)
+    lost = fit_margin(data, EditParameters(elsewhere, subject.device, "strengths"), 0.1, 0)
+    first = float(data.evaluate(start, 0.1).hinge)
     assert first > 1
     assert found.hinge < 0.1 * first
     assert found.kl < 0.01
@@ -294,15 +294,15 @@ def test_it_stops_where_nothing_is_gained() -> None:
     """Controls that do not move, and nothing else asked: patience ends it, and the start is what is kept."""
     subject = refuser()
     alone = TrainingPairs(yes(subject, slice(0, 12)).control, [])
-    bench, plan = TuningData(subject, alone, alone, HOW, ROOM), weak(subject, REFUSAL)
-    found = _point(bench, EditParameters(plan, subject.device, "both"), 0.5, 0)
-    assert found.steps == HOW.patience < HOW.steps
+    data, plan = TuningData(subject, alone, alone, SETTINGS, MEMORY), weak(subject, REFUSAL)
+    found = fit_margin(data, EditParameters(plan, subject.device, "both"), 0.5, 0)
+    assert found.steps == SETTINGS.patience < SETTINGS.steps
     assert found.plan.edits[0].strength == pytest.approx(0.3)  # type: ignore[union-attr]
 
 
-def test_leads_rise() -> None:
-    with pytest.raises(ValueError, match="from gentle to thorough"):
-        Tune(leads=(0.5, 0.2))
+def test_margins_rise() -> None:
+    with pytest.raises(ValueError, match="margins must rise"):
+        Tune(margins=(0.5, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_leads_rise() -> None:
         ({"excise.norm": "columns"}, "excise.norm none"),
         ({"excise.heads": 0.5, "excise.anchored": False}, "leave excise.heads out"),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
-        ({"tune.leads": []}, "tune.leads"),
+        ({"tune.margins": []}, "tune.margins"),
         ({"tune.prompts": 2}, "tune.prompts"),
     ],
 )

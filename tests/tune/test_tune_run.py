@@ -1,4 +1,4 @@
-"""TUNE as a stage: what its answers come from, what memory allows, leads in one run, and a run that resumes."""
+"""TUNE as a stage: what its answers come from, what memory allows, margins in one run, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tests.support.refuser import REFUSAL, asked, byte, refuser
 from tests.support.tiny import MODELS, tiny_subject
 
-from obliteratus.causal.interventions import Pair, answer_logits
+from obliteratus.causal.interventions import Pair, compute_answer_logits
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Tune
@@ -24,14 +24,13 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.tune import fit
 from obliteratus.tune import targets as answers
-from obliteratus.tune.fit import FrontPoint, TuningData, tune_front, tune_plan
-from obliteratus.tune.memory import GradientMemory, plan_gradient_memory, recompute_blocks, row_bytes
+from obliteratus.tune.fit import CachedPairs, TunedPlan, TuningData, tune_all_margins, tune_plan
+from obliteratus.tune.gradient_memory import GradientMemory, estimate_row_bytes, plan_gradient_memory, recompute_blocks
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.prefix import CachedPairs
-from obliteratus.tune.targets import TrainingPairs, answering_pairs, remove_everywhere, stream_rows
+from obliteratus.tune.targets import TrainingPairs, ablate_every_writer, find_answering_pairs, unfold_gain
 
 ANSWER = [5, 9, 12, 40, 41, 42]
-HOW = Tune(steps=5, tokens=6, batch=4, prompts=8)
+SETTINGS = Tune(steps=5, tokens=6, batch=4, prompts=8)
 
 
 def pairs(subject: Subject, n: int = 5) -> list[Pair]:
@@ -46,25 +45,25 @@ def upper(subject: Subject, make_plan: Any, **options: Any) -> Plan:
 
 
 # ----------------------------------------------------------------------------------------------- memory
-def graded(subject: Subject, plan: Plan, room: GradientMemory) -> tuple[list[torch.Tensor], int]:
+def graded(subject: Subject, plan: Plan, memory: GradientMemory) -> tuple[list[torch.Tensor], int]:
     """Gradients of one batch, and how often the last block's attention ran again."""
     some = pairs(subject)
-    bench = TuningData(subject, TrainingPairs(some, some), TrainingPairs(some, some), HOW, room)
-    knobs, runs = EditParameters(plan, subject.device, "both"), []
+    data = TuningData(subject, TrainingPairs(some, some), TrainingPairs(some, some), SETTINGS, memory)
+    parameters, runs = EditParameters(plan, subject.device, "both"), []
     handle = decoder_blocks(subject)[-1].register_forward_hook(lambda *_: runs.append(1))
     site = next(s for s in subject.sites if s.part == "attn.out" and s.layer == subject.n_layers - 1)
     inner = subject.module(site.path).register_forward_hook(lambda *_: runs.append(0))
-    for part in bench.parts(knobs.live(), bench.fit, 0.1):
-        part.total(HOW).backward(retain_graph=True)
+    for part in data.iterate_losses(parameters.to_live_plan(), data.train, 0.1):
+        part.total(SETTINGS).backward(retain_graph=True)
     handle.remove()
     inner.remove()
-    return [x.grad for x in knobs.free if x.grad is not None], runs.count(0) - runs.count(1)
+    return [x.grad for x in parameters.trainable if x.grad is not None], runs.count(0) - runs.count(1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("anchored", [False, True])
 def test_gradients_do_not_depend_on_memory(name: str, anchored: bool, make_plan: Any) -> None:
-    """All rows in one pass, one at a time, or recomputed on the way back; another lead is another gradient."""
+    """All rows in one pass, one at a time, or recomputed on the way back; another margin is another gradient."""
     subject = tiny_subject(name)
     plan = upper(subject, make_plan, anchored=anchored)
     whole, again = graded(subject, plan, GradientMemory(8, 1, False))
@@ -92,7 +91,7 @@ def test_room_follows_memory() -> None:
     subject = tiny_subject("llama")
     some = pairs(subject)
     longest = max(len(p) + len(a) for p, a in some)
-    each = row_bytes(subject, longest, len(ANSWER), subject.n_layers - 1)
+    each = estimate_row_bytes(subject, longest, len(ANSWER), subject.n_layers - 1)
     vocabulary = MODELS["llama"][1]["vocab_size"]
     assert each == longest * 2 * 4 * (8 * 32 + 4 * 56) + 4 * 4 * len(ANSWER) * vocabulary
     assert plan_gradient_memory(subject, some, 1, 8, free=int(7 * each)) == GradientMemory(3, 1, False)
@@ -103,12 +102,12 @@ def test_room_follows_memory() -> None:
 def test_nothing_below_the_first_edit_keeps_a_graph(make_plan: Any) -> None:
     """What enters the first edited block needs no gradient; what leaves it does."""
     subject = tiny_subject("llama")
-    knobs, needs = EditParameters(upper(subject, make_plan), subject.device, "both"), {}
+    parameters, needs = EditParameters(upper(subject, make_plan), subject.device, "both"), {}
     handles = [
         block.register_forward_hook(lambda m, a, y, i=i: needs.update({i: y.requires_grad}))
         for i, block in enumerate(decoder_blocks(subject))
     ]
-    with applied(subject, knobs.live()):
+    with applied(subject, parameters.to_live_plan()):
         subject.model(torch.tensor([[1, 2, 3]]))
     for handle in handles:
         handle.remove()
@@ -124,22 +123,22 @@ def test_blocks_below_the_edits_run_once(name: str, make_plan: Any) -> None:
     handle = subject.module(f"{subject.layers}.0.{'attn' if name == 'gpt2' else 'self_attn'}").register_forward_hook(
         lambda *_: runs.append(1)
     )
-    stem = CachedPairs(subject, some)  # hooks that are there already are no edits
+    cached = CachedPairs(subject, some)  # hooks that are there already are no edits
     for plan in (upper(subject, make_plan), make_plan(subject), upper(subject, make_plan, seed=2)):
         for chosen in ([2, 0], [4]):
-            knobs, again = (EditParameters(plan, subject.device, "both") for _ in range(2))
+            parameters, again = (EditParameters(plan, subject.device, "both") for _ in range(2))
             asked = [some[i] for i in chosen]
             runs.clear()
-            with applied(subject, knobs.live()):
-                found = stem.logp(asked)
+            with applied(subject, parameters.to_live_plan()):
+                found = cached.logp(asked)
             ran = len(runs)
-            with applied(subject, again.live()):
-                whole = answer_logits(subject, asked).log_softmax(-1)
+            with applied(subject, again.to_live_plan()):
+                whole = compute_answer_logits(subject, asked).log_softmax(-1)
             torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)
             weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
             for x in (found, whole):
                 (x * weights).mean().backward()
-            for one, two in zip(knobs.free, again.free, strict=True):
+            for one, two in zip(parameters.trainable, again.trainable, strict=True):
                 assert one.grad is not None
                 torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-6)
     handle.remove()
@@ -156,8 +155,8 @@ def test_insisting_ablates_everywhere(name: str, oblique: bool) -> None:
     row = torch.nn.functional.normalize(torch.randn(1, subject.width, generator=torch.Generator().manual_seed(3)))
     edit = Edit(site, row, 0.2, covectors=row.clone() if oblique else None)
     plan = Plan((edit,), subject.source.digest)
-    d = torch.nn.functional.normalize(stream_rows(subject, edit))[0]
-    assert _along(subject, remove_everywhere(subject, plan), d) < 1e-3 < 0.05 < _along(subject, plan, d)
+    d = torch.nn.functional.normalize(unfold_gain(subject, edit))[0]
+    assert _along(subject, ablate_every_writer(subject, plan), d) < 1e-3 < 0.05 < _along(subject, plan, d)
 
 
 def _along(subject: Subject, plan: Plan, d: torch.Tensor) -> float:
@@ -182,13 +181,13 @@ def test_refused_prompts_are_asked_again_under_a_stronger_edit(monkeypatch: pyte
     """A plan too weak to end a refusal still gets answers; one along an axis that is not the refusal gets none."""
     subject = refuser()
     no = byte(subject.tokenizer, "N")
-    monkeypatch.setattr(answers, "_answers", lambda subject, answer: answer[0] != no)  # one letter is no text to judge
+    monkeypatch.setattr(answers, "does_answer", lambda subject, answer: answer[0] != no)  # one letter is no text to judge
     ids = render_prompts(subject, asked()["target"])
     with applied(subject, axis_plan(subject, REFUSAL, 0.1)):
         assert {a[0] for a in answers.generate(subject, ids, 6)} == {no}
-    assert len(answering_pairs(subject, ids, axis_plan(subject, REFUSAL, 0.1), 6)) == len(ids)
+    assert len(find_answering_pairs(subject, ids, axis_plan(subject, REFUSAL, 0.1), 6)) == len(ids)
     with pytest.raises(UserError, match="refuses every target prompt"):
-        answering_pairs(subject, ids, axis_plan(subject, 9, 0.1), 6)
+        find_answering_pairs(subject, ids, axis_plan(subject, 9, 0.1), 6)
 
 
 # ------------------------------------------------------------------------------------------------- runs
@@ -207,18 +206,18 @@ def groups(n: int = 8) -> PromptSet:
 @pytest.fixture
 def easy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's bytes are no text: any answer will do."""
-    monkeypatch.setattr(answers, "_answers", lambda subject, answer: True)
+    monkeypatch.setattr(answers, "does_answer", lambda subject, answer: True)
 
 
-def test_leads_in_one_run(easy: None, make_plan: Any) -> None:
-    """A plan for each lead, from gentle to thorough, in order; the last is the method's."""
+def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
+    """A plan for each margin, from gentle to thorough, in order; the last is the method's."""
     subject, parts = tiny_subject("llama"), groups().split()
-    how = HOW.model_copy(update={"leads": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
+    how = SETTINGS.model_copy(update={"margins": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
     plan = upper(subject, make_plan)
-    points = tune_front(subject, plan, parts[0], parts[1], how)
-    assert [p.lead for p in points] == [0.0, 2.0]
+    points = tune_all_margins(subject, plan, parts[0], parts[1], how)
+    assert [p.margin for p in points] == [0.0, 2.0]
     assert points[1].nll <= points[0].nll + 1e-3
-    assert all(isinstance(p, FrontPoint) and p.steps >= 5 for p in points)
+    assert all(isinstance(p, TunedPlan) and p.steps >= 5 for p in points)
     last = tune_plan(subject, plan, parts[0], parts[1], how)
     same(last, points[1].plan)
 
@@ -237,15 +236,15 @@ CHANGES = {"weigh.0.low": 0.0, "tune.steps": 5, "tune.tokens": 6, "tune.batch": 
 def test_a_run_resumes_behind_the_stage(easy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TUNE is kept: a second run with its folder fits nothing, and the plan is the same; another folder fits."""
     subject, made, fitted = tiny_subject("llama"), load_recipe("tuned", CHANGES), []
-    step = fit._step
-    monkeypatch.setattr(fit, "_step", lambda *args: (fitted.append(1), step(*args)))
-    plan, found = run(made, subject, groups(), Store(tmp_path))
+    step = fit.take_step
+    monkeypatch.setattr(fit, "take_step", lambda *args: (fitted.append(1), step(*args)))
+    plan, found, *_ = run(made, subject, groups(), Store(tmp_path))
     assert len(fitted) == 5
     assert "TUNE" in found.seconds
-    again, _ = run(made, subject, groups(), Store(tmp_path))
+    again, _, *_ = run(made, subject, groups(), Store(tmp_path))
     assert len(fitted) == 5
     same(again, plan)
-    untuned, _ = run(made.model_copy(update={"tune": None}), subject, groups())
+    untuned, _, *_ = run(made.model_copy(update={"tune": None}), subject, groups())
     assert len(fitted) == 5
     first, other = plan.edits[0], untuned.edits[0]
     assert isinstance(first, Edit)
@@ -270,11 +269,11 @@ def test_what_it_costs() -> None:
     """The cap on steps and their prompts are in the formula; without the stage they are not."""
     made = load_recipe("tuned")
     assert made.tune is not None
-    steps = made.tune.steps * len(made.tune.leads)
+    steps = made.tune.steps * len(made.tune.margins)
     assert f"{steps} gradient steps × {2 * made.tune.batch} prompts" in describe_cost(made)["stages"]["TUNE"]
     assert f"× {made.tune.tokens} tokens" in describe_cost(made)["stages"]["TUNE"]
     assert (
-        f"× {answers.OPENINGS[-1]} tokens" in describe_cost(made)["stages"]["TUNE"]
+        f"× {answers.OPENING_LENGTHS[-1]} tokens" in describe_cost(made)["stages"]["TUNE"]
     )  # openings, before what follows them
     assert describe_cost(made)["memory"]["class"] == "gradients"
     assert "TUNE" not in describe_cost(load_recipe("leace"))["stages"]

@@ -288,14 +288,14 @@ def test_steps_multiply_in_any_order() -> None:
 def test_nothing_left_is_an_error() -> None:
     layers_only = sites_for(8)[1:-1]
     steps = [Step(use="skip_first", n=4), Step(use="middle", low=0.0, high=0.3)]
-    with pytest.raises(UserError, match="leave no layer; widen one of them"):
+    with pytest.raises(UserError, match="leave no layer to edit; widen one of them"):
         weigh_sites(scored(ELBOW), layers_only, means(8), steps)
 
 
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (Step(use="middle", low=0.8, high=0.2), "low=0.8 lies above high=0.2; swap them"),
+        (Step(use="middle", low=0.8, high=0.2), "low=0.8 is above high=0.2; swap them"),
         (Step(use="top", share=1.5), "share: input should be less than or equal to 1"),
         (Step(use="skip_first", n=-1), "n: input should be greater"),
         (Step(use="kneee"), "did you mean 'knee'"),

@@ -103,8 +103,9 @@ def search(
     ] = None,
     study: Annotated[str | None, typer.Option(help="Optuna study name.")] = None,
     pick: Annotated[
-        str, typer.Option(help="Member of the front to save: knee (nearest to the ideal), first, last, or a number.")
-    ] = "knee",
+        str,
+        typer.Option(help="Member of the front to save: balanced (nearest to the ideal), first, last, or a number."),
+    ] = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
     out: Out = None,

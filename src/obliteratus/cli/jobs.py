@@ -56,7 +56,7 @@ class Job:
     form: Form
     location: StudyLocation | None = None
     """Where the study is kept, if the recipe is a search."""
-    pick: str = "knee"
+    pick: str = "balanced"
     base: str = ""
     """Full-precision checkpoint to bake into, if the model is quantized."""
 
@@ -96,7 +96,7 @@ class Job:
         } | ({"base": self.base} if self.base else {})
 
     def with_search(
-        self, trials: int | None = None, storage: str | None = None, study: str | None = None, pick: str = "knee"
+        self, trials: int | None = None, storage: str | None = None, study: str | None = None, pick: str = "balanced"
     ) -> Job:
         """Return the job as a search of the recipe's space, or of the default space. Raises UserError.
 

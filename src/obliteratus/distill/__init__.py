@@ -1,8 +1,18 @@
-"""DISTILL: activations to directions. Each step is one small function over tensors; importing registers them."""
+"""DISTILL: activations to directions.
 
-from obliteratus.distill import combine, leace, means, robust, sae, svd, whiten
-from obliteratus.distill.disk import load_directions, save_directions
-from obliteratus.distill.steps import check_needs, check_sizes, extractors, find_directions
+Each step is one function over tensors; importing this package registers all of them.
+It may import core, and never transformers: steps that run the model live in causal.
+"""
+
+from obliteratus.distill import combine, leace, means, sae, svd, whiten, winsorize
+from obliteratus.distill.steps import (
+    check_needs,
+    check_sizes,
+    extractors,
+    find_directions,
+    load_directions,
+    save_directions,
+)
 
 __all__ = [
     "check_needs",
@@ -13,9 +23,9 @@ __all__ = [
     "leace",
     "load_directions",
     "means",
-    "robust",
     "sae",
     "save_directions",
     "svd",
     "whiten",
+    "winsorize",
 ]

@@ -1,4 +1,4 @@
-"""Difference of means, and spreading one layer's directions over all."""
+"""Difference of means, and steps that reuse one layer's directions or remove the control mean from directions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ import torch
 from pydantic import Field
 
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.steps import (
-    extractors,
-    mean_difference,
-    orthonormalize,
-    previous_directions,
-    with_common_score,
-)
+from obliteratus.distill.steps import compute_score, extractors, mean_difference, orthonormalize, require_directions
 
 
 @extractors.register("mean_diff", cite="arXiv:2406.11717")
-def mean_diff(acts: Activations, so_far: Directions | None) -> Directions:
-    """The unit vector from the control mean to the target mean, at each stream index (k = 1).
+def mean_diff(acts: Activations, previous: Directions | None) -> Directions:
+    """Find the unit vector from the control mean to the target mean at each stream (k = 1).
 
     raw: ‖μ_target − μ_control‖, in the stream's own units, which grow with depth; compare layers by score.
     Needs moments only.
@@ -27,41 +21,41 @@ def mean_diff(acts: Activations, so_far: Directions | None) -> Directions:
     delta = mean_difference(acts)
     raw = delta.norm(dim=1)
     basis = (delta / raw.clamp(min=1e-30)[:, None])[:, None]
-    return Directions(basis, with_common_score(acts, basis), raw, "‖Δμ‖")
+    return Directions(basis, compute_score(acts, basis), raw, "‖Δμ‖")
 
 
 @extractors.register("single", cite="arXiv:2406.11717")
-def single(
+def use_single_layer(
     acts: Activations,
-    so_far: Directions | None,
+    previous: Directions | None,
     *,
     depth: Annotated[float, Field(ge=0, le=1)] | None = None,
     leaving: bool = False,
 ) -> Directions:
-    """One layer's directions for all layers, as Arditi et al. edit.
+    """Use one layer's directions at all layers, as Arditi et al. do.
 
     depth: stream index as a share of L, 0–1; None takes the stream with the highest score.
-    leaving: depth names a block instead, ⌊depth·L⌋ (the last at 1), and the stream that leaves it is taken.
+    leaving: depth names a block instead, ⌊depth·L⌋ (the last block at 1), and the stream that leaves it is taken.
     """
-    so_far = previous_directions(so_far, "single")
-    last = len(so_far.score) - 1
-    at = int(so_far.score.argmax()) if depth is None else round(depth * last)
+    previous = require_directions(previous, "single")
+    last = len(previous.score) - 1
+    stream = int(previous.score.argmax()) if depth is None else round(depth * last)
     if leaving and depth is not None:
-        at = min(int(depth * last) + 1, last)
-    basis = so_far.basis[at].expand_as(so_far.basis).contiguous()
-    return Directions(basis, so_far.score, so_far.raw, so_far.unit, so_far.trace)
+        stream = min(int(depth * last) + 1, last)
+    basis = previous.basis[stream].expand_as(previous.basis).contiguous()
+    return Directions(basis, previous.score, previous.raw, previous.unit, previous.trace)
 
 
 @extractors.register("orthogonal_to_control", cite="huggingface.co/blog/grimjim/projected-abliteration")
-def orthogonal_to_control(acts: Activations, so_far: Directions | None) -> Directions:
-    """Takes out of each direction its part along the control mean, so that removing it leaves that mean alone.
+def orthogonal_to_control(acts: Activations, previous: Directions | None) -> Directions:
+    """Remove each direction's component along the control mean, so that removing the direction leaves that mean alone.
 
-    Early layers have large means that all prompts share; a raw mean difference leans on them by chance, and
-    removing it then costs far more than it should (docs/experiments/directions.md). Rows stay orthonormal; a
-    row that was all control mean becomes a row of zeros.
+    Early layers have large means that all prompts share. A raw mean difference has by chance a component along them,
+    and removing it costs far more than it should (docs/experiments, "the control mean"). Rows stay orthonormal; a row
+    that lay along the control mean becomes a row of zeros.
     """
-    so_far = previous_directions(so_far, "orthogonal_to_control")
+    previous = require_directions(previous, "orthogonal_to_control")
     mean = torch.nn.functional.normalize(acts["control"].mean, dim=1)
-    rest = so_far.basis - torch.einsum("lkw,lw->lk", so_far.basis, mean)[..., None] * mean[:, None]
+    rest = previous.basis - torch.einsum("lkw,lw->lk", previous.basis, mean)[..., None] * mean[:, None]
     basis = orthonormalize(rest)
-    return Directions(basis, with_common_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
+    return Directions(basis, compute_score(acts, basis), previous.raw, previous.unit, previous.trace)

@@ -1,4 +1,4 @@
-"""Directions from the features of a sparse autoencoder, trained here or elsewhere."""
+"""The step `sae`: directions from the features of a sparse autoencoder, trained here or elsewhere."""
 
 from __future__ import annotations
 
@@ -13,49 +13,47 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.registry import RunInputs
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.coder import Coder
-from obliteratus.distill.pretrained import load_coder
-from obliteratus.distill.sparse import Training, train_coders
+from obliteratus.distill.autoencoder import SparseAutoencoder, load_autoencoder
 from obliteratus.distill.steps import (
     align_signs,
+    compute_score,
     extractors,
-    kept_rows,
     mean_difference,
     orthonormalize,
     relative_length,
-    with_common_score,
+    require_rows,
 )
+from obliteratus.distill.train_autoencoder import Training, train_autoencoders
 
-# Streams that "best" trains: a coder of one 576-wide stream takes seconds, of a 4096-wide one minutes on a CPU, and
-# the mean difference already tells which streams are worth it.
-BEST = 4
-# A held-out fifth of fewer rows than ten says nothing about when to stop.
-LEAST = 50
-# A feature counts if chance would bring one so far apart, among all features, in one run of twenty.
-CHANCE = 0.05
-# A feature with more than half of its squared length in those chosen before is one of them again: a narrow copy, of
-# which nothing but noise would be left after orthonormalising.
-COPY = 0.5
-WHO = "distill step 'sae'"
+# Streams that "best" trains: one 576-wide stream takes seconds and a 4096-wide one minutes on a CPU, and the mean
+# difference already tells which streams are worth it.
+BEST_STREAMS = 4
+# A held-out fifth of fewer than ten rows is too noisy to decide when to stop.
+MIN_PROMPTS = 50
+# A feature counts if chance would separate the groups this well, for any of all features, in one run of twenty.
+FALSE_POSITIVE_RATE = 0.05
+# A feature with more than half of its squared length inside the features chosen before it is a copy of them:
+# orthonormalizing would leave nothing but noise of it.
+MAX_OVERLAP = 0.5
+STEP_NAME = "distill step 'sae'"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
 Groups = dict[str, Tensor]
-"""[streams, prompts, width] by group."""
+"""Rows [streams, prompts, width] by group."""
 
 
-def _fits(options: Mapping[str, Any], given: RunInputs) -> None:
-    """A given coder is as wide as the stream; to train one takes prompts enough."""
+def _check_inputs(options: Mapping[str, Any], inputs: RunInputs) -> None:
     if options["pretrained"] is None:
-        check_enough_prompts(sum(given.counts.values()), WHO)
+        check_enough_prompts(sum(inputs.counts.values()), STEP_NAME)
     else:
-        load_coder(options["pretrained"], given.width())
+        load_autoencoder(options["pretrained"], inputs.width())
 
 
-@extractors.register("sae", cite="arXiv:2309.08600", needs=("rows",), fits=_fits)
+@extractors.register("sae", cite="arXiv:2309.08600", needs=("rows",), fits=_check_inputs)
 def sae(
     acts: Activations,
-    so_far: Directions | None,
+    previous: Directions | None,
     *,
     features: Annotated[int, Field(ge=1, le=64)] = 4,
     streams: Literal["best", "all"] | Shares = "best",
@@ -64,46 +62,48 @@ def sae(
     pretrained: str | None = None,
     stream: Annotated[int, Field(ge=0)] | None = None,
 ) -> Directions:
-    """Decoder rows of the sparse-autoencoder features that fire more on target prompts than on control prompts.
+    """Find the decoder rows of the sparse-autoencoder features that fire more on target than on control prompts.
 
-    Worth its time when target prompts differ in several separate things that `svd`, which is far cheaper, mixes, and
-    each prompt shows few of them: where it shows a fifth of all, `mean_diff` finds the behaviour better. Needs rows,
-    and several hundred prompts in all groups together (50 are the least). It is trained without the
-    labels on all groups, centred and scaled to root mean square length 1 at each stream; then features are ranked by
-    Welch's t between target and control. Only those that chance does not explain (5 % over all features) give a
-    row: there may be fewer than asked for. Other rows are zeros, as are the streams that were not trained.
+    It is worth its time if target prompts differ in several separate features, which the much cheaper `svd` mixes, and
+    each prompt shows few of them; if each shows a fifth of all, `mean_diff` finds the behavior better. Needs rows, and
+    several hundred prompts in all groups together (50 at least). The autoencoder is trained without labels on all
+    groups, centered and scaled to root mean square length 1 at each stream. Features are then ranked by Welch's t
+    between target and control, and only those that chance does not explain (5 % over all features) give a row, so there
+    may be fewer rows than requested. The other rows are zeros, as are the streams that were not trained.
 
-    features: most directions at a stream. streams: "best" (the 4 with the largest mean-difference score), "all", or
-    indices as shares of L. training: expansion, sparsity, max_epochs, patience, min_gain, seed; see `Training`.
-    device: "auto" is the GPU where half of its free memory suffices. pretrained: a SAELens file to use in place of
-    training (cfg.json beside it is read); stream: the index it was trained on, block + 1 for hook_resid_post.
-    raw: t of the clearest feature. Put `single` after it to use the best stream's directions at all layers.
+    features: the maximal number of directions at a stream. streams: "best" (the 4 with the largest mean-difference
+    score), "all", or indices as shares of L. training: expansion, sparsity, max_epochs, patience, min_gain and seed;
+    see `Training`. device: "auto" is the GPU if half of its free memory suffices. pretrained: a SAELens file to use
+    instead of training (with its cfg.json, if it has one); stream: the index that it was trained on, block + 1 for
+    hook_resid_post. raw: t of the best-separating feature. Put `single` after this step to use the best stream's
+    directions at all layers.
     """
     if pretrained is not None:
-        at = [_given(acts, stream)]
-        coder, rows = load_coder(pretrained, acts["target"].mean.shape[1]), rows_at(acts, at)
+        indices = [_check_stream(acts, stream)]
+        autoencoder, rows = load_autoencoder(pretrained, acts["target"].mean.shape[1]), select_streams(acts, indices)
     else:
-        at = _chosen(acts, streams)
-        rows = scale_streams(rows_at(acts, at))
-        if not at:
-            return _directions(acts, at, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
-        coder = train_coders(torch.cat(list(rows.values()), 1), training, device)
-    return _directions(acts, at, *separating_features(coder, rows["target"], rows["control"], features))
+        indices = _choose_streams(acts, streams)
+        rows = normalize_streams(select_streams(acts, indices))
+        if not indices:
+            return _make_directions(acts, indices, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
+        autoencoder = train_autoencoders(torch.cat(list(rows.values()), 1), training, device)
+    found = find_separating_features(autoencoder, rows["target"], rows["control"], features)
+    return _make_directions(acts, indices, *found)
 
 
 # ------------------------------------------------------------------------------------------------------- input
-def _chosen(acts: Activations, streams: str | tuple[float, ...]) -> list[int]:
-    """Stream indices, ascending; never one whose mean difference is nothing."""
+def _choose_streams(acts: Activations, streams: str | tuple[float, ...]) -> list[int]:
+    """Return stream indices in ascending order, leaving out streams without a mean difference."""
     score = relative_length(acts, mean_difference(acts).norm(dim=1))
     last = len(score) - 1
     if isinstance(streams, tuple):
         wanted = {round(depth * last) for depth in streams}
     else:
-        wanted = set(score.topk(min(BEST, last + 1)).indices.tolist() if streams == "best" else range(last + 1))
+        wanted = set(score.topk(min(BEST_STREAMS, last + 1)).indices.tolist() if streams == "best" else range(last + 1))
     return sorted(i for i in wanted if score[i] > 0)
 
 
-def _given(acts: Activations, stream: int | None) -> int:
+def _check_stream(acts: Activations, stream: int | None) -> int:
     last = len(acts["target"].mean) - 1
     if stream is None or stream > last:
         raise UserError(
@@ -112,64 +112,67 @@ def _given(acts: Activations, stream: int | None) -> int:
     return stream
 
 
-def rows_at(acts: Activations, at: list[int]) -> Groups:
-    """Every group's rows at these streams. UserError where rows were not kept."""
-    return {group: kept_rows(acts, group, "sae")[:, at].transpose(0, 1) for group in acts.groups}
+def select_streams(acts: Activations, indices: list[int]) -> Groups:
+    """Return every group's rows at these streams. Raises UserError if PROBE kept no rows."""
+    return {group: require_rows(acts, group, "sae")[:, indices].transpose(0, 1) for group in acts.groups}
 
 
 def check_enough_prompts(prompts: int, who: str, instead: str = "use svd") -> None:
-    """UserError, naming ``who`` and what to do ``instead``, for fewer prompts than 50, to train on."""
-    if prompts < LEAST:
+    """Raise UserError, naming ``who`` and what to do ``instead``, for fewer prompts than training needs (50)."""
+    if prompts < MIN_PROMPTS:
         raise UserError(
-            f"{who}: {prompts} prompts are too few to train on; give {LEAST} or more (several hundred are better), "
-            f"or {instead}"
+            f"{who}: {prompts} prompts are too few to train on; give {MIN_PROMPTS} or more (several hundred are "
+            f"better), or {instead}"
         )
 
 
-def scale_streams(rows: Groups) -> Groups:
-    """Centred and divided, at each stream, by one number over all groups: root mean square length 1.
+def normalize_streams(rows: Groups) -> Groups:
+    """Center and scale each stream over all groups to root mean square length 1.
 
-    UserError for fewer than 50 prompts in all groups together.
+    Raises UserError for fewer than 50 prompts in all groups together.
     """
-    everything = torch.cat(list(rows.values()), 1)
-    check_enough_prompts(everything.shape[1], WHO)
-    centre = everything.mean(1, keepdim=True)
-    size = (everything - centre).square().sum(2).mean(1).sqrt().clamp(min=torch.finfo(centre.dtype).tiny)
-    return {group: (x - centre) / size[:, None, None] for group, x in rows.items()}
+    joined = torch.cat(list(rows.values()), 1)
+    check_enough_prompts(joined.shape[1], STEP_NAME)
+    center = joined.mean(1, keepdim=True)
+    size = (joined - center).square().sum(2).mean(1).sqrt().clamp(min=torch.finfo(center.dtype).tiny)
+    return {group: (x - center) / size[:, None, None] for group, x in rows.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ output
-def separating_features(
-    coder: Coder, target: Float[Tensor, "streams n width"], control: Float[Tensor, "streams m width"], k: int
+def find_separating_features(
+    autoencoder: SparseAutoencoder,
+    target: Float[Tensor, "streams n width"],
+    control: Float[Tensor, "streams m width"],
+    k: int,
 ) -> tuple[Float[Tensor, "streams k width"], Float[Tensor, " streams"]]:
-    """Decoder rows of the k features that fire most clearly more on target, of length 1, and the largest t."""
-    one, two = coder.encode(target), coder.encode(control)
-    noise = one.var(1) / one.shape[1] + two.var(1) / two.shape[1]
-    t = (one.mean(1) - two.mean(1)) / noise.sqrt().clamp(min=torch.finfo(noise.dtype).tiny)
-    decoder = torch.nn.functional.normalize(coder.decoder, dim=2)
-    rows = torch.stack([_clearest(d, s, k) for d, s in zip(decoder, t, strict=True)])
+    """Return the unit decoder rows of the k features that fire most clearly more on target, and the largest t."""
+    on_target, on_control = autoencoder.encode(target), autoencoder.encode(control)
+    variance = on_target.var(1) / on_target.shape[1] + on_control.var(1) / on_control.shape[1]
+    t = (on_target.mean(1) - on_control.mean(1)) / variance.sqrt().clamp(min=torch.finfo(variance.dtype).tiny)
+    decoder = torch.nn.functional.normalize(autoencoder.decoder, dim=2)
+    rows = torch.stack([_pick_rows(d, s, k) for d, s in zip(decoder, t, strict=True)])
     return rows, t.max(1).values.clamp(min=0)
 
 
-def _clearest(decoder: Float[Tensor, "features width"], t: Float[Tensor, " features"], k: int) -> Tensor:
-    """Rows [k, width] by falling t, copies left out; zeros where no more features stand out from chance."""
-    floor = torch.special.ndtri(torch.tensor(1 - CHANCE / len(t), dtype=torch.float64)).to(t)
+def _pick_rows(decoder: Float[Tensor, "features width"], t: Float[Tensor, " features"], k: int) -> Tensor:
+    """Return rows [k, width] by descending t without copies; zeros once no further feature stands out from chance."""
+    threshold = torch.special.ndtri(torch.tensor(1 - FALSE_POSITIVE_RATE / len(t), dtype=torch.float64)).to(t)
     rows, basis = (torch.zeros(k, decoder.shape[1]) for _ in range(2))
-    inside = torch.zeros(len(t))  # the share of each feature's squared length in those chosen
-    for place in range(k):
-        left = t.masked_fill(inside > COPY, 0)
-        if left.max() <= floor:
+    overlap = torch.zeros(len(t))  # share of each feature's squared length inside the chosen ones
+    for i in range(k):
+        remaining = t.masked_fill(overlap > MAX_OVERLAP, 0)
+        if remaining.max() <= threshold:
             break
-        rows[place] = decoder[left.argmax()]
-        rest = rows[place] - basis.T @ (basis @ rows[place])
-        basis[place] = rest / rest.norm()
-        inside += (decoder @ basis[place]).square()
+        rows[i] = decoder[remaining.argmax()]
+        rest = rows[i] - basis.T @ (basis @ rows[i])
+        basis[i] = rest / rest.norm()
+        overlap += (decoder @ basis[i]).square()
     return rows
 
 
-def _directions(acts: Activations, at: list[int], rows: Tensor, clearest: Tensor) -> Directions:
-    """The rows at their streams, orthonormal and turned to the target; zeros at all others."""
+def _make_directions(acts: Activations, indices: list[int], rows: Tensor, t: Tensor) -> Directions:
+    """Return the rows at their streams, orthonormal and pointing to the target; zeros at all other streams."""
     mean = acts["target"].mean
     basis, raw = torch.zeros(len(mean), rows.shape[1], mean.shape[1]), torch.zeros(len(mean))
-    basis[at], raw[at] = align_signs(orthonormalize(rows), mean_difference(acts)[at]), clearest
-    return Directions(basis, with_common_score(acts, basis), raw, "t of the clearest feature")
+    basis[indices], raw[indices] = align_signs(orthonormalize(rows), mean_difference(acts)[indices]), t
+    return Directions(basis, compute_score(acts, basis), raw, "t of the clearest feature")

@@ -1,11 +1,14 @@
-"""What every distill step shares: the registry, the common score, and the fold over a recipe's steps."""
+"""What all distill steps share: their registry, the loop over a recipe's steps, checks, and saving directions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -15,161 +18,180 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Moments
 
 Extractor = Callable[..., Directions | Activations]
-"""(activations, directions of the step before or None, **options) → directions, or activations for later steps."""
+"""(activations, directions of the previous step or None, **options) → directions, or activations for later steps."""
+
+extractors: Registry[Extractor] = Registry("distill", renamed={"winsorise": "winsorize", "svd.centred": "centered"})
+
+# The need of steps that run the model: (activations, previous directions, FitContext, **options).
+MODEL = "model"
+
+# A mean difference this small relative to the means is rounding (fp32 means carry about 1e-7): at stream 0 the last
+# token of a template is the same for all prompts, so the difference there is rounding alone.
+NEGLIGIBLE_DIFFERENCE = 1e-5
 
 
-extractors: Registry[Extractor] = Registry("distill")
+# ------------------------------------------------------------------------------------------- running steps
+def find_directions(acts: Activations, steps: Sequence[Step], context: object = None) -> Directions:
+    """Run the steps in order and return the directions of the last one. Raises UserError if a step cannot run.
 
-MODEL = "model"  # the need of steps that take a `tune.Lab`: (activations, directions so far, lab, **options)
-
-# A mean difference this small beside the means is rounding: at stream 0 the last token of a template is the same
-# for all prompts, and its difference is exactly this kind of nothing. fp32 means carry about 1e-7.
-NOTHING = 1e-5
-
-
-def find_directions(acts: Activations, steps: Sequence[Step], lab: object = None) -> Directions:
-    """Fold the steps over the activations. Raises UserError where a step cannot run.
-
-    lab: a `tune.Lab`, the model and the fit prompts, for steps that need the model ("model" among their needs).
+    context: the `FitContext` (model and fit prompts), for steps that run the model ("model" among their needs).
     """
-    found: Directions | None = None
+    directions: Directions | None = None
     for step in steps:
         entry, options = extractors[step.use], extractors.check(step.use, step.options)
-        if MODEL in entry.needs and lab is None:
-            raise ValueError(f"distill step '{step.use}' asks the model: distill must be given a lab")
-        made = entry.function(acts, found, *([lab] if MODEL in entry.needs else []), **options)
-        if isinstance(made, Activations):
-            acts = made
+        if MODEL in entry.needs and context is None:
+            raise ValueError(f"distill step '{step.use}' runs the model: find_directions needs a FitContext")
+        result = entry.function(acts, directions, *([context] if MODEL in entry.needs else []), **options)
+        if isinstance(result, Activations):
+            acts = result
         else:
-            found = made
-    if found is None:
+            directions = result
+    if directions is None:
         raise UserError("recipe: distill has no step that finds directions; give at least one, e.g. mean_diff")
-    return replace(found, trace=tuple(step.use for step in steps))
+    return replace(directions, trace=tuple(step.use for step in steps))
 
 
-KEPT = {"rows": ("rows",), "spread": ("rows", "sketch")}
-"""What a step may need of PROBE, and the values of ``probe.keep`` that give it."""
+KEEP_MODES = {"rows": ("rows",), "spread": ("rows", "sketch")}
+"""What a step may need of PROBE, and the values of ``probe.keep`` that provide it."""
 
 
 def check_needs(steps: Sequence[Step], groups: Collection[str], keep: str) -> None:
-    """Refuse, before weights are loaded, steps that will lack prompts, their rows or their spread.
+    """Check, before weights are loaded, that all steps will have the prompts and activations that they need.
 
-    groups: the groups of prompts that were given; keep: ``probe.keep``. Raises UserError, the same as the step would
-    later.
+    groups: the groups of prompts that were given; keep: ``probe.keep``. Raises the UserError that the step itself would
+    raise later.
     """
-    for step in _flat(steps):
+    for step in _flatten(steps):
         for need in extractors[step.use].needs:
-            if need in KEPT and keep not in KEPT[need]:
+            if need in KEEP_MODES and keep not in KEEP_MODES[need]:
                 raise missing_rows_error(step.use, need)
-            if need not in (*KEPT, MODEL, *groups):
-                raise _no_group(need, step.use)
+            if need not in (*KEEP_MODES, MODEL, *groups):
+                raise _missing_group_error(need, step.use)
 
 
-def check_sizes(steps: Sequence[Step], given: RunInputs) -> None:
-    """Refuse, before weights are loaded, steps whose options do not go with the prompts or the model's width."""
-    for step in _flat(steps):
-        extractors[step.use].fits(extractors.check(step.use, step.options), given)
-
-
-def check_prompt_count(step: str, k: int, prompts: int, group: str = "target", spare: int = 0) -> None:
-    """UserError unless there are at least k prompts for k directions, and ``spare`` more."""
-    if prompts < k + spare:
-        raise UserError(
-            f"distill step '{step}': k={k} directions need at least {k + spare} {group} prompts; got {prompts}"
-        )
+def check_sizes(steps: Sequence[Step], inputs: RunInputs) -> None:
+    """Check, before weights are loaded, that step options fit the number of prompts and the model's width."""
+    for step in _flatten(steps):
+        extractors[step.use].fits(extractors.check(step.use, step.options), inputs)
 
 
 def collect_needs(steps: Sequence[Step]) -> set[str]:
-    """All that these steps, and steps inside them, cannot run without."""
-    return {need for step in _flat(steps) for need in extractors[step.use].needs}
+    """Return all needs of these steps and of the steps nested in their options."""
+    return {need for step in _flatten(steps) for need in extractors[step.use].needs}
 
 
-def _flat(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, and those that are options of others."""
+def _flatten(steps: Sequence[Step]) -> Iterator[Step]:
+    """Yield the steps and those nested in their options."""
     for step in steps:
         yield step
         options = extractors.check(step.use, step.options).values()
-        yield from _flat([option for option in options if isinstance(option, Step)])
+        yield from _flatten([option for option in options if isinstance(option, Step)])
 
 
-def previous_directions(so_far: Directions | None, step: str) -> Directions:
-    """The directions that a step changes. Raises UserError where none were found yet, or oblique ones."""
-    if so_far is None:
+# --------------------------------------------------------------------------------------------- requirements
+def check_prompt_count(step: str, k: int, prompts: int, group: str = "target", extra: int = 0) -> None:
+    """Raise UserError unless there are at least ``k + extra`` prompts for k directions."""
+    if prompts < k + extra:
+        raise UserError(
+            f"distill step '{step}': k={k} directions need at least {k + extra} {group} prompts; got {prompts}"
+        )
+
+
+def require_directions(previous: Directions | None, step: str) -> Directions:
+    """Return the directions that a step is to change. Raises UserError if there are none, or if they are oblique."""
+    if previous is None:
         raise UserError(f"distill step '{step}' changes the directions of a step before it; put e.g. mean_diff first")
-    if so_far.covectors is not None:
-        raise UserError(f"distill step '{step}' changes directions, and oblique ones (leace) cannot be; put leace last")
-    return so_far
+    if previous.covectors is not None:
+        raise UserError(f"distill step '{step}' cannot change oblique directions (leace); put leace last")
+    return previous
 
 
-def mean_difference(acts: Activations, group: str = "target", other: str = "control") -> Float[Tensor, "streams width"]:
-    """μ_group − μ_other, with streams in which it is rounding set to zero."""
-    one, two = acts[group].mean, acts[other].mean
-    delta, size = one - two, one.norm(dim=1) + two.norm(dim=1)
-    return torch.where((delta.norm(dim=1) > NOTHING * size)[:, None], delta, torch.zeros_like(delta))
-
-
-def relative_length(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
-    """A length in units of ‖μ_target‖ + ‖μ_control‖. Of the mean difference, or any part of it: in 0–1."""
-    size = acts["target"].mean.norm(dim=1) + acts["control"].mean.norm(dim=1)
-    result: Tensor = length / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return result
-
-
-def with_common_score(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[Tensor, " streams"]:
-    """The common score: the part of the mean difference that lies in the basis, as `relative_length`."""
-    along = torch.einsum("lkw,lw->lk", basis, mean_difference(acts))
-    return relative_length(acts, along.norm(dim=1)).clamp(0, 1)
-
-
-def optional_group(acts: Activations, group: str, step: str) -> Moments:
-    """What is known of an optional group. Raises UserError where it has no prompts."""
+def require_group(acts: Activations, group: str, step: str) -> Moments:
+    """Return an optional group's moments. Raises UserError if the group has no prompts."""
     if group not in acts.groups:
-        raise _no_group(group, step)
+        raise _missing_group_error(group, step)
     return acts[group]
 
 
-def kept_rows(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
-    """A group's kept rows. Raises UserError where the recipe kept only moments, or the group has no prompts."""
-    rows = optional_group(acts, group, step).rows
+def require_rows(acts: Activations, group: str, step: str) -> Float[Tensor, "prompts streams width"]:
+    """Return a group's activations, one row per prompt. Raises UserError if PROBE did not keep them."""
+    rows = require_group(acts, group, step).rows
     if rows is None:
         raise missing_rows_error(step)
     return rows
 
 
 def missing_rows_error(step: str, need: str = "rows") -> UserError:
-    """The error of a step whose need (of `KEPT`) PROBE did not keep."""
+    """Return the error for a step whose need (a key of `KEEP_MODES`) PROBE did not keep."""
     what = {"rows": "every prompt's activations", "spread": "every prompt's activations or a sketch of them"}[need]
-    ways = " or ".join(f'"{way}"' for way in KEPT[need])
-    return UserError(f"distill step '{step}' needs {what}; set probe.keep = {ways}")
+    values = " or ".join(f'"{value}"' for value in KEEP_MODES[need])
+    return UserError(f"distill step '{step}' needs {what}; set probe.keep = {values}")
 
 
-def _no_group(group: str, step: str) -> UserError:
+def _missing_group_error(group: str, step: str) -> UserError:
     return UserError(f"distill step '{step}' needs the group '{group}', which has no prompts; give them with --{group}")
+
+
+# ---------------------------------------------------------------------------------------------- mathematics
+def mean_difference(acts: Activations, group: str = "target", other: str = "control") -> Float[Tensor, "streams width"]:
+    """Return μ_group − μ_other, with zeros at streams where it is rounding alone."""
+    mean, other_mean = acts[group].mean, acts[other].mean
+    delta, size = mean - other_mean, mean.norm(dim=1) + other_mean.norm(dim=1)
+    return torch.where((delta.norm(dim=1) > NEGLIGIBLE_DIFFERENCE * size)[:, None], delta, torch.zeros_like(delta))
+
+
+def relative_length(acts: Activations, length: Float[Tensor, " streams"]) -> Float[Tensor, " streams"]:
+    """Return a length divided by ‖μ_target‖ + ‖μ_control‖: in 0–1 for the mean difference or any part of it."""
+    size = acts["target"].mean.norm(dim=1) + acts["control"].mean.norm(dim=1)
+    result: Tensor = length / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return result
+
+
+def compute_score(acts: Activations, basis: Float[Tensor, "streams k width"]) -> Float[Tensor, " streams"]:
+    """Return the score that all steps share: the `relative_length` of the mean difference's part inside the basis."""
+    along = torch.einsum("lkw,lw->lk", basis, mean_difference(acts))
+    return relative_length(acts, along.norm(dim=1)).clamp(0, 1)
 
 
 def align_signs(
     basis: Float[Tensor, "streams k width"], delta: Float[Tensor, "streams width"]
 ) -> Float[Tensor, "streams k width"]:
-    """Each row turned so that its product with the mean difference is not negative: SVD leaves signs open."""
+    """Flip rows so that their product with the mean difference is not negative; an SVD leaves signs undetermined."""
     sign = torch.einsum("lkw,lw->lk", basis, delta).sign()
     return basis * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None]
 
 
-# A row keeping less than this of its length after something was taken out of it is rounding, not a direction.
-EMPTY_ROW = 1e-3
+# A unit row that keeps less than this length after a projection is rounding, not a direction.
+MIN_ROW_NORM = 1e-3
 
 
 def orthonormalize(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
-    """Gram–Schmidt, row order and signs kept; rows that are (nearly) zero or dependent become zeros.
+    """Apply Gram–Schmidt, keeping row order and signs; rows that are (nearly) zero or dependent become zeros.
 
-    Not QR: that puts some other unit vector in a dependent row's place, and takes it out of all rows that follow.
-    Lengths count: give rows of length one, or what is left of such rows.
+    QR is not used because it replaces a dependent row by some other unit vector, and removes that from all later rows.
+    Lengths matter: pass unit rows, or what is left of unit rows after a projection.
     """
-    done = torch.zeros_like(rows)
+    result = torch.zeros_like(rows)
     for i in range(rows.shape[1]):
         row = rows[:, i]
-        for _ in range(2):  # a second time takes out what rounding left of the first
-            row = row - torch.einsum("lk,lkw->lw", torch.einsum("lkw,lw->lk", done, row), done)
+        for _ in range(2):  # the second round removes what rounding left of the first
+            row = row - torch.einsum("lk,lkw->lw", torch.einsum("lkw,lw->lk", result, row), result)
         length = row.norm(dim=1, keepdim=True)
-        done[:, i] = torch.where(length > EMPTY_ROW, row / length.clamp(min=EMPTY_ROW), torch.zeros_like(row))
-    return done
+        result[:, i] = torch.where(length > MIN_ROW_NORM, row / length.clamp(min=MIN_ROW_NORM), torch.zeros_like(row))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------- on disk
+def save_directions(directions: Directions, folder: Path) -> None:
+    """Write directions.safetensors and directions.json into an existing folder, so that a resumed run reuses them."""
+    tensors = {"basis": directions.basis, "score": directions.score, "raw": directions.raw}
+    if directions.covectors is not None:
+        tensors["covectors"] = directions.covectors
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "directions.safetensors")
+    (folder / "directions.json").write_text(json.dumps({"unit": directions.unit, "trace": directions.trace}))
+
+
+def load_directions(folder: Path) -> Directions:
+    """Read what `save_directions` wrote."""
+    data = json.loads((folder / "directions.json").read_text())
+    return Directions(**load_file(folder / "directions.safetensors"), unit=data["unit"], trace=tuple(data["trace"]))

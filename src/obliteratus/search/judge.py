@@ -51,7 +51,7 @@ class TrialVerdict:
 
 @dataclass(frozen=True)
 class RefusalScale:
-    """Predicts a refusal rate from the probability of refusal openings, by a line through the base model's two groups."""
+    """Predicts refusal rates from the probability of refusal openings, by a line through the base model's groups."""
 
     tokens: tuple[int, ...]
     """First tokens of refusals."""

@@ -32,8 +32,7 @@ POPULATION = 12
 # A running trial of another machine counts as dead after this many times the longest finished trial, and at least this
 # long.
 STALE_FACTOR, STALE_AFTER = 10, timedelta(minutes=10)
-EXCESS = "refused controls"  # name of the constraint: refusals of control prompts beyond what is allowed, feasible at ≤
-0
+EXCESS = "refused controls"  # the constraint: control prompts refused beyond what is allowed, feasible at 0 and below
 
 
 def _tpe(seed: int) -> BaseSampler:

@@ -20,7 +20,7 @@ JOURNAL = "study.journal"
 
 
 def write_front(result: SearchResult, folder: Path, journal: Path) -> None:
-    """Write ``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png`` into an existing folder.
+    """Write ``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png`` into a folder.
 
     journal: the study's file. If it exists it is copied too, so that a later search can continue from it.
     """

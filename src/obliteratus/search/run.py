@@ -1,4 +1,4 @@
-"""Run a search: measure the baseline, run trials, check the front with longer answers, and evaluate the chosen member."""
+"""Run a search: measure the baseline, run trials, check the front with longer answers, evaluate the chosen member."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ DEFAULT_TRIALS = 60
 
 
 def add_default_search(recipe: Recipe) -> Recipe:
-    """Return the recipe with its own search, or with the default one: how hard each part is edited, from which depth."""
+    """Return the recipe with its own search, or the default one: how hard to edit each part, from which depth."""
     if recipe.search is not None:
         return recipe
     n = len(recipe.weigh)

@@ -56,7 +56,7 @@ def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
 def run_trials(
     study: SearchStudy, recipe: Recipe, cache: DirectionCache, judge: TrialJudge, trials: int
 ) -> list[Trial]:
-    """Run trials until the study has ``trials`` of them, including those of other processes. Returns all finished ones."""
+    """Run trials until the study has ``trials`` of them, other processes' included, and return all finished ones."""
     with progress("SEARCH", trials) as advance:
         advance(len(study.finished))
         while (trial := study.ask(trials)) is not None:

@@ -1,1 +1,4 @@
-"""TUNE: a plan fitted by gradients on live edits."""
+"""TUNE: fit a plan's strengths and directions by gradient descent through live edits.
+
+It may import core, inference, excise, verify and causal, and is run by pipeline.
+"""

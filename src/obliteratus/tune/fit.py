@@ -1,4 +1,4 @@
-"""TUNE: a plan's strengths and directions fitted by gradients, the weights left alone."""
+"""Fit a plan's strengths and directions by gradient descent. The model's weights stay as they are."""
 
 from __future__ import annotations
 
@@ -7,153 +7,197 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from obliteratus.causal.early_stopping import EarlyStopping, draw_batch
-from obliteratus.causal.interventions import Pair
-from obliteratus.causal.losses import ROWS, ReferenceLogits
+from obliteratus.causal.interventions import Pair, compute_answer_logits
+from obliteratus.causal.losses import ROWS_PER_PASS, ReferenceLogits
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
+from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.tune.memory import GradientMemory, plan_gradient_memory, recompute_blocks
-from obliteratus.tune.objective import NO_PULL, LossTerms, control_loss, target_loss
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.memory import free_memory
+from obliteratus.tune.gradient_memory import GradientMemory, plan_gradient_memory, recompute_blocks
+from obliteratus.tune.objective import ZERO_LOSS, LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.prefix import CachedPairs
 from obliteratus.tune.targets import TrainingPairs, collect_pairs
 
-EVERY = 5  # steps between two looks at what no step sees: a look at 48 prompts costs about two steps
-HELD = 24  # search prompts of each group that are looked at: their mean moves by less than a step's gain
-FALLING = 1e-3  # nats: a loss on them that fell by less stands still
-WEAK = 0.02  # an edit weaker than this moves no answer, and is dropped from the plan
-SLOWEST = 0.1  # the rate falls in a line to this share of itself: what is left of a step's noise falls with it
+CHECK_EVERY = 5  # steps between two evaluations on held-out prompts; one of 48 prompts costs about two steps
+HELD_OUT_PROMPTS = 24  # search prompts of each group to evaluate on: their mean varies by less than a step gains
+MIN_LOSS_DROP = 1e-3  # nats: a smaller drop of the held-out loss counts as no progress
+MIN_STRENGTH = 0.02  # an edit weaker than this changes no answer, and is dropped from the plan
+FINAL_RATE_SHARE = 0.1  # the learning rate falls linearly to this share, and the noise of the steps with it
+CACHE_SHARE = 0.25  # of the free memory, for cached prompts: the graph of a pass may take half
 
 
 @dataclass(frozen=True)
-class FrontPoint:
-    """A plan on the way from gentle to thorough, and what search prompts say of it: see `LossTerms`."""
+class TunedPlan:
+    """A plan fitted at one margin, and its loss terms on search prompts (see `LossTerms`)."""
 
     plan: Plan
-    lead: float
-    """Of the hinge, nats: the larger, the more thorough."""
+    margin: float
+    """Margin of the hinge loss, nats: the larger, the more thorough."""
     kl: float
     hinge: float
     drift: float
     nll: float
     steps: int
-    """Made at this lead."""
+    """Steps taken at this margin."""
 
 
 class TuningData:
-    """All that stays the same while a plan is fitted: the model, its own answers, and the prompts of both kinds."""
+    """What stays the same while a plan is fitted: the model, its own answers, and training and held-out pairs."""
 
     def __init__(
-        self, subject: Subject, fit: TrainingPairs, held: TrainingPairs, how: Tune, room: GradientMemory, seed: int = 0
+        self,
+        subject: Subject,
+        train: TrainingPairs,
+        held_out: TrainingPairs,
+        settings: Tune,
+        memory: GradientMemory,
+        seed: int = 0,
     ) -> None:
-        self.subject, self.fit, self.held, self.how, self.room, self.seed = subject, fit, held, how, room, seed
-        self.own = ReferenceLogits(subject)
-        self.stem = CachedPairs(subject, [*fit.control, *fit.target, *held.control, *held.target])
+        self.subject, self.train, self.held_out = subject, train, held_out
+        self.settings, self.memory, self.seed = settings, memory, seed
+        self.reference = ReferenceLogits(subject)
+        self.cached = CachedPairs(subject, [*train.control, *train.target, *held_out.control, *held_out.target])
 
-    def parts(self, plan: Plan, pairs: TrainingPairs, lead: float) -> Iterator[LossTerms]:
-        """The pulls of some prompts at a time, by their share: one graph is all that is ever held.
+    def iterate_losses(self, plan: Plan, pairs: TrainingPairs, margin: float) -> Iterator[LossTerms]:
+        """Yield the loss of a few pairs at a time, weighted by their share, so that only one graph is held.
 
-        Gradients must be taken before the next part is asked for.
+        Take gradients of each before asking for the next.
         """
-        for some, share in self._shares(pairs.control):
-            base = self.own.logp(some)
-            with applied(self.subject, plan), recompute_blocks(self.subject, self.room):
-                yield control_loss(self.stem.logp(some), base, some, share)
-        for some, share in self._shares(pairs.target):
-            base = self.own.logp(some)
-            with applied(self.subject, plan), recompute_blocks(self.subject, self.room):
-                yield target_loss(self.stem.logp(some), base, some, lead, share)
+        for some, share in self._chunks(pairs.control):
+            base = self.reference.logp(some)
+            with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
+                yield control_loss(self.cached.logp(some), base, some, share)
+        for some, share in self._chunks(pairs.target):
+            base = self.reference.logp(some)
+            with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
+                yield target_loss(self.cached.logp(some), base, some, margin, share)
 
     @torch.no_grad()
-    def looked(self, plan: Plan, lead: float) -> LossTerms:
-        """The whole pull on search prompts."""
-        return sum(self.parts(plan, self.held, lead), NO_PULL)
+    def evaluate(self, plan: Plan, margin: float) -> LossTerms:
+        """Return the loss on the held-out pairs."""
+        return sum(self.iterate_losses(plan, self.held_out, margin), ZERO_LOSS)
 
-    def batch(self, step: int) -> TrainingPairs:
-        """The prompts of a step, from its number and the seed alone."""
+    def draw_batch(self, step: int) -> TrainingPairs:
+        """Draw the pairs of a step. They depend on its number and the seed alone."""
         rng = random.Random(f"{self.seed} {step}")
-        return TrainingPairs(*(draw_batch(pairs, self.how.batch, rng) for pairs in (self.fit.control, self.fit.target)))
+        groups = (self.train.control, self.train.target)
+        return TrainingPairs(*(draw_batch(pairs, self.settings.batch, rng) for pairs in groups))
 
-    def _shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
-        for first in range(0, len(pairs), self.room.rows):
-            some = pairs[first : first + self.room.rows]
-            yield some, len(some) / len(pairs)
+    def _chunks(self, pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
+        """Yield as many pairs as fit one pass, with their share of all pairs."""
+        for start in range(0, len(pairs), self.memory.rows):
+            chunk = pairs[start : start + self.memory.rows]
+            yield chunk, len(chunk) / len(pairs)
 
 
-def tune_plan(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0) -> Plan:
-    """The plan with strengths and directions fitted; its rank, sites and anchors stay, sites may drop out.
+class CachedPairs:
+    """Log-probabilities of a fixed list of pairs under live edits. Blocks below the lowest edit run only once.
 
-    Steps see fit prompts, and stop by search prompts. Of several leads the last, most thorough one is taken
-    (`tune_front` gives all). Raises UserError where the plan cannot be fitted.
+    Gradients reach all edits.
     """
-    return tune_front(subject, plan, fit, search, how, seed)[-1].plan
+
+    def __init__(self, subject: Subject, pairs: Sequence[Pair]) -> None:
+        self.subject = subject
+        self.row_of = {str(pair): i for i, pair in enumerate(pairs)}
+        longest = max(len(answer) for _, answer in pairs)
+        rows = [prompt + answer for prompt, answer in pairs]
+        budget = CACHE_SHARE * free_memory(subject)
+        self.cached = CachedPrompts(subject, rows, budget=budget, answers=(), leave=longest + 1)
+
+    def logp(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
+        """Return the log-probabilities that predict the answers' tokens, all answers concatenated.
+
+        Raises KeyError for a pair that is not in the list.
+        """
+        prompts = self.cached.prepare().select([self.row_of[str(pair)] for pair in pairs])
+        return compute_answer_logits(self.subject, pairs, prompts=prompts).log_softmax(-1)
 
 
-def tune_front(
-    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int = 0
-) -> list[FrontPoint]:
-    """A plan for each of ``how.leads``, gentle to thorough, each begun where the one before it was best."""
-    knobs = EditParameters(plan, subject.device, how.what)
-    bench = make_tuning_data(subject, plan, fit, search, how, seed)
-    points, step = [], 0
-    for lead in how.leads:
-        points.append(_point(bench, knobs, lead, step))
-        last = points[-1]
-        step += last.steps
+def tune_plan(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int = 0) -> Plan:
+    """Return the plan with fitted strengths and directions. Ranks and anchors stay; weak edits are dropped.
+
+    Gradient steps use fit prompts, and search prompts decide when to stop. If there are several margins, the plan of
+    the last one is returned (`tune_all_margins` returns all). Raises UserError if the plan cannot be fitted.
+    """
+    return tune_all_margins(subject, plan, fit, search, settings, seed)[-1].plan
+
+
+def tune_all_margins(
+    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int = 0
+) -> list[TunedPlan]:
+    """Return a plan for each of ``settings.margins``, each fitted from the best plan of the margin before it."""
+    parameters = EditParameters(plan, subject.device, settings.what)
+    data = make_tuning_data(subject, plan, fit, search, settings, seed)
+    plans, step = list[TunedPlan](), 0
+    for margin in settings.margins:
+        tuned = fit_margin(data, parameters, margin, step)
+        plans.append(tuned)
+        step += tuned.steps
         note(
             "TUNE",
-            f"lead {lead}: {last.steps} steps, on search prompts KL {last.kl:.3f}, drift {last.drift:.3f}, "
-            f"openings {last.nll:.2f} nats, {last.hinge:.3f} nats short of the lead; {len(last.plan.edits)} edits",
+            f"margin {margin}: {tuned.steps} steps; on search prompts KL {tuned.kl:.3f}, drift {tuned.drift:.3f}, "
+            f"openings {tuned.nll:.2f} nats and {tuned.hinge:.3f} nats short of the margin; "
+            f"{len(tuned.plan.edits)} edits",
         )
-    return points
+    return plans
 
 
 def make_tuning_data(
-    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, how: Tune, seed: int
+    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int
 ) -> TuningData:
-    """The material of both parts, answered by the model, and how much of it fits a pass."""
-    seen = collect_pairs(subject, fit, plan, how.tokens, how.prompts)
-    held = collect_pairs(subject, search, plan, how.tokens, HELD)
+    """Generate the answers of fit and search prompts, and plan how many pairs fit a pass."""
+    train = collect_pairs(subject, fit, plan, settings.tokens, settings.prompts)
+    held_out = collect_pairs(subject, search, plan, settings.tokens, HELD_OUT_PROMPTS)
     first = max(0, min(change.site.layer for change in plan.edits))
-    both = [*seen.control, *seen.target, *held.control, *held.target]
-    return TuningData(subject, seen, held, how, plan_gradient_memory(subject, both, first, ROWS), seed)
+    everything = [*train.control, *train.target, *held_out.control, *held_out.target]
+    memory = plan_gradient_memory(subject, everything, first, ROWS_PER_PASS)
+    return TuningData(subject, train, held_out, settings, memory, seed)
 
 
-def _point(bench: TuningData, knobs: EditParameters, lead: float, before: int) -> FrontPoint:
-    """Steps at one lead until the pull on search prompts stands still; the plan with the least of it.
+def fit_margin(data: TuningData, parameters: EditParameters, margin: float, steps_before: int) -> TunedPlan:
+    """Take steps at one margin until the held-out loss stops falling, and return the plan with the least loss.
 
-    before: steps made at earlier leads, so that batches go on.
+    The parameters end at that plan. steps_before: steps taken at earlier margins, so that the sequence of batches
+    continues.
     """
-    how = bench.how
-    optimiser = torch.optim.Adam(knobs.groups(how.lr))
-    falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, SLOWEST, how.steps)
-    first = bench.looked(knobs.fixed(WEAK), lead)
-    found = EarlyStopping((knobs.state(), first), float(first.total(how)), FALLING, EVERY)
-    with progress("TUNE", how.steps) as advance:
-        for found.used in range(1, how.steps + 1):
-            _step(bench, knobs, optimiser, lead, before + found.used)
-            falling.step()
+    settings = data.settings
+    optimizer = torch.optim.Adam(parameters.groups(settings.lr))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE_SHARE, settings.steps)
+    start = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
+    stopping = EarlyStopping((parameters.state(), start), float(start.total(settings)), MIN_LOSS_DROP, CHECK_EVERY)
+    with progress("TUNE", settings.steps) as advance:
+        for stopping.used in range(1, settings.steps + 1):
+            take_step(data, parameters, optimizer, margin, steps_before + stopping.used)
+            schedule.step()
             advance(1)
-            if found.looks(how.steps):
-                now = bench.looked(knobs.fixed(WEAK), lead)
-                found.judge((knobs.state(), now), float(now.total(how)))
-            if found.still >= how.patience:
+            if stopping.looks(settings.steps):
+                loss = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
+                stopping.judge((parameters.state(), loss), float(loss.total(settings)))
+            if stopping.still >= settings.patience:
                 break
-    knobs.restore(found.best[0])
-    told = {name: float(value) for name, value in vars(found.best[1]).items()}
-    return FrontPoint(knobs.fixed(WEAK), lead, steps=found.used, **told)
+    state, loss = stopping.best
+    parameters.restore(state)
+    terms = {name: float(value) for name, value in vars(loss).items()}
+    return TunedPlan(parameters.to_plan(MIN_STRENGTH), margin, steps=stopping.used, **terms)
 
 
-def _step(bench: TuningData, knobs: EditParameters, optimiser: torch.optim.Optimizer, lead: float, step: int) -> None:
-    optimiser.zero_grad()
-    if bench.how.sparsity and bench.how.what != "directions":
-        (bench.how.sparsity * knobs.size()).backward()
-    for part in bench.parts(knobs.live(), bench.batch(step), lead):
-        part.total(bench.how).backward(retain_graph=True)  # the knobs' own small graph is common to all parts
-    optimiser.step()
-    if not knobs.finite():
-        raise UserError("tune: the plan's numbers are none any more (NaN or Inf); lower tune.lr")
+def take_step(
+    data: TuningData, parameters: EditParameters, optimizer: torch.optim.Optimizer, margin: float, step: int
+) -> None:
+    """Take one gradient step. Raises UserError if a parameter becomes NaN or Inf."""
+    settings = data.settings
+    optimizer.zero_grad()
+    if settings.sparsity and settings.what != "directions":
+        (settings.sparsity * parameters.mean_strength()).backward()
+    for loss in data.iterate_losses(parameters.to_live_plan(), data.draw_batch(step), margin):
+        loss.total(settings).backward(retain_graph=True)  # all parts share the small graph of the parameters
+    optimizer.step()
+    if not parameters.finite():
+        raise UserError("tune: the plan's parameters became NaN or Inf; lower tune.lr")

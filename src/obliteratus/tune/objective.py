@@ -1,4 +1,4 @@
-"""What a tuned plan is pulled by, on prompts with their answers: KL of controls, a hinge and the drift of targets."""
+"""The loss of TUNE on prompts with answers: KL on control prompts, hinge loss and drift on target prompts."""
 
 from __future__ import annotations
 
@@ -9,69 +9,75 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obliteratus.causal.interventions import Pair, answer_tokens
+from obliteratus.causal.interventions import Pair, concatenate_answers
 from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
 
-LogP = Float[Tensor, "tokens vocabulary"]
-"""Log-probabilities that predict the answers' tokens, all answers one after the other."""
+LogProbs = Float[Tensor, "tokens vocabulary"]
+"""Log-probabilities that predict the answers' tokens, all answers concatenated."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """How far a plan is off, nats a token."""
+    """The terms of the loss, in nats a token."""
 
     kl: Float[Tensor, ""]
-    """KL(base ‖ edited): of controls' first tokens, plus of all tokens of their answers."""
+    """KL(base ‖ edited) of control prompts: mean over first tokens plus mean over all tokens of their answers."""
     hinge: Float[Tensor, ""]
-    """Mean over target prompts of what their answers lack of their lead (`margin_shortfall`): 0 once none refuses."""
+    """Mean over target prompts of what their answers fall short of the margin (`margin_shortfall`)."""
     drift: Float[Tensor, ""]
-    """KL(base ‖ edited) where the base would say the same as target prompts' answers, all behind their opening:
-    degenerate answers show here."""
+    """KL(base ‖ edited) of target prompts, over the tokens that the base model would also choose, which follow the
+    opening. Degenerate answers show here."""
     nll: Float[Tensor, ""]
-    """What the tokens of answers cost that the base would not say, mean over target prompts."""
+    """Negative log-likelihood of the tokens that the base model would not choose, mean over target prompts. It is
+    reported, and not part of the loss."""
 
-    def total(self, how: Tune) -> Float[Tensor, ""]:
-        """What is made small."""
-        return self.kl + how.weight * self.hinge + how.coherence * self.drift
+    def total(self, settings: Tune) -> Float[Tensor, ""]:
+        """Return the weighted sum that is minimized."""
+        return self.kl + settings.weight * self.hinge + settings.coherence * self.drift
 
     def __add__(self, other: LossTerms) -> LossTerms:
         return LossTerms(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-NO_PULL = LossTerms(*(torch.zeros(()) for _ in range(4)))
+ZERO_LOSS = LossTerms(*(torch.zeros(()) for _ in range(4)))
 
 
-def control_loss(found: LogP, base: LogP, pairs: Sequence[Pair], share: float = 1.0) -> LossTerms:
-    """The pull of some controls, times ``share``. found, base: of the model as it is now, and untouched."""
-    each = F.kl_div(found, base, reduction="none", log_target=True).sum(-1)
-    first = [part[0] for part in each.split(_sizes(pairs))]
-    kl = share * (torch.stack(first).mean() + each.mean())
+def control_loss(edited: LogProbs, base: LogProbs, pairs: Sequence[Pair], share: float = 1.0) -> LossTerms:
+    """Return the loss on control pairs, times ``share``.
+
+    edited, base: log-probabilities of the model under the live edits, and of the unedited model.
+    """
+    per_token = F.kl_div(edited, base, reduction="none", log_target=True).sum(-1)
+    first = [part[0] for part in per_token.split(_answer_lengths(pairs))]
+    kl = share * (torch.stack(first).mean() + per_token.mean())
     return LossTerms(kl, *(kl.new_zeros(()) for _ in range(3)))
 
 
-def target_loss(found: LogP, base: LogP, pairs: Sequence[Pair], lead: float, share: float = 1.0) -> LossTerms:
-    """The pull of some target prompts, likewise."""
-    tokens, rivals = answer_tokens(pairs, found.device), base.argmax(-1)
-    same = rivals == tokens
-    hinge = margin_shortfall(found, tokens, rivals, lead).sum() / len(pairs)
-    drift = (F.kl_div(found, base, reduction="none", log_target=True).sum(-1) * same).sum() / same.sum().clamp(min=1)
-    cost = -(_at(found, tokens) * ~same).sum().detach() / len(pairs)
-    return LossTerms(drift.new_zeros(()), share * hinge, share * drift, share * cost)
+def target_loss(
+    edited: LogProbs, base: LogProbs, pairs: Sequence[Pair], margin: float, share: float = 1.0
+) -> LossTerms:
+    """Return the loss on target pairs, times ``share``. The arguments are those of `control_loss`."""
+    tokens, base_tokens = concatenate_answers(pairs, edited.device), base.argmax(-1)
+    same = base_tokens == tokens
+    hinge = margin_shortfall(edited, tokens, base_tokens, margin).sum() / len(pairs)
+    drift = (F.kl_div(edited, base, reduction="none", log_target=True).sum(-1) * same).sum() / same.sum().clamp(min=1)
+    nll = -(_pick(edited, tokens) * ~same).sum().detach() / len(pairs)
+    return LossTerms(drift.new_zeros(()), share * hinge, share * drift, share * nll)
 
 
-def margin_shortfall(found: LogP, tokens: Tensor, rivals: Tensor, lead: float) -> Float[Tensor, " tokens"]:
-    """What each token lacks, in nats, to be by ``lead`` likelier than its rival, that which the base would say there.
+def margin_shortfall(edited: LogProbs, tokens: Tensor, base_tokens: Tensor, margin: float) -> Float[Tensor, " tokens"]:
+    """Return by how many nats each token falls short of being ``margin`` nats likelier than the base model's choice.
 
-    A greedy answer takes the likelier one: so this, and not the token's own probability, says whether it refuses. 0
-    where the base would say the same.
+    Greedy decoding takes the likelier of the two tokens, so this difference decides whether an answer refuses; the
+    token's own probability does not. 0 where the base model would choose the same token.
     """
-    return F.relu(lead + _at(found, rivals) - _at(found, tokens)) * (rivals != tokens)
+    return F.relu(margin + _pick(edited, base_tokens) - _pick(edited, tokens)) * (base_tokens != tokens)
 
 
-def _at(logp: LogP, tokens: Tensor) -> Float[Tensor, " tokens"]:
+def _pick(logp: LogProbs, tokens: Tensor) -> Float[Tensor, " tokens"]:
     return logp.gather(1, tokens[:, None])[:, 0]
 
 
-def _sizes(pairs: Sequence[Pair]) -> list[int]:
+def _answer_lengths(pairs: Sequence[Pair]) -> list[int]:
     return [len(answer) for _, answer in pairs]

@@ -1,4 +1,4 @@
-"""A plan's strengths and directions as parameters that gradients reach, through the ordinary live edits."""
+"""A plan's strengths and directions as trainable parameters. Gradients reach them through ordinary live edits."""
 
 from __future__ import annotations
 
@@ -18,115 +18,118 @@ What = Literal["both", "strengths", "directions"]
 
 @dataclass(frozen=True)
 class EditParameter:
-    """One edit's parameters; the edit that they started as says all else."""
+    """The parameters of one edit. Everything else is taken from the edit that they started from."""
 
     edit: Edit
     strength: Float[Tensor, ""]
     basis: Float[Tensor, "k width"]
-    """Free rows; the edit's are made of them (`rows`)."""
+    """Unconstrained rows. `constrained_rows` turns them into those of an edit."""
     covectors: Float[Tensor, "k width"] | None
 
-    def rows(self) -> tuple[Float[Tensor, "k width"], Float[Tensor, "k width"]]:
-        """(B, A): B orthonormal and A = B; or, for oblique edits, A Bᵀ = I, rows of B as long as they were."""
+    def constrained_rows(self) -> tuple[Float[Tensor, "k width"], Float[Tensor, "k width"]]:
+        """Return (B, A): B orthonormal and A = B; for oblique edits A Bᵀ = I, and rows of B keep their length."""
         if self.covectors is None:
-            basis = _orthonormal(self.basis)
+            basis = _orthonormalize(self.basis)
             return basis, basis
-        basis = _orthonormal(self.basis) if self.square else self._as_long()
+        basis = _orthonormalize(self.basis) if self.started_orthonormal else self._restore_lengths()
         return basis, torch.linalg.solve(self.covectors @ basis.T, self.covectors)
 
     @property
-    def square(self) -> bool:
-        """Whether the rows started orthonormal: those of oblique edits behind a norm's gain do not."""
+    def started_orthonormal(self) -> bool:
+        """Whether the edit's rows are orthonormal. Those of oblique edits before a norm gain are not."""
         gram = self.edit.basis.double() @ self.edit.basis.double().T
         return torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-4)  # fp32 rows are, to about 1e-6
 
-    def _as_long(self) -> Float[Tensor, "k width"]:
+    def _restore_lengths(self) -> Float[Tensor, "k width"]:
         length = self.edit.basis.to(self.basis).norm(dim=1, keepdim=True)
         rows: Tensor = self.basis * (length / self.basis.norm(dim=1, keepdim=True))
         return rows
 
-    def live(self) -> Edit:
-        """The edit with gradients: y − BᵀsA(y − μ), so that what executors see as covectors carries the strength."""
-        basis, along = self.rows()
+    def to_live_edit(self) -> Edit:
+        """Return the edit y − BᵀsA(y − μ) with gradients. Its covectors carry the strength."""
+        basis, along = self.constrained_rows()
         return replace(self.edit, basis=basis, covectors=self.strength * along, strength=1.0)
 
     @torch.no_grad()
-    def fixed(self) -> Edit:
-        """The edit as plans hold it: strength apart, covectors only where they differ from the rows."""
-        basis, along = (x.clone().cpu() for x in self.rows())
+    def to_edit(self) -> Edit:
+        """Return the edit as plans hold it: strength as a number, covectors only if they differ from the rows."""
+        basis, along = (x.clone().cpu() for x in self.constrained_rows())
         oblique = None if self.covectors is None else along
         return replace(self.edit, basis=basis, covectors=oblique, strength=float(self.strength))
 
 
-def _orthonormal(rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
-    """Orthonormal rows of the same span; the rows themselves where they are orthonormal, not their opposites."""
+def _orthonormalize(rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
+    """Return orthonormal rows of the same span. Rows that are orthonormal already keep their signs."""
     q, r = torch.linalg.qr(rows.T)
     basis: Tensor = (q * r.diagonal().sign()).T
     return basis
 
 
 class EditParameters:
-    """All edits of a plan. Other changes (masks, shifts) stay as they are."""
+    """The parameters of all edits of a plan. Other changes (masks, shifts) stay as they are."""
 
     def __init__(self, plan: Plan, device: torch.device, what: What) -> None:
-        """Raises UserError for edits under a norm rule or of single heads, whose factors gradients do not pass."""
+        """Raises UserError for edits under a norm rule or of single heads, whose factors block gradients."""
         self.plan = plan
         edits = [e for e in plan.edits if isinstance(e, Edit)]
         if any(e.norm != "none" or e.site.span is not None for e in edits):
-            raise UserError("tune: gradients pass edits without norm rule and heads; set excise.norm none, leave heads")
-        turned, pulled = what != "strengths", what != "directions"
-        self.knobs = [_knob(e, device, turned, pulled) for e in edits]
+            raise UserError(
+                "tune: gradients do not pass edits under a norm rule or of single heads; set excise.norm to none and "
+                "leave excise.heads out"
+            )
+        self.edits = [_make_parameter(e, device, what != "strengths", what != "directions") for e in edits]
 
     @property
-    def free(self) -> list[Tensor]:
-        """All parameters that gradients reach."""
-        every = (x for k in self.knobs for x in (k.strength, k.basis, k.covectors) if x is not None)
-        return [x for x in every if x.requires_grad]
+    def trainable(self) -> list[Tensor]:
+        """All tensors that gradients reach."""
+        tensors = (x for p in self.edits for x in (p.strength, p.basis, p.covectors) if x is not None)
+        return [x for x in tensors if x.requires_grad]
 
     def finite(self) -> bool:
-        """Whether all parameters are numbers still."""
-        return all(bool(torch.isfinite(x).all()) for x in self.free)
+        """Whether no parameter is NaN or Inf."""
+        return all(bool(torch.isfinite(x).all()) for x in self.trainable)
 
     def state(self) -> list[Tensor]:
-        """Copies of all free parameters, for `restore`."""
-        return [x.detach().clone() for x in self.free]
+        """Return copies of all trainable tensors, for `restore`."""
+        return [x.detach().clone() for x in self.trainable]
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Back to what `state` gave."""
-        for x, before in zip(self.free, state, strict=True):
-            x.copy_(before)
+        """Set the trainable tensors back to what `state` returned."""
+        for x, saved in zip(self.trainable, state, strict=True):
+            x.copy_(saved)
 
     def groups(self, lr: float) -> list[dict[str, object]]:
-        """Parameters for an optimiser; a row's entries move by ``lr`` of their mean size, strengths by ``lr``."""
-        strengths = [k.strength for k in self.knobs if k.strength.requires_grad]
-        rows = [x for k in self.knobs for x in (k.basis, k.covectors) if x is not None and x.requires_grad]
-        sized = [{"params": [x], "lr": lr * float(x.detach().square().mean().sqrt())} for x in rows]
-        return [{"params": strengths, "lr": lr}] * bool(strengths) + sized
+        """Return the optimizer's parameter groups. Strengths move by ``lr``, rows by ``lr`` times their mean size."""
+        strengths = [p.strength for p in self.edits if p.strength.requires_grad]
+        rows = [x for p in self.edits for x in (p.basis, p.covectors) if x is not None and x.requires_grad]
+        row_groups = [{"params": [x], "lr": lr * float(x.detach().square().mean().sqrt())} for x in rows]
+        return [{"params": strengths, "lr": lr}] * bool(strengths) + row_groups
 
-    def live(self) -> Plan:
-        """The plan with gradients."""
-        return self._plan([k.live() for k in self.knobs])
+    def to_live_plan(self) -> Plan:
+        """Return the plan with gradients."""
+        return self._replace_edits([p.to_live_edit() for p in self.edits])
 
-    def fixed(self, least: float = 0.0) -> Plan:
-        """The plan as it stands, without edits weaker than ``least``: those of sites that are left alone."""
-        plan = self._plan([k.fixed() for k in self.knobs])
-        kept = (c for c in plan.edits if not isinstance(c, Edit) or abs(c.strength) > least)
-        return replace(plan, edits=tuple(kept))
+    def to_plan(self, min_strength: float = 0.0) -> Plan:
+        """Return the plan as it stands, without edits whose |strength| is at most ``min_strength``."""
+        plan = self._replace_edits([p.to_edit() for p in self.edits])
+        changes = (c for c in plan.edits if not isinstance(c, Edit) or abs(c.strength) > min_strength)
+        return replace(plan, edits=tuple(changes))
 
-    def size(self) -> Float[Tensor, ""]:
-        """Mean |strength|: the L1 penalty that lets sites drop out."""
-        return torch.stack([k.strength.abs() for k in self.knobs]).mean()
+    def mean_strength(self) -> Float[Tensor, ""]:
+        """Return the mean |strength|, the L1 penalty that drives sites out of the plan."""
+        return torch.stack([p.strength.abs() for p in self.edits]).mean()
 
-    def _plan(self, edits: Sequence[Edit]) -> Plan:
+    def _replace_edits(self, edits: Sequence[Edit]) -> Plan:
         tuned = iter(edits)
         changes: list[Change] = [next(tuned) if isinstance(c, Edit) else c for c in self.plan.edits]
         return replace(self.plan, edits=tuple(changes))
 
 
-def _knob(edit: Edit, device: torch.device, turned: bool, pulled: bool) -> EditParameter:
-    def parameter(x: Tensor, free: bool) -> Tensor:
-        return x.detach().to(device, torch.float32).clone().requires_grad_(free)
+def _make_parameter(edit: Edit, device: torch.device, train_rows: bool, train_strength: bool) -> EditParameter:
+    def parameter(x: Tensor, trainable: bool) -> Tensor:
+        return x.detach().to(device, torch.float32).clone().requires_grad_(trainable)
 
-    along = None if edit.covectors is None else parameter(edit.covectors, turned)
-    return EditParameter(edit, parameter(torch.tensor(edit.strength), pulled), parameter(edit.basis, turned), along)
+    covectors = None if edit.covectors is None else parameter(edit.covectors, train_rows)
+    strength = parameter(torch.tensor(edit.strength), train_strength)
+    return EditParameter(edit, strength, parameter(edit.basis, train_rows), covectors)

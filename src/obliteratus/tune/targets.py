@@ -1,4 +1,4 @@
-"""The answers that a plan is tuned on: the base's own to controls, and ones to target prompts that do not refuse."""
+"""The answers that a plan is tuned on: the model's own to control prompts, and non-refusing ones to target prompts."""
 
 from __future__ import annotations
 
@@ -13,107 +13,115 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Site, Subject
-from obliteratus.excise.linear import through_gain
+from obliteratus.excise.linear import fold_gain_orthogonal
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.prompts import evenly_spaced
-from obliteratus.summon.sites import gain_of
+from obliteratus.summon.sites import read_gain
 from obliteratus.verify.refusal import judge_answer
 
-# Tokens of an answer that are not the base's own choice. Longer ones help where the base relapses into refusing, but
-# what is then tuned towards is the plan's own wording, which the base finds unlikely (docs/experiments/tuned.md).
+# Numbers of answer tokens to take from the edited model, tried in this order. Longer openings help if the base model
+# relapses into refusing, but then the plan is tuned towards its own wording, which the base model finds unlikely
+# (docs/experiments/tuned.md).
 OPENING_LENGTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Prompts with the answers that pull: of controls the base's own, of targets ones that do not refuse."""
+    """Prompts with answers: the base model's own to control prompts, and non-refusing ones to target prompts."""
 
     control: Sequence[Pair]
     target: Sequence[Pair]
 
 
-def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, most: int) -> TrainingPairs:
-    """Answers of the model itself: its own to controls (and to prompts to keep), to target prompts `find_answering_pairs` ones.
+def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, max_prompts: int) -> TrainingPairs:
+    """Generate answers of ``tokens`` tokens: the model's own to control and keep prompts, non-refusing ones to target.
 
-    At most ``most`` prompts of each group, evenly spread. Raises UserError where all of the latter refuse.
+    At most ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if the model refuses every
+    target prompt.
     """
-    asked = [g for g in ("target", "control", "keep") if g in prompts.groups]
-    ids = {g: render_prompts(subject, _some(prompts, g, most), reserve=tokens) for g in asked}
+    names = [g for g in ("target", "control", "keep") if g in prompts.groups]
+    ids = {g: render_prompts(subject, _subsample(prompts[g], max_prompts), reserve=tokens) for g in names}
     controls = ids["control"] + ids.get("keep", [])
-    own = generate(subject, controls, tokens, title="TUNE own answers")
-    control = [pair for pair in zip(controls, own, strict=True) if pair[1]]
-    found = find_answering_pairs(subject, ids["target"], plan, tokens)
-    note("TUNE", f"answers to {len(found)} of {len(ids['target'])} target prompts do not refuse")
-    return TrainingPairs(control, found)
+    answers = generate(subject, controls, tokens, title="TUNE own answers")
+    control = [pair for pair in zip(controls, answers, strict=True) if pair[1]]
+    target = find_answering_pairs(subject, ids["target"], plan, tokens)
+    note("TUNE", f"answers to {len(target)} of {len(ids['target'])} target prompts do not refuse")
+    return TrainingPairs(control, target)
 
 
-def _some(prompts: PromptSet, group: str, most: int) -> list[Prompt]:
-    asked = prompts[group]
-    return [asked[i] for i in evenly_spaced(len(asked), most)]
+def _subsample(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    return [prompts[i] for i in evenly_spaced(len(prompts), most)]
 
 
 def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
-    """Prompts with answers that do not refuse: opened under the plan, and gone on with by the model as it is.
+    """Return prompts with non-refusing answers: opened by the edited model and continued by the unedited one.
 
-    The opening is as short as can be: all behind it is the base's own choice, and as coherent as the base. Where none
-    of the plan's leads past a refusal, those of `ablate_every_writer` are tried. Raises UserError where no prompt is left.
+    The opening is as short as possible, so that everything after it is the base model's own choice and as coherent as
+    the base model. Prompts that the plan still refuses are tried again under `ablate_every_writer`. Raises UserError
+    if no prompt gets an answer.
     """
-    found: list[Pair] = []
+    answered: list[Pair] = []
     for attempt in (plan, ablate_every_writer(subject, plan)):
-        done = {str(row) for row, _ in found}
-        if left := [row for row in ids if str(row) not in done]:
+        done = {str(row) for row, _ in answered}
+        if remaining := [row for row in ids if str(row) not in done]:
             with applied(subject, attempt):
-                openings = generate(subject, left, OPENING_LENGTHS[-1], title="TUNE openings")
-            found += continue_openings(subject, list(zip(left, openings, strict=True)), tokens)
-    if not found:
-        raise UserError("tune: even with its directions ablated, the model refuses every target prompt; try others")
-    return found
+                openings = generate(subject, remaining, OPENING_LENGTHS[-1], title="TUNE openings")
+            answered += continue_openings(subject, list(zip(remaining, openings, strict=True)), tokens)
+    if not answered:
+        raise UserError(
+            "tune: the model refuses every target prompt even with the plan's directions ablated from every writer; "
+            "use other distill steps or other prompts"
+        )
+    return answered
 
 
 def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
-    """Prompts with answers of so many tokens that the model goes on with from one token of the opening, else from two,
-    else from four.
+    """Let the model continue each answer from one token of its opening, else from two, else from four.
 
-    Only those that do not refuse: a model that has begun to answer may yet refuse a sentence later.
+    Returns the answers, ``tokens`` tokens long, that do not refuse. A model that has begun to answer may still refuse a
+    sentence later.
     """
-    found: list[Pair] = []
+    answered: list[Pair] = []
     for n in OPENING_LENGTHS:
-        done = {str(row) for row, _ in found}
+        done = {str(row) for row, _ in answered}
         begun = [(row, opening[:n]) for row, opening in openings if str(row) not in done and len(opening) >= n]
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
-            given = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
-            found += [pair for pair in given if _answers(subject, pair[1])]
-    return found
+            pairs = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
+            answered += [pair for pair in pairs if does_answer(subject, pair[1])]
+    return answered
 
 
-def _answers(subject: Subject, answer: list[int]) -> bool:
+def does_answer(subject: Subject, answer: list[int]) -> bool:
+    """Whether the judge takes the answer's tokens for compliance."""
     return judge_answer(subject.tokenizer.decode(answer, skip_special_tokens=True)) == "complied"
 
 
 # ------------------------------------------------------------------------------------- the strongest edit
 def ablate_every_writer(subject: Subject, plan: Plan) -> Plan:
-    """Every writer loses all that the nearest edited writer loses along: strength 1, no anchor."""
+    """Return the plan that removes from every writer what the plan removes from the nearest edited writer.
+
+    Strength is 1 and there is no anchor. A plan that edits no writer gives an empty plan.
+    """
     edits = [e for e in plan.edits if isinstance(e, Edit) and e.site.role == "writes"]
+    if not edits:
+        return Plan((), plan.model)
 
-    def nearest(site: Site) -> Edit:
-        return min(edits, key=lambda e: (abs(e.site.layer - site.layer), e.site.part != site.part))
+    def nearest_rows(site: Site) -> Float[Tensor, "k width"]:
+        edit = min(edits, key=lambda e: (abs(e.site.layer - site.layer), e.site.part != site.part))
+        rows = unfold_gain(subject, edit)
+        return fold_gain_orthogonal(rows, torch.ones_like(rows[0]))
 
-    sites = [s for s in subject.sites if s.role == "writes"] if edits else []
-    return Plan(tuple(Edit(s, _before(subject, s, rows_without_gain(subject, nearest(s))), 1.0) for s in sites), plan.model)
+    return remove_from_writers(subject, nearest_rows)
 
 
-def rows_without_gain(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
-    """The rows that the stream loses along, without the gain that was folded into a writer's."""
-    gain = gain_of(subject, edit.site)
+def unfold_gain(subject: Subject, edit: Edit) -> Float[Tensor, "k width"]:
+    """Return the rows that the stream loses: those of the edit without the norm gain that was folded in."""
+    gain = read_gain(subject.model, edit.site)
     if gain is None:
         return edit.basis
-    own = gain.to(edit.basis)
-    return edit.basis * own if edit.covectors is not None else edit.basis / own.where(own != 0, torch.inf)
-
-
-def _before(subject: Subject, site: Site, rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
-    gain = gain_of(subject, site)
-    return through_gain(rows, torch.ones_like(rows[0]) if gain is None else gain.to(rows))
+    gain = gain.to(edit.basis)
+    return edit.basis * gain if edit.covectors is not None else edit.basis / gain.where(gain != 0, torch.inf)

@@ -1,4 +1,4 @@
-"""How hard: weights that vary over the depth, between attention and MLP, or with the score's smooth part."""
+"""Weights that vary over the depth, between attention and MLP, or with the smooth part of the layers' scores."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Site
-from obliteratus.weigh.steps import Share, layer_depths, layer_scores, per_layer, weighers
+from obliteratus.weigh.steps import Share, expand_to_sites, layer_depths, layer_scores, weighers
 
 Weight = Annotated[float, Field(ge=0, le=4)]  # the range of excise.strength, which it multiplies
 Distance = Annotated[float, Field(gt=0)]
 Part = Literal["", "attn.out", "mlp.out"]
 
-# A distance equal to ``reach`` counts as within: l / (L − 1) and a decimal peak differ in the last bits of fp64.
-ROUNDING = 1e-9
+# Tolerance for comparing distances: l / (L − 1) and a decimal peak differ in the last bits of fp64.
+DISTANCE_TOLERANCE = 1e-9
 
 
-def _only(part: Part, sites: Sequence[Site], values: Float[Tensor, " layers"]) -> Float[Tensor, " sites"]:
-    """Values by layer at the sites of one part (empty: of all), 1 elsewhere."""
+def _weigh_part(part: Part, sites: Sequence[Site], values: Float[Tensor, " layers"]) -> Float[Tensor, " sites"]:
+    """Return each layer's value at the sites of one part (empty: all parts), and 1 elsewhere."""
     chosen = torch.tensor([not part or site.part in expand_part(part) for site in sites])
-    return torch.where(chosen, per_layer(sites, values), torch.ones(len(sites)))
+    return torch.where(chosen, expand_to_sites(sites, values), torch.ones(len(sites)))
 
 
 @weighers.register("tent", cite="github.com/p-e-w/heretic")
@@ -41,15 +41,15 @@ def tent(
     reach: Distance = 0.5,
     part: Part = "",
 ) -> Tensor:
-    """Heretic's kernel: ``max_weight`` at the peak, falling in a line to its least at distance ``reach``, 0 beyond.
+    """Weigh layers by Heretic's kernel: ``max_weight`` at the peak, a linear fall up to distance ``reach``, 0 beyond.
 
-    peak, reach: shares of the depth l / (L − 1); a layer at exactly ``reach`` still has the least weight.
-    min_weight: the least, as a share of ``max_weight``. part: the sites it is for (Heretic has one kernel for
-    attention and one for the MLP: give two steps); empty is all.
+    peak, reach: shares of the depth l / (L − 1); a layer at exactly ``reach`` still has the lowest weight.
+    min_weight: the lowest weight, as a share of ``max_weight``. part: the part to weigh, empty for all; Heretic has one
+    kernel for attention and one for the MLP, which are two steps here.
     """
     distance = (layer_depths(directions) - peak).abs()
     slope = max_weight * (1 - (1 - min_weight) * (distance / reach).clamp(max=1))
-    return _only(part, sites, slope * (distance <= reach + ROUNDING))
+    return _weigh_part(part, sites, slope * (distance <= reach + DISTANCE_TOLERANCE))
 
 
 @weighers.register("bell")
@@ -64,13 +64,13 @@ def bell(
     floor: Share = 0.0,
     part: Part = "",
 ) -> Tensor:
-    """A Gaussian over the depth: max_weight · (floor + (1 − floor) · exp(−½((l/(L−1) − peak) / width)²)).
+    """Weigh layers by a Gaussian: max_weight · (floor + (1 − floor) · exp(−½((l/(L−1) − peak) / width)²)).
 
-    peak, width (one standard deviation): shares of the depth. floor: what is left far away, as a share of
-    ``max_weight``. part: the sites it is for; empty is all.
+    peak, width (one standard deviation): shares of the depth. floor: the weight far away from the peak, as a share of
+    ``max_weight``. part: the part to weigh; empty for all.
     """
     height = torch.exp(-0.5 * ((layer_depths(directions) - peak) / width).square())
-    return _only(part, sites, max_weight * (floor + (1 - floor) * height))
+    return _weigh_part(part, sites, max_weight * (floor + (1 - floor) * height))
 
 
 @weighers.register("adaptive_scale", cite="arXiv:2512.18901")
@@ -85,18 +85,18 @@ def adaptive_scale(
     skip_first: Annotated[int, Field(ge=0)] = 2,
     skip_last: Annotated[int, Field(ge=0)] = 1,
 ) -> Tensor:
-    """Gabliteration's scale with its ridge: base · (1 + beta · (1 − |ξ|)) / (1 + ridge), 0 in the layers left out.
+    """Weigh layers by Gabliteration's scale with its ridge: base · (1 + beta · (1 − |ξ|)) / (1 + ridge).
 
-    ξ runs evenly from −1 to 1 over the layers that are edited. The published edit is W − α_l P W with the damped
-    projector P = Rᵀ(RRᵀ + λI)⁻¹R; R has orthonormal rows, so that P = RᵀR / (1 + λ) and the ridge is a factor.
-    skip_first, skip_last: layers left out at both ends. Defaults are the paper's.
+    ξ runs evenly from −1 to 1 over the edited layers. The published edit is W − α_l P W with the damped projector
+    P = Rᵀ(RRᵀ + λI)⁻¹R; R has orthonormal rows, so P = RᵀR / (1 + λ) and the ridge is a factor. skip_first, skip_last:
+    the number of layers at both ends that get weight 0. The defaults are the paper's.
     """
     layers = len(layer_scores(directions))
     edited = max(0, layers - skip_first - skip_last)
     xi = torch.linspace(-1, 1, edited, dtype=torch.float64)
     values = torch.zeros(layers, dtype=torch.float64)
     values[skip_first : skip_first + edited] = base * (1 + beta * (1 - xi.abs())) / (1 + ridge)
-    return per_layer(sites, values)
+    return expand_to_sites(sites, values)
 
 
 @weighers.register("component")
@@ -109,7 +109,7 @@ def component(
     mlp: Weight = 1.0,
     embed: Weight = 1.0,
 ) -> Tensor:
-    """Separate factors for what attention, the MLP and the embeddings write; all else keeps 1."""
+    """Weigh attention, MLP and embedding writers by separate factors; all other sites keep 1."""
     factor = {"attn.out": attn, "embed": embed, **dict.fromkeys(expand_part("mlp.out"), mlp)}
     return torch.tensor([factor.get(site.part, 1.0) for site in sites])
 
@@ -123,39 +123,39 @@ def low_frequency(
     bands: Annotated[int, Field(ge=1)] = 4,
     threshold: Share = 0.05,
 ) -> Tensor:
-    """How much of each layer's score is smooth over the depth: noise from layer to layer is weighed down.
+    """Weigh each layer by the share of its score that is smooth over the depth; layer-to-layer noise counts less.
 
-    x_l is the layer's score, and y the sum of x's lowest orthonormal DCT-II components over the layers. One is
-    added at a time, from the mean (k = 0) on; after each ‖x − y‖² is measured anew, and y is done when that is at
-    most ``threshold`` of ‖x − mean(x)‖², or after ``bands`` components. With y⁺ = max(y, 0) the weight is
+    x_l is the layer's score, and y is a sum of the lowest orthonormal DCT-II components of x over the layers.
+    Components are added one at a time, starting with the mean (k = 0), until ‖x − y‖² is at most ``threshold`` times
+    ‖x − mean(x)‖², or there are ``bands`` of them. With y⁺ = max(y, 0) the weight is
 
         w_l = y⁺_l / (y⁺_l + |x_l − y_l|)   in 0–1,
 
-    which is 1 where the score is all smooth, y/x at a spike, and less than 1 in a dent as well. A constant profile,
-    or one of no more layers than ``bands`` with threshold 0, gives ones. The default of 4 (the mean and three half
-    waves) follows a profile with one hump.
+    which is 1 where the score is entirely smooth, y/x at a spike, and less than 1 in a dent too. A constant profile
+    gives ones, as does one with at most ``bands`` layers and threshold 0. The default of 4 bands (the mean and three
+    half waves) can follow a profile with one hump.
     """
     score = layer_scores(directions).double()
-    smooth = smoothed(score, bands, threshold)
+    smooth = smooth_profile(score, bands, threshold)
     rest, smooth = (score - smooth).abs(), smooth.clamp(min=0)
-    exact = rest <= ROUNDING * score.max()  # 0 / 0 and rounding included
-    return per_layer(sites, torch.where(exact, 1.0, smooth / (smooth + rest).clamp(min=1e-300)))
+    exact = rest <= DISTANCE_TOLERANCE * score.max()  # covers 0 / 0 and rounding
+    return expand_to_sites(sites, torch.where(exact, 1.0, smooth / (smooth + rest).clamp(min=1e-300)))
 
 
-def smoothed(profile: Float[Tensor, " n"], bands: int, threshold: float) -> Float[Tensor, " n"]:
-    """The sum of the lowest components of the profile, as `low_frequency` says when to stop."""
-    varies = (profile - profile.mean()).square().sum()
+def smooth_profile(profile: Float[Tensor, " n"], bands: int, threshold: float) -> Float[Tensor, " n"]:
+    """Return the sum of the lowest DCT-II components of the profile, with the stopping rule of `low_frequency`."""
+    variation = (profile - profile.mean()).square().sum()
     smooth = torch.zeros_like(profile)
-    for wave in dct_rows(len(profile))[:bands]:
+    for wave in make_dct_rows(len(profile))[:bands]:
         smooth = smooth + (wave @ profile) * wave
-        if (profile - smooth).square().sum() <= threshold * varies:
+        if (profile - smooth).square().sum() <= threshold * variation:
             break
     return smooth
 
 
-def dct_rows(n: int) -> Float[Tensor, "n n"]:
-    """The orthonormal DCT-II: row k is √(2/n)·cos(πk(l + ½)/n) over l, row 0 is √(1/n). fp64."""
-    k, at = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64) + 0.5
-    rows = math.sqrt(2 / n) * torch.cos(math.pi * k * at / n)
+def make_dct_rows(n: int) -> Float[Tensor, "n n"]:
+    """Return the orthonormal DCT-II matrix in fp64: row k is √(2/n)·cos(πk(l + ½)/n) over l, row 0 is √(1/n)."""
+    k, position = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64) + 0.5
+    rows = math.sqrt(2 / n) * torch.cos(math.pi * k * position / n)
     rows[0] = math.sqrt(1 / n)
     return rows
