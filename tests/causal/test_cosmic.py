@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.causal.test_select import Notes, hooked, ids_of, without
+from tests.support.hooked import hooked, ids_of, without
+from tests.support.notes import Notes
 from tests.support.refuser import COMMON, REFUSAL, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor

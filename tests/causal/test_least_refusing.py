@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.causal.test_select import Notes, ids_of, without
+from tests.support.hooked import ids_of, without
+from tests.support.notes import Notes
 from tests.support.refuser import REFUSAL, asked, byte, refuser
 from tests.support.tiny import tiny_subject
 

@@ -11,7 +11,13 @@ from tests.support.tiny import tiny_subject
 from torch.nn import functional as F
 
 from obliteratus.causal.early_stopping import EarlyStopping
-from obliteratus.causal.interventions import FitContext, ablate, add_to_stream, compute_answer_logits, compute_head_logits
+from obliteratus.causal.interventions import (
+    FitContext,
+    ablate,
+    add_to_stream,
+    compute_answer_logits,
+    compute_head_logits,
+)
 from obliteratus.causal.rdo import DirectionLosses, LossInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject

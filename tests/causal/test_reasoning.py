@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.causal import FitContext
-from obliteratus.causal.reasoning import collect_reasoning_rows, find_reasoning_span, compute_reasoning_subspace
+from obliteratus.causal.reasoning import collect_reasoning_rows, compute_reasoning_subspace, find_reasoning_span
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions, PromptSet, Subject

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tests.conftest import PlanMaker, random_basis
-from tests.support.tiny import MODELS, run_of, tiny_config, tiny_subject, tiny_tokenizer
+from tests.conftest import PlanMaker
+from tests.support.executors import (
+    BIASED,
+    CLOSE,
+    EXACT,
+    EXECUTORS,
+    NAMES,
+    RULES,
+    STACKED,
+    SWITCHED,
+    SWITCHLESS,
+    WRITERS,
+    directed,
+    executors,
+    has_adapter,
+    live,
+    logits,
+    opened,
+    planned,
+    streams,
+    unedited,
+)
+from tests.support.pairwise import pairwise
+from tests.support.tiny import run_of, tiny, tiny_config, tiny_subject, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.settings import Excise
-from obliteratus.core.types import Activations, Directions, Plan, Subject
+from obliteratus.core.types import Directions, Plan, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import plan_edits
-from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.rebirth.save import WRITERS as FORMS
 from obliteratus.rebirth.save import save
-from obliteratus.summon.load import assemble_subject, open_subject
-from obliteratus.summon.sites import find_architecture, is_tied
+from obliteratus.summon.load import assemble_subject
+from obliteratus.summon.sites import find_architecture
 from obliteratus.weights.matrices import read_weight
 
-NAMES = sorted(MODELS)
-WRITERS = ("attn.out", "mlp.out")
 CASES = {
     "square": ("llama", WRITERS),
     "wide": ("mistral", WRITERS),
@@ -44,82 +58,30 @@ CASES = {
     "shared experts": ("qwen2_moe", WRITERS),
     "transposed, biased experts": ("gpt_oss", WRITERS),
 }
-RULES = ["none", "columns", "rows", "whole"]
-EXACT = ["none", "columns", "whole"]  # the rules that keep Q W′ = 0
 STRENGTHS = [-0.5, 0.0, 0.7, 1.0, 2.0]
-BIASED = ["gpt2", "gpt_neox", "gpt_neox_sequential", "gpt_oss", "llama_biased", "opt"]
-SWITCHED = [n for n in NAMES if n not in BIASED and find_architecture(tiny_config(n)).bias_switch]
-SWITCHLESS = [n for n in NAMES if n not in BIASED and n not in SWITCHED]
-IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@cache
-def opened(name: str) -> Subject:
-    return tiny_subject(name)
+def possible(case: str, executor: str, *others: Any) -> bool:
+    return executor != "adapter" or has_adapter(CASES.get(case, (case,))[0])
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits
-
-
-def live(subject: Subject, plan: Plan) -> Tensor:
-    with applied(subject, plan):
-        return logits(subject.model)
-
-
-# ------------------------------------------------------------------------------------ the other executors
-def by_baking(subject: Subject, plan: Plan, folder: Path) -> Tensor:
-    model = copy.deepcopy(subject.model)
-    new = bake(subject, plan)
-    if is_tied(model):
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-    for name, value in new.items():
-        path, _, key = name.rpartition(".")
-        setattr(model.get_submodule(path), key, nn.Parameter(value(), requires_grad=False))
-    return logits(model)
-
-
-def by_adapter(subject: Subject, plan: Plan, folder: Path) -> Tensor:
-    save_adapter(subject, plan, folder, max_rank=None)
-    return logits(PeftModel.from_pretrained(copy.deepcopy(subject.model), folder))
-
-
-def by_saving(subject: Subject, plan: Plan, folder: Path) -> Tensor:
-    FORMS["merged"](subject, plan, folder)
-    return logits(open_subject(folder, device="cpu").model)
-
-
-EXECUTORS: dict[str, Callable[[Subject, Plan, Path], Tensor]] = {
-    "baked": by_baking,
-    "adapter": by_adapter,
-    "reloaded": by_saving,
-}
-NO_ADAPTER = ("falcon_h1", "nemotron_h", "nemotron_h_latent")
-STACKED = {name for name in NAMES if any(site.stacked for site in opened(name).sites)}
-
-
-def executors(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Names with each executor that they have: an adapter holds no stack."""
-    return [(n, e) for n in names for e in EXECUTORS if e != "adapter" or has_adapter(CASES.get(n, (n,))[0])]
-
-
-def has_adapter(name: str) -> bool:
-    return name not in STACKED and name not in NO_ADAPTER
+def with_rules(rules: list[str]) -> list[tuple[str, str]]:
+    """Every model with the first rule, and one model of each kind with the others: rules look at the layout alone."""
+    kinds = [name for name, _ in CASES.values()]
+    return [(name, rules[0]) for name in NAMES] + [(name, rule) for name in kinds for rule in rules[1:]]
 
 
 # ----------------------------------------------------------------------------------------- they agree
-@pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("case", "executor"), executors(CASES))
+@pytest.mark.parametrize(
+    ("case", "executor", "rule", "strength"), pairwise(CASES, EXECUTORS, RULES, STRENGTHS, allowed=possible)
+)
 def test_agrees_with_live(
-    case: str, rule: str, strength: float, executor: str, make_plan: PlanMaker, tmp_path: Path
+    case: str, executor: str, rule: str, strength: float, make_plan: PlanMaker, tmp_path: Path
 ) -> None:
     name, parts = CASES[case]
     subject = opened(name)
     plan = make_plan(subject, parts, strength=strength, norm=rule)
-    expected, before = live(subject, plan), logits(subject.model)
+    expected, before = live(subject, plan), unedited(name)
     torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
     assert torch.allclose(expected, before, **CLOSE) == (strength == 0)
     assert torch.equal(logits(subject.model), before)
@@ -136,7 +98,7 @@ def test_every_family_agrees_with_live(name: str, executor: str, make_plan: Plan
     assert not torch.allclose(found, other, **CLOSE)
 
 
-@pytest.mark.parametrize("name", sorted(STACKED))
+@pytest.mark.parametrize("name", STACKED)
 def test_a_missed_expert_is_noticed(name: str, make_plan: PlanMaker) -> None:
     subject = opened(name)
     plan, model = make_plan(subject), copy.deepcopy(subject.model)
@@ -150,10 +112,12 @@ def test_a_missed_expert_is_noticed(name: str, make_plan: PlanMaker) -> None:
     assert not torch.allclose(logits(model), live(subject, plan), **CLOSE)
 
 
-@pytest.mark.parametrize("rules", [("none", "none"), ("columns", "columns"), ("rows", "columns"), ("whole", "rows")])
-@pytest.mark.parametrize(("case", "executor"), executors(CASES))
+TWO_RULES = [("none", "none"), ("columns", "columns"), ("rows", "columns"), ("whole", "rows")]
+
+
+@pytest.mark.parametrize(("case", "executor", "rules"), pairwise(CASES, EXECUTORS, TWO_RULES, allowed=possible))
 def test_two_edits_on_each_site(
-    case: str, rules: tuple[str, str], executor: str, make_plan: PlanMaker, tmp_path: Path
+    case: str, executor: str, rules: tuple[str, str], make_plan: PlanMaker, tmp_path: Path
 ) -> None:
     name, parts = CASES[case]
     subject = opened(name)
@@ -163,10 +127,9 @@ def test_two_edits_on_each_site(
     assert not torch.allclose(expected, live(subject, second), **CLOSE)  # the first counts
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("name", "executor"), executors(BIASED))
+@pytest.mark.parametrize(("name", "executor", "rule"), pairwise(BIASED, EXECUTORS, RULES, allowed=possible))
 def test_anchored_where_there_is_a_bias(
-    name: str, rule: str, executor: str, make_plan: PlanMaker, tmp_path: Path
+    name: str, executor: str, rule: str, make_plan: PlanMaker, tmp_path: Path
 ) -> None:
     subject = opened(name)
     plan = make_plan(subject, strength=0.9, norm=rule, anchored=True)
@@ -186,13 +149,15 @@ def test_anchored_without_a_bias_is_no_merged_model(name: str, rule: str, make_p
         save(subject, plan, run_of(subject), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     if has_adapter(name):
-        torch.testing.assert_close(by_adapter(subject, plan, tmp_path), live(subject, plan), **CLOSE)
+        torch.testing.assert_close(EXECUTORS["adapter"](subject, plan, tmp_path), live(subject, plan), **CLOSE)
 
 
-@pytest.mark.parametrize("parts", [WRITERS, ("attn.out",), ("mlp.out",)])
-@pytest.mark.parametrize(("name", "executor"), executors(SWITCHED))
+HALVES = [WRITERS, ("attn.out",), ("mlp.out",)]
+
+
+@pytest.mark.parametrize(("name", "executor", "parts"), pairwise(SWITCHED, EXECUTORS, HALVES, allowed=possible))
 def test_anchored_where_a_bias_can_be_switched_on(
-    name: str, parts: tuple[str, ...], executor: str, make_plan: PlanMaker, tmp_path: Path
+    name: str, executor: str, parts: tuple[str, ...], make_plan: PlanMaker, tmp_path: Path
 ) -> None:
     subject = opened(name)
     plan = make_plan(subject, parts, anchored=True)
@@ -207,12 +172,31 @@ def halves(subject: Subject) -> set[str]:
     return set(find_architecture(subject.model.config).bias_switch)
 
 
-def test_every_family_is_biased_switched_or_switchless() -> None:
-    assert sorted({*BIASED, *SWITCHED, *SWITCHLESS}) == NAMES
+def biases(subject: Subject, model: Any) -> dict[str, set[bool]]:
+    """Whether the writers of each half of the blocks, ``attn``, ``mlp`` …, have a bias in this model."""
+    found: dict[str, set[bool]] = {}
+    for site in subject.sites:
+        if site.role == "writes" and site.part != "embed":
+            there = getattr(model.get_submodule(site.path), site.bias, None) is not None
+            found.setdefault(site.part.partition(".")[0], set()).add(there)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lists_of_models_are_true(name: str) -> None:
+    """Against the modules: which hold stacks, which have biases, and which get them by the switches declared."""
+    subject = opened(name)
+    assert (name in STACKED) == any(site.stacked for site in subject.sites)
+    own = biases(subject, subject.model)
+    assert own == {half: {name in BIASED} for half in own}
+    if name in SWITCHED:
+        switch = find_architecture(subject.model.config).bias_switch
+        gained = biases(subject, tiny(name, **dict.fromkeys(switch.values(), True)))
+        assert gained == {half: {half in switch} for half in own}
 
 
 @pytest.mark.parametrize(
-    ("case", "form"), [(c, f) for c, f in executors(CASES) if f == "adapter"] + [(c, "plan") for c in CASES]
+    ("case", "form"), [(c, "adapter") for c in CASES if possible(c, "adapter")] + [(c, "plan") for c in CASES]
 )
 def test_other_forms_pass_their_rescore(case: str, form: Any, make_plan: PlanMaker, tmp_path: Path) -> None:
     name, parts = CASES[case]
@@ -268,8 +252,7 @@ def wide_subject() -> Subject:
 
 
 # ------------------------------------------------------------------------------------- leaving no trace
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "rule"), with_rules(RULES))
 def test_leaving_restores_every_bit(name: str, rule: str, make_plan: PlanMaker) -> None:
     subject = opened(name)
     before, weights = logits(subject.model), {k: v.clone() for k, v in subject.model.state_dict().items()}
@@ -298,23 +281,6 @@ def test_an_empty_plan_does_nothing() -> None:
 
 
 # -------------------------------------------------------------------------------- what reaches the stream
-def directed(subject: Subject, seed: int = 0, k: int = 2, same: bool = False) -> Directions:
-    """Random directions for each stream, or the same for all."""
-    rows = [random_basis(subject.width, k, seed if same else seed + i) for i in range(subject.n_layers + 1)]
-    one = torch.ones(subject.n_layers + 1)
-    return Directions(torch.stack(rows), one, one, "")
-
-
-def planned(subject: Subject, found: Directions, **options: Any) -> Plan:
-    acts = Activations({}, -1)
-    return plan_edits(subject, found, torch.ones(len(subject.sites)), acts, Excise(**options))
-
-
-def streams(subject: Subject, plan: Plan) -> Tensor:
-    with applied(subject, plan):
-        return torch.cat([r.stream for r in read_hidden_states(subject, [row.tolist() for row in IDS], reuse=False)])
-
-
 def left(subject: Subject, plan: Plan, found: Directions) -> Tensor:
     """Share of what each block adds to the stream that lies along its directions."""
     stream = streams(subject, plan)
@@ -323,8 +289,7 @@ def left(subject: Subject, plan: Plan, found: Directions) -> Tensor:
     return along.norm(dim=-1) / added.norm(dim=-1)
 
 
-@pytest.mark.parametrize("rule", EXACT)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "rule"), with_rules(EXACT))
 def test_nothing_along_the_directions_is_written(name: str, rule: str) -> None:
     subject = opened(name)
     found = directed(subject)
@@ -347,8 +312,7 @@ def test_without_its_gain_a_sandwich_norm_writes_the_direction(name: str) -> Non
     assert left(subject, planned(naive, found), found).mean() > 1e-2
 
 
-@pytest.mark.parametrize("rule", EXACT)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "rule"), with_rules(EXACT))
 def test_with_the_embeddings_the_whole_stream_is_free(name: str, rule: str) -> None:
     subject = opened(name)
     found = directed(subject, same=True)

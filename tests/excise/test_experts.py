@@ -25,7 +25,7 @@ from obliteratus.core.types import (
     ProbeRequest,
     Prompt,
     PromptSet,
-    Routed,
+    RoutingStatistics,
     Site,
     Subject,
 )
@@ -64,10 +64,10 @@ def probed(subject: Subject, prompts: PromptSet) -> Activations:
     return collect_activations(subject, prompts, request=ProbeRequest(expert_modules=[s.path for s in stacks(subject)]))
 
 
-def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0) -> Routed:
+def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0) -> RoutingStatistics:
     """Of 10 prompts. spread: variance of each expert's outputs, summed over their coordinates."""
     share = torch.tensor(count) / 10
-    return Routed(share, share * (1 - share), 10, torch.tensor(count), mean, mean.square().sum(1) + spread)
+    return RoutingStatistics(share, share * (1 - share), 10, torch.tensor(count), mean, mean.square().sum(1) + spread)
 
 
 # ------------------------------------------------------------------------------------- router statistics

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import PlanMaker, random_basis
-from tests.excise.test_executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned
+from tests.support.executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
@@ -216,7 +216,8 @@ def test_an_adapter_has_a_rank_for_each_head(tmp_path: Path) -> None:
 def test_coverage_counts_only_the_columns_of_edited_heads() -> None:
     subject = opened("mistral")
     shares = [
-        summarize_plan_coverage(subject, on_heads(subject, s, parts=("attn.out",)))["edited_share"] for s in (0.25, 0.5, 1.0)
+        summarize_plan_coverage(subject, on_heads(subject, s, parts=("attn.out",)))["edited_share"]
+        for s in (0.25, 0.5, 1.0)
     ]
     whole = summarize_plan_coverage(subject, planned(subject, directed(subject), parts=("attn.out",)))["edited_share"]
     assert shares == pytest.approx([whole / 4, whole / 2, whole])

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import PlanMaker
-from tests.excise.test_executors import opened
-from tests.excise.test_neurons import silenced
+from tests.support.executors import opened, silenced
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -62,10 +61,11 @@ def test_earlier_passes_count(make_plan: PlanMaker) -> None:
     subject = opened("llama")
     done, new = make_plan(subject, strength=0.5), make_plan(subject, seed=1)
     budget = 1.5 * mean_kl(subject, done, PROMPTS)
-    found, _, cost = limit_kl(subject, done, new, PROMPTS, budget)
+    found, factor, cost = limit_kl(subject, done, new, PROMPTS, budget)
     assert cost == pytest.approx(mean_kl(subject, done + found, PROMPTS), rel=1e-3)
+    assert {e.strength for e in found.edits} == {factor}
     alone = limit_kl(subject, Plan(), new, PROMPTS, budget)[1]
-    assert {e.strength for e in found.edits} < {alone} or found.edits[0].strength < alone
+    assert 0 < factor < alone
 
 
 def test_a_budget_that_nothing_fits_is_the_users_to_mend(make_plan: PlanMaker) -> None:
@@ -104,10 +104,10 @@ def test_the_pipeline_keeps_to_it() -> None:
     groups = {"target": "Tell me about {}.", "control": "How much is {} plus two?"}
     prompts = PromptSet({g: tuple(Prompt(t.format(i)) for i in range(40)) for g, t in groups.items()})
     scorers = [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]
-    free, _ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store())
-    search = prompts.split(0)[1]["control"]
+    free, _, *_ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store())
+    search = prompts.split(0).search["control"]
     budget = 0.1 * mean_kl(subject, free, search)
-    plan, _ = run(load_recipe("basic", {"verify": scorers, "excise.kl_budget": budget}), subject, prompts, Store())
+    plan, _, *_ = run(load_recipe("basic", {"verify": scorers, "excise.kl_budget": budget}), subject, prompts, Store())
     assert mean_kl(subject, plan, search) <= budget * 1.001
     assert all(isinstance(e, Edit) and 0 < e.strength < 1 for e in plan.edits)
 
@@ -116,5 +116,5 @@ def test_without_search_prompts_it_is_refused() -> None:
     fixed = {
         g: tuple(Prompt(f"{g} {i}", split="fit" if i else "report") for i in range(9)) for g in ("target", "control")
     }
-    with pytest.raises(UserError, match="leaves no prompt for the search part"):
+    with pytest.raises(UserError, match="has no prompt in the search split"):
         run(load_recipe("basic", {"excise.kl_budget": 0.1}), opened("llama"), PromptSet(fixed), Store())

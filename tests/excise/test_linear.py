@@ -10,7 +10,14 @@ from tests.conftest import random_basis
 from torch import Tensor
 
 from obliteratus.core.types import Edit, NormRule, Site
-from obliteratus.excise.linear import edit_bias, edit_weight, compute_norm_scales, project, project_matrix, fold_gain_orthogonal
+from obliteratus.excise.linear import (
+    compute_norm_scales,
+    edit_bias,
+    edit_weight,
+    fold_gain_orthogonal,
+    project,
+    project_matrix,
+)
 
 RULES: list[NormRule] = ["none", "columns", "rows", "whole"]
 EXACT: list[NormRule] = ["none", "columns", "whole"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.excise.test_executors import CLOSE, EXECUTORS, directed, live, logits, opened
+from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, silenced
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -29,10 +29,6 @@ CASES = ["llama", "gpt2", "gemma2", "llama_biased"]
 
 def sites(subject: Subject) -> list[Site]:
     return [s for s in subject.sites if s.part == "mlp.out"]
-
-
-def silenced(subject: Subject, neurons: tuple[int, ...] = (1, 5, 30)) -> Plan:
-    return Plan(tuple(Mask(s, torch.tensor(neurons)) for s in sites(subject)), subject.source.digest)
 
 
 # ------------------------------------------------------------------------------------------- the score
@@ -138,7 +134,7 @@ def test_a_planted_neuron_is_masked_in_the_first_pass_only(prompts: PromptSet) -
     changes = {"excise.neurons": 0.05, "passes": 2, "distill": [{"use": "mean_diff"}]}
     made = load_recipe("basic", changes | {"verify": [{"use": "refusal", "tokens": 4}]})
     try:
-        plan, _ = run(made, subject, many, Store())
+        plan, _, *_ = run(made, subject, many, Store())
     finally:
         module.weight.copy_(kept)
     masks = [c for c in plan.edits if isinstance(c, Mask)]
@@ -155,7 +151,7 @@ def test_plans_with_masks_round_trip_and_are_checked(tmp_path: Path) -> None:
     assert found.edits[0].neurons.dtype == torch.int64
     for wrong in (56, -1):  # the tiny model has 56
         bad = replace(plan, edits=(replace(plan.edits[0], neurons=torch.tensor([wrong])),))
-        with pytest.raises(UserError, match=r"silences inputs that .* has not"), applied(subject, bad):
+        with pytest.raises(UserError, match=r"masks inputs that .* does not have"), applied(subject, bad):
             pass
 
 

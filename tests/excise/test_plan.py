@@ -120,7 +120,7 @@ def test_a_plan_of_the_first_version_is_read(subject: Subject, make_plan: PlanMa
 
 def test_two_norm_rules_on_one_site_contradict(subject: Subject, make_plan: PlanMaker, tmp_path: Path) -> None:
     save_plan(make_plan(subject, norm="rows") + make_plan(subject, norm="columns"), tmp_path)
-    with pytest.raises(UserError, match=r"two norm rules \(columns, rows\) on .*; a site has one"):
+    with pytest.raises(UserError, match=r"two norm rules \(columns, rows\) on .*; give each site one rule"):
         load_plan(tmp_path)
 
 

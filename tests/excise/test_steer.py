@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.excise.test_executors import (
+from tests.support.executors import (
     CLOSE,
     EXECUTORS,
     SWITCHED,
@@ -106,7 +106,7 @@ def test_without_a_bias_it_is_no_merged_model(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_behind_a_norm_it_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"a norm stands between .* which no constant passes"):
+    with pytest.raises(UserError, match=r"a norm stands between .* so no constant shift"):
         steered(opened(name))
 
 

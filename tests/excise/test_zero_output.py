@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.excise.test_executors import CLOSE, EXECUTORS, NAMES, live, logits, opened
+from tests.support.executors import CLOSE, EXECUTORS, NAMES, live, logits, opened
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -126,7 +126,11 @@ def test_plans_are_kept_and_checked(tmp_path: Path) -> None:
     plan = plan_of(subject, ZeroOutput(attn), ZeroOutput(mlp, torch.tensor([3])), Mask(attn, torch.tensor([5])))
     save_plan(plan, tmp_path)
     torch.testing.assert_close(live(subject, load_plan(tmp_path)), live(subject, plan))
-    assert 0 < summarize_plan_coverage(subject, plan_of(subject, ZeroOutput(mlp, torch.tensor([3]))))["edited_share"] < 0.01
+    assert (
+        0
+        < summarize_plan_coverage(subject, plan_of(subject, ZeroOutput(mlp, torch.tensor([3]))))["edited_share"]
+        < 0.01
+    )
     for wrong in (ZeroOutput(mlp, torch.tensor([32])), Mask(attn, torch.tensor([32])), Mask(attn, torch.tensor([-1]))):
-        with pytest.raises(UserError, match="has not"):
+        with pytest.raises(UserError, match="does not have"):
             live(subject, plan_of(subject, wrong))

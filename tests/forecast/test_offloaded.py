@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.excise.bake.test_base_files import stored
+from tests.support.checkpoints import stored
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import PromptSet

@@ -138,7 +138,7 @@ def test_two_blocks_or_a_table_are_held(name: str, tmp_path: Path) -> None:
         sizes.append(sum(map(len, away.offloaded._buffers)))
         yield
 
-    run_layerwise(away, LayerwisePass(away, IDS), look=look)
+    run_layerwise(away, LayerwisePass(away, IDS), around=look)
     aligned = 64 * len(dict(away.model.named_parameters()))  # each begins at a multiple of so many bytes
     assert max(sizes) <= resident_weight_bytes(made) + aligned
     assert max(sizes) >= min(made.table_bytes, made.block_bytes)  # negative control: it is counted

@@ -23,12 +23,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from obliteratus.core.progress import report_to
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.run import probed, run
+from obliteratus.pipeline.run import run
+from obliteratus.pipeline.stages import Stages
 from obliteratus.probe import cache as kept_probes
-from obliteratus.probe.cache import SUM, kept, trim
+from obliteratus.probe.cache import CHECKSUM, collect_cached_activations, remove_oldest
 from obliteratus.probe.probe import collect_activations
 
 PROBE = "PROBE 1"
@@ -40,7 +41,7 @@ Change = Callable[[Subject], object]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache is on, in a folder of the test's own: where its entries are."""
     monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
-    monkeypatch.delenv(kept_probes.SWITCH)
+    monkeypatch.delenv(kept_probes.CACHE_VARIABLE)
     return tmp_path / "probes"
 
 
@@ -63,7 +64,7 @@ def passes(subject: Subject) -> Iterator[list[int]]:
 def asked(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Activations, list[int]]:
     """What a run would take, and the passes that it made for it."""
     with passes(subject) as seen:
-        return kept(PROBE, subject, prompts, Probe(**options)), seen
+        return collect_cached_activations(PROBE, subject, prompts, Probe(**options)), seen
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -76,7 +77,7 @@ def test_a_second_probe_runs_nothing_and_is_equal_bit_for_bit(name: str, keep: A
     found = []
     for model in (subject, tiny_subject(name)):
         with passes(model) as seen:
-            found.append(kept(PROBE, model, prompts, Probe(keep=keep), request))
+            found.append(collect_cached_activations(PROBE, model, prompts, Probe(keep=keep), request))
         assert bool(seen) == (len(found) == 1)
     first, again = found
     assert_same(again, first)
@@ -147,7 +148,7 @@ def test_another_question_is_probed_again(options: dict[str, Any], prompts: Prom
         assert seen
         assert found.groups.keys() == prompts.groups.keys()
     with passes(subject) as seen:
-        assert set(kept(PROBE, subject, prompts, Probe(), ProbeRequest([TAP])).outputs) == {TAP}
+        assert set(collect_cached_activations(PROBE, subject, prompts, Probe(), ProbeRequest([TAP])).outputs) == {TAP}
     assert seen
 
 
@@ -164,12 +165,12 @@ def test_a_model_under_a_plan_is_probed_and_not_kept(
     assert not torch.allclose(edited["target"].mean, plain["target"].mean, atol=1e-3)
     assert len(list(cache.iterdir())) == 1
     with passes(subject) as seen:
-        probed(Store(), "PROBE 2", subject, prompts, load_recipe("basic"), plan)
+        Stages(subject, Splits(prompts, prompts, prompts, ""), Store()).probe(2, load_recipe("basic"), edited=True)
     assert seen
     assert not asked(subject, prompts)[1]
 
 
-@pytest.mark.parametrize("file", ["activations.safetensors", "activations.json", SUM])
+@pytest.mark.parametrize("file", ["activations.safetensors", "activations.json", CHECKSUM])
 @pytest.mark.parametrize("how", ["torn", "flipped", "gone"])
 def test_a_damaged_entry_is_probed_anew_and_mended(file: str, how: str, prompts: PromptSet, cache: Path) -> None:
     subject = tiny_subject("llama")
@@ -195,7 +196,7 @@ def test_the_bound_holds_and_what_was_used_last_stays(
         entries += [p for p in cache.iterdir() if p not in entries]
         os.utime(entries[-1], (second, second))  # long ago, one after the other
     size = sum(file.stat().st_size for file in entries[0].iterdir())
-    monkeypatch.setattr(kept_probes, "LIMIT", 3 * size + 64)
+    monkeypatch.setattr(kept_probes, "MAX_BYTES", 3 * size + 64)
     assert not asked(subject, prompts, position=-1)[1]  # the oldest is used now
     asked(subject, prompts, position=-4)
     left = set(cache.iterdir())
@@ -203,7 +204,7 @@ def test_the_bound_holds_and_what_was_used_last_stays(
     assert entries[0] in left
     assert entries[1] not in left
     assert sum(f.stat().st_size for p in left for f in p.iterdir()) <= 3 * size + 64
-    trim(cache, 0)
+    remove_oldest(cache, 0)
     assert not list(cache.iterdir())
 
 
@@ -218,7 +219,7 @@ def test_an_entry_that_finds_no_room_is_no_error(prompts: PromptSet, tmp_path: P
 
 
 def test_it_can_be_switched_off(prompts: PromptSet, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kept_probes.SWITCH, "off")
+    monkeypatch.setenv(kept_probes.CACHE_VARIABLE, "off")
     subject = tiny_subject("llama")
     assert asked(subject, prompts)[1]
     assert asked(subject, prompts)[1]

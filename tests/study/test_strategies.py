@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.excise.test_executors import CLOSE, IDS, live, logits, opened
+from tests.support.executors import CLOSE, IDS, live, logits, opened
 from tests.support.tiny import tiny, tiny_config
 
 from obliteratus.core.errors import UserError

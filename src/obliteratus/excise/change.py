@@ -1,4 +1,4 @@
-"""What one change of a plan does to a matrix and its bias: all that baking, adapters and live hooks agree on."""
+"""What each kind of change does to a matrix and its bias. Baking, adapters and live hooks all use these functions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Bias = Float[Tensor, " out"]
 
 @singledispatch
 def apply_change(change: Change, weight: Matrix) -> Matrix:
-    """W′, in the dtype and on the device of W [out, in]; W itself is left alone."""
-    raise TypeError(f"{type(change).__name__} is no change of a plan")
+    """Return W′ in the dtype and on the device of W [out, in]; W itself is not modified."""
+    raise TypeError(f"{type(change).__name__} is not a change of a plan")
 
 
 @apply_change.register
@@ -54,22 +54,22 @@ def _(change: ZeroOutput, weight: Matrix) -> Matrix:
 
 
 def zero_outputs(values: Float[Tensor, "*n out"], outputs: Tensor | None) -> Float[Tensor, "*n out"]:
-    """Zeros at these places of the last axis; None is all of them."""
+    """Return the values with these places of the last axis set to zero; None means all places."""
     return torch.zeros_like(values) if outputs is None else values.index_fill(-1, outputs.to(values.device), 0.0)
 
 
 @singledispatch
 def apply_to_bias(change: Change, bias: Bias | None, weight: Matrix | None) -> Bias | None:
-    """b′; None where there is none and none is needed. weight: W before this change; only anchored readers look."""
-    raise TypeError(f"{type(change).__name__} is no change of a plan")
+    """Return b′, or None if there is no bias and none is needed. weight: W before this change, for anchored readers."""
+    raise TypeError(f"{type(change).__name__} is not a change of a plan")
 
 
 @apply_to_bias.register
 def _(change: Edit, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     site, anchor = change.site, change.anchor
     if site.role == "reads":
-        return bias if anchor is None or weight is None else _read_anchor(change, anchor, bias, weight)
-    if site.span is not None:  # a bias is no head's
+        return bias if anchor is None or weight is None else _keep_reader_anchor(change, anchor, bias, weight)
+    if site.span is not None:  # the bias belongs to no single head
         return bias
     like = bias if bias is not None else anchor if anchor is not None else change.basis
     basis, along = change.basis.to(like), None if change.covectors is None else change.covectors.to(like)
@@ -97,17 +97,17 @@ def _(change: ZeroOutput, bias: Bias | None, weight: Matrix | None) -> Bias | No
 
 
 def fill_donor_means(module: nn.Module, changes: Sequence[Change]) -> tuple[Change, ...]:
-    """Blends with their donors' mean, taken from the module: one matrix for all that have the same donors."""
+    """Return the changes with each blend's donor mean read from the module: one matrix for equal donors."""
     return fill_donor_means_from(changes, partial(read_weight, module), partial(read_bias, module))
 
 
 def fill_donor_means_from(
     changes: Sequence[Change], matrix: Callable[[Site], Matrix], bias: Callable[[Site], Bias | None]
 ) -> tuple[Change, ...]:
-    """The same, from wherever an expert's matrix and bias are read."""
+    """Do the same as `fill_donor_means` with functions that read an expert's matrix and bias."""
     means: dict[tuple[int, ...], tuple[Matrix, Bias | None]] = {}
 
-    def whole(change: Change) -> Change:
+    def fill(change: Change) -> Change:
         if not isinstance(change, Blend):
             return change
         donors = tuple(change.donors.tolist())
@@ -118,11 +118,11 @@ def fill_donor_means_from(
         weight, shift = means[donors]
         return replace(change, weight=weight, bias=shift)
 
-    return tuple(map(whole, changes))
+    return tuple(map(fill, changes))
 
 
 def average_experts(matrix: Callable[[Site], Matrix], sites: Sequence[Site]) -> Matrix:
-    """The mean of some experts' matrices, each read once and none held."""
+    """Return the mean of some experts' matrices, holding one of them at a time."""
     mean = torch.zeros_like(matrix(sites[0]))
     for number, site in enumerate(sites, 1):
         mean += (matrix(site) - mean) / number
@@ -133,30 +133,30 @@ def _mean(biases: Sequence[Bias]) -> Bias | None:
     return torch.stack(list(biases)).mean(0) if biases else None
 
 
-def _read_anchor(change: Edit, anchor: Tensor, bias: Bias | None, weight: Matrix) -> Bias:
-    """x ← x − s Bᵀ(A(x − μ)) adds s W Bᵀ(A μ) to what W puts out."""
-    kept = change.strength * (weight @ change.basis.to(weight).T) @ (change.along @ anchor.to(change.basis)).to(weight)
-    return kept if bias is None else bias + kept.to(bias)
+def _keep_reader_anchor(change: Edit, anchor: Tensor, bias: Bias | None, weight: Matrix) -> Bias:
+    """Return the bias of a reader whose anchor stays: x ← x − s Bᵀ(A(x − μ)) adds s W Bᵀ(A μ) to the output."""
+    shift = change.strength * (weight @ change.basis.to(weight).T) @ (change.along @ anchor.to(change.basis)).to(weight)
+    return shift if bias is None else bias + shift.to(bias)
 
 
 def needs_weight(changes: Sequence[Change]) -> bool:
-    """Whether the new bias depends on the weight: only where a reader keeps an anchor."""
+    """Return whether the new bias depends on the weight, which it does only for a reader with an anchor."""
     return any(isinstance(c, Edit) and c.site.role == "reads" and c.anchor is not None for c in changes)
 
 
 def needs_bias(change: Change) -> bool:
-    """Whether a module without a bias must get one for this change to be baked."""
+    """Return whether a module without a bias must get one for this change to be baked."""
     return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
 
 
 def select_changes(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:
-    """The changes that one matrix gets, in their order: of a stack, those of all experts and of this one."""
-    mine = (c for c in changes if c.site.expert in (None, site.expert))
-    return tuple(replace(c, site=replace(c.site, expert=site.expert)) for c in mine)
+    """Return the changes of one matrix in their order: in a stack, those of all experts and of this one."""
+    own = (c for c in changes if c.site.expert in (None, site.expert))
+    return tuple(replace(c, site=replace(c.site, expert=site.expert)) for c in own)
 
 
 def edit_module_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
-    """The matrix after all changes, fp32 (fp64 where stored so). Of a stack, those `select_changes` one expert."""
+    """Return the matrix after all changes, fp32 (fp64 if stored so); for a stack, after one expert's own changes."""
     weight = read_weight(module, changes[0].site)
     for change in changes:
         weight = apply_change(change, weight)
@@ -164,14 +164,14 @@ def edit_module_weight(module: nn.Module, changes: Sequence[Change]) -> Matrix:
 
 
 def edit_module_bias(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
-    """The bias after all changes, fp32; None where there is none and none is needed."""
+    """Return the bias after all changes, fp32, or None if there is none and none is needed."""
     return edit_bias_with_weight(
         module, changes, read_weight(module, changes[0].site) if needs_weight(changes) else None
     )
 
 
 def edit_bias_with_weight(module: nn.Module, changes: Sequence[Change], weight: Matrix | None) -> Bias | None:
-    """The same, given W before the changes, which only `needs_weight` needs."""
+    """Do the same as `edit_module_bias` with W before the changes, needed only if `needs_weight` says so."""
     bias = read_bias(module, changes[0].site)
     device = execution_device(module)
     for change in changes:
@@ -181,7 +181,7 @@ def edit_bias_with_weight(module: nn.Module, changes: Sequence[Change], weight: 
 
 
 def compute_bias_difference(module: nn.Module, changes: Sequence[Change]) -> Bias | None:
-    """What an adapter must add to the output, fp32 [out]; None where nothing."""
+    """Return what an adapter must add to the output, fp32 [out], or None if nothing."""
     after, before = edit_module_bias(module, changes), read_bias(module, changes[0].site)
     if after is None or before is None:
         return after

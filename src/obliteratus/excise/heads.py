@@ -1,4 +1,4 @@
-"""Head surgery: an edit of attention's output restricted to the heads that write most along the directions."""
+"""Edits of the attention output restricted to the heads that write most along the directions."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from obliteratus.weights.matrices import read_weight
 def attribute_to_heads(
     weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], heads: int
 ) -> Float[Tensor, " heads"]:
-    """‖Q W[:, head]‖_F for each head: what the edit would take from it, in the weight's own unit.
+    """Return ‖Q W[:, head]‖_F for each head: what the edit would remove from it, in the unit of the weight.
 
-    Heads are equal runs of columns, in order; with grouped queries they are the query heads, and a head's size
-    need not be width / heads. The weight alone is asked, not how much each head is used.
+    Heads are equal runs of columns, in order; under grouped-query attention these are the query heads, and a head's
+    size need not be width / heads. The score reads the weight alone, not how active each head is.
     """
     along = (basis @ weight).reshape(len(basis), heads, -1)
-    taken: Tensor = torch.linalg.vector_norm(along, dim=(0, 2))
-    return taken
+    removed: Tensor = torch.linalg.vector_norm(along, dim=(0, 2))
+    return removed
 
 
 def split_by_head(subject: Subject, edits: Sequence[Edit], share: float) -> tuple[Edit, ...]:
-    """Each edit of an attention output as one edit for each of its top ``share`` of heads; the others as they are, and
-    so those of what stands in attention's place in some blocks of a hybrid.
+    """Replace each edit of an attention output by one edit for each of its top ``share`` of heads; others stay.
 
-    Attribution is of the model's own weights, also where earlier passes have edits on the same site.
+    Mixers of a hybrid model that are not attention have no heads and stay whole. Heads are scored on the model's
+    unedited weights, also after earlier passes. Raises UnsupportedModelError if heads do not divide the inputs.
     """
     family = find_architecture(subject.model.config)
     parts = ((_split(subject, e, share) if has_heads(family, e.site) else (e,)) for e in edits)
@@ -45,7 +45,7 @@ def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
     size, rest = divmod(weight.shape[1], heads)
     if rest:
         raise UnsupportedModelError(
-            f"{edit.site.path} has {weight.shape[1]} inputs, which {heads} heads cannot share; leave excise.heads out"
+            f"{edit.site.path} has {weight.shape[1]} inputs, not a multiple of {heads} heads; leave excise.heads out"
         )
     order = attribute_to_heads(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
     kept = sorted(order[: max(1, round(share * heads))].tolist())

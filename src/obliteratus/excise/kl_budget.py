@@ -1,4 +1,4 @@
-"""As strong as a budget of damage allows: a real KL, measured on live edits, and bisection on the strength."""
+"""The KL budget: a plan's strength is lowered by bisection until the measured KL divergence is within the budget."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 
-# First tokens of so many prompts give the mean to a tenth or so of its value, and cost one batch.
+# First tokens of this many prompts give the mean to about a tenth of its value, and cost one batch.
 CHECK_PROMPTS = 48
-BISECTION_STEPS = 6  # the factor to 1/64: nearer than the mean's own uncertainty
+BISECTION_STEPS = 6  # the factor to 1/64: finer than the uncertainty of the mean
 
 
 def limit_kl(
     subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...], budget: float
 ) -> tuple[Plan, float, float]:
-    """The new plan, weakened as a whole until KL(unedited ‖ done + new) is at most ``budget`` nats on average.
+    """Scale the new plan down until KL(unedited ‖ done + new) is at most ``budget`` nats on average.
 
-    KL of the first answer token over the first 48 prompts. Returns the plan, its factor (1: as it was) and its KL.
-    Where even a 64th of the strength costs more: UserError, or an empty plan if there is one done before it.
+    The KL divergence is of the first answer token, over the first 48 prompts. Returns the plan, its factor (1 means
+    unchanged) and its KL. If even 1/64 of the strength costs more, returns an empty plan after earlier passes; raises
+    UserError if there are none.
     """
     ids = render_prompts(subject, prompts[:CHECK_PROMPTS])
     base = first_token_log_probs(subject, ids, title="KL budget")
@@ -44,10 +45,10 @@ def limit_kl(
 
 
 def find_largest_factor(costs: Callable[[float], float], budget: float, steps: int) -> tuple[float, float]:
-    """The largest factor in 0–1 that was seen to cost at most the budget, and its cost: 1 if it may, else bisected."""
+    """Return the largest factor in 0–1 found to cost at most the budget, and its cost: 1 if possible, else bisected."""
     low, high, at_low = 0.0, 1.0, 0.0
-    if (whole := costs(1.0)) <= budget:
-        return 1.0, whole
+    if (full := costs(1.0)) <= budget:
+        return 1.0, full
     for _ in range(steps):
         middle = (low + high) / 2
         if (cost := costs(middle)) <= budget:
@@ -58,11 +59,11 @@ def find_largest_factor(costs: Callable[[float], float], budget: float, steps: i
 
 
 def scale_plan(plan: Plan, factor: float) -> Plan:
-    """All strengths and shifts times the factor. Masks have no strength: they stay."""
-    return replace(plan, edits=tuple(_weakened(change, factor) for change in plan.edits))
+    """Multiply all strengths, blend shares and shifts by the factor. Masks have no strength and stay."""
+    return replace(plan, edits=tuple(_scale(change, factor) for change in plan.edits))
 
 
-def _weakened(change: Change, factor: float) -> Change:
+def _scale(change: Change, factor: float) -> Change:
     if isinstance(change, Edit):
         return replace(change, strength=factor * change.strength)
     if isinstance(change, Blend):

@@ -1,7 +1,7 @@
-"""The mathematics of an edit on bare tensors. W is [out, in], B [k, out] the directions, s the strength.
+"""The mathematics of an edit on bare tensors: W is [out, in], B [k, out] the directions, s the strength.
 
-The edit of a writer is P W with P = I − s BᵀA. A is B with orthonormal rows (then called Q) for an orthogonal
-projection; for an oblique one A [k, out] is given apart, with A Bᵀ = I. A norm rule then rescales the result:
+The edit of a writer is P W with P = I − s BᵀA. In an orthogonal projection A is B, whose rows are orthonormal (then
+called Q); in an oblique one A [k, out] holds the covectors, with A Bᵀ = I. A norm rule then rescales the result:
 
 =========  ==========================================  =====================================
 rule       what keeps its length                       Q W′ = 0 at s = 1?
@@ -23,21 +23,21 @@ from torch import Tensor
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import NormRule
 
-# Below this share of its length a column (row, matrix) has nothing but rounding left, and stretching it back
-# would blow up noise: it is left as it is. fp32 keeps about 7 digits, and the share is of squares.
+# A column (row, matrix) that keeps less than this share of its squared length holds only rounding errors, and
+# rescaling it would amplify them: it is not rescaled. fp32 keeps about 7 digits.
 MIN_REMAINING_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
 class MatrixProjections:
-    """Taken from W once; every further strength then costs O(k · width)."""
+    """Products of W with the directions, computed once; every strength then costs O(k · width)."""
 
     along: Float[Tensor, "k in"]
     """V = A W."""
     spread: Float[Tensor, "out k"]
     """W Vᵀ."""
     own: Float[Tensor, "k in"]
-    """B W, which is V where the projection is orthogonal."""
+    """B W, which is V if the projection is orthogonal."""
     columns: Float[Tensor, " in"]
     """Squared length of each column."""
     rows: Float[Tensor, " out"]
@@ -46,7 +46,7 @@ class MatrixProjections:
 
 @dataclass(frozen=True)
 class Scales:
-    """W′ = diag(outputs) · P W · diag(inputs); None is all ones."""
+    """Factors of a norm rule: W′ = diag(outputs) · P W · diag(inputs). None means all ones."""
 
     inputs: Float[Tensor, " in"] | None = None
     outputs: Float[Tensor, " out"] | None = None
@@ -55,14 +55,14 @@ class Scales:
 def project_matrix(
     weight: Float[Tensor, "out in"], basis: Float[Tensor, "k out"], covectors: Float[Tensor, "k out"] | None = None
 ) -> MatrixProjections:
-    """One pass over the weight; two where covectors make the projection oblique."""
+    """Return the products of W with the directions: one pass over the weight, two for an oblique projection."""
     along = (basis if covectors is None else covectors) @ weight
     own = along if covectors is None else basis @ weight
     return MatrixProjections(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
 
 
 def compute_norm_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
-    """The factors that a norm rule asks for, in closed form.
+    """Return the factors of a norm rule, in closed form.
 
     ‖P w‖² = ‖w‖² − 2s (Bw)·(Aw) + s² (Aw)ᵀBBᵀ(Aw) for a column w; with A = B = Q that is ‖w‖² − s(2 − s)‖Qw‖².
     A row i of P W is W_i − s b_i V, with b_i the i-th column of B.
@@ -81,12 +81,13 @@ def compute_norm_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], str
 
 
 def _factor(before: Tensor, after: Tensor) -> Tensor:
-    nothing = after <= MIN_REMAINING_SHARE * before
-    return torch.where(nothing, torch.ones_like(before), (before / after.clamp(min=1e-38)).sqrt())
+    """Return the factor that restores a length, from the squared lengths before and after an edit."""
+    vanished = after <= MIN_REMAINING_SHARE * before
+    return torch.where(vanished, torch.ones_like(before), (before / after.clamp(min=1e-38)).sqrt())
 
 
 def restore_row_lengths(before: Float[Tensor, "n out"], after: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
-    """Each row of ``after`` at the length of its row before: the rule `columns` for outputs that are columns of W."""
+    """Rescale each row to its length before: the rule `columns` where outputs are columns of W, as in an embedding."""
     return after * _factor(before.square().sum(-1), after.square().sum(-1))[:, None]
 
 
@@ -96,7 +97,7 @@ def project(
     strength: float,
     covectors: Float[Tensor, "k out"] | None = None,
 ) -> Float[Tensor, "*n out"]:
-    """y ← y − s Bᵀ(A y) for every vector along the last axis."""
+    """Return y − s Bᵀ(A y) for every vector along the last axis."""
     return values - strength * (values @ (basis if covectors is None else covectors).T) @ basis
 
 
@@ -108,9 +109,9 @@ def edit_weight(
     span: tuple[int, int] | None = None,
     covectors: Float[Tensor, "k out"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W′ of a writer, in one pass over the weight and one temporary of its size.
+    """Return W′ of a writer, in one pass over the weight and with one temporary of its size.
 
-    span: only columns start … stop − 1 are edited, and norm rules look at them alone; all others keep every bit.
+    span: edit only columns start … stop − 1, and take norms over them alone; all others keep every bit.
     """
     if span is not None:
         edited, columns = weight.clone(), slice(*span)
@@ -132,7 +133,7 @@ def edit_reader(
     strength: float,
     covectors: Float[Tensor, "k in"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W′ = W (I − s BᵀA): what W would read of an input that has lost s Bᵀ(A x)."""
+    """Return W′ = W (I − s BᵀA) of a reader: it acts on x as W does on x − s Bᵀ(A x)."""
     along = basis if covectors is None else covectors
     return torch.addmm(weight, weight @ basis.T, along, alpha=-strength)
 
@@ -144,7 +145,7 @@ def edit_bias(
     anchor: Float[Tensor, " out"] | None,
     covectors: Float[Tensor, "k out"] | None = None,
 ) -> Float[Tensor, " out"] | None:
-    """b′ = P b + s BᵀA μ. Norm rules are about weights: they leave the bias alone."""
+    """Return b′ = P b + s BᵀA μ, or None if there is no bias and none is needed. Norm rules leave biases alone."""
     edited = None if bias is None else project(bias, basis, strength, covectors)
     if anchor is None:
         return edited
@@ -153,23 +154,23 @@ def edit_bias(
 
 
 def fold_gain_orthogonal(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> Float[Tensor, "k out"]:
-    """Q′ = orth(γ ⊙ Q): what a writer before a norm with gain γ must lose for the stream to lose Q.
+    """Return Q′ = orth(γ ⊙ Q), which a writer before a norm with gain γ must lose for the stream to lose Q.
 
-    (The norm's own division by a length only rescales. y ⊥ γ⊙q ⟺ γ⊙y ⊥ q.)
+    y ⊥ γ⊙q exactly when γ⊙y ⊥ q, and the norm's own division by a length only rescales.
     """
     q: Tensor = torch.linalg.qr((basis * gain).T)[0]
     return q.T.contiguous()
 
 
-# A gain smaller than this share of the largest hides its coordinate from what reads behind it: dividing by it would
-# blow up rounding, and nothing is lost by leaving the coordinate out.
+# A gain smaller than this share of the largest hides its coordinate from the readers behind it: dividing by it would
+# amplify rounding errors, and nothing is lost by leaving the coordinate out.
 MIN_GAIN_SHARE = 1e-6
 
 
 def fold_gain_reader(
     along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
-    """(A ⊘ γ, γ ⊙ B): the projection x̂ ← x̂ − BᵀA x̂ as it acts on γ ⊙ x̂, which is what a reader is given."""
+    """Return (A ⊘ γ, γ ⊙ B): the projection x̂ ← x̂ − BᵀA x̂ as it acts on γ ⊙ x̂, the input of a reader."""
     seen = gain.abs() > MIN_GAIN_SHARE * gain.abs().max()
     return torch.where(seen, along / torch.where(seen, gain, 1.0), 0.0), basis * gain
 
@@ -177,15 +178,15 @@ def fold_gain_reader(
 def fold_gain_oblique(
     along: Float[Tensor, "k out"], basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
-    """(γ ⊙ A, B ⊘ γ): the projection as it must act on y, so that γ ⊙ y loses Bᵀ A(γ ⊙ y). Oblique edits of writers."""
-    outer, inner = fold_gain_reader(basis, along, gain)
-    return inner, outer
+    """Return (γ ⊙ A, B ⊘ γ): the oblique projection of a writer's output y by which γ ⊙ y loses Bᵀ A(γ ⊙ y)."""
+    folded_basis, folded_along = fold_gain_reader(basis, along, gain)
+    return folded_along, folded_basis
 
 
 def center_rows(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
-    """Orthonormal rows of mean zero that span what is left of these after their mean: what a LayerNorm lets through.
+    """Return orthonormal rows that span these rows minus their means, which is what passes a LayerNorm.
 
-    Rows that were all mean are left out.
+    Rows that are constant vanish, so fewer rows than given may come back.
     """
     rest = basis - basis.mean(1, keepdim=True)
     _, size, v = torch.linalg.svd(rest, full_matrices=False)

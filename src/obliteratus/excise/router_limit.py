@@ -1,4 +1,4 @@
-"""Edits of routers are weakened where they would send control prompts to other experts: only where a check finds it."""
+"""The router limit: router edits are scaled down if a check finds that they send control prompts to other experts."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 
-# Of the experts chosen for control prompts, the share that may become others. A model whose experts stand in for one
-# another loses little by it, and none was seen to keep its answers when most of them change.
+# The share of the experts chosen for control prompts that may change. A model whose experts are interchangeable loses
+# little by it, and none was seen to keep its answers when most of them change.
 MAX_CHANGED_SHARE = 0.25
-BISECTION_STEPS = 4  # the factor to 1/16: routing moves in steps, and finer ones showed none
+BISECTION_STEPS = 4  # the factor to 1/16: routing changes in steps, and finer factors showed no difference
 
 
 def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[Prompt, ...]) -> Plan:
-    """The new plan, its router edits weakened until at most a quarter of control prompts' experts change.
+    """Scale the router edits of the new plan down until at most a quarter of control prompts' experts change.
 
-    At the last token of the first 48 prompts, against the same plan without router edits. As it was where no router
-    is edited, or where little changes. Raises UserError where even a sixteenth of the strength changes more.
+    Experts are compared at the last token of the first 48 prompts, with those under the same plan without router
+    edits. A plan without router edits, or whose edits change little, is returned as it is. Raises UserError if even
+    1/16 of the strength changes more.
     """
     stacks = [s.path for s in subject.sites if s.stacked and s.role == "writes"]
-    if not stacks or not any(map(_routes, new.edits)):
+    if not stacks or not any(map(_edits_router, new.edits)):
         return new
     ids = render_prompts(subject, prompts[:CHECK_PROMPTS])
 
     def chosen(factor: float) -> Int[torch.Tensor, "rows stacks k"]:
-        with applied(subject, done + _with(new, factor)):
+        with applied(subject, done + _scale_router_edits(new, factor)):
             return read_chosen_experts(subject, ids, stacks)
 
     before = chosen(0.0)
@@ -42,14 +43,15 @@ def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[P
     )
     if factor == 0:
         raise UserError(
-            f"excise.parts: router: even 1/{2**BISECTION_STEPS} of the strength sends prompts elsewhere; leave it out"
+            f"excise.parts: even 1/{2**BISECTION_STEPS} of the strength on routers changes more than "
+            f"{MAX_CHANGED_SHARE:.0%} of the experts chosen for control prompts; leave the part router out"
         )
     note("routers", f"{factor:.0%} of the strength, {share:.0%} of control prompts' experts change")
-    return _with(new, factor)
+    return _scale_router_edits(new, factor)
 
 
 def read_chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
-    """The experts of each prompt's last token. All stacks of a model choose equally many."""
+    """Return the experts chosen at each prompt's last token. All stacks of a model choose the same number."""
     found: dict[int, torch.Tensor] = {}
     for reading in read_hidden_states(subject, ids, request=ProbeRequest(expert_modules=stacks), title="routers"):
         each = torch.stack([reading.routing[path].chosen for path in stacks], 1)
@@ -60,18 +62,20 @@ def read_chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[to
 def compute_changed_share(
     before: Int[torch.Tensor, "rows stacks k"], after: Int[torch.Tensor, "rows stacks k"]
 ) -> Float[torch.Tensor, "rows stacks"]:
-    """Share of the experts chosen before that are not among those chosen after, whatever their order."""
+    """Return the share of experts chosen before that are not among those chosen after, whatever their order."""
     kept = (before.unsqueeze(-1) == after.unsqueeze(-2)).any(-1)
     return 1 - kept.float().mean(-1)
 
 
-def _routes(change: Change) -> bool:
+def _edits_router(change: Change) -> bool:
     return change.site.part == "router"
 
 
-def _with(plan: Plan, factor: float) -> Plan:
-    """The plan, its router edits at a share of their strength, left out at none."""
+def _scale_router_edits(plan: Plan, factor: float) -> Plan:
+    """Multiply the strength of the plan's router edits by the factor; at 0 leave them out."""
     parts = (
-        scale_plan(Plan((c,)), factor).edits if _routes(c) else (c,) for c in plan.edits if factor or not _routes(c)
+        scale_plan(Plan((c,)), factor).edits if _edits_router(c) else (c,)
+        for c in plan.edits
+        if factor or not _edits_router(c)
     )
     return replace(plan, edits=tuple(change for part in parts for change in part))

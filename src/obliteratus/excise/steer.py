@@ -1,4 +1,4 @@
-"""Permanent steering: one vector added to the stream for every token, in the plan and saved with the model."""
+"""Permanent steering: a plan adds one vector to the residual stream at every token, and the saved model keeps it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from obliteratus.core.types import Activations, Directions, Edit, Shift
 
 
 def make_shift(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:
-    """−amount × the groups' mean difference along the directions, at the clearest layer that is edited.
+    """Return a shift by −amount × the groups' mean difference along the directions, at the best-scored edited layer.
 
-    Written by that layer's MLP, whose bias it becomes (arXiv:2308.10248, arXiv:2312.06681). Raises UserError where a
-    norm stands between the MLP and the stream: what is added before a norm does not arrive as it was added.
+    That layer's MLP writes it, as a bias (arXiv:2308.10248, arXiv:2312.06681). Raises UserError if no MLP is edited or
+    if a norm stands between the MLP and the stream: it would rescale the shift differently at each token.
     """
-    places = [e.site for e in edits if e.site.part in expand_part("mlp.out")]
-    if not places:
+    sites = [e.site for e in edits if e.site.part in expand_part("mlp.out")]
+    if not sites:
         raise UserError("excise.steer: no MLP is edited, so there is no layer to steer at; widen the weigh steps")
-    site = max(places, key=lambda s: float(directions.score[s.stream]))
+    site = max(sites, key=lambda s: float(directions.score[s.stream]))
     if site.gain is not None:
         raise UserError(
-            f"excise.steer: a norm stands between {site.path} and the stream, which no constant passes; set steer=0"
+            f"excise.steer: a norm stands between {site.path} and the stream, so no constant shift can be added "
+            "there; set steer=0"
         )
     rows = directions.basis[site.stream]
     delta = acts["target"].mean[site.stream] - acts["control"].mean[site.stream]

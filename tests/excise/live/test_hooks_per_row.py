@@ -159,13 +159,13 @@ def test_trials_together_on_a_trunk(subject: Subject, make_plan: PlanMaker) -> N
         with applied(subject, plan):
             alone.append((first_token_log_probs(subject, ids), generate(subject, ids, 8)))
     with applied_per_row(subject, plans, [i for i in range(3) for _ in ids]):
-        together = again.times(3)
+        together = again.repeat(3)
         torch.testing.assert_close(together.first_token(), torch.cat([logp for logp, _ in alone]), **CLOSE)
         assert together.generate(8) == [row for _, answers in alone for row in answers]
         some = together.generate(8, rows=[0, 7, 13])
     assert some is not None
     assert [i for i, row in enumerate(some) if row] == [0, 7, 13]
-    assert again.kept.streams
+    assert again.layers.streams
     with applied(subject, plans[0]):
         torch.testing.assert_close(again.first_token(), alone[0][0], **CLOSE)
 

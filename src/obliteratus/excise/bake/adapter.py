@@ -1,4 +1,4 @@
-"""A plan as a PEFT adapter: exact and of rank Σk without a norm rule; otherwise the nearest of a given rank."""
+"""A plan saved as a PEFT adapter: exact, of rank Σk, without a norm rule; otherwise the nearest of a given rank."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from obliteratus.excise.change import apply_change, compute_bias_difference
 from obliteratus.excise.plan import check_fits
 from obliteratus.weights.matrices import read_weight
 
-# With a norm rule the change has full rank, and its tail is small but long: 32 holds the directions of every
-# recipe (k ≤ 8, passes ≤ 3) and the head of the rest. What is missing is measured and reported.
+# With a norm rule the change has full rank with a long tail of small singular values: 32 holds the directions of every
+# recipe (k ≤ 8, passes ≤ 3) and the largest of the rest. The error is measured and reported.
 MAX_RANK = 32
 
 Factors = tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]
@@ -28,8 +28,9 @@ Factors = tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]
 def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | None = MAX_RANK) -> dict[str, float]:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT loads onto the same model.
 
-    max_rank: of edits with a norm rule; None keeps full rank (exact, as large as the matrix).
-    Returns ``rank`` and ``error``: the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites.
+    max_rank: rank limit of edits with a norm rule; None keeps full rank (exact, as large as the matrix).
+    Returns ``rank`` and ``error``, the largest ‖ΔW − BA‖ / ‖ΔW‖ over all sites. Raises UserError for layouts that an
+    adapter cannot hold.
     """
     check_fits(subject, plan)
     _check_layouts(subject, plan)
@@ -45,61 +46,63 @@ def save_adapter(subject: Subject, plan: Plan, folder: Path, max_rank: int | Non
     rank = max(ranks)
     state: dict[str, Tensor] = {}
     for path, (layout, a, b, shift) in tensors.items():
-        state |= _named(path, layout, _padded(a, 0, rank), _padded(b, 1, rank), shift if biased else None, biased)
+        state |= _name_for_peft(
+            path, layout, _pad_rank(a, 0, rank), _pad_rank(b, 1, rank), shift if biased else None, biased
+        )
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _config(subject, plan, rank, biased).save_pretrained(str(folder))
+    _make_config(subject, plan, rank, biased).save_pretrained(str(folder))
     return {"rank": float(rank), "error": max(errors)}
 
 
-# PEFT refuses adapters on what their state spaces write: kernels read that weight past its module.
+# PEFT refuses adapters on the output projections of state spaces: kernels read that weight without calling its module.
 NO_OUT_PROJ = ("falcon_h1", "nemotron_h")
 
 
 def _check_layouts(subject: Subject, plan: Plan) -> None:
-    """PEFT keeps one low rank for each expert of a stack, in a layout of its own that is not written here."""
+    """Raise UserError for state spaces and for stacks of experts, which PEFT stores in a layout of its own."""
     if subject.model.config.model_type in NO_OUT_PROJ:
         raise UserError(
-            f"PEFT holds no adapter of a '{subject.model.config.model_type}' model's state spaces; "
+            f"PEFT cannot hold an adapter of the state spaces of a '{subject.model.config.model_type}' model; "
             "use --save merged or plan"
         )
     if stacked := next((change.site.parameter for change in plan.edits if change.site.stacked), None):
-        raise UserError(f"{stacked} holds all experts, which an adapter cannot hold here; use --save merged or plan")
+        raise UserError(f"{stacked} holds all experts, which an adapter cannot edit; use --save merged or plan")
 
 
 def factorize_changes(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
-    """B [out, r] and A [r, in] with W + BA = W′, and the relative error of that."""
+    """Return B [out, r] and A [r, in] with W + BA = W′, and the relative error of that product."""
     original = read_weight(module, changes[0].site)
     weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]
     for change in changes:
-        b, a = _exact(change, weight)
+        b, a = _factorize(change, weight)
         outs, ins = [*outs, b], [*ins, a]
         weight = apply_change(change, weight)
     if all(not isinstance(c, Edit) or c.norm == "none" for c in changes):
         return (torch.cat(outs, 1), torch.cat(ins, 0)), 0.0
-    return _nearest(weight - original, max_rank)
+    return _truncate(weight - original, max_rank)
 
 
 @singledispatch
-def _exact(change: Change, weight: Float[Tensor, "out in"]) -> Factors:
-    """The change of W, without a norm rule, as a product."""
+def _factorize(change: Change, weight: Float[Tensor, "out in"]) -> Factors:
+    """Return the change of W, without a norm rule, as a product of two factors."""
     return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
 
 
-@_exact.register
+@_factorize.register
 def _(change: Edit, weight: Float[Tensor, "out in"]) -> Factors:
     basis, along = change.basis.to(weight), change.along.to(weight)
     if change.site.role == "reads":
         return -change.strength * weight @ basis.T, along
-    return -change.strength * basis.T, _within(along @ weight, change.site.span)
+    return -change.strength * basis.T, _keep_span(along @ weight, change.site.span)
 
 
-@_exact.register
+@_factorize.register
 def _(change: Mask, weight: Float[Tensor, "out in"]) -> Factors:
     neurons = change.neurons.to(weight.device)
     return -weight[:, neurons], torch.eye(weight.shape[1]).to(weight)[neurons]
 
 
-@_exact.register
+@_factorize.register
 def _(change: ZeroOutput, weight: Float[Tensor, "out in"]) -> Factors:
     rows = torch.arange(len(weight)) if change.outputs is None else change.outputs
     rows = rows.to(weight.device)
@@ -108,8 +111,8 @@ def _(change: ZeroOutput, weight: Float[Tensor, "out in"]) -> Factors:
     return -torch.eye(len(weight)).to(weight)[:, rows] @ weight[rows], torch.eye(weight.shape[1]).to(weight)
 
 
-def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:
-    """V with all columns outside the span set to zero."""
+def _keep_span(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float[Tensor, "k in"]:
+    """Return V with all columns outside the span set to zero."""
     if span is None:
         return along
     inside = torch.zeros_like(along)
@@ -117,22 +120,24 @@ def _within(along: Float[Tensor, "k in"], span: tuple[int, int] | None) -> Float
     return inside
 
 
-def _nearest(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Factors, float]:
+def _truncate(change: Float[Tensor, "out in"], max_rank: int | None) -> tuple[Factors, float]:
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     rank = len(s) if max_rank is None else min(max_rank, len(s))
     lost = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=1e-30))
     return (u[:, :rank] * s[:rank], v[:rank]), lost
 
 
-def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:
+def _pad_rank(matrix: Tensor, dim: int, rank: int) -> Tensor:
     missing = rank - matrix.shape[dim]
     shape = list(matrix.shape)
     shape[dim] = missing
     return torch.cat([matrix, matrix.new_zeros(shape)], dim).contiguous().cpu()
 
 
-def _named(path: str, layout: str, a: Tensor, b: Tensor, shift: Tensor | None, biased: bool) -> dict[str, Tensor]:
-    """PEFT's names for one module."""
+def _name_for_peft(
+    path: str, layout: str, a: Tensor, b: Tensor, shift: Tensor | None, biased: bool
+) -> dict[str, Tensor]:
+    """Return one module's tensors under PEFT's names."""
     stem = f"base_model.model.{path}"
     if layout == "embedding":
         return {f"{stem}.lora_embedding_A": a, f"{stem}.lora_embedding_B": b}
@@ -142,7 +147,7 @@ def _named(path: str, layout: str, a: Tensor, b: Tensor, shift: Tensor | None, b
     return state
 
 
-def _config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig:
+def _make_config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig:
     conv = any(e.site.layout == "conv1d" for e in plan.edits)
     return LoraConfig(
         task_type="CAUSAL_LM",

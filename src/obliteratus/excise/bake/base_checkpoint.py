@@ -66,25 +66,25 @@ class BaseCheckpoint:
     def find_stored_name(self, parameter: str) -> str | None:
         """Return the stored tensor that holds the parameter's numbers; for a tied head, that of the embedding."""
         tied = self.tied[0] if self.tied is not None and parameter == self.tied[1] else parameter
-        return self.files.key(parameter) or self.files.key(tied)
+        return self.files.stored_name(parameter) or self.files.stored_name(tied)
 
     def choose_stored_name(self, parameter: str) -> str:
         """Return the name that the parameter is stored under, or will be if it is not stored yet."""
-        return self.files.key(parameter) or parameter
+        return self.files.stored_name(parameter) or parameter
 
     def choose_bias_name(self, site: Site) -> str:
         """Return the name that the site's bias is or will be stored under: beside its matrix if it loads from there."""
         parameter = f"{site.path}.{site.bias}"
         beside = f"{self.choose_stored_name(site.parameter).removesuffix(site.weight)}{site.bias}"
-        return self.files.key(parameter) or (beside if self.loads_as(beside, parameter) else parameter)
+        return self.files.stored_name(parameter) or (beside if self.loads_as(beside, parameter) else parameter)
 
     def loads_as(self, stored: str, parameter: str) -> bool:
         """Return whether a tensor of this stored name loads as the parameter, which the model may not have yet."""
-        return self.files.naming.parameter(stored, (parameter,)) == (parameter, "")
+        return self.files.names.parameter_of(stored, (parameter,)) == (parameter, "")
 
     def find_expert_names(self, site: Site) -> Sequence[tuple[str, ...]]:
         """Return the stored names of each expert's matrix; nothing if the stack is stored as one tensor."""
-        stored = self.files.where.get(site.parameter)
+        stored = self.files.parameters.get(site.parameter)
         return stored.experts if stored else ()
 
     # ------------------------------------------------------------------------------------- numbers
@@ -100,12 +100,12 @@ class BaseCheckpoint:
 
     def open_matrix(self, site: Site) -> nn.Module:
         """Return a module with the stored matrix and bias as views of the files, read on access."""
-        weight, bias = self.find_stored_name(site.parameter), self.files.key(f"{site.path}.{site.bias}")
+        weight, bias = self.find_stored_name(site.parameter), self.files.stored_name(f"{site.path}.{site.bias}")
         assert weight is not None, "`explain_unbakeable` comes first"
         module = nn.Module()
-        module.register_parameter(site.weight, nn.Parameter(self.files.tensor(weight), requires_grad=False))
+        module.register_parameter(site.weight, nn.Parameter(self.files.read(weight), requires_grad=False))
         if bias is not None:
-            module.register_parameter(site.bias, nn.Parameter(self.files.tensor(bias), requires_grad=False))
+            module.register_parameter(site.bias, nn.Parameter(self.files.read(bias), requires_grad=False))
         return module
 
     def check_same_matrix(self, site: Site, stored: nn.Module) -> None:
@@ -174,7 +174,7 @@ def explain_unbakeable(base: BaseCheckpoint, plan: Plan) -> str:
             return reason
         experts = base.find_expert_names(site)
         for stored in [name for names in experts for name in names] or [str(base.find_stored_name(site.parameter))]:
-            base.files.like(stored)
+            base.files.meta_tensor(stored)
         for parameter, stored in _names_to_add(base, site):
             if not experts and not base.loads_as(stored, parameter):
                 return f"there is no name under which {parameter} could be stored"

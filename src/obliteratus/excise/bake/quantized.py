@@ -1,4 +1,4 @@
-"""Edits of packed matrices: unpacked once for all changes, edited in fp32, packed once, and what that loses counted."""
+"""Edits of quantized matrices: dequantized once, edited in fp32 and requantized once, with the loss measured."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ Lazy = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class RequantizationLoss:
-    """What packing cost one matrix: squared Frobenius norms, and the product of the error with the edit."""
+    """What requantization cost one matrix: squared Frobenius norms, and the inner product of error and edit."""
 
     error: float
     """‖stored − W′‖²."""
-    whole: float
+    weight: float
     """‖W′‖²."""
     edit: float
     """‖W′ − W‖²."""
     against: float
-    """⟨stored − W′, W′ − W⟩: below 0 where packing takes some of the edit back."""
+    """⟨stored − W′, W′ − W⟩: negative if requantization takes back some of the edit."""
 
 
 @dataclass
 class RequantizationLosses:
-    """The same by site path."""
+    """The losses of all requantized matrices."""
 
     by_path: dict[str, RequantizationLoss] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
-        """``matrices``: how many; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of one; ``kept``: the
-        share of the edit that is in what is stored, 1 where none of it was rounded away."""
-        all_of = self.by_path.values()
-        error, whole, edit, against = (
-            sum(values) for values in zip(*((x.error, x.whole, x.edit, x.against) for x in all_of), strict=True)
+        """Return the losses over all matrices.
+
+        ``matrices``: their number; ``error``: ‖stored − W′‖ / ‖W′‖ over all of them; ``worst``: of the worst one;
+        ``kept``: the share of the edit that the stored weights hold, 1 if none of it was rounded away.
+        """
+        losses = self.by_path.values()
+        error, weight, edit, against = (
+            sum(values) for values in zip(*((x.error, x.weight, x.edit, x.against) for x in losses), strict=True)
         )
-        worst = max(x.error / max(x.whole, TINY) for x in all_of)
-        sizes = {"error": (error / max(whole, TINY)) ** 0.5, "worst": worst**0.5}
+        worst = max(x.error / max(x.weight, TINY) for x in losses)
+        sizes = {"error": (error / max(weight, TINY)) ** 0.5, "worst": worst**0.5}
         return {"matrices": float(len(self.by_path)), **sizes, "kept": 1 + against / max(edit, TINY)}
 
 
@@ -55,15 +58,18 @@ TINY = 1e-30  # a matrix of zeros loses nothing
 def requantize_module(
     path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: RequantizationLosses | None
 ) -> dict[str, Lazy]:
-    """All that the edited module saves, by name in the model: codes, scales, and the bias (dtype: of a new one)."""
+    """Return functions that compute what the edited module stores, by name: codes, scales and the bias.
+
+    dtype: of a new bias. losses: where the loss of this matrix is added.
+    """
     names = list(module.state_dict())
     if "bias" not in names and any(needs_bias(c) for c in changes):
         names.append("bias")
-    once = SharedEntries(partial(_made, path, module, changes, dtype, losses))
+    once = SharedEntries(partial(_requantize, path, module, changes, dtype, losses))
     return {f"{path}.{name}": partial(once.take, name) for name in names}
 
 
-def _made(
+def _requantize(
     path: str, module: nn.Module, changes: Sequence[Change], dtype: torch.dtype, losses: RequantizationLosses | None
 ) -> Entries:
     before = read_weight(module, changes[0].site)
@@ -87,17 +93,17 @@ def _made(
 
 
 def span_of_edits(changes: Sequence[Change]) -> Tensor | None:
-    """Orthonormal rows that span all directions which the changes take off or measure by; None of readers."""
+    """Return orthonormal rows that span all bases and covectors of the edits of a writer; None for a reader."""
     edits = [c for c in changes if isinstance(c, Edit) and c.site.role == "writes"]
     if not edits:
         return None
     rows = torch.cat([x for edit in edits for x in (edit.basis.double(), edit.along.double())])
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-    kept: Tensor = basis[sizes > SAME * sizes[0]]
-    return kept.float()
+    independent: Tensor = basis[sizes > MIN_SINGULAR_VALUE * sizes[0]]
+    return independent.float()
 
 
-SAME = 1e-4  # of the longest: below it rows only repeat the others, to within fp32
+MIN_SINGULAR_VALUE = 1e-4  # as a share of the largest: below it rows repeat the others, to within fp32
 
 
 def _squared(matrix: Tensor) -> float:
@@ -105,13 +111,13 @@ def _squared(matrix: Tensor) -> float:
 
 
 class SharedEntries:
-    """Entries of one module, all made when the first is asked for; each is handed out once and then forgotten."""
+    """Entries of one module, all computed when the first is taken; each can be taken once and is then released."""
 
     def __init__(self, make: Callable[[], Entries]) -> None:
         self._make = make
-        self._left: Entries = {}
+        self._entries: Entries = {}
 
     def take(self, name: str) -> Tensor:
-        if name not in self._left:
-            self._left = self._make()
-        return self._left.pop(name)
+        if name not in self._entries:
+            self._entries = self._make()
+        return self._entries.pop(name)

@@ -1,4 +1,4 @@
-"""A plan compiled into weights: one matrix in memory at a time, of a stack too, computed in fp32, cast once."""
+"""A plan baked into weights: one matrix in memory at a time, computed in fp32 and cast once."""
 
 from __future__ import annotations
 
@@ -22,46 +22,49 @@ Lazy = Callable[[], Tensor]
 
 
 def bake(subject: Subject, plan: Plan, losses: RequantizationLosses | None = None) -> dict[str, Lazy]:
-    """Edited parameters by name, each computed when it is called for, so that none need be held.
+    """Return the edited parameters by name, each as a function that computes it, so that none need be held.
 
-    Where an anchored edit needs a bias that the architecture can switch on, the new biases are among them (zeros
-    where nothing is anchored), and the configuration must say so too: see `find_bias_switches`. Raises UserError
-    where there is no switch. A packed matrix is unpacked once, for all its changes and its bias, and packed once; what
-    that loses is added to ``losses``.
+    If an anchored edit needs a bias that the architecture can switch on, the new biases are included (zeros where
+    nothing is anchored); set the configuration by `find_bias_switches`. A packed matrix is dequantized once for all its
+    changes and its bias, and requantized once; what that loses is added to ``losses``. Raises UserError if a needed
+    bias cannot be switched on.
     """
     check_fits(subject, plan)
-    result: dict[str, Lazy] = _zeros(subject, find_bias_switches(subject, plan))
-    for name, edits in plan.by_site().items():
-        site = edits[0].site
+    result: dict[str, Lazy] = _zero_biases(subject, find_bias_switches(subject, plan))
+    for name, changes in plan.by_site().items():
+        site = changes[0].site
         module = subject.module(site.path)
         if is_packed(module):
-            result |= requantize_module(site.path, module, edits, subject.model.dtype, losses)
+            result |= requantize_module(site.path, module, changes, subject.model.dtype, losses)
             continue
-        result[name] = edit_parameter(module, edits)
-        bias = edit_biases(module, edits)
+        result[name] = edit_parameter(module, changes)
+        bias = edit_biases(module, changes)
         if bias is not None:
-            result[f"{site.path}.{site.bias}"] = _value(bias, module, site)
+            result[f"{site.path}.{site.bias}"] = _cast_like_weight(bias, module, site)
     return result
 
 
 def find_bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
-    """``attn`` or ``mlp`` → configuration key to set, for each half that gets biases it does not have."""
-    found: dict[str, str] = {}
+    """Return the configuration key to set for each half of the blocks, ``attn`` or ``mlp``, that gets new biases.
+
+    Raises UserError if a change needs a bias that the architecture cannot have.
+    """
+    switches: dict[str, str] = {}
     family = find_architecture(subject.model.config)
     for edit in filter(needs_bias, plan.edits):
-        there = has_bias(subject.module(edit.site.path), edit.site)
+        biased = has_bias(subject.module(edit.site.path), edit.site)
         half = edit.site.part.partition(".")[0]
-        if there and edit.site.stacked and not family.routing_sums_to_one:
+        if biased and edit.site.stacked and not family.routing_sums_to_one:
             raise UserError(missing_bias_error(edit, "one that routing does not scale"))
-        if not there and half not in family.bias_switch:
+        if not biased and half not in family.bias_switch:
             raise UserError(missing_bias_error(edit))
-        if not there:
-            found[half] = family.bias_switch[half]
-    return found
+        if not biased:
+            switches[half] = family.bias_switch[half]
+    return switches
 
 
 def can_hold_anchors(subject: Subject, sites: Iterable[Site]) -> bool:
-    """Whether saved weights can hold an anchored edit at each of these sites: in a bias that they have, or can get."""
+    """Return whether saved weights can hold an anchored edit at these sites: in a bias that exists or can be added."""
     family = find_architecture(subject.model.config)
 
     def holds(site: Site) -> bool:
@@ -72,15 +75,15 @@ def can_hold_anchors(subject: Subject, sites: Iterable[Site]) -> bool:
     return all(map(holds, sites))
 
 
-def _zeros(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
-    """Zero biases for every site of those halves: the switch gives all of them one."""
+def _zero_biases(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:
+    """Return zero biases for every site of these halves, since the switch gives each of them one."""
     sites = [s for s in subject.sites if s.part.partition(".")[0] in halves]
     widths = {f"{s.path}.{s.bias}": count_outputs(subject.module(s.path), s) for s in sites}
     return {name: partial(torch.zeros, width, dtype=subject.model.dtype) for name, width in widths.items()}
 
 
 def missing_bias_error(change: Change, what_kind: str = "a bias") -> str:
-    """Why a plan cannot be merged, and what can be done."""
+    """Return the message that a plan cannot be merged for lack of a bias, with what to do instead."""
     what, option = ("steering", "steer=0") if isinstance(change, Shift) else ("an anchored edit", "anchored=false")
     return (
         f"{what} needs {what_kind} and {change.site.path} has none: the plan can only run live; "
@@ -89,59 +92,62 @@ def missing_bias_error(change: Change, what_kind: str = "a bias") -> str:
 
 
 def edit_parameter(module: nn.Module, changes: Sequence[Change]) -> Lazy:
-    """The matrix of a site after all its changes, a stack whole, as the module stores it."""
+    """Return a function that computes a site's parameter after all its changes, as the module stores it."""
     site = changes[0].site
-    whole = module.get_parameter(site.weight)
-    return EditedStack(module, changes, whole) if site.stacked else partial(_new, module, changes, site, whole)
+    stored = module.get_parameter(site.weight)
+    return (
+        EditedStack(module, changes, stored) if site.stacked else partial(_edit_matrix, module, changes, site, stored)
+    )
 
 
-def _new(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor) -> Tensor:
-    """One matrix as it is to be stored."""
-    mine = select_changes(changes, site)
-    return convert_to_stored(edit_module_weight(module, mine), site, like) if mine else like.detach()
+def _edit_matrix(module: nn.Module, changes: Sequence[Change], site: Site, like: Tensor) -> Tensor:
+    """Return one matrix in its stored layout and dtype."""
+    own = select_changes(changes, site)
+    return convert_to_stored(edit_module_weight(module, own), site, like) if own else like.detach()
 
 
 @dataclass(frozen=True)
 class EditedStack:
-    """All experts of one stack, edited one by one."""
+    """Computes a stack of experts with its changes, one expert at a time."""
 
     module: nn.Module
     changes: Sequence[Change]
-    whole: Tensor
-    """The stack as it is."""
+    stored: Tensor
+    """The unedited stack."""
 
     def __call__(self) -> Tensor:
-        result = torch.empty_like(self.whole, requires_grad=False)
+        result = torch.empty_like(self.stored, requires_grad=False)
         for expert, matrix in enumerate(self.pieces()):
             result[expert] = matrix
         return result
 
     def pieces(self) -> Iterator[Tensor]:
-        """One expert's matrix at a time, and nothing else held: for writing."""
+        """Yield one expert's edited matrix at a time, holding no other, so that it can be written."""
         changes = fill_donor_means(
             self.module, self.changes
         )  # here, so that no donors' mean is held before its stack's turn
         for expert, site in enumerate(expand_experts(self.module, replace(self.changes[0].site, expert=None))):
-            yield _new(self.module, changes, site, self.whole[expert])
+            yield _edit_matrix(self.module, changes, site, self.stored[expert])
 
 
 def bake_in_pieces(value: Lazy) -> Iterator[Tensor]:
-    """An edited parameter in parts along its first axis, each computed when it is asked for."""
+    """Yield an edited parameter in pieces along its first axis, each computed on demand."""
     yield from value.pieces() if isinstance(value, EditedStack) else [value()]
 
 
 def edit_biases(module: nn.Module, changes: Sequence[Change]) -> Tensor | None:
-    """The bias after all changes; of a stack, one for each expert."""
+    """Return the bias after all changes, or None; for a stack, one row for each expert."""
     site = changes[0].site
     if not site.stacked:
         return edit_module_bias(module, changes)
     if not has_bias(module, site):
         return None
     changes = fill_donor_means(module, changes)
-    mine = ((select_changes(changes, one), one) for one in expand_experts(module, replace(site, expert=None)))
-    made = (edit_module_bias(module, own) if own else read_bias(module, one) for own, one in mine)
-    return torch.stack([bias for bias in made if bias is not None])
+    experts = expand_experts(module, replace(site, expert=None))
+    selected = ((select_changes(changes, expert), expert) for expert in experts)
+    biases = (edit_module_bias(module, own) if own else read_bias(module, expert) for own, expert in selected)
+    return torch.stack([bias for bias in biases if bias is not None])
 
 
-def _value(bias: Tensor, module: nn.Module, site: Site) -> Lazy:
+def _cast_like_weight(bias: Tensor, module: nn.Module, site: Site) -> Lazy:
     return lambda: bias.to(module.get_parameter(site.weight).dtype)

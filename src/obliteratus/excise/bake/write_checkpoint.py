@@ -48,7 +48,7 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
         for file in files.shards:
             own, added = _edits_of_file(files, edits, file)
             write = partial(rewrite_file, file, edits=own, added=added) if own else partial(copy_file, file)
-            finished.file(file.name, partial(write, known=files.known_sum(file)))
+            finished.write(file.name, partial(write, known=files.recorded_hash(file)))
             copies += not own
             advance(1)
     _write_index(files, edits, folder)
@@ -97,7 +97,7 @@ def edit_tensors(base: BaseCheckpoint, plan: Plan) -> TensorEdits:
 
 
 def _add_zero_bias(base: BaseCheckpoint, site: Site, edits: TensorEdits) -> None:
-    weight = base.files.like(str(base.find_stored_name(site.parameter)))
+    weight = base.files.meta_tensor(str(base.find_stored_name(site.parameter)))
     name = base.choose_bias_name(site)
     if not base.files.holds(name):
         edits.added[name] = weight[:, 0] if site.layout == "linear" else weight[0]
@@ -113,12 +113,12 @@ def _untie_head(base: BaseCheckpoint, tied: tuple[str, str], edits: TensorEdits)
     edits.config["tie_word_embeddings"] = False
     table, head = base.find_stored_name(tied[0]), base.choose_stored_name(tied[1])
     if table is not None and not base.files.holds(head):
-        edits.added[head] = base.files.like(table)
+        edits.added[head] = base.files.meta_tensor(table)
         edits.tensors[head] = partial(_write_stored, base.files, table)
 
 
 def _write_stored(files: Checkpoint, name: str) -> Iterator[Tensor]:
-    yield files.tensor(name)
+    yield files.read(name)
 
 
 def _edit_site(base: BaseCheckpoint, changes: Sequence[Change]) -> Mapping[str, Pieces]:
@@ -127,7 +127,7 @@ def _edit_site(base: BaseCheckpoint, changes: Sequence[Change]) -> Mapping[str, 
     edited: dict[str, Pieces] = {}
     if not all(isinstance(change, Shift) for change in changes):
         edited[base.choose_stored_name(site.parameter)] = partial(_write_matrix, base, changes)
-    if base.files.key(f"{site.path}.{site.bias}") or any(map(needs_bias, changes)):
+    if base.files.stored_name(f"{site.path}.{site.bias}") or any(map(needs_bias, changes)):
         edited[base.choose_bias_name(site)] = partial(_write_bias, base, changes)
     return edited
 
@@ -182,9 +182,9 @@ def _edit_experts(base: BaseCheckpoint, changes: Sequence[Change], fill: FillDon
 
 
 def _write_expert(base: BaseCheckpoint, fill: FillDonors, site: Site, name: str) -> Iterator[Tensor]:
-    matrix = base.files.tensor(name)
+    matrix = base.files.read(name)
     parts = base.find_expert_names(site)[site.expert or 0]
-    start = sum(len(base.files.like(part)) for part in parts[: parts.index(name)])
+    start = sum(len(base.files.meta_tensor(part)) for part in parts[: parts.index(name)])
     base.check_same_expert(site, matrix, start)
     module, alone = _stack_of_one(matrix, site)
     own = [replace(change, site=alone) for change in select_changes(fill(site.parameter), site)]
@@ -195,7 +195,7 @@ def _read_expert(base: BaseCheckpoint, site: Site) -> Tensor:
     """Return one expert's matrix as `read_weight` does."""
     assert site.expert is not None, "a donor is one expert"
     (name,) = base.find_expert_names(site)[site.expert]
-    return read_weight(*_stack_of_one(base.files.tensor(name), site))
+    return read_weight(*_stack_of_one(base.files.read(name), site))
 
 
 def _stack_of_one(matrix: Tensor, site: Site) -> tuple[nn.Module, Site]:

@@ -28,7 +28,7 @@ from obliteratus.excise.live.compile import (
 )
 from obliteratus.excise.live.hooks import Removable
 from obliteratus.excise.plan import check_fits
-from obliteratus.inference.row_plans import variants_of_pass, with_variants
+from obliteratus.inference.row_plans import pass_variants, assign_prompt_variants
 from obliteratus.summon.experts import Forward, replace_forward
 from obliteratus.weights.matrices import execution_device
 
@@ -59,7 +59,7 @@ def applied_per_row(subject: Subject, plans: Sequence[Plan], plan_of_row: Sequen
             path = next(c for own in changes for c in own).site.path
             late = any(needs_stored_weight(subject, own) for own in changes if own)
             handles += _attach(subject.module(path), changes, late)
-        with with_variants(plan_of_row):
+        with assign_prompt_variants(plan_of_row):
             yield
     finally:
         for handle in handles:
@@ -167,7 +167,7 @@ def _experts_forward(module: nn.Module, site: Site, get_ops: GetOps) -> Forward:
     original = module.forward
 
     def forward(*args: Tensor) -> Tensor:
-        plan = plan_of_token(variants_of_pass().to(args[0].device), len(args[0]))
+        plan = plan_of_token(pass_variants().to(args[0].device), len(args[0]))
         result = torch.empty_like(args[0])
         for i, live in enumerate(get_ops()):
             own = (plan == i).nonzero()[:, 0]
@@ -206,7 +206,7 @@ def _hook_input(module: nn.Module, edit: TokenEdit) -> RemovableHandle:
 
 def _edit_rows(x: Tensor, args: tuple[Any, ...], edit: TokenEdit) -> Tensor:
     """Edit values whose first axis is the rows, or rows × tokens, or 1 where all rows get the same."""
-    plan_of_row = variants_of_pass().to(x.device)
+    plan_of_row = pass_variants().to(x.device)
     if x.ndim > 2 and len(x) == 1:
         x = x.expand(len(plan_of_row), *x.shape[1:])  # a table of positions, looked up once for all rows
     flat = x.reshape(-1, x.shape[-1])

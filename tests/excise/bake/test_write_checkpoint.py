@@ -20,12 +20,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import PlanMaker, random_basis
+from tests.support.checkpoints import SMALL, shards, stored
 from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenizer
 
 from obliteratus.cli.jobs import apply_plan
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
-from obliteratus.excise.bake.tensors import can_hold_anchors, bake
+from obliteratus.excise.bake.tensors import bake, can_hold_anchors
 from obliteratus.excise.live.hooks import applied
 from obliteratus.rebirth import save as rebirth
 from obliteratus.rebirth.save import save
@@ -36,20 +37,7 @@ from obliteratus.weights.safetensors_io import read_header
 
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
 INDEX = "model.safetensors.index.json"
-SMALL = "20KB"  # of a shard: a tiny model then has several
 KILLS = 10
-
-
-def stored(folder: Path, name: str, shard: str = SMALL, **changes: Any) -> Path:
-    """A tiny model on disk, under the names that transformers itself stores it by."""
-    torch.manual_seed(0)  # what `tiny` leaves as it was initialised
-    tiny(name, **changes).save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
 
 
 def raw(folder: Path) -> dict[str, tuple[str, bytes]]:
@@ -434,7 +422,7 @@ def test_a_stale_record_of_another_form_is_forgotten(make_plan: PlanMaker, tmp_p
     partial = tmp_path / "out.saving"
     (partial / "output").mkdir(parents=True)
     done = FinishedFiles(partial / "output", "an older bake")
-    done.file("model-old.safetensors", lambda path: str(path.write_bytes(b"x")))
+    done.write("model-old.safetensors", lambda path: str(path.write_bytes(b"x")))
     save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "plan")
     assert not list((tmp_path / "out").glob("model*"))
 
