@@ -163,7 +163,7 @@ def test_what_means_nothing_is_refused_in_one_line(case: str, tmp_path: Path) ->
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such study file"):
+    with pytest.raises(UserError, match="this study file does not exist"):
         convert(tmp_path / "none.yaml")
 
 

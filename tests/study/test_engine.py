@@ -1,12 +1,14 @@
-"""Meters measure what scorers measure; batching, lanes and what is kept of lower blocks never show in a number."""
+"""A study's numbers are the scorers'; neither batches nor cached outputs of lower blocks change them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,15 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Plan, Subject, ZeroOutput
+from obliteratus.core.types import Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import hooks_by_module
 from obliteratus.prompts import load_prompts
-from obliteratus.study import Study
-from obliteratus.study import engine as engines
-from obliteratus.study.engine import Engine, chunks, twin
-from obliteratus.study.material import check_study
-from obliteratus.study.metrics import WORST, compare_scores, finite
-from obliteratus.verify import measure
+from obliteratus.study import Study, metrics
+from obliteratus.study.data import check_study
+from obliteratus.study.engine import Engine, batch_knockouts
+from obliteratus.study.metrics import WORST, bound_values
+from obliteratus.verify import ItemValues, measure
 
 THINGS = ("rice", "an egg", "peas", "a soup", "the moon", "a comet", "rain", "iron", "a fern", "gold", "tin", "ash")
 PARTS = ("layers", "ffn", "heads", "embeddings")
@@ -77,8 +78,8 @@ def untouched(subject: Subject) -> Iterator[None]:
 def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, folder: Path) -> None:
     subject = tiny_subject(name)
     made = study_of(folder, parts=("layers", "ffn", "heads"))
-    engine = Engine.of(subject, made)
-    report = load_prompts(made.data.target, made.data.control).split(0)[2]
+    engine = Engine.create(subject, made)
+    report = load_prompts(made.data.target, made.data.control).split(0).report
     report = type(report)({g: tuple(p[i * len(p) // 6] for i in range(6)) for g, p in report.groups.items()})
     steps = (
         Step(use="refusal", tokens=6),
@@ -86,10 +87,10 @@ def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, fol
         Step(use="accuracy", labelled=str(half(folder))),
     )
     before = measure(subject, report, steps)
-    assert engine.baseline().scores["accuracy"].value == before.scores["accuracy"].value
+    assert engine.measure_baseline().scores["accuracy"].value == before.scores["accuracy"].value
     with untouched(subject):
-        results = [r for chunk in chunks(engine.specs) for r in engine.measure(chunk)]
-    plans = {spec.component: spec.plan for spec in engine.specs}
+        results = [r for chunk in batch_knockouts(engine.knockouts) for r in engine.measure(chunk)]
+    plans = {spec.component: spec.plan for spec in engine.knockouts}
     for result in results[:: max(1, len(results) // 6)]:
         with applied(subject, plans[result.component]):
             expected = measure(subject, report, steps, before).scores
@@ -111,10 +112,10 @@ def half(folder: Path) -> Path:
 def test_perplexity_against_the_model_alone(name: str, folder: Path) -> None:
     """One text at a time, logits in float64."""
     subject = tiny_subject(name)
-    engine = Engine.of(subject, study_of(folder, Step(use="perplexity")))
-    texts = engine.given.texts
+    engine = Engine.create(subject, study_of(folder, Step(use="perplexity")))
+    texts = engine.data.texts
     assert [len(row) for row in texts] == [20] * 6
-    for spec in engine.specs[:: len(engine.specs) // 7]:
+    for spec in engine.knockouts[:: len(engine.knockouts) // 7]:
         losses = []
         with applied(subject, spec.plan):
             for row in texts:
@@ -122,96 +123,83 @@ def test_perplexity_against_the_model_alone(name: str, folder: Path) -> None:
                 losses.append(-logp[torch.arange(19), torch.tensor(row[1:])].mean())
         found = engine.measure([spec])[0]
         assert found.scores["perplexity"].value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
-        ratio = found.scores["perplexity"].value / engine.baseline().scores["perplexity"].value
+        ratio = found.scores["perplexity"].value / engine.measure_baseline().scores["perplexity"].value
         assert found.change["perplexity"].value == pytest.approx(ratio, rel=1e-4)
 
 
 def test_parts_differ(folder: Path) -> None:
     """Negative control: nothing is measured of another part, or of none."""
-    engine = Engine.of(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
-    results = [r for chunk in chunks(engine.specs) for r in engine.measure(chunk)]
-    values = {r.scores["perplexity"].value for r in results} | {engine.baseline().scores["perplexity"].value}
+    engine = Engine.create(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
+    results = [r for chunk in batch_knockouts(engine.knockouts) for r in engine.measure(chunk)]
+    values = {r.scores["perplexity"].value for r in results} | {engine.measure_baseline().scores["perplexity"].value}
     assert len(values) == len(results) + 1
 
 
 # ---------------------------------------------------------------------------------- batching and lanes
 def test_rows_together_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny_subject("llama")
-    engine = Engine.of(subject, study_of(folder))
-    together = {r.component: r for chunk in chunks(engine.specs) for r in engine.measure(chunk)}
-    monkeypatch.setattr(engines, "MAX_ROWS", 1)
-    for spec in engine.specs:
+    engine = Engine.create(subject, study_of(folder))
+    together = {r.component: r for chunk in batch_knockouts(engine.knockouts) for r in engine.measure(chunk)}
+    monkeypatch.setattr(metrics, "MAX_ROWS", 1)
+    for spec in engine.knockouts:
         alone = engine.measure([spec])[0]
         for name, score in alone.scores.items():
             assert together[spec.component].scores[name].value == pytest.approx(score.value, **CLOSE), name
 
 
-def test_a_lane_has_edits_of_its_own_on_the_same_weights(folder: Path) -> None:
-    subject = tiny_subject("llama_biased")
-    engine = Engine.of(subject, study_of(folder, Step(use="perplexity")))
-    lane = engine.lane()
-    mine, theirs = (dict(e.subject.model.named_parameters()) for e in (engine, lane))
-    assert all(mine[name] is theirs[name] for name in mine)
-    ids = torch.tensor([[65, 66, 67]])
-    before = subject.model(ids).logits
-    site = next(s for s in subject.sites if s.part == "mlp.out")
-    with applied(lane.subject, Plan((ZeroOutput(site),), subject.source.digest)):
-        assert torch.equal(subject.model(ids).logits, before)
-        assert not torch.allclose(lane.subject.model(ids).logits, before, atol=1e-2)
-    for spec in engine.specs[::5]:
-        own, other = (e.measure([spec])[0].scores["perplexity"].value for e in (engine, lane))
-        assert own == pytest.approx(other, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "jamba"])
-def test_a_twin_computes_the_same(name: str) -> None:
-    model = tiny_subject(name).model
-    ids = torch.tensor([[65, 66, 67, 68]])
-    assert torch.equal(twin(model)(ids).logits, model(ids).logits)
-
-
 @pytest.mark.parametrize("batch", [8, 64])
 def test_the_batch_shows_in_no_number(folder: Path, batch: int) -> None:
     subject = tiny_subject("llama")
-    plain, small = (Engine.of(subject, study_of(folder, batch=b, parts=("layers",))) for b in (0, batch))
-    for spec in plain.specs:
+    plain, small = (Engine.create(subject, study_of(folder, batch=b, parts=("layers",))) for b in (0, batch))
+    for spec in plain.knockouts:
         one, other = (e.measure([spec])[0] for e in (plain, small))
         for name in one.scores:
             assert one.scores[name].value == pytest.approx(other.scores[name].value, **CLOSE)
 
 
 def test_chunks_rise_and_hold_every_part_once(folder: Path) -> None:
-    engine = Engine.of(tiny_subject("llama"), study_of(folder))
-    made = chunks(engine.specs, 4)
+    engine = Engine.create(tiny_subject("llama"), study_of(folder))
+    made = batch_knockouts(engine.knockouts, 4)
     assert [len(chunk) for chunk in made[:-1]] == [4] * (len(made) - 1)
     layers = [spec.layer for chunk in made for spec in chunk]
     assert layers == sorted(layers)
-    assert sorted(s.component for c in made for s in c) == sorted(s.component for s in engine.specs)
-    assert max(map(len, engine.chunks())) == 16  # twelve prompts: sixteen plans are 192 of 256 rows
-    alone = Engine.of(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
-    assert alone.chunks()
+    assert sorted(s.component for c in made for s in c) == sorted(s.component for s in engine.knockouts)
+    assert max(map(len, engine.batches())) == 16  # twelve prompts: sixteen plans are 192 of 256 rows
+    alone = Engine.create(tiny_subject("llama"), study_of(folder, Step(use="perplexity")))
+    assert {len(batch) for batch in alone.batches()[:-1]} == {4}
 
 
 # ------------------------------------------------------------------------------------------- numbers
+def items(values: list[float], unit: Any = "perplexity") -> ItemValues:
+    return ItemValues(torch.tensor(values, dtype=torch.float64), unit)
+
+
 def test_a_broken_model_is_as_bad_as_can_be() -> None:
-    values = finite(torch.tensor([1.0, torch.nan, torch.inf]))
-    assert values.tolist() == [1.0, WORST, WORST]
-    score, change = compare_scores("perplexity", values.double(), torch.ones(3, dtype=torch.float64))
+    broken = bound_values(items([1.0, torch.nan, torch.inf]))
+    assert broken.values.tolist() == [1.0, WORST, WORST]
+    score, change = broken.score(), broken.change(items([1.0, 1.0, 1.0]))
     assert all(isfinite(number) for s in (score, change) for number in (s.value, s.low, s.high))
 
 
 def test_changes_are_paired() -> None:
-    """What is hard about a text cancels: the interval of a constant change is a point."""
-    base = torch.tensor([1.0, 5.0, 3.0, 2.0], dtype=torch.float64)
-    _, change = compare_scores("perplexity", base + 0.5, base)
+    """The difficulty of a text cancels, so the interval of a constant change is a point."""
+    base = [1.0, 5.0, 3.0, 2.0]
+    change = items([x + 0.5 for x in base]).change(items(base))
     assert change.low == pytest.approx(change.high) == pytest.approx(float(torch.tensor(0.5).exp()))
-    score, change = compare_scores(
-        "refusal.target", torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
-    )
-    assert (score.value, change.value, change.unit) == (0.25, -0.25, "share")
-    assert change.low < -0.25 < change.high or change.low <= -0.25 <= change.high
-    _, unpaired = compare_scores("perplexity", (base + 0.5).flip(0), base)
-    assert unpaired.high - unpaired.low > 1
+    unpaired = items([x + 0.5 for x in reversed(base)]).change(items(base))
+    assert unpaired.high - unpaired.low > 1  # negative control: other pairs, the same means
+    assert unpaired.value == pytest.approx(change.value)
+
+
+def test_a_change_of_shares_has_its_bootstrap_interval() -> None:
+    """One of four answers changed: of all 4⁴ resamples, the 2.5 % and 97.5 % quantiles are known exactly."""
+    after, before = items([1.0, 0.0, 0.0, 0.0], "share"), items([1.0, 1.0, 0.0, 0.0], "share")
+    change = after.change(before)
+    assert (after.score().value, change.value, change.unit) == (0.25, -0.25, "share")
+    means = torch.tensor([sum(pick) / 4 for pick in product([0.0, -1.0, 0.0, 0.0], repeat=4)])
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
+    assert (low, high) == (-0.75, 0.0)
+    assert (change.low, change.high) == (low, high)
 
 
 # ---------------------------------------------------------------------------------------------- wrong
@@ -222,6 +210,8 @@ def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> No
         ({"data": made.data.model_copy(update={"target": ""})}, "target"),
         ({"metrics": (Step(use="refusals"),)}, "did you mean 'refusal'"),
         ({"metrics": (Step(use="refusal", token=4),)}, "token"),
+        ({"metrics": (Step(use="fluency"),)}, "metric 'fluency' does not exist"),  # a scorer, but none of a study
+        ({"metrics": (Step(use="perplexity", texts="mine.txt"),)}, "data.texts"),
         ({"metrics": (Step(use="accuracy"),), "data": made.data.model_copy(update={"labelled": ""})}, "labelled"),
         ({"data": made.data.model_copy(update={"texts": "nowhere.txt"})}, "nowhere.txt"),
         ({"strategies": (Step(use="layers", sizes=3),)}, "sizes"),
@@ -231,8 +221,8 @@ def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> No
 
 
 def test_a_part_named_twice_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="block 0 twice"):
-        Engine.of(tiny_subject("llama"), study_of(folder, parts=("layers", "layers")))
+    with pytest.raises(UserError, match="two strategies name block 0"):
+        Engine.create(tiny_subject("llama"), study_of(folder, parts=("layers", "layers")))
 
 
 @pytest.mark.parametrize(
@@ -241,12 +231,12 @@ def test_a_part_named_twice_is_refused(folder: Path) -> None:
         ("{", "not a JSON object"),
         ("[1]", "not a JSON object"),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choices"),
-        ('{"prompt": "x", "choices": ["a", "b"], "answer": 2}', "names none of 2"),
+        ('{"prompt": "x", "choices": ["a", "b"], "answer": 2}', "not the index of any of the 2 choices"),
         ('{"prompt": "x", "choices": ["a", "b"]}', "answer"),
     ],
 )
 def test_wrong_questions_are_named_by_line(line: str, said: str, tmp_path: Path) -> None:
-    from obliteratus.verify.accuracy import load_questions
+    from obliteratus.verify.questions import load_questions
 
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "x", "choices": ["a", "b"], "answer": 1, "more": 3}\n' + line)

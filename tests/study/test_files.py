@@ -11,9 +11,10 @@ import pytest
 
 from obliteratus.cli.study import KNOWN
 from obliteratus.core.errors import UserError
-from obliteratus.pipeline.recipe import dump_toml, parse_overrides
+from obliteratus.core.toml import dump_toml
+from obliteratus.pipeline.recipe import parse_overrides
+from obliteratus.study.data import check_study
 from obliteratus.study.files import list_studies, load_study, parse_study, with_own_prompts
-from obliteratus.study.material import check_study
 
 WANTED = ["attention", "embeddings", "full", "knowledge", "layers", "pruning", "quick", "refusal", "robustness"]
 BASE: dict[str, Any] = {"strategies": [{"use": "layers"}]}
@@ -100,8 +101,8 @@ def test_a_mistake_gets_one_line(case: str) -> None:
     ("source", "text", "message"),
     [
         ("qick", None, "preset 'qick' does not exist; did you mean 'quick'"),
-        ("none.toml", None, "no such study file"),
-        ("bad.toml", "strategies = [", "not TOML"),
+        ("none.toml", None, "this study file does not exist"),
+        ("bad.toml", "strategies = [", "not valid TOML"),
         ("old.yaml", "model: {}", "study-from-yaml"),
         ("bad.toml", "about = 'nothing'", "strategies: field required"),
     ],

@@ -38,8 +38,8 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
         metrics=(Step(use="refusal", tokens=24), Step(use="first_token_kl")),
     )
     subject, prompts = open_subject(TOPIC), load_prompts(TOPIC, TOPIC)
-    engine = Engine.of(subject, made)
-    results: list[KnockoutResult] = [r for chunk in engine.chunks() for r in engine.measure(chunk)]
+    engine = Engine.create(subject, made)
+    results: list[KnockoutResult] = [r for chunk in engine.batches() for r in engine.measure(chunk)]
     parts = (
         analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
         .findings["decomposition"]

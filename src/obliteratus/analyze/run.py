@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.analyze.base import AnalysisContext, Finding, analyses, analyze, try_analyses
-from obliteratus.analyze.page import page
+from obliteratus.analyze.page import findings_page
 from obliteratus.analyze.pass_budget import formula_values, select_affordable
 from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
@@ -80,6 +80,6 @@ def write_report(report: Report, out: Path, title: str) -> None:
     partial = out.with_name(out.name + ".partial")
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(page(report.findings, title, report.skipped))
+    (folder / "index.html").write_text(findings_page(report.findings, title, report.skipped))
     (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1))
     publish(partial, out)

@@ -14,7 +14,7 @@ from obliteratus.core.types import Change, Mask, Site, Subject, ZeroOutput
 from obliteratus.study.base import Knockout, StudyContext, strategies
 from obliteratus.study.neurons import DENSE
 from obliteratus.study.strategies import ATTENTION, FFN, chunk_of, head_sites, spec, writers
-from obliteratus.weights.matrices import count_inputs, each_expert
+from obliteratus.weights.matrices import count_inputs, expand_experts
 
 Kind = Literal["heads", "attention", "ffn", "layers", "neurons", "experts", "embeddings"]
 Pool = list[tuple[Site, int]]
@@ -58,7 +58,7 @@ def draw_masks(pool: Pool, n: int, generator: Generator) -> list[Change]:
 def _pool(subject: Subject, parts: tuple[str, ...]) -> tuple[Pool, int]:
     """All matrices of these parts, and how many inputs a block's have on average."""
     by_block = writers(subject, parts)
-    sites = [one for own in by_block.values() for s in own for one in each_expert(subject.module(s.path), s)]
+    sites = [one for own in by_block.values() for s in own for one in expand_experts(subject.module(s.path), s)]
     pool = [(s, count_inputs(subject.module(s.path), s)) for s in sites]
     return pool, round(sum(size for _, size in pool) / len(by_block))
 

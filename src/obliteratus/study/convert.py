@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error, unknown_name
 from obliteratus.core.settings import FrozenModel, Step
-from obliteratus.pipeline.recipe import dump_toml
+from obliteratus.core.toml import dump_toml
 from obliteratus.study.files import list_studies, load_study, parse_study
 from obliteratus.study.settings import Data, Study
 

@@ -20,7 +20,7 @@ ORGANISM = "organism:"
 
 def list_studies() -> list[str]:
     """All shipped studies."""
-    return PRESETS.names()
+    return PRESETS.list_names()
 
 
 def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
@@ -32,7 +32,7 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -
     where = str(source)
     if Path(where).suffix in (".yaml", ".yml"):
         raise UserError(f"{where}: studies are TOML; obliteratus study-from-yaml {where} --out study.toml makes it one")
-    made = parse_study(PRESETS.data(where), where)
+    made = parse_study(PRESETS.read(where), where)
     return parse_study(override_values(made, overrides), where) if overrides else made
 
 

@@ -1,191 +1,151 @@
-"""How the damage is told: each metric is a meter that measures the model as it is edited at that moment.
-
-A meter gives one number for each text or prompt, so that a part is compared with the baseline in pairs. It keeps what
-the blocks below an edit make of its texts (`summon.trunk`), and can measure several plans in one pass, row by row.
-"""
+"""The metrics of a study: VERIFY's scorers, run on cached prompts under each knockout and paired with the baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Annotated, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from obliteratus.core.registry import Registry
-from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import PromptSet, Subject
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference.cached_prompts import CachedPrompts
-from obliteratus.inference.chat_template import Ids, render_prompts
-from obliteratus.inference.logits import kl_divergence
-from obliteratus.verify.accuracy import Question, render_choices
-from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, wilson_rate
-from obliteratus.verify.refusal import judge_answer, refuses_already
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.generate import MAX_ROWS, IsDone
+from obliteratus.study.data import StudyData
+from obliteratus.verify import ItemValues, Measurement, ScorerContext, scorers
 
-Values = Mapping[str, Float[Tensor, " n"]]
-"""By score name: a number for each text, prompt or question."""
-# nats: a model that says nothing finite is as far off as this. No loss or KL of a working model comes near, for a
-# vocabulary of 50 000 drawn evenly is about 11 away.
+# 16 texts of 128 tokens fill four batches already, so the plans of one pass would only wait for each other.
+ONE_PLAN_PER_PASS = frozenset({"perplexity"})
+# nats: what counts where a model's outputs are not finite. No loss or KL of a working model comes near it, since a
+# uniform distribution over 50 000 tokens is about 11 away.
 WORST = 100.0
+
+Items = Mapping[str, ItemValues]
+"""Per-item values by score name."""
+
+
+class SharedPasses:
+    """Cached prompts of one scorer, whose passes all plans that are live at once share.
+
+    The first time that a scorer asks for outputs it runs the passes for all plans; then each plan reads its own rows.
+    """
+
+    def __init__(self, subject: Subject, budget: float) -> None:
+        """budget: bytes that may be cached of what the blocks below the knockouts compute."""
+        self.subject, self.budget = subject, budget
+        self.cached: CachedPrompts | None = None
+        self.rows = 0
+        self.begin(1)
+
+    def begin(self, plans: int) -> None:
+        """Forget the outputs, because that many other plans are live now."""
+        self.plans, self.plan = plans, 0
+        self.outputs: Any = None
+
+    def read(self, ids: Ids, run: Callable[[CachedPrompts], Any], *, answers: bool = False, prefix: bool = True) -> Any:
+        """Return the current plan's rows of what ``run`` returns for the rows of all plans.
+
+        answers: whether the rows are to be answered, which needs keys and values. prefix: whether a shared prefix may
+        be cut off the rows.
+        """
+        if self.cached is None:
+            self.rows = len(ids)
+            self.cached = CachedPrompts(
+                self.subject,
+                ids,
+                budget=self.budget,
+                answers=None if answers else (),
+                leave=1 if prefix else max(map(len, ids)),
+                depths=range(1, self.subject.n_layers),
+            )
+        if self.outputs is None:
+            self.outputs = run(self.cached.times(self.plans))
+        return self.outputs[self.rows * self.plan : self.rows * (self.plan + 1)]
 
 
 @dataclass(frozen=True)
-class MeterInputs:
-    """What meters measure on."""
+class SharedContext(ScorerContext):
+    """A scorer's context whose outputs come from shared passes over cached prompts."""
 
-    subject: Subject
-    texts: Ids
-    prompts: PromptSet | None
-    questions: Sequence[Question]
-    room: float
-    """Bytes that a meter may keep of the lower blocks."""
+    passes: SharedPasses | None = None
 
-    def trunk(self, ids: Ids, *, answers: bool = False, whole: bool = False) -> CachedPrompts:
-        """These rows, begun at any block. answers: whether they are answered; whole: whether no prefix is taken off."""
-        every, leave = range(1, self.subject.n_layers), max(map(len, ids)) if whole else 1
-        kept = None if answers else ()
-        return CachedPrompts(self.subject, ids, budget=self.room, answers=kept, leave=leave, depths=every)
+    def _read(self, ids: Ids, run: Callable[[CachedPrompts], Any], **options: bool) -> Any:
+        assert self.passes is not None
+        return self.passes.read(ids, run, **options)
 
+    def first_tokens(self, ids: Ids) -> Float[Tensor, "rows vocabulary"]:
+        logp: Tensor = self._read(ids, lambda cached: cached.first_token())
+        return logp
 
-@runtime_checkable
-class Meter(Protocol):
-    """One metric on its texts or prompts."""
+    def losses(self, ids: Ids, title: str) -> list[Tensor]:
+        # in fp64, so that the mean of a text is
+        losses: list[Tensor] = self._read(ids, lambda cached: [x.double() for x in cached.losses()], prefix=False)
+        return losses
 
-    rows: int
-    """That one plan takes of a pass."""
-    together: bool
-    """Whether plans are measured in one pass."""
-
-    trunk: CachedPrompts
-
-    def measure(self, copies: int) -> list[Values]:
-        """Of so many plans, each under `applied_rows` on ``rows`` rows of its own; of one, as the model is edited."""
-        ...
+    def answers(
+        self, ids: Ids, tokens: int, done: IsDone, wanted: Sequence[int]
+    ) -> tuple[Ids, Float[Tensor, "k vocab"]]:
+        answers: Ids = self._read(ids, lambda cached: cached.generate(tokens, done=done), answers=True)
+        return answers, torch.empty(0, 0)
 
 
-def on(meter: Meter, twin: Subject) -> Meter:
-    """The same meter for a twin of the model; what is kept is shared."""
-    other = copy(meter)
-    other.trunk = meter.trunk.on(twin)
-    return other
+class Metric:
+    """One scorer on the study's data."""
+
+    def __init__(self, subject: Subject, data: StudyData, step: Step, budget: float) -> None:
+        """budget: bytes that may be cached of what the blocks below the knockouts compute."""
+        self.passes = SharedPasses(subject, budget)
+        prompts = data.prompts or PromptSet({})
+        self.context = SharedContext(subject, prompts, texts=data.texts, questions=data.questions, passes=self.passes)
+        self.scorer = partial(scorers[step.use].function, **scorers.check(step.use, step.options))
+        self.one_plan = step.use in ONE_PLAN_PER_PASS
+
+    @cached_property
+    def unedited(self) -> tuple[Measurement, Items]:
+        """The unedited model's measurement, and its values where the scorer compares it with itself."""
+        self.passes.begin(1)
+        measured: Measurement = self.scorer(self.context)
+        items = self._score(measured)
+        self.passes.begin(1)
+        return measured, items
+
+    def measure(self, plans: Sequence[Plan]) -> list[Items]:
+        """Return the values under each plan by itself; as many plans as fill a pass are measured in one."""
+        unedited, _ = self.unedited
+        size = 1 if self.one_plan else max(1, MAX_ROWS // self.passes.rows)
+        return [items for i in range(0, len(plans), size) for items in self._measure(plans[i : i + size], unedited)]
+
+    def _measure(self, plans: Sequence[Plan], unedited: Measurement) -> list[Items]:
+        measured = []
+        with self._applied(plans):
+            self.passes.begin(len(plans))
+            for plan in range(len(plans)):
+                self.passes.plan = plan
+                measured.append(self._score(unedited))
+        self.passes.begin(1)  # frees the outputs
+        return measured
+
+    def _score(self, unedited: Measurement) -> Items:
+        measured: Measurement = self.scorer(replace(self.context, before=unedited))
+        return {name: bound_values(item) for name, item in measured.items.items()}
+
+    def _applied(self, plans: Sequence[Plan]) -> AbstractContextManager[None]:
+        if len(plans) == 1:
+            return applied(self.context.subject, plans[0])
+        plan_of_row = [plan for plan in range(len(plans)) for _ in range(self.passes.rows)]
+        return applied_per_row(self.context.subject, plans, plan_of_row)
 
 
-metrics: Registry[Callable[..., Meter]] = Registry("metric")
-"""(given, **options) → a meter."""
-
-
-@metrics.register("perplexity", needs=("texts",))
-def perplexity(given: MeterInputs) -> Meter:
-    """exp of the mean loss a text, nats a token; padding never counts."""
-    return Perplexity(given)
-
-
-@metrics.register("refusal", cite="arXiv:2307.15043", needs=("prompts",))
-def refusal(given: MeterInputs, *, tokens: Annotated[int, Field(ge=4, le=4096)] = 48) -> Meter:
-    """Shares of refused and of degenerate answers of so many tokens, to target and to control prompts."""
-    return Refusal(given, tokens)
-
-
-@metrics.register("first_token_kl", cite="arXiv:2406.11717", needs=("prompts",))
-def first_token_kl(given: MeterInputs) -> Meter:
-    """KL(base ‖ edited) of the first answer token on control prompts, nats."""
-    return FirstTokenKl(given)
-
-
-@metrics.register("accuracy", needs=("labelled",))
-def accuracy(given: MeterInputs) -> Meter:
-    """Share of labelled questions of which the right choice is the likeliest."""
-    return Accuracy(given)
-
-
-class Perplexity:
-    """Of each text the mean loss."""
-
-    # 16 texts of 128 tokens are four batches already: more rows would only wait for each other
-    together = False
-
-    def __init__(self, given: MeterInputs) -> None:
-        self.trunk, self.rows = given.trunk(given.texts, whole=True), len(given.texts)
-
-    def measure(self, copies: int) -> list[Values]:
-        means = [loss.double().mean() for loss in self.trunk.times(copies).losses()]
-        return [{"perplexity": finite(part)} for part in torch.stack(means).split(self.rows)]
-
-
-class Accuracy:
-    """Of each question whether it is answered rightly."""
-
-    together = True
-
-    def __init__(self, given: MeterInputs) -> None:
-        self.offered = render_choices(given.subject, given.questions)
-        self.trunk, self.rows = given.trunk(self.offered.ids, whole=True), len(self.offered.ids)
-
-    def measure(self, copies: int) -> list[Values]:
-        losses = self.trunk.times(copies).losses()
-        parts = (losses[i * self.rows : (i + 1) * self.rows] for i in range(copies))
-        return [{"accuracy": self.offered.hits(part)} for part in parts]
-
-
-class FirstTokenKl:
-    """Of each control prompt the KL."""
-
-    together = True
-
-    def __init__(self, given: MeterInputs) -> None:
-        assert given.prompts is not None, "`check_study` comes first"
-        ids = render_prompts(given.subject, given.prompts["control"])
-        self.trunk, self.rows = given.trunk(ids), len(ids)
-        self.base = self.trunk.first_token()
-
-    def measure(self, copies: int) -> list[Values]:
-        found = self.trunk.times(copies).first_token().split(self.rows)
-        return [{"kl.first_token": finite(kl_divergence(self.base, logp))} for logp in found]
-
-
-class Refusal:
-    """Of each prompt whether the answer refuses, and whether it is degenerate."""
-
-    together = True
-
-    def __init__(self, given: MeterInputs, tokens: int) -> None:
-        assert given.prompts is not None, "`check_study` comes first"
-        self.subject, self.tokens = given.subject, tokens
-        self.sizes = {group: len(prompts) for group, prompts in given.prompts.groups.items()}
-        asked = [prompt for prompts in given.prompts.groups.values() for prompt in prompts]
-        self.trunk = given.trunk(render_prompts(given.subject, asked, reserve=tokens), answers=True)
-        self.rows = len(asked)
-
-    def measure(self, copies: int) -> list[Values]:
-        answers = self.trunk.times(copies).generate(self.tokens, done=lambda new: refuses_already(self.subject, new))
-        assert answers is not None, "nothing gives up here"
-        told = [judge_answer(self.subject.tokenizer.decode(row, skip_special_tokens=True)) for row in answers]
-        return [self._shares(told[i * self.rows : (i + 1) * self.rows]) for i in range(copies)]
-
-    def _shares(self, told: Sequence[str]) -> Values:
-        ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
-        kinds = {"refusal": "refused", "degenerate": "degenerate"}
-        return {
-            f"{name}.{group}": torch.tensor([float(v == kind) for v in told[ends[group] - n : ends[group]]])
-            for group, n in self.sizes.items()
-            for name, kind in kinds.items()
-        }
-
-
-def finite(values: Tensor) -> Tensor:
-    """Nats, at most `WORST`: NaN and infinity are as bad as can be."""
-    return values.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST)
-
-
-def compare_scores(name: str, values: Float[Tensor, " n"], base: Float[Tensor, " n"]) -> tuple[Score, Score]:
-    """A score with its interval, and how it differs from the baseline's, in pairs."""
-    if name == "perplexity":
-        return bootstrap(values, lambda x: x.mean(-1).exp(), "perplexity"), paired_ratio(values, base)
-    if name.startswith("kl."):
-        return bootstrap(values, mean, "nats"), paired_difference(values, base, "nats")
-    return wilson_rate(int(values.sum()), len(values)), paired_difference(values, base, "share")
+def bound_values(item: ItemValues) -> ItemValues:
+    """Return the values with NaN, infinity and all above `WORST` replaced by it; shares stay as they are."""
+    if item.unit == "share":
+        return item
+    return replace(item, values=item.values.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST))

@@ -1,4 +1,4 @@
-"""A study's pictures: bars with intervals, a map of blocks, grids of heads and experts, the embeddings by chunks."""
+"""A study's plots: bars with intervals, maps of blocks, heads and experts, chunks of the embeddings, comparisons."""
 
 from __future__ import annotations
 
@@ -8,21 +8,41 @@ from dataclasses import dataclass
 from functools import partial
 
 from obliteratus.core.results import Score
-from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Axes, Figure, add_legend
+from obliteratus.report.curves import BLUE, GREY, MAX_TICKS, ORANGE, PALETTE, Axes, Figure, add_legend
+from obliteratus.report.html import FIGURE_SIZE
 from obliteratus.study.base import KnockoutResult
-from obliteratus.study.maps import averaged, blocks, grid
-from obliteratus.study.ranking import RATIOS, clear, damage, harm, knocked, none, ranked, value_of
-from obliteratus.study.tables import called, scale, unit
+from obliteratus.study.ranking import (
+    RATIOS,
+    change_of_damage,
+    damage_of,
+    damage_of_change,
+    is_clear_damage,
+    knockout_results,
+    no_change,
+    rank_results,
+)
+from obliteratus.study.tables import change_unit, display_scale, format_number, part_name
 
-BARS = 24  # parts whose names stay legible in one picture
-CHANCE = 6  # of those drawn at random: the worst are enough to see what chance does
-ROW, EDGE = 0.26, 1.3  # inches: of a bar, and of title and axis together
-WIDE = 9.0  # inches, as all pictures of this program's pages
-BROKEN = 1.15  # × the longest finite bar: where one without end is cut
-DECADES = 5.0  # from this ratio between the ends of an axis on, it is logarithmic
+MAX_BARS = 24  # parts whose names stay legible in one plot
+MAX_CONTROLS = 6  # the worst random controls are enough to show what chance does
+ROW, MARGINS = 0.26, 1.3  # inches: of a bar, and of title and axis together
+WIDTH = FIGURE_SIZE[0]
+CUT_FACTOR = 1.15  # × the longest finite bar: where an infinite one is cut
+LOG_FROM = 5.0  # an axis is logarithmic from this ratio between its ends on
 GRIDS = {"heads": "head", "experts": "expert"}
-STRIP = "embeddings"
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")  # of studies side by side (Okabe and Ito)
+EMBEDDINGS = "embeddings"
+MAX_NUMBERED = 16  # blocks side by side up to which numbers fit into the fields of a map
+DARK = 0.6  # share of the scale from which on numbers are white
+UNMEASURED = "#DDDDDD"
+MAP_ROWS = {
+    "layers": "whole block",
+    "attention": "attention",
+    "ffn": "feed-forward",
+    "heads": "heads, mean",
+    "experts": "experts, mean",
+    "neurons": "neurons, mean",
+    "ranges": "run of blocks from here",
+}
 
 
 @dataclass(frozen=True)
@@ -34,163 +54,227 @@ class Picture:
     """Inches."""
 
 
-def pictures(results: Sequence[KnockoutResult], metric: str) -> dict[str, Picture]:
-    """All that the study has something for, by names that files can bear."""
-    taken = [r for r in knocked(results) if metric in r.change]
-    made: dict[str, Picture] = {}
-    if shown := barred(taken, metric):
-        size = (WIDE, EDGE + ROW * len(shown))
-        made["impact"] = Picture(partial(bars, shown=shown, metric=metric), size)
-    if rows := averaged(taken, metric):
-        size = (WIDE, EDGE + 0.5 * len(rows))  # inches a row: numbers fit in
-        made["blocks"] = Picture(partial(blocks, rows=rows, metric=metric), size)
-    for kind, name in GRIDS.items():
-        parts = [r for r in taken if r.strategy == kind and r.part >= 0]
+def study_pictures(results: Sequence[KnockoutResult], metric: str) -> dict[str, Picture]:
+    """Return all plots that the study has results for, by names that can be used in file names."""
+    measured = [r for r in knockout_results(results) if metric in r.change]
+    pictures: dict[str, Picture] = {}
+    if bars := select_bars(measured, metric):
+        pictures["impact"] = Picture(partial(draw_bars, bars=bars, metric=metric), (WIDTH, MARGINS + ROW * len(bars)))
+    if rows := mean_damage_by_block(measured, metric):
+        size = (WIDTH, MARGINS + 0.5 * len(rows))  # inches a row, so that numbers fit in
+        pictures["blocks"] = Picture(partial(draw_block_map, rows=rows, metric=metric), size)
+    for strategy, name in GRIDS.items():
+        parts = [r for r in measured if r.strategy == strategy and r.part >= 0]
         if len({r.part for r in parts}) > 1:
-            size = (
-                WIDE,
-                EDGE + min(8.0, 0.22 * (1 + max(r.part for r in parts))),
-            )  # inches: a page, a row with its tick
-            draw = partial(grid, parts=parts, metric=metric, name=name)
-            made[kind] = Picture(draw, size)
-    if chunks := [r for r in taken if r.strategy == STRIP]:
-        made[STRIP] = Picture(partial(strip, chunks=chunks, metric=metric), (WIDE, 3.2))
-    return made
+            height = min(8.0, 0.22 * (1 + max(r.part for r in parts)))  # inches: a page, and a row with its tick
+            draw = partial(draw_grid, parts=parts, metric=metric, name=name)
+            pictures[strategy] = Picture(draw, (WIDTH, MARGINS + height))
+    if chunks := [r for r in measured if r.strategy == EMBEDDINGS]:
+        pictures[EMBEDDINGS] = Picture(partial(draw_chunks, chunks=chunks, metric=metric), (WIDTH, 3.2))
+    return pictures
 
 
 # ------------------------------------------------------------------------------------------------ bars
-def barred(taken: Sequence[KnockoutResult], metric: str) -> list[KnockoutResult]:
-    """The parts that have a bar, the most damaging first: parts, and a few controls for comparison."""
-    ordered = [r for r in ranked(taken, metric) if metric in r.change]
-    parts = {r.component for r in [r for r in ordered if not r.control][:BARS]}
-    chance = {r.component for r in [r for r in ordered if r.control][:CHANCE]}
-    return [r for r in ordered if r.component in parts | chance]
+def select_bars(results: Sequence[KnockoutResult], metric: str) -> list[KnockoutResult]:
+    """Return the results that get a bar, the most damaging first: parts, and a few controls for comparison."""
+    ranked = [r for r in rank_results(results, metric) if metric in r.change]
+    parts = {r.component for r in [r for r in ranked if not r.control][:MAX_BARS]}
+    controls = {r.component for r in [r for r in ranked if r.control][:MAX_CONTROLS]}
+    return [r for r in ranked if r.component in parts | controls]
 
 
-def bars(figure: Figure, shown: Sequence[KnockoutResult], metric: str) -> None:
-    """A bar for each part from 'no change' on, the worst at the top; 95 % intervals; those drawn at random in grey."""
-    axes = figure.add_subplot(xlabel=f"{metric}, {unit(metric)}; lines: 95 % intervals")
-    drawn = on_axis([r.change[metric] for r in shown], metric)
-    start = none(metric)
-    for colour, label in ((ORANGE, "damage only"), (BLUE, "interval reaches no damage"), (GREY, "drawn at random")):
-        rows = [i for i, r in enumerate(shown) if _colour(r, metric) == colour]
+def draw_bars(figure: Figure, bars: Sequence[KnockoutResult], metric: str) -> None:
+    """Draw a bar per part, starting at no change, the worst at the top, with 95 % intervals; controls are gray."""
+    axes = figure.add_subplot(xlabel=f"{metric}, {change_unit(metric)}; lines: 95 % intervals")
+    points = place_changes([r.change[metric] for r in bars], metric)
+    start = no_change(metric)
+    for color, label in ((ORANGE, "damage only"), (BLUE, "interval reaches no damage"), (GREY, "random control")):
+        rows = [i for i, r in enumerate(bars) if _bar_color(r, metric) == color]
         if rows:
-            axes.barh(rows, [drawn[i].value - start for i in rows], left=start, color=colour, label=label, height=0.7)
-    for i, one in enumerate(drawn):
-        axes.plot([one.low, one.high], [i, i], color="black", lw=1)
-        if one.broken:
-            axes.annotate(" ∞", (one.value, i), va="center")
+            axes.barh(rows, [points[i].value - start for i in rows], left=start, color=color, label=label, height=0.7)
+    for i, point in enumerate(points):
+        axes.plot([point.low, point.high], [i, i], color="black", lw=1)
+        if point.infinite:
+            axes.annotate(" ∞", (point.value, i), va="center")
     axes.axvline(start, color="black", lw=0.8)
-    axes.set_yticks(range(len(shown)), [called(r) for r in shown], fontsize="small")
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    scaled(axes, "x", drawn, metric)
+    axes.set_yticks(range(len(bars)), [part_name(r) for r in bars], fontsize="small")
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    _set_scale(axes, "x", points, metric)
     figure.suptitle(f"Change in {metric} when a part is knocked out, the most damaging first")
     add_legend(axes, 3)
 
 
-def _colour(result: KnockoutResult, metric: str) -> str:
+def _bar_color(result: KnockoutResult, metric: str) -> str:
     if result.control:
         return GREY
-    return ORANGE if clear(result.change[metric], metric) else BLUE
+    return ORANGE if is_clear_damage(result.change[metric], metric) else BLUE
 
 
-def strip(figure: Figure, chunks: Sequence[KnockoutResult], metric: str) -> None:
-    """The embeddings' chunks in their order, each with its interval."""
+def draw_chunks(figure: Figure, chunks: Sequence[KnockoutResult], metric: str) -> None:
+    """Draw a bar with its interval for each chunk of the embeddings, in their order."""
     ordered = sorted(chunks, key=lambda r: r.part)
-    axes = figure.add_subplot(xlabel="chunk of the embeddings' coordinates", ylabel=f"{metric}, {unit(metric)}")
-    drawn = on_axis([r.change[metric] for r in ordered], metric)
-    places, start = [r.part for r in ordered], none(metric)
-    axes.bar(places, [d.value - start for d in drawn], bottom=start, color=BLUE, width=0.9)
-    axes.vlines(places, [d.low for d in drawn], [d.high for d in drawn], color="black", lw=1)
-    for place, one in zip(places, drawn, strict=True):
-        if one.broken:
-            axes.annotate("∞", (place, one.value), ha="center", va="bottom")
+    axes = figure.add_subplot(xlabel="chunk of the embeddings' coordinates", ylabel=f"{metric}, {change_unit(metric)}")
+    points = place_changes([r.change[metric] for r in ordered], metric)
+    x, start = [r.part for r in ordered], no_change(metric)
+    axes.bar(x, [p.value - start for p in points], bottom=start, color=BLUE, width=0.9)
+    axes.vlines(x, [p.low for p in points], [p.high for p in points], color="black", lw=1)
+    for chunk, point in zip(x, points, strict=True):
+        if point.infinite:
+            axes.annotate("∞", (chunk, point.value), ha="center", va="bottom")
     axes.axhline(start, color="black", lw=0.8)
     axes.locator_params(axis="x", integer=True)
-    scaled(axes, "y", drawn, metric)
+    _set_scale(axes, "y", points, metric)
     figure.suptitle(f"Change in {metric} when a chunk of the embeddings is knocked out; 95 % intervals")
 
 
-def beside_picture(studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> Picture:
-    """One metric of several studies."""
-    parts = {(r.strategy, r.component) for rs in studies.values() for r in knocked(rs) if metric in r.change}
-    size = (WIDE, EDGE + ROW * min(BARS, len(parts)))
-    return Picture(partial(beside, studies=studies, metric=metric), size)
+# ----------------------------------------------------------------------------------------- side by side
+def comparison_picture(studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> Picture:
+    """Return the plot of one metric of several studies."""
+    parts = {(r.strategy, r.component) for rs in studies.values() for r in knockout_results(rs) if metric in r.change}
+    size = (WIDTH, MARGINS + ROW * min(MAX_BARS, len(parts)))
+    return Picture(partial(draw_comparison, studies=studies, metric=metric), size)
 
 
-def beside(figure: Figure, studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> None:
-    """A dot for each study and part, those first that do the most anywhere."""
-    found = {
-        name: {(r.strategy, r.component): r for r in knocked(rs) if metric in r.change} for name, rs in studies.items()
+def draw_comparison(figure: Figure, studies: Mapping[str, Sequence[KnockoutResult]], metric: str) -> None:
+    """Draw a dot per study and part, first the parts with the most damage in any study."""
+    by_study = {
+        name: {(r.strategy, r.component): r for r in knockout_results(rs) if metric in r.change}
+        for name, rs in studies.items()
     }
     worst: dict[tuple[str, str], float] = {}
-    for results in found.values():
+    for results in by_study.values():
         for key, result in results.items():
-            worst[key] = max(worst.get(key, -math.inf), damage(result, metric))
-    keys = sorted(worst, key=lambda key: -worst[key])[:BARS]
-    axes = figure.add_subplot(xlabel=f"{metric}, {unit(metric)}; lines: 95 % intervals")
-    every: list[OnAxis] = []
-    changes = [r.change[metric] for results in found.values() for k, r in results.items() if k in keys]
-    for number, (name, results) in enumerate(found.items()):
+            worst[key] = max(worst.get(key, -math.inf), damage_of(result, metric))
+    keys = sorted(worst, key=lambda key: -worst[key])[:MAX_BARS]
+    axes = figure.add_subplot(xlabel=f"{metric}, {change_unit(metric)}; lines: 95 % intervals")
+    all_points: list[AxisPoint] = []
+    changes = [r.change[metric] for results in by_study.values() for k, r in results.items() if k in keys]
+    for number, (name, results) in enumerate(by_study.items()):
         rows = [i for i, key in enumerate(keys) if key in results]
-        drawn = on_axis([results[keys[i]].change[metric] for i in rows], metric, changes)
-        every += drawn
-        _dots(axes, rows, drawn, name, number, len(found))
-    axes.axvline(none(metric), color="black", lw=0.8)
+        points = place_changes([results[keys[i]].change[metric] for i in rows], metric, changes)
+        all_points += points
+        # a little off the row's middle, so that studies do not cover each other
+        offset = (number - (len(by_study) - 1) / 2) * 0.6 / len(by_study)
+        _draw_dots(axes, [row + offset for row in rows], points, name, PALETTE[number % len(PALETTE)])
+    axes.axvline(no_change(metric), color="black", lw=0.8)
     axes.set_yticks(range(len(keys)), [component for _, component in keys], fontsize="small")
     axes.set_ylim(len(keys) - 0.4, -0.6)
-    scaled(axes, "x", every, metric)
+    _set_scale(axes, "x", all_points, metric)
     figure.suptitle(f"Change in {metric} when a part is knocked out, by study")
     add_legend(axes, 3)
 
 
-def _dots(axes: Axes, rows: Sequence[int], drawn: Sequence[OnAxis], name: str, number: int, of: int) -> None:
-    """One study's dots and lines, a little off the row's middle so that they do not cover those of others."""
-    colour = COLOURS[number % len(COLOURS)]
-    off = [row + (number - (of - 1) / 2) * 0.6 / of for row in rows]
-    axes.hlines(off, [d.low for d in drawn], [d.high for d in drawn], color=colour, lw=1)
-    axes.plot([d.value for d in drawn], off, "o", ms=4, color=colour, label=name)
-    for y, one in zip(off, drawn, strict=True):
-        if one.broken:
-            axes.annotate("  ∞", (one.value, y), va="center", color=colour)
+def _draw_dots(axes: Axes, y: Sequence[float], points: Sequence[AxisPoint], name: str, color: str) -> None:
+    axes.hlines(y, [p.low for p in points], [p.high for p in points], color=color, lw=1)
+    axes.plot([p.value for p in points], y, "o", ms=4, color=color, label=name)
+    for row, point in zip(y, points, strict=True):
+        if point.infinite:
+            axes.annotate("  ∞", (point.value, row), va="center", color=color)
 
 
 # ------------------------------------------------------------------------------------------------ axes
 @dataclass(frozen=True)
-class OnAxis:
-    """A change in its axis' unit, cut where it has no end."""
+class AxisPoint:
+    """A change in the unit of its axis, cut if it is infinite."""
 
     value: float
     low: float
     high: float
-    broken: bool
+    infinite: bool
 
 
-def on_axis(changes: Sequence[Score], metric: str, among: Sequence[Score] | None = None) -> list[OnAxis]:
-    """Changes as they are drawn; what has no end is cut a little beyond the largest finite one of ``among``."""
-    ends = [harm(x, metric) for s in among or changes for x in (s.value, s.low, s.high)]
-    cut = BROKEN * max((abs(h) for h in ends if math.isfinite(h)), default=0.0) or 1.0
+def place_changes(changes: Sequence[Score], metric: str, among: Sequence[Score] | None = None) -> list[AxisPoint]:
+    """Return changes as they are drawn; infinite ones are cut a little beyond the largest finite one of ``among``."""
+    damages = [damage_of_change(x, metric) for s in among or changes for x in (s.value, s.low, s.high)]
+    cut = CUT_FACTOR * max((abs(d) for d in damages if math.isfinite(d)), default=0.0) or 1.0
 
     def place(x: float) -> float:
-        return value_of(min(max(harm(x, metric), -cut), cut), metric) * scale(metric)
+        damage = min(max(damage_of_change(x, metric), -cut), cut)
+        return change_of_damage(damage, metric) * display_scale(metric)
 
-    made = []
+    points = []
     for s in changes:
         value, low, high = (place(s.value if math.isnan(x) else x) for x in (s.value, s.low, s.high))
-        made.append(OnAxis(value, min(value, low), max(value, high), not math.isfinite(harm(s.value, metric))))
-    return made
+        infinite = not math.isfinite(damage_of_change(s.value, metric))
+        points.append(AxisPoint(value, min(value, low), max(value, high), infinite))
+    return points
 
 
-def scaled(axes: Axes, axis: str, drawn: Sequence[OnAxis], metric: str) -> None:
-    """A logarithmic axis for ratios that lie far apart, with plain numbers beside it."""
+def _set_scale(axes: Axes, axis: str, points: Sequence[AxisPoint], metric: str) -> None:
+    """Make the axis of ratios that lie far apart logarithmic, with plain numbers as labels."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    ends = [x for d in drawn for x in (d.low, d.high)]
-    if metric not in RATIOS or not ends or max(ends) / min(ends) < DECADES:
+    ends = [x for p in points for x in (p.low, p.high)]
+    if metric not in RATIOS or not ends or max(ends) / min(ends) < LOG_FROM:
         return
     axes.set_xscale("log") if axis == "x" else axes.set_yscale("log")
     ticks = axes.xaxis if axis == "x" else axes.yaxis
-    few = max(ends) / min(ends) < 100  # two decades: 1, 2, 5 between the powers fit
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    two_decades = max(ends) / min(ends) < 100  # then 2 and 5 fit between the powers of ten
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if two_decades else (1,)))
     ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter(NullFormatter())
+
+
+# ------------------------------------------------------------------------------------------------ maps
+BlockRow = dict[int, float]
+"""Damage by block, averaged over its parts; infinite if one of them broke the model."""
+
+
+def mean_damage_by_block(results: Sequence[KnockoutResult], metric: str) -> dict[str, BlockRow]:
+    """Return a row for each kind of part that lies in blocks, without random controls."""
+    rows: dict[str, BlockRow] = {}
+    for strategy, name in MAP_ROWS.items():
+        damages: dict[int, list[float]] = {}
+        for r in results:
+            if r.strategy == strategy and r.layer >= 0 and not r.control:
+                damages.setdefault(r.layer, []).append(damage_of(r, metric))
+        if damages:
+            rows[name] = {layer: sum(values) / len(values) for layer, values in damages.items()}
+    return rows
+
+
+def draw_block_map(figure: Figure, rows: dict[str, BlockRow], metric: str) -> None:
+    """Draw damage as color, with blocks across and kinds of parts down."""
+    layers = range(1 + max(layer for row in rows.values() for layer in row))
+    values = [[row.get(layer, math.nan) for layer in layers] for row in rows.values()]
+    axes = figure.add_subplot(xlabel="block")
+    _draw_damage_map(figure, axes, values, metric)
+    axes.set_yticks(range(len(rows)), list(rows))
+    figure.suptitle(f"Change in {metric} by block and part knocked out")
+
+
+def draw_grid(figure: Figure, parts: Sequence[KnockoutResult], metric: str, name: str) -> None:
+    """Draw damage as color, with blocks across and their heads or experts down."""
+    damages = {(r.layer, r.part): damage_of(r, metric) for r in parts}
+    layers, numbers = (range(1 + max(key[i] for key in damages)) for i in (0, 1))
+    axes = figure.add_subplot(xlabel="block", ylabel=name)
+    values = [[damages.get((layer, number), math.nan) for layer in layers] for number in numbers]
+    _draw_damage_map(figure, axes, values, metric)
+    figure.suptitle(f"Change in {metric} when one {name} is knocked out")
+
+
+def _draw_damage_map(figure: Figure, axes: Axes, values: Sequence[Sequence[float]], metric: str) -> None:
+    """Blue through white, which is no damage, to red; an infinite value is as dark as the worst and marked ∞."""
+    limit = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
+    cut = [[v if math.isnan(v) else min(max(v, -limit), limit) for v in row] for row in values]
+    axes.set_facecolor(UNMEASURED)
+    image = axes.imshow(cut, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    width = len(values[0])
+    axes.set_xticks(range(0, width, -(-width // MAX_TICKS)))
+    axes.set_yticks(range(0, len(values), -(-len(values) // MAX_TICKS)))
+    bar = figure.colorbar(image, ax=axes, label=change_unit(metric), format=lambda v, _: _format_damage(v, metric))
+    bar.ax.tick_params(labelsize="small")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if math.isinf(value) or (width <= MAX_NUMBERED and not math.isnan(value)):
+                color = "white" if abs(value) > DARK * limit else "black"
+                text = _format_damage(value, metric)
+                axes.text(x, y, text, ha="center", va="center", color=color, fontsize="small")
+
+
+def _format_damage(damage: float, metric: str) -> str:
+    """Damage as the change that it is, in the metric's unit, with three digits."""
+    if math.isinf(damage):
+        return "∞"
+    value = change_of_damage(damage, metric) * display_scale(metric) + 0.0  # turns −0 into 0
+    return format_number(value) if abs(value) >= 1e5 else f"{value:.3g}".replace("-", "−")  # 1e5: digits tell nothing

@@ -1,4 +1,4 @@
-"""What counts as damage, and results in its order."""
+"""What counts as damage, and results in the order of it."""
 
 from __future__ import annotations
 
@@ -10,70 +10,72 @@ from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
 
-FALLS = frozenset({"refusal.target", "accuracy"})  # damage is a fall of these; of all others a rise
-RATIOS = frozenset({"perplexity"})  # changes are ratios, 1 is none; of all others differences, 0 is none
+FALLING = frozenset({"refusal.target", "accuracy"})  # damage is a fall of these scores, and a rise of all others
+RATIOS = frozenset({"perplexity"})  # changes are ratios (1: no change); of all others they are differences (0)
 
 
-def knocked(results: Iterable[KnockoutResult]) -> list[KnockoutResult]:
-    """All but the baseline."""
+def knockout_results(results: Iterable[KnockoutResult]) -> list[KnockoutResult]:
+    """Return all results but the baseline."""
     return [r for r in results if r.strategy]
 
 
-def baseline(results: Iterable[KnockoutResult]) -> KnockoutResult:
-    """The whole model's result, which every study begins with."""
+def baseline_result(results: Iterable[KnockoutResult]) -> KnockoutResult:
+    """Return the whole model's result, with which every study begins."""
     return next(r for r in results if not r.strategy)
 
 
-def metrics(results: Iterable[KnockoutResult]) -> list[str]:
-    """Names of all changes, in the order in which the study has them; of a study's baseline alone, its scores."""
-    found = list(results)
-    changes = dict.fromkeys(name for r in found for name in r.change)
-    return list(changes or dict.fromkeys(name for r in found for name in r.scores))
+def metric_names(results: Iterable[KnockoutResult]) -> list[str]:
+    """Return the names of all changes in the study's order, or of the scores if there is only a baseline."""
+    results = list(results)
+    changes = dict.fromkeys(name for r in results for name in r.change)
+    return list(changes or dict.fromkeys(name for r in results for name in r.scores))
 
 
-def metric_of(results: Iterable[KnockoutResult], by: str = "") -> str:
-    """The metric that orders tables: ``by``, or the study's first. UserError for one that nothing was measured by."""
-    names = metrics(results)
+def ordering_metric(results: Iterable[KnockoutResult], by: str = "") -> str:
+    """Return the metric that orders tables: ``by``, or else the study's first. Raises UserError for an unknown one."""
+    names = metric_names(results)
     if by and by not in names:
         raise UserError(unknown_name("metric", by, names))
     return by or names[0]
 
 
-def none(metric: str) -> float:
-    """The change of a part that nothing hangs on."""
+def no_change(metric: str) -> float:
+    """Return the change of a part without any effect."""
     return 1.0 if metric in RATIOS else 0.0
 
 
-def harm(value: float, metric: str) -> float:
-    """A change in the direction of damage: the larger, the worse; 0 is none. Ratios as logarithms (nats a token).
+def damage_of_change(change: float, metric: str) -> float:
+    """Return a change in the direction of damage: the larger, the worse, and 0 is none. Ratios become logarithms.
 
-    What is no number counts as infinite: the model broke.
+    NaN counts as infinite damage, because the model is broken.
     """
-    if math.isnan(value):
+    if math.isnan(change):
         return math.inf
     if metric in RATIOS:
-        return math.log(value) if value > 0 else -math.inf
-    return -value if metric in FALLS else value
+        return math.log(change) if change > 0 else -math.inf
+    return -change if metric in FALLING else change
 
 
-def value_of(harmful: float, metric: str) -> float:
-    """The change that does so much harm: what `harm` makes a finite one of."""
+def change_of_damage(damage: float, metric: str) -> float:
+    """Return the change that does so much damage: the inverse of `damage_of_change` for finite values."""
     if metric in RATIOS:
-        return math.exp(harmful)
-    return -harmful if metric in FALLS else harmful
+        return math.exp(damage)
+    return -damage if metric in FALLING else damage
 
 
-def damage(result: KnockoutResult, metric: str) -> float:
-    """How much worse the model is without the part; −∞ where this was not measured."""
+def damage_of(result: KnockoutResult, metric: str) -> float:
+    """Return how much worse the model is without the part; −∞ if this metric was not measured."""
     change = result.change.get(metric)
-    return -math.inf if change is None else harm(change.value, metric)
+    return -math.inf if change is None else damage_of_change(change.value, metric)
 
 
-def ranked(results: Iterable[KnockoutResult], metric: str) -> list[KnockoutResult]:
-    """Knocked-out parts, the most damaging first. Equal ones by their place, since workers end in any order."""
-    return sorted(knocked(results), key=lambda r: (-damage(r, metric), r.control, r.layer, r.part, r.component))
+def rank_results(results: Iterable[KnockoutResult], metric: str) -> list[KnockoutResult]:
+    """Return all knockouts, the most damaging first; equal ones by position, since workers finish in any order."""
+    return sorted(
+        knockout_results(results), key=lambda r: (-damage_of(r, metric), r.control, r.layer, r.part, r.component)
+    )
 
 
-def clear(change: Score, metric: str) -> bool:
-    """Whether the interval leaves 'no change' out, on the side of damage."""
-    return min(harm(change.low, metric), harm(change.high, metric)) > 0
+def is_clear_damage(change: Score, metric: str) -> bool:
+    """Return whether the whole interval lies on the side of damage."""
+    return min(damage_of_change(change.low, metric), damage_of_change(change.high, metric)) > 0

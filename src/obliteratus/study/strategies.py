@@ -17,8 +17,8 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.settings import expand_part
 from obliteratus.core.types import Change, Mask, Plan, Site, Subject, ZeroOutput
 from obliteratus.study.base import Knockout, StudyContext, strategies
-from obliteratus.summon.sites import architecture_of, has_heads
-from obliteratus.weights.matrices import count_inputs, each_expert, matrix_shape
+from obliteratus.summon.sites import find_architecture, has_heads
+from obliteratus.weights.matrices import count_inputs, expand_experts, matrix_shape
 
 Layers = tuple[int, ...] | None
 """Blocks, from 0; None is all of them."""
@@ -52,7 +52,7 @@ def _size(subject: Subject, change: Change) -> int:
     if isinstance(change, Mask):
         return len(change.neurons) * out
     assert isinstance(change, ZeroOutput), "strategies silence"
-    return len(each_expert(module, change.site)) * inside * (out if change.outputs is None else len(change.outputs))
+    return len(expand_experts(module, change.site)) * inside * (out if change.outputs is None else len(change.outputs))
 
 
 # ------------------------------------------------------------------------------------------- whole blocks
@@ -105,7 +105,7 @@ def heads(ground: StudyContext, *, layers: Layers = None, heads: tuple[int, ...]
 def head_sites(subject: Subject, layers: Layers = None) -> list[tuple[Site, int]]:
     """Attention's output matrices and the columns of one head. UserError where no block has heads."""
     family, count = (
-        architecture_of(subject.model.config),
+        find_architecture(subject.model.config),
         int(subject.model.config.get_text_config().num_attention_heads),
     )
     sites = [s for own in writers(subject, ATTENTION, layers).values() for s in own if has_heads(family, s)]
@@ -129,7 +129,7 @@ def experts(
     """Each expert of each stack: tokens are routed to it as before, and it writes nothing."""
     for layer, sites in writers(ground.subject, ("expert.out",), layers).items():
         for site in sites:
-            every = each_expert(ground.subject.module(site.path), site)
+            every = expand_experts(ground.subject.module(site.path), site)
             for number in within(experts, len(every), "experts"):
                 silent = ZeroOutput(replace(site, expert=number))
                 yield spec(ground.subject, "experts", f"block {layer} expert {number}", [silent], number)

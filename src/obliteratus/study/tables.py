@@ -1,4 +1,4 @@
-"""A study's results as rows: for the terminal and pages, CSV, JSON, Markdown and LaTeX."""
+"""A study's results as rows, for the terminal and pages, and as CSV, JSON, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from obliteratus.core.results import Score
+from obliteratus.report.html import Table
 from obliteratus.study.base import KnockoutResult
-from obliteratus.study.ranking import RATIOS, baseline, clear, damage, knocked, metric_of, metrics, ranked
+from obliteratus.study.ranking import (
+    RATIOS,
+    baseline_result,
+    damage_of,
+    is_clear_damage,
+    knockout_results,
+    metric_names,
+    ordering_metric,
+    rank_results,
+)
 
-Table = tuple[list[str], list[list[str]]]
-"""Columns and rows."""
-
-WHOLE = "whole model"
-SHARES = ("refusal.", "degenerate.", "accuracy")  # what these names begin with is a share: its changes are in points
+WHOLE_MODEL = "whole model"
+SHARES = ("refusal.", "degenerate.", "accuracy")  # prefixes of scores that are shares: their changes are in points
+LAST_METRIC = "degenerate."  # whether answers are words at all: they mostly are, and the column tells nothing
+NEVER_NEGATIVE = frozenset({"kl.first_token"})  # their intervals never reach below no change
+LARGE = 1e5  # from here on a number's digits tell nothing, so it is shown as 1.2e7
 FACTS = ("strategy", "component", "layer", "part", "size", "control", "seconds")
-LAST = "degenerate."  # whether answers are words at all: mostly they are, and the column says nothing
-NEVER_BELOW = frozenset({"kl.first_token"})  # no change is the least that these can show, so no interval reaches it
-LARGE = 1e5  # from here on a ratio's digits say nothing: 1.2e+07
-SPECIAL = {
+LATEX_CHARACTERS = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -35,177 +42,183 @@ SPECIAL = {
 
 
 # -------------------------------------------------------------------------------------------- for people
-def table(results: Sequence[KnockoutResult], top: int | None = None, by: str = "", first: int | None = None) -> Table:
-    """A row for the whole model, its scores as they are; then changes, the most damaging part first.
+def changes_table(
+    results: Sequence[KnockoutResult], top: int | None = None, by: str = "", columns: int | None = None
+) -> Table:
+    """Return a row with the whole model's scores, then a row of changes for each part, the most damaging first.
 
-    top: at most so many parts, and as many controls beside them. by: the metric that orders them, by default the
-    study's first. first: only so many metrics. UserError for a metric that was not taken.
+    top: the most parts, and the most controls beside them. by: the metric that orders them, by default the study's
+    first. columns: the most metrics. Raises UserError for a metric that was not measured.
     """
-    names = ordered_metrics(results, by)[:first]
-    whole = baseline(results)
-    rows = [[WHOLE, "", *(shown(whole.scores.get(n), scale(n)) for n in names)]]
-    for result in most(ranked(results, names[0]), top):
-        rows.append([called(result), f"{result.size:,}", *(shown_change(result, n) for n in names)])
-    return ["part", "parameters", *(headed(n) for n in names)], rows
+    names = ordered_metrics(results, by)[:columns]
+    whole = baseline_result(results)
+    rows = [[WHOLE_MODEL, "", *(format_score(whole.scores.get(n), display_scale(n)) for n in names)]]
+    for result in keep_top(rank_results(results, names[0]), top):
+        rows.append([part_name(result), f"{result.size:,}", *(format_change(result, n) for n in names)])
+    return ["part", "parameters", *(column_heading(n) for n in names)], rows
 
 
-def told(results: Sequence[KnockoutResult], metric: str) -> str:
-    """What was found, in one line: the worst part, how many do clear damage, and what the controls do."""
-    parts = [r for r in ranked(results, metric) if not r.control and metric in r.change]
+def summarize(results: Sequence[KnockoutResult], metric: str) -> str:
+    """Return one line: the most damaging part, how many parts do clear damage, and how they compare with controls."""
+    parts = [r for r in rank_results(results, metric) if not r.control and metric in r.change]
     if not parts:
-        return "no part is knocked out yet"
-    said = [f"{parts[0].component} counts most, {shown_change(parts[0], metric)}"]
-    if metric not in NEVER_BELOW:
-        hurt = sum(clear(r.change[metric], metric) for r in parts)
-        said.append(f"the intervals of {hurt} of {len(parts)} parts show damage only")
-    chance = [damage(r, metric) for r in knocked(results) if r.control and metric in r.change]
-    if chance:
-        beyond = sum(damage(r, metric) > max(chance) for r in parts)
-        said.append(f"{beyond} of {len(parts)} do more damage than each of {len(chance)} drawn at random")
-    return "; ".join(said)
+        return "no part has been knocked out yet"
+    sentences = [f"{parts[0].component} matters most, {format_change(parts[0], metric)}"]
+    if metric not in NEVER_NEGATIVE:
+        clear = sum(is_clear_damage(r.change[metric], metric) for r in parts)
+        sentences.append(f"the intervals of {clear} of {len(parts)} parts show damage only")
+    controls = [damage_of(r, metric) for r in knockout_results(results) if r.control and metric in r.change]
+    if controls:
+        worse = sum(damage_of(r, metric) > max(controls) for r in parts)
+        sentences.append(f"{worse} of {len(parts)} do more damage than each of {len(controls)} random controls")
+    return "; ".join(sentences)
 
 
-def beside(studies: Mapping[str, Sequence[KnockoutResult]], metric: str, top: int | None = None) -> Table:
-    """One metric's changes, a column for each study; parts in the order of the most that they do anywhere.
+def comparison_table(studies: Mapping[str, Sequence[KnockoutResult]], metric: str, top: int | None = None) -> Table:
+    """Return one metric's changes with a column for each study, parts ordered by the most damage in any study.
 
-    A part is the same in two studies where strategy and name are.
+    A part is the same in two studies if strategy and component are equal.
     """
-    rows: dict[tuple[str, str], dict[str, KnockoutResult]] = {}
+    by_part: dict[tuple[str, str], dict[str, KnockoutResult]] = {}
     for study, results in studies.items():
-        for result in knocked(results):
+        for result in knockout_results(results):
             if metric in result.change:
-                rows.setdefault((result.strategy, result.component), {})[study] = result
-    ordered = sorted(rows.values(), key=lambda found: -max(damage(r, metric) for r in found.values()))
-    cells = [
-        [called(next(iter(f.values()))), *(shown_change(f[s], metric) if s in f else "–" for s in studies)]
-        for f in ordered[:top]
+                by_part.setdefault((result.strategy, result.component), {})[study] = result
+    ordered = sorted(by_part.values(), key=lambda by_study: -max(damage_of(r, metric) for r in by_study.values()))
+    rows = [
+        [
+            part_name(next(iter(by_study.values()))),
+            *(format_change(by_study[s], metric) if s in by_study else "–" for s in studies),
+        ]
+        for by_study in ordered[:top]
     ]
-    wholes = [shown(baseline(results).scores.get(metric), scale(metric)) for results in studies.values()]
-    return ["part", *studies], [[WHOLE, *wholes], *cells]
+    wholes = [format_score(baseline_result(r).scores.get(metric), display_scale(metric)) for r in studies.values()]
+    return ["part", *studies], [[WHOLE_MODEL, *wholes], *rows]
 
 
 def ordered_metrics(results: Sequence[KnockoutResult], by: str = "") -> list[str]:
-    """All metrics, the ordering one first, LAST last. UserError for one that was not taken."""
-    first = metric_of(results, by)
-    return sorted(metrics(results), key=lambda name: (name != first, name.startswith(LAST)))
+    """Return all metrics, the ordering one first and `LAST_METRIC` last. Raises UserError for an unknown one."""
+    first = ordering_metric(results, by)
+    return sorted(metric_names(results), key=lambda name: (name != first, name.startswith(LAST_METRIC)))
 
 
 def shared_metrics(studies: Mapping[str, Sequence[KnockoutResult]]) -> list[str]:
-    """What any of the studies measured, in the order in which they have it."""
-    return list(dict.fromkeys(m for results in studies.values() for m in metrics(results)))
+    """Return the metrics that any of the studies measured, in their order."""
+    return list(dict.fromkeys(name for results in studies.values() for name in metric_names(results)))
 
 
-def most(ordered: Sequence[KnockoutResult], top: int | None) -> list[KnockoutResult]:
-    """The first ``top`` parts, and the first ``top`` controls, in their order."""
+def keep_top(ranked: Sequence[KnockoutResult], top: int | None) -> list[KnockoutResult]:
+    """Return the first ``top`` parts and the first ``top`` controls, in their order."""
     if top is None:
-        return list(ordered)
-    kept = [[r for r in ordered if r.control == control][:top] for control in (False, True)]
+        return list(ranked)
+    kept = [[r for r in ranked if r.control == control][:top] for control in (False, True)]
     names = {r.component for group in kept for r in group}
-    return [r for r in ordered if r.component in names]
+    return [r for r in ranked if r.component in names]
 
 
-def called(result: KnockoutResult) -> str:
-    """A part's name, with what it is where that is a control."""
+def part_name(result: KnockoutResult) -> str:
+    """Return the component's name, marked if it is a control."""
     return f"{result.component} (control)" if result.control else result.component
 
 
-def headed(metric: str) -> str:
-    """A metric with its unit: ``refusal.target, %``; ratios bear theirs (×) themselves."""
+def column_heading(metric: str) -> str:
+    """Return a metric with its unit, ``refusal.target, %``; ratios show theirs (×) in each cell."""
     if metric.startswith("kl."):
         return f"{metric}, nats"
-    return f"{metric}, %" if scale(metric) != 1 else metric
+    return f"{metric}, %" if display_scale(metric) != 1 else metric
 
 
-def unit(metric: str) -> str:
-    """Of a metric's changes, in words."""
+def change_unit(metric: str) -> str:
+    """Return the unit of a metric's changes in words."""
     if metric in RATIOS:
         return "× the whole model's"
-    return "nats" if metric.startswith("kl.") else "percentage points" if scale(metric) != 1 else "change"
+    return "nats" if metric.startswith("kl.") else "percentage points" if display_scale(metric) != 1 else "change"
 
 
-def scale(metric: str) -> float:
-    """What a value is multiplied by for people: shares are shown in per cent, their changes in points."""
+def display_scale(metric: str) -> float:
+    """Return the factor for display: shares are shown in per cent, and their changes in points."""
     return 100.0 if metric.startswith(SHARES) else 1.0
 
 
-def shown_change(result: KnockoutResult, metric: str) -> str:
-    """A change with its interval, ``×1.048 [1.026, 1.070]`` or ``−12.5 [−25.0, +3.1]``; a dash where there is none."""
+def format_change(result: KnockoutResult, metric: str) -> str:
+    """Return a change with its interval, ``×1.048 [1.026, 1.070]`` or ``−12.5 [−25.0, +3.1]``; a dash for none."""
     change = result.change.get(metric)
     if metric in RATIOS and change is not None:
-        return f"×{shown(change)}"
-    return shown(change, scale(metric), sign=not metric.startswith("kl."))
+        return f"×{format_score(change)}"
+    return format_score(change, display_scale(metric), sign=not metric.startswith("kl."))
 
 
-def shown(score: Score | None, times: float = 1.0, sign: bool = False) -> str:
-    """``1.048 [1.026, 1.070]``, all three multiplied for people; infinite values as ∞."""
+def format_score(score: Score | None, scale: float = 1.0, sign: bool = False) -> str:
+    """Return a score with its interval, ``1.048 [1.026, 1.070]``, multiplied by ``scale``; a dash if there is none."""
     if score is None:
         return "–"
-    digits = 3 if times == 1 else 1
-    value, low, high = (shown_number(x * times, digits, sign) for x in (score.value, score.low, score.high))
+    digits = 3 if scale == 1 else 1
+    value, low, high = (format_number(x * scale, digits, sign) for x in (score.value, score.low, score.high))
     return f"{value} [{low}, {high}]"
 
 
-def shown_number(x: float, digits: int = 3, sign: bool = False) -> str:
-    """So many decimals, large numbers by their power of ten, ∞ and undefined by their names."""
+def format_number(x: float, digits: int = 3, sign: bool = False) -> str:
+    """Return a number with so many decimals, with a power of ten if it is large, or ∞ or undefined."""
     if math.isnan(x):
         return "undefined"
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
-    rounded = round(x, digits) + 0.0  # −0 is 0
+    rounded = round(x, digits) + 0.0  # turns −0 into 0
     plain = f"{x:.3g}" if abs(x) >= LARGE else f"{rounded:{'+' if sign and rounded else ''}.{digits}f}"
     return plain.replace("-", "−").replace("e+", "e")
 
 
 # ------------------------------------------------------------------------------------------ for machines
-def as_csv(results: Sequence[KnockoutResult], by: str = "") -> str:
-    """A row for each result, the whole model first; shares as shares, infinite as ``inf``, not measured as nothing."""
+def to_csv(results: Sequence[KnockoutResult], by: str = "") -> str:
+    """Return a row per result, the whole model first; shares are fractions, infinite is ``inf``, missing is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     scores = list(dict.fromkeys(name for r in results for name in r.scores))
     changes = list(dict.fromkeys(name for r in results for name in r.change))
     columns = [f"{n}{end}" for n in scores for end in ("", ".low", ".high", ".n")]
     writer.writerow([*FACTS, *columns, *(f"{n}.change{end}" for n in changes for end in ("", ".low", ".high"))])
-    for r in [baseline(results), *ranked(results, ordered_metrics(results, by)[0])]:
+    for r in [baseline_result(results), *rank_results(results, ordered_metrics(results, by)[0])]:
         facts = (r.strategy, r.component, r.layer, r.part, r.size, r.control, r.seconds)
-        taken = [x for n in scores for x in _cells(r.scores.get(n))]
-        writer.writerow([*facts, *taken, *(x for n in changes for x in _cells(r.change.get(n))[:3])])
+        cells = [x for n in scores for x in _csv_cells(r.scores.get(n))]
+        writer.writerow([*facts, *cells, *(x for n in changes for x in _csv_cells(r.change.get(n))[:3])])
     return file.getvalue()
 
 
-def _cells(score: Score | None) -> list[Any]:
+def _csv_cells(score: Score | None) -> list[Any]:
     return [""] * 4 if score is None else [score.value, score.low, score.high, score.n]
 
 
-def as_json(results: Sequence[KnockoutResult], by: str = "") -> dict[str, Any]:
-    """``baseline``, ``results`` in the order of damage, ``metrics``, the ordering one first; infinite as a string."""
+def to_json(results: Sequence[KnockoutResult], by: str = "") -> dict[str, Any]:
+    """Return ``metrics``, the ordering one first, ``baseline``, and ``results`` by damage; infinite is a string."""
     names = ordered_metrics(results, by)
-    ordered = [baseline(results), *ranked(results, names[0])]
+    ordered = [baseline_result(results), *rank_results(results, names[0])]
     whole, *others = (json.loads(r.model_dump_json()) for r in ordered)
     return {"metrics": names, "baseline": whole, "results": others}
 
 
 # -------------------------------------------------------------------------------------------- for papers
-def markdown(made: Table) -> str:
-    """A Markdown table; numbers to the right."""
-    columns, rows = made
+def to_markdown(table: Table) -> str:
+    """Return a Markdown table with numbers aligned to the right."""
+    columns, rows = table
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
 
 
-def latex(made: Table, title: str) -> str:
-    """A table that LaTeX takes with the package booktabs, captioned with the title."""
-    columns, rows = made
-    lines = [" & ".join(map(escaped, row)) + r" \\" for row in [columns, *rows]]
+def to_latex(table: Table, title: str) -> str:
+    """Return a LaTeX table for the package booktabs, with the title as its caption."""
+    columns, rows = table
+    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in [columns, *rows]]
     middle = [lines[0], r"\midrule", *lines[1:]]
     body = "\n".join([r"\toprule", *middle, r"\bottomrule"])
     return (
         "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n"
-        f"\\caption{{{escaped(title)}}}\n\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n{body}\n"
+        f"\\caption{{{escape_latex(title)}}}\n\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n{body}\n"
         "\\end{tabular}\n\\end{table}\n"
     )
 
 
-def escaped(text: str) -> str:
-    """Text that LaTeX prints as it is. A bracket that begins a cell is no option of the line break before it."""
-    plain = re.sub(r"[\\~^&%$#_{}−×∞]", lambda found: SPECIAL[found[0]], text).replace("–", "--")
+def escape_latex(text: str) -> str:
+    """Return text that LaTeX prints as it is."""
+    plain = re.sub(r"[\\~^&%$#_{}−×∞]", lambda match: LATEX_CHARACTERS[match[0]], text).replace("–", "--")
+    # a leading bracket would be read as an option of the line break before it
     return f"{{{plain}}}" if plain.startswith("[") else plain

@@ -6,9 +6,10 @@ inference, prompts and excise.
 
 from obliteratus.verify import accuracy, drift, first_token, fluency, refusal, tokens
 from obliteratus.verify.before_and_after import measure_before_and_after
-from obliteratus.verify.steps import Measurement, ScorerContext, measure, scorers
+from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, measure, scorers
 
 __all__ = [
+    "ItemValues",
     "Measurement",
     "ScorerContext",
     "accuracy",

@@ -15,11 +15,11 @@ from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.layerwise import LayerwisePass, run_to_head
 from obliteratus.inference.logits import prepared_first_token_log_probs
-from obliteratus.inference.row_plans import with_variants
+from obliteratus.inference.row_plans import assign_prompt_variants
 from obliteratus.inference.token_losses import prepared_token_losses, without_prefix
 from obliteratus.verify.drift import text_tokens
 from obliteratus.verify.refusal import GROUPS
-from obliteratus.verify.steps import Measurement, measure
+from obliteratus.verify.scoring import ItemValues, Measurement, measure
 
 ONE_PASS_SCORERS = ("refusal_score", "first_token_kl", "perplexity")
 
@@ -61,12 +61,12 @@ def measure_side_by_side(
     steps: only those of `ONE_PASS_SCORERS`.
     """
     texts = [step for step in steps if step.use == "perplexity"]
-    unedited, edited = _known_tensors(subject, plan, prompts, texts)
+    unedited, edited = _known_outputs(subject, plan, prompts, texts)
     before = measure(subject, prompts, steps, found=unedited)
     return before, measure(subject, prompts, steps, before, found=edited)
 
 
-def _known_tensors(
+def _known_outputs(
     subject: Subject, plan: Plan, prompts: PromptSet, text_steps: Sequence[Step]
 ) -> tuple[Measurement, Measurement]:
     """First-token log-probabilities of all prompts and losses of the texts, without and with the plan."""
@@ -76,7 +76,7 @@ def _known_tensors(
     with torch.inference_mode(), applied_per_row(subject, [Plan(), plan], _plan_of_row(len(ids))):
         passes = [LayerwisePass(subject, ids * 2)]
         if texts:
-            with with_variants(_plan_of_row(len(texts))):
+            with assign_prompt_variants(_plan_of_row(len(texts))):
                 passes.append(without_prefix(subject, texts * 2))
         with run_to_head(subject, passes, "VERIFY both models") as (asked, *read):
             first_tokens = prepared_first_token_log_probs(subject, asked, title="VERIFY first tokens").chunk(2)
@@ -87,14 +87,15 @@ def _known_tensors(
             ]
     sizes = [len(prompts[group]) for group in groups]
 
-    def tensors(state: int) -> Measurement:
+    def known_of(state: int) -> Measurement:
         parts = zip(groups, first_tokens[state].split(sizes), strict=True)
-        known: dict[str, Tensor] = {f"first_token.{group}": part.contiguous() for group, part in parts}
-        if texts:
-            known["losses.texts"] = torch.stack(losses[len(texts) * state : len(texts) * (state + 1)])
-        return Measurement(tensors=known)
+        logp: dict[str, Tensor] = {f"first_token.{group}": part.contiguous() for group, part in parts}
+        if not texts:
+            return Measurement(tensors=logp)
+        means = torch.stack(losses[len(texts) * state : len(texts) * (state + 1)])
+        return Measurement(tensors=logp, items={"perplexity": ItemValues(means, "perplexity")})
 
-    return tensors(0), tensors(1)
+    return known_of(0), known_of(1)
 
 
 def _plan_of_row(rows: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which experts the target prompts draw on, with the uncertainty of that."""
+"""Which experts target prompts are routed to more than control prompts, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import sqrt
 
 from obliteratus.core.results import Score
-from obliteratus.core.types import Activations, Routed
+from obliteratus.core.types import Activations, RoutingStatistics
 from obliteratus.verify.intervals import Z
 
 
 @dataclass(frozen=True)
 class ExpertRank:
-    """How much more of a target prompt's tokens than of a control prompt's an expert is given."""
+    """By how much an expert's share of a target prompt's tokens exceeds its share of a control prompt's."""
 
     path: str
     expert: int
@@ -21,18 +21,18 @@ class ExpertRank:
 
 
 def rank_experts(acts: Activations) -> tuple[ExpertRank, ...]:
-    """All experts of all stacks, most drawn on by target prompts first, with Welch's 95 % interval over prompts.
+    """Return all experts of all layers by falling excess on target prompts, with Welch's 95 % interval over prompts.
 
-    Prompts are what is drawn: tokens of one prompt go to like experts. An interval that holds 0 says that routing does
-    not tell the groups apart there.
+    The sampling unit is the prompt, because tokens of one prompt go to similar experts. If an interval contains 0, the
+    groups are not routed differently there.
     """
-    found = [
+    ranks = [
         ExpertRank(path, e, _excess(g, e)) for path, g in acts.routed.items() for e in range(len(g["target"].share))
     ]
-    return tuple(sorted(found, key=lambda one: -one.excess.value))
+    return tuple(sorted(ranks, key=lambda rank: -rank.excess.value))
 
 
-def _excess(groups: Mapping[str, Routed], expert: int) -> Score:
+def _excess(groups: Mapping[str, RoutingStatistics], expert: int) -> Score:
     target, control = (groups[g] for g in ("target", "control"))
     value = float(target.share[expert] - control.share[expert])
     error = sqrt(sum(float(g.variance[expert]) / g.prompts for g in (target, control)))

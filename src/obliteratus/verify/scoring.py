@@ -1,0 +1,162 @@
+"""What all scorers share: the registry, the context they are given, and the measurement they return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from obliteratus.core.registry import Registry
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
+from obliteratus.core.shapes import Float
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.generate import IsDone, generate
+from obliteratus.inference.logits import first_token_log_probs
+from obliteratus.inference.token_losses import token_losses
+from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, wilson_rate
+from obliteratus.verify.questions import Question
+
+ITEM_PREFIX = "items/"  # of per-item values among the tensors of a saved measurement
+
+
+@dataclass(frozen=True)
+class ItemValues:
+    """One number per prompt, text or question."""
+
+    values: Float[Tensor, " n"]
+    unit: Literal["share", "nats", "perplexity"]
+    """share: 0 or 1 per item. nats: averaged. perplexity: mean losses in nats; the score is exp of their mean."""
+
+    def score(self) -> Score:
+        """Return the average over items with its 95 % interval."""
+        if self.unit == "perplexity":
+            return bootstrap(self.values, lambda x: x.mean(-1).exp(), "perplexity")
+        if self.unit == "share":
+            return wilson_rate(int(self.values.sum()), len(self.values))
+        return bootstrap(self.values, mean, self.unit)
+
+    def change(self, base: ItemValues) -> Score:
+        """Return the ratio (of perplexities) or difference to the same items of the baseline, paired item by item."""
+        if self.unit == "perplexity":
+            return paired_ratio(self.values, base.values)
+        return paired_difference(self.values, base.values, self.unit)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The scores of one state of a model, and the per-item values, answers and tensors behind them."""
+
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    records: Sequence[Mapping[str, Any]] = ()
+    """One entry per prompt and scorer: group, prompt, category, answer, verdict …"""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a later comparison needs, e.g. ``first_token.control`` [prompts, vocabulary]."""
+    items: Mapping[str, ItemValues] = field(default_factory=dict)
+    """Per-item values by name, which a study pairs with those of its baseline."""
+
+    def __or__(self, other: Measurement) -> Measurement:
+        return Measurement(
+            {**self.scores, **other.scores},
+            [*self.records, *other.records],
+            {**self.tensors, **other.tensors},
+            {**self.items, **other.items},
+        )
+
+    def save(self, stem: Path) -> None:
+        """Write STEM.json and STEM.safetensors."""
+        scores = {name: score.model_dump() for name, score in self.scores.items()}
+        units = {name: item.unit for name, item in self.items.items()}
+        data = {"scores": scores, "records": list(self.records), "units": units}
+        stem.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
+        values = {f"{ITEM_PREFIX}{name}": item.values for name, item in self.items.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in {**self.tensors, **values}.items()}
+        save_file(tensors, stem.with_suffix(".safetensors"))
+
+    @classmethod
+    def load(cls, stem: Path) -> Measurement:
+        """Read what `save` wrote."""
+        data = json.loads(stem.with_suffix(".json").read_text())
+        tensors = load_file(stem.with_suffix(".safetensors"))
+        scores = {name: Score(**score) for name, score in data["scores"].items()}
+        items = {name: ItemValues(tensors.pop(f"{ITEM_PREFIX}{name}"), unit) for name, unit in data["units"].items()}
+        return cls(scores, data["records"], tensors, items)
+
+
+NOTHING = Measurement()
+
+
+@dataclass(frozen=True)
+class ScorerContext:
+    """What a scorer may read, and the model's outputs that it asks for."""
+
+    subject: Subject
+    prompts: PromptSet
+    before: Measurement | None = None
+    """The unedited model's measurement; None while that is being taken."""
+    found: Measurement = NOTHING
+    """What earlier scorers measured of the same state of the model, and what was known beforehand."""
+    base: Subject | None = None
+    """The unedited model, if it is at hand: the subject itself while its edits are live (see `without_edits`)."""
+    texts: Ids | None = None
+    """Token rows for `perplexity`; None: those that its option names."""
+    questions: Sequence[Question] = ()
+    """Questions for `accuracy`; empty: those of the file that its option names."""
+
+    def first_tokens(self, ids: Ids) -> Float[Tensor, "rows vocabulary"]:
+        """Return log-probabilities (natural, fp32) of each row's first answer token."""
+        return first_token_log_probs(self.subject, ids, title="VERIFY first tokens")
+
+    def losses(self, ids: Ids, title: str) -> list[Tensor]:
+        """Return each row's token losses in nats, [length − 1] each."""
+        return token_losses(self.subject, ids, title=title)
+
+    def answers(
+        self, ids: Ids, tokens: int, done: IsDone, wanted: Sequence[int]
+    ) -> tuple[Ids, Float[Tensor, "k vocab"]]:
+        """Return each row's greedy answer of up to so many tokens, and first-token log-probabilities of wanted rows.
+
+        done: ends an answer early. The log-probabilities may be empty, where the passes do not provide them.
+        """
+        first: dict[int, Tensor] = {}
+
+        def keep_first(rows: list[int], logits: Tensor) -> None:
+            index = {row: k for k, row in enumerate(rows)}
+            first.update({row: logits[index[row]].float().log_softmax(-1).cpu() for row in wanted if row in index})
+
+        answers = generate(self.subject, ids, tokens, done=done, on_first_logits=keep_first, title="VERIFY answers")
+        return answers, torch.stack([first[row] for row in wanted]) if wanted else torch.empty(0, 0)
+
+
+Scorer = Callable[..., Measurement]
+"""(context, **options) → per-item values, scores, records and tensors of the model as it is edited at that moment."""
+
+scorers: Registry[Scorer] = Registry("verify")
+
+
+def measure(
+    subject: Subject,
+    prompts: PromptSet,
+    steps: Sequence[Step],
+    before: Measurement | None = None,
+    base: Subject | None = None,
+    found: Measurement = NOTHING,
+) -> Measurement:
+    """Run the scorers on held-out prompts in their order; later ones read what earlier ones measured.
+
+    before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
+    found: what is known beforehand, so that scorers need no passes of their own for it.
+    """
+    measured = Measurement()
+    for step in steps:
+        options = scorers.check(step.use, step.options)
+        context = ScorerContext(subject, prompts, before, found | measured, base)
+        measured = measured | scorers[step.use].function(context, **options)
+    return measured
