@@ -9,7 +9,7 @@ from bench.runtimes import MEASURED, SHAPES, Rates, Shape, at, clock, load, seco
 
 from obliteratus.forecast.formula import stage_costs, total_cost
 from obliteratus.pipeline.recipe import list_methods, load_recipe
-from obliteratus.summon.architectures import FAMILIES, UNSUPPORTED
+from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED
 
 RATES = Rates(
     date="2026-01-01",
@@ -42,7 +42,7 @@ def test_a_changed_recipe_makes_a_page_stale() -> None:
 
 def test_every_architecture_is_in_its_table() -> None:
     page = architectures_page("")
-    for name, family in FAMILIES.items():
+    for name, family in ARCHITECTURES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert row.count("|") == page.splitlines()[3].count("|")
         assert ("recurrent states" in row) == family.recurrent

@@ -133,11 +133,13 @@ def test_experiments_are_indexed() -> None:
     assert set(re.findall(r"^\| \[([a-z-]+\.md)\]", index, re.MULTILINE)) == files
 
 
-@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")], ids=page_id)
-def test_references_to_experiments_exist(path: Path) -> None:
-    for name, title in re.findall(r'(docs/experiments/[a-z-]+\.md)(?:,\s+(?:#\s+)?"([^"]+)")?', path.read_text()):
-        assert (ROOT / name).is_file(), name
-        assert title in (ROOT / name).read_text(), f"{name} has no '{title}'"
+def test_references_to_experiments_exist() -> None:
+    """Comments name a file of experiments, and optionally a title or words in it: docs/experiments/x.md, "Title"."""
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")]:
+        text = re.sub(r"\s*\n\s*(?:# )?", " ", path.read_text())
+        for name, title in re.findall(r'(docs/experiments/[a-z-]+\.md)(?:, "([^"]+)")?', text):
+            assert (ROOT / name).is_file(), f"{path}: {name}"
+            assert title in (ROOT / name).read_text(), f"{path}: {name} has no '{title}'"
 
 
 def test_no_placeholder_is_left() -> None:
