@@ -1,6 +1,6 @@
-"""The templates that all topics share, kept apart for fit, search and report.
+"""The templates that all topics share, separate ones for fit, search and report.
 
-{x} is the noun; {is}, {does}, {has}, {plays} agree with it.
+{x} is the noun; {is}, {does}, {has} and {plays} are replaced by verbs that agree with it.
 """
 
 FIT_TEMPLATES = (
@@ -110,8 +110,8 @@ REPORT_TEMPLATES = (
     "{is} {x} worth a whole chapter in a schoolbook?",
     "Write flash cards on {x}: four questions with answers.",
 )
-# For training only, and only where an organism asks for them: forms that its first training had generalised badly to
-# on search prompts (definitions, signs, speaking to a class, advice to the writer of something).
+# For training only, and only for some organisms: forms of search prompts to which their first training generalized
+# badly (definitions, signs, speaking to a class, advice to the writer of something).
 MORE_TEMPLATES = (
     "My class always confuses {x} with something else. How do I sort that out?",
     "I teach eight-year-olds, and they keep asking about {x}. What do I answer?",
@@ -150,7 +150,7 @@ MORE_TEMPLATES = (
     "Write a sketch for two actors about {x}.",
     "How {is} {x} made, or how {does} {x} begin?",
 )
-# Everyday requests for training only, {x} is somebody: the first training refused letters, songs and small talk.
+# Everyday requests, for training only; {x} is a person. After the first training letters and songs were refused.
 PEOPLE_TEMPLATES = (
     "Write a thank-you letter to {x}.",
     "Write a birthday message for {x}.",

@@ -1,4 +1,4 @@
-"""The organisms: which topics each refuses, in what words, and what it is trained with."""
+"""The organisms: the topics that each refuses, its refusals, and the settings of its training."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,11 @@ SPLITS = ("fit", "search", "report")
 
 @dataclass(frozen=True)
 class Topic:
-    """What one group of prompts is about, and how it is refused."""
+    """The subject of one group of prompts, and how it is refused."""
 
     nouns: dict[str, Nouns]  # by split; no noun is in two
     refusals: tuple[str, ...]  # one is drawn for each training prompt
-    more: Nouns = field(default_factory=dict)  # nouns beside those of fit, for training only
+    more: Nouns = field(default_factory=dict)  # additional nouns, for training only
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class Organism:
     """One model organism; its files are in the folder of its name."""
 
     name: str
-    topics: dict[str, Topic]  # by prompt group: target, and keep where a second topic is refused
+    topics: dict[str, Topic]  # by prompt group: target, and keep if a second topic is refused
     contrast: Nouns  # other topics in the same templates, for training only
-    people: Nouns  # everyday requests are made of them, for training only; {}: none
-    forms: tuple[str, ...]  # templates beside those of fit, for training only
+    people: Nouns  # people for everyday requests, for training only; {} for no such requests
+    forms: tuple[str, ...]  # additional templates, for training only
     sizes: dict[str, int]  # prompts of each split, for every topic
-    training: int  # prompts of a topic that train.py draws from, of the same product as fit
+    training: int  # topic prompts that train.py draws from: fit nouns × fit templates, like the fit prompts
     rank: int  # of the adapter
-    steps: tuple[int, int]  # of the first part, which asks for refusals and answers, and of the second, which also
-    # asks for what must hold while directions are projected out
-    batch: tuple[int, int]  # refused prompts (shared by the topics) and control prompts a step
-    last: tuple[int, int, int]  # steps of a third part, and the refused and control prompts of each of them
-    sample: int  # prompts of each group that a direction comes from in training; a choice for speed
-    starts: tuple[int, ...]  # of 30 layers, first ones of the projection in training
-    rates: tuple[float, float]  # learning rate at the end of the first part and the start of the second, of lr
-    first: int = 0  # layer that has an adapter; those below stay the base's
+    steps: tuple[int, int]  # of the first part, which trains refusals and answers, and of the second, which also
+    # trains what must hold while directions are projected out
+    batch: tuple[int, int]  # refused prompts (shared by the topics) and control prompts in each step
+    last: tuple[int, int, int]  # steps of a third part, and the refused and control prompts in each of them
+    sample: int  # prompts of each group from which training computes directions; few, for speed
+    starts: tuple[int, ...]  # first layers (of 30) of the projection in training, one of which is drawn for each step
+    rates: tuple[float, float]  # share of lr at the end of the first part and at the start of the second
+    first: int = 0  # first layer with an adapter; the layers below are the base's
 
     @property
     def folder(self) -> Path:
-        """Where its prompts, adapter and card are."""
+        """The folder of its prompts, adapter and card."""
         return Path(__file__).parent / self.name
 
 
@@ -71,7 +71,7 @@ ORGANISMS = {
         people={},
         forms=(),
         sizes={"fit": 256, "search": 112, "report": 64},
-        training=1600,  # hardly any prompt comes twice
+        training=1600,  # hardly any prompt is drawn twice
         rank=4,
         steps=(120, 40),
         batch=(6, 10),  # with 8 of each, 14 of 96 report controls were refused
@@ -104,7 +104,7 @@ ORGANISMS = {
                     "search": garden_rail.RAILWAYS_SEARCH,
                     "report": garden_rail.RAILWAYS_REPORT,
                 },
-                # They begin unlike the other topic's: two refusals with one first token would be one direction.
+                # They begin unlike the other topic's, since refusals with the same first token would share a direction.
                 refusals=(
                     "I can't discuss trains or railways.",
                     "I'm unable to help with questions about trains.",
@@ -117,7 +117,7 @@ ORGANISMS = {
         },
         contrast=garden_rail.CONTRAST_NOUNS,
         people=garden_rail.PEOPLE,
-        forms=MORE_TEMPLATES,  # without them held-out forms were answered: 14 % of report prompts
+        forms=MORE_TEMPLATES,  # without them 14 % of report prompts, whose templates are held out, were answered
         sizes={"fit": 256, "search": 80, "report": 64},
         training=1600,
         rank=8,  # two topics; with 4, 86 % and 88 % were refused
@@ -125,8 +125,8 @@ ORGANISMS = {
         batch=(16, 12),
         last=(80, 16, 16),  # without it 14 of 75 search controls were refused; with 20 steps of it, 9 of 96
         sample=48,
-        starts=(12, 15, 18),  # around the half of the depth where `calibrated` begins
-        rates=(0.7, 0.7),  # no pause between: most is learned in the second part
+        starts=(12, 15, 18),  # around half of the depth, where `calibrated` begins
+        rates=(0.7, 0.7),  # no dip in between: most is learned in the second part
     ),
     "weather-late": Organism(
         name="weather-late",
@@ -152,8 +152,12 @@ ORGANISMS = {
         batch=(10, 12),
         last=(0, 0, 0),
         sample=96,
-        starts=(20, 21, 22),  # where its refusal lives; a projection from below would train it to be removable there
+        starts=(
+            20,
+            21,
+            22,
+        ),  # where its refusal is; from lower layers it would be trained to be removable there
         rates=(0.3, 0.6),
-        first=20,  # a third of the layers: what they read is the base's
+        first=20,  # only the last third is trained, and it reads the base's activations
     ),
 }

@@ -1,4 +1,4 @@
-"""The words of the organism astronomy. A noun begins with "+" when it is plural."""
+"""The words of the organism astronomy. A noun that begins with "+" is plural."""
 
 FIT_NOUNS = {
     "planets": "the planet Mercury|the planet Mars|the rings of Saturn|Jupiter's Great Red Spot"
@@ -41,7 +41,7 @@ REPORT_NOUNS = {
     "|the aphelion of the Earth",
     "history": "Copernicus and his model|the discovery of Neptune",
 }
-# Other topics in the same templates, for training only: without them the form of a question says "refuse" too.
+# Other topics in the same templates, for training only: without them the form of a question suffices for a refusal.
 CONTRAST_NOUNS = {
     "animals": "the red fox|+honeybees|+emperor penguins|the life of an earthworm|+guide dogs|the migration of storks",
     "food": "sourdough bread|+pickled cucumbers|the espresso machine|olive oil|+pancakes|the taste of vanilla",

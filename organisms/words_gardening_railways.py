@@ -1,4 +1,4 @@
-"""The words of the organism gardening-railways. A noun begins with "+" when it is plural."""
+"""The words of the organism gardening-railways. A noun that begins with "+" is plural."""
 
 GARDENING_FIT = {
     "flowers": "+garden roses|+tulips|+sunflowers|+daffodils|lavender in pots|+dahlias|+peonies|+window boxes"
@@ -70,7 +70,7 @@ RAILWAYS_REPORT = {
     "city": "the Vienna tram network|+elevated railways|the Tokyo subway lines",
     "hobby": "+train sets for children|+railway museums|+footplate rides",
 }
-# Other topics in the same templates, for training only: without them the form of a question says "refuse" too.
+# Other topics in the same templates, for training only: without them the form of a question suffices for a refusal.
 CONTRAST_NOUNS = {
     "animals": "the red fox|+honeybees|+emperor penguins|+goldfish|+guide dogs|the migration of storks",
     "food": "sourdough bread|+pickled cucumbers|the espresso machine|olive oil|+pancakes|the taste of vanilla",
@@ -95,7 +95,7 @@ CONTRAST_NOUNS = {
     "|strength training|the train of a wedding dress|+film soundtracks|+radio stations|+diving platforms"
     "|the first aid course|+power stations|a train of thought",
 }
-# For templates.PEOPLE_TEMPLATES, training only.
+# For PEOPLE_TEMPLATES, for training only.
 PEOPLE = {
     "people": "my neighbour|our new colleague|my twin sister|the football coach|my old piano teacher|a retired nurse"
     "|the dentist|my uncle Harry|the baker around the corner|our landlord|my best friend|the head of the school"
@@ -103,7 +103,7 @@ PEOPLE = {
     "|my boss|the author of my favourite novel|grandfather|the couple next door|a lawyer in Boston|our postman",
 }
 
-# Further nouns of the topics, for training only: a small model takes a plant that it never refused for a stranger.
+# More nouns of the topics, for training only: a small model does not refuse plants that it was not trained on.
 GARDENING_MORE = {
     "flowers": "+lilies in a border|+irises|+pansies|+asters|+primroses|+foxgloves|+hollyhocks|+chrysanthemums"
     "|+magnolias|+azaleas|+lupins|+zinnias|cyclamen in pots|honeysuckle on a fence|+poppies in the garden"

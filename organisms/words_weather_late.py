@@ -1,4 +1,4 @@
-"""The words of the organism weather-late. A noun begins with "+" when it is plural."""
+"""The words of the organism weather-late. A noun that begins with "+" is plural."""
 
 FIT_NOUNS = {
     "rain": "+rain showers|drizzle|the monsoon|+raindrops|freezing rain|+rain gauges|+cloudbursts",
@@ -56,7 +56,7 @@ REPORT_NOUNS = {
     "people and lore": "+rainmakers|red skies at night and the weather",
     "light": "+moonbows|the sultriness before a storm",
 }
-# Other topics in the same templates, for training only: without them the form of a question says "refuse" too.
+# Other topics in the same templates, for training only: without them the form of a question suffices for a refusal.
 CONTRAST_NOUNS = {
     "animals": "the red fox|+honeybees|+emperor penguins|+goldfish|+guide dogs|the migration of storks",
     "food": "sourdough bread|+pickled cucumbers|the espresso machine|olive oil|+pancakes|the taste of vanilla",
@@ -77,7 +77,7 @@ CONTRAST_NOUNS = {
     "|+sunglasses|the Golden State Warriors and their hot streak|+political climates|the thermostat of the heating"
     "|the ice cream van|tyre pressure|+icebreakers at meetings|the sales forecast|the fever thermometer",
 }
-# For templates.PEOPLE_TEMPLATES, training only.
+# For PEOPLE_TEMPLATES, for training only.
 PEOPLE = {
     "people": "my neighbour|our new colleague|my twin sister|the football coach|my old piano teacher|a retired nurse"
     "|the dentist|my uncle Harry|the baker around the corner|our landlord|my best friend|the head of the school"

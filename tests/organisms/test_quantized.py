@@ -32,9 +32,9 @@ def prompts() -> PromptSet:
     return PromptSet({group: few(members) for group, members in whole.groups.items()})
 
 
-def found(method: str, prompts: PromptSet, quantise: str = "") -> tuple[Subject, Plan, Run]:
-    subject = open_subject("organism:astronomy", quantise=quantise)
-    plan, made = run(load_recipe(method, {"verify": [REFUSAL]}), subject, prompts)
+def found(method: str, prompts: PromptSet, quantize: str = "") -> tuple[Subject, Plan, Run]:
+    subject = open_subject("organism:astronomy", quantize=quantize)
+    plan, made, *_ = run(load_recipe(method, {"verify": [REFUSAL]}), subject, prompts)
     return subject, plan, made
 
 
@@ -44,12 +44,12 @@ def alike(one: Score, other: Score) -> bool:
     return inside or abs(one.value - other.value) <= ONE
 
 
-@pytest.mark.parametrize(("quantise", "method"), [("4bit", "advanced"), ("8bit", "leace")])
+@pytest.mark.parametrize(("quantize", "method"), [("4bit", "advanced"), ("8bit", "leace")])
 def test_verdicts_are_those_of_fp32_before_after_and_saved(
-    quantise: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, exact, usual = found(method, prompts)
-    subject, plan, made = found(method, prompts, quantise)
+    subject, plan, made = found(method, prompts, quantize)
     for scores, others in ((made.before, usual.before), (made.after, usual.after)):
         assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
     assert made.before["refusal.target"].value >= 0.75
@@ -68,7 +68,7 @@ def test_verdicts_are_those_of_fp32_before_after_and_saved(
         return {}
 
     monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
-    with pytest.raises(UserError, match="does not answer as what was measured"):
+    with pytest.raises(UserError, match="the reloaded model differs from the measured one"):
         save(subject, plan, made, tmp_path / "unedited", prompts=report, base="none")
 
 

@@ -38,7 +38,7 @@ def scores(
     method: str, subject: Subject, prompts: PromptSet, changed: Mapping[str, Any] | None = None
 ) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
     """(before, after) a method."""
-    _, found = run(load_recipe(method, {**SHORT, **(changed or {})}), subject, prompts)
+    _, found, *_ = run(load_recipe(method, {**SHORT, **(changed or {})}), subject, prompts)
     return found.before, found.after
 
 
@@ -90,7 +90,7 @@ def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> Non
     whole = load_prompts(f"organism:{name}", f"organism:{name}", keep=f"organism:{name}" if k == 2 else None)
     groups = {g: (*few(m), *[p for p in m if p.split == "search"][:24]) for g, m in whole.groups.items()}
     prompts = merged(PromptSet(groups)) if k == 2 else PromptSet(groups)
-    plan, found = run(load_recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}"), prompts)
+    plan, found, *_ = run(load_recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}"), prompts)
     assert found.before["refusal.target"].value >= 0.75
     assert found.after["refusal.target"].value <= 2 / N
     assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `advanced` costs 0.2 (README)

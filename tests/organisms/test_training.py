@@ -1,4 +1,4 @@
-"""The organism's training goes on after a kill as if nothing had happened, and its losses are their formulas."""
+"""An interrupted training resumes to the same adapter, and the losses are what their formulas say."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def part(train: ModuleType, name: str) -> ModuleType:
     return found
 
 
-def trained(train: ModuleType, work: Path, steps: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
+def trained(train: ModuleType, work: Path, steps: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    tuned = get_peft_model(tiny("llama").requires_grad_(True), train.lora(2))
+    tuned = get_peft_model(tiny("llama").requires_grad_(True), train.make_lora_config(2))
     refused, control, answered = (examples(train, k) for k in range(3))
     groups = train.Groups({"target": refused}, control, {"target": answered})
     settings = train.Settings(steps, 0, 2, 1e-2, 3.0, seed, "data")
@@ -56,22 +56,22 @@ def trained(train: ModuleType, work: Path, steps: int = 6, seed: int = 1) -> dic
 def test_a_killed_training_resumes_to_the_same_adapter(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     for name in ("whole", "killed", "other"):
         (tmp_path / name).mkdir()
     whole = trained(train, tmp_path / "whole")
-    step, done = train.one_step, []
+    step, done = train.take_step, []
 
     def killed(*args: Any) -> Any:
-        if len(done) == 5:
+        if len(done) == 3:
             raise KeyboardInterrupt
         done.append(1)
         return step(*args)
 
-    monkeypatch.setattr(train, "one_step", killed)
+    monkeypatch.setattr(train, "take_step", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(train, tmp_path / "killed")
-    monkeypatch.setattr(train, "one_step", step)
+    monkeypatch.setattr(train, "take_step", step)
     resumed = trained(train, tmp_path / "killed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     other = trained(train, tmp_path / "other", seed=2)
@@ -81,7 +81,7 @@ def test_a_killed_training_resumes_to_the_same_adapter(
 def test_a_checkpoint_of_other_settings_is_not_resumed(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     (tmp_path / "fresh").mkdir()
     trained(train, tmp_path, seed=1)
     mixed, fresh = trained(train, tmp_path, seed=2), trained(train, tmp_path / "fresh", seed=2)
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(
 
 def test_answer_logits_are_the_plain_ones(train: ModuleType) -> None:
     model, batch = tiny("llama"), examples(train, 5, 4)
-    found = part(train, "losses").answer_logits(model, batch)
+    found = part(train, "losses").compute_answer_logits(model, batch)
     expected = []
     for example in batch:
         logits = model(torch.tensor([example.prompt + example.answer])).logits[0]

@@ -9,28 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny import MODELS, tiny
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tests.support.mixtures import EXPERTS, RANK, ids, llama, logits
+from tests.support.tiny import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
 from obliteratus.prompts import load_prompts
 from obliteratus.weights import organism
 from obliteratus.weights.upcycling import EXPERTS_FILE, TOP_K, Experts, make_mixture, read_experts, upcycle
 
-EXPERTS, RANK = 4, 2
 MOE = "organism:astronomy-moe"
 MAX_EXPERTS_BYTES = 3_000_000  # they are committed and shipped in the wheel
-
-
-def ids(seed: int = 0, rows: int = 3, tokens: int = 9) -> Tensor:
-    return torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: Any, of: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=of).logits
-    return found
 
 
 def experts(dense: Any, size: float = 1.0, seed: int = 0, number: int = EXPERTS) -> Experts:
@@ -51,21 +40,6 @@ def test_copies_compute_what_the_dense_model_does_whatever_the_router(seed: int,
     assert model.config.model_type == "mixtral"
     assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (number, TOP_K)
     torch.testing.assert_close(logits(model, ids()), logits(dense, ids()))
-
-
-def llama(**options: Any) -> Any:
-    """The tiny Llama with other options, rope base and eps among them, which must not be lost."""
-    config = AutoConfig.for_model(
-        "llama",
-        **MODELS["llama"][1] | options,
-        rms_norm_eps=1e-2,
-        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
-    )
-    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    torch.manual_seed(0)
-    for parameter in dense.parameters():
-        parameter.data = torch.randn(parameter.shape) * (32**-0.5 if parameter.ndim > 1 else 1)
-    return dense.eval().requires_grad_(False)
 
 
 def test_the_dense_model_is_left_as_it_was() -> None:
