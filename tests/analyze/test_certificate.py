@@ -111,6 +111,11 @@ def test_thresholds_are_where_findings_begin() -> None:
     assert bool((found.d_prime > found.threshold).any()) == found.signal
 
 
+def test_the_old_name_of_an_option_gives_the_new_one() -> None:
+    with pytest.raises(UserError, match="'standardise' is now called 'standardize'; change"):
+        run(planted(n=4)[0], standardise=False)
+
+
 def test_needs_rows_and_prompts() -> None:
     with pytest.raises(UserError, match="set probe"):
         run(planted(keep=False)[0])

@@ -64,7 +64,7 @@ def test_one_direction_is_no_cone() -> None:
     found = run(planted()[:, :2])
     assert found.significant == ()
     assert found.stream == 1  # where the groups differ most
-    assert "share one direction" in found.summary()
+    assert "no sign" in found.summary()
     check_finding(found)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 import torch
 from tests.support.contexts import context_of_activations, prompts_of_categories, tiny_llama
+from tests.support.pages import ParsedPage, check_self_contained
 from tests.support.planted import planted
 
 from obliteratus.analyze import AnalysisContext, Finding, analyze
-from obliteratus.analyze.page import page, shown, tables
+from obliteratus.analyze.page import findings_page, format_value, number_tables
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Directions
 
@@ -51,81 +50,49 @@ def findings() -> dict[str, Finding]:
     return {**found, **analyze(writes, [Step(use="footprint", draws=19)])}
 
 
-class Seen(HTMLParser):
-    """Tags, and all that a browser would fetch or follow."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.goes: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        given = {k: v or "" for k, v in attrs}
-        self.ids += [given["id"]] if "id" in given else []
-        self.goes += [given[k] for k in ("src", "href", "srcset", "action", "data") if k in given]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 def test_every_finding_has_its_section(findings: dict[str, Finding]) -> None:
-    text = page(findings, "The organism")
-    seen, words = Seen(text), " ".join(Seen(text).words)
+    text = findings_page(findings, "The organism")
+    seen, words = ParsedPage(text), ParsedPage(text).text
     assert seen.tags.count("section") == seen.tags.count("img") == len(findings)
     assert "The organism" in words
     for name, finding in findings.items():
-        assert f"#finding-{name}" in seen.goes
+        assert f"#finding-{name}" in seen.addresses
         assert f"finding-{name}" in seen.ids
         assert words.count(finding.summary()) == 2  # in the table of contents, and in the section
 
 
 def test_it_needs_nothing_beside_it(findings: dict[str, Finding]) -> None:
-    text = page(findings, "x")
-    seen = Seen(text)
-    assert all(where.startswith(("#", "data:image/svg+xml;base64,")) for where in seen.goes)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(seen.tags)
-    assert "url(" not in text
-    assert "@import" not in text
-    for where in seen.goes:
-        if where.startswith("data:"):
-            svg = base64.b64decode(where.partition(",")[2]).decode()
-            assert all(h.startswith(("#", "data:")) for h in re.findall(r'href="([^"]*)"', svg))
-            assert all(u.startswith("#") for u in re.findall(r"url\(([^)]*)\)", svg))
+    check_self_contained(findings_page(findings, "x"))
 
 
 def test_words_are_escaped() -> None:
     rude = Rude()
-    text = page({rude.word: rude}, rude.word)
+    text = findings_page({rude.word: rude}, rude.word)
     assert "<script" not in text
-    seen = Seen(text)
+    seen = ParsedPage(text)
     assert "script" not in seen.tags
-    assert rude.word in " ".join(seen.words)
+    assert rude.word in seen.text
     assert all(re.fullmatch(r"[A-Za-z0-9-]+", i) for i in seen.ids)
 
 
 def test_the_same_findings_give_the_same_page(findings: dict[str, Finding]) -> None:
-    assert page(findings, "x") == page(findings, "x")
+    assert findings_page(findings, "x") == findings_page(findings, "x")
 
 
 def test_lists_of_one_length_stand_side_by_side() -> None:
     score = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8, "unit": "AUC"}
-    text = tables(
+    single, lists = number_tables(
         {"auc": [score, score, score], "p": [0.1, 0.2, -0.3], "found": [1], "deep": {"n": 7}, "m": [[1], [2]]}
     )
-    rows = re.findall(r"<tr>(.*?)</tr>", text)
-    assert "<td>0.5 [0.25, 0.75], n = 8</td><td>0.1</td>" in rows[rows.index(next(r for r in rows if "index" in r)) + 1]
-    assert "<td>deep: n</td><td>7</td>" in rows
-    assert "<td>found</td><td>1</td>" in rows
-    assert "<td>m</td><td>2 lists, in the JSON</td>" in rows
+    assert single == (["", "value"], [["found", "1"], ["deep: n", "7"], ["m", "2 lists, in the JSON"]])
+    assert lists[0] == ["index", "auc", "p"]
+    assert lists[1][0] == ["0", "0.5 [0.25, 0.75], n = 8", "0.1"]
+    assert [row[2] for row in lists[1]] == ["0.1", "0.2", "−0.3"]
 
 
 def test_shown() -> None:
-    assert [shown(x) for x in (True, None, -0.123456, [], "s", 3)] == ["yes", "–", "−0.1235", "none", "s", "3"]
+    assert [format_value(x) for x in (True, None, -0.123456, [], "s", 3)] == ["yes", "–", "−0.1235", "none", "s", "3"]
 
 
 def test_an_empty_page_is_a_page() -> None:
-    assert "<h1>none</h1>" in page({}, "none")
+    assert "<h1>none</h1>" in findings_page({}, "none")

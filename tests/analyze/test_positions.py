@@ -29,7 +29,7 @@ SUFFIX = len("\nassistant:")  # a token a byte
 def test_tokens_behind_the_trigger_are_apart_from_the_block_on(block: int) -> None:
     """Attention writes the direction wherever a # came before, so at every token of the template."""
     found = measure_positions(refusing_context(block=block), last=SUFFIX)
-    places = {found.place(i) for i in found.contrast.significant}
+    places = {found.locate(i) for i in found.contrast.significant}
     assert places == {(-p, s) for p in range(1, SUFFIX + 1) for s in range(block + 1, 9)}
     assert found.auc[:, block + 1 :].min() == 1
     assert torch.allclose(found.auc[:, : block + 1], torch.tensor(0.5))

@@ -46,7 +46,7 @@ def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: in
     assert found.depths == tuple(range(LAYERS))
     assert found.effective_depths == tuple(range(block + 1))
     assert found.tokens == ("N",)
-    assert all(abs(s.value - 1) < 1e-3 for s in found.left["both"][block + 1 :])
+    assert all(abs(s.value - 1) < 1e-3 for s in found.remaining["both"][block + 1 :])
     assert f"from block {block} on" in found.summary()
     check_finding(found, ["first edited block", "behavior left", "KL on controls (nats)"])
 
@@ -54,8 +54,8 @@ def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: in
 def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     """Attention writes the refusal; no MLP does."""
     found = measure_reach(refusing_context(block=3), **ALL)
-    assert found.left["attention"][2].high < 0.05
-    assert abs(found.left["mlp"][2].value - 1) < 1e-3
+    assert found.remaining["attention"][2].high < 0.05
+    assert abs(found.remaining["mlp"][2].value - 1) < 1e-3
     assert found.works("attention")
     assert not found.works("mlp")
     assert found.parts == ("both", "attention", "mlp")
@@ -70,7 +70,7 @@ def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     token = find_typical_first_tokens(base["target"], base["control"])
     mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
     left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
-    found = measure_reach(context, **ALL).left["both"][layer]
+    found = measure_reach(context, **ALL).remaining["both"][layer]
     assert found.value == pytest.approx(float(left), abs=1e-4)
     assert 0.01 < found.value < 0.99
     assert found.n == 12
@@ -155,7 +155,7 @@ def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: lis
 def test_random_directions_find_nothing(seed: int) -> None:
     found = measure_reach(with_random_direction(refusing_context(), seed), **ALL)
     assert found.effective_depths == ()
-    assert all(abs(s.value - 1) < 0.1 for s in found.left["both"])
+    assert all(abs(s.value - 1) < 0.1 for s in found.remaining["both"])
     assert "from no depth on" in found.summary()
 
 
@@ -163,9 +163,9 @@ def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
     """Of 32 dimensions, removing a random one in every block moves this model's answers."""
     found = measure_reach(refusing_context(), **ALL)
     assert found.effective_depths[0] == 0
-    as_random = replace(found, left={**found.left, "both": found.left["random"]})
+    as_random = replace(found, remaining={**found.remaining, "both": found.remaining["random"]})
     assert as_random.effective_depths == ()
-    assert any(s.value < 0.5 for s in found.left["random"])
+    assert any(s.value < 0.5 for s in found.remaining["random"])
 
 
 @pytest.mark.parametrize("null", ["same", "shuffled"])
@@ -184,7 +184,7 @@ def test_no_directions_leave_the_model_as_it_is() -> None:
         replace(context, directions=find_directions(context.activations, [Step(use="mean_diff")])), **ALL
     )
     assert all(s.value < 1e-6 for s in found.kl["both"])
-    assert all(s.value == 1 for s in found.left["both"])
+    assert all(s.value == 1 for s in found.remaining["both"])
 
 
 # ---------------------------------------------------------------------------------------------------- parts of it

@@ -55,7 +55,7 @@ def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
 def test_layers_that_do_not_repair_show_nothing() -> None:
     found = measure_repair(refusing_context(block=2))
     assert found.significant == []
-    assert torch.allclose(found.left, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
+    assert torch.allclose(found.remaining, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
     assert float(found.restored.abs().max()) < 1e-4
     assert "no layer" in found.summary()
 
@@ -83,7 +83,7 @@ def test_baked_weights_one_prompt_at_a_time(name: str) -> None:
     assert torch.allclose(found.direct.double(), whole, atol=1e-5)
     for i, depth in enumerate(found.depths):
         after = deltas(context, baked(subject.model, depth, d.double()), d)
-        assert float(found.left[i]) == pytest.approx(float(after[-1]), abs=1e-5)
+        assert float(found.remaining[i]) == pytest.approx(float(after[-1]), abs=1e-5)
         assert abs(float(after[depth + 1])) < 1e-6
         extra = after[-1] - (whole[-1] - whole[depth + 1])
         assert found.extra[i].value == pytest.approx(float(extra), abs=1e-5)

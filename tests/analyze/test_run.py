@@ -11,7 +11,6 @@ from tests.support.tiny import tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner
 
 from obliteratus.analyze import analyses
-from obliteratus.analyze.page import name_of
 from obliteratus.analyze.pass_budget import estimate_passes, formula_values, split_by_budget
 from obliteratus.analyze.run import analyze_subject, select_analyses
 from obliteratus.cli.app import app
@@ -19,6 +18,7 @@ from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constan
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.report.html import anchor
 
 QUICK = ["geometry", "decomposition", "lens", "certificate"]
 
@@ -40,7 +40,7 @@ def test_the_command_writes_a_page_and_the_numbers(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert saved.keys() == set(QUICK) == json.loads(done.stdout).keys()
     page = (tmp_path / "out" / "index.html").read_text()
-    assert all(f'id="{name_of(name)}"' in page for name in QUICK)
+    assert all(f'id="{anchor(name)}"' in page for name in QUICK)
     again = CliRunner().invoke(app, asked)
     assert again.exit_code == 2
     assert "in use" in again.output
@@ -171,7 +171,7 @@ def test_all_analyses_share_one_probe() -> None:
         tiny_subject("llama"), asked(), select_analyses(["geometry", "separability", "positions"])
     ).findings
     assert list(found) == ["geometry", "positions", "separability"]
-    with pytest.raises(UserError, match="leaves no prompt"):
+    with pytest.raises(UserError, match="has no prompt in the"):
         analyze_subject(tiny_subject("llama"), asked(2), select_analyses(["geometry"]))
 
 

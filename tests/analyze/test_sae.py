@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import mannwhitneyu
-from tests.distill.test_sae import WIDTH, acts_of, sparse_rows
 from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from tests.support.planted import planted, shuffled
+from tests.support.sparse_features import WIDTH, acts_of, sparse_rows
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -83,7 +83,7 @@ def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
     found = run(context)
     assert found.significant[0] == 1
     first = found.atoms[0]
-    assert first.feature in found.telling
+    assert first.feature in found.discriminating
     assert first.coefficient > 0.9
     assert first.auc.low > 0.85  # it is on in nine of ten target prompts, in no control prompt
     assert first.target.value > 0.8
@@ -107,7 +107,7 @@ def test_a_direction_of_many_features_is_not_sparse(file: str) -> None:
 def test_one_population_gives_nothing() -> None:
     found = run(context_of_activations(one_population()), draws=199)
     assert found.significant == ()
-    assert found.telling == ()
+    assert found.discriminating == ()
     assert "no sparser" in found.summary()
     assert run(context_of_activations(shuffled(planted()[0])), draws=199).significant == ()
     check_finding(found)
@@ -122,7 +122,7 @@ def test_false_findings_keep_to_the_level(spread: float) -> None:
         rows = torch.randn(80, 1, 24, generator=generator) * torch.logspace(spread, -spread, 24)
         rows += 3 * (torch.rand(80, 1, 24, generator=generator) < 0.05)
         found = run(context_of_activations(activations_of(rows[:40], rows[40:])))
-        hits += torch.tensor([bool(found.significant), bool(found.telling)])
+        hits += torch.tensor([bool(found.significant), bool(found.discriminating)])
     assert (hits <= 11).all(), hits  # 5 are the level, and 11 its binomial upper end (99.6 %)
 
 
@@ -201,9 +201,9 @@ def test_what_it_cannot_work_with_is_refused(file: str) -> None:
     with pytest.raises(UserError, match="48 prompts are too few to train on; give 50 or more"):
         run(few)
     assert run(few, pretrained=file, stream=2).prompts == (12, 12)  # nothing is trained, so these are enough
-    with pytest.raises(UserError, match="pretrained needs stream"):
+    with pytest.raises(UserError, match="pretrained is given without stream"):
         run(few, pretrained=file)
-    with pytest.raises(UserError, match="no direction at stream 0"):
+    with pytest.raises(UserError, match=r"stream 0 of 0 to \d has no direction"):
         run(few, pretrained=file, stream=0)
     with pytest.raises(UserError, match="64 wide and this model's stream is 48"):
         run(context_of_activations(acts_of(sparse_rows(60)[0])), pretrained=file, stream=0)

@@ -59,7 +59,7 @@ class Finding(Protocol):
 Analysis = Callable[..., Finding]
 """(context, **options) → finding."""
 
-analyses: Registry[Analysis] = Registry("analyze")
+analyses: Registry[Analysis] = Registry("analyze", renamed={"certificate.standardise": "standardize"})
 
 
 def analyze(context: AnalysisContext, steps: Sequence[Step]) -> dict[str, Finding]:

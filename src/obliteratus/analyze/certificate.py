@@ -1,4 +1,4 @@
-"""A test of whether any difference between two groups is left in their activations, its error rate known."""
+"""A permutation test of whether two groups' activations differ, with a known rate of false positives."""
 
 from __future__ import annotations
 
@@ -30,36 +30,37 @@ from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a test of ``level`` says of the groups at each stream index, and of all streams together."""
+    """The outcome of the test at ``level``, for each stream and for all streams together."""
 
     d_prime: Float[Tensor, " streams"]
-    """Separation of held-out rows along the direction of the other folds; 0 and below is none."""
+    """Separation of held-out rows along the direction fitted on the other folds; 0 and below is none."""
     threshold: Float[Tensor, " streams"]
-    """Above this, a stream's d′ is found at the level, all streams counted."""
+    """A stream whose d′ exceeds this is significant at the level, corrected for all streams."""
     p: Float[Tensor, " streams"]
-    """Corrected for all streams."""
+    """p values, corrected for all streams."""
     level: float
     draws: int
+    """Permutations of the labels."""
     n: tuple[int, int]
-    """Prompts of target and control."""
+    """Target and control prompts."""
 
     @property
     def signal(self) -> bool:
-        """Whether any stream tells the groups apart."""
+        """Whether the groups differ at any stream."""
         return bool((self.p <= self.level).any())
 
     @property
     def significant(self) -> tuple[int, ...]:
-        """Stream indices that do."""
+        """Streams at which the groups differ."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
     @property
     def best(self) -> int:
-        """The stream index farthest from chance."""
+        """The stream with the lowest p, of equals the one with the largest d′."""
         return min(range(len(self.p)), key=lambda s: (float(self.p[s]), -float(self.d_prime[s])))
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict, and each stream's d′ with what it would have to exceed."""
+        """Return the verdict, and each stream's d′ with its threshold."""
         return {
             "signal": self.signal,
             "p": float(self.p.min()),
@@ -73,21 +74,22 @@ class Certificate:
         }
 
     def summary(self) -> str:
+        """Return the verdict with the clearest stream's d′."""
         best = self.best
         p = f"p = {float(self.p[best]):.3g} over all {len(self.p)} streams, level {self.level:g}"
-        least = f"above {float(self.threshold[best]):.2f} would have been found"
         if self.signal:
             return (
                 f"the groups differ at {len(self.significant)} streams, most clearly at {best}: held-out d′ "
                 f"{float(self.d_prime[best]):.2f} ({p})"
             )
-        return f"no difference found ({p}); at stream {best} a held-out d′ {least}"
+        least = f"a held-out d′ above {float(self.threshold[best]):.2f} would have been significant"
+        return f"no difference found ({p}); at stream {best} {least}"
 
     def draw(self, figure: Figure) -> None:
-        """d′ and its threshold over streams."""
+        """Draw d′ and its threshold over streams."""
         axes = figure.add_subplot(xlabel="stream index", ylabel="held-out d′")
         plot_curve(axes, self.d_prime, "measured")
-        plot_curve(axes, self.threshold, f"found above this (level {self.level:g}, all streams)", GREY)
+        plot_curve(axes, self.threshold, f"threshold (level {self.level:g}, all streams)", GREY)
         axes.axhline(0, color=GREY, lw=0.5)
         add_legend(axes)
 
@@ -102,14 +104,16 @@ def certify(
     standardize: bool = True,
     seed: int = 0,
 ) -> Certificate:
-    """Do the two groups' rows differ in their means at any stream?
+    """Test whether the means of two groups' rows differ at any stream.
 
-    Statistic: d′ of rows along the mean difference that the other folds give, so a direction never scores the rows it
-    was fitted on. p: how often ``draws`` permutations of the labels reach it, by the largest of all streams' statistics
-    (`familywise_p_values`). If labels mean nothing a difference is found in at most a share ``level`` of all cases, exactly,
-    whatever the rows' distribution: prompts need only be exchangeable. The other error is not bounded: ``threshold``
-    says what would have been found. standardize: each dimension over its standard deviation first, so that the few
-    massive ones of a real stream hide nothing; labels play no part in it. Time: draws × folds × streams × prompts².
+    The statistic is d′ of rows along the mean difference of the other folds, so that no direction scores rows that it
+    was fitted on. p is the share of ``draws`` permutations of the labels whose largest statistic over all streams
+    reaches it (`familywise_p_values`). If labels mean nothing, a difference is found in at most a share ``level`` of
+    cases, exactly and for any distribution of exchangeable rows. The rate of misses has no such bound; ``threshold``
+    says what would have been found.
+
+    standardize: divide each dimension by its standard deviation first, which does not depend on labels; otherwise the
+    few massive dimensions of a real stream hide the rest. Time: draws × folds × streams × prompts².
     """
     return certify_sample(
         Sample(target, control), level=level, draws=draws, folds=folds, standardize=standardize, seed=seed
@@ -119,11 +123,11 @@ def certify(
 def certify_sample(
     sample: Sample, *, level: float, draws: int, folds: int, standardize: bool, seed: int
 ) -> Certificate:
-    """`certify` of a sample."""
+    """Run `certify` on a sample."""
     n, m = sample.n, len(sample) - sample.n
     plan, order = split_folds(n, m, folds, seed), draw_permutations(len(sample), draws, seed + 1)
-    found = torch.stack([permute_d_prime(gram, plan, order) for gram in sample.grams(standardize)], 1)
-    return Certificate(found[0], compute_thresholds(found, level), familywise_p_values(found), level, draws, (n, m))
+    null = torch.stack([permute_d_prime(gram, plan, order) for gram in sample.grams(standardize)], 1)
+    return Certificate(null[0], compute_thresholds(null, level), familywise_p_values(null), level, draws, (n, m))
 
 
 @analyses.register("certificate", cite="ISBN 978-0-471-55761-6", needs=("rows",))
@@ -136,9 +140,10 @@ def certify_activations(
     standardize: bool = True,
     seed: int = 0,
 ) -> Certificate:
-    """Do target and control differ at any stream? A permutation test whose false positives are at most ``level``.
+    """Test whether target and control differ at any stream, with at most a share ``level`` of false positives.
 
-    As `certify`, which takes any two sets of rows: of an edited model it certifies what is left. Needs rows.
+    See `certify`, which takes any two sets of rows; on an edited model it certifies what is left of the difference.
+    Needs rows.
     """
     sample = read_sample(context.activations, "certificate", least=4)  # 2 folds of 2: a variance needs two
     return certify_sample(sample, level=level, draws=draws, folds=folds, standardize=standardize, seed=seed)

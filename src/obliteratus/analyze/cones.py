@@ -1,4 +1,4 @@
-"""Whether the target's categories have directions of their own, or share one: the concept cone and its width."""
+"""Whether the target's categories have directions of their own or share one (concept cones)."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.report.curves import Figure, add_legend, plot_curve, plot_matrix, plot_range
 
-LEAST = 5  # prompts of a category: with fewer, its mean is mostly noise
+LEAST = 5  # prompts of a category: the mean of fewer is mostly noise
 PERMUTATIONS = 199  # p = 0.005 at best
-NO_LENGTH = 1e-9  # squared, where noise outweighs what is there: nothing is divided by zero
+MIN_SQUARED_LENGTH = 1e-9  # where noise exceeds the signal, a length is taken as this to avoid a division by zero
 RESAMPLES = 500  # the 2.5 % quantile then rests on 12 of them
 
 
 @dataclass(frozen=True)
 class Cones:
-    """Directions of the categories: of each the unit vector from the control mean to its own."""
+    """Directions of the categories: unit vectors from the control mean to each category's mean."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
     """Prompts of each category."""
     stream: int
-    """The stream index of ``cosine``."""
+    """The stream of ``cosine``."""
     cosine: tuple[tuple[Score, ...], ...]
-    """Between each two categories' directions, noise taken out, with bootstrap intervals; 0 where one has no length."""
+    """Cosines between categories, corrected for noise, with bootstrap intervals; 0 where a direction has no length."""
     rank: Float[Tensor, " streams"]
-    """Effective rank of the categories' directions, 1 (all the same) to their number."""
+    """Effective rank of the categories' directions, from 1 (all equal) to the number of categories."""
     chance: Float[Tensor, "ends streams"]
-    """2.5 % and 97.5 % quantiles of the same with categories permuted: what noise alone makes of it."""
+    """2.5 % and 97.5 % quantiles of the effective rank with categories permuted."""
     p: Float[Tensor, " streams"]
-    """That a rank as high comes of permuted categories, corrected for all streams."""
+    """The probability that permuted categories give a rank as high, corrected for all streams."""
     level: float
 
     @property
     def significant(self) -> tuple[int, ...]:
-        """Stream indices at which categories have directions of their own."""
+        """Streams at which categories have directions of their own."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
     def to_dict(self) -> dict[str, Any]:
-        """Cosines at one stream with their intervals, ranks at all."""
+        """Return the cosines at one stream with their intervals, and the ranks at all streams."""
         pairs = [(i, j) for i in range(len(self.names)) for j in range(i)]
         return {
             "categories": dict(zip(self.names, self.counts, strict=True)),
@@ -71,15 +71,16 @@ class Cones:
         }
 
     def summary(self) -> str:
+        """Return whether categories have directions of their own, with the effective rank beside chance."""
         size = f"{len(self.names)} categories, the smallest of {min(self.counts)} prompts"
         rank = f"effective rank {float(self.rank[self.stream]):.2f} at stream {self.stream}, by chance "
         rank += f"{float(self.chance[0, self.stream]):.2f} to {float(self.chance[1, self.stream]):.2f}"
         if not self.significant:
-            return f"categories share one direction as far as can be told: {rank} ({size})"
+            return f"no sign that categories have different directions: {rank} ({size})"
         return f"categories have directions of their own at {len(self.significant)} streams: {rank} ({size})"
 
     def draw(self, figure: Figure) -> None:
-        """Cosines beside ranks."""
+        """Draw the cosines, and beside them the ranks over streams."""
         left, right = figure.subplots(1, 2)
         values = torch.tensor([[score.value for score in row] for row in self.cosine])
         plot_matrix(figure, left, values, self.names, "cosine")
@@ -101,30 +102,35 @@ def measure_cones(
     level: Level = LEVEL,
     seed: int = 0,
 ) -> Cones:
-    """Do the target prompts' categories lie in one direction from control, or each in its own?
+    """Test whether the target's categories lie in one direction from control or each in its own.
 
-    Effective rank: exp of the entropy of the squared singular values' shares (Roy and Vetterli 2007, squares: shares
-    of energy), of the categories' unit directions. Few prompts alone push it above 1, so it is compared with ``draws``
-    random permutations of the categories. Cosines are at ``stream`` (None: the highest score of the directions), with
-    percentile intervals of prompts drawn anew, and free of noise, which would lower them (`compute_inner_products`).
-    Categories with fewer than ``least`` prompts are left out; UserError where fewer than two are left. That categories
-    differ is no sign that the behavior does: topics have directions of their own, too. Needs rows.
+    The effective rank is exp of the entropy of the squared singular values' shares (Roy and Vetterli 2007; squares, so
+    that shares are of energy) of the categories' unit directions. Few prompts alone push it above 1, so it is compared
+    with ``draws`` random permutations of the categories. Cosines have percentile intervals from resampled prompts and
+    are corrected for noise, which would lower them (`compute_inner_products`). Different directions do not imply
+    different behavior: topics have directions of their own, too. Needs rows.
+
+    least: categories with fewer prompts are left out. stream: where cosines are taken; None for the stream whose
+    directions have the highest score. Raises UserError where fewer than two categories remain.
     """
     sample = read_sample(context.activations, "cones")
     names, member = group_by_category([p.category for p in context.prompts["target"]], least)
-    at = int(context.directions.score.argmax()) if stream is None else stream
-    if at >= sample.streams:
-        raise UserError(f"analysis 'cones': stream={at}, but streams run from 0 to {sample.streams - 1}")
+    index = int(context.directions.score.argmax()) if stream is None else stream
+    if index >= sample.streams:
+        raise UserError(f"analysis 'cones': stream={index}, but streams run from 0 to {sample.streams - 1}")
     ranks = torch.stack([compute_effective_ranks(sample, s, member, draws, seed) for s in range(sample.streams)], 1)
-    cosine = compute_cosines(sample, at, member, resamples, seed + 1)
+    cosine = compute_cosines(sample, index, member, resamples, seed + 1)
     counts = tuple(int(row.sum()) for row in member)
-    return Cones(names, counts, at, cosine, ranks[0], chance_interval(ranks), familywise_p_values(ranks), level)
+    return Cones(names, counts, index, cosine, ranks[0], chance_interval(ranks), familywise_p_values(ranks), level)
 
 
 def group_by_category(
     categories: Sequence[str], least: int
 ) -> tuple[tuple[str, ...], Float[Tensor, "categories prompts"]]:
-    """Names of the categories that are large enough, and 1 for each prompt that is of one. An empty name is none."""
+    """Return the names of the categories with at least ``least`` prompts, and 1 where a prompt is of a category.
+
+    Prompts with an empty category belong to none. Raises UserError where fewer than two categories are large enough.
+    """
     counts = {name: categories.count(name) for name in dict.fromkeys(categories) if name}
     names = tuple(name for name, count in counts.items() if count >= least)
     if len(names) < 2:
@@ -137,23 +143,23 @@ def group_by_category(
 
 def compute_effective_ranks(
     sample: Sample, stream: int, member: Float[Tensor, "categories prompts"], draws: int, seed: int
-) -> Float[Tensor, " draws"]:
-    """Effective rank of the categories' directions at one stream: as they are, then with categories permuted.
+) -> Float[Tensor, " all"]:
+    """Return the effective rank of the categories' directions at one stream: as observed, then for each permutation.
 
-    Only prompts that are of a category change places.
+    Only prompts that have a category are permuted.
     """
-    rows, counted = sample.at(stream), member.any(0).nonzero().flatten()
-    delta = rows[counted] - rows[sample.n :].mean(0)
-    gram, kept = delta @ delta.T, member[:, counted]
-    made = []
-    for order in draw_permutations(len(counted), draws, seed):
-        weights = _means(kept[:, order])
-        made.append(compute_effective_rank(_unit(weights @ gram @ weights.T)))
-    return torch.stack(made)
+    rows, categorized = sample.at(stream), member.any(0).nonzero().flatten()
+    delta = rows[categorized] - rows[sample.n :].mean(0)
+    gram, member = delta @ delta.T, member[:, categorized]
+    ranks = []
+    for order in draw_permutations(len(categorized), draws, seed):
+        weights = _normalize_rows(member[:, order])
+        ranks.append(compute_effective_rank(_normalize_gram(weights @ gram @ weights.T)))
+    return torch.stack(ranks)
 
 
 def compute_effective_rank(gram: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
-    """exp H of the shares of XXᵀ's eigenvalues, which are the squares of X's singular values; 0 where all are zero."""
+    """Return exp of the entropy of the shares of a Gram matrix's eigenvalues; 0 where all are zero."""
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     total = values.sum()
     shares = values / torch.where(total > 0, total, 1.0)
@@ -163,21 +169,19 @@ def compute_effective_rank(gram: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
 def compute_cosines(
     sample: Sample, stream: int, member: Float[Tensor, "categories prompts"], resamples: int, seed: int
 ) -> tuple[tuple[Score, ...], ...]:
-    """Between the categories' directions, free of the noise of few prompts, with percentile intervals.
+    """Return the cosines between the categories' directions, corrected for noise, with percentile intervals.
 
-    Prompts are drawn anew within each category and within control.
+    Prompts are resampled within each category and within control.
     """
     rows = sample.at(stream)
-    everyone = torch.ones(1, len(rows) - sample.n).double()
-    values, counts = (
-        compute_inner_products(rows @ rows.T, bootstrap_category_weights(member, everyone, resamples, seed)),
-        member.sum(1).int().tolist(),
-    )
+    control = torch.ones(1, len(rows) - sample.n).double()
+    values = compute_inner_products(rows @ rows.T, bootstrap_category_weights(member, control, resamples, seed))
+    counts = member.sum(1).int().tolist()
     size = values.diagonal(dim1=1, dim2=2)
-    scale = (size[:, :, None].clamp(min=NO_LENGTH) * size[:, None].clamp(min=NO_LENGTH)).sqrt()
-    found = (values / scale).clamp(-1, 1)  # a draw without a length says ±1: the interval then holds everything
-    low, high = torch.quantile(found[1:], torch.tensor([0.025, 0.975]).double(), dim=0)
-    value = torch.where((size[0, :, None] > 0) & (size[0] > 0), found[0], 0.0)
+    scale = (size[:, :, None].clamp(min=MIN_SQUARED_LENGTH) * size[:, None].clamp(min=MIN_SQUARED_LENGTH)).sqrt()
+    cosines = (values / scale).clamp(-1, 1)  # a resample without length gives ±1, and the interval holds everything
+    low, high = torch.quantile(cosines[1:], torch.tensor([0.025, 0.975]).double(), dim=0)
+    value = torch.where((size[0, :, None] > 0) & (size[0] > 0), cosines[0], 0.0)
 
     def score(i: int, j: int) -> Score:
         if i == j:
@@ -191,43 +195,43 @@ def compute_cosines(
 def bootstrap_category_weights(
     member: Float[Tensor, "categories target"], control: Float[Tensor, "1 control"], resamples: int, seed: int
 ) -> Float[Tensor, "draws groups rows"]:
-    """Weights of the means of each category and, last, of control: as they are, then of prompts drawn anew."""
+    """Return weights that give the means of each category and, last, of control: as observed, then resampled."""
     generator = torch.Generator().manual_seed(seed)
     groups = torch.block_diag(member, control)
-    made = []
+    weights = []
     for group in groups:
         rows = group.nonzero().flatten()
-        again = torch.randint(len(rows), (resamples, len(rows)), generator=generator)
+        picks = torch.randint(len(rows), (resamples, len(rows)), generator=generator)
         counts = torch.zeros(resamples, len(group)).double()
-        counts.scatter_add_(1, rows[again], torch.ones_like(again).double())
-        made.append(torch.cat([group[None], counts]) / len(rows))
-    return torch.stack(made, 1)
+        counts.scatter_add_(1, rows[picks], torch.ones_like(picks).double())
+        weights.append(torch.cat([group[None], counts]) / len(rows))
+    return torch.stack(weights, 1)
 
 
 def compute_inner_products(
     gram: Float[Tensor, "rows rows"], weights: Float[Tensor, "draws groups rows"]
 ) -> Float[Tensor, "draws categories categories"]:
-    """Inner products of the categories' differences from control, of which noise is no part.
+    """Return inner products of the categories' differences from control, free of the noise of few prompts.
 
-    A mean's product with itself is taken over pairs of different prompts only (a U statistic), also where a prompt was
-    drawn twice. With their own squares the cosine of two directions that are one falls to 0.64 at 25 prompts, 300
-    dimensions and a difference of 5 standard deviations, and every model has a cone.
+    The product of a mean with itself is taken over pairs of different prompts only (a U statistic), also where a
+    prompt was drawn twice. With the prompts' own squares the cosine of two equal directions falls to 0.64 at 25
+    prompts, 300 dimensions and a difference of 5 standard deviations, and every model would seem to have a cone.
     """
     raw = weights @ gram @ weights.mT
     squares = weights.square()
-    free = (1 - squares.sum(2)).clamp(min=NO_LENGTH)
+    free = (1 - squares.sum(2)).clamp(min=MIN_SQUARED_LENGTH)
     own = (raw.diagonal(dim1=1, dim2=2) - squares @ gram.diagonal()) / free
     raw = raw - torch.diag_embed(raw.diagonal(dim1=1, dim2=2)) + torch.diag_embed(own)
     cross = raw[:, :-1, -1]
     return raw[:, :-1, :-1] - cross[:, :, None] - cross[:, None] + raw[:, -1:, -1:]
 
 
-def _means(member: Tensor) -> Tensor:
+def _normalize_rows(member: Tensor) -> Tensor:
     return member / member.sum(1, keepdim=True)
 
 
-def _unit(gram: Tensor) -> Tensor:
-    """Products of rows made products of unit rows; zero rows stay."""
+def _normalize_gram(gram: Tensor) -> Tensor:
+    """Return the inner products of the rows scaled to unit length; zero rows stay zero."""
     size = gram.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
     return inverse[:, None] * gram * inverse

@@ -1,4 +1,4 @@
-"""How the layers' directions lie to each other: signed cosines, runs of layers that agree, how far one lasts."""
+"""How the directions of different streams relate: signed cosines, runs that agree, and how far one persists."""
 
 from __future__ import annotations
 
@@ -19,60 +19,62 @@ from obliteratus.core.shapes import Float
 from obliteratus.report.curves import GREY, Figure, add_legend, plot_curve, plot_matrix
 
 ALIKE = 0.7  # cos 45°: nearer to the direction than to anything at right angles to it
-YARDSTICK = 50  # permutations whose mean cosine is what chance makes: the mean's error is a seventh of their spread
+PERMUTATIONS = 50  # for the mean cosine by chance: its standard error is a seventh of the cosines' spread
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Row 0 of the directions at each stream index, compared."""
+    """Comparison of the streams' first directions."""
 
     cosine: Float[Tensor, "streams streams"]
     """Signed; zero where a stream has no direction."""
     significant: tuple[int, ...]
-    """Stream indices where the groups differ beyond chance: only there a direction means something."""
+    """Streams at which the groups differ beyond chance; at others a direction means nothing."""
     clusters: tuple[tuple[int, ...], ...]
-    """Runs of neighboring found streams, all of whose pairs have a cosine of at least ``alike``."""
+    """Runs of adjacent significant streams whose pairs all have a cosine of at least ``alike``."""
     reach: tuple[int, ...]
-    """Of each found stream, how many found streams after it are still alike, up to the first that is not."""
+    """For each significant stream, how many significant streams after it are alike, up to the first that is not."""
     chance: Float[Tensor, " lags"]
-    """Mean cosine of mean differences ``lag`` streams apart when labels are permuted: a stream keeps its noise too."""
+    """Mean cosine of mean differences ``lag`` streams apart under permuted labels: noise persists in a stream too."""
     alike: float
     n: int
+    """Prompts."""
 
     @property
     def persistence(self) -> Float[Tensor, " lags"]:
-        """Mean cosine of found streams that lie ``lag`` apart, from lag 0; NaN where no two do."""
-        return _by_lag(self.cosine, self.significant)
+        """Mean cosine of significant streams that are ``lag`` apart, from lag 0; NaN where no two are."""
+        return _average_by_lag(self.cosine, self.significant)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, by stream index."""
+        """Return all numbers by stream."""
         return {
             "prompts": self.n,
             "alike": self.alike,
             "found": list(self.significant),
             "clusters": [list(c) for c in self.clusters],
             "reach": list(self.reach),
-            "persistence": _known(self.persistence),
-            "persistence_by_chance": _known(self.chance),
+            "persistence": _replace_nan(self.persistence),
+            "persistence_by_chance": _replace_nan(self.chance),
             "cosine": self.cosine.tolist(),
         }
 
     def summary(self) -> str:
+        """Return the runs of streams that agree, and how many streams a direction lasts."""
         if not self.significant:
             return f"no stream has a direction beyond chance ({self.n} prompts)"
         runs = ", ".join(f"{c[0]}–{c[-1]}" if len(c) > 1 else str(c[0]) for c in self.clusters)
-        middle = sorted(self.reach)[len(self.reach) // 2]
+        median = sorted(self.reach)[len(self.reach) // 2]
         return (
             f"{len(self.significant)} of {len(self.cosine)} streams have a direction, in runs {runs} (cosines ≥ "
-            f"{self.alike:g}); half of them last {middle} streams or more ({self.n} prompts)"
+            f"{self.alike:g}); half of them last {median} streams or more ({self.n} prompts)"
         )
 
     def draw(self, figure: Figure) -> None:
-        """The cosines, and how they fall with the distance between streams."""
+        """Draw the cosines, and beside them how they fall with the distance between streams."""
         left, right = figure.subplots(1, 2)
         plot_matrix(figure, left, self.cosine, [str(i) for i in range(len(self.cosine))], "cosine")
         left.set(xlabel="stream index", ylabel="stream index")
-        plot_curve(right, self.persistence, "found streams")
+        plot_curve(right, self.persistence, "streams that differ")
         plot_curve(right, self.chance, "labels permuted", GREY)
         right.set(xlabel="streams apart", ylabel="mean cosine", ylim=(-1.05, 1.05))
         add_legend(right)
@@ -87,64 +89,68 @@ def compare_directions(
     draws: Draws = DRAWS,
     seed: int = 0,
 ) -> Geometry:
-    """Signed cosines between the layers' directions (row 0), the runs of layers that agree, and how far one lasts.
+    """Compare the streams' first directions by signed cosines, and find runs of streams that agree.
 
-    Streams at which a `certificate` of ``level`` finds no difference count as having no direction: whatever stands
-    there is noise, which a residual stream hands on as well, so that it would look persistent. Runs are contiguous and
-    complete: every pair is alike, so that a slow turn is not chained into one. Signs are kept; a direction that turns
-    over has a cosine of −1 and ends a run. Needs rows.
+    A stream at which a `certify` test of ``level`` finds no difference counts as having no direction: what is there is
+    noise, which the residual stream also carries on and which would look persistent. Every pair within a run is alike,
+    so that a slow turn is not chained into one run. A direction that changes sign has a cosine of −1 and ends a run.
+    Needs rows.
     """
     sample = read_sample(context.activations, "geometry", least=4)
     tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardize=True, seed=seed)
     rows = normalize(context.directions.basis[:, 0].double(), dim=1)
     cosine = rows @ rows.T
-    found = [s for s in tested.significant if cosine[s, s] > 0]
-    lasting = permute_cosines(sample, seed)
-    chance = _by_lag(lasting, lasting.diagonal().nonzero().flatten().tolist())
-    reach = tuple(_reach(cosine, found[i:], alike) for i in range(len(found)))
-    return Geometry(cosine, tuple(found), find_similar_runs(cosine, found, alike), reach, chance, alike, len(sample))
+    significant = [s for s in tested.significant if cosine[s, s] > 0]
+    permuted = permute_cosines(sample, seed)
+    chance = _average_by_lag(permuted, permuted.diagonal().nonzero().flatten().tolist())
+    reach = tuple(_count_alike(cosine, significant[i:], alike) for i in range(len(significant)))
+    runs = find_similar_runs(cosine, significant, alike)
+    return Geometry(cosine, tuple(significant), runs, reach, chance, alike, len(sample))
 
 
 def find_similar_runs(
-    cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float
+    cosine: Float[Tensor, "streams streams"], streams: Sequence[int], alike: float
 ) -> tuple[tuple[int, ...], ...]:
-    """Neighboring streams, from the first on, as long as each is alike all of its run."""
-    made: list[list[int]] = []
-    for stream in found:
-        joins = made and made[-1][-1] == stream - 1 and bool((cosine[stream, made[-1]] >= alike).all())
+    """Split the streams into runs of adjacent ones, each stream alike to all of its run, greedily from the first."""
+    runs: list[list[int]] = []
+    for stream in streams:
+        joins = runs and runs[-1][-1] == stream - 1 and bool((cosine[stream, runs[-1]] >= alike).all())
         if joins:
-            made[-1].append(stream)
+            runs[-1].append(stream)
         else:
-            made.append([stream])
-    return tuple(map(tuple, made))
+            runs.append([stream])
+    return tuple(map(tuple, runs))
 
 
 def permute_cosines(sample: Sample, seed: int) -> Float[Tensor, "streams streams"]:
-    """Mean cosine of the streams' mean differences over permutations of the labels, the same ones at each stream."""
-    order = draw_permutations(len(sample), YARDSTICK, seed)[1:]
+    """Return the mean cosine of the streams' mean differences over permutations of the labels.
+
+    All streams share the same permutations.
+    """
+    order = draw_permutations(len(sample), PERMUTATIONS, seed)[1:]
     side = torch.cat([torch.ones(sample.n) / sample.n, -torch.ones(len(sample) - sample.n) / (len(sample) - sample.n)])
-    weights = torch.zeros(YARDSTICK, len(sample)).double().scatter_(1, order, side.double().expand(YARDSTICK, -1))
+    weights = torch.zeros(order.shape).double().scatter_(1, order, side.double().expand(order.shape))
     deltas = torch.stack([normalize(weights @ sample.at(s), dim=1) for s in range(sample.streams)], 1)
-    return torch.einsum("bsw,btw->st", deltas, deltas) / YARDSTICK
+    return torch.einsum("bsw,btw->st", deltas, deltas) / PERMUTATIONS
 
 
-def _reach(cosine: Float[Tensor, "streams streams"], found: Sequence[int], alike: float) -> int:
-    """How many of the found streams behind the first are alike it, up to one that is not."""
-    for steps, stream in enumerate(found[1:]):
-        if cosine[found[0], stream] < alike:
+def _count_alike(cosine: Float[Tensor, "streams streams"], streams: Sequence[int], alike: float) -> int:
+    """Return how many of the streams after the first are alike to it, up to the first that is not."""
+    for steps, stream in enumerate(streams[1:]):
+        if cosine[streams[0], stream] < alike:
             return steps
-    return len(found) - 1
+    return len(streams) - 1
 
 
-def _by_lag(cosine: Float[Tensor, "streams streams"], of: Sequence[int]) -> Float[Tensor, " streams"]:
-    """Mean cosine of pairs (a, b) of these streams with b − a = lag; NaN where there is none."""
-    kept = cosine[list(of)][:, list(of)]
-    apart = torch.tensor(list(of), dtype=torch.long)
-    lags = apart[None] - apart[:, None]
-    means = [kept[lags == lag] for lag in range(len(cosine))]
-    return torch.stack([m.mean() if len(m) else cosine.new_tensor(nan) for m in means])
+def _average_by_lag(cosine: Float[Tensor, "streams streams"], streams: Sequence[int]) -> Float[Tensor, " streams"]:
+    """Return, for each lag, the mean cosine of pairs (a, b) of these streams with b − a = lag; NaN without pairs."""
+    chosen = cosine[list(streams)][:, list(streams)]
+    index = torch.tensor(list(streams), dtype=torch.long)
+    lags = index[None] - index[:, None]
+    pairs = [chosen[lags == lag] for lag in range(len(cosine))]
+    return torch.stack([p.mean() if len(p) else cosine.new_tensor(nan) for p in pairs])
 
 
-def _known(values: Float[Tensor, " lags"]) -> list[float | None]:
-    """JSON has no NaN."""
+def _replace_nan(values: Float[Tensor, " lags"]) -> list[float | None]:
+    """Return the values with None for NaN, which JSON does not have."""
     return [None if value != value else value for value in values.tolist()]

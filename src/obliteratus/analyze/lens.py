@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -14,57 +14,56 @@ from obliteratus.analyze.readout import compute_logit_effects
 from obliteratus.analyze.significance import draw_unit_vectors
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Subject
-from obliteratus.report.curves import BLUE, GREY, ORANGE
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-LEVEL = 0.95
+QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class Lens:
-    """Through the final norm's gain and the unembedding; logits in standard deviations over the vocabulary."""
+    """Tokens by the logits of the directions, through the final norm's gain and the unembedding.
+
+    Logits are in standard deviations over the vocabulary.
+    """
 
     promoted: tuple[tuple[str, ...], ...]
-    """Of each stream, the tokens whose logits the direction raises most, first the highest; none where it is zero."""
+    """For each stream, the tokens whose logits its direction raises most, highest first; none for a zero direction."""
     suppressed: tuple[tuple[str, ...], ...]
-    """And lowers most."""
+    """For each stream, the tokens whose logits it lowers most, lowest first."""
     high: Float[Tensor, "streams tokens"]
-    """The logits of `compute_logit_effects`."""
+    """Logits of the promoted tokens."""
     low: Float[Tensor, "streams tokens"]
-    """The logits of `suppressed`."""
+    """Logits of the suppressed tokens."""
     limit: float
-    """What |logit| no token reaches for as many random directions as there are streams, in 19 of 20 such sets."""
+    """The |logit| that no token reaches in 19 of 20 sets of as many random directions as there are streams."""
     sharing: Float[Tensor, " streams"]
-    """Of the tokens a stream promotes, the share that the stream before promotes too, 0–1; zero at stream 0."""
+    """Share of a stream's promoted tokens that the stream before promotes too, 0–1; zero at stream 0."""
 
     @property
     def significant(self) -> list[int]:
-        """Streams whose direction promotes or suppresses a token more than random directions do any."""
+        """Streams whose direction moves a token's logit more than random directions move any."""
         most = torch.maximum(self.high[:, 0], -self.low[:, 0])
         return [i for i, value in enumerate(most.tolist()) if value > self.limit]
 
     def to_dict(self) -> dict[str, Any]:
-        """Tokens with their logits, stream by stream, and the limit that random directions give."""
+        """Return tokens with their logits by stream, and the limit from random directions."""
         streams = [
-            {"promoted": _pairs(up, high), "suppressed": _pairs(down, low)}
+            {"promoted": _pair(up, high), "suppressed": _pair(down, low)}
             for up, high, down, low in zip(self.promoted, self.high, self.suppressed, self.low, strict=True)
         ]
         return {"streams": streams, "limit": self.limit, "found": self.significant, "sharing": self.sharing.tolist()}
 
     def summary(self) -> str:
-        """What the clearest stream promotes."""
+        """Return what the clearest stream promotes and suppresses."""
         if not self.significant:
             return "no direction promotes or suppresses any token more than random directions do"
         best = max(self.significant, key=lambda i: max(float(self.high[i, 0]), -float(self.low[i, 0])))
         up, down = (" ".join(map(repr, tokens[best][:5])) for tokens in (self.promoted, self.suppressed))
-        return (
-            f"{len(self.significant)} streams beyond random directions; stream {best} promotes {up}, suppresses {down}"
-        )
+        count = len(self.significant)
+        return f"{count} streams beyond random directions; stream {best} promotes {up}, suppresses {down}"
 
     def draw(self, figure: Figure) -> None:
-        """The top and the bottom token's logit by stream, the first of them named at the clearest one."""
+        """Draw the highest and lowest logit by stream, between the limits of random directions."""
         label = "logit (standard deviations)"
         axes = figure.add_subplot(xlabel="stream", ylabel=label, title="what the directions promote")
         streams = range(len(self.high))
@@ -76,7 +75,7 @@ class Lens:
         axes.legend()
 
 
-def _pairs(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
+def _pair(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
     return list(zip(tokens, values.tolist(), strict=False))
 
 
@@ -88,53 +87,60 @@ def apply_logit_lens(
     random: Annotated[int, Field(ge=100, le=10000)] = 1000,
     seed: int = 0,
 ) -> Lens:
-    """Which tokens each stream's first direction promotes and suppresses, beside what random directions do.
+    """List the tokens that each stream's first direction promotes and suppresses, beside random directions.
 
-    Asks no pass: γ⊙d through the unembedding. A direction counts where a token's logit lies further out than any of
-    ``random`` random directions' would by chance, over all streams together (5 %). tokens: listed at each end.
+    The direction times the final norm's gain goes through the unembedding, which needs no forward pass. A direction is
+    significant where a token's logit is further out than any of ``random`` random directions would put one by chance,
+    over all streams together (5 %). tokens: how many are listed at each end.
     """
     subject, rows = context.subject, context.directions.basis[:, 0]
     logits = list(compute_logit_effects(subject, rows))
     high, up = find_extreme_tokens(logits, tokens, largest=True)
     low, down = find_extreme_tokens(logits, tokens, largest=False)
-    there = rows.any(1)
+    present = rows.any(1)
     return Lens(
-        promoted=decode_tokens(subject, up, there),
-        suppressed=decode_tokens(subject, down, there),
+        promoted=decode_tokens(subject, up, present),
+        suppressed=decode_tokens(subject, down, present),
         high=high,
         low=low,
-        limit=compute_random_limit(subject, int(there.sum()), random, seed),
-        sharing=_sharing(up, there),
+        limit=compute_random_limit(subject, int(present.sum()), random, seed),
+        sharing=_compute_sharing(up, present),
     )
 
 
 def compute_random_limit(subject: Subject, streams: int, random: int, seed: int) -> float:
-    """The largest |logit| over so many random directions: its 95 % point. The quantile 0.95^(1/streams) of one's."""
+    """Return the 95 % point of the largest |logit| over ``streams`` random directions.
+
+    That is the quantile 0.95^(1/streams) of a single direction's largest |logit|.
+    """
     units = draw_unit_vectors(random, subject.width, seed)
     largest = torch.cat([part.abs().amax(1) for part in compute_logit_effects(subject, units)])
-    return float(torch.quantile(largest, LEVEL ** (1 / max(streams, 1))))
+    return float(torch.quantile(largest, QUANTILE ** (1 / max(streams, 1))))
 
 
 def find_extreme_tokens(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k largest or smallest logits of each row, and their tokens; all of them where there are fewer."""
-    found = [part.topk(min(k, part.shape[1]), dim=1, largest=largest) for part in logits]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    """Return the k largest or smallest logits of each row and their tokens; all where the vocabulary is smaller."""
+    extremes = [part.topk(min(k, part.shape[1]), dim=1, largest=largest) for part in logits]
+    return torch.cat([e.values for e in extremes]), torch.cat([e.indices for e in extremes])
 
 
 def decode_tokens(
-    subject: Subject, tokens: Int[Tensor, "n k"], there: Bool[Tensor, " n"]
+    subject: Subject, tokens: Int[Tensor, "n k"], present: Bool[Tensor, " n"]
 ) -> tuple[tuple[str, ...], ...]:
-    """Tokens as text, none for rows that are not there; ids beyond the tokenizer, of a padded vocabulary, by number."""
+    """Return tokens as text, none for rows that are not present.
+
+    Ids beyond the tokenizer's, as a padded vocabulary has them, are shown by number.
+    """
     known = len(subject.tokenizer)
 
     def text(token: int) -> str:
         return str(subject.tokenizer.decode([token])) if token < known else f"#{token}"
 
-    rows = zip(tokens.tolist(), there.tolist(), strict=True)
+    rows = zip(tokens.tolist(), present.tolist(), strict=True)
     return tuple(tuple(text(t) for t in row) if real else () for row, real in rows)
 
 
-def _sharing(tokens: Int[Tensor, "streams k"], there: Tensor) -> Float[Tensor, " streams"]:
-    """Of each stream's tokens, the share that is among the stream's before."""
+def _compute_sharing(tokens: Int[Tensor, "streams k"], present: Tensor) -> Float[Tensor, " streams"]:
+    """Return the share of each stream's tokens that are also the previous stream's."""
     same = (tokens[1:, :, None] == tokens[:-1, None, :]).any(2).float().mean(1)
-    return torch.cat([torch.zeros(1), same * (there[1:] & there[:-1])])
+    return torch.cat([torch.zeros(1), same * (present[1:] & present[:-1])])

@@ -1,4 +1,4 @@
-"""Activations put in place of others, at one module, position and run of columns of each row; many rows a pass."""
+"""Run a model with activations replaced at one module, token and column range of each row; many rows per pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.inference.hooks import StreamCapture
@@ -25,25 +25,27 @@ Side = Literal["output", "input"]
 
 @dataclass(frozen=True)
 class Patch:
-    """A value in place of what a module gives, or is given, at one token."""
+    """A value that replaces a module's output or input at one token."""
 
     path: str
     """Module path."""
     position: int
-    """Token, counted from the end of the row."""
+    """Token, counted from the end of the row: −1 is the last."""
     value: Float[Tensor, " width"]
     side: Side = "output"
     columns: tuple[int, int] | None = None
-    """(start, stop) of the columns that are replaced; None is all of them."""
+    """(start, stop) of the columns that are replaced; None replaces all."""
 
 
-def run_patched(subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], title: str) -> Float[Tensor, "rows width"]:
-    """The last stream at every row's last token, fp32, with that row's values put in. Rows do not see each other.
+def run_patched(
+    subject: Subject, ids: Ids, patches: Sequence[Sequence[Patch]], title: str
+) -> Float[Tensor, "rows width"]:
+    """Return the last stream at every row's last token, fp32, with that row's patches applied to that row only.
 
-    Positions may not lie before a row's beginning: ValueError.
+    Raises ValueError for a position before the beginning of its row.
     """
-    deepest = max((-put.position for row in puts for put in row), default=1)
-    if any(-put.position > len(row) for row, mine in zip(ids, puts, strict=True) for put in mine):
+    deepest = max((-patch.position for row in patches for patch in row), default=1)
+    if any(-patch.position > len(row) for row, own in zip(ids, patches, strict=True) for patch in own):
         raise ValueError(f"a position {deepest} tokens from the end lies before the beginning of some row")
     result = torch.empty(len(ids), subject.width)
     with torch.inference_mode(), progress(title, len(ids)) as advance:
@@ -52,12 +54,11 @@ def run_patched(subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], tit
         def run(rows: list[int]) -> tuple[list[int], Tensor]:
             batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
             capture = StreamCapture(subject, lengths - 1, STREAM_ONLY, subject.n_layers)
-            mine = [puts[i] for i in rows]
-            with _putting(subject, mine, lengths), capture.watching(), prompts.around(rows):
-                run_backbone(subject, batch, prompts.skipped, prompts.cache(rows))
+            with _patched(subject, [patches[i] for i in rows], lengths), capture.attach(), prompts.pass_over(rows):
+                run_backbone(subject, batch, prompts.prefix_length, prompts.make_cache(rows))
             return rows, capture.stream[-1]
 
-        for group in make_batches([len(row) for row in prompts.rows], token_budget(subject, state_bytes(subject))):
+        for group in make_batches([len(row) for row in prompts.rows], token_budget(subject)):
             for rows, streams in run_or_halve(run, group):
                 result[rows] = streams
                 advance(len(rows))
@@ -65,22 +66,22 @@ def run_patched(subject: Subject, ids: Ids, puts: Sequence[Sequence[Patch]], tit
 
 
 @dataclass(frozen=True)
-class _Here:
-    """A put, in a pass."""
+class _PlacedPatch:
+    """A patch with its row and token in a batch."""
 
     row: int
     token: int
-    put: Patch
+    patch: Patch
 
 
 @contextmanager
-def _putting(subject: Subject, puts: Sequence[Sequence[Patch]], lengths: Tensor) -> Iterator[None]:
-    """Inside, a pass over these rows has their values in it."""
-    by_place: dict[tuple[str, Side], list[_Here]] = {}
-    for row, (mine, length) in enumerate(zip(puts, lengths.tolist(), strict=True)):
-        for put in mine:
-            by_place.setdefault((put.path, put.side), []).append(_Here(row, length + put.position, put))
-    handles = [_attach(subject.module(path), side, here, len(puts)) for (path, side), here in by_place.items()]
+def _patched(subject: Subject, patches: Sequence[Sequence[Patch]], lengths: Tensor) -> Iterator[None]:
+    """Inside, a pass over these rows has their values replaced."""
+    by_module: dict[tuple[str, Side], list[_PlacedPatch]] = {}
+    for row, (own, length) in enumerate(zip(patches, lengths.tolist(), strict=True)):
+        for patch in own:
+            by_module.setdefault((patch.path, patch.side), []).append(_PlacedPatch(row, length + patch.position, patch))
+    handles = [_attach(subject.module(path), side, placed, len(patches)) for (path, side), placed in by_module.items()]
     try:
         yield
     finally:
@@ -88,8 +89,8 @@ def _putting(subject: Subject, puts: Sequence[Sequence[Patch]], lengths: Tensor)
             handle.remove()
 
 
-def _attach(module: nn.Module, side: Side, here: Sequence[_Here], rows: int) -> RemovableHandle:
-    change = _changing(here, rows)
+def _attach(module: nn.Module, side: Side, placed: Sequence[_PlacedPatch], rows: int) -> RemovableHandle:
+    change = _make_change(placed, rows)
     if side == "input":
         return module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
 
@@ -99,15 +100,15 @@ def _attach(module: nn.Module, side: Side, here: Sequence[_Here], rows: int) -> 
     return module.register_forward_hook(hook)
 
 
-def _changing(here: Sequence[_Here], rows: int) -> Callable[[Tensor], Tensor]:
-    """Tokens may lie flat, as experts have them: [rows × tokens, width]."""
+def _make_change(placed: Sequence[_PlacedPatch], rows: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that applies the patches to [rows, tokens, width] or, for experts, [rows × tokens, width]."""
 
     def change(x: Tensor) -> Tensor:
         changed = x.clone()
         view = changed.view(rows, -1, x.shape[-1])
-        for one in here:
-            columns = slice(*one.put.columns) if one.put.columns else slice(None)
-            view[one.row, one.token, columns] = one.put.value.to(x.device, x.dtype)
+        for p in placed:
+            columns = slice(*p.patch.columns) if p.patch.columns else slice(None)
+            view[p.row, p.token, columns] = p.patch.value.to(x.device, x.dtype)
         return changed
 
     return change

@@ -1,10 +1,10 @@
-"""At which tokens, and from which stream on, the groups lie apart along the directions."""
+"""At which tokens, and from which stream on, the groups differ along the directions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -17,48 +17,46 @@ from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.shapes import Float
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from obliteratus.report.curves import Figure
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Held-out prompts along each stream's own direction, at the last tokens of every prompt."""
+    """Held-out prompts projected on each stream's own direction, at the last tokens of every prompt."""
 
     tokens: tuple[str, ...]
-    """Of the positions −P … −1: the token where all prompts have the same, as a template's are; else empty."""
+    """For the positions −P … −1, the token where all prompts share it, as a template's tokens are; else empty."""
     streams: int
     """L + 1."""
     contrast: Contrast
     """Mean of target − mean of control at each position and stream, position by position; the stream's unit."""
     auc: Float[Tensor, "positions streams"]
-    """The share of pairs in which the target prompt lies further along: 0–1, a half where the groups are alike."""
+    """Share of pairs in which the target prompt is further along: 0–1, 0.5 where the groups are alike."""
     prompts: tuple[int, int]
-    """Target and control prompts behind it."""
+    """Number of target and control prompts."""
 
-    def place(self, i: int) -> tuple[int, int]:
-        """(position, stream) of the i-th number of the contrast."""
+    def locate(self, i: int) -> tuple[int, int]:
+        """Return the (position, stream) of the i-th number of the contrast."""
         return i // self.streams - len(self.tokens), i % self.streams
 
     def to_dict(self) -> dict[str, Any]:
-        """Differences with standard errors and AUC, position by position, and the places beyond chance."""
+        """Return differences with standard errors and AUC by position, and the places beyond chance."""
         shape = (len(self.tokens), self.streams)
         values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
         tables = {name: value.reshape(shape).tolist() for name, value in values.items()}
-        found = [self.place(i) for i in self.contrast.significant]
+        found = [list(self.locate(i)) for i in self.contrast.significant]
         about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "prompts": list(self.prompts)}
-        return {**about, "found": [list(place) for place in found], **tables}
+        return {**about, "found": found, **tables}
 
     def summary(self) -> str:
-        """Where they lie furthest apart."""
-        named = describe_clearest(self.contrast, lambda i: "token {} stream {}".format(*self.place(i)))
-        places = {self.place(i)[0] for i in self.contrast.significant}
-        return f"apart at {len(places)} of the last {len(self.tokens)} tokens: {named}"
+        """Return where the groups differ most clearly."""
+        clearest = describe_clearest(self.contrast, lambda i: "token {} stream {}".format(*self.locate(i)))
+        positions = {self.locate(i)[0] for i in self.contrast.significant}
+        return f"the groups differ at {len(positions)} of the last {len(self.tokens)} tokens: {clearest}"
 
     def draw(self, figure: Figure) -> None:
-        """A map of AUC: streams across, tokens down."""
-        axes = figure.add_subplot(xlabel="stream", ylabel="token from the end", title="groups apart, held out")
+        """Draw a map of AUC: streams across, tokens down."""
+        axes = figure.add_subplot(xlabel="stream", ylabel="token from the end", title="AUC of the groups, held out")
         size = (-0.5, self.streams - 0.5, -0.5, -len(self.tokens) - 0.5)
         image = axes.imshow(self.auc.numpy(), cmap="RdBu_r", vmin=0, vmax=1, aspect="auto", extent=size)
         ticks = range(-len(self.tokens), 0)
@@ -73,18 +71,18 @@ COST = Cost(prompt_count("search", "target") + prompt_count("search", "control")
 def measure_positions(
     context: AnalysisContext, *, last: Annotated[int, Field(ge=1, le=256)] = 12, seed: int = 0
 ) -> Positions:
-    """How far the groups lie apart along each stream's first direction, at the last tokens of held-out prompts.
+    """Measure how far the groups differ along each stream's first direction, at the last tokens of held-out prompts.
 
-    All positions come from one pass. Directions are as they were fitted, at their one token. What stands out is told
-    from chance by permuting the prompts' labels. last: tokens, at most as many as the shortest prompt has.
+    One pass reads all positions. The directions are used as fitted, at their one token. The limit comes from
+    permutations of the prompts' labels. last: how many tokens, at most as many as the shortest prompt has.
     """
     subject = context.subject
     ids = {group: render_prompts(subject, context.held_out[group]) for group in GROUPS}
-    everything = [row for group in GROUPS for row in ids[group]]
-    n = min(last, *map(len, everything))
-    target, control = (_along(context, ids[group], n) for group in GROUPS)
+    rows = [row for group in GROUPS for row in ids[group]]
+    n = min(last, *map(len, rows))
+    target, control = (_project(context, ids[group], n) for group in GROUPS)
     return Positions(
-        tokens=_tokens(context, everything, n),
+        tokens=_find_shared_tokens(context, rows, n),
         streams=subject.n_layers + 1,
         contrast=contrast_between_groups(target.flatten(1), control.flatten(1), seed),
         auc=pairwise_auc(target.flatten(1), control.flatten(1)).view(target.shape[1:]),
@@ -92,15 +90,15 @@ def measure_positions(
     )
 
 
-def _along(context: AnalysisContext, ids: Ids, n: int) -> Float[Tensor, "prompts positions streams"]:
+def _project(context: AnalysisContext, ids: Ids, n: int) -> Float[Tensor, "prompts positions streams"]:
     directions, subject = context.directions.basis[:, 0], context.subject
     result = torch.empty(len(ids), n, len(directions))
-    for got in read_hidden_states(subject, ids, position=range(-n, 0), title="ANALYZE positions"):
-        result[got.rows] = torch.einsum("rlpw,lw->rpl", got.stream, directions)
+    for batch in read_hidden_states(subject, ids, position=range(-n, 0), title="ANALYZE positions"):
+        result[batch.rows] = torch.einsum("rlpw,lw->rpl", batch.stream, directions)
     return result
 
 
-def _tokens(context: AnalysisContext, ids: Sequence[list[int]], n: int) -> tuple[str, ...]:
+def _find_shared_tokens(context: AnalysisContext, ids: Sequence[list[int]], n: int) -> tuple[str, ...]:
     tokenizer = context.subject.tokenizer
-    kinds = ({row[position] for row in ids} for position in range(-n, 0))
-    return tuple(str(tokenizer.decode([*kind])) if len(kind) == 1 else "" for kind in kinds)
+    distinct = ({row[position] for row in ids} for position in range(-n, 0))
+    return tuple(str(tokenizer.decode([*tokens])) if len(tokens) == 1 else "" for tokens in distinct)

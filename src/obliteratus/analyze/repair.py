@@ -1,10 +1,10 @@
-"""Self-repair: what later layers write back of a direction that earlier ones may no longer write. By experiment."""
+"""Self-repair: what later layers write back of a direction that earlier layers are kept from writing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,16 +23,13 @@ from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.report.curves import BLUE, GREY, ORANGE
+from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
 from obliteratus.verify.intervals import RESAMPLES
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Of the groups' difference at the last stream: what is taken, and what is written back, beyond this share is worth a
-# word. Of less than that, any write is a multiple: on the organism 0.01 was taken at layer 4, and 43 of 381 came.
-LEAST = 0.05
-RANDOM = 19  # p is then 1 in 20 at best: the level
+# Removed and written-back amounts below this share of the groups' difference at the last stream are not reported:
+# any write is a multiple of a tiny amount. On the organism 0.01 of 381 was removed at layer 4, and 43 came back.
+MIN_SHARE = 0.05
+RANDOM = 19  # p is then 1 in 20 at best, which is the level
 
 
 @dataclass(frozen=True)
@@ -40,65 +37,66 @@ class Repair:
     """Differences between the groups (target − control) along one direction, in the stream's unit."""
 
     direct: Float[Tensor, " streams"]
-    """Of the model as it is."""
+    """The differences in the original model."""
     depths: tuple[int, ...]
-    """Layers l: the direction is taken from all that layers up to l write, embeddings too."""
-    left: Float[Tensor, " depths"]
-    """Of the last stream then."""
+    """Layers l: the direction is removed from all that the embeddings and layers up to l write."""
+    remaining: Float[Tensor, " depths"]
+    """The difference at the last stream after that removal."""
     extra: tuple[Score, ...]
-    """What the layers above l write more than they do in the model as it is: compared stream by stream."""
+    """What the layers above l write more than in the original model."""
     restored: Float[Tensor, " depths"]
-    """extra in units of what was taken away, direct[l + 1]: 1 where all of it comes back, 0 where later layers write
-    what they always do, below 0 where they lean on it; 0 where little was taken (5 % of the last difference)."""
+    """extra as a share of what was removed: 1 if all of it comes back, 0 if later layers write what they always do,
+    below 0 if they rely on it; 0 where less than 5 % of the last difference was removed."""
     p: Float[Tensor, " depths"]
-    """That random directions, of which so many were tried, have as much written back at any depth."""
+    """The share of directions, this one and the random ones, that have as much written back at any depth."""
     chance: float
-    """The most that is written back at any depth of all but a share ``level`` of the random directions."""
+    """The most that is written back at any depth, of all but a share ``level`` of the random directions."""
     level: float
 
     @property
     def significant(self) -> list[int]:
-        """Depths from which layers write the direction back: extra, of the sign of what was taken, lies beyond chance.
+        """Depths from which later layers write the direction back beyond chance.
 
-        p is at most the level, and all of its interval is worth a word (5 % of the last difference).
+        p is at most the level, and the whole interval of extra, with the sign of what was removed, exceeds 5 % of the
+        last difference.
         """
-        floor = LEAST * abs(float(self.direct[-1]))
+        floor = MIN_SHARE * abs(float(self.direct[-1]))
         low = [s.low if self.direct[d + 1] >= 0 else -s.high for d, s in zip(self.depths, self.extra, strict=True)]
-        real = (self.restored != 0) & (self.p <= self.level)  # there was something to write back
-        return [depth for depth, value, r in zip(self.depths, low, real, strict=True) if r and value > floor]
+        possible = (self.restored != 0) & (self.p <= self.level)  # there was something to write back
+        return [depth for depth, value, p in zip(self.depths, low, possible, strict=True) if p and value > floor]
 
     def to_dict(self) -> dict[str, Any]:
-        """What was taken, what came back, with intervals, and what random directions give."""
+        """Return what was removed, what came back with intervals, and what random directions give."""
         depths = [
-            {"layer": layer, "taken": float(self.direct[layer + 1]), "left": left, "restored": share}
+            {"layer": layer, "taken": float(self.direct[layer + 1]), "left": remaining, "restored": share}
             | {"extra": extra.model_dump(), "p": p}
-            for layer, left, share, extra, p in zip(
-                self.depths, self.left.tolist(), self.restored.tolist(), self.extra, self.p.tolist(), strict=True
+            for layer, remaining, share, extra, p in zip(
+                self.depths, self.remaining.tolist(), self.restored.tolist(), self.extra, self.p.tolist(), strict=True
             )
         ]
         chance = {"chance": self.chance, "level": self.level}
         return {"direct": self.direct.tolist(), "depths": depths, **chance, "found": self.significant}
 
     def summary(self) -> str:
-        """Where most comes back."""
+        """Return at which depth most comes back."""
         if not self.significant:
             return "no layer writes the direction back beyond what random directions show"
-        places = [self.depths.index(depth) for depth in self.significant]
-        best = max(places, key=lambda i: float(self.restored[i]))
+        best = max(map(self.depths.index, self.significant), key=lambda i: float(self.restored[i]))
         return (
-            f"self-repair: with the direction taken up to layer {self.depths[best]}, later layers write back "
-            f"{100 * float(self.restored[best]):.0f} % of it ({len(self.significant)} of {len(self.depths)} depths show some)"
+            f"self-repair: with the direction removed up to layer {self.depths[best]}, later layers write back "
+            f"{100 * float(self.restored[best]):.0f} % of it ({len(self.significant)} of {len(self.depths)} depths "
+            "show some)"
         )
 
     def draw(self, figure: Figure) -> None:
-        """The difference as it is, and what later layers write back, by depth."""
-        axes = figure.add_subplot(xlabel="taken up to layer", ylabel="Δ along d", title="what comes back")
-        axes.plot(range(-1, len(self.direct) - 1), self.direct.tolist(), color=GREY, label="as it is, behind the layer")
-        axes.plot(self.depths, self.left.tolist(), "o-", color=BLUE, label="left at the last stream")
+        """Draw the original difference, and what later layers write back, by depth."""
+        axes = figure.add_subplot(xlabel="removed up to layer", ylabel="Δ along d", title="what is written back")
+        axes.plot(range(-1, len(self.direct) - 1), self.direct.tolist(), color=GREY, label="original, after the layer")
+        axes.plot(self.depths, self.remaining.tolist(), "o-", color=BLUE, label="left at the last stream")
         values = [score.value for score in self.extra]
         bars = [[v - s.low for v, s in zip(values, self.extra, strict=True)]]
         bars += [[s.high - v for v, s in zip(values, self.extra, strict=True)]]
-        axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=ORANGE, label="written back beyond that")
+        axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=ORANGE, label="written back")
         axes.axhspan(-self.chance, self.chance, color=GREY, alpha=0.3, label="random directions")
         axes.legend()
 
@@ -119,25 +117,27 @@ def measure_repair(
     level: Level = LEVEL,
     seed: int = 0,
 ) -> Repair:
-    """How much of the direction later layers write back once earlier ones cannot write it (the Ouroboros effect).
+    """Measure how much of the direction later layers write back once earlier ones cannot (the Ouroboros effect).
 
-    The direction is taken from the writers of layers up to l, embeddings too, by live edits; what the layers above add
-    to the groups' difference along it is compared with what they add in the model as it is. The same is done with
-    ``random`` random directions: p is the share, the direction itself counted, that have as much written back at one
-    depth or another, so that of directions drawn by chance at most a share ``level`` is ever found. stream: whose first
-    direction, the best-scored if None. prompts: fit prompts of each group, at most. depths: how many l are tried,
-    evenly spread from layer 0 to the last but one.
+    Live edits remove the direction from the writers of the embeddings and of layers up to l. What the layers above add
+    to the groups' difference along it is compared with what they add in the original model, and with the same for
+    ``random`` random directions. p is the share of all directions, this one counted, that have as much written back at
+    any depth, so at most a share ``level`` of random directions is ever significant.
+
+    stream: the direction is this stream's first; None for the stream with the highest score. prompts: the most fit
+    prompts of each group. depths: how many l are tried, evenly spaced from layer 0 to the last but one.
     """
     subject, aim = context.subject, choose_direction(context, stream, "repair")
-    layers = _spread(subject.n_layers - 1, depths)
+    layers = _space_evenly(subject.n_layers - 1, depths)
     chosen = subsample(context.prompts, prompts)
     units = torch.cat([aim.vector[None], draw_unit_vectors(random, subject.width, seed)])
-    found = _measured(subject, chosen, layers, units, context.activations.position)
-    return _judged(found[0], layers, torch.stack([compute_written_back(one, layers) for one in found]), level, seed)
+    measured = _measure_directions(subject, chosen, layers, units, context.activations.position)
+    back = torch.stack([compute_written_back(one, layers) for one in measured])
+    return _make_repair(measured[0], layers, back, level, seed)
 
 
-def _spread(n: int, most: int) -> tuple[int, ...]:
-    """At most so many of 0 … n − 1, evenly, both ends among them."""
+def _space_evenly(n: int, most: int) -> tuple[int, ...]:
+    """Return at most ``most`` of 0 … n − 1, evenly spaced, with both ends."""
     if n <= most:
         return tuple(range(n))
     return tuple(sorted({round(i * (n - 1) / max(most - 1, 1)) for i in range(most)}))
@@ -145,40 +145,41 @@ def _spread(n: int, most: int) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------- measuring
 Measured = tuple[Float[Tensor, "plans a streams"], Float[Tensor, "plans b streams"]]
-"""Streams along a direction, of target and of control prompts; the first plan is the model as it is."""
+"""Streams along a direction, of target and of control prompts; the first plan is the original model."""
 
 
-def _measured(
+def _measure_directions(
     subject: Subject, prompts: PromptSet, layers: Sequence[int], units: Float[Tensor, "n width"], position: int
 ) -> list[Measured]:
-    """Of each direction. The model as it is runs once for all of them."""
+    """Measure each direction under its removal at each depth. The original model runs once for all directions."""
     ids = [render_prompts(subject, prompts[group]) for group in GROUPS]
     rows, n = [row for group in ids for row in group], len(ids[0])
-    found = []
+    measured = []
     with progress("ANALYZE repair", len(units)) as advance, report_to(SILENT):
-        before = _along(subject, [Plan()], rows, units, position)
+        before = _project_streams(subject, [Plan()], rows, units, position)
         for i, unit in enumerate(units):
             plans = [remove_from_writers(subject, unit[None], range(-1, layer + 1)) for layer in layers]
-            after = _along(subject, plans, rows, unit[None], position)
+            after = _project_streams(subject, plans, rows, unit[None], position)
             along = torch.cat([before[..., i], after[..., 0]])
-            found.append((along[:, :n], along[:, n:]))
+            measured.append((along[:, :n], along[:, n:]))
             advance(1)
-    return found
+    return measured
 
 
-def _along(
+def _project_streams(
     subject: Subject, plans: Sequence[Plan], rows: Ids, units: Float[Tensor, "n width"], position: int
 ) -> Float[Tensor, "plans rows streams n"]:
-    """Streams of all rows under each plan, along the directions; fp64."""
+    """Return the streams of all rows under each plan along the directions; fp64."""
     along = torch.empty(len(plans) * len(rows), subject.n_layers + 1, len(units), dtype=torch.float64)
     with applied_per_row(subject, plans, [plan for plan in range(len(plans)) for _ in rows]):
-        for got in read_hidden_states(subject, list(rows) * len(plans), position=position):
-            along[got.rows] = got.stream.double() @ units.double().T
+        for batch in read_hidden_states(subject, list(rows) * len(plans), position=position):
+            along[batch.rows] = batch.stream.double() @ units.double().T
     return along.view(len(plans), len(rows), -1, len(units))
 
 
+# ------------------------------------------------------------------------------------------- comparing
 def compute_group_differences(measured: Measured, seed: int | None = None) -> Float[Tensor, "plans streams draws"]:
-    """Differences of the groups' means: one draw, of all prompts; with a seed, bootstrap resamples of each group."""
+    """Return the differences of the groups' means: one draw, or with a seed, bootstrap resamples of each group."""
     means = []
     for i, rows in enumerate(measured):
         weights = torch.full((1, rows.shape[1]), 1 / rows.shape[1]).double()
@@ -193,57 +194,52 @@ def compute_group_differences(measured: Measured, seed: int | None = None) -> Fl
 def compute_compensation(
     delta: Float[Tensor, "plans streams draws"], layers: Sequence[int]
 ) -> Float[Tensor, "depths draws"]:
-    """What the layers above each depth write, less what they write in the model as it is."""
+    """Return what the layers above each depth write, minus what they write in the original model."""
     places = torch.tensor(layers) + 1
     above = delta[1:, -1] - delta[1:][torch.arange(len(layers)), places]
     return above - (delta[0, -1] - delta[0, places])
 
 
 def compute_written_back(measured: Measured, layers: Sequence[int]) -> Float[Tensor, " depths"]:
-    """What is written back at each depth: `compute_compensation`, above zero where it has the sign of what was there."""
+    """Return `compute_compensation` at each depth, positive where it has the sign of what was removed."""
     delta = compute_group_differences(measured)
     sign = torch.where(delta[0, torch.tensor(layers) + 1, 0] >= 0, 1.0, -1.0)
     return sign * compute_compensation(delta, layers)[:, 0]
 
 
 def compute_single_step_p_values(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
-    """How often a draw's largest reaches the first draw's at each depth, itself counted: p for all depths together.
+    """Return the share of draws whose largest value reaches the first draw's at each depth: p for all depths together.
 
-    Not standardized by depth (`family_wise`): of twenty values none lies more than 4.3 standard deviations from their
-    mean, so that one odd random direction at one depth would hide any repair at another.
+    The first draw counts. Depths are not standardized as in `familywise_p_values`: of twenty values none is more than
+    4.3 standard deviations from their mean, so one odd random direction at one depth would hide any repair at another.
     """
     return (back.max(1).values[:, None] >= back[:1]).double().mean(0)
 
 
-def _judged(
+def _make_repair(
     measured: Measured, layers: tuple[int, ...], back: Float[Tensor, "draws depths"], level: float, seed: int
 ) -> Repair:
-    delta, drawn = (
-        compute_group_differences(measured),
-        compute_compensation(compute_group_differences(measured, seed), layers),
-    )
+    delta = compute_group_differences(measured)
+    resampled = compute_compensation(compute_group_differences(measured, seed), layers)
     values = compute_compensation(delta, layers)[:, 0]
-    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975]).double(), dim=1)  # 95 %
+    ends = torch.quantile(resampled, torch.tensor([0.025, 0.975]).double(), dim=1)  # 95 %
     n = sum(rows.shape[1] for rows in measured)
     places = torch.tensor(layers) + 1
-    taken = delta[0, places, 0] - delta[1:, :, 0][torch.arange(len(layers)), places]
-    least = (
-        LEAST * float(delta[0, -1, 0].abs()),
-        NEGLIGIBLE_DIFFERENCE * sum(float(rows[0].abs().mean()) for rows in measured),
-    )
-    real = taken.abs() > max(least)
+    removed = delta[0, places, 0] - delta[1:, :, 0][torch.arange(len(layers)), places]
+    size = sum(float(rows[0].abs().mean()) for rows in measured)
+    worth_comparing = removed.abs() > max(MIN_SHARE * float(delta[0, -1, 0].abs()), NEGLIGIBLE_DIFFERENCE * size)
     return Repair(
         direct=delta[0, :, 0].float(),
         depths=layers,
-        left=delta[1:, -1, 0].float(),
-        extra=tuple(_score(v, low, high, n) for v, low, high in zip(values, *ends, strict=True)),
-        restored=torch.where(real, values / taken, 0.0).float(),
+        remaining=delta[1:, -1, 0].float(),
+        extra=tuple(_make_score(v, low, high, n) for v, low, high in zip(values, *ends, strict=True)),
+        restored=torch.where(worth_comparing, values / removed, 0.0).float(),
         p=compute_single_step_p_values(back),
         chance=float(torch.quantile(back[1:].max(1).values, 1 - level, interpolation="higher")),
         level=level,
     )
 
 
-def _score(value: Tensor, low: Tensor, high: Tensor, n: int) -> Score:
+def _make_score(value: Tensor, low: Tensor, high: Tensor, n: int) -> Score:
     v = float(value)
     return Score(value=v, low=min(v, float(low)), high=max(v, float(high)), n=n, unit="stream")

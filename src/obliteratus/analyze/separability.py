@@ -1,4 +1,4 @@
-"""How well each layer tells the groups apart, on prompts that nothing was fitted on: AUC, d′, and a logistic probe."""
+"""How well each stream separates the groups on held-out prompts: AUC, d′, and the accuracy of a logistic probe."""
 
 from __future__ import annotations
 
@@ -34,87 +34,43 @@ from obliteratus.core.shapes import Bool, Float
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend, plot_band
 from obliteratus.verify.intervals import RESAMPLES, wilson_rate
 
-RIDGE = 1.0  # with rows of mean square length 1 and λ = 1, 64 dimensions of noise and 160 prompts are not overfitted
+# Of the probe, fitted in the span of its prompts so that its cost does not grow with the width.
+RIDGE = 1.0  # with rows of mean square length 1, 64 dimensions of noise and 160 prompts are not overfitted
 STEPS = 50  # Newton's method takes about eight
-DONE = 1e-10  # change of the log-odds at which it has arrived
-FLAT = 1e-9  # least p (1 − p): a prompt that is sure leaves a weight whose inverse must stay finite
-
-
-def cross_validate_probe(
-    gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float = RIDGE
-) -> Float[Tensor, " rows"]:
-    """Log-odds that each row is the target's, from a probe fitted on the other folds."""
-    scores = gram.new_zeros(len(gram))
-    labels = torch.arange(len(gram)) < plan.n
-    for fold in range(len(plan.weights)):
-        kept = plan.outside(fold)
-        scores[~kept] = fit_logistic(gram, labels, kept, ridge)[~kept]
-    return scores
-
-
-def fit_logistic(
-    gram: Float[Tensor, "rows rows"], labels: Bool[Tensor, " rows"], kept: Bool[Tensor, " rows"], ridge: float = RIDGE
-) -> Float[Tensor, " rows"]:
-    """Log-odds of all rows, by the kept ones alone.
-
-    Rows are taken about the kept rows' mean and in units of their root mean square length; small is then made
-    Σ log(1 + exp(−y f)) + λ/2 (‖w‖² + b²), with f = w·x + b, λ = ridge and y = ±1: iterated reweighted least squares
-    on f = Kα, K = XXᵀ + 1.
-    """
-    kernel = _centered(gram, kept)
-    size = kernel.diagonal()[kept].mean()
-    kernel = kernel / torch.where(size > 0, size, 1.0) + 1
-    inner, y = kernel[kept][:, kept], labels[kept].to(gram)
-    alpha = torch.zeros_like(y)
-    for _ in range(STEPS):
-        f = inner @ alpha
-        p = torch.sigmoid(f)
-        weight = (p * (1 - p)).clamp(min=FLAT)
-        root = weight.sqrt()  # K + λ/w, scaled by √w on both sides: its condition stays near that of K
-        system = root[:, None] * inner * root + ridge * torch.eye(len(y), dtype=gram.dtype)
-        solved = torch.linalg.solve_ex(system, root * (f + (y - p) / weight))[0]
-        alpha, before = root * solved, f
-        if (inner @ alpha - before).abs().max() < DONE:
-            break
-    return kernel[:, kept] @ alpha
-
-
-def _centered(gram: Tensor, kept: Tensor) -> Tensor:
-    """Products of the rows about the kept rows' mean."""
-    along = gram[:, kept].mean(1)
-    return gram - along[:, None] - along[None] + gram[kept][:, kept].mean()
+CONVERGED = 1e-10  # change of the log-odds
+MIN_VARIANCE = 1e-9  # of p (1 − p): a prompt with a certain label leaves a weight whose inverse must stay finite
 
 
 @dataclass(frozen=True)
 class Separability:
-    """At each stream index, on held-out folds, with 95 % intervals."""
+    """Scores of each stream on held-out folds, with 95 % intervals."""
 
     auc: tuple[Score, ...]
-    """Along the other folds' mean difference."""
+    """AUC along the other folds' mean difference."""
     d_prime: tuple[Score, ...]
-    """The same projections: difference of the means in standard deviations."""
+    """Difference of the means of the same projections, in standard deviations."""
     probe: tuple[Score, ...]
-    """Share of prompts that a logistic probe of the other folds puts into their group."""
+    """Share of prompts that a logistic probe fitted on the other folds assigns to their group."""
     majority: float
-    """What a probe gets that always names the larger group."""
+    """Accuracy of always naming the larger group."""
     p: Float[Tensor, " streams"]
-    """Of d′, by permuted labels, corrected for all streams."""
+    """p values of d′ from permuted labels, corrected for all streams."""
     level: float
     position: int
     """Token of the prompts, counted from their end."""
 
     @property
     def significant(self) -> tuple[int, ...]:
-        """Stream indices that tell the groups apart beyond chance."""
+        """Streams that separate the groups beyond chance."""
         return tuple((self.p <= self.level).nonzero().flatten().tolist())
 
     @property
     def best(self) -> int:
-        """The stream index of the highest AUC, of equals that of the highest d′."""
+        """The stream with the highest AUC, of equals the one with the highest d′."""
         return max(range(len(self.auc)), key=lambda s: (self.auc[s].value, self.d_prime[s].value))
 
     def to_dict(self) -> dict[str, Any]:
-        """By stream index, each with its interval."""
+        """Return the scores by stream, each with its interval."""
         return {
             "position": self.position,
             "level": self.level,
@@ -128,19 +84,20 @@ class Separability:
         }
 
     def summary(self) -> str:
+        """Return how many streams separate the groups, and the scores of the best one."""
         if not self.significant:
-            return f"no stream tells the groups apart beyond chance ({self.auc[0].n} prompts)"
-        one, gap, probe = self.auc[self.best], self.d_prime[self.best], self.probe[self.best]
+            return f"no stream separates the groups beyond chance ({self.auc[0].n} prompts)"
+        auc, gap, probe = self.auc[self.best], self.d_prime[self.best], self.probe[self.best]
         return (
-            f"{len(self.significant)} of {len(self.auc)} streams tell the groups apart; best {self.best}: AUC {_shown(one)}, "
-            f"d′ {_shown(gap)}, probe {_shown(probe)} ({one.n} prompts)"
+            f"{len(self.significant)} of {len(self.auc)} streams separate the groups; best {self.best}: "
+            f"AUC {_format(auc)}, d′ {_format(gap)}, probe {_format(probe)} ({auc.n} prompts)"
         )
 
     def draw(self, figure: Figure) -> None:
-        """AUC and probe beside d′."""
+        """Draw AUC and the probe's accuracy, and beside them d′."""
         left, right = figure.subplots(1, 2)
         plot_band(left, self.auc, "AUC", BLUE)
-        plot_band(left, self.probe, "logistic probe, share right", GREEN)
+        plot_band(left, self.probe, "logistic probe, accuracy", GREEN)
         left.axhline(0.5, color=GREY, ls="--", label="chance, AUC")
         left.set(xlabel="stream index", ylabel="held-out", ylim=(0, 1.03))
         plot_band(right, self.d_prime, "d′", ORANGE)
@@ -160,59 +117,108 @@ def measure_separability(
     level: Level = LEVEL,
     seed: int = 0,
 ) -> Separability:
-    """Held-out AUC (DeLong et al. 1988), d′ and a logistic probe's accuracy for each stream, at the probed position.
+    """Measure held-out AUC (DeLong et al. 1988), d′ and a logistic probe's accuracy at each stream.
 
-    Each fold's prompts are scored by what the others give: their place along the mean difference, from half way
-    between the means, and a logistic probe (`cross_validate_probe`, ``ridge``). p: ``draws`` permutations of the labels, by the
-    largest d′ of all streams (`familywise_p_values`).
+    Each fold's prompts are scored by what is fitted on the others: their coordinate along the mean difference, from
+    half way between the means, and a logistic probe (`cross_validate_probe`). p comes from ``draws`` permutations of
+    the labels, by the largest d′ of all streams (`familywise_p_values`).
 
-    Intervals are DeLong's, a bootstrap's over prompts, and Wilson's, each widened by what permutations show: folds
-    share prompts, so held-out values are not independent and their statistics vary more than these formulas know (1.4
-    times, for 60 prompts of one population). They hold for one stream; the best of many flatters itself. A probe learns
-    a difference of topic as well as refusal. Needs rows, four prompts of each group.
+    The intervals are DeLong's, a bootstrap's over prompts, and Wilson's, each widened by what permutations show: folds
+    share prompts, so held-out values are not independent and vary more than these formulas assume (1.4 times, for 60
+    prompts of one population). They hold for one stream; the best of many is optimistic. A probe learns a difference
+    of topic as well as of behavior. Needs rows, and four prompts of each group.
     """
     sample = read_sample(context.activations, "separability", least=4)
     n, m = sample.n, len(sample) - sample.n
     plan, order = split_folds(n, m, folds, seed), draw_permutations(n + m, draws, seed + 1)
-    measured, drawn = [], []
+    scores, null = [], []
     for gram in sample.grams():
-        drawn.append(permute_d_prime(gram, plan, order))
-        measured.append(score_stream(gram, plan, ridge, seed, estimate_variance_inflation(drawn[-1][1:], n, m)))
-    p, most = familywise_p_values(torch.stack(drawn, 1)), max(n, m) / (n + m)
-    areas, gaps, shares = (tuple(scores) for scores in zip(*measured, strict=True))
-    return Separability(areas, gaps, shares, most, p, level, context.activations.position)
+        null.append(permute_d_prime(gram, plan, order))
+        scores.append(score_stream(gram, plan, ridge, seed, estimate_variance_inflation(null[-1][1:], n, m)))
+    p, majority = familywise_p_values(torch.stack(null, 1)), max(n, m) / (n + m)
+    aucs, gaps, accuracies = (tuple(column) for column in zip(*scores, strict=True))
+    return Separability(aucs, gaps, accuracies, majority, p, level, context.activations.position)
 
 
-def score_stream(gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, by: float) -> list[Score]:
-    """One stream's AUC, d′ and probe, the intervals widened ``by``."""
+def score_stream(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float, seed: int, inflation: float
+) -> list[Score]:
+    """Return one stream's AUC, d′ and probe accuracy, with intervals widened by the inflation."""
     n, rows = plan.n, len(gram)
     scores = project_held_out(gram, plan, identity_order(rows))[0]
     right = int(((cross_validate_probe(gram, plan, ridge) > 0) == (torch.arange(rows) < n)).sum())
-    gap = bootstrap_d_prime(scores[:n], scores[n:], seed)
-    shares = [widen_interval(x, by, 0.0, 1.0) for x in (delong_auc(scores[:n], scores[n:]), wilson_rate(right, rows))]
-    return [shares[0], widen_interval(gap, by), shares[1]]
+    auc, accuracy = (
+        widen_interval(x, inflation, 0.0, 1.0) for x in (delong_auc(scores[:n], scores[n:]), wilson_rate(right, rows))
+    )
+    return [auc, widen_interval(bootstrap_d_prime(scores[:n], scores[n:], seed), inflation), accuracy]
 
 
-def estimate_variance_inflation(by_chance: Float[Tensor, " draws"], n: int, m: int) -> float:
-    """How many times more d′ varies under permuted labels than it would for independent values; at least 1."""
-    return max(1.0, float(by_chance.std()) / sqrt(1 / n + 1 / m))
+def estimate_variance_inflation(null: Float[Tensor, " draws"], n: int, m: int) -> float:
+    """Return the ratio of d′'s standard deviation under permuted labels to that of independent values; at least 1."""
+    return max(1.0, float(null.std()) / sqrt(1 / n + 1 / m))
 
 
-def widen_interval(score: Score, by: float, least: float = -inf, most: float = inf) -> Score:
-    """The score with both ends of its interval ``by`` times as far away, within what it can be."""
-    low, high = score.value - by * (score.value - score.low), score.value + by * (score.high - score.value)
+def widen_interval(score: Score, factor: float, least: float = -inf, most: float = inf) -> Score:
+    """Return the score with both ends of its interval ``factor`` times as far away, within [least, most]."""
+    low, high = score.value - factor * (score.value - score.low), score.value + factor * (score.high - score.value)
     return score.model_copy(update={"low": max(least, low), "high": min(most, high)})
 
 
 def bootstrap_d_prime(one: Float[Tensor, " n"], two: Float[Tensor, " m"], seed: int = 0) -> Score:
-    """d′ with the percentile interval of a bootstrap over both groups' values."""
+    """Return d′ with the percentile interval of a bootstrap over both groups' values."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [x[torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)] for x in (one, two)]
-    ends = torch.quantile(d_prime(*drawn), torch.tensor([0.025, 0.975], dtype=one.dtype))
+    resampled = [x[torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)] for x in (one, two)]
+    ends = torch.quantile(d_prime(*resampled), torch.tensor([0.025, 0.975], dtype=one.dtype))
     value = float(d_prime(one, two))
     low, high = min(float(ends[0]), value), max(float(ends[1]), value)
     return Score(value=value, low=low, high=high, n=len(one) + len(two), unit="d′")
 
 
-def _shown(score: Score) -> str:
+def _format(score: Score) -> str:
     return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
+
+
+# ---------------------------------------------------------------------------------------- the logistic probe
+def cross_validate_probe(
+    gram: Float[Tensor, "rows rows"], plan: FoldPlan, ridge: float = RIDGE
+) -> Float[Tensor, " rows"]:
+    """Return the log-odds that each row is the target's, from a probe fitted on the other folds."""
+    scores = gram.new_zeros(len(gram))
+    labels = torch.arange(len(gram)) < plan.n
+    for fold in range(len(plan.weights)):
+        fitted = plan.outside(fold)
+        scores[~fitted] = fit_logistic(gram, labels, fitted, ridge)[~fitted]
+    return scores
+
+
+def fit_logistic(
+    gram: Float[Tensor, "rows rows"], labels: Bool[Tensor, " rows"], fitted: Bool[Tensor, " rows"], ridge: float = RIDGE
+) -> Float[Tensor, " rows"]:
+    """Return the log-odds of all rows from a logistic regression on the fitted rows.
+
+    Rows are centered on the fitted rows' mean and divided by their root mean square length. The loss is
+    Σ log(1 + exp(−y f)) + λ/2 (‖w‖² + b²) with f = w·x + b, λ = ridge and y = ±1, minimized by iterated reweighted
+    least squares on f = Kα with K = XXᵀ + 1.
+    """
+    kernel = _center(gram, fitted)
+    size = kernel.diagonal()[fitted].mean()
+    kernel = kernel / torch.where(size > 0, size, 1.0) + 1
+    inner, y = kernel[fitted][:, fitted], labels[fitted].to(gram)
+    alpha = torch.zeros_like(y)
+    for _ in range(STEPS):
+        f = inner @ alpha
+        p = torch.sigmoid(f)
+        weight = (p * (1 - p)).clamp(min=MIN_VARIANCE)
+        root = weight.sqrt()  # K + λ/w, scaled by √w on both sides: its condition stays near that of K
+        system = root[:, None] * inner * root + ridge * torch.eye(len(y), dtype=gram.dtype)
+        solution = torch.linalg.solve_ex(system, root * (f + (y - p) / weight))[0]
+        alpha, before = root * solution, f
+        if (inner @ alpha - before).abs().max() < CONVERGED:
+            break
+    return kernel[:, fitted] @ alpha
+
+
+def _center(gram: Tensor, fitted: Tensor) -> Tensor:
+    """Return the inner products of the rows minus the fitted rows' mean."""
+    along = gram[:, fitted].mean(1)
+    return gram - along[:, None] - along[None] + gram[fitted][:, fitted].mean()

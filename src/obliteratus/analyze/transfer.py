@@ -1,4 +1,4 @@
-"""Whether a direction of one model is one of another's, of whatever width: by a map fitted on the same prompts."""
+"""Whether a direction of one model is one of another's, of any width: by a map fitted on the same prompts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure, add_legend
 
-PERMUTATIONS = 39  # p = 0.025 at best; each asks for five products of prompts² × width
-# λ in units of the map's mean eigenvalue, for generalized cross-validation to choose among: from next to none to a map
-# that says little more than the mean.
+PERMUTATIONS = 39  # p = 0.025 at best; each costs five products of prompts² × width
+# λ in units of the map's mean eigenvalue, among which generalized cross-validation chooses: from almost no shrinkage to
+# a map that says little more than the mean.
 RIDGES = tuple(10.0**power for power in range(-4, 4))
-
-BINS = 30  # of the histogram, over all that is drawn: a narrow distribution stays visible
-TINY_FREEDOM = 1e-9  # a map that fits everything has no freedom left: its error is then taken as endless
-NO_SPREAD = 1e-30  # where all prompts are the same at a stream, nothing is mapped, and nothing is divided by zero
+BINS = 30  # of the histogram, over all that is drawn, so that a narrow distribution stays visible
+MIN_FREEDOM = 1e-9  # a map that fits everything has no freedom left; its error then becomes very large
+MIN_EIGENVALUE = 1e-30  # avoids a division by zero where all prompts are equal at a stream
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,34 @@ class Transfer:
     """A linear map from a stream of one model to one of another, scored on prompts that it was not fitted on."""
 
     r2: float
-    """1 − squared error over that of the mean, over all dimensions of the second; below 0 worse than the mean."""
+    """1 − squared error over that of the mean, over all dimensions of the second stream; below 0 is worse than the
+    mean."""
     r2_by_chance: tuple[float, ...]
-    """The same with prompts paired at random, one for each shuffle."""
+    """R² of each random pairing of prompts."""
     r2_within: float
-    """Mean with prompts paired at random within their group: what knowing the group alone gives."""
+    """Mean R² of random pairings within each group: what knowing the group alone gives."""
     p: float
-    """That random pairs do as well."""
+    """The share of pairings that do as well."""
     cosine: float
-    """Of the first's mean difference, mapped, with the second's own on prompts of the other fold; mean over folds."""
+    """Mean over folds of the cosine between the first model's mean difference, mapped, and the second's own on the
+    prompts of the fold."""
     ceiling: float
-    """Cosine of the second's own with itself between the same folds: what a perfect map would reach."""
+    """Mean cosine of the second model's own mean differences between the same folds: what a perfect map reaches."""
     cosine_by_chance: tuple[float, ...]
+    """The same cosine for each random pairing."""
     streams: tuple[int, int]
     widths: tuple[int, int]
     level: float
     n: int
+    """Prompts."""
 
     @property
     def significant(self) -> bool:
-        """Whether the map knows more than chance of prompts that it has not seen."""
+        """Whether the map predicts prompts that it has not seen better than chance."""
         return self.p <= self.level
 
     def to_dict(self) -> dict[str, Any]:
-        """Every score beside what chance makes of it."""
+        """Return every score beside chance."""
         return {
             "streams": list(self.streams),
             "widths": list(self.widths),
@@ -80,6 +83,7 @@ class Transfer:
         }
 
     def summary(self) -> str:
+        """Return the map's held-out R², and the mapped direction's cosine beside its ceiling."""
         where = f"stream {self.streams[0]} (width {self.widths[0]}) to {self.streams[1]} (width {self.widths[1]})"
         if not self.significant:
             return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self.n} prompts)"
@@ -89,7 +93,7 @@ class Transfer:
         )
 
     def draw(self, figure: Figure) -> None:
-        """R² and cosine, each beside chance."""
+        """Draw R² and cosine, each beside chance."""
         left, right = figure.subplots(1, 2)
         for axes, chance, value in ((left, self.r2_by_chance, self.r2), (right, self.cosine_by_chance, self.cosine)):
             axes.hist(chance, bins=BINS, range=(min(*chance, value), max(*chance, value)), color=GREY, label="shuffled")
@@ -114,29 +118,27 @@ def measure_transfer(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Transfer:
-    """A ridge map from a stream of the first model to one of the second, and where it takes the first's direction.
+    """Fit a ridge map from a stream of the first model to one of the second, and see where it takes the direction.
 
-    one, two: activations of the same prompts in the same order; widths may differ, nothing is cut to the smaller. The
-    map is fitted on the other folds, λ chosen there by generalized cross-validation (Golub, Heath and Wahba 1979) among
-    `RIDGES`. Its prompts of the fold give R²; the direction mapped is the mean difference of the other folds, compared
-    with the second model's own of the fold, so that no prompt is on both sides. p: how often ``draws`` random pairings
-    of prompts give as high an R². A high R² needs shared content, not shared behavior: see what the group alone
-    gives. Raises UserError where prompts' numbers differ or rows were not kept.
+    one, two: activations of the same prompts in the same order; widths may differ. The map is fitted on the other
+    folds, with λ chosen there from `RIDGES` by generalized cross-validation (Golub, Heath and Wahba 1979), and the
+    fold's prompts give R². The mapped direction is the mean difference of the other folds. It is compared with the
+    second model's own mean difference of the fold, so no prompt is on both sides. p is the share of ``draws`` random
+    pairings of prompts with as high an R². A high R² needs shared content, not shared behavior: compare it with what
+    the group alone gives. Raises UserError where the numbers of prompts differ or rows were not kept.
     """
     first, x, y = pair_streams(one, two, streams)
     plan = split_folds(first.n, len(first) - first.n, folds, seed)
-    bridge = [FoldMap(x, plan, fold) for fold in range(len(plan.weights))]
-    r2, cosine = zip(
-        *(score_maps(bridge, y[order]) for order in draw_permutations(len(x), draws, seed + 1)), strict=True
-    )
-    inside = [score_maps(bridge, y[order])[0] for order in permute_within_groups(first, draws, seed + 2)]
+    maps = [FoldMap(x, plan, fold) for fold in range(len(plan.weights))]
+    r2, cosine = zip(*(score_maps(maps, y[order]) for order in draw_permutations(len(x), draws, seed + 1)), strict=True)
+    within = [score_maps(maps, y[order])[0] for order in permute_within_groups(first, draws, seed + 2)]
     return Transfer(
         r2=r2[0],
         r2_by_chance=r2[1:],
-        r2_within=sum(inside) / len(inside),
+        r2_within=sum(within) / len(within),
         p=sum(value >= r2[0] for value in r2) / len(r2),
         cosine=cosine[0],
-        ceiling=sum(_own(y, plan, fold) for fold in range(len(bridge))) / len(bridge),
+        ceiling=sum(_compute_ceiling(y, plan, fold) for fold in range(len(maps))) / len(maps),
         cosine_by_chance=cosine[1:],
         streams=streams,
         widths=(x.shape[1], y.shape[1]),
@@ -148,7 +150,7 @@ def measure_transfer(
 def pair_streams(
     one: Activations, two: Activations, streams: tuple[int, int]
 ) -> tuple[Sample, Rows, Float[Tensor, "r w"]]:
-    """The first model's sample, and a stream of each model. UserError where they are not of as many prompts."""
+    """Return the first model's sample and a stream of each model. Raises UserError where numbers of prompts differ."""
     first, second = (read_sample(acts, "transfer", least=4) for acts in (one, two))
     if (first.n, len(first)) != (second.n, len(second)):
         raise UserError(
@@ -159,69 +161,69 @@ def pair_streams(
 
 
 class FoldMap:
-    """The ridge map of all rows outside one fold, for any second stream: its eigenvalues are found once."""
+    """The ridge map of all rows outside one fold, to any second stream. Its eigenvalues are computed once."""
 
     def __init__(self, x: Rows, plan: FoldPlan, fold: int) -> None:
-        self.kept, self.plan, self.at = plan.outside(fold), plan, fold
-        inner = x[self.kept]
+        self.fitted, self.plan, self.fold = plan.outside(fold), plan, fold
+        inner = x[self.fitted]
         self.x = inner - inner.mean(0)
         values, self.vectors = torch.linalg.eigh(self.x @ self.x.T)
         self.values = values.clamp(min=0)
-        self.ridges = self.values.mean().clamp(min=NO_SPREAD) * torch.tensor(RIDGES, dtype=x.dtype)
-        self.rest = x[~self.kept] - inner.mean(0)
+        self.ridges = self.values.mean().clamp(min=MIN_EIGENVALUE) * torch.tensor(RIDGES, dtype=x.dtype)
+        self.rest = x[~self.fitted] - inner.mean(0)
         self.delta = plan.weights[fold] @ x
 
-    def fit(self, y: Rows) -> Float[Tensor, "kept width"]:
-        """Dual weights A: the map is v ↦ v Xᵀ A, onto differences from y's mean over the rows fitted on."""
-        inner = y[self.kept]
+    def fit(self, y: Rows) -> Float[Tensor, "fitted width"]:
+        """Return dual weights A: the map takes v to v Xᵀ A, a difference from y's mean over the fitted rows."""
+        inner = y[self.fitted]
         along = self.vectors.T @ (inner - inner.mean(0))
         best = choose_ridge(self.values, along.square().sum(1), self.ridges)
         dual: Tensor = self.vectors @ (along / (self.values + best).clamp(min=torch.finfo(y.dtype).tiny)[:, None])
         return dual
 
     def score(self, y: Rows) -> tuple[float, float, float]:
-        """On the fold's rows: squared error, that of the mean, and the mapped direction's cosine with y's own."""
+        """Return the squared error on the fold's rows, that of the mean, and the mapped direction's cosine with y's."""
         dual = self.fit(y)
-        truth = y[~self.kept] - y[self.kept].mean(0)
+        truth = y[~self.fitted] - y[self.fitted].mean(0)
         error = truth - self.rest @ self.x.T @ dual
         mapped = self.delta @ self.x.T @ dual
-        cosine = normalize(mapped, dim=0) @ normalize(compute_fold_difference(y, self.plan, self.at), dim=0)
+        cosine = normalize(mapped, dim=0) @ normalize(compute_fold_difference(y, self.plan, self.fold), dim=0)
         return float(error.square().sum()), float(truth.square().sum()), float(cosine)
 
 
 def choose_ridge(
     values: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], ridges: Float[Tensor, " ridges"]
 ) -> Float[Tensor, ""]:
-    """The λ of least generalized cross-validation error, n ‖(I − H) y‖² / tr(I − H)², in the eigenvectors' terms.
+    """Return the λ with the least generalized cross-validation error, n ‖(I − H) y‖² / tr(I − H)².
 
-    One degree of freedom has gone into the mean.
+    values, squares: eigenvalues, and y's squares along their eigenvectors. The mean takes one degree of freedom.
     """
     left = ridges[:, None] / (values + ridges[:, None]).clamp(min=torch.finfo(values.dtype).tiny)
-    errors = (left.square() * squares).sum(1) / (left.sum(1) - 1).clamp(min=TINY_FREEDOM).square()
+    errors = (left.square() * squares).sum(1) / (left.sum(1) - 1).clamp(min=MIN_FREEDOM).square()
     return ridges[errors.argmin()]
 
 
-def score_maps(bridge: list[FoldMap], y: Rows) -> tuple[float, float]:
-    """Held-out R² over all folds together, and the mean cosine of the mapped direction."""
-    scores = [fold.score(y) for fold in bridge]
+def score_maps(maps: list[FoldMap], y: Rows) -> tuple[float, float]:
+    """Return the held-out R² over all folds together, and the mean cosine of the mapped direction."""
+    scores = [fold.score(y) for fold in maps]
     errors, whole = sum(s[0] for s in scores), sum(s[1] for s in scores)
     return 1 - errors / whole if whole else 0.0, sum(s[2] for s in scores) / len(scores)
 
 
 def compute_fold_difference(y: Rows, plan: FoldPlan, fold: int) -> Float[Tensor, " width"]:
-    """Mean difference of the rows of one fold."""
+    """Return the mean difference of the rows of one fold."""
     rows, target = ~plan.outside(fold), torch.arange(len(y)) < plan.n
     return y[rows & target].mean(0) - y[rows & ~target].mean(0)
 
 
 def permute_within_groups(sample: Sample, draws: int, seed: int) -> list[Tensor]:
-    """Orders that keep every row in its group."""
+    """Return random orders that keep every row in its group."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (sample.n, len(sample) - sample.n)
     pairs = [[torch.randperm(size, generator=generator) for size in sizes] for _ in range(draws)]
     return [torch.cat([one, sample.n + two]) for one, two in pairs]
 
 
-def _own(y: Rows, plan: FoldPlan, fold: int) -> float:
-    """Cosine of y's mean difference outside the fold with that inside."""
+def _compute_ceiling(y: Rows, plan: FoldPlan, fold: int) -> float:
+    """Return the cosine between y's mean differences outside and inside the fold."""
     return float(normalize(plan.weights[fold] @ y, dim=0) @ normalize(compute_fold_difference(y, plan, fold), dim=0))

@@ -1,9 +1,9 @@
-"""Tuned lens: what each stream already knows of the next token, by an affine map to the last stream."""
+"""Tuned lens: what each stream already says of the next token, through an affine map to the last stream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +12,21 @@ from torch.nn.functional import normalize
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.analyze.lens import decode_tokens, find_extreme_tokens
 from obliteratus.analyze.readout import compute_logit_effects, compute_next_token_log_probs
+from obliteratus.analyze.samples import read_rows
 from obliteratus.analyze.significance import ROUNDING
 from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
-from obliteratus.distill.steps import require_rows
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.inference.logits import kl_divergence
-from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE
+from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
 from obliteratus.verify.intervals import bootstrap, mean
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Penalties tried, in units of the mean eigenvalue of the prompts' products: from hardly any to nothing left, by √10.
+# Penalties tried, in units of the mean eigenvalue of the prompts' products: from almost none to nothing left, by √10.
 PENALTIES = tuple(10 ** (i / 2) for i in range(-8, 7))
 TOKENS = 10  # listed for each stream
-# A KL of this many nats is rounding: logits of fp32 carry some 1e-6 of their own size.
-NOTHING = 1e-5
+NEGLIGIBLE_KL = 1e-5  # nats: a smaller KL is rounding, since fp32 logits carry errors of 1e-6 of their size
 
 
 @dataclass(frozen=True)
@@ -38,44 +34,42 @@ class TunedLens:
     """KL(model ‖ lens) of the next token on held-out prompts, in nats, for streams 0 … L − 1."""
 
     tuned: tuple[Score, ...]
-    """Through the map that was fitted at the stream."""
+    """KL through the map fitted at the stream."""
     logit: tuple[Score, ...]
-    """Through no map: the logit lens."""
+    """KL through no map: the logit lens."""
     constant: Score
-    """Of the mean last stream, whatever the prompt."""
+    """KL of the mean last stream, whatever the prompt."""
     gain: tuple[Score, ...]
     """constant − tuned, prompt by prompt: above zero where the stream tells something of the prompt's next token."""
-    kept: tuple[bool, ...]
-    """Whether the stream's map begins at the identity, or at nothing: what predicts better (`RidgeMap`)."""
+    identity: tuple[bool, ...]
+    """Whether the stream's map starts from the identity rather than from zero; the better predictor (`RidgeMap`)."""
     promoted: tuple[tuple[str, ...], ...]
-    """Tokens that the stream's direction promotes once it is taken through the map; none where it is zero."""
+    """Tokens that the stream's direction promotes after the map; none where it is zero."""
     fitted: int
     """Prompts that the maps were fitted on."""
     position: int
-    """The one token of each prompt, counted from its end, that they were fitted on and are judged at."""
+    """The token of each prompt, counted from its end, at which maps are fitted and scored."""
 
     @property
     def significant(self) -> list[int]:
-        """Streams that tell something: the gain's interval lies above zero (rounding)."""
-        return [i for i, score in enumerate(self.gain) if score.low > NOTHING]
+        """Streams that tell something: the gain's interval is above zero, up to rounding."""
+        return [i for i, score in enumerate(self.gain) if score.low > NEGLIGIBLE_KL]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every KL with its interval."""
-        scores = {name: [s.model_dump() for s in part] for name, part in self._parts()}
-        constant, promoted = self.constant.model_dump(), [list(tokens) for tokens in self.promoted]
-        found = {
+        """Return every KL with its interval."""
+        parts = (("tuned", self.tuned), ("logit", self.logit), ("gain", self.gain))
+        return {
+            "position": self.position,
+            **{name: [s.model_dump() for s in part] for name, part in parts},
+            "constant": self.constant.model_dump(),
             "found": self.significant,
-            "promoted": promoted,
+            "promoted": [list(tokens) for tokens in self.promoted],
             "fitted": self.fitted,
-            "from_identity": list(self.kept),
+            "from_identity": list(self.identity),
         }
-        return {"position": self.position, **scores, "constant": constant, **found}
-
-    def _parts(self) -> tuple[tuple[str, tuple[Score, ...]], ...]:
-        return ("tuned", self.tuned), ("logit", self.logit), ("gain", self.gain)
 
     def summary(self) -> str:
-        """From where on the next token is known."""
+        """Return from which stream on the next token is known."""
         at = f"at token {self.position} alone"
         if not self.significant:
             return f"{at}: no stream tells more of what follows than the mean does ({self.constant.value:.3g} nats)"
@@ -86,7 +80,7 @@ class TunedLens:
         )
 
     def draw(self, figure: Figure) -> None:
-        """KL by stream, with intervals."""
+        """Draw the KL by stream, with intervals."""
         axes = figure.add_subplot(xlabel="stream", ylabel="KL to the model (nats)", title="what streams know")
         for name, scores, color in (("tuned lens", self.tuned, BLUE), ("logit lens", self.logit, ORANGE)):
             places = range(len(scores))
@@ -101,13 +95,13 @@ class TunedLens:
 # ------------------------------------------------------------------------------------------------------ the map
 @dataclass(frozen=True)
 class RidgeMap:
-    """h ↦ target + p·(h − source) + (h − source)Xᵀα: an affine map fitted by ridge regression, kept in its dual form.
+    """h ↦ target + p·(h − source) + (h − source)Xᵀα: an affine map from ridge regression, in its dual form.
 
-    p is 1 where the penalty draws towards the identity, 0 where it draws towards the mean.
+    p is 1 where the penalty shrinks towards the identity and 0 where it shrinks towards the mean.
     """
 
     source: Float[Tensor, " width"]
-    """Mean of the stream; fp64, as all of this."""
+    """Mean of the stream; fp64, like all tensors here."""
     target: Float[Tensor, " width"]
     """Mean of the last stream."""
     rows: Float[Tensor, "n width"]
@@ -115,39 +109,41 @@ class RidgeMap:
     dual: Float[Tensor, "n width"]
     """α."""
     identity: bool
+    """Whether p is 1."""
     error: float
-    """Generalized cross-validation: its estimate of the mean squared error on new prompts."""
+    """Estimate of the mean squared error on new prompts, by generalized cross-validation."""
 
     def __call__(self, streams: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
-        """The last stream that is expected of these streams; fp32."""
-        return (self.target + self.linear(streams.double() - self.source)).float()
+        """Return the last streams predicted from these streams; fp32."""
+        return (self.target + self.apply_linear(streams.double() - self.source)).float()
 
-    def linear(self, moved: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
-        """How the last stream is expected to move where the stream moves so; fp64."""
+    def apply_linear(self, moved: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Return how the last stream is predicted to move where the stream moves by this much; fp64."""
         return (moved if self.identity else 0) + (moved @ self.rows.T) @ self.dual
 
 
 def fit_map(source: Float[Tensor, "n width"], target: Float[Tensor, "n width"]) -> RidgeMap:
-    """The map from source rows to target rows whose penalty and starting point cross-validate best.
+    """Return the map from source rows to target rows whose penalty and starting point cross-validate best.
 
-    min ‖Y − XA‖² + λ‖A‖² in closed form, λ and p by generalized cross-validation (Golub, Heath and Wahba 1979).
+    Minimizes ‖Y − XA‖² + λ‖A‖² in closed form, with λ and p chosen by generalized cross-validation (Golub, Heath and
+    Wahba 1979).
     """
     x, y = source.double(), target.double()
-    centres = x.mean(0), y.mean(0)
-    x, y = x - centres[0], y - centres[1]
+    centers = x.mean(0), y.mean(0)
+    x, y = x - centers[0], y - centers[1]
     values, vectors = torch.linalg.eigh(x @ x.T)
     values = values.clamp(min=0)
     rounding = ROUNDING**2 * source.double().square().sum(1).mean()
     unit = (values.mean() + rounding).clamp(min=torch.finfo(values.dtype).eps)  # a stream may be the same for all
-    tried = [(*_best(values, vectors.T @ (y - x if p else y), unit), p) for p in (True, False)]
-    error, penalty, identity = min(tried, key=lambda t: t[0])
+    candidates = [(*_choose_penalty(values, vectors.T @ (y - x if p else y), unit), p) for p in (True, False)]
+    error, penalty, identity = min(candidates, key=lambda t: t[0])
     rest = vectors.T @ (y - x if identity else y)
     dual = vectors @ (rest / (values + penalty)[:, None])
-    return RidgeMap(*centres, x, dual, identity, error)
+    return RidgeMap(*centers, x, dual, identity, error)
 
 
-def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
-    """The lowest cross-validated error, and its penalty. values [n]; rest [n, width], in the eigenvectors' frame."""
+def _choose_penalty(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
+    """Return the lowest cross-validated error and its penalty. values [n]; rest [n, width] along eigenvectors."""
     n, size = len(values), rest.square().sum(1)
     penalties = unit * torch.tensor(PENALTIES, dtype=values.dtype)
     left = penalties[:, None] / (values + penalties[:, None])
@@ -161,63 +157,63 @@ def _best(values: Tensor, rest: Tensor, unit: Tensor) -> tuple[float, Tensor]:
     "tuned_lens", cite="arXiv:2303.08112", needs=("rows",), cost=lambda options: Cost(prompt_count("search"))
 )
 def measure_tuned_lens(context: AnalysisContext) -> TunedLens:
-    """How much of the model's next token each stream tells, through an affine map to the last stream.
+    """Measure how much of the model's next token each stream tells, through an affine map to the last stream.
 
-    Fitted on the fit prompts' rows, at their one position, and scored on the search prompts at the same: KL of the
-    model's own distribution to the one that the lens reads, beside the logit lens and the mean last stream. The paper
-    fits at every token of a corpus: these maps hold for the probed token of prompts like these, and nothing is said of
-    other positions or texts.
+    The maps are fitted on the fit prompts' rows at their one position, and scored on the search prompts at the same
+    position: the KL from the model's own distribution to the lens's, beside the logit lens and the mean last stream.
+    The paper fits at every token of a corpus; these maps hold only for the probed token of prompts like these.
     """
-    acts = context.activations
-    fit = torch.cat([require_rows(acts, group, "tuned_lens") for group in GROUPS])
-    held = _held(context)
-    true = compute_next_token_log_probs(context.subject, held[:, -1])
+    fit = torch.cat([read_rows(context.activations, group, "tuned_lens") for group in GROUPS])
+    held_out = _read_held_out(context)
+    true = compute_next_token_log_probs(context.subject, held_out[:, -1])
     maps = [fit_map(fit[:, stream], fit[:, -1]) for stream in range(fit.shape[1] - 1)]
-    return score_lenses(context, maps, held, true)
+    return score_lenses(context, maps, held_out, true)
 
 
 def score_lenses(
     context: AnalysisContext,
     maps: list[RidgeMap],
-    held: Float[Tensor, "prompts streams width"],
+    held_out: Float[Tensor, "prompts streams width"],
     true: Float[Tensor, "prompts vocabulary"],
 ) -> TunedLens:
-    """Maps judged on these prompts."""
+    """Score the maps on held-out prompts, given the model's own log-probabilities."""
     subject = context.subject
 
-    def off(streams: Tensor) -> Tensor:
+    def divergence(streams: Tensor) -> Tensor:
         return kl_divergence(true, compute_next_token_log_probs(subject, streams))
 
-    constant = off(maps[0].target.float().expand(len(held), -1))
-    tuned = [off(one(held[:, i])) for i, one in enumerate(maps)]
-    logit = [off(held[:, i]) for i in range(len(maps))]
+    constant = divergence(maps[0].target.float().expand(len(held_out), -1))
+    tuned = [divergence(ridge_map(held_out[:, i])) for i, ridge_map in enumerate(maps)]
+    logit = [divergence(held_out[:, i]) for i in range(len(maps))]
     return TunedLens(
-        tuned=tuple(map(_score, tuned)),
-        logit=tuple(map(_score, logit)),
-        constant=_score(constant),
-        gain=tuple(_score(constant - divergence) for divergence in tuned),
-        kept=tuple(one.identity for one in maps),
-        promoted=_promoted(context, maps),
+        tuned=tuple(map(_bootstrap, tuned)),
+        logit=tuple(map(_bootstrap, logit)),
+        constant=_bootstrap(constant),
+        gain=tuple(_bootstrap(constant - values) for values in tuned),
+        identity=tuple(ridge_map.identity for ridge_map in maps),
+        promoted=_list_promoted(context, maps),
         fitted=len(maps[0].rows),
         position=context.activations.position,
     )
 
 
-def _score(values: Float[Tensor, " n"]) -> Score:
+def _bootstrap(values: Float[Tensor, " n"]) -> Score:
     return bootstrap(values, mean, "nats")
 
 
-def _held(context: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
-    subject = context.subject
+def _read_held_out(context: AnalysisContext) -> Float[Tensor, "prompts streams width"]:
+    subject, position = context.subject, context.activations.position
     ids = render_prompts(subject, [prompt for group in GROUPS for prompt in context.held_out[group]])
     rows = torch.empty(len(ids), subject.n_layers + 1, subject.width)
-    for got in read_hidden_states(subject, ids, position=context.activations.position, title="ANALYZE tuned lens"):
-        rows[got.rows] = got.stream
+    for batch in read_hidden_states(subject, ids, position=position, title="ANALYZE tuned lens"):
+        rows[batch.rows] = batch.stream
     return rows
 
 
-def _promoted(context: AnalysisContext, maps: list[RidgeMap]) -> tuple[tuple[str, ...], ...]:
+def _list_promoted(context: AnalysisContext, maps: list[RidgeMap]) -> tuple[tuple[str, ...], ...]:
+    """Return the tokens that each stream's direction promotes after the map."""
     rows = context.directions.basis[:-1, 0]
-    moved = torch.cat([one.linear(row[None].double()) for one, row in zip(maps, rows, strict=True)]).float()
+    pairs = zip(maps, rows, strict=True)
+    moved = torch.cat([ridge_map.apply_linear(row[None].double()) for ridge_map, row in pairs]).float()
     logits = list(compute_logit_effects(context.subject, normalize(moved, dim=1)))
     return decode_tokens(context.subject, find_extreme_tokens(logits, TOKENS, largest=True)[1], rows.any(1))

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from obliteratus.core.types import Site, Subject
-
-
-def writers_in_order(subject: Subject) -> list[Site]:
-    """Return every site that writes into the stream: the embeddings, then block by block."""
-    return [site for site in subject.sites if site.role == "writes"]
-
-
-def is_mixer(site: Site) -> bool:
-    """Return whether the site is the output of attention or of what replaces it, and not of an MLP or experts."""
-    return site.part == "attn.out"
+from obliteratus.summon.sites import find_architecture, has_heads
+from obliteratus.weights.matrices import count_inputs
 
 
 def block_output_modules(subject: Subject, layer: int) -> Mapping[str, list[str]]:
     """Return, under ``attention`` and ``mlp``, the modules of a block whose outputs are added to the stream.
 
-    Either list may be empty.
+    Attention includes what replaces it, an MLP includes experts; either list may be empty. A writer with a norm behind
+    it is represented by that norm.
     """
-    writers = [site for site in writers_in_order(subject) if site.layer == layer]
-    parts = {"attention": [s for s in writers if is_mixer(s)], "mlp": [s for s in writers if not is_mixer(s)]}
-    return {part: list(dict.fromkeys(s.gain or s.path for s in sites)) for part, sites in parts.items()}
+    writers = [site for site in subject.sites if site.role == "writes" and site.layer == layer]
+    mixers = [site for site in writers if site.part == "attn.out"]
+    parts = {"attention": mixers, "mlp": [site for site in writers if site not in mixers]}
+    return {part: list(dict.fromkeys(site.gain or site.path for site in sites)) for part, sites in parts.items()}
+
+
+def attention_outputs(subject: Subject) -> list[tuple[Site, int]]:
+    """Return the output matrix and head size of each block's attention, where all heads read equally many inputs."""
+    architecture = find_architecture(subject.model.config)
+    n = int(subject.model.config.get_text_config().num_attention_heads)
+    sites = [s for s in subject.sites if s.role == "writes" and s.layer >= 0 and has_heads(architecture, s)]
+    widths = [count_inputs(subject.module(site.path), site) for site in sites]
+    return [(site, width // n) for site, width in zip(sites, widths, strict=True) if width % n == 0]
