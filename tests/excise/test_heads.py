@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import PlanMaker, random_basis
-from tests.support.executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned
+from tests.support.executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned, unedited
+from tests.support.pairwise import pairwise
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
@@ -146,12 +147,10 @@ def test_all_heads_leave_the_bias_that_the_whole_edit_takes(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------- the executors agree
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "rule", "executor"), pairwise(CASES, RULES, EXECUTORS))
 def test_agrees_with_live(name: str, rule: str, executor: str, tmp_path: Path) -> None:
     subject = opened(name)
-    plan, before = on_heads(subject, 0.5, norm=rule, strength=0.8), logits(subject.model)
+    plan, before = on_heads(subject, 0.5, norm=rule, strength=0.8), unedited(name)
     expected = live(subject, plan)
     torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
     assert not torch.allclose(expected, before, **CLOSE)
@@ -183,9 +182,7 @@ def mixed(subject: Subject, parts: Parts, anchored: bool = False) -> Plan:
     return Plan(tuple(edits), subject.source.digest)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("order", MIXED)
-@pytest.mark.parametrize("name", ["mistral", "gpt2", "llama_biased"])
+@pytest.mark.parametrize(("name", "order", "executor"), pairwise(["mistral", "gpt2", "llama_biased"], MIXED, EXECUTORS))
 def test_heads_and_whole_edits_mix(name: str, order: str, executor: str, tmp_path: Path) -> None:
     subject = opened(name)
     plan = mixed(subject, MIXED[order], anchored=name != "mistral")

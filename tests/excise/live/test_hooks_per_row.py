@@ -12,7 +12,7 @@ import torch
 from tests.conftest import PlanMaker, random_basis
 from tests.inference.test_batching import gathered, rows_of
 from tests.inference.test_cached_prompts import above
-from tests.support.tiny import tiny_subject
+from tests.support.executors import opened
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -30,6 +30,7 @@ from obliteratus.inference.token_losses import token_losses
 
 PARTS = ("attn.out", "mlp.out")
 OF_ROW = [0, 1, 2, 1, 0, 2]
+TOKENS = 5  # of an answer: the first comes from the prompt's pass, the others from the cache
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -39,7 +40,7 @@ NAMES = ["llama", "llama_biased", "gemma2", "gpt2", "gpt_neox", "opt"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Subject:
-    return tiny_subject(request.param)
+    return opened(request.param)
 
 
 def strengths(plan: Plan, *values: float) -> list[Plan]:
@@ -48,13 +49,15 @@ def strengths(plan: Plan, *values: float) -> list[Plan]:
 
 
 def one_at_a_time(subject: Subject, plans: list[Plan], of_row: list[int], ids: Ids) -> tuple[Tensor, Ids]:
-    """First-token log-probabilities and answers of each row under its plan alone."""
-    logp, answers = [], []
-    for row, plan in zip(ids, of_row, strict=True):
-        with applied(subject, plans[plan]):
-            logp.append(first_token_log_probs(subject, [row])[0])
-            answers += generate(subject, [row], 8)
-    return torch.stack(logp), answers
+    """First-token log-probabilities and answers of each row, those of one plan after those of another."""
+    logp: dict[int, Tensor] = {}
+    answers: dict[int, list[int]] = {}
+    for number, plan in enumerate(plans):
+        own = [i for i, of_plan in enumerate(of_row) if of_plan == number]
+        with applied(subject, plan):
+            logp |= dict(zip(own, first_token_log_probs(subject, [ids[i] for i in own]), strict=True))
+            answers |= dict(zip(own, generate(subject, [ids[i] for i in own], TOKENS), strict=True))
+    return torch.stack([logp[i] for i in range(len(ids))]), [answers[i] for i in range(len(ids))]
 
 
 def check(subject: Subject, plans: list[Plan], of_row: list[int] = OF_ROW) -> None:
@@ -62,7 +65,7 @@ def check(subject: Subject, plans: list[Plan], of_row: list[int] = OF_ROW) -> No
     logp, answers = one_at_a_time(subject, plans, of_row, ids)
     with applied_per_row(subject, plans, of_row):
         torch.testing.assert_close(first_token_log_probs(subject, ids), logp, **CLOSE)
-        assert generate(subject, ids, 8) == answers
+        assert generate(subject, ids, TOKENS) == answers
     # Negative control: each row under another row's plan is something else.
     turned = [(i + 1) % len(plans) for i in of_row]
     with applied_per_row(subject, plans, turned):
@@ -81,8 +84,15 @@ def test_directions_by_row(subject: Subject, make_plan: PlanMaker, parts: tuple[
     check(subject, [make_plan(subject, parts, strength=1.5, k=seed + 1, seed=seed) for seed in range(3)])
 
 
-@pytest.mark.parametrize("norm", ["columns", "rows", "whole"])
-def test_norm_rules_by_row(subject: Subject, make_plan: PlanMaker, norm: str) -> None:
+RULES = ["columns", "rows", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [(n, r) for i, n in enumerate(NAMES) for j, r in enumerate(RULES) if i == 0 or i % 3 == j]
+)
+def test_norm_rules_by_row(name: str, norm: str, make_plan: PlanMaker) -> None:
+    """One model with all rules, every other model with one of them."""
+    subject = opened(name)
     check(subject, strengths(make_plan(subject, PARTS, norm=norm), 0.5, 1.0, 2.0))
 
 
@@ -157,12 +167,12 @@ def test_trials_together_on_a_trunk(subject: Subject, make_plan: PlanMaker) -> N
     alone = []
     for plan in plans:
         with applied(subject, plan):
-            alone.append((first_token_log_probs(subject, ids), generate(subject, ids, 8)))
+            alone.append((first_token_log_probs(subject, ids), generate(subject, ids, TOKENS)))
     with applied_per_row(subject, plans, [i for i in range(3) for _ in ids]):
         together = again.repeat(3)
         torch.testing.assert_close(together.first_token(), torch.cat([logp for logp, _ in alone]), **CLOSE)
-        assert together.generate(8) == [row for _, answers in alone for row in answers]
-        some = together.generate(8, rows=[0, 7, 13])
+        assert together.generate(TOKENS) == [row for _, answers in alone for row in answers]
+        some = together.generate(TOKENS, rows=[0, 7, 13])
     assert some is not None
     assert [i for i, row in enumerate(some) if row] == [0, 7, 13]
     assert again.layers.streams
@@ -172,7 +182,7 @@ def test_trials_together_on_a_trunk(subject: Subject, make_plan: PlanMaker) -> N
 
 # ----------------------------------------------------------------------------------------------- errors
 def test_plans_that_share_directions_are_one_edit(make_plan: PlanMaker) -> None:
-    subject = tiny_subject("llama")
+    subject = opened("llama")
     plan, device = make_plan(subject, PARTS), torch.device("cpu")
     sites = [p.by_site() for p in strengths(plan, 0.5, 1.0, 2.0)]
     path = plan.edits[0].site.parameter
@@ -186,7 +196,7 @@ def test_plans_that_share_directions_are_one_edit(make_plan: PlanMaker) -> None:
 
 
 def test_what_runs_the_model_must_say_which_rows(make_plan: PlanMaker) -> None:
-    subject, ids = tiny_subject("llama"), rows_of()
+    subject, ids = opened("llama"), rows_of()
     plans = strengths(make_plan(subject, PARTS), 0.5, 1.0)
     with applied_per_row(subject, plans, [0, 1, 0, 1, 0, 1]):
         with pytest.raises(ValueError, match="does not say which rows"):
@@ -197,7 +207,7 @@ def test_what_runs_the_model_must_say_which_rows(make_plan: PlanMaker) -> None:
 
 
 def test_losses_are_each_plans_own(make_plan: PlanMaker) -> None:
-    subject, ids = tiny_subject("llama"), rows_of()
+    subject, ids = opened("llama"), rows_of()
     plans = strengths(make_plan(subject, PARTS), 0.5, 1.0)
     with applied_per_row(subject, plans, [0] * 6 + [1] * 6):
         found = token_losses(subject, ids * 2, budget=60)
@@ -209,7 +219,7 @@ def test_losses_are_each_plans_own(make_plan: PlanMaker) -> None:
 
 
 def test_rows_without_a_plan_and_plans_of_another_model(make_plan: PlanMaker) -> None:
-    subject = tiny_subject("llama")
+    subject = opened("llama")
     plan = make_plan(subject, PARTS)
     with pytest.raises(ValueError, match="beyond the 1"), applied_per_row(subject, [plan], [0, 1]):
         pass
