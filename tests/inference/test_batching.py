@@ -177,7 +177,7 @@ def test_first_token_is_one_at_a_time(subject: Subject, budget: int, reuse: bool
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("words", [100, 10_000])
 def test_losses_are_one_at_a_time(subject: Subject, budget: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "WORDS", words)  # the vocabulary in three parts, and in one
+    monkeypatch.setattr(losses, "VOCABULARY_CHUNK", words)  # the vocabulary in three parts, and in one
     ids = rows_of()
     for row, loss in zip(ids, token_losses(subject, ids, budget=budget), strict=True):
         logp = plain_logits(subject, row)[:-1].double().log_softmax(-1)
@@ -204,7 +204,7 @@ def test_a_model_that_does_more_to_its_logits_is_noticed(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_losses_in_parts_against_float64(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "WORDS", 7)
+    monkeypatch.setattr(losses, "VOCABULARY_CHUNK", 7)
     torch.manual_seed(0)
     head, states, targets = torch.nn.Linear(8, 30, bias=bias), 9 * torch.randn(11, 8), torch.randint(30, (11,))
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_answers_are_one_at_a_time(
 def test_first_logits_come_with_the_answers(subject: Subject, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "CPU_TOKENS", tokens)
     ids, seen = rows_of(), {}
-    generate(subject, ids, 2, first=lambda rows, logits: seen.update(zip(rows, logits, strict=True)))
+    generate(subject, ids, 2, on_first_logits=lambda rows, logits: seen.update(zip(rows, logits, strict=True)))
     found = torch.stack([seen[i] for i in range(len(ids))]).log_softmax(-1)
     torch.testing.assert_close(found, first_token_log_probs(subject, ids), rtol=1e-4, atol=1e-4)
 
@@ -305,9 +305,9 @@ def test_the_prefix_is_reused_or_refused(name: str) -> None:
     subject = tiny_subject(name)
     with torch.inference_mode():
         prompts = prepare_prompts(subject, rows_of(prefix=12, tails=(1, 6, 20)))
-    assert prompts.skipped in (0, 12)
-    assert prompts.skipped == 12 or name in SLIDING or is_recurrent(subject)  # full attention is always reused
-    assert prompts.skipped == 0 or not is_recurrent(subject)
+    assert prompts.prefix_length in (0, 12)
+    assert prompts.prefix_length == 12 or name in SLIDING or is_recurrent(subject)  # full attention is always reused
+    assert prompts.prefix_length == 0 or not is_recurrent(subject)
 
 
 @pytest.mark.parametrize("name", SLIDING)
@@ -325,9 +325,9 @@ def test_a_cut_window_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(prefixes, "prefix_states", cut)
     with torch.inference_mode():
-        assert prepare_prompts(subject, ids).skipped == 0
-        monkeypatch.setattr(prefixes, "_equal", lambda *args: True)
-        assert prepare_prompts(subject, ids).skipped == 12
+        assert prepare_prompts(subject, ids).prefix_length == 0
+        monkeypatch.setattr(prefixes, "_matches_without_prefix", lambda *args: True)
+        assert prepare_prompts(subject, ids).prefix_length == 12
     forced, _ = gathered(subject, ids)
     expected = torch.stack([plain_stream(subject, row) for row in ids])
     assert not torch.allclose(forced, expected, **CLOSE)

@@ -1,6 +1,6 @@
 """Blocks below the lowest edit run once for many trials, and nothing of it shows in the results.
 
-The reference is `first_token_log_probs` and `generate` under the same plan, which test_forward.py holds to the library's own.
+The reference is `first_token_log_probs` and `generate` under the same plan, which test_batching.py checks.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def test_trials_are_what_they_are_from_scratch(
         with applied(subject, plan):
             torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
             assert again.generate(8) == generate(subject, ids, 8)
-    assert again.kept.streams  # some of it did not run again
-    assert set(again.kept.streams) == set(again.kept.cuts)
+    assert again.layers.streams  # some of it did not run again
+    assert set(again.layers.streams) == set(again.layers.cuts)
 
 
 def test_losses_from_each_block_up_are_those_from_scratch(
@@ -97,8 +97,8 @@ def test_losses_from_each_block_up_are_those_from_scratch(
             found = torch.cat(again.losses())
             torch.testing.assert_close(found, torch.cat(token_losses(subject, ids)), rtol=1e-4, atol=1e-4)
             assert not torch.allclose(found, before, atol=1e-2)
-    assert set(again.kept.streams) == set(depths)
-    assert not again.kept.states
+    assert set(again.layers.streams) == set(depths)
+    assert not again.layers.states
 
 
 def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMaker) -> None:
@@ -121,7 +121,7 @@ def test_where_nothing_can_be_kept_trials_are_right_too(name: str, make_plan: Pl
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
         assert again.generate(8) == generate(subject, ids, 8) == [plain_answer(subject, row, 8) for row in ids]
         assert not torch.allclose(again.first_token(), before, atol=1e-2)
-    assert not again.kept.streams
+    assert not again.layers.streams
 
 
 def test_edits_change_the_results(subject: Subject, make_plan: PlanMaker) -> None:
@@ -141,7 +141,7 @@ def test_an_edit_below_what_is_kept_is_not_lost(subject: Subject, make_plan: Pla
     again = CachedPrompts(subject, ids, budget=PLENTY)
     with applied(subject, above(make_plan(subject, PARTS), subject.n_layers - 1)):
         again.first_token()
-    assert again.kept.streams
+    assert again.layers.streams
     plan = make_plan(subject, parts, strength=2.0)
     before = first_token_log_probs(subject, ids)
     with applied(subject, plan):
@@ -170,7 +170,7 @@ def test_a_trunk_of_an_edited_model(make_plan: PlanMaker) -> None:
     with applied(subject, low):
         again = CachedPrompts(subject, ids, budget=PLENTY)
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
-        assert again.kept.streams
+        assert again.layers.streams
     torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
 
 
@@ -197,7 +197,7 @@ def test_the_decision_costs_no_second_prefill(subject: Subject, make_plan: PlanM
 
     def decide(answer: bool) -> object:
         with counted(subject) as passes:
-            answers = again.generate(1, rows=[1, 4], go_on=lambda logp: seen.append(logp) or answer)
+            answers = again.generate(1, rows=[1, 4], accept_first=lambda logp: seen.append(logp) or answer)
         return answers, passes[-1]
 
     with applied(subject, above(make_plan(subject, PARTS), 1)):
@@ -225,11 +225,11 @@ def test_what_is_decided_may_end_it(subject: Subject, make_plan: PlanMaker) -> N
     again, seen = CachedPrompts(subject, ids, budget=PLENTY), []
     stop = lambda new: new[-1] % 3 == 0  # noqa: E731 — any rule that ends rows at different steps
     with applied(subject, above(make_plan(subject, PARTS), 1)):
-        whole = again.generate(12, done=stop, worth=lambda decided: seen.append(len(decided)) or True)
+        whole = again.generate(12, done=stop, keep_going=lambda decided: seen.append(len(decided)) or True)
         assert whole == generate(subject, ids, 12, done=stop)
         assert seen == sorted(seen)
         assert seen[-1] == sum(bool(row) and stop(row) for row in whole) > 0
-        assert again.generate(12, done=stop, worth=lambda decided: not decided) is None
+        assert again.generate(12, done=stop, keep_going=lambda decided: not decided) is None
 
 
 def test_more_rows_than_are_written_together(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_more_rows_than_are_written_together(make_plan: PlanMaker, monkeypatch: 
     subject, ids = tiny_subject("llama"), rows_of()
     again, seen = CachedPrompts(subject, ids, budget=PLENTY), []
     with applied(subject, above(make_plan(subject, PARTS), 1)):
-        found = again.generate(6, go_on=lambda logp: seen.append(logp) or True)
+        found = again.generate(6, accept_first=lambda logp: seen.append(logp) or True)
         assert found == generate(subject, ids, 6)
         torch.testing.assert_close(seen[0], first_token_log_probs(subject, ids), **CLOSE)
 
@@ -252,7 +252,7 @@ def test_out_of_memory_halves_the_batch(make_plan: PlanMaker) -> None:
         with applied(subject, above(make_plan(subject, PARTS), 1)):
             torch.testing.assert_close(again.first_token(), logp, **CLOSE)
             assert again.generate(6) == answers
-    assert again.kept.streams
+    assert again.layers.streams
     assert max(tried) > 2
 
 
@@ -260,12 +260,12 @@ def test_out_of_memory_halves_the_batch(make_plan: PlanMaker) -> None:
 @pytest.mark.parametrize("answers", [None, [1, 4], []])
 def test_bytes_held_are_the_bytes_foreseen(subject: Subject, make_plan: PlanMaker, answers: list[int] | None) -> None:
     again = CachedPrompts(subject, rows_of(), budget=PLENTY, answers=answers)
-    assert again.kept.bytes_held() == 0
+    assert again.layers.bytes_held() == 0
     for layer in range(1, subject.n_layers):
         with applied(subject, above(make_plan(subject, PARTS), layer)):
             again.first_token()
-    assert again.kept.bytes_held() == again.kept.bytes_needed(again.kept.cuts)
-    assert bool(again.kept.states) == (answers != [])
+    assert again.layers.bytes_held() == again.layers.bytes_needed(again.layers.cuts)
+    assert bool(again.layers.states) == (answers != [])
 
 
 def test_a_budget_keeps_the_lower_cuts(make_plan: PlanMaker) -> None:
@@ -274,11 +274,11 @@ def test_a_budget_keeps_the_lower_cuts(make_plan: PlanMaker) -> None:
     assert whole.cuts == (1, 2)
     for budget, cuts in ((whole.bytes_needed([1, 2]), (1, 2)), (whole.bytes_needed([1, 2]) - 1, (1,)), (0.0, ())):
         again = CachedPrompts(subject, ids, budget=budget)
-        assert again.kept.cuts == cuts
+        assert again.layers.cuts == cuts
         with applied(subject, above(make_plan(subject, PARTS), 2)):
             torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
             assert again.generate(6) == generate(subject, ids, 6)
-        assert again.kept.bytes_held() <= budget
+        assert again.layers.bytes_held() <= budget
 
 
 def test_answers_to_some_rows_alone(subject: Subject, make_plan: PlanMaker) -> None:
@@ -289,7 +289,7 @@ def test_answers_to_some_rows_alone(subject: Subject, make_plan: PlanMaker) -> N
         expected = generate(subject, ids, 6)
         assert again.generate(6) == [a if i in (1, 4) else [] for i, a in enumerate(expected)]
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
-        assert again.kept.states[0][0].shape[0] == len(again.prompts.rows[1]) + len(again.prompts.rows[4])
+        assert again.layers.states[0][0].shape[0] == len(again.prompts.rows[1]) + len(again.prompts.rows[4])
         with pytest.raises(ValueError, match="not made to answer"):
             again.generate(6, rows=[1, 2])
 
@@ -301,13 +301,13 @@ def test_what_cannot_be_resumed_runs_whole(
 ) -> None:
     """Negative control: a stream that came out otherwise than the model's own is dropped."""
     subject, ids = tiny_subject("llama"), rows_of()
-    put = PackedRows.put
-    monkeypatch.setattr(PackedRows, "put", lambda self, store, rows, values: put(self, store, rows, 1.01 * values))
+    put = PackedRows.write
+    monkeypatch.setattr(PackedRows, "write", lambda self, store, rows, values: put(self, store, rows, 1.01 * values))
     again = CachedPrompts(subject, ids, budget=PLENTY, answers=answers)
     with applied(subject, above(make_plan(subject, PARTS), 1)):
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
-        assert again.kept.cuts == ()
-        assert again.kept.bytes_held() == 0
+        assert again.layers.cuts == ()
+        assert again.layers.bytes_held() == 0
         monkeypatch.setattr(trunk, "matches_uncached", lambda *args: True)
         forced = CachedPrompts(subject, ids, budget=PLENTY, answers=answers)
         forced.hooks = again.hooks
@@ -317,13 +317,13 @@ def test_what_cannot_be_resumed_runs_whole(
 def test_wrong_keys_and_values_are_noticed(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not show in the first token."""
     subject, ids = tiny_subject("llama"), rows_of()
-    put = PackedRows.put
+    put = PackedRows.write
     # Only keys and values have heads, and with them a fourth axis.
-    monkeypatch.setattr(PackedRows, "put", lambda self, s, rows, x: put(self, s, rows, 1.5 * x if x.ndim == 4 else x))
+    monkeypatch.setattr(PackedRows, "write", lambda self, s, rows, x: put(self, s, rows, 1.5 * x if x.ndim == 4 else x))
     again, forced = (CachedPrompts(subject, ids, budget=PLENTY) for _ in range(2))
     with applied(subject, above(make_plan(subject, PARTS), 1)):
         assert again.generate(6) == generate(subject, ids, 6)
-        assert again.kept.cuts == ()
+        assert again.layers.cuts == ()
         monkeypatch.setattr(trunk, "matches_uncached", lambda *args: True)
         torch.testing.assert_close(forced.first_token(), first_token_log_probs(subject, ids), **CLOSE)
         assert forced.generate(6) != generate(subject, ids, 6)
@@ -356,8 +356,8 @@ def test_where_the_lowest_hook_is(subject: Subject, make_plan: PlanMaker) -> Non
 
 
 def test_rows_side_by_side() -> None:
-    layout = PackedRows.of([2, 4, 1])
-    assert layout.places([1, 2]).tolist() == [[2, 3, 4, 5], [6, 6, 6, 6]]
+    layout = PackedRows.from_lengths([2, 4, 1])
+    assert layout.token_indices([1, 2]).tolist() == [[2, 3, 4, 5], [6, 6, 6, 6]]
     store = torch.zeros(7)
-    layout.put(store, [0, 2], torch.tensor([[1.0, 2.0], [3.0, 9.0]]))
+    layout.write(store, [0, 2], torch.tensor([[1.0, 2.0], [3.0, 9.0]]))
     assert store.tolist() == [1, 2, 0, 0, 0, 0, 3]  # the padding's 9 is nowhere

@@ -1,4 +1,4 @@
-"""The stream at one position of every prompt, and what else passes there."""
+"""The residual stream at one position of every prompt, with the outputs, inputs and routing of requested modules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.batching import (
-    TOKENS,
+    BATCH_TOKENS,
     make_batches,
     pad_rows,
     run_or_halve,
-    state_bytes,
     token_budget,
     tokens_per_batch,
 )
@@ -32,24 +31,24 @@ STREAM_ONLY = ProbeRequest()
 
 @dataclass(frozen=True)
 class BatchStates:
-    """What one batch gave."""
+    """What was read of one batch."""
 
     rows: list[int]
-    """Which prompts these are."""
+    """Number of the prompt that each row is."""
     stream: Float[Tensor, "rows streams *positions width"]
-    """fp32, at the wanted position; the axis is there only where several were asked for."""
-    outputs: Float[Tensor, "rows taps *positions width"]
-    """fp32 outputs of the tapped modules at the same position, in the order asked for."""
+    """Residual stream at the wanted position, fp32. There is a positions axis only if several were asked for."""
+    outputs: Float[Tensor, "rows modules *positions width"]
+    """Outputs of the requested modules at the same position, fp32, in the order of the request."""
     inputs: dict[str, Tensor]
-    """Module path → fp32 input at the same position [rows, in]."""
+    """Module path → its input at the same position [rows, in], fp32."""
     routing: dict[str, ExpertRouting]
-    """Path of a stack of experts → what it did at the same position."""
+    """Path of a stack of experts → its routing at the same position."""
 
-    def of(self, places: Sequence[int]) -> BatchStates:
-        """Some of the batch's rows."""
+    def select(self, places: Sequence[int]) -> BatchStates:
+        """Return some of the batch's rows."""
         at = torch.tensor(places)
         inputs = {path: x[at] for path, x in self.inputs.items()}
-        routing = {path: routed.of(at) for path, routed in self.routing.items()}
+        routing = {path: routing.select(at) for path, routing in self.routing.items()}
         return BatchStates([self.rows[i] for i in places], self.stream[at], self.outputs[at], inputs, routing)
 
 
@@ -64,108 +63,102 @@ def read_hidden_states(
     reuse: bool = True,
     title: str = "reading",
 ) -> Iterator[BatchStates]:
-    """The stream at one position of every prompt, batch by batch.
+    """Read the residual stream at one position of every prompt, and yield it batch by batch.
 
-    position: counted from the end of each row (−1 is its last token; shorter rows give their first). Several are
-    read in the same pass.
-    request: modules whose outputs or inputs are wanted too. last: highest stream index wanted (default L); blocks
-    above do not run. budget: tokens a batch, 0 lets memory decide. Weights on disk are read once for all prompts, and
-    the first batch comes when all are through.
+    position: counted from the end of each row, so −1 is its last token; a row that is too short gives its first.
+    Several positions are read in the same pass. request: modules that are read as well. last: highest stream index
+    wanted (default L); the blocks above do not run. budget: tokens of a batch; 0 lets memory decide. reuse: whether a
+    shared prefix runs only once. If the weights are on disk they are read once for all prompts, and the first batch
+    comes when all prompts have passed.
     """
+    top = subject.n_layers if last is None else last
     if subject.offloaded is not None:
-        with tokens_per_batch(budget or TOKENS.get()):
-            yield from _swept(subject, ids, position, request, subject.n_layers if last is None else last, title)
+        with tokens_per_batch(budget or BATCH_TOKENS.get()):
+            yield from _read_layerwise(subject, ids, position, request, top, title)
         return
     with torch.inference_mode(), progress(title, len(ids)) as advance:
-        prompts = prepare_prompts(
-            subject, ids, reuse, leave=-(position if isinstance(position, int) else min(position))
-        )
-        run = _reader(subject, prompts, position, request, last)
-        size = budget or token_budget(subject, state_bytes(subject))
-        for rows in make_batches([len(r) for r in prompts.rows], size):
-            for reading in run_or_halve(run, rows):
-                advance(len(reading.rows))
-                yield reading
+        leave = -(position if isinstance(position, int) else min(position))
+        prompts = prepare_prompts(subject, ids, reuse, leave)
+        run = _make_reader(subject, prompts, position, request, top)
+        for rows in make_batches([len(r) for r in prompts.rows], budget or token_budget(subject)):
+            for states in run_or_halve(run, rows):
+                advance(len(states.rows))
+                yield states
 
 
-def _reader(
-    subject: Subject,
-    prompts: PreparedPrompts,
-    position: int | Sequence[int],
-    request: ProbeRequest,
-    last: int | None = None,
+def _make_reader(
+    subject: Subject, prompts: PreparedPrompts, position: int | Sequence[int], request: ProbeRequest, top: int
 ) -> Callable[[list[int]], BatchStates]:
-    top = subject.n_layers if last is None else last
-    wanted = torch.tensor(position)
+    positions = torch.tensor(position)
 
     def run(rows: list[int]) -> BatchStates:
         ids, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
-        capture = StreamCapture(subject, _at(lengths, wanted), request, top)
-        with capture.watching(), prompts.around(rows):
-            run_backbone(subject, ids, prompts.skipped, prompts.cache(rows))
-        return BatchStates(rows, *capture.stacked(), capture.inputs, capture.routing)
+        capture = StreamCapture(subject, _indices_in_rows(lengths, positions), request, top)
+        with capture.attach(), prompts.pass_over(rows):
+            run_backbone(subject, ids, prompts.prefix_length, prompts.make_cache(rows))
+        return BatchStates(rows, *capture.stack(), capture.inputs, capture.routing)
 
     return run
 
 
-def _at(lengths: Int[Tensor, " rows"], wanted: Int[Tensor, " *positions"]) -> Tensor:
-    """Where in each row the positions are, which are counted from its end: [rows, *positions]."""
-    return (lengths.view(-1, *[1] * wanted.ndim) + wanted.to(lengths)).clamp(min=0)
+def _indices_in_rows(lengths: Int[Tensor, " rows"], positions: Int[Tensor, " *positions"]) -> Tensor:
+    """Return token indices [rows, *positions] of positions that are counted from the end of each row."""
+    return (lengths.view(-1, *[1] * positions.ndim) + positions.to(lengths)).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------- weights on disk
 @dataclass
-class _Kept:
-    """What a batch gave so far, but for its stream, block after block."""
+class _ModuleStates:
+    """What was read of a batch's modules so far, block after block."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     routing: dict[str, ExpertRouting] = field(default_factory=dict)
 
 
-def _swept(
+def _read_layerwise(
     subject: Subject, ids: Ids, position: int | Sequence[int], request: ProbeRequest, top: int, title: str
 ) -> Iterator[BatchStates]:
-    wanted = torch.tensor(position)
-    streams = allocate_rows(subject, len(ids) * (top + 1), subject.width * wanted.numel(), torch.float32)
-    kept: dict[tuple[int, ...], _Kept] = {}
+    positions = torch.tensor(position)
+    streams = allocate_rows(subject, len(ids) * (top + 1), subject.width * positions.numel(), torch.float32)
+    batches: dict[tuple[int, ...], _ModuleStates] = {}
 
     @contextmanager
-    def look(stream: int, rows: list[int], lengths: Tensor) -> Iterator[None]:
-        capture = StreamCapture(
-            subject, _at(lengths, wanted), _within(subject, request, stream - 1), stream, first=stream
-        )
-        with capture.watching():
+    def read(stream: int, rows: list[int], lengths: Tensor) -> Iterator[None]:
+        in_block = _modules_of_block(subject, request, stream - 1)
+        capture = StreamCapture(subject, _indices_in_rows(lengths, positions), in_block, stream, first=stream)
+        with capture.attach():
             yield
-        mine = kept.setdefault(tuple(rows), _Kept())
-        for row, states in zip(rows, capture.stream[0], strict=True):
-            streams[torch.tensor([row * (top + 1) + stream])] = states.reshape(1, -1)
-        mine.outputs |= capture.outputs
-        mine.inputs |= capture.inputs
-        mine.routing |= capture.routing
+        states = batches.setdefault(tuple(rows), _ModuleStates())
+        for row, values in zip(rows, capture.stream[0], strict=True):
+            streams[torch.tensor([row * (top + 1) + stream])] = values.reshape(1, -1)
+        states.outputs |= capture.outputs
+        states.inputs |= capture.inputs
+        states.routing |= capture.routing
 
-    run_layerwise(subject, LayerwisePass(subject, ids, -int(wanted.min())), top=top, look=look, title=title)
-    for rows, found in kept.items():
-        yield _reading(list(rows), found, streams, request, (top + 1, *wanted.shape, subject.width))
+    run_layerwise(subject, LayerwisePass(subject, ids, -int(positions.min())), top=top, around=read, title=title)
+    for rows, states in batches.items():
+        yield _join_blocks(list(rows), states, streams, request, (top + 1, *positions.shape, subject.width))
 
 
-def _within(subject: Subject, request: ProbeRequest, block: int) -> ProbeRequest:
-    """Those of one block."""
+def _modules_of_block(subject: Subject, request: ProbeRequest, block: int) -> ProbeRequest:
+    """Return the part of a request that lies in one block."""
     start = f"{subject.layers}.{block}."
     parts = (request.output_modules, request.input_modules, request.expert_modules)
     return ProbeRequest(*([path for path in part if path.startswith(start)] for part in parts))
 
 
-def _reading(
-    rows: list[int], found: _Kept, streams: Tensor | SpilledRows, request: ProbeRequest, shape: tuple[int, ...]
+def _join_blocks(
+    rows: list[int], states: _ModuleStates, streams: Tensor | SpilledRows, request: ProbeRequest, shape: tuple[int, ...]
 ) -> BatchStates:
+    """Join what was read of a batch in all blocks. shape: of one row's stream [streams, *positions, width]."""
     numbers = torch.tensor(rows)[:, None] * shape[0] + torch.arange(shape[0])
-    outputs = [found.outputs[path] for path in request.output_modules]
+    outputs = [states.outputs[path] for path in request.output_modules]
     none = torch.empty(len(rows), 0, *shape[1:])
     return BatchStates(
         rows,
-        torch.stack([streams[own] for own in numbers]).view(len(rows), *shape),
+        torch.stack([streams[of_row] for of_row in numbers]).view(len(rows), *shape),
         torch.stack(outputs, 1) if outputs else none,
-        found.inputs,
-        found.routing,
+        states.inputs,
+        states.routing,
     )

@@ -1,4 +1,4 @@
-"""What the model says next: log-probabilities of the first token of its answers."""
+"""Next-token logits: log-probabilities of the first token of answers, and KL divergences between them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import (
-    TOKENS,
+    BATCH_TOKENS,
     make_batches,
     pad_rows,
     run_or_halve,
-    state_bytes,
     token_budget,
     tokens_per_batch,
 )
@@ -30,8 +29,8 @@ from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
 
 @contextmanager
 def narrow_head(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the LM head sees ``pick`` of its input [rows, tokens, width]. What the model does to its logits
-    afterwards (soft caps, scales) is kept, because its own forward still runs."""
+    """Let the LM head see ``pick`` of its input [rows, tokens, width] only. The model's own forward still runs, so what
+    it does to logits behind the head (soft caps, scales) is kept."""
     head = subject.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: (pick(args[0]),))
     try:
@@ -41,7 +40,7 @@ def narrow_head(subject: Subject, pick: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 def select_position(subject: Subject, at: Tensor) -> AbstractContextManager[None]:
-    """Inside, the LM head sees one position of each row: at [rows]."""
+    """Let the LM head see one position of each row only. at: [rows]."""
     rows = torch.arange(len(at), device=at.device)
     return narrow_head(subject, lambda states: states[rows, at][:, None])
 
@@ -49,8 +48,11 @@ def select_position(subject: Subject, at: Tensor) -> AbstractContextManager[None
 def first_token_log_probs(
     subject: Subject, ids: Ids, *, budget: int = 0, reuse: bool = True, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Log-probabilities (natural, fp32) of the first token of the answer to each prompt."""
-    with torch.inference_mode(), tokens_per_batch(budget or TOKENS.get()):
+    """Return the log-probabilities (natural, fp32) of the first token of the answer to each prompt.
+
+    budget: tokens of a batch; 0 lets memory decide. reuse: whether a shared prefix runs only once.
+    """
+    with torch.inference_mode(), tokens_per_batch(budget or BATCH_TOKENS.get()):
         if subject.offloaded is None:
             return prepared_first_token_log_probs(subject, prepare_prompts(subject, ids, reuse), title=title)
         with run_to_head(subject, [LayerwisePass(subject, ids)], title) as (prompts,):
@@ -60,17 +62,16 @@ def first_token_log_probs(
 def prepared_first_token_log_probs(
     subject: Subject, prompts: PreparedPrompts, *, title: str = "first tokens"
 ) -> Float[Tensor, "rows vocabulary"]:
-    """`first_token_log_probs` of prompts that are prepared."""
+    """Return `first_token_log_probs` of prepared prompts, of which there must be at least one."""
     result: Tensor | None = None
 
     def run(rows: list[int]) -> tuple[list[int], Tensor]:
-        logits = last_logits(subject, prompts, rows, prompts.cache(rows))
+        logits = last_logits(subject, prompts, rows, prompts.make_cache(rows))
         return rows, logits.float().log_softmax(-1).cpu()
 
-    size = token_budget(subject, state_bytes(subject))
     with torch.inference_mode(), progress(title, len(prompts.rows)) as advance:
-        for group in make_batches([len(r) for r in prompts.rows], size):
-            for rows, logp in run_or_halve(run, group):
+        for batch in make_batches([len(r) for r in prompts.rows], token_budget(subject)):
+            for rows, logp in run_or_halve(run, batch):
                 result = logp.new_empty(len(prompts.rows), logp.shape[-1]) if result is None else result
                 result[rows] = logp
                 advance(len(rows))
@@ -81,19 +82,20 @@ def prepared_first_token_log_probs(
 def last_logits(
     subject: Subject, prompts: PreparedPrompts, rows: Sequence[int], cache: Any
 ) -> Float[Tensor, "rows vocabulary"]:
-    """One pass over some rows: the logits of what follows each row's last token."""
-    batch, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
-    with prompts.around(rows), select_position(subject, lengths - 1):
-        return next_logits(subject, batch, prompts.skipped, cache, prompts.lower)
+    """Run one pass over some rows, and return the logits of the token that follows each row."""
+    ids, lengths = pad_rows([prompts.rows[i] for i in rows], subject.device)
+    with prompts.pass_over(rows), select_position(subject, lengths - 1):
+        return next_logits(subject, ids, prompts.prefix_length, cache, prompts.resume_from)
 
 
 def next_logits(
-    subject: Subject, ids: Tensor, start: int, cache: Any, lower: ResumePoint | None = None
+    subject: Subject, ids: Tensor, start: int, cache: Any, resume_from: ResumePoint | None = None
 ) -> Float[Tensor, "rows vocabulary"]:
-    """One pass through the whole model; the caller has narrowed the LM head to one position (`select_position`)."""
+    """Run one pass through the whole model over tokens whose positions begin at ``start``. The caller has narrowed the
+    LM head to one position of each row (`select_position`)."""
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    given = pass_inputs(subject, ids, lower)
-    out = subject.model(**given, position_ids=positions, **cache_arguments(subject.model, cache))
+    inputs = pass_inputs(subject, ids, resume_from)
+    out = subject.model(**inputs, position_ids=positions, **cache_arguments(subject.model, cache))
     logits: Tensor = out.logits[:, -1]
     return logits
 
@@ -103,7 +105,7 @@ ROWS = 8
 
 
 def kl_divergence(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
-    """KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
+    """Return KL(base ‖ edited) in nats for each row of log-probabilities, summed in fp64."""
     return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
 
 

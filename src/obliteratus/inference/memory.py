@@ -1,4 +1,4 @@
-"""How much memory passes may take: what is free on the model's device, or what a budget leaves of it."""
+"""How much memory passes may take: what is free on the model's device, or what the user's budget leaves of it."""
 
 from __future__ import annotations
 
@@ -17,60 +17,60 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.types import Subject
 from obliteratus.weights.devices import minimum_over_processes
 
-LIMIT: ContextVar[float] = ContextVar("LIMIT", default=math.inf)
-"""Bytes that the process may hold where the model is."""
-# Tokens whose logits over the whole vocabulary are held at once: 128 × 49 152 fp32 = 25 MB, small beside any
-# model, and more would not be faster, since the head alone is a large matrix product already at this size.
+MEMORY_LIMIT: ContextVar[float] = ContextVar("memory limit", default=math.inf)
+"""Bytes that this process may hold on the model's device."""
+# Tokens whose logits over the whole vocabulary are held at once. 128 × 49 152 in fp32 are 25 MB, little beside any
+# model. More would not be faster, since the head alone is a large matrix product at this size already.
 LOGIT_TOKENS = 128
-COPIES = 2  # of these logits: as they are, and as log-probabilities. No batch size makes them smaller
+LOGIT_COPIES = 2  # the logits themselves and their log-probabilities; no batch size makes them smaller
 
 
 @contextmanager
 def memory_limit(limit: float) -> Iterator[None]:
-    """Inside, batches are sized so that this process holds at most ``limit`` bytes on the model's device, the model's
-    own included."""
-    token = LIMIT.set(limit)
+    """Size batches inside the context so that this process holds at most ``limit`` bytes on the model's device,
+    including the model."""
+    token = MEMORY_LIMIT.set(limit)
     try:
         yield
     finally:
-        LIMIT.reset(token)
+        MEMORY_LIMIT.reset(token)
 
 
 def free_memory(subject: Subject) -> int:
-    """Bytes that may still be taken on the model's device; 0 where the budget is used up."""
+    """Return the bytes that may still be taken on the model's device; 0 if the budget is used up."""
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
-    limit = LIMIT.get()
-    here = free if limit == math.inf else max(0.0, min(free, limit - held_bytes(subject)))
-    return int(minimum_over_processes(subject.model, float(here), subject.device))
+    limit = MEMORY_LIMIT.get()
+    allowed = free if limit == math.inf else max(0.0, min(free, limit - held_bytes(subject)))
+    return int(minimum_over_processes(subject.model, float(allowed), subject.device))
 
 
 def host_memory() -> int:
-    """Bytes of main memory that can be had without swapping; what files' caches hold counts as free."""
+    """Return the bytes of main memory available without swapping; the system's file cache counts as free."""
     return int(psutil.virtual_memory().available)
 
 
 def held_bytes(subject: Subject) -> int:
-    """Bytes that this process holds on the model's device, the model's own included."""
+    """Return the bytes that this process holds on the model's device, including the model."""
     if subject.device.type == "cuda":
         return int(torch.cuda.memory_allocated(subject.device))
     return resident_bytes()
 
 
 def resident_bytes() -> int:
-    """Bytes of main memory that this process holds, without what it has freed."""
+    """Return the bytes of main memory that this process holds, without what it has freed."""
     trim_heap()
     return int(psutil.Process().memory_info().rss)
 
 
 def trim_heap() -> None:
-    """Freed memory goes back to the system, which glibc else holds on to, and which would count as held."""
+    """Return freed memory to the system. glibc would hold on to it, and it would count as held."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def parse_size(text: str) -> float:
-    """Bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
+    """Return the bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
     try:
         return float(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Given answers under teacher forcing: what the model predicts at each of their tokens."""
+"""Teacher forcing: what the model predicts at each token of given answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, state_bytes, token_budget
+from obliteratus.inference.batching import make_batches, pad_rows, run_or_halve, token_budget
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.logits import narrow_head, next_logits
 from obliteratus.inference.memory import LOGIT_TOKENS
@@ -20,40 +20,41 @@ T = TypeVar("T")
 
 
 def read_answers(
-    subject: Subject, ids: Ids, answers: Ids, of: Callable[[int, Tensor], T], *, title: str = "answers"
+    subject: Subject, ids: Ids, answers: Ids, reduce: Callable[[int, Tensor], T], *, title: str = "answers"
 ) -> list[T]:
-    """``of(row, logits)`` for each row. logits [len(answer), vocabulary], in the model's own dtype on its device,
-    predict the tokens of ``answers[row]`` (at least one) behind the prompt ``ids[row]``; the last is never fed.
+    """Return ``reduce(row, logits)`` for each row.
 
-    Rows pass in batches; the LM head sees the answers' positions alone.
+    logits [len(answer), vocabulary], in the model's own dtype on its device, predict the tokens of ``answers[row]`` (at
+    least one) behind the prompt ``ids[row]``. The last token of an answer is never fed. Rows run in batches, and the LM
+    head sees only the answers' positions.
     """
-    found: dict[int, T] = {}
+    results: dict[int, T] = {}
     with torch.inference_mode(), progress(title, len(ids)) as advance:
         rows = [prompt + answer[:-1] for prompt, answer in zip(ids, answers, strict=True)]
         longest = max((len(answer) for answer in answers), default=1)
         prompts = prepare_prompts(subject, rows, leave=longest)
 
-        def run(group: list[int]) -> dict[int, T]:
-            parts = _logits(subject, prompts, group, [len(answers[i]) for i in group])
-            return {i: of(i, part) for i, part in zip(group, parts, strict=True)}
+        def run(batch: list[int]) -> dict[int, T]:
+            logits = _answer_logits(subject, prompts, batch, [len(answers[i]) for i in batch])
+            return {i: reduce(i, own) for i, own in zip(batch, logits, strict=True)}
 
-        size = token_budget(subject, state_bytes(subject))
-        for group in make_batches([len(r) for r in prompts.rows], size, max(1, LOGIT_TOKENS // longest)):
-            for part in run_or_halve(run, group):
-                found |= part
+        lengths = [len(row) for row in prompts.rows]
+        for batch in make_batches(lengths, token_budget(subject), max(1, LOGIT_TOKENS // longest)):
+            for part in run_or_halve(run, batch):
+                results |= part
                 advance(len(part))
-    return [found[i] for i in range(len(ids))]
+    return [results[i] for i in range(len(ids))]
 
 
-def _logits(subject: Subject, prompts: PreparedPrompts, group: list[int], counts: list[int]) -> list[Tensor]:
-    """Logits at the last so many positions of each row of the group."""
-    batch, lengths = pad_rows([prompts.rows[i] for i in group], subject.device)
-    kept = [
-        (k, n - count + j)
-        for k, (n, count) in enumerate(zip(lengths.tolist(), counts, strict=True))
+def _answer_logits(subject: Subject, prompts: PreparedPrompts, batch: list[int], counts: list[int]) -> list[Tensor]:
+    """Return the logits at the last ``counts[k]`` positions of each row of the batch."""
+    ids, lengths = pad_rows([prompts.rows[i] for i in batch], subject.device)
+    positions = [
+        (k, length - count + j)
+        for k, (length, count) in enumerate(zip(lengths.tolist(), counts, strict=True))
         for j in range(count)
     ]
-    row, column = torch.tensor(kept, device=subject.device).T
+    row, column = torch.tensor(positions, device=subject.device).T
     with narrow_head(subject, lambda states: states[row, column][:, None]):
-        logits = next_logits(subject, batch, prompts.skipped, prompts.cache(group))
+        logits = next_logits(subject, ids, prompts.prefix_length, prompts.make_cache(batch))
     return list(logits.split(counts))

@@ -1,4 +1,4 @@
-"""PROBE: prompts to activations, in as few passes as batches allow, in as little memory as is asked for."""
+"""PROBE: prompts to activations, in as few passes as batches allow, and their form on disk."""
 
 from __future__ import annotations
 
@@ -13,110 +13,154 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, Moments, ProbeRequest, Prompt, PromptSet, Sketch, Subject, digest_of
-from obliteratus.inference import routing
+from obliteratus.core.types import (
+    Activations,
+    Moments,
+    ProbeRequest,
+    Prompt,
+    PromptSet,
+    RoutingStatistics,
+    Sketch,
+    Subject,
+    digest_of,
+)
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import STREAM_ONLY, BatchStates, read_hidden_states
-from obliteratus.inference.routing import RoutingCounts
+from obliteratus.inference.hooks import ExpertRouting
 from obliteratus.probe.frequent_directions import FrequentDirections
 
 ANCHOR_GROUP = "control"
-DEFAULT = Probe()  # pydantic gives the fields their defaults
+DEFAULT_OPTIONS = Probe()  # pydantic gives the fields their defaults
+FILE, TENSORS_FILE = "activations.json", "activations.safetensors"
 
 
 def collect_activations(
-    subject: Subject,
-    prompts: PromptSet,
-    options: Probe = DEFAULT,
-    request: ProbeRequest = STREAM_ONLY,
+    subject: Subject, prompts: PromptSet, options: Probe = DEFAULT_OPTIONS, request: ProbeRequest = STREAM_ONLY
 ) -> Activations:
-    """Read the residual stream at one position of every prompt, and sum it up for each group.
+    """Read the residual stream at one position of every prompt, and return its statistics for each group.
 
-    request: the modules that are read in the same passes.
-    Raises UserError if any activation is NaN or Inf.
+    request: modules that are read in the same passes. Raises UserError if any activation is NaN or Inf.
     """
-    asked = [(group, prompt) for group, members in prompts.groups.items() for prompt in members]
-    first = {group: next(i for i, (name, _) in enumerate(asked) if name == group) for group in prompts.groups}
-    found = {group: _Group(subject, members, options, request) for group, members in prompts.groups.items()}
-    counts = {path: RoutingCounts() for path in request.expert_modules}
-    ids = render_prompts(subject, [prompt for _, prompt in asked])
-    for reading in read_hidden_states(subject, ids, position=options.position, request=request, title="PROBE"):
-        for group, places in _by_group(asked, reading.rows).items():
-            here = reading.of(places)
-            _check_finite(here, group, first[group])
-            found[group].add(here, first[group])
-            for path, of in counts.items():
-                of.add(group, here.routing[path])
-    digest = digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking])
-    anchors = found[ANCHOR_GROUP].outputs() if request.output_modules else {}
-    inputs = {group: mine.inputs() for group, mine in found.items()}
-    routed = {path: of.routed() for path, of in counts.items()}
-    moments = {group: mine.moments() for group, mine in found.items()}
-    _say_error(moments)
-    return Activations(moments, options.position, anchors, inputs, digest, routed)
+    group_of_row = [group for group, members in prompts.groups.items() for _ in members]
+    first_row = {group: group_of_row.index(group) for group in prompts.groups}
+    sums = {group: _GroupSums(subject, members, options, request) for group, members in prompts.groups.items()}
+    ids = render_prompts(subject, [prompt for members in prompts.groups.values() for prompt in members])
+    for batch in read_hidden_states(subject, ids, position=options.position, request=request, title="PROBE"):
+        for group, places in _places_by_group(batch.rows, group_of_row).items():
+            states = batch.select(places)
+            _check_finite(states, group, first_row[group])
+            sums[group].add(states, first_row[group])
+    moments = {group: of_group.moments() for group, of_group in sums.items()}
+    _report_sketch_error(moments)
+    return Activations(
+        moments,
+        options.position,
+        outputs=sums[ANCHOR_GROUP].mean_outputs() if request.output_modules else {},
+        inputs={group: of_group.mean_inputs() for group, of_group in sums.items()},
+        digest=digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking]),
+        routed={
+            path: {group: of_group.routing[path].statistics() for group, of_group in sums.items()}
+            for path in request.expert_modules
+        },
+    )
 
 
-def _by_group(asked: Sequence[tuple[str, Prompt]], rows: Sequence[int]) -> dict[str, list[int]]:
-    """By group, which places of a batch are its prompts'."""
+def _places_by_group(rows: Sequence[int], group_of_row: Sequence[str]) -> dict[str, list[int]]:
+    """Return, by group, the places in a batch that its prompts have."""
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault(asked[row][0], []).append(place)
+        places.setdefault(group_of_row[row], []).append(place)
     return places
 
 
-class _Group:
-    """Running sums of one group, fp64, and its rows or a sketch of them if that is kept. Its prompts may come in any
-    order."""
+class _GroupSums:
+    """Running sums of one group in fp64, and its rows or a sketch of them if the options keep either. The prompts may
+    come in any order."""
 
     def __init__(self, subject: Subject, prompts: Sequence[Prompt], options: Probe, request: ProbeRequest) -> None:
         self.prompts, self.request = prompts, request
-        self.total = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
-        self.tapped = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
-        self.fed = {path: torch.zeros(1, dtype=torch.float64) for path in request.input_modules}
-        self.rows = torch.empty(len(prompts), *self.total.shape) if options.keep == "rows" else None
+        self.stream = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
+        self.outputs = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
+        self.inputs = {path: torch.zeros(1, dtype=torch.float64) for path in request.input_modules}
+        self.routing = {path: RoutingSums() for path in request.expert_modules}
+        self.rows = torch.empty(len(prompts), *self.stream.shape) if options.keep == "rows" else None
         size = options.sketch if options.keep == "sketch" else 0
         self.sketch = FrequentDirections(subject.n_layers + 1, subject.width, size) if size else None
 
-    def add(self, reading: BatchStates, first: int) -> None:
-        """first: number of the group's first prompt among all."""
-        self.total += reading.stream.double().sum(0)
-        self.tapped += reading.outputs.double().sum(0)
-        self.fed = {path: total + reading.inputs[path].double().sum(0) for path, total in self.fed.items()}
+    def add(self, states: BatchStates, first_row: int) -> None:
+        """Add the states of some of the group's prompts. first_row: the row of the group's first prompt."""
+        self.stream += states.stream.double().sum(0)
+        self.outputs += states.outputs.double().sum(0)
+        self.inputs = {path: total + states.inputs[path].double().sum(0) for path, total in self.inputs.items()}
+        for path, routing in self.routing.items():
+            routing.add(states.routing[path])
         if self.rows is not None:
-            self.rows[torch.tensor(reading.rows) - first] = reading.stream
+            self.rows[torch.tensor(states.rows) - first_row] = states.stream
         if self.sketch is not None:
-            self.sketch.add(reading.stream)
+            self.sketch.add(states.stream)
 
-    def outputs(self) -> dict[str, Tensor]:
-        """Mean output of each tapped module."""
-        return dict(zip(self.request.output_modules, (self.tapped / len(self.prompts)).float(), strict=True))
+    def mean_outputs(self) -> dict[str, Tensor]:
+        """Return the mean output of each requested module."""
+        return dict(zip(self.request.output_modules, (self.outputs / len(self.prompts)).float(), strict=True))
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Mean input of each module that was asked for."""
-        return {path: (total / len(self.prompts)).float() for path, total in self.fed.items()}
+    def mean_inputs(self) -> dict[str, Tensor]:
+        """Return the mean input of each requested module."""
+        return {path: (total / len(self.prompts)).float() for path, total in self.inputs.items()}
 
     def moments(self) -> Moments:
-        """Of the stream."""
+        """Return the statistics of the residual stream."""
         n = len(self.prompts)
         sketch = None if self.sketch is None else self.sketch.sketch()
-        return Moments(n, (self.total / n).float(), self.rows, tuple(p.category for p in self.prompts), sketch)
+        return Moments(n, (self.stream / n).float(), self.rows, tuple(p.category for p in self.prompts), sketch)
 
 
-def _say_error(moments: Mapping[str, Moments]) -> None:
-    """What sketches leave out, at most."""
-    short = {group: of.sketch.error.max().item() for group, of in moments.items() if of.sketch is not None}
-    if short:
-        said = ", ".join(f"{group} {share:.1%}" for group, share in short.items())
-        note("PROBE", f"sketched; short of the spread along any direction by at most ({said}) of the largest")
+class RoutingSums:
+    """Running sums of what one group's prompts did in one stack of experts. Only experts that were chosen have any."""
+
+    def __init__(self) -> None:
+        self.experts: dict[int, Tensor] = {}
+        """Expert → [sum of its outputs …, sum of their squared lengths, their number]. They are fp64, so that rounding
+        does not grow with the number of prompts."""
+        self.shares: list[Tensor] = []
+
+    def add(self, batch: ExpertRouting) -> None:
+        """Add the rows of a batch."""
+        self.shares.append(batch.shares.double())
+        for expert in batch.chosen.unique().tolist():
+            outputs = batch.outputs[batch.chosen == expert].double()
+            sums = torch.cat([outputs.sum(0), outputs.square().sum()[None], torch.tensor([len(outputs)])])
+            self.experts[expert] = self.experts[expert] + sums if expert in self.experts else sums
+
+    def statistics(self) -> RoutingStatistics:
+        """Return the statistics of all experts of the stack."""
+        shares = torch.cat(self.shares)
+        zeros = torch.zeros_like(next(iter(self.experts.values())))
+        sums = torch.stack([self.experts.get(expert, zeros) for expert in range(shares.shape[1])])
+        means = sums[:, :-1] / sums[:, -1].clamp(min=1)[:, None]
+        return RoutingStatistics(
+            share=shares.mean(0).float(),
+            variance=(shares.var(0, correction=0) * len(shares) / max(len(shares) - 1, 1)).float(),
+            prompts=len(shares),
+            count=sums[:, -1].long(),
+            mean=means[:, :-1].float(),
+            square=means[:, -1].float(),
+        )
 
 
-def _check_finite(reading: BatchStates, group: str, first: int) -> None:
-    bad = ~torch.isfinite(reading.stream).flatten(2).all(-1)
+def _report_sketch_error(moments: Mapping[str, Moments]) -> None:
+    errors = {group: of_group.sketch.error.max() for group, of_group in moments.items() if of_group.sketch is not None}
+    if errors:
+        bounds = ", ".join(f"{group} {float(error):.1%}" for group, error in errors.items())
+        note("PROBE", f"the sketch misses at most this share of the largest spread along any direction: {bounds}")
+
+
+def _check_finite(states: BatchStates, group: str, first_row: int) -> None:
+    bad = ~torch.isfinite(states.stream).flatten(2).all(-1)
     if bad.any():
         row, stream = (int(x) for x in bad.nonzero()[0])
         raise UserError(
-            f"NaN or Inf in the activations of {group} prompt {reading.rows[row] - first + 1}, stream {stream} (after "
-            f"block {stream - 1}); load the model with --dtype float32, or check its weights"
+            f"NaN or Inf in the activations of {group} prompt {states.rows[row] - first_row + 1}, stream {stream} "
+            f"(after block {stream - 1}); load the model with --dtype float32, or check its weights"
         )
 
 
@@ -125,26 +169,31 @@ def save_activations(acts: Activations, folder: Path) -> None:
     """Write activations.safetensors and activations.json into an existing folder."""
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
     tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
-    tensors |= routing.routing_to_tensors(acts.routed)
+    for path, groups in acts.routed.items():
+        for group, statistics in groups.items():
+            fields = vars(statistics).items()
+            tensors |= {f"routed/{path}/{group}/{name}": torch.as_tensor(value) for name, value in fields}
     for group, moments in acts.groups.items():
         tensors[f"mean/{group}"] = moments.mean
         if moments.rows is not None:
             tensors[f"rows/{group}"] = moments.rows
         if moments.sketch is not None:
             tensors |= {f"sketch/{group}/{name}": tensor for name, tensor in vars(moments.sketch).items()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "activations.safetensors")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS_FILE)
     counts = {group: moments.count for group, moments in acts.groups.items()}
     data = {"counts": counts, "position": acts.position, "digest": acts.digest}
     data |= {"categories": {group: moments.categories for group, moments in acts.groups.items()}}
-    (folder / "activations.json").write_text(json.dumps(data))
+    (folder / FILE).write_text(json.dumps(data))
 
 
 def load_activations(folder: Path) -> Activations:
-    """What `save_activations` wrote."""
-    data = json.loads((folder / "activations.json").read_text())
-    tensors = load_file(folder / "activations.safetensors")
+    """Load what `save_activations` wrote."""
+    data = json.loads((folder / FILE).read_text())
+    tensors = load_file(folder / TENSORS_FILE)
     groups = {
-        g: Moments(n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}"), tuple(data["categories"][g]), _sketch(tensors, g))
+        g: Moments(
+            n, tensors[f"mean/{g}"], tensors.get(f"rows/{g}"), tuple(data["categories"][g]), _load_sketch(tensors, g)
+        )
         for g, n in data["counts"].items()
     }
     outputs = {k.removeprefix("output/"): v for k, v in tensors.items() if k.startswith("output/")}
@@ -152,10 +201,21 @@ def load_activations(folder: Path) -> Activations:
     for name in (k for k in tensors if k.startswith("input/")):
         _, group, path = name.split("/")
         inputs[group][path] = tensors[name]
-    return Activations(groups, data["position"], outputs, inputs, data["digest"], routing.routing_from_tensors(tensors))
+    return Activations(groups, data["position"], outputs, inputs, data["digest"], _load_routing(tensors))
 
 
-def _sketch(tensors: Mapping[str, Tensor], group: str) -> Sketch | None:
-    parts = {name: tensors.get(f"sketch/{group}/{name}") for name in ("rows", "lost", "total")}
-    found = {name: part for name, part in parts.items() if part is not None}
-    return Sketch(**found) if found else None
+def _load_sketch(tensors: Mapping[str, Tensor], group: str) -> Sketch | None:
+    if f"sketch/{group}/rows" not in tensors:
+        return None
+    return Sketch(*(tensors[f"sketch/{group}/{name}"] for name in ("rows", "lost", "total")))
+
+
+def _load_routing(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, RoutingStatistics]]:
+    fields: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key in (key for key in tensors if key.startswith("routed/")):
+        _, path, group, name = key.split("/")
+        fields.setdefault(path, {}).setdefault(group, {})[name] = tensors[key]
+    return {
+        path: {g: RoutingStatistics(**{**own, "prompts": int(own["prompts"])}) for g, own in groups.items()}  # type: ignore[arg-type]
+        for path, groups in fields.items()
+    }
