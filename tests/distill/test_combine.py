@@ -1,14 +1,12 @@
-"""Steps that join directions, or take others out; and what recipes are refused before weights are loaded."""
+"""Steps that combine directions with those of another step, or remove others from them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.planted import (
     LOOSE,
     PROMPTS,
@@ -20,20 +18,15 @@ from tests.support.planted import (
     kept,
     planted,
     projector,
-    sketched,
     with_rows,
 )
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Step
-from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill import check_needs, extractors, find_directions
-from obliteratus.distill.steps import orthonormalize
-from obliteratus.pipeline.recipe import load_recipe, parse_recipe
+from obliteratus.distill import extractors, find_directions
 
 MEAN, BYPASS = Step(use="mean_diff"), {"use": "bypass_contrast"}
 
@@ -61,28 +54,6 @@ def ran(name: str, acts: Activations, so_far: Directions | None, **options: Any)
     made = extractors[name].function(acts, so_far, **extractors.check(name, options))
     assert isinstance(made, Directions)
     return made
-
-
-# ------------------------------------------------------------------------------------------ orthonormal
-def test_a_dependent_row_takes_nothing_from_the_rows_after_it() -> None:
-    one, two = random_basis(6, 2, 0)
-    rows = torch.stack([one, torch.zeros(6), one, two, 0.6 * one + 0.8 * two])[None]
-    made = orthonormalize(rows)[0]
-    torch.testing.assert_close(made[[0, 3]], torch.stack([one, two]), rtol=0, atol=1e-6)
-    assert (made[[1, 2, 4]] == 0).all()
-    by_qr = torch.linalg.qr(rows[0].T)[0].T  # the negative control: QR gives the row after the zeros another place
-    assert abs(by_qr[3] @ two) < 0.9
-
-
-def test_orthonormal_keeps_order_and_signs() -> None:
-    rows = normalize(torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(0)), dim=2)
-    made = orthonormalize(rows)
-    torch.testing.assert_close(made @ made.mT, torch.eye(5).expand(3, 5, 5), rtol=0, atol=1e-6)
-    assert ((made * rows).sum(2) > 0).all()
-    for stream in range(3):
-        for k in range(1, 6):
-            wanted = projector(rows[stream, :k])
-            torch.testing.assert_close(projector(made[stream, :k]), wanted, rtol=0, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- bypass_contrast
@@ -277,7 +248,7 @@ def test_keep_out_of_all_leaves_zeros() -> None:
         ([MEAN, Step(use="union", other={"use": "sdv"})], "did you mean 'svd'"),
         ([MEAN, Step(use="union", other={"use": "svd", "k": 0})], "'svd': k: input should be greater"),
         ([MEAN, Step(use="union", other={"k": 3})], "'union': other.use: field required"),
-        ([MEAN, Step(use="blend", other={"use": "winsorise"})], "has no step that finds directions"),
+        ([MEAN, Step(use="blend", other={"use": "winsorize"})], "has no step that finds directions"),
         ([MEAN, Step(use="blend", share=1.5)], "'blend': share"),
         ([MEAN, Step(use="interpolate", at=2)], "'interpolate': at"),
         ([MEAN, Step(use="keep_out", k=20)], "'keep_out': k=20 directions need at least 21 keep prompts; got 20"),
@@ -288,66 +259,8 @@ def test_what_cannot_run_says_why(recipe: list[Step], message: str) -> None:
         find_directions(planted(n=20)[0], recipe)
 
 
-@pytest.mark.parametrize(
-    ("steps", "message"),
-    [
-        ([Step(**BYPASS)], "'bypass_contrast' needs the group 'bypass', which has no prompts; .* --bypass"),
-        ([MEAN, Step(use="blend")], "'bypass_contrast' needs the group 'bypass'.* --bypass"),
-        ([MEAN, Step(use="keep_out")], "'keep_out' needs the group 'keep'.* --keep"),
-    ],
-)
-def test_a_missing_group_is_named_before_and_while_running(steps: list[Step], message: str) -> None:
-    acts, _ = planted()
-    few = replace(acts, groups={g: acts[g] for g in ("target", "control")})
-    with pytest.raises(UserError, match=message):
-        find_directions(few, steps)
-    with pytest.raises(UserError, match=message):
-        check_needs(steps, ["target", "control"], keep="rows")
-    check_needs(steps, acts.groups, keep="moments")  # moments are enough for all three
-    assert find_directions(planted(keep=False)[0], steps).score[1:].min() > 0
-
-
-@pytest.mark.parametrize("use", ["svd", "whitened_svd", "discriminant", "winsorise"])
-def test_missing_rows_are_told_before_and_while_running(use: str) -> None:
-    for steps in ([Step(use=use), MEAN], [MEAN, Step(use="union", other={"use": use})]):
-        message = f"distill step '{use}' needs every prompt's activations.*; set probe.keep"
-        with pytest.raises(UserError, match=message):
-            check_needs(steps, ["target", "control"], keep="moments")
-        with pytest.raises(UserError, match=message):
-            find_directions(planted(keep=False)[0], steps)
-        check_needs(steps, ["target", "control"], keep="rows")
-
-
 def test_keep_out_wants_rows_only_for_spread() -> None:
     acts, _ = planted(keep=False)
     assert find_directions(acts, [MEAN, Step(use="keep_out")]).score[1:].min() > 0
     with pytest.raises(UserError, match="'keep_out' needs every prompt's activations"):
         find_directions(acts, [MEAN, Step(use="keep_out", k=1)])
-
-
-@pytest.mark.parametrize("name", [n for n in extractors if "model" not in extractors[n].needs])
-def test_what_a_step_declares_is_what_it_needs(name: str) -> None:
-    """With rows and groups taken away that it does not declare, a step still runs."""
-    needs = extractors[name].needs
-    acts, _ = planted(keep="rows" in needs)
-    acts = sketched(planted()[0]) if "spread" in needs else acts
-    groups = {g: m for g, m in acts.groups.items() if g in ("target", "control", *needs)}
-    options = {"other": MEAN} if name in ("union", "blend") else {}
-    find_directions(replace(acts, groups=groups), [MEAN, Step(use=name, **options)])
-
-
-def test_a_registry_keeps_needs() -> None:
-    registry: Registry[Any] = Registry("kind")
-    registry.register("plain")(lambda: None)
-    registry.register("needy", needs=("rows", "keep"))(lambda: None)
-    assert (registry["plain"].needs, registry["needy"].needs) == ((), ("rows", "keep"))
-
-
-def test_a_step_within_a_step_survives_a_recipe_file(tmp_path: Path) -> None:
-    data = {"about": "a", "distill": [{"use": "mean_diff"}, {"use": "union", "other": {"use": "svd", "k": 3}}]}
-    made = parse_recipe(data, "here")
-    (tmp_path / "copy.toml").write_text(dump_toml(made))
-    assert load_recipe(tmp_path / "copy.toml").distill == made.distill
-    assert 'other = { use = "svd", k = 3 }' in dump_toml(made)
-    with pytest.raises(UserError, match="'svd': k"):
-        load_recipe(tmp_path / "copy.toml", {"distill.1.other.k": 99})

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.distill.test_whiten import power
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
-from tests.support.planted import group, planted
+from tests.support.planted import group, matrix_power, planted
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -54,7 +53,7 @@ def test_it_is_the_published_projection(n: int) -> None:
     rows = torch.cat([acts[g].rows[:, 1].double() for g in ("target", "control")])
     delta = acts["target"].rows[:, 1].double().mean(0) - acts["control"].rows[:, 1].double().mean(0)
     cov = torch.cov(rows.T)
-    white = power(cov, -0.5)
+    white = matrix_power(cov, -0.5)
     unit = white @ delta / (white @ delta).norm()
     published = torch.eye(len(delta)).double() - torch.linalg.inv(white) @ torch.outer(unit, unit) @ white
     mine = torch.eye(len(delta)).double() - found.basis[1].double().T @ found.covectors[1].double()
@@ -98,7 +97,7 @@ def test_of_more_classes_it_is_the_published_projection() -> None:
     acts = sorted_(askew())
     found = find_directions(acts, [Step(use="leace", k=2, shrinkage=1e-9)])
     rows = torch.cat([acts[g].rows[:, 1].double() for g in ("target", "control")])
-    white = power(torch.cov(rows.T), -0.5)
+    white = matrix_power(torch.cov(rows.T), -0.5)
     means = torch.stack([part.mean(0) for part in (rows[:100], rows[100:400], rows[400:])])
     image = torch.linalg.qr(white @ (means[:2] - means[2]).T)[0]
     published = torch.eye(rows.shape[1]).double() - torch.linalg.inv(white) @ image @ image.T @ white
@@ -145,7 +144,7 @@ def test_it_changes_the_rows_least() -> None:
     acts = askew()
     found = find_directions(acts, [Step(use="leace", shrinkage=1e-6)])
     rows = torch.cat([acts[g].rows[:, 1] for g in ("target", "control")]).double()
-    white = power(torch.cov(rows.T), -0.5)
+    white = matrix_power(torch.cov(rows.T), -0.5)
     moves = [rows - erased(acts, found, 1, orthogonal).double() for orthogonal in (False, True)]
     sizes = [((move - move.mean(0)) @ white).norm() for move in moves]
     assert sizes[0] < 0.8 * sizes[1]

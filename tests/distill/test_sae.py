@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.support.notes import Notes
+from tests.support.sparse_features import FEATURES, ROWS, WIDTH, acts_of, sparse_rows
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import Reporter, report_to
+from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Activations, Directions, Moments
+from obliteratus.core.types import Activations, Directions
 from obliteratus.distill import find_directions
 from obliteratus.distill.autoencoder import SparseAutoencoder
 from obliteratus.distill.train_autoencoder import (
@@ -26,31 +28,7 @@ from obliteratus.distill.train_autoencoder import (
     sae_loss,
 )
 
-WIDTH, FEATURES, ROWS = 48, 10, 400
 ALL: dict[str, Any] = {"streams": "all"}
-
-
-def moments(rows: Tensor) -> Moments:
-    return Moments(len(rows), rows.mean(0), rows)
-
-
-def sparse_rows(n: int, seed: int = 0, streams: int = 1) -> tuple[Tensor, Tensor]:
-    """Rows [n, streams, width] of a few features each, of sizes 1–2, with a little noise; features [10, width].
-
-    Feature 0 is the behaviour: on in nine of ten of the first half, in none of the second.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
-    on = torch.rand(n, streams, FEATURES, generator=generator) < 0.1
-    on[:, :, 0] = torch.rand(n, streams, generator=generator) < 0.9
-    on[n // 2 :, :, 0] = False
-    size = 1 + torch.rand(n, streams, FEATURES, generator=generator)
-    return (on * size) @ truth + 0.05 * torch.randn(n, streams, WIDTH, generator=generator), truth
-
-
-def acts_of(rows: Tensor) -> Activations:
-    half = len(rows) // 2
-    return Activations({"target": moments(rows[:half]), "control": moments(rows[half:])}, -1)
 
 
 def found(acts: Activations, **options: Any) -> Directions:
@@ -63,7 +41,7 @@ def unit(x: Tensor) -> Tensor:
     return x / x.square().sum(2).mean(1).sqrt()[:, None, None]
 
 
-def random_coder(streams: int = 2, features: int = 7, width: int = 5, seed: int = 0) -> SparseAutoencoder:
+def random_autoencoder(streams: int = 2, features: int = 7, width: int = 5, seed: int = 0) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(streams, width, features), (streams, features), (streams, features, width), (streams, width)]
     return SparseAutoencoder(*(torch.randn(s, generator=generator) for s in shapes))
@@ -71,10 +49,10 @@ def random_coder(streams: int = 2, features: int = 7, width: int = 5, seed: int 
 
 # -------------------------------------------------------------------------------------------- the mathematics
 def test_loss_and_gradient_are_the_formulas() -> None:
-    coder = random_coder()
+    autoencoder = random_autoencoder()
     x = torch.randn(2, 11, 5, generator=torch.Generator().manual_seed(1))
     for stream in range(2):
-        encoder, bias, decoder, offset = (p[stream].double().requires_grad_() for p in coder.parameters)
+        encoder, bias, decoder, offset = (p[stream].double().requires_grad_() for p in autoencoder.parameters)
         rows = x[stream].double()
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:  # one row at a time: nothing of the batched form is shared
@@ -82,20 +60,20 @@ def test_loss_and_gradient_are_the_formulas() -> None:
             rebuilt = decoder.T @ fired + offset
             total = total + ((row - rebuilt) ** 2).sum() + 0.3 * fired.abs().sum()
         loss = total / len(rows)
-        torch.testing.assert_close(sae_loss(x, coder, 0.3)[stream].double(), loss.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(sae_loss(x, autoencoder, 0.3)[stream].double(), loss.detach(), rtol=1e-5, atol=0)
         for ours, truth in zip(
-            sae_gradients(x, coder, 0.3), torch.autograd.grad(loss, [encoder, bias, decoder, offset]), strict=True
+            sae_gradients(x, autoencoder, 0.3), torch.autograd.grad(loss, [encoder, bias, decoder, offset]), strict=True
         ):
             torch.testing.assert_close(ours[stream].double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_dead_features_are_counted() -> None:
-    coder = random_coder(features=6)
-    coder.bias[0, :2] = -1e6  # two that can never fire, and in the second stream one
-    coder.bias[1, 5] = -1e6
-    coder.bias[0, 2:] = coder.bias[1, :5] = 1e3
+    autoencoder = random_autoencoder(features=6)
+    autoencoder.bias[0, :2] = -1e6  # two that can never fire, and in the second stream one
+    autoencoder.bias[1, 5] = -1e6
+    autoencoder.bias[0, 2:] = autoencoder.bias[1, :5] = 1e3
     x = torch.randn(2, 11, 5, generator=torch.Generator().manual_seed(1))
-    assert count_dead_features(coder, x).tolist() == [2, 1]
+    assert count_dead_features(autoencoder, x).tolist() == [2, 1]
 
 
 def test_decoder_rows_stay_unit_and_streams_do_not_meet() -> None:
@@ -109,8 +87,8 @@ def test_decoder_rows_stay_unit_and_streams_do_not_meet() -> None:
         assert alone.epochs == together.epochs[stream]
 
 
-def test_a_frame_holds_the_rows_and_nothing_else() -> None:
-    """Its rows are orthonormal, the axes are the principal ones; a coder carried outside does the same there."""
+def test_the_row_space_holds_the_rows_and_nothing_else() -> None:
+    """Its rows are orthonormal, the axes are the principal ones; a autoencoder carried outside does the same there."""
     x = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 20)
     for rows in (x, x.mT.contiguous()):  # fewer rows than dimensions, and more
         space = make_row_space(rows, torch.Generator().manual_seed(0))
@@ -121,15 +99,17 @@ def test_a_frame_holds_the_rows_and_nothing_else() -> None:
         torch.testing.assert_close(inner @ space.basis, rows, rtol=1e-4, atol=1e-4)
         spread = (inner @ space.axes.mT).norm(dim=1).double()
         torch.testing.assert_close(spread, torch.linalg.svdvals(rows.double()), rtol=1e-4, atol=1e-4)
-        coder = random_coder(width=k)
-        outside = space.to_full_width(coder)
-        torch.testing.assert_close(outside.encode(rows), coder.encode(inner), rtol=1e-3, atol=1e-3)
+        autoencoder = random_autoencoder(width=k)
+        outside = space.to_full_width(autoencoder)
+        torch.testing.assert_close(outside.encode(rows), autoencoder.encode(inner), rtol=1e-3, atol=1e-3)
     elsewhere = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2))
     space = make_row_space(x, torch.Generator().manual_seed(0))
-    assert not torch.allclose(space.to_coordinates(elsewhere) @ space.basis, elsewhere, atol=0.1)  # nine rows span no twenty
+    assert not torch.allclose(
+        space.to_coordinates(elsewhere) @ space.basis, elsewhere, atol=0.1
+    )  # nine rows span no twenty
 
 
-def test_a_frame_does_not_hang_on_rounding() -> None:
+def test_the_row_space_does_not_depend_on_rounding() -> None:
     """Signs of singular vectors are drawn anew by rounding; the coordinates are not."""
     x = torch.randn(1, 9, 20, generator=torch.Generator().manual_seed(1))
     one, other = (make_row_space(rows, torch.Generator().manual_seed(0)).basis for rows in (x, x * 1000 / 999))
@@ -140,7 +120,10 @@ def test_a_frame_does_not_hang_on_rounding() -> None:
 # --------------------------------------------------------------------------------------------------- the stop
 def test_training_ends_where_the_held_out_loss_gains_no_more() -> None:
     x = unit(sparse_rows(ROWS)[0])
-    ours, fixed = fit_autoencoder(x, Training(max_epochs=100)), fit_autoencoder(x, Training(max_epochs=100, patience=100))
+    ours, fixed = (
+        fit_autoencoder(x, Training(max_epochs=100)),
+        fit_autoencoder(x, Training(max_epochs=100, patience=100)),
+    )
     assert int(ours.epochs) < 60
     assert int(fixed.epochs) == 100
     assert float(ours.explained) > float(fixed.explained) - 0.02
@@ -213,18 +196,11 @@ def test_only_the_chosen_streams_are_trained(streams: Any, expected: Any) -> Non
 
 
 def test_what_was_trained_is_reported() -> None:
-    class Notes(Reporter):
-        def __init__(self) -> None:
-            self.texts: list[str] = []
-
-        def note(self, title: str, text: str) -> None:
-            self.texts.append(text)
-
     notes = Notes()
     with report_to(notes):
         found(acts_of(sparse_rows(100)[0]), device="cpu", training={"max_epochs": 2})
     assert len(notes.texts) == 1
-    for part in ("1 streams of 96 features", "% of held-out rows explained, 2 epochs", "on cpu (as asked)"):
+    for part in ("1 streams of 96 features", "% of held-out rows explained, 2 epochs", "on cpu (as requested)"):
         assert part in notes.texts[0]
 
 
@@ -265,7 +241,7 @@ def test_the_decoder_bias_is_taken_off_unless_the_config_says_no(tmp_path: Path)
     ("changes", "config", "message"),
     [
         ({"W_dec": torch.ones(FEATURES, 64), "W_enc": torch.ones(64, FEATURES)}, {}, r"is 64 wide .* stream is 48"),
-        ({"W_enc": None, "b_enc": None}, {}, "has no W_enc, b_enc; it needs W_enc, b_enc, W_dec, b_dec"),
+        ({"W_enc": None, "b_enc": None}, {}, "has no W_enc, b_enc; a SAELens file needs W_enc, b_enc, W_dec, b_dec"),
         ({"b_enc": torch.ones(3)}, {}, r"b_enc is \[3\], not \[10\]"),
         ({}, {"architecture": "topk"}, "architecture 'topk' is not supported; use one of standard, jumprelu"),
         ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' is not supported"),
@@ -307,5 +283,5 @@ def test_too_few_prompts_are_refused_and_groups_that_agree_give_nothing() -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UserError, match="this machine has none"):
+    with pytest.raises(UserError, match="this machine has no CUDA GPU"):
         found(acts_of(sparse_rows(60)[0]), device="cuda")

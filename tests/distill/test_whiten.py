@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import random_basis
-from tests.support.planted import LOOSE, STREAMS, cosine, group, planted, projector, shuffled
+from tests.support.planted import LOOSE, STREAMS, cosine, group, matrix_power, planted, projector, shuffled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,11 +44,6 @@ def dense(rows: Tensor, s: float, means: int = 1) -> Tensor:
     return (1 - s) * sample + s * own.median() * len(own) / rows.shape[1] * torch.eye(rows.shape[1])
 
 
-def power(matrix: Tensor, exponent: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag(values**exponent) @ vectors.T
-
-
 def streams(acts: Activations, stream: int) -> tuple[Tensor, Tensor]:
     target, control = (acts[g].rows[:, stream].double() for g in ("target", "control"))
     return target, control
@@ -62,7 +57,7 @@ def test_whitened_svd_is_the_dense_formula(n: int, s: float) -> None:
     found = find_directions(acts, [Step(use="whitened_svd", k=3, shrinkage=s)])
     for stream in range(1, STREAMS):
         target, control = streams(acts, stream)
-        rows = (target - control.mean(0)) @ power(dense(control - control.mean(0), s), -0.5)
+        rows = (target - control.mean(0)) @ matrix_power(dense(control - control.mean(0), s), -0.5)
         values, vectors = torch.linalg.eigh(rows.T @ rows)
         wanted = vectors[:, -3:] @ vectors[:, -3:].T
         torch.testing.assert_close(projector(found.basis[stream]), wanted, rtol=0, atol=1e-3)
@@ -102,13 +97,13 @@ def test_mapping_back_or_a_mean_floor_would_lose_it() -> None:
     target, control = streams(acts, 1)
     centred = control - control.mean(0)
     sigma = dense(centred, 0.5)
-    v = torch.linalg.svd((target - control.mean(0)) @ power(sigma, -0.5))[2][0]
-    back = power(sigma, 0.5) @ v
+    v = torch.linalg.svd((target - control.mean(0)) @ matrix_power(sigma, -0.5))[2][0]
+    back = matrix_power(sigma, 0.5) @ v
     assert abs(v @ truth[1].double()) > 0.9
     assert abs(back @ truth[1].double() / back.norm()) < 0.5
     sample = centred.T @ centred / (len(centred) - 1)
     floored = 0.5 * sample + 0.5 * sample.diag().mean() * torch.eye(OTHER)
-    v = torch.linalg.svd((target - control.mean(0)) @ power(floored, -0.5))[2][0]
+    v = torch.linalg.svd((target - control.mean(0)) @ matrix_power(floored, -0.5))[2][0]
     assert abs(v @ truth[1].double()) < 0.5
 
 

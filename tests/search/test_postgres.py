@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 
 import optuna
 import pytest
-from tests.search.test_search import workers
+from tests.support.searches import start_workers
 
 from obliteratus.search.storage import open_storage
 
@@ -65,7 +65,7 @@ def done(url: str) -> int:
 def test_two_workers_and_a_server_that_restarts(server: Server) -> None:
     """Both make trials of one study; while the server is away they wait, and nothing finished is lost."""
     open_storage(server.url)  # the tables, so that two workers do not race to make them
-    both = workers(2, 16, server.url)
+    both = start_workers(2, 16, server.url)
     for _ in range(900):
         if done(server.url) >= 4:
             break

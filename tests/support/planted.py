@@ -83,3 +83,9 @@ def projector(rows: Tensor) -> Tensor:
     """Onto the span of rows, in float64, by an orthogonalisation of its own."""
     q = torch.linalg.qr(rows.double().mT)[0]
     return q @ q.mT
+
+
+def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values**exponent) @ vectors.T

@@ -125,7 +125,7 @@ class TrialJudge:
                 bounds.update(self._refused_shares(refused))
                 return go_on(scores, bounds)
 
-            answers = self.answered.generate(self.search.tokens, done=self._refuses, go_on=begin, worth=proceed)
+            answers = self.answered.generate(self.search.tokens, done=self._refuses, accept_first=begin, keep_going=proceed)
         if answers:
             return TrialVerdict(scores | self._count_verdicts(answers), True)
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)

@@ -1,0 +1,50 @@
+"""Spaces: paths that a choice removes, the recipe as the first trial, and spaces that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.support.searches import search_recipe
+
+from obliteratus.core.errors import UserError
+from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.search.space import apply_values, sample_values, start_values
+
+
+def test_paths_that_a_choice_removes_are_left_out() -> None:
+    recipe = load_recipe("heretic")
+    assert recipe.search is not None
+    short = recipe.search.space["distill"].choices[0]
+
+    def first(path: str, values: Any) -> Any:
+        return values.choices[0] if path == "distill" else values.low
+
+    def second(path: str, values: Any) -> Any:
+        return values.choices[1] if path == "distill" else values.low
+
+    assert "distill.1.at" not in sample_values(recipe, first)
+    assert sample_values(recipe, second)["distill.1.at"] == 0.4
+    assert [s.use for s in apply_values(recipe, sample_values(recipe, first)).distill] == [s["use"] for s in short]
+    assert apply_values(recipe, sample_values(recipe, second)).distill[1].options["at"] == 0.4
+
+
+def test_a_search_begins_where_the_recipe_stands() -> None:
+    recipe = search_recipe()
+    assert start_values(recipe) == {"excise.strength": 1.0, "weigh.0.low": 0.0}
+    far = search_recipe(space={"excise.strength": {"low": 2.0, "high": 3.0}})
+    assert start_values(far) == {}  # 1 is out of range: left to the sampler
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "at least 1 item"),
+        ({"excise.strength": {"low": 2.0, "high": 1.0}}, "low below high"),
+        ({"probe.position": {"low": -2, "high": -1}}, "only distill, weigh and excise can differ"),
+        ({"excise.strenth": {"low": 0.0, "high": 1.0}}, "strenth"),
+    ],
+)
+def test_spaces_that_cannot_be(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("basic", {"search": {"trials": 3, "space": space}})
