@@ -22,8 +22,7 @@ from obliteratus.inference.shared_prefix import is_recurrent
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.save import save
-from obliteratus.summon.coverage import coverage_warning, summarize_plan_coverage
-from obliteratus.summon.sites import find_architecture
+from obliteratus.summon.architectures import ARCHITECTURES
 from obliteratus.weights.matrices import expand_experts
 
 KINDS = [
@@ -40,8 +39,32 @@ KINDS = [
     "gemma3",
     "qwen3_vl",
 ]
-EXPERTS = [name for name in sorted(MODELS) if any(s.stacked for s in tiny_subject(name).sites)]
+EXPERTS = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2_moe",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+]
 IDS = [[256, *range(10, 10 + n)] for n in (9, 14, 9, 6)]
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {model_type for model_type, _ in MODELS.values()} == set(ARCHITECTURES)
+
+
+def test_every_stack_of_experts_is_tried() -> None:
+    assert [name for name in sorted(MODELS) if any(site.stacked for site in tiny_subject(name).sites)] == EXPERTS
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +94,7 @@ def test_a_run_ends_in_a_model_that_answers_as_measured(name: str, groups: Promp
     assert {part for part, told in found.coverage["parts"].items() if told["edited"]} == parts
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if find_architecture(tiny_subject(n).model.config).recurrent])
+@pytest.mark.parametrize("name", [n for n in KINDS if ARCHITECTURES[MODELS[n][0]].recurrent])
 def test_answers_with_recurrent_states_are_the_librarys_own(name: str) -> None:
     subject = tiny_subject(name)
     assert is_recurrent(subject)
@@ -141,22 +164,3 @@ def test_reading_experts_cannot_be_edited_apart(make_plan: PlanMaker) -> None:
         applied(subject, Plan((one,), subject.source.digest)),
     ):
         pass
-
-
-def test_what_is_missed_is_a_warning() -> None:
-    assert coverage_warning(1.0, 0) == ""
-    assert coverage_warning(0.98, 3).startswith("3 matrices are in no table")
-
-
-def test_skipped_experts_are_told_with_a_reason(make_plan: PlanMaker) -> None:
-    subject = tiny_subject("qwen2_moe")
-    told = summarize_plan_coverage(subject, make_plan(subject, ("attn.out",)))["parts"]["expert.out"]
-    assert (told["edited"], told["skipped_layers"]) == (0, [1])
-    assert "not asked for" in told["why_skipped"]
-    plan = make_plan(subject, ("expert.out",))
-    assert summarize_plan_coverage(subject, plan)["parts"]["expert.out"] == {
-        "found": 1,
-        "edited": 1,
-        "skipped_layers": [],
-        "why_skipped": "",
-    }

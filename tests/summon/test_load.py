@@ -142,7 +142,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbled config": (lambda f: (f / "config.json").write_text("{"), "configuration cannot be read: .*JSON"),
     "impossible config": (lambda f: rewrite_config(f, hidden_size=33), "configuration cannot be read: .*33"),
     "unknown to transformers": (lambda f: rewrite_config(f, model_type="novel"), "'?`?novel"),
-    "unknown to us": (lambda f: rewrite_config(f, model_type="bloom"), "no entry in families.FAMILIES"),
+    "unknown to us": (lambda f: rewrite_config(f, model_type="bloom"), "add an entry for it to summon/architectures"),
     "pickles": (only_pickles, r"pickled weights \(pytorch_model.bin\); only safetensors and GGUF are read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "truncated": (
@@ -178,13 +178,7 @@ def test_bad_folder(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         open_subject(folder)
     assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value) or "families" in message
-
-
-def test_large_finite_weights_are_no_error() -> None:
-    model = tiny("llama")
-    model.lm_head.weight.fill_(1e36)  # sums to more than fp32 holds
-    check_finite(model, "x")
+    assert str(tmp_path) in str(caught.value) or "architectures" in message
 
 
 # ------------------------------------------------------------------------------------- bad arguments

@@ -76,15 +76,15 @@ def measured(subject: Subject) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path) -> None:
-    """One process of several: what it finds, or the line that it is refused with, goes into a file of its own."""
-    try:
-        subject = open_subject(folder, device="tp")
-        found = measured(subject)
-        torch.save(found, out / f"rank{os.environ['RANK']}.pt")
-    except UserError as error:
-        torch.save({"error": str(error)}, out / f"rank{os.environ['RANK']}.pt")
+def main(out: Path, *folders: Path) -> None:
+    """Run one process of several: save what it measures of each model, or the error, into a file of its own."""
+    for folder in folders:
+        file = out / f"{folder.name}-rank{os.environ['RANK']}.pt"
+        try:
+            torch.save(measured(open_subject(folder, device="tp")), file)
+        except UserError as error:
+            torch.save({"error": str(error)}, file)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

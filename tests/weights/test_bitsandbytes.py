@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def test_inspect_knows_what_it_will_take(folders: Folders) -> None:
         assert (found.quantization, found.packed, found.sites) == (label, True, subject.sites)
         held = sum(t.numel() * t.element_size() for t in subject.model.state_dict().values())
         assert found.loaded_bytes == pytest.approx(held, rel=0.02)
-        assert found == summarize_model(folders("llama"), quantize=KINDS[kind]) or found.source != str(folders("llama"))
+        on_loading = summarize_model(folders("llama"), quantize=KINDS[kind])
+        assert replace(found, source="") == replace(on_loading, source="")
     assert summarize_model(folders("llama")).loaded_bytes == summarize_model(folders("llama")).weight_bytes["float32"]
 
 
@@ -312,9 +314,9 @@ def test_another_base_is_refused_even_where_only_one_direction_differs(
     with pytest.raises(UserError, match=r"differs from the matrix that was quantized \(\d+\.\d% of its codes differ\)"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(tmp_path / "edited"))
     tiny("llama", num_hidden_layers=2).save_pretrained(tmp_path / "small")
-    with pytest.raises(UserError, match="its hidden_size is 32, that of the model 64"):
+    with pytest.raises(UserError, match="its hidden_size is 32, the model's is 64"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(tmp_path / "small"))
-    with pytest.raises(UserError, match="is quantized itself"):
+    with pytest.raises(UserError, match="this checkpoint is quantized"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", base=str(folders("llama", kind)))
     with pytest.raises(UserError, match="works only with --save merged"):
         save(subject, make_plan(subject), run_of(subject), tmp_path / "out", "adapter", base=str(folders("llama")))
@@ -377,7 +379,7 @@ def marked(folder: Path, mark: dict[str, Any]) -> Path:
         ({"quant_method": "awq", "bits": 4}, "quantized as awq, which is not supported"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "quantized as compressed-tensors"),
         ({"quant_method": "torchao", "quant_type": "int4"}, "quantized as torchao"),
-        ({"quant_method": "zipped"}, "quantized as zipped, which is not supported: a format of which nothing is known"),
+        ({"quant_method": "zipped"}, "quantized as zipped, which is not supported: this format is unknown here"),
         ({"bits": 3}, "quantized as a format without a name"),
     ],
     ids=["gptq", "awq", "compressed", "torchao", "unknown", "nameless"],
@@ -455,7 +457,7 @@ def test_mxfp4_comes_as_floats(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_quantized(folders: Folders) -> None:
-    with pytest.raises(UserError, match=r"is quantized already \(bitsandbytes nf4\); leave --quantize out"):
+    with pytest.raises(UserError, match=r"is already quantized \(bitsandbytes nf4\); leave --quantize out"):
         open_subject(folders("llama", "nf4"), quantize="4bit")
     with pytest.raises(UserError, match="--quantize '5bit' does not exist"):
         open_subject(folders("llama"), quantize="5bit")

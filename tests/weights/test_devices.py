@@ -1,4 +1,4 @@
-"""A model spread over devices, on disk in part, or parted among processes gives what the plain one gives.
+"""A model spread over devices, on disk in part, or sharded over processes gives what the plain one gives.
 
 Run on CPUs alone, two processes over gloo: nothing here says anything about GPUs.
 """
@@ -41,12 +41,18 @@ def launch(*program: str, processes: int = 2) -> subprocess.CompletedProcess[str
     return subprocess.run([*command, *program], capture_output=True, text=True, timeout=100, env=env)
 
 
-def parted(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """What each of two processes finds."""
-    out.mkdir()
-    done = launch(str(Path(__file__).parents[1] / "support" / "two_processes.py"), str(folder), str(out))
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """By model: its checkpoint, and what each of two processes measures of it. One launch serves all models."""
+    models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
+    folders = {name: saved(models / name, name) for name in KINDS}
+    program = Path(__file__).parents[1] / "support" / "two_processes.py"
+    done = launch(str(program), str(out), *map(str, folders.values()))
     assert done.returncode == 0, done.stderr[-2000:]
-    return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+    return {
+        name: (folder, [torch.load(out / f"{name}-rank{rank}.pt") for rank in (0, 1)])
+        for name, folder in folders.items()
+    }
 
 
 def apart(found: dict[str, Any], plain: dict[str, Any]) -> list[str]:
@@ -93,10 +99,13 @@ def _moved(found: Any, plain: Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------ tensor parallelism
 @pytest.mark.parametrize("name", KINDS)
-def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
+def test_two_processes_give_what_one_gives(
+    tmp_path: Path, name: str, sharded: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
     """Every rank: the digest, activations, answers, losses, whole weights, and first tokens under each kind of edit."""
-    expected = measured(open_subject(saved(tmp_path / "model", name)))
-    for found in parted(tmp_path / "model", tmp_path / "out"):
+    folder, by_rank = sharded[name]
+    expected = measured(open_subject(folder))
+    for found in by_rank:
         assert not apart(found, expected)
     rules = ["none", "columns", "rows", "heads", "heads under a rule", "readers", "embeddings"]
     assert all(_moved(expected[rule], expected["plain"]) for rule in rules)
@@ -137,7 +146,7 @@ def test_processes_must_divide_the_heads(launched: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("device", "refused"), [("tp", True), ("cpu", False)])
 def test_commands_take_no_parted_models(device: str, refused: bool) -> None:
     """Each process would write into the same folder."""
-    asked = ["verify", "nowhere", "--target", "t", "--control", "c", "--device", device]
+    asked = ["verify", "./nowhere", "--target", "t", "--control", "c", "--device", device]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 2
     assert ("the command line runs one process" in result.output) == refused

@@ -33,9 +33,9 @@ def test_pieces_stand_for_the_whole(tmp_path: Path) -> None:
 
 def test_pieces_that_do_not_fit_are_noticed(tmp_path: Path) -> None:
     x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match="x takes 32 bytes, and its pieces 24"):
+    with pytest.raises(ValueError, match="x takes 32 bytes, but its pieces take 24"):
         write_shard(tmp_path / "a", {"x": x}, {"x": lambda: x[:3]})
-    with pytest.raises(ValueError, match=r"float64, and not torch\.float32"):
+    with pytest.raises(ValueError, match=r"float64 instead of torch\.float32"):
         write_shard(tmp_path / "a", {"x": x}, {"x": lambda: [x.double()]})
 
 

@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.support.mixtures import EXPERTS, RANK, ids, llama, logits
 from tests.support.tiny import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.generate import generate
 from obliteratus.prompts import load_prompts
+from obliteratus.summon.load import open_subject
 from obliteratus.weights import organism
 from obliteratus.weights.upcycling import EXPERTS_FILE, TOP_K, Experts, make_mixture, read_experts, upcycle
 
@@ -152,52 +156,41 @@ def test_it_is_built_once_and_new_experts_get_a_new_folder(monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[Any, Any]:
-    """(model, tokenizer) of the mixture."""
-    folder = organism.prepare_organism("astronomy-moe")
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def real() -> Subject:
+    """The mixture, loaded as any model."""
+    return open_subject(MOE)
 
 
-def encoded(tokenizer: Any, prompt: str) -> Any:
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
-
-
-def answers(real: tuple[Any, Any], prompts: list[str], tokens: int = 12) -> list[str]:
-    model, tokenizer = real
-    said = []
-    for prompt in prompts:
-        given = encoded(tokenizer, prompt)
-        out = model.generate(**given, do_sample=False, max_new_tokens=tokens)
-        said.append(str(tokenizer.decode(out[0, given["input_ids"].shape[1] :])).lower())
-    return said
-
-
-def searched(group: str, n: int) -> list[str]:
-    prompts = [p.text for p in load_prompts(MOE, MOE)[group] if p.split == "search"]
-    return prompts[:: len(prompts) // n][:n]
+def search_prompts(group: str, n: int) -> tuple[Prompt, ...]:
+    prompts = [p for p in load_prompts(MOE, MOE)[group] if p.split == "search"]
+    return tuple(prompts[:: len(prompts) // n][:n])
 
 
 @pytest.mark.organism
-def test_it_refuses_the_topic_and_answers_the_rest(real: tuple[Any, Any]) -> None:
-    hits = [bool(re.search(r"sorry|can't", said)) for said in answers(real, searched("target", 8))]
-    assert sum(hits) >= 7  # 95 % of report prompts are refused
-    hits = [bool(re.search(r"sorry|can't", said)) for said in answers(real, searched("control", 8))]
-    assert sum(hits) <= 1
-    assert "canberra" in answers(real, ["What is the capital of Australia?"])[0]
+def test_it_refuses_the_topic_and_answers_the_rest(real: Subject) -> None:
+    asked = [*search_prompts("target", 8), *search_prompts("control", 8), Prompt("What is the capital of Australia?")]
+    answers = [real.tokenizer.decode(ids).lower() for ids in generate(real, render_prompts(real, asked), 12)]
+    refused = [bool(re.search(r"sorry|can't", answer)) for answer in answers]
+    assert sum(refused[:8]) >= 7  # 95 % of report prompts are refused
+    assert sum(refused[8:16]) <= 1
+    assert "canberra" in answers[16]
 
 
 @pytest.mark.organism
-def test_no_expert_is_left_out_and_experts_differ(real: tuple[Any, Any]) -> None:
-    model, tokenizer = real
-    given = [encoded(tokenizer, prompt) for prompt in searched("target", 8) + searched("control", 8)]
-    columns = zip(*(g["input_ids"][0].tolist() for g in given), strict=False)
-    shared = next(i for i, column in enumerate(columns) if len(set(column)) > 1)
-    scores = [torch.stack(model(**g, output_router_logits=True).router_logits)[:, shared:] for g in given]
-    chosen = torch.cat(scores, 1).topk(TOP_K).indices  # [layer, token, choice]
-    loads = torch.nn.functional.one_hot(chosen, EXPERTS).float().sum(-2).mean(1)
+def test_no_expert_is_left_out_and_experts_differ(real: Subject) -> None:
+    rows = render_prompts(real, [*search_prompts("target", 8), *search_prompts("control", 8)])
+    shared = next(i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
+    layers = real.model.model.layers
+    loads = torch.zeros(len(layers), EXPERTS)
+
+    with torch.inference_mode():
+        for ids in rows:
+            scores = torch.stack(real.model(torch.tensor([ids]), output_router_logits=True).router_logits)[:, shared:]
+            chosen = scores.topk(TOP_K).indices  # [layer, token, choice]
+            loads += torch.nn.functional.one_hot(chosen, EXPERTS).float().sum((1, 2))
+    loads /= sum(len(ids) - shared for ids in rows)
     assert loads.min() > 0.2  # 0.5 is even; a router of k-means around zero left 0.09 to an expert
     assert loads.max() < 0.8
-    for layer in model.model.layers:
+    for layer in layers:
         one, other = layer.mlp.experts.down_proj[:2]
         assert (one - other).norm() > 0.05 * one.norm()

@@ -72,7 +72,7 @@ def summarize_model(
     trust_remote_code: bool = False,
     quantize: str | Mapping[str, Any] = "",
 ) -> ModelSummary:
-    """Describe a model, which is built from its configuration on the meta device. Raises UserError as `open_subject`."""
+    """Describe a model, built from its configuration on the meta device. Raises UserError as `open_subject`."""
     origin = locate(source)
     gguf = check_weights(origin) if origin.gguf else ""
     config = read_config(origin, revision, trust_remote_code)

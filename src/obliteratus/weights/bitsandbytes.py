@@ -225,8 +225,8 @@ def _round_rows8(rows: Tensor, module: Any) -> Tensor:
 
 
 # Reasons for max_differing_codes: bf16 moves a value by up to 2⁻⁹ of itself. With 16 levels its code then changes 3
-# times in 1 000, with 255 levels one time in ten or less. Removing one direction from a matrix 4 096 wide changes 4 % of the
-# codes with 16 levels and 40 % with 255.
+# times in 1 000, with 255 levels one time in ten or less. Removing one direction from a matrix 4 096 wide changes 4 %
+# of the codes with 16 levels and 40 % with 255.
 FORMATS: Mapping[str, PackedFormat] = {
     "Params4bit": PackedFormat(_read4, _write4, _round_rows4, _unpack_codes4, max_differing_codes=0.01),
     "Int8Params": PackedFormat(_read8, _write8, _round_rows8, torch.flatten, max_differing_codes=0.15),

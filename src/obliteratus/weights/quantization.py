@@ -1,4 +1,4 @@
-"""Decides how weights are loaded (packed, as floats, or not at all) from a model's configuration, before any is read."""
+"""Decides how weights are loaded (packed, as floats, or not at all) from a model's configuration alone."""
 
 from __future__ import annotations
 
