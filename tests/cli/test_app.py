@@ -87,10 +87,10 @@ def test_without_out_nothing_is_written(model: Path, files: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"target": None}, "no such prompt file"),
+        ({"target": None}, "this prompt file does not exist"),
         ({"target": b""}, "is empty"),
         ({"target": b"\xff\xfe\x00bad"}, "not UTF-8"),
-        ({"target": b"a\0b"}, "binary"),
+        ({"target": b"a\0b"}, "binary file"),
         ({"target": "\n".join(CONTROL).encode()}, "same prompts"),
         ({"target": "\n".join([*TARGET, CONTROL[0]]).encode()}, "in target and in control"),
     ],
@@ -119,6 +119,18 @@ def test_bad_prompt_files(model: Path, files: dict[str, Path], tmp_path: Path, c
 )
 def test_bad_options(model: Path, files: dict[str, Path], options: list[str], said: str) -> None:
     assert said in one_line(run(model, files, *options))
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["run", "model", "--quantise", "4bit"], "'--quantise' is now called '--quantize'"),
+        (["verify", "model", "--quantise=4bit"], "'--quantise' is now called '--quantize'"),
+        (["study-from-yaml", "old.yaml"], "'study-from-yaml' is now called 'study --from-yaml'"),
+    ],
+)
+def test_a_renamed_option_or_command_names_the_new_one(words: list[str], new: str) -> None:
+    assert new in one_line(CliRunner().invoke(app, words))
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
         pass
     other = {"model": "n", "recipe": {"a": 2}}
     with (
-        pytest.raises(UserError, match="this run had another model, recipe; resume with the same"),
+        pytest.raises(UserError, match="the interrupted run had another model, recipe; resume with the same"),
         workspace(tmp_path / "out", other, resume=True),
     ):
         pass

@@ -137,7 +137,7 @@ def test_a_search_may_look_where_removal_works() -> None:
     assert (spans["weigh.0.low"].low, spans["weigh.0.low"].high) == (0.0, pytest.approx(4 / 7, abs=0.01))
     assert set(spans) == {"weigh.0.low", "weigh.1.attn", "weigh.1.mlp"}
     assert "weigh.1.mlp" not in advised({"reach": reached(mlp=(1.0,) * 4)}).ranges
-    none = replace(reached(), left={part: tuple(map(score, (1.0,) * 4)) for part in reached().left})
+    none = replace(reached(), remaining={part: tuple(map(score, (1.0,) * 4)) for part in reached().remaining})
     assert advised({"reach": none}).ranges == {}
 
 

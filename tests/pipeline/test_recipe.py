@@ -180,7 +180,7 @@ BAD_OVERRIDES = {
     "passes=9": "passes: input should be less than or equal to 8",
     "probe.position=1": "probe.position: input should be less than or equal to -1",
     "probe.position=-65": "probe.position: input should be greater than or equal to -64",
-    "weigh.1.n=3": "there is no entry '1'; entries are 0 to 0",
+    "weigh.1.n=3": "there is no entry '1'; the entries are 0 to 0",
     "weigh.x.n=3": "there is no entry 'x'",
     "about.x=1": "'about' is a single value and has no keys",
     "weigh.0.n=-1": "weigh step 'skip_first': n: input should be greater",
@@ -190,6 +190,11 @@ BAD_OVERRIDES = {
     "verify=[{use='refusals'}]": "verify step 'refusals' does not exist; did you mean 'refusal'",
     "verify=[{use='refusal', tokens=1}]": "verify step 'refusal': tokens: input should be greater",
     "distill=[]": "distill",
+    # Keys that were renamed name the new one.
+    "enough=0.1": "'enough' is now called 'stop_below_refusal'",
+    "search={trials=1, worth=1.0, space={'excise.strength'={low=0.0, high=1.0}}}": "now called 'max_remaining_refusal'",
+    "search={trials=1, minimise=['x'], space={'excise.strength'={low=0.0, high=1.0}}}": "is now called 'minimize'",
+    "tune={leads=[1.0]}": "'leads' is now called 'margins'",
 }
 
 
