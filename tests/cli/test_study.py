@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.study.test_convert import PLAIN, written
-from tests.support.studies import refusing, studied
+from tests.support.studies import OLD_STUDY, refusing, studied, write_yaml
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli import terminal
@@ -35,8 +34,8 @@ def test_a_report_is_made_again(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "block 0" in done.stdout
     assert "×∞" in done.stdout
-    assert "perplexity: block 0 counts most" in done.stdout
-    assert "The 3 of 48 parts" in done.stdout
+    assert "perplexity: block 0 matters most" in done.stdout
+    assert "The 3 most damaging of 48 parts" in done.stdout
     assert f"{one}/index.html" in done.stdout
     assert (one / "index.html").is_file()
 
@@ -64,7 +63,7 @@ def test_a_narrow_terminal_still_tells_of_every_metric(tmp_path: Path, monkeypat
     assert "perplexity" not in head
     monkeypatch.setattr(terminal.results, "width", 200)
     assert "perplexity" in call("report", one).stdout.splitlines()[2]
-    assert "perplexity: block 0 counts most" in done.stdout
+    assert "perplexity: block 0 matters most" in done.stdout
     assert "perplexity" in (one / "table.md").read_text()
 
 
@@ -105,35 +104,37 @@ def test_what_a_report_cannot_be_made_of(tmp_path: Path) -> None:
     assert not (one / "index.html").exists()
 
 
-# ------------------------------------------------------------------------------------ study-from-yaml
+# ------------------------------------------------------------------------------------ study --from-yaml
 def test_a_yaml_study_becomes_a_study_file(tmp_path: Path) -> None:
-    old = written({**PLAIN, "remote": {"host": "h"}}, tmp_path)
-    done = call("study-from-yaml", old, "--out", tmp_path / "new.toml")
+    old = write_yaml({**OLD_STUDY, "remote": {"host": "h"}}, tmp_path)
+    done = call("study", "--from-yaml", old, "--out", tmp_path / "new.toml")
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
-    assert "not as it was: remote: host" in done.stderr
+    assert "differs: remote: host" in done.stderr
     assert load_study(tmp_path / "new.toml").model == "gpt2"
-    again = call("study-from-yaml", old, "--out", tmp_path / "new.toml")
+    again = call("study", "--from-yaml", old, "--out", tmp_path / "new.toml")
     assert again.exit_code == 2
     assert "does not exist yet" in again.stderr
 
 
 def test_a_yaml_study_on_stdout(tmp_path: Path) -> None:
-    old = written(PLAIN, tmp_path)
-    text = call("study-from-yaml", old).stdout
+    old = write_yaml(OLD_STUDY, tmp_path)
+    text = call("study", "--from-yaml", old).stdout
     (tmp_path / "new.toml").write_text(text)
     assert load_study(tmp_path / "new.toml").data.samples == 50
-    data = json.loads(call("study-from-yaml", old, "--json").stdout)
+    data = json.loads(call("study", "--from-yaml", old, "--json").stdout)
     assert data["study"]["model"] == "gpt2"
     assert data["notes"] == []
-    assert call("study-from-yaml", tmp_path / "none.yaml").exit_code == 2
+    assert call("study", "--from-yaml", tmp_path / "none.yaml").exit_code == 2
 
 
 # ---------------------------------------------------------------------------------------------- study
 WRONG: dict[str, tuple[list[str], str]] = {
     "preset": (["quik", "m"], "did you mean 'quick'"),
-    "file": (["none.toml", "m"], "no such study file"),
-    "yaml": (["old.yaml", "m"], "study-from-yaml"),
+    "file": (["none.toml", "m"], "this study file does not exist"),
+    "yaml": (["old.yaml", "m"], "study --from-yaml old.yaml"),
+    "no study": ([], "name a study file or one of quick"),
+    "a study and a file to convert": (["quick", "--from-yaml", "old.yaml"], "leave 'quick' out"),
     "no model": (["quick"], "names no model"),
     "dtype": (["quick", "m", "--dtype", "float3"], "dtype 'float3' does not exist"),
     "set": (["quick", "m", "--set", "data.samples=0"], "data.samples"),

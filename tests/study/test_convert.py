@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import builtins
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.studies import OLD_MODEL as MODEL
+from tests.support.studies import OLD_STUDY as PLAIN
+from tests.support.studies import write_yaml
 
 from obliteratus.core.errors import UserError
-from obliteratus.study.convert import as_toml, convert
+from obliteratus.study.convert import convert_yaml, to_toml
 from obliteratus.study.files import load_study
 from obliteratus.study.settings import Study
 
-MODEL = {"name": "gpt2"}
-PLAIN: dict[str, Any] = {
-    "model": MODEL,
-    "dataset": {"name": "owner/texts", "max_samples": 50},
-    "strategies": [{"name": "layer_removal"}],
-    "metrics": ["perplexity"],
-    "batch_size": 4,
-    "max_length": 256,
-    "output_dir": "results/mine",
-}
-
-
-def written(data: Any, folder: Path) -> Path:
-    path = folder / "old.yaml"
-    path.write_text(data if isinstance(data, str) else json.dumps(data))  # JSON is YAML
-    return path
-
 
 def converted(folder: Path, **changes: Any) -> tuple[Study, list[str]]:
-    return convert(written({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, folder))
+    return convert_yaml(write_yaml({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, folder))
 
 
 def test_a_plain_study_is_taken_over_whole(tmp_path: Path) -> None:
@@ -58,7 +43,7 @@ def test_all_strategies_have_their_counterpart(tmp_path: Path) -> None:
 
 
 def test_its_defaults_stay_its_defaults(tmp_path: Path) -> None:
-    made, notes = convert(written({"model": MODEL, "strategies": [{"name": "layer_removal"}]}, tmp_path))
+    made, notes = convert_yaml(write_yaml({"model": MODEL, "strategies": [{"name": "layer_removal"}]}, tmp_path))
     assert (made.dtype, made.data.length, made.data.texts) == ("float32", 512, "")
     assert [m.use for m in made.metrics] == ["perplexity"]
     assert len(notes) == 1
@@ -103,11 +88,11 @@ def test_where_texts_are_read_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["preset", "study_preset"])
 def test_a_preset_fills_what_is_open(key: str, tmp_path: Path) -> None:
-    made, notes = convert(written({"model": MODEL, key: "quick", "max_length": 64}, tmp_path))
+    made, notes = convert_yaml(write_yaml({"model": MODEL, key: "quick", "max_length": 64}, tmp_path))
     assert made.strategies == load_study("quick").strategies
     assert (made.data.samples, made.data.length) == (25, 64)
     assert "preset 'quick'" in notes[0]
-    whole, _ = convert(written({"model": MODEL, key: "quick"}, tmp_path))
+    whole, _ = convert_yaml(write_yaml({"model": MODEL, key: "quick"}, tmp_path))
     assert whole.data.length == load_study("quick").data.length == 128
 
 
@@ -119,7 +104,7 @@ def test_what_the_file_says_goes_before_the_preset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["jailbreak", "guardrail"])
 def test_its_studies_of_refusal_measure_refusal_now(name: str, tmp_path: Path) -> None:
-    made, notes = convert(written({"model": MODEL, "preset": name}, tmp_path))
+    made, notes = convert_yaml(write_yaml({"model": MODEL, "preset": name}, tmp_path))
     assert made.metrics == load_study("refusal").metrics
     assert any("measured perplexity alone" in n for n in notes)
 
@@ -137,7 +122,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "one thing twice": (
         {**PLAIN, "strategies": [{"name": "ffn_ablation", "params": {"layers": [0], "layer_indices": [1]}}]},
-        "says again",
+        "a second time",
     ),
     "an unknown metric": ({**PLAIN, "metrics": ["bleu"]}, "metric 'bleu' does not exist"),
     "an unknown preset": ({"model": MODEL, "preset": "quik"}, "did you mean 'quick'"),
@@ -148,8 +133,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no mapping": ("- a\n- b\n", "not a study"),
     "nothing": ("", "not a study"),
     "no YAML": ("model: {name: x", "not YAML"),
-    "a key twice": ("model: {name: x}\npreset: quick\nmodel: {name: y}\n", "old.yaml:3: 'model' stands twice"),
-    "a key twice within": ("model:\n  name: x\n  name: y\npreset: quick\n", "old.yaml:3: 'name' stands twice"),
+    "a key twice": ("model: {name: x}\npreset: quick\nmodel: {name: y}\n", "old.yaml:3: 'model' comes twice"),
+    "a key twice within": ("model:\n  name: x\n  name: y\npreset: quick\n", "old.yaml:3: 'name' comes twice"),
     "code": ("model: !!python/object/apply:os.getcwd []\n", "not YAML"),
 }
 
@@ -158,13 +143,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_means_nothing_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     data, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as caught:
-        convert(written(data, tmp_path))
+        convert_yaml(write_yaml(data, tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this study file does not exist"):
-        convert(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="no such study file"):
+        convert_yaml(tmp_path / "none.yaml")
 
 
 def test_without_pyyaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,16 +160,16 @@ def test_without_pyyaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
             raise ModuleNotFoundError(name)
         return real(name, *args, **kwargs)
 
-    path = written(PLAIN, tmp_path)
+    path = write_yaml(PLAIN, tmp_path)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'obliteratus\[yaml\]'"):
-        convert(path)
+        convert_yaml(path)
 
 
 def test_the_text_reads_back_and_says_what_was_left(tmp_path: Path) -> None:
     made, notes = converted(tmp_path, remote={"host": "h\nmodel = 3"})
-    text = as_toml(made, notes, tmp_path / "old.yaml")
+    text = to_toml(made, notes, tmp_path / "old.yaml")
     (tmp_path / "new.toml").write_text(text)
     assert load_study(tmp_path / "new.toml") == made
     assert text.startswith("# Made from old.yaml")
-    assert "# Not as it was: remote: host" in text
+    assert "# Differs: remote: host" in text

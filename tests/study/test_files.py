@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from obliteratus.cli.study import KNOWN
+from obliteratus.cli.study import PRESETS
 from obliteratus.core.errors import UserError
 from obliteratus.core.toml import dump_toml
 from obliteratus.pipeline.recipe import parse_overrides
 from obliteratus.study.data import check_study
-from obliteratus.study.files import list_studies, load_study, parse_study, with_own_prompts
+from obliteratus.study.files import fill_organism_prompts, list_studies, load_study, parse_study
 
 WANTED = ["attention", "embeddings", "full", "knowledge", "layers", "pruning", "quick", "refusal", "robustness"]
 BASE: dict[str, Any] = {"strategies": [{"use": "layers"}]}
 
 
 def test_the_presets_are_there_and_the_help_names_them() -> None:
-    assert list_studies() == WANTED == sorted(KNOWN.split(", "))
+    assert list_studies() == WANTED == sorted(PRESETS.split(", "))
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -36,7 +36,7 @@ def test_a_preset_parses_and_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_names_what_is_registered(name: str) -> None:
     changes = {"model": "organism:astronomy"}
-    check_study(with_own_prompts(load_study(name, changes)))
+    check_study(fill_organism_prompts(load_study(name, changes)))
 
 
 def test_an_unknown_option_is_refused() -> None:
@@ -84,8 +84,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "too few": ({"data.samples": 0}, r"data\.samples: .* greater than or equal to 1 \(got 0\)"),
     "no strategy": ({"strategies": []}, "strategies: .*at least 1 item"),
     "a strategy without a name": ({"strategies": [{"size": 2}]}, r"strategies\.0\.use: field required"),
-    "past the end": ({"strategies.7.size": 2}, "there is no entry '7'; entries are 0 to 1"),
-    "below a value": ({"seed.x": 2}, "'seed' is a value"),
+    "past the end": ({"strategies.7.size": 2}, "there is no entry '7'; the entries are 0 to 1"),
+    "below a value": ({"seed.x": 2}, "'seed' is a single value"),
 }
 
 
@@ -103,7 +103,7 @@ def test_a_mistake_gets_one_line(case: str) -> None:
         ("qick", None, "preset 'qick' does not exist; did you mean 'quick'"),
         ("none.toml", None, "this study file does not exist"),
         ("bad.toml", "strategies = [", "not valid TOML"),
-        ("old.yaml", "model: {}", "study-from-yaml"),
+        ("old.yaml", "model: {}", "study --from-yaml"),
         ("bad.toml", "about = 'nothing'", "strategies: field required"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_source_that_is_none(source: str, text: str | None, message: str, tmp_
 
 def test_an_organism_has_its_own_prompts() -> None:
     def prompts(model: str, source: str = "refusal", **changes: Any) -> tuple[str, str]:
-        data = with_own_prompts(load_study(source, {"model": model, **changes})).data
+        data = fill_organism_prompts(load_study(source, {"model": model, **changes})).data
         return data.target, data.control
 
     own = "organism:astronomy"
@@ -145,4 +145,4 @@ def test_the_readme_shows_a_study() -> None:
     assert len(changes) == 2
     for source, model, options in changes:
         pairs = [a or b for a, b in re.findall(r"--set (?:'([^']*)'|(\S+))", options)]
-        assert with_own_prompts(load_study(source, {**parse_overrides(pairs), "model": model})).data.samples == 8
+        assert fill_organism_prompts(load_study(source, {**parse_overrides(pairs), "model": model})).data.samples == 8

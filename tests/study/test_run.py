@@ -13,7 +13,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.study import KnockoutResult, Study
 from obliteratus.study.engine import Engine
-from obliteratus.study.output import read
+from obliteratus.study.output import load_results
 from obliteratus.study.run import RESULTS, run_study
 
 OPENING = {"device": "cpu"}
@@ -53,7 +53,7 @@ def same(found: Sequence[KnockoutResult], whole: Sequence[KnockoutResult]) -> No
 def test_results_are_kept_baseline_first(made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
     found = run_study(made, OPENING, tmp_path / "out")
     same(found, whole)
-    kept = read(tmp_path / "out")
+    kept = load_results(tmp_path / "out")
     assert values(kept) == values(found)
     assert kept[0].strategy == ""
     assert (tmp_path / "out" / "study.toml").is_file()
@@ -86,7 +86,7 @@ def test_killed_at_half_and_resumed_the_table_is_the_same(
 
     monkeypatch.setattr(Engine, "measure", counting)
     same(run_study(made, OPENING, tmp_path, resume=True), whole)
-    same(read(tmp_path), whole)
+    same(load_results(tmp_path), whole)
     assert path.read_text().startswith(before)
     assert len(measured) == len(whole) - len(before.splitlines())
 

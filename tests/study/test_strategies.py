@@ -17,7 +17,7 @@ from obliteratus.core.types import Mask, Subject, ZeroOutput
 from obliteratus.study import Knockout, StudyContext
 from obliteratus.study.base import strategies
 from obliteratus.study.engine import list_knockouts
-from obliteratus.study.neurons import activity
+from obliteratus.study.strategies import mean_input_magnitudes
 
 TEXTS = [[65, 66, 67, 68, 69], [97, 98, 99]]
 DENSE = ["llama", "mistral", "gpt2", "gemma2", "llama_biased"]
@@ -148,7 +148,7 @@ def test_activity_is_the_mean_over_all_tokens() -> None:
     for row in TEXTS:
         subject.model(torch.tensor([row]))
     handle.remove()
-    torch.testing.assert_close(activity(subject, TEXTS, [site])[site.path], torch.cat(seen).abs().mean(0))
+    torch.testing.assert_close(mean_input_magnitudes(subject, TEXTS, [site])[site.path], torch.cat(seen).abs().mean(0))
 
 
 # ------------------------------------------------------------------------------------------- controls
@@ -184,9 +184,9 @@ def test_controls_follow_the_seed() -> None:
 @pytest.mark.parametrize(
     ("use", "options", "said"),
     [
-        ("layers", {"layers": (3,)}, "0 to 2"),
-        ("layers", {"layers": (-1,)}, "0 to 2"),
-        ("heads", {"heads": (4,)}, "0 to 3"),
+        ("layers", {"layers": (3,)}, "blocks 0 to 2"),
+        ("layers", {"layers": (-1,)}, "blocks 0 to 2"),
+        ("heads", {"heads": (4,)}, "only 0 to 3"),
         ("experts", {}, "expert.out"),
         ("ranges", {"size": 9}, "has 3"),
         ("ranges", {"size": 1}, "size"),

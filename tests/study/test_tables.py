@@ -16,19 +16,19 @@ from tests.support.studies import part, refusing, score, studied, whole
 
 from obliteratus.core.errors import UserError
 from obliteratus.study.base import KnockoutResult
-from obliteratus.study.output import RESULTS, check_metric, read, title_of, write
-from obliteratus.study.ranking import clear, damage, metric_of, metrics, ranked
+from obliteratus.study.output import RESULTS, check_metric, load_results, study_title, write_report
+from obliteratus.study.ranking import damage_of, is_clear_damage, metric_names, ordering_metric, rank_results
 from obliteratus.study.tables import (
-    as_csv,
-    as_json,
-    beside,
-    escaped,
-    latex,
-    markdown,
-    shown,
-    shown_number,
-    table,
-    told,
+    changes_table,
+    comparison_table,
+    escape_latex,
+    format_number,
+    format_score,
+    summarize,
+    to_csv,
+    to_json,
+    to_latex,
+    to_markdown,
 )
 
 
@@ -39,7 +39,7 @@ def kept(results: tuple[KnockoutResult, ...], folder: Path) -> Path:
 
 # -------------------------------------------------------------------------------------------- ranking
 def test_the_worst_comes_first() -> None:
-    order = ranked(studied(infinite=True), "perplexity")
+    order = rank_results(studied(infinite=True), "perplexity")
     assert order[0].component == "block 0"
     values = [r.change["perplexity"].value for r in order]
     assert values == sorted(values, reverse=True)
@@ -48,54 +48,54 @@ def test_the_worst_comes_first() -> None:
 
 def test_a_fall_of_refusals_is_damage_and_a_rise_of_others() -> None:
     found = refusing()
-    assert ranked(found, "refusal.target")[0].component == "block 2"
-    assert damage(ranked(found, "refusal.target")[0], "refusal.target") == 0.85
-    assert ranked(found, "kl.first_token")[0].component == "block 5"
-    assert damage(found[1], "refusal.control") > 0
-    assert damage(found[1], "accuracy") == -math.inf  # not measured: last, wherever it is asked for
+    assert rank_results(found, "refusal.target")[0].component == "block 2"
+    assert damage_of(rank_results(found, "refusal.target")[0], "refusal.target") == 0.85
+    assert rank_results(found, "kl.first_token")[0].component == "block 5"
+    assert damage_of(found[1], "refusal.control") > 0
+    assert damage_of(found[1], "accuracy") == -math.inf  # not measured: last, wherever it is asked for
 
 
 def test_what_is_no_number_is_the_worst() -> None:
     found = (whole(), part("layers", "sound", 9.0), part("layers", "broken", math.nan))
-    assert [r.component for r in ranked(found, "perplexity")] == ["broken", "sound"]
+    assert [r.component for r in rank_results(found, "perplexity")] == ["broken", "sound"]
 
 
 @given(st.permutations(range(len(studied(3, 2)) - 1)))
 def test_the_order_of_finishing_does_not_show(order: list[int]) -> None:
     first, *others = studied(3, 2)
-    assert table((first, *(others[i] for i in order))) == table((first, *others))
+    assert changes_table((first, *(others[i] for i in order))) == changes_table((first, *others))
 
 
 def test_clear_damage_leaves_no_change_out() -> None:
-    assert clear(score(1.2, 0.1), "perplexity")
-    assert not clear(score(1.2, 0.3), "perplexity")
-    assert not clear(score(0.5, 0.1), "perplexity")  # clear, and no damage
-    assert clear(score(-0.5, 0.1), "refusal.target")
-    assert not clear(score(0.5, 0.1), "refusal.target")
+    assert is_clear_damage(score(1.2, 0.1), "perplexity")
+    assert not is_clear_damage(score(1.2, 0.3), "perplexity")
+    assert not is_clear_damage(score(0.5, 0.1), "perplexity")  # clear, and no damage
+    assert is_clear_damage(score(-0.5, 0.1), "refusal.target")
+    assert not is_clear_damage(score(0.5, 0.1), "refusal.target")
 
 
 def test_metrics_are_those_that_changed() -> None:
-    assert metrics(refusing()) == ["refusal.target", "kl.first_token", "refusal.control", "perplexity"]
-    assert metrics([whole()]) == ["perplexity"]  # nothing knocked out yet
-    assert metric_of(refusing()) == "refusal.target"
+    assert metric_names(refusing()) == ["refusal.target", "kl.first_token", "refusal.control", "perplexity"]
+    assert metric_names([whole()]) == ["perplexity"]  # nothing knocked out yet
+    assert ordering_metric(refusing()) == "refusal.target"
     with pytest.raises(UserError, match="did you mean 'perplexity'"):
-        metric_of(refusing(), "perplexty")
+        ordering_metric(refusing(), "perplexty")
     with pytest.raises(UserError, match=r"study 'a': metric 'kl\.first_token' does not exist"):
         check_metric({"a": studied()}, "kl.first_token")
 
 
 def test_what_is_told() -> None:
-    assert told(studied(), "perplexity") == (
-        "block 0 counts most, ×31.000 [30.950, 31.050]; the intervals of 42 of 48 parts show damage only; "
-        "36 of 48 do more damage than each of 4 drawn at random"
+    assert summarize(studied(), "perplexity") == (
+        "block 0 matters most, ×31.000 [30.950, 31.050]; the intervals of 42 of 48 parts show damage only; "
+        "36 of 48 do more damage than each of 4 random controls"
     )
-    assert "intervals" not in told(refusing(), "kl.first_token")  # a KL is never below 0
-    assert told([whole()], "perplexity") == "no part is knocked out yet"
+    assert "intervals" not in summarize(refusing(), "kl.first_token")  # a KL is never below 0
+    assert summarize([whole()], "perplexity") == "no part has been knocked out yet"
 
 
 # -------------------------------------------------------------------------------------------- for people
 def test_rows_hold_changes_with_intervals() -> None:
-    columns, rows = table(refusing())
+    columns, rows = changes_table(refusing())
     assert columns == [
         "part",
         "parameters",
@@ -110,13 +110,13 @@ def test_rows_hold_changes_with_intervals() -> None:
 
 
 def test_the_ordering_metric_comes_first() -> None:
-    columns, rows = table(refusing(), by="kl.first_token", first=1)
+    columns, rows = changes_table(refusing(), by="kl.first_token", columns=1)
     assert columns == ["part", "parameters", "kl.first_token, nats"]
     assert rows[1][0] == "block 5"
 
 
 def test_top_keeps_parts_and_controls() -> None:
-    _, rows = table(studied(), top=2)
+    _, rows = changes_table(studied(), top=2)
     assert [r[0] for r in rows[:3]] == ["whole model", "block 0", "block 1"]
     assert [r[0] for r in rows[3:]] == [f"random {i}, as large as a head (control)" for i in (3, 2)]
 
@@ -131,25 +131,25 @@ def test_top_keeps_parts_and_controls() -> None:
     ],
 )
 def test_shown(value: float, text: str) -> None:
-    assert shown(score(value)) == text
+    assert format_score(score(value)) == text
 
 
 def test_nothing_has_no_sign() -> None:
-    assert [shown_number(x, 1, sign=True) for x in (-0.04, 0.0, 0.04, -0.06, 0.06)] == ["0.0"] * 3 + ["−0.1", "+0.1"]
+    assert [format_number(x, 1, sign=True) for x in (-0.04, 0.0, 0.04, -0.06, 0.06)] == ["0.0"] * 3 + ["−0.1", "+0.1"]
 
 
 def test_studies_stand_side_by_side() -> None:
-    columns, rows = beside({"one": studied(), "two": studied(7, infinite=True)}, "perplexity")
+    columns, rows = comparison_table({"one": studied(), "two": studied(7, infinite=True)}, "perplexity")
     assert columns == ["part", "one", "two"]
     assert rows[1] == ["block 0", "×31.000 [30.950, 31.050]", "×∞ [∞, ∞]"]
     assert next(r for r in rows if r[0] == "block 6")[1] == "–"  # the first has no such block
-    assert len(beside({"one": studied()}, "perplexity", top=3)[1]) == 4
+    assert len(comparison_table({"one": studied()}, "perplexity", top=3)[1]) == 4
 
 
 # ------------------------------------------------------------------------------------------ for machines
 def test_csv_holds_every_result_and_number() -> None:
     found = studied(infinite=True)
-    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert len(rows) == len(found)
     by_name = {r["component"]: r for r in rows}
     for result in found:
@@ -166,7 +166,7 @@ def test_csv_holds_every_result_and_number() -> None:
 
 def test_json_is_json_and_reads_back() -> None:
     found = studied(infinite=True)
-    text = json.dumps(as_json(found), allow_nan=False)  # JSON itself knows no infinity
+    text = json.dumps(to_json(found), allow_nan=False)  # JSON itself knows no infinity
     data = json.loads(text)
     again = [KnockoutResult.model_validate(r) for r in [data["baseline"], *data["results"]]]
     assert sorted(again, key=str) == sorted(found, key=str)
@@ -175,23 +175,23 @@ def test_json_is_json_and_reads_back() -> None:
 
 # ---------------------------------------------------------------------------------------------- for papers
 def test_markdown_has_as_many_cells_in_every_line() -> None:
-    lines = markdown((["part", "a|b"], [["x|y", "1"], ["z", "2"]])).splitlines()
+    lines = to_markdown((["part", "a|b"], [["x|y", "1"], ["z", "2"]])).splitlines()
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {4}
     assert lines[1] == "| --- | ---: |"
 
 
 def test_latex_escapes_what_it_would_read() -> None:
     text = "50 % of $a_b & {c} #1 \\d ~e ^f −1 ×2 ∞"
-    plain = escaped(text)
+    plain = escape_latex(text)
     assert plain == (
         r"50 \% of \$a\_b \& \{c\} \#1 \textbackslash{}d \textasciitilde{}e \textasciicircum{}f $-$1 $\times$2 $\infty$"
     )
-    assert escaped("block 3 head 2") == "block 3 head 2"
-    assert escaped("[a") == "{[a}"  # else the line break before it takes it for its option
+    assert escape_latex("block 3 head 2") == "block 3 head 2"
+    assert escape_latex("[a") == "{[a}"  # else the line break before it takes it for its option
 
 
 def test_a_latex_table_is_whole() -> None:
-    text = latex(table(studied(infinite=True)), "50 % of_it")
+    text = to_latex(changes_table(studied(infinite=True)), "50 % of_it")
     assert r"\caption{50 \% of\_it}" in text
     assert r"$\times$$\infty$ [$\infty$, $\infty$]" in text
     body = text.partition("\\toprule\n")[2].partition("\\bottomrule")[0].replace("\\midrule\n", "")
@@ -204,7 +204,7 @@ def test_a_latex_table_is_whole() -> None:
 # --------------------------------------------------------------------------------------------- reading
 def test_results_read_back(tmp_path: Path) -> None:
     found = studied(infinite=True)
-    assert read(kept(found, tmp_path)) == found
+    assert load_results(kept(found, tmp_path)) == found
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40])
@@ -213,14 +213,14 @@ def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
     kept(found, tmp_path)
     text = (tmp_path / RESULTS).read_bytes()
     (tmp_path / RESULTS).write_bytes(text[:-cut])
-    assert read(tmp_path) == (found if cut == 1 else found[:-1])  # of the first only the line's end is gone
+    assert load_results(tmp_path) == (found if cut == 1 else found[:-1])  # of the first only the line's end is gone
 
 
 def test_a_line_torn_within_a_letter_is_left_out(tmp_path: Path) -> None:
     kept((whole(),), tmp_path)
     with (tmp_path / RESULTS).open("ab") as file:
         file.write('{"component":"é'.encode()[:-1])
-    assert read(tmp_path) == (whole(),)
+    assert load_results(tmp_path) == (whole(),)
 
 
 def test_a_torn_line_in_the_middle_is_refused(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_torn_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     lines[3] = lines[3][:30] + "\n"
     (tmp_path / RESULTS).write_text("".join(lines))
     with pytest.raises(UserError, match=rf"{RESULTS}:4: not a study's result") as caught:
-        read(tmp_path)
+        load_results(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400  # it does not recite the line
 
@@ -248,22 +248,22 @@ def test_a_file_that_is_no_study_is_refused(change, message: str, tmp_path: Path
     lines = (kept(studied(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
     (tmp_path / RESULTS).write_text("".join(change(lines)))
     with pytest.raises(UserError, match=message) as caught:
-        read(tmp_path)
+        load_results(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        read(tmp_path)
+        load_results(tmp_path)
 
 
 def test_a_study_is_called_by_its_file(tmp_path: Path) -> None:
-    assert title_of(tmp_path) == f"Study {tmp_path.name}"
+    assert study_title(tmp_path) == f"Study {tmp_path.name}"
     (tmp_path / "study.toml").write_text('name = "mine"\nmodel = "a/b"\n[[strategies]]\nuse = "layers"\n')
-    assert title_of(tmp_path) == "Study mine of a/b"
+    assert study_title(tmp_path) == "Study mine of a/b"
 
 
 def test_a_study_that_only_began_is_written(tmp_path: Path) -> None:
-    write((whole(),), tmp_path, "begun")
+    write_report((whole(),), tmp_path, "begun")
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 2
-    assert "no part is knocked out yet" in (tmp_path / "index.html").read_text()
+    assert "no part has been knocked out yet" in (tmp_path / "index.html").read_text()

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
 
 UNITS = {"perplexity": "perplexity", "kl.first_token": "nats"}
+
+
+OLD_MODEL = {"name": "gpt2"}
+OLD_STUDY: dict[str, Any] = {
+    "model": OLD_MODEL,
+    "dataset": {"name": "owner/texts", "max_samples": 50},
+    "strategies": [{"name": "layer_removal"}],
+    "metrics": ["perplexity"],
+    "batch_size": 4,
+    "max_length": 256,
+    "output_dir": "results/mine",
+}
+
+
+def write_yaml(data: Any, folder: Path) -> Path:
+    """Write a study of the earlier program."""
+    path = folder / "old.yaml"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))  # JSON is YAML
+    return path
 
 
 def score(value: float, half: float = 0.05, unit: str = "ratio", n: int = 16) -> Score:

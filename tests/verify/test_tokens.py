@@ -15,8 +15,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet, Subject
-from obliteratus.excise.live.attach import without_edits
-from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.live.hooks import applied, without_edits
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate, stop_tokens
 from obliteratus.inference.teacher_forced import read_answers

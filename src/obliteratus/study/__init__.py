@@ -1,7 +1,11 @@
-"""Ablation studies: knock a part out by a live edit, see what breaks, put it back. Importing registers strategies."""
+"""Ablation studies: knock out a part of a model by a live edit, measure the damage, and undo the edit.
 
-from obliteratus.study import controls, neurons, strategies
+Importing this package registers the strategies, which list the parts. May import everything but cli and the other
+users of the stages (search, rebirth, forecast).
+"""
+
+from obliteratus.study import controls, strategies
 from obliteratus.study.base import Knockout, KnockoutResult, StudyContext
 from obliteratus.study.settings import Data, Study
 
-__all__ = ["Data", "Knockout", "KnockoutResult", "Study", "StudyContext", "controls", "neurons", "strategies"]
+__all__ = ["Data", "Knockout", "KnockoutResult", "Study", "StudyContext", "controls", "strategies"]

@@ -1,4 +1,4 @@
-"""What every strategy shares: the registry, what it is given, what it yields, and what a study keeps of each."""
+"""What every strategy shares: the registry, its context, the knockouts it lists, and their results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from obliteratus.inference.chat_template import Ids
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What a strategy may look at."""
+    """What a strategy may read."""
 
     subject: Subject
     texts: Ids
-    """Token rows of the study's texts: what scores are taken on."""
+    """Token rows of the texts that the study measures on."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Knockout:
-    """One part of the model to be knocked out."""
+    """One part of the model that is knocked out."""
 
     strategy: str
     component: str
@@ -34,24 +34,24 @@ class Knockout:
     layer: int
     """The lowest block that it changes; −1 for the embeddings."""
     part: int
-    """Which of the block's parts: head, expert, neuron, chunk …; −1 where it is all of them."""
+    """The number of the head, expert, neuron, chunk …; −1 if it is all of them."""
     size: int
-    """Entries of writing matrices that no longer write."""
+    """Number of entries of writing matrices that are switched off."""
     plan: Plan
     control: bool = False
-    """Drawn at random, as large as what it is a control of."""
+    """Whether it is a random control, as large as what it is a control of."""
 
 
 Strategy = Callable[..., Iterator[Knockout]]
-"""(ground, **options) → specs, in the order in which they are shown."""
+"""(context, **options) → knockouts, in the order in which they are shown."""
 
 strategies: Registry[Strategy] = Registry("strategy")
 
 
 class KnockoutResult(FrozenModel):
-    """One line of a study's ``results.jsonl``. The first line is the baseline: strategy and component are empty."""
+    """One line of a study's ``results.jsonl``. The first line is the baseline; its strategy and component are empty."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity: a broken model's perplexity may be
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity; a broken model's perplexity may be
 
     strategy: str = ""
     component: str = ""
@@ -60,8 +60,10 @@ class KnockoutResult(FrozenModel):
     size: int = 0
     control: bool = False
     scores: Mapping[str, Score]
-    """By metric, of the model without the component."""
+    """Scores of the model without the component, by metric."""
     change: Mapping[str, Score] = {}
-    """By metric, against the baseline: a ratio for perplexities, a difference for shares, nats for KLs; paired, so that
-    what is hard about a text or prompt cancels. Empty for the baseline."""
+    """Changes against the baseline by metric: ratios of perplexities, differences of shares, nats of KL.
+
+    They are paired, so that the difficulty of a text or prompt cancels. Empty for the baseline.
+    """
     seconds: float = 0.0

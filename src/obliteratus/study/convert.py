@@ -1,4 +1,4 @@
-"""Studies of the earlier program, in YAML, as studies of this one: every key is taken over, named, or refused."""
+"""Converts YAML studies of the earlier program to study files: each key is taken over, named in a note, or refused."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ STRATEGIES = {
     "head_pruning": "heads",
     "embedding_ablation": "embeddings",
 }
-PARAMS = {"embeddings": {"chunk_size": "chunk"}}  # of the strategies that have any
-LAYERS = ("layers", "layer_indices")  # parameters of its examples that its strategies did not heed
-PRESETS = {"jailbreak": "refusal", "guardrail": "refusal"}  # all others bear the same name here
-LENGTH, SPLIT = 512, "test"  # its defaults
-FILES = (".txt", ".jsonl", ".csv", ".parquet")
+PARAMETERS = {"embeddings": {"chunk_size": "chunk"}}
+LAYERS = ("layers", "layer_indices")  # parameters in its examples that its strategies ignored
+PRESETS = {"jailbreak": "refusal", "guardrail": "refusal"}  # all others have the same name here
+DEFAULT_LENGTH, DEFAULT_SPLIT = 512, "test"
+TEXT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-class _Model(FrozenModel):
+class _OldModel(FrozenModel):
     model_config = ConfigDict(protected_namespaces=())
     name: str
-    task: Literal["causal_lm"] = "causal_lm"  # a classifier's study has no counterpart, and is refused here
+    task: Literal["causal_lm"] = "causal_lm"  # studies of classifiers have no counterpart and are refused here
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
     num_labels: int | None = None
 
 
-class _Data(FrozenModel):
+class _OldData(FrozenModel):
     name: str = ""
-    split: str = SPLIT
+    split: str = DEFAULT_SPLIT
     subset: str | None = None
     text_column: str | None = None
     label_column: str | None = None
     max_samples: int | None = Field(None, ge=1)
 
 
-class _Strategy(FrozenModel):
+class _OldStrategy(FrozenModel):
     name: str
     params: dict[str, Any] | None = None
 
 
-class _Yaml(FrozenModel):
-    """What its files say."""
+class _OldStudy(FrozenModel):
+    """The content of a YAML study."""
 
-    model: _Model
-    dataset: _Data = _Data()
-    strategies: tuple[_Strategy, ...] | None = None
+    model: _OldModel
+    dataset: _OldData = _OldData()
+    strategies: tuple[_OldStrategy, ...] | None = None
     metrics: tuple[str, ...] | None = None
     batch_size: int | None = Field(None, ge=1)
     max_length: int | None = Field(None, ge=2)
@@ -67,7 +67,7 @@ class _Yaml(FrozenModel):
     remote: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one_preset(self) -> _Yaml:
+    def _one_preset(self) -> _OldStudy:
         if self.preset and self.study_preset and self.preset != self.study_preset:
             raise ValueError("preset and study_preset name two studies; leave one out")
         if not self.preset and not self.study_preset and not self.strategies:
@@ -75,128 +75,125 @@ class _Yaml(FrozenModel):
         return self
 
 
-def convert(source: Path) -> tuple[Study, list[str]]:
-    """The study, and a line for each thing of the file that is not in it, or not as it was.
+def convert_yaml(source: Path) -> tuple[Study, list[str]]:
+    """Return the study of a YAML file, and a note for each setting that is dropped or changed.
 
-    UserError for a file that is missing or no YAML, and for keys, strategies and parameters that mean nothing here.
+    Raises UserError if the file is missing or not YAML, and for keys, strategies and parameters that do not exist.
     """
     try:
-        old = _Yaml(**_read(source))
+        old = _OldStudy(**_load_yaml(source))
     except ValidationError as error:
         raise UserError(f"{source}: {explain_validation_error(error)}") from error
     notes: list[str] = []
-    base = _preset(old, notes, source)
-    length = old.max_length or (base.data.length if base else LENGTH)
-    samples = old.dataset.max_samples or (base.data.samples if base else None)
-    texts = {"texts": _texts(old.dataset, notes), "length": length}
-    made = {
+    preset = _load_preset(old, notes, source)
+    length = old.max_length or (preset.data.length if preset else DEFAULT_LENGTH)
+    samples = old.dataset.max_samples or (preset.data.samples if preset else None)
+    texts = {"texts": _convert_texts(old.dataset, notes), "length": length}
+    values = {
         "name": source.stem,
         "model": old.model.name,
         "dtype": old.model.dtype,
         "output": old.output_dir,
         "data": texts | ({"samples": samples} if samples else {}),
-        "strategies": _strategies(old, notes, source) or (base.strategies if base else ()),
-        "metrics": _metrics(old, notes, source) or (base.metrics if base else (Step(use="perplexity"),)),
-        "batch": old.batch_size * length if old.batch_size else (base.batch if base else 0),
+        "strategies": _convert_strategies(old, notes, source) or (preset.strategies if preset else ()),
+        "metrics": _convert_metrics(old, notes, source) or (preset.metrics if preset else (Step(use="perplexity"),)),
+        "batch": old.batch_size * length if old.batch_size else (preset.batch if preset else 0),
     }
     if samples is None:
-        notes.append(f"dataset.max_samples: not given, and it took every text; here {Data().samples} are, at most")
-    return parse_study(made, str(source)), notes + _left(old)
+        notes.append(f"dataset.max_samples: not given, which meant every text; here at most {Data().samples} are used")
+    return parse_study(values, str(source)), notes + _dropped_settings(old)
 
 
-def as_toml(made: Study, notes: Sequence[str], source: Path) -> str:
-    """The study file, behind what it was made of and what was left out."""
-    said = [f"Made from {source.name} by 'obliteratus study-from-yaml'.", *(f"Not as it was: {n}" for n in notes)]
-    return "\n".join(f"# {' '.join(line.split())}" for line in said) + "\n" + dump_toml(made)
+def to_toml(study: Study, notes: Sequence[str], source: Path) -> str:
+    """Return the study file, with its origin and the notes as comments at the top."""
+    comments = [f"Made from {source.name} by 'obliteratus study --from-yaml'.", *(f"Differs: {n}" for n in notes)]
+    return "\n".join(f"# {' '.join(line.split())}" for line in comments) + "\n" + dump_toml(study)
 
 
 # --------------------------------------------------------------------------------------------- parts
-def _preset(old: _Yaml, notes: list[str], source: Path) -> Study | None:
-    """What fills all that the file leaves open."""
+def _load_preset(old: _OldStudy, notes: list[str], source: Path) -> Study | None:
+    """Return the preset that provides all that the file does not set."""
     name = old.preset or old.study_preset
     if not name:
         return None
     known = {n: n for n in list_studies() if n != "refusal"} | PRESETS
     if name not in known:
         raise UserError(f"{source}: {unknown_name('preset', name, known)}")
-    made = load_study(known[name])
-    notes.append(f"preset '{name}': what the file leaves open is as in the study '{known[name]}' of this program")
+    notes.append(f"preset '{name}': what the file does not set is taken from this program's study '{known[name]}'")
     if known[name] == "refusal" and old.metrics is None:
-        notes.append(f"preset '{name}': it measured perplexity alone; answers need --target and --control")
-    return made
+        notes.append(f"preset '{name}': it measured perplexity alone; refusal needs --target and --control")
+    return load_study(known[name])
 
 
-def _strategies(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
-    made = []
-    for place, step in enumerate(old.strategies or ()):
-        where = f"{source}: strategies.{place}"
+def _convert_strategies(old: _OldStudy, notes: list[str], source: Path) -> list[Step]:
+    steps = []
+    for number, step in enumerate(old.strategies or ()):
+        where = f"{source}: strategies.{number}"
         if step.name not in STRATEGIES:
             raise UserError(f"{where}: {unknown_name('strategy', step.name, STRATEGIES)}")
         use = STRATEGIES[step.name]
-        made.append(Step(use=use, **_options(use, step.params or {}, where, notes)))
-    return made
+        steps.append(Step(use=use, **_convert_parameters(use, step.params or {}, where, notes)))
+    return steps
 
 
-def _options(use: str, params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    names = PARAMS.get(use, dict.fromkeys(LAYERS, "layers"))
+def _convert_parameters(use: str, parameters: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    names = PARAMETERS.get(use, dict.fromkeys(LAYERS, "layers"))
     options: dict[str, Any] = {}
-    for key, value in params.items():
+    for key, value in parameters.items():
         if key not in names:
             raise UserError(f"{where}.params: {unknown_name('parameter', key, names)}")
-        if value is None:  # as if it were not there
+        if value is None:  # the same as a missing key
             continue
         if names[key] in options:
-            raise UserError(f"{where}.params: '{key}' says again what '{names[key]}' says; leave one out")
+            raise UserError(f"{where}.params: '{key}' sets '{names[key]}' a second time; leave one out")
         options[names[key]] = value
         if key in LAYERS:
-            notes.append(f"strategies: {use} is held to the blocks {value}, which the earlier program did not heed")
+            notes.append(f"strategies: {use} is restricted to the blocks {value}, which the earlier program ignored")
     return options
 
 
-def _metrics(old: _Yaml, notes: list[str], source: Path) -> list[Step]:
-    made = []
+def _convert_metrics(old: _OldStudy, notes: list[str], source: Path) -> list[Step]:
+    steps = []
     for name in old.metrics or ():
         if name in ("accuracy", "f1", "macro_f1"):
-            notes.append(
-                f"metrics: {name} was a classifier's; for questions with choices add data.labelled and accuracy"
-            )
+            notes.append(f"metrics: {name} was a classifier's; for multiple choice add data.labelled and accuracy")
         elif name != "perplexity":
             raise UserError(f"{source}: {unknown_name('metric', name, ['perplexity', 'accuracy', 'f1'])}")
         else:
-            made.append(Step(use=name))
-    return made
+            steps.append(Step(use=name))
+    return steps
 
 
-def _texts(data: _Data, notes: list[str]) -> str:
-    """Where texts are read from, as `Data.texts` says it."""
+def _convert_texts(data: _OldData, notes: list[str]) -> str:
+    """Return the source of the texts as `Data.texts` names it."""
     if not data.name:
         return ""
-    if Path(data.name).suffix in FILES:
-        notes.extend(f"dataset.{key}: a file has none" for key in ("subset", "text_column") if data.model_dump()[key])
+    if Path(data.name).suffix in TEXT_FILES:
+        notes.extend(f"dataset.{key}: not for a file" for key in ("subset", "text_column") if data.model_dump()[key])
         return data.name
     split = data.split
     if data.subset:
         split = f"{data.subset}/{data.split}"
-        notes.append(f"dataset.subset: the set's files with '{split}' in their path are read; see that there are such")
+        notes.append(f"dataset.subset: files of the data set with '{split}' in their path are read; check that any do")
     return f"hub:{data.name}:{split}" + (f":{data.text_column}" if data.text_column else "")
 
 
-def _left(old: _Yaml) -> list[str]:
-    """What has no place in a study file."""
+def _dropped_settings(old: _OldStudy) -> list[str]:
+    """Return notes on settings that a study file does not have."""
     model, data = old.model, old.dataset
-    said = {
+    notes = {
         f"model.device: give --device {model.device} to the command": model.device != "auto",
         "model.trust_remote_code: give --trust-remote-code to the command": model.trust_remote_code,
         "model.num_labels: a classifier's; this is a language model's study": model.num_labels is not None,
         "dataset.label_column: a classifier's; this is a language model's study": data.label_column is not None,
         f"remote: {', '.join(old.remote or {})}: run the command there, or give --ray ADDRESS": bool(old.remote),
     }
-    return [line for line, there in said.items() if there]
+    return [note for note, applies in notes.items() if applies]
 
 
 # ------------------------------------------------------------------------------------------- reading
-def _read(source: Path) -> dict[str, Any]:
-    """A YAML file's mapping. UserError where it is missing, no YAML, or says a key twice."""
+def _load_yaml(source: Path) -> dict[str, Any]:
+    """Return a YAML file's mapping. Raises UserError if it is missing, not YAML, or has a key twice."""
     try:
         import yaml
     except ModuleNotFoundError as error:
@@ -205,7 +202,7 @@ def _read(source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: no such study file; give a YAML file of the earlier program")
     try:
         text = source.read_text("utf-8-sig")
-        _check_keys(yaml.compose(text, yaml.SafeLoader), source)
+        _check_keys_unique(yaml.compose(text, yaml.SafeLoader), source)
         data = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not YAML ({' '.join(str(error).split())})") from error
@@ -214,17 +211,17 @@ def _read(source: Path) -> dict[str, Any]:
     return data
 
 
-def _check_keys(node: Any, source: Path) -> None:
-    """YAML takes the last of two equal keys and says nothing."""
+def _check_keys_unique(node: Any, source: Path) -> None:
+    """Raise UserError for a repeated key, because YAML silently takes the last one."""
     if node is None or isinstance(node.value, str):
         return
     if node.id == "mapping":
         seen: set[str] = set()
         for key, value in node.value:
             if str(key.value) in seen:
-                raise UserError(f"{source}:{key.start_mark.line + 1}: '{key.value}' stands twice; leave one out")
+                raise UserError(f"{source}:{key.start_mark.line + 1}: '{key.value}' comes twice; leave one out")
             seen.add(str(key.value))
-            _check_keys(value, source)
+            _check_keys_unique(value, source)
     else:
         for value in node.value:
-            _check_keys(value, source)
+            _check_keys_unique(value, source)

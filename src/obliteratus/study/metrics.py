@@ -67,7 +67,7 @@ class SharedPasses:
                 depths=range(1, self.subject.n_layers),
             )
         if self.outputs is None:
-            self.outputs = run(self.cached.times(self.plans))
+            self.outputs = run(self.cached.repeat(self.plans))
         return self.outputs[self.rows * self.plan : self.rows * (self.plan + 1)]
 
 

@@ -1,4 +1,4 @@
-"""What a study file can say: plain data, checked as a whole when it is made."""
+"""The keys of a study file, as plain data that is validated as a whole."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ class Data(FrozenModel):
     """What the model is measured on."""
 
     texts: str = ""
-    """For perplexity: a text file of paragraphs between blank lines, or JSONL, CSV, Parquet, hub: as prompts are read.
-    Empty takes the package's own."""
+    """Texts for perplexity: a text file of paragraphs between blank lines, or a source as of prompts (JSONL, CSV,
+    Parquet, hub:). Empty takes the package's own."""
     samples: int = Field(16, ge=1)
-    """Texts, prompts of each group and labelled questions, at most, evenly spread."""
+    """The most texts, prompts of each group and labelled questions, evenly spread."""
     length: int = Field(128, ge=2)
-    """Tokens of a text, at most."""
+    """The most tokens of a text."""
     target: str = ""
-    """Prompts, as on the command line, for refusal and KL; only their report part is used."""
+    """Prompts for refusal and KL, as on the command line; only their report part is used."""
     control: str = ""
     labelled: str = ""
-    """JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (the right one's index), for accuracy."""
+    """Questions for accuracy: JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (index of the right one)."""
 
 
 class Study(FrozenModel):
-    """A study: which parts are knocked out, and by which numbers the damage is told."""
+    """A study: which parts are knocked out, and which metrics measure the damage."""
 
     name: str = ""
     about: str = ""
     model: str = ""
-    """Where the command line names none."""
+    """The model, unless the command line names one."""
     seed: int = 0
     dtype: str = "auto"
     data: Data = Data()
     strategies: tuple[Step, ...] = Field(min_length=1)
-    """Each a strategy by name; all other keys are its options."""
+    """Strategies by name; all other keys are their options."""
     metrics: tuple[Step, ...] = Field((Step(use="perplexity"),), min_length=1)
     """``perplexity``, ``refusal``, ``first_token_kl``, ``accuracy``, each with its options."""
     batch: int = Field(0, ge=0)
-    """Tokens a pass, at most; 0: as the machine likes it."""
+    """The most tokens per pass; 0 takes what suits the machine."""
     output: str = ""
-    """A folder, where the command line names none."""
+    """The output folder, unless the command line names one."""
