@@ -51,7 +51,7 @@ def orthogonal_to_control(acts: Activations, previous: Directions | None) -> Dir
     """Remove each direction's component along the control mean, so that removing the direction leaves that mean alone.
 
     Early layers have large means that all prompts share. A raw mean difference has by chance a component along them,
-    and removing it costs far more than it should (docs/experiments, "the control mean"). Rows stay orthonormal; a row
+    and removing it costs far more than it should (docs/experiments/directions.md). Rows stay orthonormal; a row
     that lay along the control mean becomes a row of zeros.
     """
     previous = require_directions(previous, "orthogonal_to_control")

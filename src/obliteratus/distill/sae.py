@@ -87,8 +87,8 @@ def sae(
         if not indices:
             return _make_directions(acts, indices, torch.zeros(0, features, rows["target"].shape[2]), torch.zeros(0))
         autoencoder = train_autoencoders(torch.cat(list(rows.values()), 1), training, device)
-    found = find_separating_features(autoencoder, rows["target"], rows["control"], features)
-    return _make_directions(acts, indices, *found)
+    found_rows, t = find_separating_features(autoencoder, rows["target"], rows["control"], features)
+    return _make_directions(acts, indices, found_rows, t)
 
 
 # ------------------------------------------------------------------------------------------------------- input

@@ -125,7 +125,9 @@ class TrialJudge:
                 bounds.update(self._refused_shares(refused))
                 return go_on(scores, bounds)
 
-            answers = self.answered.generate(self.search.tokens, done=self._refuses, accept_first=begin, keep_going=proceed)
+            answers = self.answered.generate(
+                self.search.tokens, done=self._refuses, accept_first=begin, keep_going=proceed
+            )
         if answers:
             return TrialVerdict(scores | self._count_verdicts(answers), True)
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
@@ -208,8 +210,8 @@ class TrialJudge:
         return any(name.removeprefix("-") not in estimated for name in self.search.minimize)
 
     def _run_other_scorers(self) -> dict[str, float]:
-        found = measure(self.subject, self.prompts, self.other_scorers, self.before)
-        return {name: score.value for name, score in found.scores.items()}
+        measurement = measure(self.subject, self.prompts, self.other_scorers, self.before)
+        return {name: score.value for name, score in measurement.scores.items()}
 
     def describe_openings(self) -> str:
         """Return the tokens that refusals begin with, as text."""

@@ -127,8 +127,8 @@ def check_trial(trial: Trial, recipe: Recipe, cache: DirectionCache, judge: Tria
     assert recipe.search is not None
     plan, subject = rebuild_plan(trial, recipe, cache), judge.subject
     with applied(subject, plan):
-        found = measure(subject, judge.prompts, recipe.verify, judge.before, base=subject)
-    scores = {**trial.scores, **{name: score.value for name, score in found.scores.items()}}
+        measurement = measure(subject, judge.prompts, recipe.verify, judge.before, base=subject)
+    scores = {**trial.scores, **{name: score.value for name, score in measurement.scores.items()}}
     objectives = tuple(read_objective(name, scores) for name in recipe.search.minimize)
     return FrontMember(trial, apply_values(recipe, trial.values), plan, objectives, scores)
 

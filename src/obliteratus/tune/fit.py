@@ -70,14 +70,14 @@ class TuningData:
 
         Take gradients of each before asking for the next.
         """
-        for some, share in self._chunks(pairs.control):
-            base = self.reference.logp(some)
+        for chunk, share in self._chunks(pairs.control):
+            base = self.reference.logp(chunk)
             with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
-                yield control_loss(self.cached.logp(some), base, some, share)
-        for some, share in self._chunks(pairs.target):
-            base = self.reference.logp(some)
+                yield control_loss(self.cached.logp(chunk), base, chunk, share)
+        for chunk, share in self._chunks(pairs.target):
+            base = self.reference.logp(chunk)
             with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
-                yield target_loss(self.cached.logp(some), base, some, margin, share)
+                yield target_loss(self.cached.logp(chunk), base, chunk, margin, share)
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, margin: float) -> LossTerms:
@@ -173,19 +173,19 @@ def fit_margin(data: TuningData, parameters: EditParameters, margin: float, step
     start = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
     stopping = EarlyStopping((parameters.state(), start), float(start.total(settings)), MIN_LOSS_DROP, CHECK_EVERY)
     with progress("TUNE", settings.steps) as advance:
-        for stopping.used in range(1, settings.steps + 1):
-            take_step(data, parameters, optimizer, margin, steps_before + stopping.used)
+        for stopping.steps in range(1, settings.steps + 1):
+            take_step(data, parameters, optimizer, margin, steps_before + stopping.steps)
             schedule.step()
             advance(1)
-            if stopping.looks(settings.steps):
+            if stopping.should_check(settings.steps):
                 loss = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
-                stopping.judge((parameters.state(), loss), float(loss.total(settings)))
-            if stopping.still >= settings.patience:
+                stopping.update((parameters.state(), loss), float(loss.total(settings)))
+            if stopping.stalled_steps >= settings.patience:
                 break
     state, loss = stopping.best
     parameters.restore(state)
     terms = {name: float(value) for name, value in vars(loss).items()}
-    return TunedPlan(parameters.to_plan(MIN_STRENGTH), margin, steps=stopping.used, **terms)
+    return TunedPlan(parameters.to_plan(MIN_STRENGTH), margin, steps=stopping.steps, **terms)
 
 
 def take_step(

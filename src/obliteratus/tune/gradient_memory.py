@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from obliteratus.causal.interventions import Pair
 from obliteratus.core.types import Subject
-from obliteratus.inference.batching import state_bytes
+from obliteratus.inference.batching import bytes_per_token
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.memory import free_memory
 
@@ -50,7 +50,7 @@ def plan_gradient_memory(
 def estimate_row_bytes(subject: Subject, tokens: int, answer: int, layers: int) -> float:
     """Return the bytes of one row's graph: ``tokens`` through ``layers`` blocks, logits of ``answer`` tokens."""
     vocabulary = int(subject.model.get_output_embeddings().weight.shape[0])
-    return tokens * layers * state_bytes(subject) + LOGIT_COPIES * 4.0 * answer * vocabulary  # 4: bytes of fp32
+    return tokens * layers * bytes_per_token(subject) + LOGIT_COPIES * 4.0 * answer * vocabulary  # 4: bytes of fp32
 
 
 @contextmanager
