@@ -55,6 +55,7 @@ def explain_error(command: str) -> str:
     return f"unknown {', '.join(sorted(unknown))}: {command}" if unknown else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "python")], ids=page_id)
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
