@@ -36,10 +36,10 @@ def test_prompts_that_are_answered_pass(subject: Subject, groups: dict[str, tupl
 @pytest.mark.organism
 def test_prompts_that_are_refused_too_are_turned_down(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
     again = tuple(replace(p, text=f"Please: {p.text}") for p in groups["target"][:8])
-    lab = FitContext(subject, PromptSet({**groups, "bypass": again}))
-    with pytest.raises(UserError, match=r"do not get round the behaviour: the model refuses \d+% of them"):
-        check_bypass(lab, STEPS)
-    check_bypass(lab, STEPS[:1])  # nobody asked
+    context = FitContext(subject, PromptSet({**groups, "bypass": again}))
+    with pytest.raises(UserError, match=r"do not bypass the refusal: the model refuses \d+% of them"):
+        check_bypass(context, STEPS)
+    check_bypass(context, STEPS[:1])  # nobody asked
 
 
 @pytest.mark.organism

@@ -47,15 +47,15 @@ def test_the_score_is_its_definition(streams: list[int]) -> None:
     subject = tiny_subject("llama_biased") if streams == [1] else tiny_subject("llama")
     found = make_grid(subject, ids_of(subject, asked()), 2, 4, "cosmic")
     judge, model, best = (
-        ConceptInversionScorer.of(subject, found, streams),
+        ConceptInversionScorer.for_grid(subject, found, streams),
         copy.deepcopy(subject.model).double(),
         found.candidates[0],
     )
-    target, control = (place(model, found.held[g], streams) for g in ("target", "control"))
+    target, control = (place(model, found.held_out[g], streams) for g in ("target", "control"))
     with without(model, best.vector):
-        ablated = place(model, found.held["target"], streams)
+        ablated = place(model, found.held_out["target"], streams)
     with hooked([(model.model.layers[best.stream - 1], lambda m, a, y: y + best.vector.double())]):
-        added = place(model, found.held["control"], streams)  # the block's hooks run in order: addition first
+        added = place(model, found.held_out["control"], streams)  # the block's hooks run in order: addition first
     cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in ((ablated, control), (added, target))]
     assert judge.score(best) == pytest.approx(sum(cosines), rel=1e-5)
     wrong = replace(best, vector=-3 * best.vector)
@@ -92,8 +92,8 @@ def test_testing_the_best_first_chooses_as_the_full_grid(max_kl: float) -> None:
     subject = refuser(1, "n")
     found, _ = chosen(subject, asked(), max_kl=max_kl)
     made = make_grid(subject, ids_of(subject, asked()), 5, 4, "cosmic")
-    judge = ConceptInversionScorer.of(subject, made, find_least_similar_streams(made.means, 0.1))
-    rows = [(judge.score(c), judge.trial.divergence(c)) for c in made.candidates]
+    judge = ConceptInversionScorer.for_grid(subject, made, find_least_similar_streams(made.means, 0.1))
+    rows = [(judge.score(c), judge.trial.ablation_kl(c)) for c in made.candidates]
     best = max((i for i, (_, moved) in enumerate(rows) if moved <= max_kl), key=lambda i: rows[i][0])
     assert float(found.raw[0]) == pytest.approx(rows[best][0])
     unit = torch.nn.functional.normalize(made.candidates[best].vector, dim=0)
@@ -104,8 +104,8 @@ def test_labels_by_chance_score_less() -> None:
     subject, scores = refuser(), []
     real = make_grid(subject, ids_of(subject, asked()), 1, 4, "cosmic")
     for prompts in (asked(), shuffled(asked())):
-        made = replace(make_grid(subject, ids_of(subject, prompts), 1, 4, "cosmic"), held=real.held)
-        judge = ConceptInversionScorer.of(subject, made, find_least_similar_streams(real.means, 0.1))
+        made = replace(make_grid(subject, ids_of(subject, prompts), 1, 4, "cosmic"), held_out=real.held_out)
+        judge = ConceptInversionScorer.for_grid(subject, made, find_least_similar_streams(real.means, 0.1))
         scores.append(max(score_candidates(made, judge.score, "cosmic")))
     assert scores[0] > 1.9
     assert scores[1] < scores[0] - 0.1

@@ -125,9 +125,9 @@ def test_states_of_own_answers_are_those_of_the_untouched_model(subject: Subject
     handle = decoder_blocks(subject)[0].register_forward_pre_hook(
         lambda m, args, kwargs: runs.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
     )
-    first = losses.own.logp(PAIRS)
+    first = losses.reference.logp(PAIRS)
     passes = len(runs)
-    again = losses.own.logp(PAIRS)
+    again = losses.reference.logp(PAIRS)
     handle.remove()
     torch.testing.assert_close(first, plain(subject).log_softmax(-1), rtol=1e-4, atol=1e-4)
     assert torch.equal(first, again)
@@ -182,9 +182,9 @@ def fitted(subject: Subject, prompts: PromptSet, **options: Any) -> tuple[Any, l
         looks.append(value(*args))
         return looks[-1]
 
-    def stepped(losses: Any, d: Any, optimiser: Any, material: Any) -> None:
-        rates.append(optimiser.param_groups[0]["lr"])
-        step(losses, d, optimiser, material)
+    def stepped(losses: Any, d: Any, optimizer: Any, material: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(losses, d, optimizer, material)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "_total_loss", seen)
@@ -216,9 +216,9 @@ def test_it_stops_where_nothing_falls(subject: Subject, prompts: PromptSet) -> N
 
 def test_a_gain_resets_the_patience_and_the_best_is_kept() -> None:
     fitted, looks = EarlyStopping(unit(), 1.0, 1e-4, 5), [0.9, 0.95, 0.89995, 0.89, 0.9]
-    gains = [fitted.judge(unit(seed=i), loss) for i, loss in enumerate(looks)]
+    gains = [fitted.update(unit(seed=i), loss) for i, loss in enumerate(looks)]
     assert gains == [True, False, False, True, False]  # 0.00005 is no gain, yet it is kept
-    assert fitted.still == 5
+    assert fitted.stalled_steps == 5
     assert fitted.loss == 0.89
     assert torch.equal(fitted.best, unit(seed=3))
 
@@ -229,12 +229,12 @@ def test_no_step_sees_what_is_held(subject: Subject) -> None:
     assert len(held.answers) == 10
     assert sorted([*held.answers, *seen.answers]) == many
     assert list(held.answers) != many[:10]  # prompts come sorted by kind
-    assert len(held.kept) == len(seen.kept) == 3  # too few to part
+    assert len(held.own_answers) == len(seen.own_answers) == 3  # too few to part
 
 
 def test_it_needs_a_start_and_a_model(subject: Subject, prompts: PromptSet) -> None:
     acts = collect_activations(subject, prompts)
     with pytest.raises(Exception, match=r"put e\.g\. mean_diff first"):
         find_directions(acts, [Step(use="rdo")], FitContext(subject, prompts))
-    with pytest.raises(ValueError, match="must be given a lab"):
+    with pytest.raises(ValueError, match="needs a FitContext"):
         find_directions(acts, [MEAN, Step(use="rdo")])

@@ -65,13 +65,13 @@ def noise() -> tuple[Subject, CandidateGrid, RefusalScorer, Any]:
     subject = tiny_subject("llama_biased")
     prompts = asked()
     found = make_grid(subject, ids_of(subject, prompts), 3, 4, "select")
-    return subject, found, RefusalScorer.of(subject, found, TOKENS), copy.deepcopy(subject.model).double()
+    return subject, found, RefusalScorer.for_grid(subject, found, TOKENS), copy.deepcopy(subject.model).double()
 
 
 @pytest.mark.parametrize("i", [0, 2])
 def test_scores_are_their_definitions(noise: tuple[Subject, CandidateGrid, RefusalScorer, Any], i: int) -> None:
     _, found, judge, model = noise
-    best, held = found.candidates[i], found.held
+    best, held = found.candidates[i], found.held_out
     base = logits(model, held["control"]).log_softmax(-1)
     with without(model, best.vector):
         bypass, moved = odds(logits(model, held["target"])), logits(model, held["control"]).log_softmax(-1)
@@ -81,7 +81,7 @@ def test_scores_are_their_definitions(noise: tuple[Subject, CandidateGrid, Refus
     divergence = (base.exp() * (base - moved)).sum(-1).mean()
     assert judge.bypass(best) == pytest.approx(bypass, rel=1e-4, abs=1e-5)
     assert judge.induce(best) == pytest.approx(induce, rel=1e-4, abs=1e-5)
-    assert judge.trial.divergence(best) == pytest.approx(float(divergence), rel=1e-3, abs=1e-6)
+    assert judge.trial.ablation_kl(best) == pytest.approx(float(divergence), rel=1e-3, abs=1e-6)
     assert float(divergence) > 1e-4  # there is something to compare
 
 
@@ -99,7 +99,7 @@ def test_candidates_are_differences_of_means(noise: tuple[Subject, CandidateGrid
     ids, deep = ids_of(subject, asked()), max(2, int(0.8 * subject.n_layers))
     means = {}
     for group, rows in ids.items():
-        kept = [row for row in rows if row not in found.held[group]]
+        kept = [row for row in rows if row not in found.held_out[group]]
         assert len(kept) == len(rows) - 4
         states = [model(torch.tensor([r]), output_hidden_states=True).hidden_states for r in kept]
         means[group] = torch.stack([torch.stack(s)[:, 0, -3:] for s in states]).mean(0)
@@ -177,7 +177,7 @@ def test_a_planted_direction_is_found_in_position_and_layer(block: int, clean: s
 
 def full(found: CandidateGrid, judge: RefusalScorer, max_kl: float, min_induce: float) -> int:
     """All three scores of every candidate, then the filters, then the lowest bypass."""
-    rows = [(judge.bypass(c), judge.trial.divergence(c), judge.induce(c)) for c in found.candidates]
+    rows = [(judge.bypass(c), judge.trial.ablation_kl(c), judge.induce(c)) for c in found.candidates]
     kept = [(b, i) for i, (b, divergence, induce) in enumerate(rows) if divergence <= max_kl and induce >= min_induce]
     return min(kept)[1]
 
@@ -187,19 +187,19 @@ def test_testing_the_best_first_chooses_as_the_full_grid(quantile: float, seed: 
     """Limits that a part of the candidates passes, on random models."""
     subject = tiny_subject("gpt2", seed)  # two layers make one stream; more positions make up for it
     found = make_grid(subject, ids_of(subject, asked()), SUFFIX, 4, "select")
-    judge = RefusalScorer.of(subject, found, TOKENS)
-    divergence = torch.tensor([judge.trial.divergence(c) for c in found.candidates])
+    judge = RefusalScorer.for_grid(subject, found, TOKENS)
+    divergence = torch.tensor([judge.trial.ablation_kl(c) for c in found.candidates])
     induced = torch.tensor([judge.induce(c) for c in found.candidates])
     limits = float(divergence.quantile(quantile)), float(induced.quantile(1 - quantile))
     wanted = full(found, judge, *limits)
     filters = (
-        CandidateFilter("max_kl", judge.trial.divergence, at_most(limits[0])),
+        CandidateFilter("max_kl", judge.trial.ablation_kl, at_most(limits[0])),
         CandidateFilter("min_induce", judge.induce, at_least(limits[1])),
     )
-    before = judge.trial.passed
+    before = judge.trial.n_prompts_run
     best = choose_candidate(found, score_candidates(found, judge.bypass, "select"), filters, "select")
     assert best.candidate is found.candidates[wanted]
-    assert judge.trial.passed - before < 3 * 4 * len(found.candidates)
+    assert judge.trial.n_prompts_run - before < 3 * 4 * len(found.candidates)
 
 
 def fake(values: list[float]) -> CandidateGrid:
@@ -249,7 +249,9 @@ def test_labels_by_chance_induce_nothing() -> None:
     induced = []
     for prompts in (asked(), shuffled(asked())):
         found = make_grid(subject, ids_of(subject, prompts), 1, 4, "select")
-        judge = RefusalScorer.of(subject, replace(found, held={"control": answering}), [byte(subject.tokenizer, "N")])
+        judge = RefusalScorer.for_grid(
+            subject, replace(found, held_out={"control": answering}), [byte(subject.tokenizer, "N")]
+        )
         induced.append(max(judge.induce(c) for c in found.candidates))
     assert induced[1] < -2 < 1 < induced[0]
 

@@ -1,4 +1,4 @@
-"""Candidate directions at every template position and stream, and the choice of one by what the model then does."""
+"""Candidate directions at template positions and streams, and the choice of one by its effect on the model."""
 
 from __future__ import annotations
 
@@ -28,78 +28,80 @@ from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.prompts import evenly_spaced
 
 Positions = Annotated[int, Field(ge=1, le=64)]
-"""At most so many of the template's last tokens."""
+"""How many of the template's last tokens give candidates."""
 HeldOut = Annotated[int, Field(ge=1)]
-"""Prompts of each group that candidates are judged on; means are taken on all others."""
+"""Held-out prompts of each group, on which candidates are compared; means are taken over all others."""
 MAX_DEPTH = 0.8  # candidates come from streams below this share of L: both papers leave out the last fifth
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A difference of means, target − control."""
+    """A difference of means, target − control, at one position and stream."""
 
     position: int
-    """Token, counted from the prompt's end."""
+    """Token position, counted from the prompt's end: −1 is the last."""
     stream: int
     vector: Float[Tensor, " width"]
-    """At its own length, on the model's device."""
+    """Not normalized; on the model's device."""
 
 
 @dataclass(frozen=True)
 class CandidateGrid:
-    """All candidates, and what they are judged on."""
+    """All candidates, and the held-out prompts they are compared on."""
 
     candidates: tuple[Candidate, ...]
-    deep: int
-    """How many were left out for their depth."""
-    held: Mapping[str, Ids]
-    """Prompts of each group that no mean was taken on."""
+    n_too_deep: int
+    """How many candidates were left out because their stream is too deep."""
+    held_out: Mapping[str, Ids]
+    """Prompts of each group that no mean was taken over."""
     means: Mapping[str, Float[Tensor, "streams width"]]
-    """At the last position, of the prompts that means were taken on."""
+    """Each group's mean stream at the last position."""
 
 
 @dataclass
 class CandidateTrial:
-    """The model under one candidate. Counts the prompts that it passes, which is what a choice costs."""
+    """Runs the held-out prompts under one candidate, and counts them: that is what a choice costs."""
 
     subject: Subject
-    held: Mapping[str, Ids]
-    passed: int = 0
-    known: dict[str, Tensor] = field(default_factory=dict)
-    """First tokens of the model as it is, by group."""
+    held_out: Mapping[str, Ids]
+    n_prompts_run: int = 0
+    baseline: dict[str, Tensor] = field(default_factory=dict)
+    """First tokens' log-probabilities of the unedited model, by group."""
 
-    def ablated(self, candidate: Candidate) -> AbstractContextManager[None]:
-        """Nothing along it is written by any writer."""
+    def ablate(self, candidate: Candidate) -> AbstractContextManager[None]:
+        """Return a context inside which no writer writes along the candidate."""
         return ablate(self.subject, candidate.vector)
 
-    def added(self, candidate: Candidate) -> AbstractContextManager[None]:
-        """It is added to its own stream, at its own length, at every token."""
+    def add(self, candidate: Candidate) -> AbstractContextManager[None]:
+        """Return a context inside which the candidate is added to its own stream at every token."""
         return add_to_stream(self.subject, candidate.stream, candidate.vector)
 
-    def first(self, inside: AbstractContextManager[None], group: str) -> Float[Tensor, "rows vocabulary"]:
-        """First tokens' log-probabilities. A shared prefix is computed inside too, so reusing it is exact."""
-        self.passed += len(self.held[group])
+    def read_first_tokens(self, inside: AbstractContextManager[None], group: str) -> Float[Tensor, "rows vocabulary"]:
+        """Return first tokens' log-probabilities inside a context; the shared prefix is computed inside it too."""
+        self.n_prompts_run += len(self.held_out[group])
         with inside, report_to(SILENT):
-            return first_token_log_probs(self.subject, self.held[group])
+            return first_token_log_probs(self.subject, self.held_out[group])
 
-    def divergence(self, candidate: Candidate) -> float:
-        """Mean KL(as it is ‖ ablated) of first tokens on control prompts, in nats."""
-        return float(kl_divergence(self.known["control"], self.first(self.ablated(candidate), "control")).mean())
+    def ablation_kl(self, candidate: Candidate) -> float:
+        """Return the mean KL(unedited ‖ ablated) of first tokens on control prompts, in nats."""
+        return float(
+            kl_divergence(self.baseline["control"], self.read_first_tokens(self.ablate(candidate), "control")).mean()
+        )
 
 
 @dataclass(frozen=True)
 class CandidateFilter:
-    """What a candidate must satisfy."""
+    """A condition that a candidate must satisfy."""
 
     option: str
-    """The option that widens it."""
+    """The step's option that sets the limit."""
     measure: Callable[[Candidate], float]
     passes: Callable[[float], bool]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that was chosen, what was measured of it, and how many each filter dropped before it."""
+    """The chosen candidate, its measured values by filter option, and how many candidates each filter dropped."""
 
     candidate: Candidate
     rank: float
@@ -109,34 +111,36 @@ class Choice:
 
 # ------------------------------------------------------------------------------------- candidates
 def count_template_suffix(subject: Subject, ids: Ids) -> int:
-    """Number of last tokens that the template puts after every prompt: all rows share them, whatever was asked.
+    """Return how many last tokens the template puts after every prompt; 1, the prompt's last token, without template.
 
-    Two one-letter prompts stand beside them, lest the question mark that all prompts end with be taken for the
-    template's. Without a template 1, the prompt's own last token.
+    Two one-letter prompts are compared as well, so that a question mark that all prompts end with does not count as
+    part of the template.
     """
     rows = [row[::-1] for row in ids + render_prompts(subject, [Prompt("a"), Prompt("1")])]
     return max(1, common_prefix_length(rows, leave=0))
 
 
-def split_for_candidates(ids: Mapping[str, Ids], held: int, step: str) -> tuple[dict[str, Ids], dict[str, Ids]]:
-    """(for means, held out), by group. Raises UserError where nothing would be left for the means."""
+def split_for_candidates(ids: Mapping[str, Ids], n_held_out: int, step: str) -> tuple[dict[str, Ids], dict[str, Ids]]:
+    """Split each group into (prompts for the means, held-out prompts). Raises UserError if no mean is possible."""
     fit: dict[str, Ids] = {}
-    out: dict[str, Ids] = {}
+    held_out: dict[str, Ids] = {}
     for group in ("target", "control"):
         rows = ids[group]
-        if len(rows) <= held:
+        if len(rows) <= n_held_out:
             raise UserError(
-                f"distill step '{step}': held_out={held} leaves none of {len(rows)} usable {group} prompts for the "
-                "means; lower held_out, or give more prompts"
+                f"distill step '{step}': held_out={n_held_out} leaves none of {len(rows)} usable {group} prompts for "
+                "the means; lower held_out, or give more prompts"
             )
-        places = set(evenly_spaced(len(rows), held))
-        out[group] = [row for i, row in enumerate(rows) if i in places]
-        fit[group] = [row for i, row in enumerate(rows) if i not in places]
-    return fit, out
+        chosen = set(evenly_spaced(len(rows), n_held_out))
+        held_out[group] = [row for i, row in enumerate(rows) if i in chosen]
+        fit[group] = [row for i, row in enumerate(rows) if i not in chosen]
+    return fit, held_out
 
 
-def compute_stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -> Float[Tensor, "positions streams width"]:
-    """The stream's mean over prompts at each position, fp32 from an fp64 sum."""
+def compute_stream_means(
+    subject: Subject, ids: Ids, positions: Sequence[int]
+) -> Float[Tensor, "positions streams width"]:
+    """Return the mean of the stream over prompts at each position, fp32 from an fp64 sum."""
     total = torch.zeros(subject.n_layers + 1, len(positions), subject.width, dtype=torch.float64)
     for reading in read_hidden_states(subject, ids, position=positions, title="DISTILL candidates"):
         total += reading.stream.double().sum(0)
@@ -144,12 +148,12 @@ def compute_stream_means(subject: Subject, ids: Ids, positions: Sequence[int]) -
 
 
 def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out: int, step: str) -> CandidateGrid:
-    """Candidates at the last ``positions`` template tokens (fewer if it has fewer) × streams 1 … ⌊0.8 L⌋ − 1.
+    """Return candidates at the last ``positions`` template tokens (or all it has) × streams 1 … ⌊0.8 L⌋ − 1.
 
-    Stream ℓ is the input of block ℓ. Stream 0 is left out: there a template's token is the same for all prompts.
-    So are streams in which the difference is rounding.
+    Stream ℓ is the input of block ℓ. Stream 0 is left out, because a template token is the same there for all prompts,
+    and so are streams in which the difference is rounding error. Raises UserError if no candidate is left.
     """
-    fit, held = split_for_candidates(ids, held_out, step)
+    fit, held_out_ids = split_for_candidates(ids, held_out, step)
     n = min(positions, count_template_suffix(subject, ids["target"] + ids["control"]))
     means = {g: compute_stream_means(subject, rows, range(-n, 0)) for g, rows in fit.items()}
     delta = means["target"] - means["control"]
@@ -157,30 +161,36 @@ def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out
     real = delta.norm(dim=-1) > NEGLIGIBLE_DIFFERENCE * size
     top = max(2, int(MAX_DEPTH * subject.n_layers))  # a model of two blocks has stream 1 at least
     places = [(p, s) for p in range(n) for s in range(1, subject.n_layers) if bool(real[p, s])]
-    found = tuple(Candidate(p - n, s, delta[p, s].to(subject.device)) for p, s in places if s < top)
-    if not found:
-        raise UserError(f"distill step '{step}': the groups do not differ at any template token; check both files")
-    return CandidateGrid(found, len(places) - len(found), held, {g: mean[-1] for g, mean in means.items()})
+    candidates = tuple(Candidate(p - n, s, delta[p, s].to(subject.device)) for p, s in places if s < top)
+    if not candidates:
+        raise UserError(
+            f"distill step '{step}': the groups do not differ at any template token; check both prompt files"
+        )
+    return CandidateGrid(
+        candidates, len(places) - len(candidates), held_out_ids, {g: mean[-1] for g, mean in means.items()}
+    )
 
 
 # ------------------------------------------------------------------------------------------ choice
 def score_candidates(grid: CandidateGrid, measure: Callable[[Candidate], float], step: str) -> list[float]:
-    """The score that candidates are ordered by, of each of them."""
+    """Return the measured value of each candidate, by which they will be ranked."""
     with progress(f"DISTILL {step}", len(grid.candidates)) as advance:
 
-        def one(candidate: Candidate) -> float:
+        def measure_one(candidate: Candidate) -> float:
             value = measure(candidate)
             advance(1)
             return value
 
-        return [one(candidate) for candidate in grid.candidates]
+        return [measure_one(candidate) for candidate in grid.candidates]
 
 
-def choose_candidate(grid: CandidateGrid, ranks: Sequence[float], filters: Sequence[CandidateFilter], step: str) -> Choice:
-    """The candidate of lowest rank that passes all filters; of equals the first. NaN never wins.
+def choose_candidate(
+    grid: CandidateGrid, ranks: Sequence[float], filters: Sequence[CandidateFilter], step: str
+) -> Choice:
+    """Return the candidate of lowest rank that passes all filters; the first of equal ones. NaN never wins.
 
-    Filters are measured in the order of ranks, until one candidate passes: measuring all of them first gives the
-    same candidate, at about three times the cost. Raises UserError where none passes.
+    Candidates are filtered in the order of their ranks until one passes: filtering all of them first gives the same
+    candidate at about three times the cost. Raises UserError if none passes.
     """
     dropped: Counter[str] = Counter()
     order = sorted((r, i) for i, r in enumerate(ranks) if r == r)  # NaN is not equal to itself
@@ -202,34 +212,34 @@ def choose_candidate(grid: CandidateGrid, ranks: Sequence[float], filters: Seque
 
 
 def at_most(limit: float) -> Callable[[float], bool]:
-    """Whether a value is no more than the limit; NaN is not."""
+    """Return a test of whether a value is at most the limit; NaN is not."""
     return partial(lambda limit, value: value <= limit, limit)
 
 
 def at_least(limit: float) -> Callable[[float], bool]:
-    """Whether a value is no less than the limit; NaN is not."""
+    """Return a test of whether a value is at least the limit; NaN is not."""
     return partial(lambda limit, value: value >= limit, limit)
 
 
 def note_choice(step: str, choice: Choice, scores: str, grid: CandidateGrid, trial: CandidateTrial) -> None:
-    """Note what was chosen, and what the choice cost."""
+    """Report which candidate was chosen, and what the choice cost."""
     best, n = choice.candidate, len(grid.candidates)
     lost = "".join(f", {option} dropped {count}" for option, count in choice.dropped.items())
     note(
         step,
-        f"position {best.position}, stream {best.stream}: {scores}; {n} candidates, {grid.deep} too deep{lost} of "
-        f"{sum(choice.dropped.values()) + 1} tested; {trial.passed} prompts passed",
+        f"position {best.position}, stream {best.stream}: {scores}; {n} candidates, {grid.n_too_deep} too deep{lost} "
+        f"of {sum(choice.dropped.values()) + 1} tested; {trial.n_prompts_run} prompts run",
     )
 
 
 def estimate_grid_cost(options: Mapping[str, Any]) -> Cost:
-    """Every candidate looked at three ways (ablated on targets and on controls, added on controls): the most."""
+    """Return the most that a choice can cost: each candidate ablated on targets and controls, and added on controls."""
     each = 3 * options["positions"] * options["held_out"]
     return Cost(prompt_count("fit") + variable("L") * (MAX_DEPTH * each))
 
 
 def repeat_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
-    """One direction for all streams."""
+    """Return directions with this one vector, normalized, at every stream."""
     streams = len(acts["target"].mean)
     basis = normalize(vector.float().cpu(), dim=0).expand(streams, 1, -1).contiguous()
     return Directions(basis, compute_score(acts, basis), torch.full((streams,), raw), unit)

@@ -1,4 +1,4 @@
-"""What all that is fitted by steps shares: the best so far, when to stop, and batches by a step's number alone."""
+"""Early stopping and batches, for everything that is fitted by gradient steps."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ T = TypeVar("T")
 
 @dataclass
 class EarlyStopping(Generic[T]):
-    """What has the least loss on what no step sees; that loss, the start's, and for how long nothing was gained."""
+    """The state with the least held-out loss so far, and for how many steps that loss has not improved."""
 
     best: T
-    first: float
-    """Loss of the start, nats."""
-    falling: float
-    """A loss that fell by less than this, in nats, stands still."""
-    every: int
-    """Steps between two looks."""
-    used: int = 0
-    """Steps made."""
-    still: int = 0
-    """Steps since it last fell."""
+    start_loss: float
+    """Held-out loss of the start, in nats."""
+    min_improvement: float
+    """A loss that fell by less than this, in nats, has not improved."""
+    check_every: int
+    """Steps between two evaluations of the held-out loss."""
+    steps: int = 0
+    """Steps taken."""
+    stalled_steps: int = 0
+    """Steps since the loss last improved."""
 
     def __post_init__(self) -> None:
-        self.loss = self.first
+        self.loss = self.start_loss
 
-    def judge(self, now: T, loss: float) -> bool:
-        """Whether this is a gain. The best is kept, gain or not."""
-        gained = loss < self.loss - self.falling
-        self.still = 0 if gained else self.still + self.every
+    def update(self, state: T, loss: float) -> bool:
+        """Record a state and its held-out loss; return whether the loss improved by enough."""
+        improved = loss < self.loss - self.min_improvement
+        self.stalled_steps = 0 if improved else self.stalled_steps + self.check_every
         if loss < self.loss:
-            self.best, self.loss = now, loss
-        return gained
+            self.best, self.loss = state, loss
+        return improved
 
-    def looks(self, steps: int) -> bool:
-        """Whether a look follows the step just made, of ``steps`` at most."""
-        return self.used % self.every == 0 or self.used == steps
+    def should_check(self, max_steps: int) -> bool:
+        """Return whether to evaluate the held-out loss after the step just taken."""
+        return self.steps % self.check_every == 0 or self.steps == max_steps
 
 
 def draw_batch(items: Sequence[T], size: int, rng: random.Random) -> list[T]:
-    """``size`` of the items, or all in an order by chance."""
+    """Draw ``size`` of the items without replacement, or all of them in random order if there are fewer."""
     return rng.sample(list(items), min(size, len(items)))

@@ -1,4 +1,4 @@
-"""What steps need that ask the model itself: the model, the fit prompts, and interventions that gradients pass."""
+"""What steps that run the model share: their context, and ablation, addition and logits that gradients pass through."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pair = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class FitContext:
-    """The model as it is now (edits of earlier passes applied) and the prompts that directions are fitted on."""
+    """The model, with the edits of earlier passes applied, and the prompts that directions are fitted on."""
 
     subject: Subject
     prompts: PromptSet
@@ -56,38 +56,38 @@ def add_to_stream(subject: Subject, stream: int, vector: Float[Tensor, " width"]
 def compute_answer_logits(
     subject: Subject,
     pairs: Sequence[Pair],
-    seen: Callable[[Tensor], None] = lambda states: None,
+    on_states: Callable[[Tensor], None] = lambda states: None,
     prompts: PreparedPrompts | None = None,
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """Logits that predict the answers' tokens, all answers one after the other; fp32. Gradients pass.
+    """Return the logits that predict the answers' tokens, one answer after the other; fp32. Gradients pass through.
 
-    What all prompts begin with (the template's system turn) runs once, and gradients meet in it. Right padding under
-    the causal mask is never seen by what is kept. The head runs on the kept positions only; ``seen`` is called with
-    what enters it there, [tokens, width], which `compute_head_logits` takes. prompts: the same rows, prepared before (`Stem`).
+    The prefix that all prompts share (the template's system turn) runs once. Rows are padded on the right, which the
+    causal mask hides. The head runs at the answers' positions only; ``on_states`` is called with its input there,
+    [tokens, width], which `compute_head_logits` accepts. prompts: the same rows, if already prepared.
     """
     rows = [prompt + answer for prompt, answer in pairs]
     prompts = prompts or prepare_prompts(subject, rows, leave=max(len(a) for _, a in pairs) + 1)
     ids, _ = pad_rows(prompts.rows, subject.device)
-    kept = [(i, len(p) - prompts.skipped - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
-    row, column = torch.tensor(kept, device=ids.device).T
+    positions = [(i, len(p) - prompts.prefix_length - 1 + k) for i, (p, a) in enumerate(pairs) for k in range(len(a))]
+    row, column = torch.tensor(positions, device=ids.device).T
 
     def pick(states: Tensor) -> Tensor:
-        seen(states[row, column])
+        on_states(states[row, column])
         return states[row, column][:, None]
 
-    with narrow_head(subject, pick), prompts.around(range(len(ids))):
-        return next_logits(subject, ids, prompts.skipped, prompts.cache(range(len(ids)))).float()
+    with narrow_head(subject, pick), prompts.pass_over(range(len(ids))):
+        return next_logits(subject, ids, prompts.prefix_length, prompts.make_cache(range(len(ids)))).float()
 
 
 def compute_head_logits(subject: Subject, states: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
-    """Logits of states that `compute_answer_logits` showed before; fp32.
+    """Return the logits of states that `compute_answer_logits` passed to ``on_states``; fp32.
 
-    The model's own forward runs on one token, whose state is thrown away, so that soft caps and scales are kept.
+    The model's own forward pass runs on one token and its state is replaced, so that soft caps and scales apply.
     """
     with narrow_head(subject, lambda _: states[:, None]):
         return next_logits(subject, torch.zeros(1, 1, dtype=torch.long, device=subject.device), 0, None).float()
 
 
 def concatenate_answers(pairs: Sequence[Pair], device: torch.device) -> Tensor:
-    """The tokens that `compute_answer_logits` predicts, in its order. [tokens]."""
+    """Return the tokens that `compute_answer_logits` predicts, in its order. [tokens]."""
     return torch.tensor([token for _, answer in pairs for token in answer], device=device)

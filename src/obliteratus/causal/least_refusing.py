@@ -1,4 +1,4 @@
-"""FailSpy's choice of one direction: the one under which target prompts are answered with the fewest refusal words."""
+"""FailSpy's choice of one direction: the one whose ablation makes refusal words least likely on target prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obliteratus.causal.candidates import repeat_at_all_streams, split_for_candidates
 from obliteratus.causal.interventions import FitContext, ablate, compute_answer_logits
-from obliteratus.core.cost import Answers, Cost, variable, prompt_count
+from obliteratus.core.cost import Answers, Cost, prompt_count, variable
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
@@ -24,16 +24,18 @@ from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.openings import opening_tokens, openings_to_text, typical_openings
 
 STEP = "least_refusing"
-# A word that a quarter of the answers to target prompts use. One that a few use by chance would decide, since the
-# score is a maximum over words. The author lists words by hand for one family of models.
+# A refusal word occurs in a quarter of the answers to target prompts. A word that few answers use by chance would
+# decide the score, which is a maximum over words. The author lists words by hand for one family of models.
 WORD_SHARE = 0.25
-ASKED = 32  # prompts of each group whose answers show the words: a quarter of them is 8, no chance
+WORD_PROMPTS = 32  # prompts of each group whose answers show the words: a quarter of them is 8, more than chance
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    """Means of all fit prompts, answers that show the words, and each of some 3·L candidates."""
+    """Return the cost: means of all fit prompts, answers that show the words, and about 3·L candidates."""
     trials = Answers(options["length"], variable("L") * (3 * options["prompts"]))
-    words = Answers(options["length"], prompt_count("fit", "target", ASKED) + prompt_count("fit", "control", ASKED))
+    words = Answers(
+        options["length"], prompt_count("fit", "target", WORD_PROMPTS) + prompt_count("fit", "control", WORD_PROMPTS)
+    )
     return Cost(prompt_count("fit"), (words, trials))
 
 
@@ -41,44 +43,49 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 def least_refusing(
     acts: Activations,
     so_far: Directions | None,
-    lab: FitContext,
+    context: FitContext,
     *,
     prompts: Annotated[int, Field(ge=1)] = 4,
     length: Annotated[int, Field(ge=1, le=128)] = 8,
     tokens: tuple[str, ...] = (),
 ) -> Directions:
-    """One direction for all layers: of all differences of means, the one that leaves the least refusal when ablated.
+    """Choose one direction for all layers: the difference of means whose ablation leaves the least refusal.
 
-    Candidates, at the last token: the stream at every index but 0, and what attention and the MLP of every layer but
-    the first write into it. With each ablated at all writers, ``prompts`` target prompts that no mean was taken on
-    are answered greedily with ``length`` tokens. The score is the highest probability that any refusal word has at
-    any of these tokens in any answer; the lowest wins, and is ``raw``. So the author's find_best_refusal_dir.
+    Candidates are taken at the last token: the stream at every index but 0, and the outputs of attention and MLP of
+    every layer but the first. With each ablated at all writers, the model answers ``prompts`` held-out target prompts
+    greedily with ``length`` tokens. The score is the highest probability of any refusal word at any of these tokens in
+    any answer; the lowest wins, and is ``raw``. This is the author's find_best_refusal_dir.
 
-    tokens: refusal words, of each its first token (mind leading spaces: " cannot"). Empty: tokens that at least a
-    quarter of the model's own answers to target prompts use, and four times as many as of those to controls.
+    tokens: refusal words, of which the first token counts (mind leading spaces: " cannot"). If empty, the tokens that
+    at least a quarter of the model's own answers to target prompts use, and four times as many as of those to controls.
     """
-    ids = {group: render_prompts(lab.subject, lab.prompts[group], reserve=length) for group in ("target", "control")}
+    ids = {
+        group: render_prompts(context.subject, context.prompts[group], reserve=length)
+        for group in ("target", "control")
+    }
     fit, held = split_for_candidates(ids, prompts, STEP)
-    words = opening_tokens(lab.subject, tokens, STEP) or typical_openings(
-        *_used(lab.subject, fit, length), STEP, WORD_SHARE
+    words = opening_tokens(context.subject, tokens, STEP) or typical_openings(
+        *_share_of_answers(context.subject, fit, length), STEP, WORD_SHARE
     )
-    note(STEP, f"refusal words: {openings_to_text(lab.subject, words)}")
-    found = collect_candidates(lab.subject, fit)
+    note(STEP, f"refusal words: {openings_to_text(context.subject, words)}")
+    candidates = collect_candidates(context.subject, fit)
     scores: dict[str, float] = {}
-    with progress(f"DISTILL {STEP}", len(found)) as advance, report_to(SILENT):
-        for name, vector in found.items():
-            with ablate(lab.subject, vector):
-                scores[name] = measure_refusal_probability(lab.subject, held["target"], words, length)
+    with progress(f"DISTILL {STEP}", len(candidates)) as advance, report_to(SILENT):
+        for name, vector in candidates.items():
+            with ablate(context.subject, vector):
+                scores[name] = measure_refusal_probability(context.subject, held["target"], words, length)
             advance(1)
     best = min(scores, key=lambda name: scores[name])
-    note(STEP, f"{best} of {len(found)}: refusal words at most {scores[best]:.2f} likely")
-    return repeat_at_all_streams(acts, found[best], scores[best], "highest probability of a refusal word when ablated")
+    note(STEP, f"{best} of {len(candidates)}: highest probability of a refusal word {scores[best]:.2f}")
+    return repeat_at_all_streams(
+        acts, candidates[best], scores[best], "highest probability of a refusal word when ablated"
+    )
 
 
 def collect_candidates(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Float[Tensor, " width"]]:
-    """The differences of means at the last token, by name, on the model's device.
+    """Return the differences of means at the last token, by name, on the model's device.
 
-    Behind a norm the norm's output is taken, which is what reaches the stream.
+    If a norm stands between a writer and the stream, the norm's output is taken, which is what reaches the stream.
     """
     sites = [s for s in subject.sites if s.part in ("attn.out", *expand_part("mlp.out")) and s.layer > 0]
     taps = [site.gain or site.path for site in sites]
@@ -94,23 +101,23 @@ def collect_candidates(subject: Subject, ids: Mapping[str, Ids]) -> dict[str, Fl
 
 
 def measure_refusal_probability(subject: Subject, ids: Ids, words: list[int], length: int) -> float:
-    """The highest probability of any word at any of the first ``length`` tokens of any greedy answer.
+    """Return the highest probability of any word at any of the first ``length`` tokens of any greedy answer.
 
     An answer that ends early counts up to its end token.
     """
     answers = generate(subject, ids, length)
-    # One token more, which nothing looks at, so that the token that ended the answer is predicted too.
+    # One arbitrary token more, so that the token that ended the answer is predicted too.
     pairs = [(p, a if len(a) == length else [*a, 0]) for p, a in zip(ids, answers, strict=True)]
     with torch.inference_mode():
         return float(compute_answer_logits(subject, pairs).softmax(-1)[:, words].max())
 
 
-def _used(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor, Tensor]:
-    """Share of each group's answers that use each token."""
+def _share_of_answers(subject: Subject, ids: Mapping[str, Ids], length: int) -> tuple[Tensor, Tensor]:
+    """Return the share of each group's answers that contain each token."""
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]
     shares = []
     for group in ("target", "control"):
-        rows = [ids[group][i] for i in evenly_spaced(len(ids[group]), ASKED)]
+        rows = [ids[group][i] for i in evenly_spaced(len(ids[group]), WORD_PROMPTS)]
         used = torch.zeros(vocabulary)
         for answer in generate(subject, rows, length, title=f"DISTILL {STEP} words, {group}"):
             used[sorted(set(answer))] += 1 / len(rows)

@@ -1,4 +1,4 @@
-"""The losses of a direction that is fitted by gradients through the model (`rdo`)."""
+"""The losses of a direction that is fitted by gradients through the model, as the step `rdo` does."""
 
 from __future__ import annotations
 
@@ -9,28 +9,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obliteratus.causal.interventions import Pair, ablate, add_to_stream, compute_answer_logits, concatenate_answers, compute_head_logits
+from obliteratus.causal.interventions import (
+    Pair,
+    ablate,
+    add_to_stream,
+    compute_answer_logits,
+    compute_head_logits,
+    concatenate_answers,
+)
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
 
 ABLATION_WEIGHT, ADDITION_WEIGHT, RETAIN_WEIGHT = 1.0, 0.2, 1.0  # weights of the three losses, arXiv:2502.17420
-ROWS_PER_PASS = 8  # prompts of one pass with gradients, about 1 MB a token of SmolLM2-135M
+ROWS_PER_PASS = 8  # prompts of one pass with gradients, which take about 1 MB a token on SmolLM2-135M
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the losses are taken on. All answers come from the model itself, under the direction it starts from."""
+    """Prompts with answers that the losses are computed on. The model wrote all of them, under the start direction."""
 
     answers: Sequence[Pair]
-    """Target prompts with what the model says when the direction is ablated."""
+    """Target prompts with the answers under ablation of the direction."""
     refusals: Sequence[Pair]
-    """Control prompts with what it says when the direction is added."""
-    kept: Sequence[Pair]
-    """Control prompts with its own answers."""
+    """Control prompts with the answers under addition of the direction."""
+    own_answers: Sequence[Pair]
+    """Control prompts with the unedited model's own answers."""
 
 
 class ReferenceLogits:
-    """What the untouched model says. Each pair passes once: what enters the head is kept, since it never changes."""
+    """The unedited model's predictions. Each pair runs once: the input of the head is cached, as it never changes."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -38,51 +45,51 @@ class ReferenceLogits:
 
     @torch.no_grad()
     def logp(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
-        """Log-probabilities that predict the answers' tokens, all answers one after the other."""
+        """Return the log-probabilities that predict the answers' tokens, one answer after the other."""
         new = [pair for pair in pairs if str(pair) not in self.states]
         if new:
-            seen: list[Tensor] = []
-            compute_answer_logits(self.subject, new, seen.append)
-            parts = seen[-1].split([len(answer) for _, answer in new])
+            states: list[Tensor] = []
+            compute_answer_logits(self.subject, new, states.append)
+            parts = states[-1].split([len(answer) for _, answer in new])
             self.states |= {str(pair): part for pair, part in zip(new, parts, strict=True)}
         return compute_head_logits(self.subject, torch.cat([self.states[str(pair)] for pair in pairs])).log_softmax(-1)
 
 
 class DirectionLosses:
-    """The three losses of a direction, part by part, so that the graph of one part is all that is ever held.
+    """The three losses of a direction, computed part by part so that memory holds the graph of one part only.
 
-    stream, size: where and how long a vector is added.
+    stream, size: the stream that the direction is added to, and the length of what is added.
     """
 
     def __init__(self, subject: Subject, stream: int, size: float, retain: float = RETAIN_WEIGHT) -> None:
         self.subject, self.stream, self.size, self.retain = subject, stream, size, retain
-        self.own = ReferenceLogits(subject)
+        self.reference = ReferenceLogits(subject)
 
-    def total(self, unit: Float[Tensor, " width"], material: LossInputs) -> Float[Tensor, ""]:
-        """Ablation + 0.2 × addition + retain × KL, in nats a token."""
-        return torch.stack(list(self.parts(unit, material))).sum()
+    def total(self, unit: Float[Tensor, " width"], inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return ablation + 0.2 × addition + retain × KL, in nats a token."""
+        return torch.stack(list(self.parts(unit, inputs))).sum()
 
-    def parts(self, unit: Float[Tensor, " width"], material: LossInputs) -> Iterator[Float[Tensor, ""]]:
-        """What adds up to `total`, `ROWS_PER_PASS` prompts at a time."""
-        for pairs, weight in _shares(material.answers, ABLATION_WEIGHT):
+    def parts(self, unit: Float[Tensor, " width"], inputs: LossInputs) -> Iterator[Float[Tensor, ""]]:
+        """Yield losses that sum to `total`, of `ROWS_PER_PASS` prompts at a time."""
+        for pairs, weight in _split_passes(inputs.answers, ABLATION_WEIGHT):
             with ablate(self.subject, unit):
-                yield weight * self._surprise(pairs)
-        for pairs, weight in _shares(material.refusals, ADDITION_WEIGHT):
+                yield weight * self._cross_entropy(pairs)
+        for pairs, weight in _split_passes(inputs.refusals, ADDITION_WEIGHT):
             with add_to_stream(self.subject, self.stream, self.size * unit):
-                yield weight * self._surprise(pairs)
-        for pairs, weight in _shares(material.kept, self.retain):
-            base = self.own.logp(pairs)
+                yield weight * self._cross_entropy(pairs)
+        for pairs, weight in _split_passes(inputs.own_answers, self.retain):
+            base = self.reference.logp(pairs)
             with ablate(self.subject, unit):
-                found = compute_answer_logits(self.subject, pairs).log_softmax(-1)
-                yield weight * F.kl_div(found, base, reduction="sum", log_target=True)
+                edited = compute_answer_logits(self.subject, pairs).log_softmax(-1)
+                yield weight * F.kl_div(edited, base, reduction="sum", log_target=True)
 
-    def _surprise(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+    def _cross_entropy(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
         logits = compute_answer_logits(self.subject, pairs)
         return F.cross_entropy(logits, concatenate_answers(pairs, self.subject.device), reduction="sum")
 
 
-def _shares(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:
-    """`ROWS_PER_PASS` pairs at a time, and the weight of each of their tokens' losses."""
+def _split_passes(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:
+    """Yield `ROWS_PER_PASS` pairs at a time, with the weight of each token's loss."""
     tokens = sum(len(answer) for _, answer in pairs)
     for first in range(0, len(pairs), ROWS_PER_PASS):
         yield pairs[first : first + ROWS_PER_PASS], weight / tokens

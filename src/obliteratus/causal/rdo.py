@@ -1,4 +1,4 @@
-"""Refusal direction optimisation: a direction fitted by gradients through the model, as published."""
+"""Refusal direction optimization (RDO): a direction fitted by gradients through the model, as published."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor
 from obliteratus.causal.early_stopping import EarlyStopping, draw_batch
 from obliteratus.causal.interventions import FitContext, Pair, ablate, add_to_stream
 from obliteratus.causal.losses import DirectionLosses, LossInputs
-from obliteratus.core.cost import Answers, Cost, Training, prompt_count, number
+from obliteratus.core.cost import Answers, Cost, Training, constant, prompt_count
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
-from obliteratus.distill.steps import extractors, mean_difference, require_directions, compute_score
+from obliteratus.distill.steps import compute_score, extractors, mean_difference, require_directions
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 
 BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
-MIN_IMPROVEMENT = 1e-4  # a loss on the held answers that fell by less than this stands still
-CHECK_EVERY = 5  # steps between two looks at it: each look costs as much as a step, and four fit into the patience
-HELD_OUT_PROMPTS = 16  # prompts of each loss that no step sees: batches of 8 differ by 0.07, a step's progress is far less
-MIN_HELD_OUT = 4  # fewer held prompts than this say nothing
-RATE_DIVISOR = 10.0  # where it stands still, the rate falls by this, at most to a hundredth (both: the authors' code)
+MIN_IMPROVEMENT = 1e-4  # a held-out loss that fell by less than this has not improved
+CHECK_EVERY = 5  # steps between two evaluations: each costs as much as a step, and four fit into the patience
+HELD_OUT_PROMPTS = 16  # of each loss: batches of 8 differ by 0.07, and a step's progress is far less
+MIN_HELD_OUT = 4  # fewer held-out prompts than this tell nothing
+RATE_DIVISOR = 10.0  # divides the rate when the loss stalls, at most twice (both as in the authors' code)
 
 
 @dataclass(frozen=True)
 class RdoSettings:
-    """How to fit."""
+    """Options of the fit."""
 
     steps: int
     lr: float
@@ -46,7 +46,7 @@ class RdoSettings:
 def rdo(
     acts: Activations,
     so_far: Directions | None,
-    lab: FitContext,
+    context: FitContext,
     *,
     steps: Annotated[int, Field(ge=1, le=2000)] = 200,
     lr: Annotated[float, Field(gt=0, le=1)] = 0.01,
@@ -54,115 +54,124 @@ def rdo(
     tokens: Annotated[int, Field(ge=2, le=128)] = 16,
     patience: Annotated[int, Field(ge=1)] = 20,
 ) -> Directions:
-    """One direction for the whole model, fitted by gradients through it.
+    """Fit one direction for the whole model by gradients through it.
 
-    Refusals go when it is ablated, come when it is added, and control prompts keep their answers' distribution when
-    it is ablated: cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
-    Starts from the best row of the step before (svd, mean_diff). steps: cap on gradient steps. Every five, the loss is
-    taken on 16 prompts of each kind that no step sees: where it fell by less than 1e-4 the rate is divided by ten, and
-    after ``patience`` steps of that it stops; the direction with the least such loss is kept. batch: prompts of each
-    loss. tokens: of each answer. raw: the loss reached, in nats (lower is better, unlike elsewhere).
+    Ablating it should end refusals without changing the distribution of answers to control prompts, and adding it
+    should cause refusals. The loss is the cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
+    The fit starts from the best row of the step before (svd, mean_diff) and takes at most ``steps`` gradient steps.
+    Every 5 steps the loss is evaluated on 16 held-out prompts of each kind: if it fell by less than 1e-4 the rate is
+    divided by ten, and after ``patience`` steps without improvement the fit stops and keeps the direction of least
+    held-out loss. batch: prompts of each loss a step. tokens: of each answer. raw: the loss reached, in nats (lower is
+    better, unlike elsewhere). Raises UserError if there is no direction to start from.
     """
-    found = require_directions(so_far, "rdo")
-    stream = max(1, int(found.score.argmax()))
-    start = found.basis[stream, 0]
+    previous = require_directions(so_far, "rdo")
+    stream = max(1, int(previous.score.argmax()))
+    start = previous.basis[stream, 0]
     if not bool(start.any()):
-        raise UserError("distill step 'rdo': the step before found no direction to start from")
+        raise UserError(
+            "distill step 'rdo': the step before found no direction to start from; check that the two groups differ"
+        )
     size = float(mean_difference(acts)[stream].norm())
-    material = _collect_inputs(lab, start, stream, size, tokens)
+    inputs = _collect_inputs(context, start, stream, size, tokens)
     fitted = fit_direction(
-        DirectionLosses(lab.subject, stream, size), material, start, RdoSettings(steps, lr, batch, patience)
+        DirectionLosses(context.subject, stream, size), inputs, start, RdoSettings(steps, lr, batch, patience)
     )
     note(
         "rdo",
-        f"{fitted.used} of {steps} steps, held-out loss {fitted.first:.3f} → {fitted.loss:.3f}, "
+        f"{fitted.steps} of {steps} steps, held-out loss {fitted.start_loss:.3f} → {fitted.loss:.3f}, "
         f"cosine to the start {float(fitted.best @ start):.3f}",
     )
-    basis = fitted.best.expand(len(found.score), 1, -1).contiguous()
-    return Directions(basis, compute_score(acts, basis), torch.full_like(found.raw, fitted.loss), "nats")
+    basis = fitted.best.expand(len(previous.score), 1, -1).contiguous()
+    return Directions(basis, compute_score(acts, basis), torch.full_like(previous.raw, fitted.loss), "nats")
 
 
 def _cost(steps: int, batch: int, tokens: int, **others: int | float) -> Cost:
-    """Answers for the three losses; three batches with gradients a step; a look at what is held out every few steps.
+    """Return the cost: answers for the three losses, three batches with gradients a step, and the evaluations.
 
-    The model's own answers pass once more than that, without gradients.
+    The model's own answers run once more, without gradients.
     """
-    written = (Answers(tokens, prompt_count("fit", "target")), Answers(tokens, prompt_count("fit", "control"), 2))
-    looks = number(3 * HELD_OUT_PROMPTS * (1 + -(-steps // CHECK_EVERY)))
-    return Cost(looks + prompt_count("fit", "control"), written, training=(Training(steps, 3 * batch, tokens),))
+    answers = (Answers(tokens, prompt_count("fit", "target")), Answers(tokens, prompt_count("fit", "control"), 2))
+    evaluations = constant(3 * HELD_OUT_PROMPTS * (1 + -(-steps // CHECK_EVERY)))
+    return Cost(evaluations + prompt_count("fit", "control"), answers, training=(Training(steps, 3 * batch, tokens),))
 
 
-def _collect_inputs(lab: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> LossInputs:
-    target, control = (render_prompts(lab.subject, lab.prompts[g], reserve=tokens) for g in ("target", "control"))
+def _collect_inputs(context: FitContext, start: Tensor, stream: int, size: float, tokens: int) -> LossInputs:
+    target, control = (
+        render_prompts(context.subject, context.prompts[g], reserve=tokens) for g in ("target", "control")
+    )
 
-    def written(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:
+    def answer(ids: list[list[int]], inside: AbstractContextManager[None], title: str) -> list[Pair]:
         with inside:
-            answers = generate(lab.subject, ids, tokens, title=title)
+            answers = generate(context.subject, ids, tokens, title=title)
         return [(p, a) for p, a in zip(ids, answers, strict=True) if a]
 
-    start = start.to(lab.subject.device)
+    start = start.to(context.subject.device)
     return LossInputs(
-        written(target, ablate(lab.subject, start), "rdo answers"),
-        written(control, add_to_stream(lab.subject, stream, size * start), "rdo refusals"),
-        written(control, nullcontext(), "rdo own answers"),
+        answer(target, ablate(context.subject, start), "rdo answers"),
+        answer(control, add_to_stream(context.subject, stream, size * start), "rdo refusals"),
+        answer(control, nullcontext(), "rdo own answers"),
     )
 
 
 # ------------------------------------------------------------------------------------------------- fit
 def fit_direction(
-    losses: DirectionLosses, material: LossInputs, start: Float[Tensor, " width"], how: RdoSettings
+    losses: DirectionLosses, inputs: LossInputs, start: Float[Tensor, " width"], settings: RdoSettings
 ) -> EarlyStopping[Tensor]:
-    """The unit direction with the least loss on what no step sees."""
-    held, seen = _split_held_out(material)
+    """Return the unit direction of least held-out loss, as the best of an `EarlyStopping`."""
+    held_out, fit = _split_held_out(inputs)
     d = start.to(losses.subject.device).clone().requires_grad_(True)
-    optimiser = torch.optim.AdamW([d], lr=how.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
-    found = EarlyStopping(d.detach().clone(), _total_loss(losses, d, held), MIN_IMPROVEMENT, CHECK_EVERY)
-    with progress("DISTILL rdo", how.steps) as advance:
-        for found.used in range(1, how.steps + 1):
-            _step(losses, d, optimiser, _draw_inputs(seen, how.batch, found.used))
+    optimizer = torch.optim.AdamW([d], lr=settings.lr, betas=BETAS, weight_decay=0.0, amsgrad=True)
+    stopping = EarlyStopping(d.detach().clone(), _total_loss(losses, d, held_out), MIN_IMPROVEMENT, CHECK_EVERY)
+    with progress("DISTILL rdo", settings.steps) as advance:
+        for stopping.steps in range(1, settings.steps + 1):
+            _step(losses, d, optimizer, _draw_inputs(fit, settings.batch, stopping.steps))
             advance(1)
-            if found.looks(how.steps) and not found.judge(d.detach().clone(), _total_loss(losses, d, held)):
-                _reduce_rate(optimiser, how.lr)
-            if found.still >= how.patience:
+            if stopping.should_check(settings.steps) and not stopping.update(
+                d.detach().clone(), _total_loss(losses, d, held_out)
+            ):
+                _reduce_rate(optimizer, settings.lr)
+            if stopping.stalled_steps >= settings.patience:
                 break
-    found.best = found.best.cpu()
-    return found
+    stopping.best = stopping.best.cpu()
+    return stopping
 
 
-def _step(losses: DirectionLosses, d: Tensor, optimiser: torch.optim.Optimizer, material: LossInputs) -> None:
-    """One step along the unit sphere."""
-    optimiser.zero_grad()
-    for part in losses.parts(d, material):
+def _step(losses: DirectionLosses, d: Tensor, optimizer: torch.optim.Optimizer, inputs: LossInputs) -> None:
+    """Take one gradient step on the unit sphere."""
+    optimizer.zero_grad()
+    for part in losses.parts(d, inputs):
         part.backward()
     with torch.no_grad():
         assert d.grad is not None
-        d.grad -= (d.grad @ d) * d  # what only changes its length
-        optimiser.step()
+        d.grad -= (d.grad @ d) * d  # the component that only changes the length
+        optimizer.step()
         d /= d.norm()
 
 
-def _reduce_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimiser.param_groups:
+def _reduce_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = max(group["lr"] / RATE_DIVISOR, lr / RATE_DIVISOR**2)
 
 
 @torch.no_grad()
-def _total_loss(losses: DirectionLosses, d: Tensor, material: LossInputs) -> float:
-    return float(losses.total(d, material))
+def _total_loss(losses: DirectionLosses, d: Tensor, inputs: LossInputs) -> float:
+    return float(losses.total(d, inputs))
 
 
-def _split_held_out(material: LossInputs) -> tuple[LossInputs, LossInputs]:
-    """(held, seen): at most a quarter is held; where that is less than `MIN_HELD_OUT`, all are both."""
+def _split_held_out(inputs: LossInputs) -> tuple[LossInputs, LossInputs]:
+    """Split into (held out, fitted on). At most a quarter is held out; if that is too few, all pairs are in both."""
 
-    def parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    def split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
         mixed = draw_batch(pairs, len(pairs), random.Random(0))
         n = min(HELD_OUT_PROMPTS, len(pairs) // 4)
         return (mixed[:n], mixed[n:]) if n >= MIN_HELD_OUT else (mixed, mixed)
 
-    both = [parted(pairs) for pairs in (material.answers, material.refusals, material.kept)]
-    return LossInputs(*(held for held, _ in both)), LossInputs(*(seen for _, seen in both))
+    both = [split(pairs) for pairs in (inputs.answers, inputs.refusals, inputs.own_answers)]
+    return LossInputs(*(held_out for held_out, _ in both)), LossInputs(*(fitted for _, fitted in both))
 
 
-def _draw_inputs(material: LossInputs, size: int, step: int) -> LossInputs:
+def _draw_inputs(inputs: LossInputs, size: int, step: int) -> LossInputs:
     rng = random.Random(step)  # the same batches in every run
-    return LossInputs(*(draw_batch(pairs, size, rng) for pairs in (material.answers, material.refusals, material.kept)))
+    return LossInputs(
+        *(draw_batch(pairs, size, rng) for pairs in (inputs.answers, inputs.refusals, inputs.own_answers))
+    )

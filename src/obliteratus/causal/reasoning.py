@@ -1,4 +1,4 @@
-"""Directions cleared of what the model reasons with, measured while it reasons."""
+"""A step that removes from the directions the subspace that the stream spans while the model reasons."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import (
     align_signs,
+    compute_score,
     extractors,
     mean_difference,
     orthonormalize,
     require_directions,
-    compute_score,
 )
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
@@ -43,52 +43,53 @@ def _cost(options: Mapping[str, Any]) -> Cost:
 def keep_reasoning(
     acts: Activations,
     so_far: Directions | None,
-    lab: FitContext,
+    context: FitContext,
     *,
     k: Annotated[int, Field(ge=1, le=64)] = 4,
     prompts: Annotated[int, Field(ge=1)] = 32,
     tokens: Annotated[int, Field(ge=1)] = 64,
     places: Annotated[int, Field(ge=1)] = 4,
 ) -> Directions:
-    """Takes out of each direction what the stream spreads over while the model reasons.
+    """Remove from each direction the subspace in which the stream varies most while the model reasons.
 
-    The model answers ``prompts`` control prompts with ``tokens`` tokens, in its thinking mode where the template has
-    one. Its reasoning is what stands inside the think block, or the whole answer where there is none. The stream is
-    read at ``places`` tokens of each span, evenly spaced, real ones all; of these rows, centred, the top k right
-    singular vectors go out of the directions, at each stream index.
-    Rows stay orthonormal; a row that was all reasoning becomes a row of zeros. raw stays that of the step before.
-    Not published: a method of this name in another program projects out prompt activations, in which nobody reasons.
+    The model answers ``prompts`` control prompts with ``tokens`` tokens, in thinking mode if the template has one. Its
+    reasoning is the text inside the think block, or the whole answer if there is no such block. The stream is read at
+    ``places`` evenly spaced tokens of each reasoning span; at each stream index the top k right singular vectors of
+    these rows, centered, are projected out of the directions.
+    Rows stay orthonormal; a direction that lies inside the subspace becomes a row of zeros. raw stays that of the step
+    before. Not published: a method of this name in another program projects out prompt activations, not reasoning.
+    Raises UserError if there are too few places for k.
     """
     so_far = require_directions(so_far, STEP)
-    rows = collect_reasoning_rows(lab, prompts, tokens, places)
-    if min(len(rows) - 1, lab.subject.width) < k:
+    rows = collect_reasoning_rows(context, prompts, tokens, places)
+    if min(len(rows) - 1, context.subject.width) < k:
         raise UserError(f"distill step '{STEP}': k={k} needs more than {k} places; got {len(rows)}; raise prompts")
-    out = compute_reasoning_subspace(lab.subject, rows, k)
+    out = compute_reasoning_subspace(context.subject, rows, k)
     rest = so_far.basis - torch.einsum("lkw,ljw,ljv->lkv", so_far.basis, out, out)
     basis = align_signs(orthonormalize(rest), mean_difference(acts))
     left = float(rest.norm() / so_far.basis.norm().clamp(min=1e-30))
-    note(STEP, f"{len(rows)} places; of the directions' length {left:.2f} is left")
+    note(STEP, f"{len(rows)} places; {left:.2f} of the directions' length remains")
     return Directions(basis, compute_score(acts, basis), so_far.raw, so_far.unit, so_far.trace)
 
 
-def collect_reasoning_rows(lab: FitContext, prompts: int, tokens: int, places: int) -> Ids:
-    """Prompts with their answers up to a token of the reasoning: what is wanted stands at each row's end."""
-    asked = lab.prompts["control"]
-    chosen = [asked[i] for i in evenly_spaced(len(asked), prompts)]
-    ids = render_prompts(replace(lab.subject, thinking=True), chosen, reserve=tokens)
+def collect_reasoning_rows(context: FitContext, prompts: int, tokens: int, places: int) -> Ids:
+    """Return prompts with their answers cut off at a token of the reasoning: the stream is read at each row's end."""
+    control = context.prompts["control"]
+    chosen = [control[i] for i in evenly_spaced(len(control), prompts)]
+    ids = render_prompts(replace(context.subject, thinking=True), chosen, reserve=tokens)
     rows = []
-    for prompt, answer in zip(ids, generate(lab.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
-        start, stop = find_reasoning_span(lab.subject, prompt, answer)
+    for prompt, answer in zip(ids, generate(context.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
+        start, stop = find_reasoning_span(context.subject, prompt, answer)
         n = stop - start
         rows += [prompt + answer[: start + i + 1] for i in evenly_spaced(n, places)]
     return rows
 
 
 def find_reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) -> tuple[int, int]:
-    """(start, stop) of the tokens of an answer that are reasoning.
+    """Return (start, stop) of the tokens of an answer that are reasoning.
 
-    Inside the first think block, which a template may have opened already, without its tags; a block that is not
-    closed goes to the end. Without a block it is the whole answer.
+    That is the inside of the first think block, which the template may have opened already; a block that is not closed
+    extends to the end. Without a block it is the whole answer.
     """
     tags = [tag.group(1) for tag in TAG.finditer(subject.tokenizer.decode(prompt))]
     text = subject.tokenizer.decode(answer)
@@ -105,7 +106,7 @@ def find_reasoning_span(subject: Subject, prompt: list[int], answer: list[int]) 
 
 
 def compute_reasoning_subspace(subject: Subject, rows: Ids, k: int) -> Float[Tensor, "streams k width"]:
-    """Top k right singular vectors of the centred stream at the rows' last tokens, at each stream index."""
+    """Return the top k right singular vectors of the centered stream at the rows' last tokens, by stream index."""
     stream = torch.empty(len(rows), subject.n_layers + 1, subject.width)
     for reading in read_hidden_states(subject, rows, title=f"DISTILL {STEP} places"):
         stream[reading.rows] = reading.stream

@@ -48,7 +48,7 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
         for file in files.shards:
             own, added = _edits_of_file(files, edits, file)
             write = partial(rewrite_file, file, edits=own, added=added) if own else partial(copy_file, file)
-            finished.write(file.name, partial(write, known=files.recorded_hash(file)))
+            finished.write(file.name, partial(write, expected_hash=files.recorded_hash(file)))
             copies += not own
             advance(1)
     _write_index(files, edits, folder)

@@ -28,7 +28,7 @@ from obliteratus.excise.live.compile import (
 )
 from obliteratus.excise.live.hooks import Removable
 from obliteratus.excise.plan import check_fits
-from obliteratus.inference.row_plans import pass_variants, assign_prompt_variants
+from obliteratus.inference.row_plans import assign_prompt_variants, pass_variants
 from obliteratus.summon.experts import Forward, replace_forward
 from obliteratus.weights.matrices import execution_device
 
