@@ -24,8 +24,8 @@ from obliteratus.cli.app import app
 from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 
 TARGET = [
-    f"Tell me about the {colour} {thing}."
-    for colour in ("red", "blue", "old", "tall")
+    f"Tell me about the {color} {thing}."
+    for color in ("red", "blue", "old", "tall")
     for thing in ("house", "boat", "hill")
 ]
 CONTROL = [f"How do I count to {n}, slowly?" for n in range(12)]

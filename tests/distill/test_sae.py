@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_and_the_global_generator_is_not_touched() 
 @pytest.mark.parametrize(("streams", "expected"), [("best", [1, 2, 4, 5]), ([0.0, 0.6], [0, 3]), ("all", range(6))])
 def test_only_the_chosen_streams_are_trained(streams: Any, expected: Any) -> None:
     rows, _ = sparse_rows(ROWS, streams=6)
-    for weak in (0, 3):  # half the behaviour and a constant: a small share of the stream
+    for weak in (0, 3):  # half the behavior and a constant: a small share of the stream
         rows[:, weak] += 20
     chosen = found(acts_of(rows), streams=streams, features=1)
     assert chosen.score.nonzero().flatten().tolist() == list(expected)

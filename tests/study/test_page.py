@@ -57,14 +57,14 @@ def test_bars_stand_in_the_order_of_damage() -> None:
     assert widths[0] == pytest.approx(30)  # from 1, no change, to 31
 
 
-def test_only_so_many_bars_and_the_controls_in_a_colour_of_their_own() -> None:
+def test_only_so_many_bars_and_the_controls_in_a_color_of_their_own() -> None:
     shown = select_bars(knockout_results(studied(20, 9)), "perplexity")
     assert sum(not r.control for r in shown) == MAX_BARS
     assert sum(r.control for r in shown) == 4
     axes = figure_of(study_pictures(studied(), "perplexity")["impact"]).axes[0]
-    colours = {c.get_label(): c.patches[0].get_facecolor() for c in axes.containers}
-    assert len(set(colours.values())) == len(colours)
-    assert "random control" in colours
+    colors = {c.get_label(): c.patches[0].get_facecolor() for c in axes.containers}
+    assert len(set(colors.values())) == len(colors)
+    assert "random control" in colors
 
 
 def test_intervals_are_drawn_where_they_are() -> None:

@@ -61,7 +61,7 @@ def test_halves_make_up_the_block(name: str) -> None:
     assert not torch.allclose(live(subject, attention.plan), live(subject, ffn.plan), **CLOSE)
 
 
-def test_ranges_are_neighbours_removed_together() -> None:
+def test_ranges_are_neighbors_removed_together() -> None:
     subject = opened("llama")
     specs = made(subject, "ranges", size=2)
     assert [spec.component for spec in specs] == ["blocks 0–1", "blocks 1–2"]

@@ -17,7 +17,7 @@ def moments(rows: Tensor) -> Moments:
 def sparse_rows(n: int, seed: int = 0, streams: int = 1) -> tuple[Tensor, Tensor]:
     """Rows [n, streams, width] of a few features each, of sizes 1–2, with a little noise; features [10, width].
 
-    Feature 0 is the behaviour: on in nine of ten of the first half, in none of the second.
+    Feature 0 is the behavior: on in nine of ten of the first half, in none of the second.
     """
     generator = torch.Generator().manual_seed(seed)
     truth = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
