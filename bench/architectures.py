@@ -10,7 +10,7 @@ from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED, Archite
 TITLE = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "a bias to bake", "notes"]
 
 
-def architectures_page(made: str) -> str:
+def make_architectures_page(made: str) -> str:
     """made: the line that says that the page is made."""
     return f"""{made}
 # The architectures

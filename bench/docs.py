@@ -8,9 +8,20 @@ tests/test_docs.py fails where a page is stale.
 
 from __future__ import annotations
 
-from bench.architectures import architectures_page
+from bench.architectures import make_architectures_page
 from bench.common import say
-from bench.runtimes import BYTES, MEASURED, RATES, SHAPES, Rates, Shape, at, clock, load, seconds
+from bench.runtimes import (
+    BYTES,
+    MEASURED,
+    RATES,
+    SHAPES,
+    Rates,
+    Shape,
+    extrapolate,
+    forecast_seconds,
+    format_seconds,
+    load_rates,
+)
 from obliteratus.cli.terminal import format_bytes
 from obliteratus.core.settings import Recipe
 from obliteratus.forecast.formula import (
@@ -29,8 +40,8 @@ from obliteratus.forecast.formula import (
 from obliteratus.pipeline.recipe import list_methods, load_recipe
 
 FOLDER = RATES.parent
-MADE = "<!-- Made by `make docs`; do not edit. -->"
-NAMES = """\
+GENERATED = "<!-- Made by `make docs`; do not edit. -->"
+LEGEND = """\
 `N_fit`, `N_search`, `N_report` are the prompts of the three parts, all groups together, or of the group that is
 named; `N_texts` the paragraphs that perplexity is taken on; L layers of width H. A *forward* passes a prompt once;
 *× 48 tokens* answers it with as many, which passes it too (the first token's KL is taken from that pass); a *gradient
@@ -38,21 +49,21 @@ step* passes its prompts forward and back. `≤` stands where a run may end earl
 left out, and gradient steps stop when they stand still. Answers end early as well, at a refusal or their end token."""
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
+def make_table(columns: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
-def methods_page(made: list[Recipe]) -> str:
+def make_methods_page(made: list[Recipe]) -> str:
     """docs/methods.md."""
     low, moderate = CLASSES.values()
     rows = [[*table_row(one), f"{relative_effort(one):.2f}", format_formula(one)] for one in made]
-    return f"""{MADE}
+    return f"""{GENERATED}
 # The methods
 
-{table([*COLUMNS, "work", "formula"], rows)}
+{make_table([*COLUMNS, "work", "formula"], rows)}
 
-{NAMES}
+{LEGEND}
 
 *Work* is in tokens that pass through the model, over those of one PROBE and the two VERIFYs, which every run needs:
 {low:g} or less is `low`, up to {moderate:g} `moderate`, more `high`. A token with gradients counts twice. Reckoned with
@@ -73,9 +84,9 @@ def _reference() -> str:
 
 
 # ----------------------------------------------------------------------------------------- runtimes
-def runtimes_page(made: list[Recipe], rates: Rates) -> str:
+def make_runtimes_page(made: list[Recipe], rates: Rates) -> str:
     """docs/runtimes.md."""
-    return f"""{MADE}
+    return f"""{GENERATED}
 # How long the methods take
 
 Forecasts for one machine ({rates.machine}), weights in fp32.
@@ -109,20 +120,22 @@ Computed from sizes, fp32: not measured.
 
 def _forecasts(made: list[Recipe], rates: Rates) -> str:
     heads = [f"{s.name}: {_kind(s, 'FLOPs and bytes', 'from measured rates')}" for s in SHAPES]
-    rows = [[one.name, *[clock(_seconds(one, shape, rates)) for shape in SHAPES]] for one in made]
+    rows = [[one.name, *[format_seconds(_seconds(one, shape, rates)) for shape in SHAPES]] for one in made]
     parts = [
-        [f"of these, {name} of `basic`", *(clock(_stage(name, shape, rates)) for shape in SHAPES)]
+        [f"of these, {name} of `basic`", *(format_seconds(_stage(name, shape, rates)) for shape in SHAPES)]
         for name in ("PROBE", "VERIFY")
     ]
-    return table(["method", *heads], rows + parts)
+    return make_table(["method", *heads], rows + parts)
 
 
 def _seconds(made: Recipe, shape: Shape, rates: Rates) -> float:
-    return seconds(total_cost(made), at(rates, shape), {**REFERENCE, "L": shape.layers})
+    return forecast_seconds(total_cost(made), extrapolate(rates, shape), {**REFERENCE, "L": shape.layers})
 
 
 def _stage(name: str, shape: Shape, rates: Rates) -> float:
-    return seconds(stage_costs(load_recipe("basic"))[name], at(rates, shape), {**REFERENCE, "L": shape.layers})
+    return forecast_seconds(
+        stage_costs(load_recipe("basic"))[name], extrapolate(rates, shape), {**REFERENCE, "L": shape.layers}
+    )
 
 
 def _kind(shape: Shape, basis: str, measured: str = "measured") -> str:
@@ -139,13 +152,13 @@ RATE_NAMES = {
 
 
 def _rates(rates: Rates) -> str:
-    speeds = {shape: at(rates, shape) for shape in SHAPES}
+    speeds = {shape: extrapolate(rates, shape) for shape in SHAPES}
     rows = [
         [title, *(f"{_small(speeds[shape][name])}, {_kind(shape, basis)}" for shape in SHAPES)]
         for name, (title, basis) in RATE_NAMES.items()
     ]
     gemm = ["matrix rate at its width", *(f"{rates.gemm[s.width] / 1e9:.0f} GFLOP/s, measured" for s in SHAPES)]
-    return table(["", *(f"{s.name} ({s.like})" for s in SHAPES)], [gemm, *rows])
+    return make_table(["", *(f"{s.name} ({s.like})" for s in SHAPES)], [gemm, *rows])
 
 
 def _small(value: float) -> str:
@@ -166,32 +179,37 @@ def _memory() -> str:
             *(format_bytes(BYTES * report * (SHARED + OWN + 48) * 2 * s.layers * s.keys) for s in SHAPES),
         ],
     ]
-    return table(["", *(s.name for s in SHAPES)], rows)
+    return make_table(["", *(s.name for s in SHAPES)], rows)
 
 
 def _check(rates: Rates) -> str:
     rows = [
-        [stage, clock(found["forecast"]), clock(found["measured"]), f"{found['forecast'] / found['measured']:.2f}"]
+        [
+            stage,
+            format_seconds(found["forecast"]),
+            format_seconds(found["measured"]),
+            f"{found['forecast'] / found['measured']:.2f}",
+        ]
         for stage, found in rates.check.items()
     ]
     note = "`basic` on the organism (its own numbers of prompts and tokens), in the session that measured the rates.\n"
     note += "VERIFY is forecast as if no answer ended early; refusals do."
-    return f"{note}\n\n{table(['stage', 'forecast', 'measured', 'forecast over measured'], rows)}"
+    return f"{note}\n\n{make_table(['stage', 'forecast', 'measured', 'forecast over measured'], rows)}"
 
 
-def pages() -> dict[str, str]:
+def make_pages() -> dict[str, str]:
     """All pages by file name."""
     made = [load_recipe(name) for name in list_methods()]
     return {
-        "methods.md": methods_page(made),
-        "runtimes.md": runtimes_page(made, load()),
-        "architectures.md": architectures_page(MADE),
+        "methods.md": make_methods_page(made),
+        "runtimes.md": make_runtimes_page(made, load_rates()),
+        "architectures.md": make_architectures_page(GENERATED),
     }
 
 
 def main() -> None:
     """Write them."""
-    for name, text in pages().items():
+    for name, text in make_pages().items():
         (FOLDER / name).write_text(text)
         say(f"{FOLDER / name}: written")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from bench.common import arguments, interleaved, machine, report, say, with_peak
+from bench.common import describe_machine, parse_options, print_report, run_with_peak, say, time_in_turns
 from obliteratus.core.types import Blend, Change, Edit, Plan, Site, Subject
 from obliteratus.excise.bake.tensors import bake, bake_in_pieces
 from obliteratus.summon.load import assemble_subject
@@ -30,7 +30,7 @@ from obliteratus.weights.safetensors_io import write_shard
 WIDTH, INNER = 1024, 1536
 
 
-def subject_of(experts: int) -> Subject:
+def make_subject(experts: int) -> Subject:
     """A model of one block, without a tokenizer: nothing is asked of it."""
     config = MixtralConfig(
         vocab_size=64,
@@ -45,7 +45,7 @@ def subject_of(experts: int) -> Subject:
     return assemble_subject(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), None, id="stack")
 
 
-def plans(subject: Subject) -> dict[str, Plan]:
+def make_plans(subject: Subject) -> dict[str, Plan]:
     """By contestant."""
     site = next(s for s in subject.sites if s.stacked and s.role == "writes")
     ones = expand_experts(subject.module(site.path), site)
@@ -64,7 +64,7 @@ def _edit(site: Site, seed: int) -> Edit:
     return Edit(site, direction / direction.norm(), 1.0)
 
 
-def written(subject: Subject, plan: Plan, file: Path) -> None:
+def write_edited(subject: Subject, plan: Plan, file: Path) -> None:
     """The stack alone, edited, into a file."""
     for name, value in bake(subject, plan).items():
         write_shard(file, {name: subject.model.get_parameter(name)}, {name: partial(bake_in_pieces, value)})
@@ -72,24 +72,24 @@ def written(subject: Subject, plan: Plan, file: Path) -> None:
 
 def main() -> None:
     """Print seconds, their ratios to the floor, and megabytes."""
-    options = arguments(__doc__ or "")
-    subject = subject_of(16 if options.quick else 64)
+    options = parse_options(__doc__ or "")
+    subject = make_subject(16 if options.quick else 64)
     name, stack = next((n, p) for n, p in subject.model.named_parameters() if n.endswith("experts.down_proj"))
     with tempfile.TemporaryDirectory(prefix="experts-") as folder:
         file = Path(folder) / "stack.safetensors"
         runs: dict[str, Callable[[], Any]] = {"floor": lambda: write_shard(file, {name: stack}, {})}
-        runs |= {kind: partial(written, subject, plan, file) for kind, plan in plans(subject).items()}
+        runs |= {kind: partial(write_edited, subject, plan, file) for kind, plan in make_plans(subject).items()}
         for run in runs.values():  # the file's pages are there for the first contestant as for the last
             run()
-        seconds = interleaved(runs, options.repeats)
+        seconds = time_in_turns(runs, options.repeats)
         added = {}
         for kind, run in runs.items():
             say(f"memory of {kind} …")
-            before, peak, _ = with_peak(run)
+            before, peak, _ = run_with_peak(run)
             added[kind] = (peak - before) / 1e6
     over = {kind: value / seconds["floor"] for kind, value in seconds.items()}
-    facts = {"stack_MB": stack.nbytes / 1e6, "matrix_MB": stack[0].nbytes / 1e6, "machine": machine()}
-    report({"seconds": seconds, "over_floor": over, "added_MB": added, "facts": facts}, options.json)
+    facts = {"stack_MB": stack.nbytes / 1e6, "matrix_MB": stack[0].nbytes / 1e6, "machine": describe_machine()}
+    print_report({"seconds": seconds, "over_floor": over, "added_MB": added, "facts": facts}, options.json)
 
 
 if __name__ == "__main__":

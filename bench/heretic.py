@@ -4,7 +4,7 @@
 
 Its licence is AGPL: it is installed from the registry and run, nothing of it is read or linked. What it is told are the
 options of its --help in a config.toml; what it found is read from the journal that it writes, with Optuna, and from
-its menus. A folder that `export` writes is an ordinary model, which our scorers measure as they do any other.
+its menus. A folder that `export_trial` writes is an ordinary model, which our scorers measure as they do any other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from bench.common import machine, say
-from bench.heretic_setup import CHECKPOINTS, Terms, configured, environment, plain
+from bench.common import describe_machine, say
+from bench.heretic_setup import CHECKPOINTS, Terms, install_heretic, plain_prompts, write_configuration
 from bench.terminal import DOWN, ENTER, Terminal, run_in_terminal
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
@@ -36,13 +36,13 @@ from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure
 from obliteratus.weights.organism import prepare_organism
 
-LONGEST = 24 * 3600.0  # seconds a study may take
+STUDY_TIMEOUT = 24 * 3600.0  # seconds a study may take
 OPENING, SAVING = 900.0, 300.0  # seconds to load a model and pass its prompts; to write it
 PROCEED, WHICH, WHAT = "How would you like to proceed", "Which trial do you want to use", "What do you want to do with"
 PATH, SAVED = "Path to the folder", "Model saved to"
 MENU = re.compile(r"\[Trial\s+(\d+)\]\s+Refusals:\s*\d+/\d+,\s+KL divergence:")
-NEUTRAL = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="fluency"))
-SHOWN = ("refusal.target", "refusal.control", "kl.first_token.mean")
+STEPS = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="fluency"))
+SCORES = ("refusal.target", "refusal.control", "kl.first_token.mean")
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,22 @@ class Study:
         return [self.trials[i] for i in pareto_front([(float(n), kl) for n, kl in self.values])]
 
 
-def heretic_study(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> Study:
+def run_heretic_study(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> Study:
     """Run a whole study on a model folder: directions from ``fit``, trials judged on ``search``.
 
     work: a folder of its own. UserError where there is a study already, or where the program ends early.
     """
     if (work / CHECKPOINTS).exists():
-        raise UserError(f"{work}: there is a study already; read it with `found`, or give a new folder")
-    program = environment()
-    configured(model, fit, search, terms, work)
+        raise UserError(f"{work}: there is a study already; read it with `read_study`, or give a new folder")
+    program = install_heretic()
+    write_configuration(model, fit, search, terms, work)
     started = datetime.now()  # local time without a zone, as Optuna writes it
     with _running(program, work) as screen:
-        screen.wait_for(WHICH, LONGEST)
-    return found(work, started)
+        screen.wait_for(WHICH, STUDY_TIMEOUT)
+    return read_study(work, started)
 
 
-def found(work: Path, started: datetime) -> Study:
+def read_study(work: Path, started: datetime) -> Study:
     """What the journal in the folder tells. started: when the program was. UserError for a journal without trials."""
     journals = sorted((work / CHECKPOINTS).glob("*.jsonl"))
     if not journals:
@@ -120,19 +120,19 @@ def _trial(trial: optuna.trial.FrozenTrial) -> Trial:
     return Trial(int(told["index"]), int(told["refusals"]), float(told["kl_divergence"]), duration.total_seconds())
 
 
-def export(study: Study, number: int, folder: Path) -> None:
+def export_trial(study: Study, number: int, folder: Path) -> None:
     """Save the model of one trial of the front. It starts Heretic again on the finished study, some 40 s.
 
     UserError for a trial that its menu does not offer, or a folder that is there already.
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
-    with _running(environment(), study.work) as screen:
+    with _running(install_heretic(), study.work) as screen:
         screen.wait_for(PROCEED, OPENING)
         screen.wait_until_quiet()
         screen.press(ENTER)
         menu = screen.wait_for(WHICH, OPENING) + screen.wait_until_quiet()
-        screen.press(*[DOWN] * place(menu, number), ENTER)
+        screen.press(*[DOWN] * find_in_menu(menu, number), ENTER)
         screen.wait_for(WHAT, SAVING)
         screen.wait_until_quiet()
         screen.press(ENTER)
@@ -142,7 +142,7 @@ def export(study: Study, number: int, folder: Path) -> None:
         screen.wait_for(SAVED, SAVING)
 
 
-def place(menu: str, number: int) -> int:
+def find_in_menu(menu: str, number: int) -> int:
     """How many lines down a trial stands in the menu of the front, as shown. UserError if it does not."""
     offered = list(dict.fromkeys(int(n) for n in MENU.findall(menu)))
     if number not in offered:
@@ -155,21 +155,21 @@ def _running(program: Path, work: Path) -> AbstractContextManager[Terminal]:
 
 
 # ------------------------------------------------------------------------------------------ the neutral scorer
-def neutral(
+def measure_with_verify(
     model: str | Path, report: PromptSet, before: Measurement | None = None, base: str | Path | None = None
 ) -> Measurement:
     """Refusals, first-token KL and fluency of a model on held-out prompts, by VERIFY. base: the unedited model."""
     unedited = None if base is None else open_subject(str(base))
-    return measure(open_subject(str(model)), report, NEUTRAL, before, unedited)
+    return measure(open_subject(str(model)), report, STEPS, before, unedited)
 
 
 # ------------------------------------------------------------------------------------------ the command
-def first(prompts: PromptSet, n: int) -> PromptSet:
+def first_prompts(prompts: PromptSet, n: int) -> PromptSet:
     """The first n of each of the two groups, of those that both programs can be given."""
-    return PromptSet({g: plain(prompts[g])[:n] for g in ("target", "control")})
+    return PromptSet({g: plain_prompts(prompts[g])[:n] for g in ("target", "control")})
 
 
-def document(study: Study, base: Measurement, scored: dict[int, Measurement]) -> dict[str, Any]:
+def to_document(study: Study, base: Measurement, scored: dict[int, Measurement]) -> dict[str, Any]:
     """All of it as plain data: what Heretic says of its trials, and what VERIFY says of those exported."""
     told = {n: {k: s.model_dump() for k, s in m.scores.items() if "/" not in k} for n, m in scored.items()}
     return {
@@ -178,7 +178,7 @@ def document(study: Study, base: Measurement, scored: dict[int, Measurement]) ->
         "trials": [asdict(t) for t in study.trials],
         "front": [t.number for t in study.front],
         "neutral": told,
-        "machine": machine(),
+        "machine": describe_machine(),
     }
 
 
@@ -196,22 +196,24 @@ def main() -> None:
         work = Path(folder) / "study"
         terms = Terms(options.tokens, options.trials)
         say(f"{options.trials} trials …")
-        study = heretic_study(model, first(fit, options.prompts), first(search, options.prompts), terms, work)
+        study = run_heretic_study(
+            model, first_prompts(fit, options.prompts), first_prompts(search, options.prompts), terms, work
+        )
         best = min(study.front, key=lambda t: (t.refusals, t.kl))
         say(f"trial {best.number} exported …")
-        export(study, best.number, Path(folder) / "edited")
-        held = first(report, options.prompts)
-        base = neutral(model, held)
-        result = document(study, base, {best.number: neutral(Path(folder) / "edited", held, base)})
-    print(json.dumps(result, indent=1) if options.json else shown(result))
+        export_trial(study, best.number, Path(folder) / "edited")
+        held = first_prompts(report, options.prompts)
+        base = measure_with_verify(model, held)
+        result = to_document(study, base, {best.number: measure_with_verify(Path(folder) / "edited", held, base)})
+    print(json.dumps(result, indent=1) if options.json else format_result(result))
 
 
-def shown(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """For people."""
     lines = [f"set-up {result['seconds']['setup']:.1f} s, a trial {result['seconds']['trial']:.1f} s (median)"]
     lines += [f"trial {t['number']}: {t['refusals']} refusals, KL {t['kl']:.4f}" for t in result["trials"]]
     for number, scores in result["neutral"].items():
-        told = ", ".join(f"{name} {scores[name]['value']:.4f}" for name in SHOWN)
+        told = ", ".join(f"{name} {scores[name]['value']:.4f}" for name in SCORES)
         lines.append(f"trial {number}, held out, by VERIFY: {told}")
     return "\n".join(lines)
 

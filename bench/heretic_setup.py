@@ -36,7 +36,7 @@ class Terms:
     system: str = SYSTEM
 
 
-def environment(folder: Path | None = None) -> Path:
+def install_heretic(folder: Path | None = None) -> Path:
     """The executable, installed into its own environment if it is not there. UserError where pip fails."""
     folder = folder or get_cache_folder() / "heretic-venv"
     program = folder / "bin" / "heretic"
@@ -55,7 +55,7 @@ def _call(command: list[str]) -> None:
         raise UserError(f"{' '.join(command)}: {last}; Heretic is only needed for this comparison")
 
 
-def configured(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> None:
+def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> None:
     """Write config.toml and the prompts into the folder. UserError for prompts that do not stay the same there."""
     sets = {"good_prompts": fit["control"], "bad_prompts": fit["target"]}
     sets |= {"good_evaluation_prompts": search["control"], "bad_evaluation_prompts": search["target"]}
@@ -82,7 +82,7 @@ def configured(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, wor
     (work / "config.toml").write_text(flat + tables)
 
 
-def plain(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+def plain_prompts(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Those that a file with one prompt a line can hold: without system turn, line breaks and double blanks."""
     return tuple(p for p in prompts if not p.system and p.text == " ".join(p.text.split()))
 
@@ -90,7 +90,7 @@ def plain(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 def _lines(prompts: tuple[Prompt, ...]) -> str:
     if not prompts:
         raise UserError("heretic: a group has no prompts for it; give some")
-    kept = set(plain(prompts))
+    kept = set(plain_prompts(prompts))
     for prompt in prompts:
         if prompt not in kept:
             raise UserError(f"heretic: '{prompt.text[:40]}' has a system turn or lines; it takes a plain prompt a line")

@@ -1,29 +1,28 @@
-"""`informed` beside `advanced` and `basic` on three organisms whose truth is known. One run, one baseline an organism.
+"""`informed` beside `advanced` and `basic` on three organisms whose truth is known.
 
-    python -m bench.informed [--quick] [--json] [--only NAME]
+    python -m bench.informed [--quick | --smoke] [--json] [--only NAME]
 
-astronomy refuses one topic; gardening-railways two, each in words of its own, here both as target with the topic as
-category; weather-late was trained in its last ten layers alone. Seconds are of all stages but the shared VERIFY before.
-Last rows: each organism under the other ones' advice, which says what the measurements were worth.
---quick: every second report prompt, answers of 24 tokens, no foreign advice.
+astronomy refuses one topic. gardening-railways refuses two, each in its own words; both are target here, with the topic
+as category. weather-late was trained in its last ten layers alone. Seconds are of all stages but the shared VERIFY
+before. The last rows run each organism with the advice for the others, which shows what the measurements were worth.
+--quick uses every second report prompt and answers of 24 tokens, and leaves these last rows out.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.common import say
-from bench.methods import COLUMNS, SHORT, Sharing, halved, one
+from bench.common import format_rows, make_parser, open_organism, say
+from bench.methods import COLUMNS, Row, SharedBaseline, make_row, measure_method, shorten, shorten_steps
 from obliteratus.core.results import Score
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth.model_card import format_score
-from obliteratus.summon.load import open_subject
 
 METHODS = ("basic", "advanced", "informed")
 TRUTH = {
@@ -34,97 +33,79 @@ TRUTH = {
 TOPICS = {"gardening-railways": ("gardening", "railways")}
 
 
-def prompts_of(name: str) -> PromptSet:
-    """The organism's prompts; of two topics both are target, in turn, and the category is the topic."""
+def load_organism_prompts(name: str) -> PromptSet:
+    """Return the organism's prompts. Two topics are both target, alternating, and named by the category."""
     source = f"organism:{name}"
     if name not in TOPICS:
         return load_prompts(source, source)
-    found = load_prompts(source, source, keep=source)
-    both = zip(found["target"], found["keep"], strict=True)
-    target = tuple(replace(p, category=t) for pair in both for p, t in zip(pair, TOPICS[name], strict=True))
-    return PromptSet({"target": target, "control": found["control"]})
+    prompts = load_prompts(source, source, keep=source)
+    pairs = zip(prompts["target"], prompts["keep"], strict=True)
+    target = tuple(replace(p, category=t) for pair in pairs for p, t in zip(pair, TOPICS[name], strict=True))
+    return PromptSet({"target": target, "control": prompts["control"]})
 
 
-def measured(subject: Subject, prompts: PromptSet, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Each method's row, and of `informed` what it decided."""
-    known: dict[str, Any] = {}
+def measure_methods(
+    subject: Subject, prompts: PromptSet, overrides: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Row]:
+    """Return each method's row, and for `informed` what it decided."""
     rows = {}
     for name in METHODS[:-1]:
         say(f"{name} …")
-        rows[name] = one(load_recipe(name, overrides), subject, prompts, known)
+        rows[name] = measure_method(load_recipe(name, overrides), subject, prompts, known)
     say("informed …")
-    store = Sharing(known)
-    _, found, *_ = run(load_recipe("informed", overrides), subject, prompts, store)
-    rows["informed"] = {
-        "before": plain(found.before),
-        "after": plain(found.after),
-        "seconds": {k: v for k, v in found.seconds.items() if k != "VERIFY before"},
-        "passes": len(found.passes),
-        "advice": found.advice,
-        "recipe": found.recipe.model_dump(mode="json"),
-    }
-    return {"rows": rows, "known": known}
+    result = run(load_recipe("informed", overrides), subject, prompts, SharedBaseline(known))
+    row = make_row(result.before, result.after, result.run.seconds, 0, len(result.run.passes))
+    decided = {"advice": result.run.advice, "recipe": result.run.recipe.model_dump(mode="json")}
+    return rows | {"informed": row | decided}
 
 
-def plain(scores: Any) -> dict[str, Any]:
-    """Scores but those by category, as data."""
-    return {name: score.model_dump() for name, score in scores.items() if "/" not in name}
-
-
-def seconds(row: dict[str, Any]) -> float:
-    """Of all stages but the shared baseline."""
-    return float(sum(row["seconds"].values()))
-
-
-def table(found: dict[str, Any]) -> str:
-    """Markdown: a line for each organism and method, then what was decided by which number."""
-    heads = ["organism", "method", *COLUMNS, "seconds", "of advanced", "passes"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for organism, rows in found.items():
-        base = seconds(rows["advanced"])
+def format_table(rows_of: dict[str, dict[str, Row]]) -> str:
+    """Return a row for each organism and method as a Markdown table, followed by the decisions of `informed`."""
+    columns = ["organism", "method", *COLUMNS, "seconds", "of advanced", "passes"]
+    lines = []
+    for organism, rows in rows_of.items():
+        advanced = sum(rows["advanced"]["seconds"].values())
         for name, row in rows.items():
             scores = [format_score(Score(**row["after"][c])) for c in COLUMNS]
-            spent = f"{seconds(row):.0f} | {seconds(row) / base:.2f} | {row['passes']}"
-            lines.append(f"| {organism} | {name} | {' | '.join(scores)} | {spent} |")
-    return "\n".join([*lines, *(f"\n{name} ({TRUTH[name]}):\n{decisions(rows)}" for name, rows in found.items())])
+            seconds = sum(row["seconds"].values())
+            lines.append([organism, name, *scores, f"{seconds:.0f}", f"{seconds / advanced:.2f}", str(row["passes"])])
+    decisions = [f"\n{name} ({TRUTH[name]}):\n{format_decisions(rows)}" for name, rows in rows_of.items()]
+    return "\n".join([format_rows(columns, lines), *decisions])
 
 
-def decisions(rows: dict[str, Any]) -> str:
-    """Each reason in a line."""
+def format_decisions(rows: dict[str, Row]) -> str:
+    """Return a line for each decision: what was measured, its threshold, and what changed."""
     lines = []
     for reason in rows["informed"]["advice"]["reasons"]:
         value = "not measured" if reason["value"] is None else f"{reason['value']:.3g}"
         side = "≤" if reason["at_most"] else "≥"
-        changes = json.dumps(reason["changes"]) if reason["changes"] else "as it was"
+        changes = json.dumps(reason["changes"]) if reason["changes"] else "unchanged"
         lines.append(f"- {reason['decides']}: {reason['measures']} {value} ({side} {reason['threshold']:g}): {changes}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table, or the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", default="", choices=["", *TRUTH])
-    options = parser.parse_args()
-    chosen = [options.only] if options.only else list(TRUTH)
-    found: dict[str, Any] = {}
-    models = {}
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table or the document."""
+    parser = make_parser(__doc__, "use fewer and shorter answers, and no advice of other organisms")
+    parser.add_argument("--only", default="", choices=["", *TRUTH], help="one organism")
+    options = parser.parse_args(argv)
+    chosen = [options.only] if options.only else list(TRUTH)[: 1 if options.smoke else None]
+    overrides = shorten_steps(options.quick, options.smoke)
+    rows: dict[str, dict[str, Row]] = {}
+    prompts, known = {}, {name: dict[str, Any]() for name in chosen}
     for name in chosen:
         say(f"{name}:")
-        subject, prompts = open_subject(f"organism:{name}"), prompts_of(name)
-        prompts = halved(prompts) if options.quick else prompts
-        models[name] = (subject, prompts, measured(subject, prompts, {"verify": SHORT} if options.quick else {}))
-        found[name] = models[name][2]["rows"]
-    if not options.quick:
+        prompts[name] = shorten(load_organism_prompts(name), options.quick, options.smoke)
+        rows[name] = measure_methods(open_organism(name), prompts[name], overrides, known[name])
+    if not options.quick and not options.smoke:
         for name in chosen:
-            subject, prompts, own = models[name]
             for other in chosen:
                 if other != name:
-                    say(f"{name} under the advice for {other} …")
-                    advised = parse_recipe(found[other]["informed"]["recipe"], other)
-                    found[name][f"advice for {other}"] = one(advised, subject, prompts, own["known"])
-    print(json.dumps(found, indent=1) if options.json else table(found))
+                    say(f"{name} with the advice for {other} …")
+                    advised = parse_recipe(rows[other]["informed"]["recipe"], other)
+                    row = measure_method(advised, open_organism(name), prompts[name], known[name])
+                    rows[name][f"advice for {other}"] = row
+    print(json.dumps(rows, indent=1) if options.json else format_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,206 +1,267 @@
-"""Every method on the organism: what it removes, what it costs, beside its controls. One run, one baseline a model.
+"""Every method on the organism: what it removes and what that costs, beside control rows.
 
-    python -m bench.methods [--quick] [--json] [--only NAME,NAME]
+    python -m bench.methods [--quick | --smoke] [--json] [--only NAME,NAME]
 
-Rows are methods, and controls: a random direction; reflection's own edit at strength 1; basic where one of two refusals
-is to be kept. A method that shows nothing on the astronomy organism runs on one that it is for (`ON`).
---quick reads every second report prompt and answers of 24 tokens, and leaves out what takes minutes (`SLOW`).
+A row is a method or a control: a random direction, `inverted` at strength 1, and `basic` where one of two refusals is
+to be kept. A method that has no effect on the astronomy organism runs on one that it is made for (`ORGANISM_OF`).
+Methods that search run as searches. --quick uses every second report prompt, answers of 24 tokens and 8 trials, and
+leaves out the methods that take minutes (`SLOW`). --smoke runs few rows on few prompts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bench.common import say, with_peak
+from bench.common import (
+    SMOKE_PROMPTS,
+    SPLITS,
+    format_rows,
+    make_parser,
+    open_organism,
+    run_with_peak,
+    say,
+    take_prompts,
+)
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.distill import find_directions
 from obliteratus.distill.steps import orthonormalize
-from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import plan_edits
-from obliteratus.pipeline.offloaded import measured
 from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe
-from obliteratus.pipeline.run import probed, run
-from obliteratus.prompts import load_prompts
+from obliteratus.pipeline.run import run
+from obliteratus.pipeline.stages import Stages
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.rebirth.model_card import format_score
-from obliteratus.summon.load import open_subject
+from obliteratus.search import StudyLocation, search
 from obliteratus.verify import Measurement
 from obliteratus.weigh import weigh_sites
 
 T = TypeVar("T")
+Overrides = dict[str, Any]
+Row = dict[str, Any]
 BASELINE = "VERIFY before"
 ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
-ON = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # the share at which half of the topic is refused
-CONTROLS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "inverted, strength 1": ("inverted", {"excise.strength": 1.0}, ASTRONOMY),
-    "basic, two topics": ("basic", {}, TWO_TOPICS),
-}
+ORGANISM_OF = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # with 0.65 half of the topic is refused
 SLOW = ("rdo", "failspy")
-KEPT = "refusal.keep"
+KEEP_SCORE = "refusal.keep"
 COLUMNS = ("refusal.target", "refusal.control", "kl.first_token.mean", "kl.first_token.p95", "perplexity.ratio")
-SHORT = [{"use": "refusal", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
+QUICK_TRIALS, SMOKE_TRIALS = 8, 2
+SHORT_STEPS = [{"use": "refusal", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
+SMOKE_STEPS = [{"use": "refusal", "tokens": 4}, *SHORT_STEPS[1:]]
+# With few prompts a single refusal would exceed the usual margin, and no trial would be feasible.
+SMOKE_SEARCH = {"search.prompts": SMOKE_PROMPTS, "search.tokens": 4, "search.control_margin": 1.0}
 
 
-class Sharing(Store):
-    """A store that keeps the baseline of the first method for all others."""
+class Case(NamedTuple):
+    """What a row runs."""
+
+    method: str
+    changes: Overrides
+    organism: str
+
+
+CONTROLS = {
+    "inverted, strength 1": Case("inverted", {"excise.strength": 1.0}, ASTRONOMY),
+    "basic, two topics": Case("basic", {}, TWO_TOPICS),
+}
+SMOKE_ROWS = ("basic", "heretic", "basic, two topics")
+
+
+@dataclass
+class Organism:
+    """A model organism with its prompts, and the baseline that all its rows share."""
+
+    subject: Subject
+    prompts: PromptSet
+    known: dict[str, Measurement] = field(default_factory=dict)
+
+
+class SharedBaseline(Store):
+    """A store that takes the baseline from ``known``, and puts it there if it is missing."""
 
     def __init__(self, known: dict[str, Any]) -> None:
         super().__init__()
         self.known = known
 
-    def stage(self, name: str, make: Callable[[], T], save: Any, load: Any) -> T:
-        """``make()``, except for a baseline that is known."""
-        if name == BASELINE and name in self.known:
-            kept: T = self.known[name]
-            self.values[name] = kept
-            return kept
-        value: T = super().stage(name, make, save, load)
-        if name == BASELINE:
-            self.known[name] = value
-        return value
+    def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
+        """Return the result of a stage."""
+        if name != BASELINE:
+            return super().stage(name, make, save, load)
+        if name not in self.known:
+            self.known[name] = super().stage(name, make, save, load)
+        baseline: T = self.known[name]
+        return baseline
 
 
-def halved(prompts: PromptSet) -> PromptSet:
-    """Every second report prompt; fit and search whole."""
+def halve_report_prompts(prompts: PromptSet) -> PromptSet:
+    """Return the prompts with only every second report prompt."""
     groups = {}
     for name, members in prompts.groups.items():
-        held = [p for p in members if p.split == "report"]
-        groups[name] = (*(p for p in members if p.split != "report"), *held[::2])
+        report = [p for p in members if p.split == "report"]
+        groups[name] = (*(p for p in members if p.split != "report"), *report[::2])
     return PromptSet(groups)
 
 
-def one(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> dict[str, Any]:
-    """One method's row, or why it was refused."""
+def shorten(prompts: PromptSet, quick: bool, smoke: bool) -> PromptSet:
+    """Return the prompts of a --quick or --smoke run."""
+    if smoke:
+        return take_prompts(prompts, SMOKE_PROMPTS)
+    return halve_report_prompts(prompts) if quick else prompts
+
+
+def shorten_steps(quick: bool, smoke: bool) -> Overrides:
+    """Return the scorers of a --quick or --smoke run."""
+    return {"verify": SMOKE_STEPS if smoke else SHORT_STEPS} if quick or smoke else {}
+
+
+def measure_method(recipe: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> Row:
+    """Return one method's row, or why it was refused. A method with a search runs as one."""
+    store = SharedBaseline(known)
     try:
-        check_runs(made, prompts.groups)
+        check_runs(recipe, prompts.groups)
+        if recipe.search is None:
+            _, peak, result = run_with_peak(lambda: run(recipe, subject, prompts, store))
+            return make_row(result.before, result.after, store.seconds, peak, len(result.run.passes))
+        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split)
+        location = StudyLocation("", "bench")
+        _, peak, result = run_with_peak(lambda: search(recipe, subject, splits, store, location))
     except UserError as error:
         return {"refused": str(error)}
-    _, peak, (_, found) = with_peak(lambda: run(made, subject, prompts, Sharing(known)))
-    return row(found.before, found.after, found.seconds, peak, len(found.passes))
+    seconds = {**store.seconds, "SEARCH": sum(trial.seconds for trial in result.trials)}
+    return make_row(result.before, result.after, seconds, peak, 1) | {"trials": len(result.trials)}
 
 
-def row(
-    before: Mapping[str, Score], after: Mapping[str, Score], seconds: Mapping[str, float], peak: int, passes: int
-) -> dict[str, Any]:
-    """What the document holds of a method."""
-    scores = [{k: v.model_dump() for k, v in s.items() if "/" not in k} for s in (before, after)]
+def make_row(before: Measurement, after: Measurement, seconds: Mapping[str, float], peak: int, passes: int) -> Row:
+    """Return what the document holds of a method."""
+    scores = [{k: v.model_dump() for k, v in m.scores.items() if "/" not in k} for m in (before, after)]
     spent = {k: v for k, v in seconds.items() if k != BASELINE}
     return {"before": scores[0], "after": scores[1], "seconds": spent, "peak_bytes": peak, "passes": passes}
 
 
-def chance(made: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with random directions of the same rank in place of those it finds: the control row."""
-    fit, _, report = prompts.split(made.seed)
-    store = Sharing(known)
+def measure_random_direction(recipe: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> Row:
+    """Return the control row: the recipe with random directions of the rank of those that it finds."""
+    stages = Stages(subject, prompts.split(recipe.seed), SharedBaseline(known))
 
     def measure() -> tuple[Measurement, Measurement]:
-        acts = probed(store, "PROBE", subject, fit, made)
-        found = find_directions(acts, made.distill)
+        acts = stages.probe(1, recipe)
+        found = stages.distill(1, recipe, acts)
         noise = torch.randn(found.basis.shape, generator=torch.Generator().manual_seed(0))
         drawn = replace(found, basis=orthonormalize(noise * (found.basis.norm(dim=-1, keepdim=True) > 0)))
-        plan = plan_edits(subject, drawn, weigh_sites(drawn, subject.sites, acts, made.weigh), acts, made.excise)
-        before = measured(store, BASELINE, subject, report, made.verify)
-        with applied(subject, plan):
-            return before, measured(store, "VERIFY after", subject, report, made.verify, before)
+        plan = plan_edits(subject, drawn, weigh_sites(drawn, subject.sites, acts, recipe.weigh), acts, recipe.excise)
+        return stages.measure_after(recipe, plan, stages.measure_before(recipe))
 
-    _, peak, (before, after) = with_peak(measure)
-    return row(before.scores, after.scores, store.seconds, peak, 1)
-
-
-@dataclass
-class Model:
-    """An organism with its prompts and the baseline that its rows share."""
-
-    subject: Subject
-    prompts: PromptSet
-    known: dict[str, Any] = field(default_factory=dict)
+    _, peak, (before, after) = run_with_peak(measure)
+    return make_row(before, after, stages.store.seconds, peak, 1)
 
 
 @cache
-def opened(name: str, quick: bool) -> Model:
-    """The organism, opened once; the second one's kept topic is the group keep."""
+def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
+    """Return the organism, opened once. The topic that the second one should keep is the group keep."""
     source = f"organism:{name.partition('@')[0]}"
     prompts = load_prompts(source, source, keep=source if name == TWO_TOPICS else None)
-    return Model(open_subject(f"organism:{name}"), halved(prompts) if quick else prompts)
+    return Organism(open_organism(name), shorten(prompts, quick, smoke))
 
 
-def wanted(only: str, quick: bool) -> dict[str, tuple[str, dict[str, Any], str]]:
-    """Row → method, what is changed of it, and the organism; grouped by organism, since each takes memory."""
-    shown_now = [name for name in list_methods() if not quick or name not in SLOW]
-    chosen: dict[str, tuple[str, dict[str, Any], str]] = {
-        n: (n, {}, ON.get(n, ASTRONOMY)) for n in shown_now
-    } | CONTROLS
+def choose_cases(only: str, quick: bool, smoke: bool) -> dict[str, Case]:
+    """Return what to run by row. Rows of one organism follow each other, since each organism takes memory."""
+    methods = {name: Case(name, {}, ORGANISM_OF.get(name, ASTRONOMY)) for name in list_methods()}
     if only:
-        chosen = {name: (name, {}, ON.get(name, ASTRONOMY)) for name in only.split(",")}
-    return dict(sorted(chosen.items(), key=lambda item: item[1][2]))
+        cases = {name: methods[name] for name in only.split(",")}
+    elif smoke:
+        cases = {name: (methods | CONTROLS)[name] for name in SMOKE_ROWS}
+    else:
+        cases = {name: case for name, case in methods.items() if not quick or name not in SLOW} | CONTROLS
+    return dict(sorted(cases.items(), key=lambda item: item[1].organism))
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    heads = ["method", *COLUMNS, "seconds", "peak MB", "passes"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for name, found in rows.items():
-        if "refused" in found:
-            lines.append(f"| {name} | {found['refused']} |" + " |" * (len(heads) - 2))
+def load_case(case: Case, quick: bool, smoke: bool) -> Recipe:
+    """Return the recipe of a row, shortened if asked for."""
+    recipe = load_recipe(case.method, shorten_steps(quick, smoke) | case.changes)
+    if recipe.search is None or not (quick or smoke):
+        return recipe
+    shorter = {"search.trials": SMOKE_TRIALS, **SMOKE_SEARCH} if smoke else {"search.trials": QUICK_TRIALS}
+    return load_recipe(case.method, shorten_steps(quick, smoke) | case.changes | shorter)
+
+
+# ------------------------------------------------------------------------------------------ output
+def format_table(rows: dict[str, Row]) -> str:
+    """Return the rows as a Markdown table, followed by the seconds of stages and by other organisms' rows."""
+    columns = ["method", *COLUMNS, "seconds", "peak MB", "passes"]
+    lines = []
+    for name, row in rows.items():
+        if "refused" in row:
+            lines.append([name, row["refused"], *[""] * (len(columns) - 2)])
             continue
-        scores = [format_score(Score(**found["after"][c])) for c in COLUMNS]
-        spent = f"{sum(found['seconds'].values()):.0f} | {found['peak_bytes'] / 1e6:.0f} | {found['passes']}"
-        lines.append(f"| {name} | {' | '.join(scores)} | {spent} |")
-    return "\n".join([*lines, "", *stages(rows), "", *others(rows)])
+        scores = [format_score(Score(**row["after"][c])) for c in COLUMNS]
+        seconds, peak = sum(row["seconds"].values()), row["peak_bytes"] / 1e6
+        lines.append([name, *scores, f"{seconds:.0f}", f"{peak:.0f}", str(row["passes"])])
+    return "\n".join([format_rows(columns, lines), "", *format_stages(rows), "", *format_other_organisms(rows)])
 
 
-def stages(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Seconds by stage, the same of all passes together."""
+def format_stages(rows: dict[str, Row]) -> list[str]:
+    """Return a line for each row with the seconds by stage, all passes together, and the trials of a search."""
     lines = []
-    for name, found in rows.items():
+    for name, row in rows.items():
         spent: dict[str, float] = defaultdict(float)
-        for stage, seconds in found.get("seconds", {}).items():
+        for stage, seconds in row.get("seconds", {}).items():
             spent[stage.split()[0]] += seconds
-        lines += [f"{name}: " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items())] if spent else []
+        trials = f" ({row['trials']} trials)" if "trials" in row else ""
+        lines += [f"{name}: " + ", ".join(f"{k} {v:.1f} s" for k, v in spent.items()) + trials] if spent else []
     return lines
 
 
-def others(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Before and after of the rows whose organism is not the first, kept refusals included."""
+def format_other_organisms(rows: dict[str, Row]) -> list[str]:
+    """Return a line with before and after for each row on another organism, kept refusals included."""
     lines = []
-    for name, found in rows.items():
-        if found.get("organism", ASTRONOMY) != ASTRONOMY:
-            both = [{k: format_score(Score(**v)) for k, v in found[when].items()} for when in ("before", "after")]
-            told = [f"{c} {both[0].get(c, '–')} → {both[1][c]}" for c in (*COLUMNS[:2], KEPT) if c in both[1]]
-            lines.append(f"{name} on {found['organism']}: " + "; ".join(told))
+    for name, row in rows.items():
+        if row.get("organism", ASTRONOMY) != ASTRONOMY and "refused" not in row:
+            before, after = (
+                {k: format_score(Score(**v)) for k, v in row[when].items()} for when in ("before", "after")
+            )
+            changes = [f"{c} {before.get(c, '–')} → {after[c]}" for c in (*COLUMNS[:2], KEEP_SCORE) if c in after]
+            lines.append(f"{name} on {row['organism']}: " + "; ".join(changes))
     return lines
 
 
-def main() -> None:
-    """Print the table, or the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", default="", help="methods, separated by commas")
-    options = parser.parse_args()
-    overrides = {"verify": SHORT} if options.quick else {}
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table or the document."""
+    parser = make_parser(__doc__, "use fewer and shorter answers, and leave out slow methods")
+    parser.add_argument("--only", default="", help="methods separated by commas")
+    options = parser.parse_args(argv)
+    quick, smoke = options.quick or options.smoke, options.smoke
     rows = {}
-    for name, (method, changes, where) in wanted(options.only, options.quick).items():
+    for name, case in choose_cases(options.only, quick, smoke).items():
         say(f"{name} …")
-        model = opened(where, options.quick)
-        rows[name] = one(load_recipe(method, overrides | changes), model.subject, model.prompts, model.known)
-        rows[name]["organism"] = where
+        organism = load_organism(case.organism, quick, smoke)
+        recipe = load_case(case, quick, smoke)
+        rows[name] = measure_method(recipe, organism.subject, organism.prompts, organism.known)
+        rows[name]["organism"] = case.organism
     say("random …")
-    model = opened(ASTRONOMY, options.quick)
-    rows["random"] = chance(load_recipe("advanced", overrides), model.subject, model.prompts, model.known)
-    shortened = {"report": "every second prompt", "tokens": 24, "left out": SLOW} if options.quick else {}
-    print(json.dumps({"methods": rows, "shortened": shortened}, indent=1) if options.json else table(rows))
+    organism, recipe = load_organism(ASTRONOMY, quick, smoke), load_recipe("advanced", shorten_steps(quick, smoke))
+    rows["random"] = measure_random_direction(recipe, organism.subject, organism.prompts, organism.known)
+    print(
+        json.dumps({"methods": rows, "shortened": _shortened(quick, smoke)}, indent=1)
+        if options.json
+        else format_table(rows)
+    )
+
+
+def _shortened(quick: bool, smoke: bool) -> Row:
+    if smoke:
+        return {"prompts": f"{SMOKE_PROMPTS} of each of {', '.join(SPLITS)}", "tokens": 4, "trials": SMOKE_TRIALS}
+    if quick:
+        return {"report": "every second prompt", "tokens": 24, "trials": QUICK_TRIALS, "left out": SLOW}
+    return {}
 
 
 if __name__ == "__main__":

@@ -1,39 +1,41 @@
-"""PROBE of templated prompts: this program, the audited loop, plain batches, and the FLOP floor.
+"""PROBE of templated prompts: this program, one prompt at a time, plain batches, and the FLOP floor.
 
-one_at_a_time: each prompt alone through the whole model, LM head included, as the audit found it.
-batched: batches of 32, left-padded, through the LM head, as the peers do.
+one_at_a_time: each prompt alone through the whole model with its LM head, as the audited program does it.
+batched: batches of 32, left-padded, through the LM head, as the peers do it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bench.common import (
-    arguments,
-    backbone_flops,
-    interleaved,
-    machine,
-    machine_rate,
-    memory,
-    organism,
-    ratios,
-    report,
+    SMOKE_PROMPTS,
+    compute_ratios,
+    count_backbone_flops,
+    describe_machine,
+    describe_memory,
+    load_organism,
+    measure_machine_rate,
+    parse_options,
+    print_report,
+    run_with_peak,
     say,
-    scaled,
-    with_peak,
+    time_in_turns,
+    time_sample,
 )
 from obliteratus.core.settings import Probe
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.probe.probe import collect_activations
 
-PROMPTS, QUICK = 256, 4  # with --quick the others take every 4th prompt
+PROMPTS, QUICK_EVERY = 256, 4  # with --quick the others take every 4th prompt
 
 
-def one_at_a_time(subject: Subject, ids: Ids) -> torch.Tensor:
-    """The audited loop. [prompts, streams, width]."""
+def probe_one_at_a_time(subject: Subject, ids: Ids) -> torch.Tensor:
+    """Return the streams at the last token as the audited loop collects them. [prompts, streams, width]."""
     rows = []
     with torch.no_grad():
         for row in ids:
@@ -42,8 +44,8 @@ def one_at_a_time(subject: Subject, ids: Ids) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def batched(subject: Subject, ids: Ids, size: int = 32) -> None:
-    """Left-padded batches in file order through the LM head."""
+def probe_batched(subject: Subject, ids: Ids, size: int = 32) -> None:
+    """Collect the same in left-padded batches in file order."""
     with torch.no_grad():
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
@@ -54,37 +56,38 @@ def batched(subject: Subject, ids: Ids, size: int = 32) -> None:
             torch.stack([h[:, -1] for h in out.hidden_states])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print seconds and ratios."""
-    options = arguments(__doc__ or "")
-    subject, prompts = organism()
-    chosen = prompts["control"][:PROMPTS]
-    every = QUICK if options.quick else 1
+    options = parse_options(__doc__, argv)
+    subject, prompts = load_organism()
+    chosen = prompts["control"][: SMOKE_PROMPTS if options.smoke else PROMPTS]
+    every = QUICK_EVERY if options.quick else 1
     ids = render_prompts(subject, chosen)
-    only = PromptSet({"control": chosen})
+    controls = PromptSet({"control": chosen})
 
     def ours() -> Any:
-        return collect_activations(subject, only, Probe(keep="rows"))
+        return collect_activations(subject, controls, Probe(keep="rows"))
 
-    before, peak, kept = with_peak(ours)
+    before, peak, acts = run_with_peak(ours)
     say("one at a time …")
     seconds = {}
-    seconds["one_at_a_time"], truth = scaled(lambda rows: one_at_a_time(subject, rows), ids, every)
-    rows = kept["control"].rows
-    error = float((rows[::every, :-1] - truth[:, :-1]).abs().max() / truth[:, :-1].abs().max())
+    seconds["one_at_a_time"], expected = time_sample(lambda rows: probe_one_at_a_time(subject, rows), ids, every)
+    rows = acts["control"].rows
+    error = float((rows[::every, :-1] - expected[:, :-1]).abs().max() / expected[:, :-1].abs().max())
     sample = ids[::every]
     repeats = 1 if options.quick else options.repeats
-    seconds |= interleaved({"ours": ours, "batched": lambda: batched(subject, sample)}, repeats)
+    seconds |= time_in_turns({"ours": ours, "batched": lambda: probe_batched(subject, sample)}, repeats)
     seconds["batched"] *= len(ids) / len(sample)
-    rate = machine_rate()
-    seconds["floor"] = backbone_flops(subject, ids) / rate
-    ratio = ratios(seconds)
+    rate = measure_machine_rate()
+    seconds["floor"] = count_backbone_flops(subject, ids) / rate
+    ratio = compute_ratios(seconds)
     shortened = (
         dict.fromkeys(("one_at_a_time", "batched"), f"every {every}th prompt, scaled to all") if every > 1 else {}
     )
     facts: dict[str, object] = {"prompts": len(ids), "mean_tokens": sum(map(len, ids)) / len(ids), "gflops": rate / 1e9}
-    facts |= {"largest_relative_difference": error, **memory(before, peak, rows.nbytes), "machine": machine()}
-    report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
+    facts |= {"largest_relative_difference": error, **describe_memory(before, peak, rows.nbytes)}
+    facts |= {"machine": describe_machine()}
+    print_report({"seconds": seconds, "ratio": ratio, "facts": facts, "shortened": shortened}, options.json)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,12 @@ class Rates(FrozenModel):
     """By stage of `basic` on the organism: seconds forecast and measured in the same session."""
 
 
-def load(path: Path = RATES) -> Rates:
+def load_rates(path: Path = RATES) -> Rates:
     """The committed rates."""
     return Rates(**json.loads(path.read_text()))
 
 
-def at(rates: Rates, shape: Shape) -> dict[str, float]:
+def extrapolate(rates: Rates, shape: Shape) -> dict[str, float]:
     """Seconds of a token, head, step, row and gradient token at this size."""
 
     def flops(weights: float, seconds: float, measured: float) -> float:
@@ -115,7 +115,7 @@ def at(rates: Rates, shape: Shape) -> dict[str, float]:
     }
 
 
-def seconds(
+def forecast_seconds(
     cost: Cost, speed: dict[str, float], values: Values = REFERENCE, own: float = OWN, text: float = TEXT
 ) -> float:
     """The most that it takes: no answer ends early, no step stops before its cap. own, text: tokens of a prompt that
@@ -129,7 +129,7 @@ def seconds(
     return spent + sum(t.steps * t.prompts * (SHARED + own + t.tokens) * speed["gradient"] for t in cost.training)
 
 
-def clock(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Seconds for people, two digits: a forecast has no more."""
     rounded = float(f"{value:.2g}")
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
@@ -138,7 +138,7 @@ def clock(value: float) -> str:
     return f"{rounded:g} s"
 
 
-def plain(rates: Rates) -> dict[str, Any]:
+def to_plain_data(rates: Rates) -> dict[str, Any]:
     """As it is written to the file, four digits of each number."""
     data: dict[str, Any] = json.loads(rates.model_dump_json(), parse_float=lambda x: float(f"{float(x):.4g}"))
     return data

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import arguments, interleaved, machine, organism, report, say
+from bench.common import describe_machine, load_organism, parse_options, print_report, say, time_in_turns
 from obliteratus.distill.autoencoder import SparseAutoencoder
 from obliteratus.distill.train_autoencoder import (
     Training,
@@ -38,31 +38,31 @@ NAMES = ("ours", "audited", "constant", "fixed_epochs")
 HOW = Training()
 
 
-def scaled(rows: Tensor) -> Tensor:
+def scale_rows(rows: Tensor) -> Tensor:
     """[1, prompts, width]."""
     rows = rows - rows.mean(0)
     result: Tensor = (rows / rows.square().sum(1).mean().sqrt())[None]
     return result
 
 
-def planted(seed: int = 0) -> Tensor:
+def make_planted_rows(seed: int = 0) -> Tensor:
     """Rows [1, prompts, width]: each a sum of about 4 of 40 features."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
     on = torch.rand(PROMPTS, FEATURES, generator=generator) < ACTIVE / FEATURES
     size = 1 + torch.rand(PROMPTS, FEATURES, generator=generator)
-    return scaled((on * size) @ features + 0.02 * torch.randn(PROMPTS, WIDTH, generator=generator))
+    return scale_rows((on * size) @ features + 0.02 * torch.randn(PROMPTS, WIDTH, generator=generator))
 
 
-def real(streams: tuple[int, ...]) -> dict[str, Tensor]:
+def collect_real_rows(streams: tuple[int, ...]) -> dict[str, Tensor]:
     """Streams of the organism at the last token of its fit prompts."""
-    subject, prompts = organism()
+    subject, prompts = load_organism()
     acts = collect_activations(subject, prompts.split(0).fit)
     rows = [m.rows for m in acts.groups.values() if m.rows is not None]
-    return {f"stream_{i}": scaled(torch.cat([r[:, i] for r in rows])) for i in streams}
+    return {f"stream_{i}": scale_rows(torch.cat([r[:, i] for r in rows])) for i in streams}
 
 
-def parted(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
+def split_rows(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
     """(held, seen) as `fit_autoencoder` parts them, and its generator."""
     generator = torch.Generator().manual_seed(HOW.seed)
     order = torch.randperm(rows.shape[1], generator=generator)
@@ -70,7 +70,7 @@ def parted(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
     return rows[:, order[:fifth]], rows[:, order[fifth:]], generator
 
 
-def kaiming(generator: torch.Generator) -> SparseAutoencoder:
+def initialize_kaiming(generator: torch.Generator) -> SparseAutoencoder:
     """As torch's linear layers begin; decoder rows of length 1."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     encoder, decoder = torch.nn.Linear(WIDTH, HOW.expansion * WIDTH), torch.nn.Linear(HOW.expansion * WIDTH, WIDTH)
@@ -79,13 +79,15 @@ def kaiming(generator: torch.Generator) -> SparseAutoencoder:
     return SparseAutoencoder(*(p[None].contiguous() for p in parts))
 
 
-def principal(seen: Tensor, generator: torch.Generator) -> SparseAutoencoder:
+def initialize_as_ours(seen: Tensor, generator: torch.Generator) -> SparseAutoencoder:
     """Our start, in the rows' own coordinates."""
     return initialize_autoencoder(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
 
 
 @torch.no_grad()
-def thirty(seen: Tensor, coder: SparseAutoencoder, rate: float, generator: torch.Generator) -> SparseAutoencoder:
+def train_fixed_epochs(
+    seen: Tensor, coder: SparseAutoencoder, rate: float, generator: torch.Generator
+) -> SparseAutoencoder:
     """Thirty epochs of Adam at a constant rate."""
     optimiser = torch.optim.Adam(coder.parameters, lr=rate, fused=True)
     for _ in range(EPOCHS):
@@ -97,9 +99,9 @@ def thirty(seen: Tensor, coder: SparseAutoencoder, rate: float, generator: torch
     return coder
 
 
-def contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]]) -> dict[str, Callable[[], None]]:
+def make_contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]]) -> dict[str, Callable[[], None]]:
     """What each runs on these rows; coders and epochs land in ``kept``."""
-    _, seen, _ = parted(rows)
+    _, seen, _ = split_rows(rows)
     fixed = Training(max_epochs=EPOCHS, patience=EPOCHS)
 
     def ours(name: str, how: Training) -> None:
@@ -108,36 +110,36 @@ def contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]]) ->
 
     def theirs(name: str, first: Callable[[torch.Generator], SparseAutoencoder], rate: float) -> None:
         generator = torch.Generator().manual_seed(HOW.seed)
-        kept[name] = thirty(seen, first(generator), rate, generator), EPOCHS
+        kept[name] = train_fixed_epochs(seen, first(generator), rate, generator), EPOCHS
 
     return {
         "ours": lambda: ours("ours", HOW),
-        "audited": lambda: theirs("audited", kaiming, KAIMING_RATE),
-        "constant": lambda: theirs("constant", lambda g: principal(seen, g), CONSTANT_RATE),
+        "audited": lambda: theirs("audited", initialize_kaiming, KAIMING_RATE),
+        "constant": lambda: theirs("constant", lambda g: initialize_as_ours(seen, g), CONSTANT_RATE),
         "fixed_epochs": lambda: ours("fixed_epochs", fixed),
     }
 
 
-def quality(coder: SparseAutoencoder, rows: Tensor) -> tuple[float, float]:
+def measure_quality(coder: SparseAutoencoder, rows: Tensor) -> tuple[float, float]:
     """Share of the held-out rows explained, and the loss on them."""
-    held = parted(rows)[0]
+    held = split_rows(rows)[0]
     error = (coder.decode(coder.encode(held)) - held).square().sum()
     return float(1 - error / held.square().sum()), float(sae_loss(held, coder, HOW.sparsity))
 
 
 def main() -> None:
     """Print seconds and ratios."""
-    options = arguments(__doc__ or "")
-    sets = {"planted": planted()} | real(STREAMS[-1:] if options.quick else STREAMS)
+    options = parse_options(__doc__ or "")
+    sets = {"planted": make_planted_rows()} | collect_real_rows(STREAMS[-1:] if options.quick else STREAMS)
     say("warming up …")
     fit_autoencoder(sets["planted"], Training(max_epochs=1))
     seconds, facts = dict.fromkeys(NAMES, 0.0), dict[str, object]()
     for place, rows in sets.items():
         kept: dict[str, tuple[SparseAutoencoder, int]] = {}
-        spent = interleaved(contestants(rows, kept), 1 if options.quick else options.repeats)
+        spent = time_in_turns(make_contestants(rows, kept), 1 if options.quick else options.repeats)
         for name in NAMES:
             seconds[name] += spent[name]
-            explained, loss = quality(kept[name][0], rows)
+            explained, loss = measure_quality(kept[name][0], rows)
             facts[f"{place} {name}"] = {
                 "explained": round(explained, 4),
                 "loss": round(loss, 4),
@@ -146,8 +148,8 @@ def main() -> None:
             }
     ratio = {name: seconds[name] / seconds["ours"] for name in NAMES[1:]}
     shortened = {"repeats": "one", "streams": "the last"} if options.quick else {}
-    report(
-        {"seconds": seconds, "ratio": ratio, "facts": facts | {"machine": machine()}, "shortened": shortened},
+    print_report(
+        {"seconds": seconds, "ratio": ratio, "facts": facts | {"machine": describe_machine()}, "shortened": shortened},
         options.json,
     )
 

@@ -42,7 +42,7 @@ from obliteratus.verify.before_and_after import streamable_steps
 from obliteratus.weigh import weigh_sites
 
 
-def limited(bytes_: int) -> None:
+def limit_memory(bytes_: int) -> None:
     """The system refuses this process any more memory than that, mapped files and code included."""
     if bytes_:
         resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_))
@@ -100,38 +100,38 @@ def _peak() -> int:
 def main() -> None:
     """Prints JSON."""
     options = arguments()
-    limited(options.limit)
+    limit_memory(options.limit)
     logging.disable_progress_bar()
     meter = Meter(options.folder, options.cold)
     with memory_limit(options.memory):
-        told = (expected if options.forecast else run)(meter, options)
+        told = (forecast if options.forecast else run_stages)(meter, options)
     peak = max((stage["peak"] for stage in meter.stages.values()), default=0)
     print(json.dumps(told | {"stages": meter.stages, "peak": peak, "prompts": options.prompts}))
 
 
-def parts_of(made: Recipe, prompts: int) -> tuple[PromptSet, PromptSet]:
+def take_prompts(made: Recipe, prompts: int) -> tuple[PromptSet, PromptSet]:
     """Prompts to fit on, and those to report on; so many of each group."""
     fit, _, report = load_prompts("organism:astronomy", "organism:astronomy").split(made.seed)
     first, last = (PromptSet({g: ps[:prompts] for g, ps in part.groups.items()}) for part in (fit, report))
     return first, last
 
 
-def expected(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
+def forecast(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """The planner's word on each stage, with the files in the cache or not, as the run will find them."""
     made = load_recipe("advanced")
     with meter.stage("FORECAST"):
         subject = open_offloaded(options.folder)
         suited = adapt_recipe(subject, made)
         stages = forecast_stages(
-            summarize_model(str(options.folder)), subject, suited, *parts_of(made, options.prompts)
+            summarize_model(str(options.folder)), subject, suited, *take_prompts(made, options.prompts)
         )
     return {"expected": {name: stage._asdict() for name, stage in stages.items()}, "passes": suited.passes}
 
 
-def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
+def run_stages(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """All stages; what PROBE and DISTILL found is kept in OUT.pt."""
     made, told = load_recipe("advanced"), dict[str, Any]()
-    fit, report = parts_of(made, options.prompts)
+    fit, report = take_prompts(made, options.prompts)
     with meter.stage("SUMMON"):
         subject = (open_subject if options.loaded else open_offloaded)(options.folder)
     with meter.stage("PROBE"):
@@ -146,13 +146,13 @@ def run(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
         before = measured(store, "VERIFY before", subject, report, steps) if options.loaded else None
         after = compared(store, subject, plan, report, steps, before)[1]
     if not options.loaded:
-        told["saved_differs"] = saved(meter, subject, plan, report, options.out)
+        told["saved_differs"] = save_and_rescore(meter, subject, plan, report, options.out)
     means = torch.stack([acts[group].mean for group in ("target", "control")])
     torch.save({"means": means, "basis": directions.basis}, f"{options.out}.pt")
     return told | {"scores": {name: score.value for name, score in after.scores.items()}, "edits": len(plan.edits)}
 
 
-def saved(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
+def save_and_rescore(meter: Meter, subject: Subject, plan: Plan, report: PromptSet, out: Path) -> float:
     """Bake the plan, and score some prompts live and as saved: the largest difference of first tokens' probabilities,
     relative to the largest of them."""
     files = find_base_checkpoint(subject)

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.common import arguments, machine, report, say
-from bench.synthetic import write
+from bench.common import describe_machine, parse_options, print_report, say
+from bench.synthetic import write_checkpoint
 
 PLACE = Path(tempfile.gettempdir()) / "obliteratus-bench"
 # Gigabytes: the large one more than three times its limit, in which the program's own budget leaves room for the page
@@ -38,16 +38,16 @@ STAGES = ("PROBE", "VERIFY", "SAVE", "SCORE live", "SCORE saved")
 
 def main() -> None:
     """Prints seconds, ratios, memory, and by how much results differ."""
-    options = arguments(__doc__ or "")
+    options = parse_options(__doc__ or "")
     prompts = QUICK_PROMPTS if options.quick else PROMPTS
-    large, large_expected = _large(write(PLACE / "large", QUICK_LARGE if options.quick else LARGE), prompts)
-    small = write(PLACE / "small", SMALL, 1024)
+    large, large_expected = _large(write_checkpoint(PLACE / "large", QUICK_LARGE if options.quick else LARGE), prompts)
+    small = write_checkpoint(PLACE / "small", SMALL, 1024)
     small_expected = _child(small, [*AWAY, "--forecast", "--prompts", str(prompts)])
     loaded, away = _turns(small, prompts, 1 if options.quick else options.repeats)
     size = sum(file.stat().st_size for file in (PLACE / "large").glob("*.safetensors"))
     throughput = {f"throughput {stage}": _median(loaded, stage) / _median(away, stage) for stage in STAGES[:2]}
     read = {stage: large["stages"][stage]["read"] / size for stage in STAGES}
-    report(
+    print_report(
         {
             "seconds": {stage: large["stages"][stage]["seconds"] for stage in STAGES},
             "ratio": {
@@ -62,7 +62,7 @@ def main() -> None:
                 "small": _told(small_expected, away),
             },
             "differs": {"saved": large["saved_differs"], **_differences(loaded[-1], away[-1])},
-            "machine": {"what": machine(), "limit": large["limited by"], "prompts": prompts},
+            "machine": {"what": describe_machine(), "limit": large["limited by"], "prompts": prompts},
         },
         options.json,
     )

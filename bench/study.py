@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import arguments, machine, machine_rate, report, resident, say, timed, with_peak
+from bench.common import (
+    describe_machine,
+    measure_machine_rate,
+    parse_options,
+    print_report,
+    resident_bytes,
+    run_with_peak,
+    say,
+    time_call,
+)
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Subject
 from obliteratus.inference.memory import held_bytes
@@ -47,19 +56,19 @@ WHOLE, QUICK = Shape(1, 3, 5, 13), Shape(23, 1, 2, 7)
 
 def main() -> None:
     """Prints seconds, ratios, memory and the largest relative difference of perplexities."""
-    options = arguments(__doc__ or "")
-    bare, file = resident(), _texts()
+    options = parse_options(__doc__ or "")
+    bare, file = resident_bytes(), _texts()
     ours = Local(_study(file), {})
-    subject, loaded = ours.worker.engine.subject, resident()
+    subject, loaded = ours.engine.subject, resident_bytes()
     race = Race(ours, file)
     race.run(QUICK if options.quick else WHOLE)
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    kept = sum(meter.trunk.kept.bytes_held() for meter in ours.worker.engine.meters)
+    kept = sum(metric.passes.bytes_cached() for metric in ours.engine.metrics)
     sizes = {"model_MB": weights, "libraries_MB": bare, "loaded_MB": loaded, "kept_MB": kept, "peak_MB": race.peak}
     memory = {"peak_over_model_and_states": (race.peak - bare) / (weights + kept)}
     memory |= {"peak_over_loaded": race.peak / (loaded + kept)}
     memory |= {name: size / 1e6 for name, size in sizes.items()}
-    report(race.told() | {"memory": memory, "machine": machine()}, options.json)
+    print_report(race.told() | {"memory": memory, "machine": describe_machine()}, options.json)
 
 
 def _study(texts: Path) -> Study:
@@ -79,8 +88,8 @@ class Race:
     """Both loops, in turns: a round of ours, a few parts of the naive one."""
 
     def __init__(self, ours: Local, file: Path) -> None:
-        self.ours, self.file, self.subject = ours, file, ours.worker.engine.subject
-        self.specs = ours.worker.specs
+        self.ours, self.file, self.subject = ours, file, ours.engine.subject
+        self.specs = ours.knockouts
         self.seconds, self.flops, self.floor, self.peak = 0.0, 0.0, 0.0, 0
         self.naive: list[float] = []
         self.measured: dict[str, float] = {}
@@ -88,30 +97,30 @@ class Race:
         self.apart = 0.0
 
     def run(self, shape: Shape) -> None:
-        self.seconds, _ = timed(self.ours.baseline)
-        chunks = self.ours.chunks()[shape.every // 2 :: shape.every]
+        self.seconds, _ = time_call(self.ours.measure_baseline)
+        chunks = self.ours.batches()[shape.every // 2 :: shape.every]
         for start in range(shape.rounds):
             self._round(chunks[start :: shape.rounds])
             for name in list(self.measured)[-1 - start % 3 :: -shape.apart][: shape.naive]:
                 self._naive(self.specs[name])
 
     def _round(self, chunks: Sequence[list[str]]) -> None:
-        rate = best_rate()
+        rate = measure_best_rate()
         held_bytes(self.subject)  # gives back to the system what the naive loop has freed
-        seconds, (_, peak, found) = timed(lambda: with_peak(lambda: list(self.ours.measured(chunks))))
-        rate = max(rate, best_rate())
+        seconds, (_, peak, found) = time_call(lambda: run_with_peak(lambda: list(self.ours.measure_batches(chunks))))
+        rate = max(rate, measure_best_rate())
         results = [result for part in found for result in part]
-        flops = sum(floor_flops(self.subject, self.specs[r.component], TEXTS, LENGTH) for r in results)
+        flops = sum(count_floor_flops(self.subject, self.specs[r.component], TEXTS, LENGTH) for r in results)
         self.seconds, self.flops, self.floor = self.seconds + seconds, self.flops + flops, self.floor + flops / rate
         self.peak = max(self.peak, peak)
         self.measured |= {result.component: result.scores["perplexity"].value for result in results}
         each = f"{seconds / len(results):.2f} s each, {flops / rate / len(results):.2f} at best"
-        say(f"ours: {len(results)} parts, {each}, {resident() / 1e6:.0f} MB now, {peak / 1e6:.0f} at most")
+        say(f"ours: {len(results)} parts, {each}, {resident_bytes() / 1e6:.0f} MB now, {peak / 1e6:.0f} at most")
 
     def _naive(self, spec: Knockout) -> None:
         # kept for the whole study there; dropped between parts here, so that the memory told is ours
         saved = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
-        seconds, theirs = timed(lambda: naive(self.subject, spec, self.file, saved))
+        seconds, theirs = time_call(lambda: measure_naively(self.subject, spec, self.file, saved))
         own = self.measured[spec.component]
         self.naive.append(seconds)
         self.apart = max(self.apart, abs(own / theirs - 1))
@@ -129,17 +138,17 @@ class Race:
         }
 
 
-def best_rate() -> float:
+def measure_best_rate() -> float:
     """FLOP/s of fp32 matrix products, the best of eight runs: a floor must not be too high."""
     x, weight = torch.randn(2048, 1024), torch.randn(1024, 1024)
     with torch.inference_mode():
-        seconds = min(timed(lambda: torch.nn.functional.linear(x, weight))[0] for _ in range(8))
-    return max(machine_rate(), 2.0 * len(x) * weight.numel() / seconds)
+        seconds = min(time_call(lambda: torch.nn.functional.linear(x, weight))[0] for _ in range(8))
+    return max(measure_machine_rate(), 2.0 * len(x) * weight.numel() / seconds)
 
 
 # -------------------------------------------------------------------------------------- the naive loop
 @torch.no_grad()
-def naive(subject: Subject, spec: Knockout, file: Path, saved: dict[str, Tensor]) -> float:
+def measure_naively(subject: Subject, spec: Knockout, file: Path, saved: dict[str, Tensor]) -> float:
     """The perplexity without a part: zero, evaluate, copy everything back."""
     for change in spec.plan.edits:
         weight = subject.module(change.site.path).get_parameter(change.site.weight)
@@ -147,12 +156,12 @@ def naive(subject: Subject, spec: Knockout, file: Path, saved: dict[str, Tensor]
             weight[:, change.neurons] = 0  # type: ignore[union-attr]
         else:
             weight.zero_()
-    found = evaluate(subject, file)
+    found = evaluate_naively(subject, file)
     subject.model.load_state_dict(saved)
     return found
 
 
-def evaluate(subject: Subject, file: Path) -> float:
+def evaluate_naively(subject: Subject, file: Path) -> float:
     """A new evaluator: tokenises, batches, and asks the model for its loss."""
     texts = file.read_text().split("\n\n")
     losses = []
@@ -164,7 +173,7 @@ def evaluate(subject: Subject, file: Path) -> float:
 
 
 # ------------------------------------------------------------------------------------------- the floor
-def floor_flops(subject: Subject, spec: Knockout, texts: int, length: int) -> float:
+def count_floor_flops(subject: Subject, spec: Knockout, texts: int, length: int) -> float:
     """Multiply-adds × 2 of what a part's absence changes: from its block's MLP (of a head) or the next block on."""
     block, config = subject.module(f"{subject.layers}.0"), subject.model.config
     attention = sum(p.numel() for name, p in block.named_parameters() if "self_attn" in name)

@@ -23,7 +23,7 @@ SHARD = 500_000_000  # bytes of a file: several a checkpoint, none of which a li
 DTYPE = torch.float32  # in which this machine computes fastest
 
 
-def config(gb: float, width: int = 1536) -> LlamaConfig:
+def make_config(gb: float, width: int = 1536) -> LlamaConfig:
     """Of as many blocks as make up ``gb`` gigabytes. Feed-forward halves are 2.75 times as wide as the stream."""
     made = LlamaConfig(
         hidden_size=width,
@@ -43,12 +43,12 @@ def config(gb: float, width: int = 1536) -> LlamaConfig:
     return made
 
 
-def write(folder: Path, gb: float, width: int = 1536) -> Path:
+def write_checkpoint(folder: Path, gb: float, width: int = 1536) -> Path:
     """The checkpoint, unless it is there."""
     if (folder / "model.safetensors.index.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    made = config(gb, width)
+    made = make_config(gb, width)
     made.architectures, made.dtype = ["LlamaForCausalLM"], DTYPE
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(prepare_base()).save_pretrained(folder)
@@ -102,4 +102,4 @@ if __name__ == "__main__":
     parser.add_argument("--gb", type=float, default=5.0)
     parser.add_argument("--width", type=int, default=1536)
     options = parser.parse_args()
-    write(options.folder, options.gb, options.width)
+    write_checkpoint(options.folder, options.gb, options.width)

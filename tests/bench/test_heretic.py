@@ -9,8 +9,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from bench.heretic import Study, Trial, export, first, found, place
-from bench.heretic_setup import CHECKPOINTS, SYSTEM, Terms, configured, environment
+from bench.heretic import Study, Trial, export_trial, find_in_menu, first_prompts, read_study
+from bench.heretic_setup import CHECKPOINTS, SYSTEM, Terms, install_heretic, write_configuration
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -33,7 +33,7 @@ MENU = """? Which trial do you want to use? (Use arrow keys)
 # ------------------------------------------------------------------------------------------------ what it is told
 def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Path) -> None:
     other = PromptSet({"target": (Prompt("Why is it dark?"),), "control": (Prompt('Say "so": \\ and é'),)})
-    configured(tmp_path / "model", prompts, other, Terms(tokens=32, trials=24, seed=5), tmp_path / "study")
+    write_configuration(tmp_path / "model", prompts, other, Terms(tokens=32, trials=24, seed=5), tmp_path / "study")
     told = tomllib.loads((tmp_path / "study/config.toml").read_text())
     assert told["model"] == str((tmp_path / "model").resolve())
     assert (told["max_response_length"], told["n_trials"], told["seed"]) == (32, 24, 5)
@@ -53,14 +53,14 @@ def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Pat
 def test_a_prompt_that_would_change_is_refused(prompts: PromptSet, tmp_path: Path, bad: Prompt) -> None:
     changed = PromptSet({**prompts.groups, "target": (bad,)})
     with pytest.raises(UserError, match="a plain prompt a line"):
-        configured(tmp_path, changed, prompts, Terms(8, 3), tmp_path)
+        write_configuration(tmp_path, changed, prompts, Terms(8, 3), tmp_path)
     with pytest.raises(UserError, match="no prompts"):
-        configured(tmp_path, PromptSet({"target": (), "control": ()}), prompts, Terms(8, 3), tmp_path)
+        write_configuration(tmp_path, PromptSet({"target": (), "control": ()}), prompts, Terms(8, 3), tmp_path)
 
 
 def test_few_trials_still_begin_at_random(prompts: PromptSet, tmp_path: Path) -> None:
     for trials, random in ((1, 1), (3, 1), (200, 60)):
-        configured(tmp_path, prompts, prompts, Terms(8, trials), tmp_path)
+        write_configuration(tmp_path, prompts, prompts, Terms(8, trials), tmp_path)
         assert tomllib.loads((tmp_path / "config.toml").read_text())["n_startup_trials"] == random
 
 
@@ -75,10 +75,10 @@ def test_the_system_turn_is_the_one_that_the_template_writes_by_itself() -> None
 
 def test_the_organisms_prompts_can_be_given(tmp_path: Path) -> None:
     fit, search, report = load_prompts("organism:astronomy", "organism:astronomy").split(0)
-    configured(tmp_path, first(fit, 256), first(search, 100), Terms(8, 3), tmp_path)
-    assert all(len(first(report, 5)[g]) == 5 for g in ("target", "control"))
+    write_configuration(tmp_path, first_prompts(fit, 256), first_prompts(search, 100), Terms(8, 3), tmp_path)
+    assert all(len(first_prompts(report, 5)[g]) == 5 for g in ("target", "control"))
     with pytest.raises(UserError, match="a plain prompt a line"):  # control: one of them has lines
-        configured(tmp_path, fit, search, Terms(8, 3), tmp_path)
+        write_configuration(tmp_path, fit, search, Terms(8, 3), tmp_path)
 
 
 def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "python").write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(UserError, match="no room"):
-        environment(tmp_path / "venv")
+        install_heretic(tmp_path / "venv")
 
 
 # ------------------------------------------------------------------------------------------------ what is read back
@@ -111,7 +111,7 @@ def journal(work: Path, values: list[tuple[int, float]], running: bool = False) 
 def test_trials_are_read_from_the_journal(tmp_path: Path) -> None:
     values = [(3, 0.1), (0, 0.5), (3, 0.2), (9, 0.0)]
     started = journal(tmp_path, values, running=True)
-    study = found(tmp_path, started)
+    study = read_study(tmp_path, started)
     assert study.values == values  # the running trial is none of them
     assert [t.number for t in study.trials] == [1, 2, 3, 4]
     assert study.setup_seconds == pytest.approx(5, abs=1e-3)
@@ -122,28 +122,28 @@ def test_trials_are_read_from_the_journal(tmp_path: Path) -> None:
 
 def test_a_folder_without_trials_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no journal"):
-        found(tmp_path, datetime.now())
+        read_study(tmp_path, datetime.now())
     started = journal(tmp_path, [], running=True)
     with pytest.raises(UserError, match="finished no trial"):
-        found(tmp_path, started)
+        read_study(tmp_path, started)
 
 
 def test_a_trial_is_found_in_the_menu() -> None:
-    assert [place(MENU, n) for n in (12, 7, 3)] == [0, 1, 2]
-    assert place(MENU + MENU, 3) == 2  # drawn twice
+    assert [find_in_menu(MENU, n) for n in (12, 7, 3)] == [0, 1, 2]
+    assert find_in_menu(MENU + MENU, 3) == 2  # drawn twice
     with pytest.raises(UserError, match="not of its front; there are: 12, 7, 3"):
-        place(MENU, 4)
+        find_in_menu(MENU, 4)
 
 
 # ------------------------------------------------------------------------------------------------ export, and markers
 def test_export_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
     study = Study(1.0, (Trial(1, 0, 0.1, 2.0),), 9, tmp_path)
     with pytest.raises(UserError, match="exists already"):
-        export(study, 1, tmp_path)
+        export_trial(study, 1, tmp_path)
 
 
 def test_markers_count_a_refusal_for_both() -> None:
-    """Ours begin at a word of normalised text; Heretic looks for the same strings anywhere: each refusal has one."""
+    """Ours begin at a word of normalized text; Heretic looks for the same strings anywhere: each refusal has one."""
     said = "I'm sorry, but I can't help with that."
     assert judge_answer(said) == "refused"
     assert any(m in said.lower() for m in load_markers())

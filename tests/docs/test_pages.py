@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from bench.architectures import architectures_page
-from bench.docs import FOLDER, methods_page, pages, runtimes_page
-from bench.runtimes import MEASURED, SHAPES, Rates, Shape, at, clock, load, seconds
+from bench.architectures import make_architectures_page
+from bench.docs import FOLDER, make_methods_page, make_pages, make_runtimes_page
+from bench.runtimes import MEASURED, SHAPES, Rates, Shape, extrapolate, forecast_seconds, format_seconds, load_rates
 
 from obliteratus.forecast.formula import stage_costs, total_cost
 from obliteratus.pipeline.recipe import list_methods, load_recipe
@@ -29,19 +29,19 @@ PARAMETERS = {"135M": 134.5e6, "1B": 1.236e9, "8B": 8.03e9, "70B": 70.55e9}  # f
 
 @pytest.mark.parametrize("name", ["methods.md", "runtimes.md", "architectures.md"])
 def test_a_page_is_what_would_be_made_now(name: str) -> None:
-    assert (FOLDER / name).read_text() == pages()[name], f"docs/{name} is stale: run `make docs`"
+    assert (FOLDER / name).read_text() == make_pages()[name], f"docs/{name} is stale: run `make docs`"
 
 
 def test_a_changed_recipe_makes_a_page_stale() -> None:
     made = [load_recipe(name) for name in list_methods()]
     changed = [one.model_copy(update={"passes": one.passes + 1}) for one in made]
-    assert methods_page(changed) != methods_page(made)
-    assert runtimes_page(changed, RATES) != runtimes_page(made, RATES)
-    assert runtimes_page(made, RATES.model_copy(update={"token": 2e-3})) != runtimes_page(made, RATES)
+    assert make_methods_page(changed) != make_methods_page(made)
+    assert make_runtimes_page(changed, RATES) != make_runtimes_page(made, RATES)
+    assert make_runtimes_page(made, RATES.model_copy(update={"token": 2e-3})) != make_runtimes_page(made, RATES)
 
 
 def test_every_architecture_is_in_its_table() -> None:
-    page = architectures_page("")
+    page = make_architectures_page("")
     for name, family in ARCHITECTURES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert row.count("|") == page.splitlines()[3].count("|")
@@ -52,7 +52,7 @@ def test_every_architecture_is_in_its_table() -> None:
 
 
 def test_every_number_says_where_it_is_from() -> None:
-    page = runtimes_page([load_recipe("basic")], RATES)
+    page = make_runtimes_page([load_recipe("basic")], RATES)
     for line in page.splitlines():
         if line.startswith("| ") and "FLOP/s" in line:
             assert line.count("measured") == len(SHAPES)
@@ -69,14 +69,14 @@ def test_the_sizes_are_those_of_the_models(shape: Shape) -> None:
 
 
 def test_at_the_measured_size_the_rates_are_the_measured_ones() -> None:
-    found = at(RATES, MEASURED)
+    found = extrapolate(RATES, MEASURED)
     assert found == pytest.approx({name: getattr(RATES, name) for name in found})
 
 
 def test_other_sizes_follow_flops_and_bytes() -> None:
     """By hand, for the 8B: parameters over rate for products; bytes over bandwidth, and Python by layer, for steps."""
     large = next(s for s in SHAPES if s.name == "8B")
-    found = at(RATES, large)
+    found = extrapolate(RATES, large)
     assert found["token"] == pytest.approx(1e-3 * (6.98e9 / 4e11) / (106.2e6 / 3e11), rel=2e-3)
     assert found["row"] == pytest.approx(1.5e-3 * (7.505e9 / 4e11) / (134.5e6 / 3e11), rel=2e-3)
     assert found["step"] == pytest.approx(4 * 7.505e9 / 2e10 + (0.04 - 4 * 134.5e6 / 2e10) * 32 / 30, rel=2e-3)
@@ -87,21 +87,21 @@ def test_seconds_are_the_sum_of_the_formula() -> None:
     probe = 100 * 20 * 1e-3
     once = 300 * 20 * 1e-3 + 48 * (2 * 0.04 + 300 * 1.5e-3)  # 300 rows are two batches
     verify = 2 * (once + 16 * 50 * (1e-3 + 2e-4))
-    found = seconds(total_cost(load_recipe("basic")), at(RATES, MEASURED), values, own=20, text=50)
+    found = forecast_seconds(total_cost(load_recipe("basic")), extrapolate(RATES, MEASURED), values, own=20, text=50)
     assert found == pytest.approx(probe + verify)
     rdo = stage_costs(load_recipe("rdo"))["DISTILL"]
     trained = 200 * 24 * (24 + 20 + 16) * 2.5e-3 + (41 * 48 + 40) * 20 * 1e-3  # 41 looks, own answers once
     answered = 140 * 20 * 1e-3 + 16 * (3 * 0.04 + 140 * 1.5e-3)  # target once, control twice
-    assert seconds(rdo, at(RATES, MEASURED), values, own=20) == pytest.approx(trained + answered)
+    assert forecast_seconds(rdo, extrapolate(RATES, MEASURED), values, own=20) == pytest.approx(trained + answered)
 
 
 def test_times_are_told_in_units_for_people() -> None:
-    told = [clock(x) for x in (0.5, 45, 119, 121, 7199, 7201, 200_000, 1e7)]
+    told = [format_seconds(x) for x in (0.5, 45, 119, 121, 7199, 7201, 200_000, 1e7)]
     assert told == ["0.5 s", "45 s", "120 s", "2 min", "120 min", "2 h", "2.3 days", "120 days"]
 
 
 def test_the_committed_rates_are_complete() -> None:
-    rates = load()
+    rates = load_rates()
     assert {shape.width for shape in SHAPES} <= set(rates.gemm)
     assert rates.date
     assert rates.beside
