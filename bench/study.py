@@ -1,9 +1,9 @@
-"""A per-layer, per-FFN and per-head study of SmolLM2-135M: ours, the naive loop, and the floor.
+"""A study of all layers, FFNs and heads of SmolLM2-135M: ours, a naive loop, and the FLOP floor.
 
-The naive loop is the audited one: for each part zero its weights, tokenise the texts anew and measure with an evaluator
-of its own, through the whole model with its labels; then copy the whole state dict back. The floor is the FLOPs of what
-lies above each edit, attention's products and the LM head included, at the rate of matrix products measured between the
-parts. The two take turns; the naive one runs on a sample of parts, since each costs it the same.
+The naive loop is that of the audited program. For each part it zeroes the weights, tokenizes the texts again, runs the
+whole model with labels, and then copies the whole state dict back. The floor is the FLOPs of all that lies above each
+edit, including attention's products and the LM head, at the rate of matrix products measured in between. Both take
+turns. The naive loop runs on a sample of parts, since every part costs it the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from obliteratus.study.workers import Local
 
 MODEL = "organism:base"
 TEXTS, LENGTH = 16, 128
-# Words of a text, and from one's beginning to the next's: each has more than LENGTH tokens and is cut there
+# Words in a text, and between the beginnings of two: each has more than LENGTH tokens and is truncated to it.
 WORDS, STRIDE = 120, 90
 NAIVE_ROWS = 8  # the audited loop's batch size
 
@@ -43,32 +43,38 @@ class Shape(NamedTuple):
     """How much is measured."""
 
     every: int
-    """Of the study's chunks of four parts, every so-many-th; sampled, they share less of what is kept."""
+    """Measure every n-th batch of the study. Fewer batches share less of what is cached."""
     rounds: int
     naive: int
-    """Parts of the naive loop after each round."""
-    apart: int
-    """How far these are apart in what ours has measured."""
+    """Parts that the naive loop measures after each round."""
+    stride: int
+    """Distance between these parts in the order in which ours measured them."""
 
 
-WHOLE, QUICK = Shape(1, 3, 5, 13), Shape(23, 1, 2, 7)
+WHOLE, QUICK, SMOKE = Shape(1, 3, 5, 13), Shape(23, 1, 2, 7), Shape(120, 1, 1, 1)
 
 
-def main() -> None:
-    """Prints seconds, ratios, memory and the largest relative difference of perplexities."""
-    options = parse_options(__doc__ or "")
-    bare, file = resident_bytes(), _texts()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print seconds, ratios, memory and the largest relative difference of perplexities."""
+    options = parse_options(__doc__, argv)
+    libraries, file = resident_bytes(), _texts()
     ours = Local(_study(file), {})
     subject, loaded = ours.engine.subject, resident_bytes()
     race = Race(ours, file)
-    race.run(QUICK if options.quick else WHOLE)
+    race.run(SMOKE if options.smoke else QUICK if options.quick else WHOLE)
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-    kept = sum(metric.passes.bytes_cached() for metric in ours.engine.metrics)
-    sizes = {"model_MB": weights, "libraries_MB": bare, "loaded_MB": loaded, "kept_MB": kept, "peak_MB": race.peak}
-    memory = {"peak_over_model_and_states": (race.peak - bare) / (weights + kept)}
-    memory |= {"peak_over_loaded": race.peak / (loaded + kept)}
+    cached = sum(metric.passes.bytes_cached() for metric in ours.engine.metrics)
+    sizes = {
+        "model_MB": weights,
+        "libraries_MB": libraries,
+        "loaded_MB": loaded,
+        "kept_MB": cached,
+        "peak_MB": race.peak,
+    }
+    memory = {"peak_over_model_and_states": (race.peak - libraries) / (weights + cached)}
+    memory |= {"peak_over_loaded": race.peak / (loaded + cached)}
     memory |= {name: size / 1e6 for name, size in sizes.items()}
-    print_report(race.told() | {"memory": memory, "machine": describe_machine()}, options.json)
+    print_report(race.to_dict() | {"memory": memory, "machine": describe_machine()}, options.json)
 
 
 def _study(texts: Path) -> Study:
@@ -77,7 +83,7 @@ def _study(texts: Path) -> Study:
 
 
 def _texts() -> Path:
-    """The licence, cut into texts: prose that every clone holds."""
+    """Return a file with pieces of the license: prose that every clone has."""
     words = (Path(__file__).parents[1] / "LICENSE").read_text().split()
     file = Path("/tmp/bench-study.txt")
     file.write_text("\n\n".join(" ".join(words[i * STRIDE : i * STRIDE + WORDS]) for i in range(TEXTS)))
@@ -85,61 +91,61 @@ def _texts() -> Path:
 
 
 class Race:
-    """Both loops, in turns: a round of ours, a few parts of the naive one."""
+    """Runs both loops in turns: a round of ours, then a few parts of the naive one."""
 
     def __init__(self, ours: Local, file: Path) -> None:
         self.ours, self.file, self.subject = ours, file, ours.engine.subject
-        self.specs = ours.knockouts
+        self.knockouts = ours.knockouts
         self.seconds, self.flops, self.floor, self.peak = 0.0, 0.0, 0.0, 0
         self.naive: list[float] = []
         self.measured: dict[str, float] = {}
         """Perplexity by part."""
-        self.apart = 0.0
+        self.difference = 0.0
 
     def run(self, shape: Shape) -> None:
         self.seconds, _ = time_call(self.ours.measure_baseline)
-        chunks = self.ours.batches()[shape.every // 2 :: shape.every]
+        batches = self.ours.batches()[shape.every // 2 :: shape.every]
         for start in range(shape.rounds):
-            self._round(chunks[start :: shape.rounds])
-            for name in list(self.measured)[-1 - start % 3 :: -shape.apart][: shape.naive]:
-                self._naive(self.specs[name])
+            self._round(batches[start :: shape.rounds])
+            for name in list(self.measured)[-1 - start % 3 :: -shape.stride][: shape.naive]:
+                self._naive(self.knockouts[name])
 
-    def _round(self, chunks: Sequence[list[str]]) -> None:
+    def _round(self, batches: Sequence[list[str]]) -> None:
         rate = measure_best_rate()
-        held_bytes(self.subject)  # gives back to the system what the naive loop has freed
-        seconds, (_, peak, found) = time_call(lambda: run_with_peak(lambda: list(self.ours.measure_batches(chunks))))
+        held_bytes(self.subject)  # returns to the system what the naive loop has freed
+        seconds, (_, peak, found) = time_call(lambda: run_with_peak(lambda: list(self.ours.measure_batches(batches))))
         rate = max(rate, measure_best_rate())
         results = [result for part in found for result in part]
-        flops = sum(count_floor_flops(self.subject, self.specs[r.component], TEXTS, LENGTH) for r in results)
+        flops = sum(count_floor_flops(self.subject, self.knockouts[r.component], TEXTS, LENGTH) for r in results)
         self.seconds, self.flops, self.floor = self.seconds + seconds, self.flops + flops, self.floor + flops / rate
         self.peak = max(self.peak, peak)
         self.measured |= {result.component: result.scores["perplexity"].value for result in results}
         each = f"{seconds / len(results):.2f} s each, {flops / rate / len(results):.2f} at best"
         say(f"ours: {len(results)} parts, {each}, {resident_bytes() / 1e6:.0f} MB now, {peak / 1e6:.0f} at most")
 
-    def _naive(self, spec: Knockout) -> None:
-        # kept for the whole study there; dropped between parts here, so that the memory told is ours
+    def _naive(self, knockout: Knockout) -> None:
+        # The audited program keeps this copy during the whole study. Here it is dropped, so that the memory is ours.
         saved = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
-        seconds, theirs = time_call(lambda: measure_naively(self.subject, spec, self.file, saved))
-        own = self.measured[spec.component]
+        seconds, theirs = time_call(lambda: measure_naively(self.subject, knockout, self.file, saved))
+        own = self.measured[knockout.component]
         self.naive.append(seconds)
-        self.apart = max(self.apart, abs(own / theirs - 1))
-        say(f"    naive, {spec.component}: {seconds:.2f} s, perplexity {theirs:.5f}, ours {own:.5f}")
+        self.difference = max(self.difference, abs(own / theirs - 1))
+        say(f"    naive, {knockout.component}: {seconds:.2f} s, perplexity {theirs:.5f}, ours {own:.5f}")
 
-    def told(self) -> dict[str, Any]:
-        """Seconds of the parts that ours measured; the naive loop's, from its sample, for as many and a baseline."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return seconds of the parts that ours measured, and the naive loop's for as many, scaled from its sample."""
         naive = sum(self.naive) / len(self.naive) * (len(self.measured) + 1)
         return {
             "seconds": {"ours": self.seconds, "naive": naive, "floor": self.floor},
             "ratio": {"naive": naive / self.seconds, "floor": self.seconds / self.floor},
-            "equal": {"relative_difference": f"{self.apart:.1e}"},
-            "parts": {"ours": len(self.measured), "of": len(self.specs), "naive": len(self.naive)},
+            "equal": {"relative_difference": f"{self.difference:.1e}"},
+            "parts": {"ours": len(self.measured), "of": len(self.knockouts), "naive": len(self.naive)},
             "rate": {"GFLOPs": self.flops / self.floor / 1e9},
         }
 
 
 def measure_best_rate() -> float:
-    """FLOP/s of fp32 matrix products, the best of eight runs: a floor must not be too high."""
+    """Return the FLOP/s of fp32 matrix products. The best run counts, since the floor must not be too high."""
     x, weight = torch.randn(2048, 1024), torch.randn(1024, 1024)
     with torch.inference_mode():
         seconds = min(time_call(lambda: torch.nn.functional.linear(x, weight))[0] for _ in range(8))
@@ -148,11 +154,11 @@ def measure_best_rate() -> float:
 
 # -------------------------------------------------------------------------------------- the naive loop
 @torch.no_grad()
-def measure_naively(subject: Subject, spec: Knockout, file: Path, saved: dict[str, Tensor]) -> float:
-    """The perplexity without a part: zero, evaluate, copy everything back."""
-    for change in spec.plan.edits:
+def measure_naively(subject: Subject, knockout: Knockout, file: Path, saved: dict[str, Tensor]) -> float:
+    """Return the perplexity without a part: zero it, evaluate, copy everything back."""
+    for change in knockout.plan.edits:
         weight = subject.module(change.site.path).get_parameter(change.site.weight)
-        if spec.strategy == "heads":
+        if knockout.strategy == "heads":
             weight[:, change.neurons] = 0  # type: ignore[union-attr]
         else:
             weight.zero_()
@@ -162,27 +168,27 @@ def measure_naively(subject: Subject, spec: Knockout, file: Path, saved: dict[st
 
 
 def evaluate_naively(subject: Subject, file: Path) -> float:
-    """A new evaluator: tokenises, batches, and asks the model for its loss."""
+    """Return the perplexity by a new evaluator: tokenize, batch, and use the model's own loss."""
     texts = file.read_text().split("\n\n")
     losses = []
     for i in range(0, len(texts), NAIVE_ROWS):
         ids = [row[:LENGTH] for row in subject.tokenizer(texts[i : i + NAIVE_ROWS])["input_ids"]]
-        batch = torch.tensor(ids)  # all are of full length: nothing is padded
+        batch = torch.tensor(ids)  # all have the full length, so none is padded
         losses.append(subject.model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss)
     return float(torch.stack(losses).double().mean().exp())
 
 
 # ------------------------------------------------------------------------------------------- the floor
-def count_floor_flops(subject: Subject, spec: Knockout, texts: int, length: int) -> float:
-    """Multiply-adds × 2 of what a part's absence changes: from its block's MLP (of a head) or the next block on."""
+def count_floor_flops(subject: Subject, knockout: Knockout, texts: int, length: int) -> float:
+    """Return the FLOPs of what a missing part changes: from its block's MLP (for a head) or the next block upwards."""
     block, config = subject.module(f"{subject.layers}.0"), subject.model.config
     attention = sum(p.numel() for name, p in block.named_parameters() if "self_attn" in name)
     mlp = sum(p.numel() for name, p in block.named_parameters() if "mlp" in name)
     inner = config.num_attention_heads * config.head_dim
-    scores = length * inner  # queries × keys and scores × values, half of each, since a token sees those before it
+    scores = length * inner  # queries × keys and scores × values, half of each, since attention is causal
     head = subject.model.get_output_embeddings().weight.numel()
-    above = (subject.n_layers - 1 - spec.layer) * (attention + mlp + scores)
-    own = mlp + config.head_dim * subject.width if spec.strategy == "heads" else 0
+    above = (subject.n_layers - 1 - knockout.layer) * (attention + mlp + scores)
+    own = mlp + config.head_dim * subject.width if knockout.strategy == "heads" else 0
     return float(2 * texts * length * (above + own + head))
 
 

@@ -50,6 +50,10 @@ class SharedPasses:
         self.plans, self.plan = plans, 0
         self.outputs: Any = None
 
+    def bytes_cached(self) -> int:
+        """Return the bytes of what is cached now."""
+        return 0 if self.cached is None else self.cached.layers.bytes_held()
+
     def read(self, ids: Ids, run: Callable[[CachedPrompts], Any], *, answers: bool = False, prefix: bool = True) -> Any:
         """Return the current plan's rows of what ``run`` returns for the rows of all plans.
 
