@@ -16,10 +16,11 @@ from torch.nn.functional import normalize
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Step
+from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Directions
 from obliteratus.distill import check_needs, extractors, find_directions, load_directions, save_directions
 from obliteratus.distill.steps import orthonormalize
-from obliteratus.pipeline.recipe import dump_toml, load_recipe, parse_recipe
+from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 
 # Extractor → the steps that show it. A new extractor needs no entry unless it needs options or a step before it.
 MEAN = {"use": "mean_diff"}

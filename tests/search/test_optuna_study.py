@@ -92,13 +92,12 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path: Path
 
 def wait_for(storage: str, n: int) -> None:
     """Return when this many workers have finished a trial each."""
+    studies = open_storage(storage)
     for _ in range(600):
-        if Path(storage).exists():
-            studies = open_storage(storage)
-            if any(s.study_name == "study" for s in studies.get_all_studies()):
-                study = optuna.load_study(study_name="study", storage=studies)
-                done = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
-                if len({t.user_attrs["worker"] for t in done}) >= n:
-                    return
+        if any(s.study_name == "study" for s in studies.get_all_studies()):
+            study = optuna.load_study(study_name="study", storage=studies)
+            done = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
+            if len({t.user_attrs["worker"] for t in done}) >= n:
+                return
         time.sleep(0.1)
     raise AssertionError("no trials came")

@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 
 import optuna
 import pytest
+from optuna.storages import BaseStorage
 from tests.support.searches import start_workers
 
 from obliteratus.search.storage import open_storage
@@ -54,8 +55,7 @@ def server() -> Iterator[Server]:
     shutil.rmtree(folder)
 
 
-def done(url: str) -> int:
-    studies = open_storage(url)
+def count_finished(studies: BaseStorage) -> int:
     if not any(s.study_name == "study" for s in studies.get_all_studies()):
         return 0
     trials = optuna.load_study(study_name="study", storage=studies).get_trials()
@@ -64,17 +64,17 @@ def done(url: str) -> int:
 
 def test_two_workers_and_a_server_that_restarts(server: Server) -> None:
     """Both make trials of one study; while the server is away they wait, and nothing finished is lost."""
-    open_storage(server.url)  # the tables, so that two workers do not race to make them
+    studies = open_storage(server.url)  # creates the tables, so that two workers do not race to do so
     both = start_workers(2, 16, server.url)
     for _ in range(900):
-        if done(server.url) >= 4:
+        if count_finished(studies) >= 4:
             break
         time.sleep(0.1)
     server.stop()
     time.sleep(1)
     server.start()
     assert [worker.wait(200) for worker in both] == [0, 0]
-    trials = optuna.load_study(study_name="study", storage=open_storage(server.url)).get_trials()
+    trials = optuna.load_study(study_name="study", storage=studies).get_trials()
     complete = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert len(complete) >= 16
     assert len(trials) - len(complete) <= 2  # what a worker asked for as the server went

@@ -41,7 +41,7 @@ def test_a_search_begins_where_the_recipe_stands() -> None:
     [
         ({}, "at least 1 item"),
         ({"excise.strength": {"low": 2.0, "high": 1.0}}, "low below high"),
-        ({"probe.position": {"low": -2, "high": -1}}, "only distill, weigh and excise can differ"),
+        ({"probe.position": {"low": -2, "high": -1}}, "only paths in distill, weigh and excise can be searched"),
         ({"excise.strenth": {"low": 0.0, "high": 1.0}}, "strenth"),
     ],
 )
