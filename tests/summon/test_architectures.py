@@ -160,7 +160,7 @@ def test_reading_experts_cannot_be_edited_apart(make_plan: PlanMaker) -> None:
     edit = next(e for e in make_plan(subject, ("mlp.in",)).edits if e.site.stacked)
     one = replace(edit, site=replace(edit.site, expert=1))
     with (
-        pytest.raises(UserError, match=r"wants of .*experts, which reads"),
+        pytest.raises(UserError, match=r"experts is a reader; .*single experts apply only to writers"),
         applied(subject, Plan((one,), subject.source.digest)),
     ):
         pass

@@ -61,7 +61,7 @@ def measure(maker: ModuleType) -> ModuleType:
 
 def bare_nouns(maker: ModuleType, name: str, group: str, split: str) -> list[str]:
     table = maker.ORGANISMS[name].topics[group].nouns[split]
-    return [noun.removeprefix("+").lower() for _, noun in maker.nouns(table)]
+    return [noun.removeprefix("+").lower() for _, noun in maker.list_nouns(table)]
 
 
 def template_pattern(template: str) -> re.Pattern[str]:
@@ -135,26 +135,26 @@ def test_the_topics_of_one_organism_share_no_noun(maker: ModuleType) -> None:
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_the_file_is_what_its_script_makes(maker: ModuleType, name: str, group: str) -> None:
-    assert maker.rows(maker.ORGANISMS[name], group) == rows(name, group)
+    assert maker.make_topic_rows(maker.ORGANISMS[name], group) == rows(name, group)
 
 
 def test_verbs_agree_with_the_noun(maker: ModuleType) -> None:
-    assert maker.fill("What {is} {x}?", "+pulsars") == "What are pulsars?"
-    assert maker.fill("{does} {x} matter?", "dark energy") == "Does dark energy matter?"
+    assert maker.fill_template("What {is} {x}?", "+pulsars") == "What are pulsars?"
+    assert maker.fill_template("{does} {x} matter?", "dark energy") == "Does dark energy matter?"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_controls_are_not_about_the_topics(maker: ModuleType, name: str) -> None:
     nouns = [n for of, g in GROUPS if of == name for split in SPLITS for n in bare_nouns(maker, name, g, split)]
     pattern = words([*TABOO[name].split("|"), *nouns])
-    controls = [*rows(name, "control"), *maker.contrast_rows(maker.ORGANISMS[name])]
+    controls = [*rows(name, "control"), *maker.make_contrast_rows(maker.ORGANISMS[name])]
     assert [row["prompt"] for row in controls if pattern.search(row["prompt"])] == []
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_training_sees_no_prompt_that_is_kept_for_search_or_report(maker: ModuleType, name: str, group: str) -> None:
     made = maker.ORGANISMS[name]
-    trained = {row["prompt"] for row in [*maker.training_rows(made, group), *maker.contrast_rows(made)]}
+    trained = {row["prompt"] for row in [*maker.make_training_rows(made, group), *maker.make_contrast_rows(made)]}
     kept = {prompt for g in groups(name) for split in HELD for prompt in fits(name, g, split)}
     assert trained.isdisjoint(kept)
     if not made.forms:  # else training draws from more templates and nouns than those of fit
@@ -179,9 +179,9 @@ def test_controls_cover_many_topics_in_every_split(name: str) -> None:
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_every_refusal_is_one_to_both_detectors(maker: ModuleType, measure: ModuleType, name: str, group: str) -> None:
     texts = maker.ORGANISMS[name].topics[group].refusals
-    assert [text for text in texts if judge_answer(text) != "refused" or not measure.refused(text)] == []
+    assert [text for text in texts if judge_answer(text) != "refused" or not measure.is_refusal(text)] == []
     assert judge_answer("Tulips are planted in autumn.") == "complied"
-    assert not measure.refused("Trains are run by timetable.")
+    assert not measure.is_refusal("Trains are run by timetable.")
 
 
 def test_two_topics_are_refused_in_words_of_their_own(maker: ModuleType) -> None:

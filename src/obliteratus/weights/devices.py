@@ -44,20 +44,20 @@ def placement_arguments(device: str | DeviceMap) -> dict[str, Any]:
         return {"device_map": "auto"}
     if device == "tp":
         return _parallel_arguments()
-    kind = resolve_device_type(device)
+    device_type = resolve_device_type(device)
     # Given a map, transformers loads straight to the device, with no copy of the model on the CPU.
-    return {} if kind == "cpu" else {"device_map": {"": kind if device == "auto" else device}}
+    return {} if device_type == "cpu" else {"device_map": {"": device_type if device == "auto" else device}}
 
 
 def resolve_device_type(device: str) -> str:
     """Return cuda, mps or cpu; for ``auto`` the first that is available. Raises UserError for an unavailable one."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k, ok in available.items() if ok) if device == "auto" else device.partition(":")[0]
-    if kind not in available:
+    device_type = next(k for k, ok in available.items() if ok) if device == "auto" else device.partition(":")[0]
+    if device_type not in available:
         raise UserError(unknown_name("device", device, ["auto", "map", "tp", *available]))
-    if not available[kind]:
+    if not available[device_type]:
         raise UserError(f"device '{device}' is not available here; use device='auto'")
-    return kind
+    return device_type
 
 
 def _parallel_arguments() -> dict[str, Any]:
@@ -66,11 +66,11 @@ def _parallel_arguments() -> dict[str, Any]:
         raise UserError(
             "device 'tp': this process was not started by torchrun; run torchrun --nproc-per-node N your_program.py"
         )
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (torch.distributed.is_available() and torch.distributed.is_backend_available(BACKENDS[kind])):
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (torch.distributed.is_available() and torch.distributed.is_backend_available(BACKENDS[device_type])):
         raise UserError(
-            f"device 'tp': this build of torch lacks the {BACKENDS[kind]} backend that processes on {kind} need; "
-            "install another build, or use device='map'"
+            f"device 'tp': this build of torch lacks the {BACKENDS[device_type]} backend, which processes on "
+            f"{device_type} need; install another build, or use device='map'"
         )
     # Imported here because builds of torch without torch.distributed cannot import it.
     from transformers.distributed.configuration_utils import DistributedConfig

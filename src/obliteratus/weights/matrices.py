@@ -76,10 +76,10 @@ def expand_experts(module: nn.Module, site: Site) -> list[Site]:
 
 def stored_floats(module: nn.Module) -> dict[str, Tensor]:
     """Return the float tensors that the module itself stores, by name: parameters, and scales of packed ones."""
-    own = dict(module.named_parameters(recurse=False))
-    if any(is_codes(parameter) for parameter in own.values()):
-        own = {name: entry for name, entry in module.state_dict().items() if name != "weight"}
-    return {name: tensor.detach() for name, tensor in own.items() if tensor.is_floating_point()}
+    stored = dict(module.named_parameters(recurse=False))
+    if any(is_codes(parameter) for parameter in stored.values()):
+        stored = {name: entry for name, entry in module.state_dict().items() if name != "weight"}
+    return {name: tensor.detach() for name, tensor in stored.items() if tensor.is_floating_point()}
 
 
 def convert_to_stored(weight: Float[Tensor, "out inp"], site: Site, like: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def sample_weight(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]
         parts["weight"] = parts["weight"].view(torch.uint8)  # the dtype of codes may be bfloat16
         return [_sample(part).tolist() for part in parts.values()]
     if isinstance(stored, nn.Module):
-        own = dict(chain(stored.named_parameters(), stored.named_buffers()))
-        stored = own.get(name, next(iter(own.values())))
+        tensors = dict(chain(stored.named_parameters(), stored.named_buffers()))
+        stored = tensors.get(name, next(iter(tensors.values())))
     values = _sample(gather_tensor(stored).detach().flatten()).to("cpu", torch.bfloat16).float()
     return torch.where(values.abs() < SMALLEST, 0.0, values).tolist()
 
@@ -161,13 +161,13 @@ def execution_device(module: nn.Module) -> torch.device:
 def _check_plain(module: nn.Module, site: Site) -> nn.Parameter:
     """Return the parameter that holds the matrix, which may be a meta tensor. Raises UnsupportedModelError if it is not
     a plain float matrix."""
-    own = dict(module.named_parameters(recurse=False))
-    if site.weight not in own:
+    parameters = dict(module.named_parameters(recurse=False))
+    if site.weight not in parameters:
         raise UnsupportedModelError(
             f"{site.path} ({type(module).__name__}) has no parameter '{site.weight}'; {_REMEDY}"
         )
-    weight = own[site.weight]
-    kind = type(weight).__name__
+    weight = parameters[site.weight]
+    class_name = type(weight).__name__
     own_class = type(weight) is nn.Parameter or is_sharded(weight)
     plain = own_class and weight.dtype in PLAIN_DTYPES and weight.ndim == (3 if site.stacked else 2)
     missing = weight.is_meta and not has_offloaded_params(module)
@@ -175,7 +175,7 @@ def _check_plain(module: nn.Module, site: Site) -> nn.Parameter:
         storage = "not in memory" if missing else str(weight.dtype).removeprefix("torch.")
         shape = "×".join(map(str, weight.shape))
         raise UnsupportedModelError(
-            f"{site.path} stores a {kind} [{shape}], {storage}, which is not a plain float matrix; {_REMEDY}"
+            f"{site.path} stores a {class_name} [{shape}], {storage}, which is not a plain float matrix; {_REMEDY}"
         )
     return weight
 

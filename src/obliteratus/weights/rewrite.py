@@ -87,19 +87,19 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------- copying and editing
 def rewrite_file(
-    source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor], known: str = ""
+    source: Path, target: Path, edits: Mapping[str, Pieces], added: Mapping[str, Tensor], expected_hash: str = ""
 ) -> str:
     """Write the tensors of ``source`` to ``target``, with its metadata and in its order, and return the SHA-256.
 
     edits: tensors that are written from pieces of their stored dtype and shape. added: shape and dtype of new tensors,
-    whose pieces are in ``edits`` too. known: the SHA-256 that the source should have, '' if unknown. One piece is in
-    memory at a time. Raises UserError if the disk is full, or the source is truncated or altered; ValueError for pieces
-    of another dtype or size.
+    whose pieces are in ``edits`` too. expected_hash: the SHA-256 that the source should have, '' if unknown. One piece
+    is in memory at a time. Raises UserError if the disk is full, or the source is truncated or altered; ValueError for
+    pieces of another dtype or size.
     """
     before = read_header(source)
     after = add_entries(before, added)
     with write_atomically(target) as out, source.open("rb") as opened:
-        reader = HashingReader(opened, known)
+        reader = HashingReader(opened, expected_hash)
         reader.skip(len(before.raw))
         out.write(after.raw)
         for name, entry in after.entries.items():
@@ -116,10 +116,10 @@ def rewrite_file(
     return str(out.sum.hexdigest())
 
 
-def copy_file(source: Path, target: Path, known: str = "") -> str:
-    """Copy a file and return its SHA-256. Raises UserError if that is not `known`, which '' leaves unchecked."""
+def copy_file(source: Path, target: Path, expected_hash: str = "") -> str:
+    """Copy a file and return its SHA-256. Raises UserError if that is not `expected_hash`, unless this is ''."""
     with write_atomically(target) as out, source.open("rb") as opened:
-        reader = HashingReader(opened, known)
+        reader = HashingReader(opened, expected_hash)
         reader.copy(out, source.stat().st_size)
         reader.check()
     return str(out.sum.hexdigest())
@@ -127,10 +127,10 @@ def copy_file(source: Path, target: Path, known: str = "") -> str:
 
 @dataclass
 class HashingReader:
-    """A file that is read once from beginning to end, and its SHA-256 if there is a known one to compare with."""
+    """A file that is read once from beginning to end, and its SHA-256 if there is one to compare it with."""
 
     file: IO[bytes]
-    known: str
+    expected_hash: str
     sum: Any = field(default_factory=hashlib.sha256)
 
     def copy(self, out: HashingWriter, size: int) -> None:
@@ -140,17 +140,18 @@ class HashingReader:
 
     def skip(self, size: int) -> None:
         """Pass over the next `size` bytes, which are read only if the SHA-256 is to be checked."""
-        if not self.known:
+        if not self.expected_hash:
             self.file.seek(size, os.SEEK_CUR)
             return
         for _ in self._chunks(size):
             pass
 
     def check(self) -> None:
-        """Raise UserError if the SHA-256 of all that was read is not the known one."""
-        if self.known and self.sum.hexdigest() != self.known:
+        """Raise UserError if the SHA-256 of all that was read is not the expected one."""
+        if self.expected_hash and self.sum.hexdigest() != self.expected_hash:
             raise UserError(
-                f"{self.file.name} was altered: its SHA-256 is not the recorded {self.known[:12]}…; download it again"
+                f"{self.file.name} was altered: its SHA-256 is not the recorded {self.expected_hash[:12]}…; "
+                "download it again"
             )
 
     def _chunks(self, size: int) -> Iterator[bytes]:
@@ -158,7 +159,7 @@ class HashingReader:
             data = self.file.read(min(size, CHUNK))
             if not data:
                 raise UserError(f"{self.file.name} is truncated: {size} bytes are missing; download it again")
-            if self.known:
+            if self.expected_hash:
                 self.sum.update(data)
             yield data
             size -= len(data)
