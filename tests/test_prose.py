@@ -14,6 +14,7 @@ import obliteratus
 ROOT = Path(obliteratus.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 400, 40
+COMMAND_LINES = 50  # a command has a line for each of its options
 LONGER = {"summon/architectures.py": 600, "core/types.py": 450}  # a table; nouns, half of it docstrings
 REPOSITORY = ROOT.parents[1]
 # What is written for readers: code and documents. Prompts and words of the organisms are data.
@@ -51,10 +52,10 @@ def calls(tree: ast.AST, name: str) -> list[ast.Call]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_to_the_limits(path: Path) -> None:
     text, name = path.read_text(), str(path.relative_to(ROOT))
-    tree = ast.parse(text)
+    tree, most = ast.parse(text), COMMAND_LINES if name.startswith("cli/") else FUNCTION_LINES
     assert len(text.splitlines()) <= LONGER.get(name, FILE_LINES)
     for f in functions(tree):
-        assert count_lines(f) <= FUNCTION_LINES, f"{name}:{f.lineno} {f.name} is too long"
+        assert count_lines(f) <= most, f"{name}:{f.lineno} {f.name} is too long"
     assert not calls(tree, "print")
     assert not [c.lineno for c in calls(tree, "getattr") if len(c.args) == 3]  # guesses what a thing is
 
