@@ -49,10 +49,10 @@ def test_finds_nothing_in_one_population() -> None:
 
 @pytest.mark.parametrize("standardize", [True, False])
 def test_false_positives_are_at_most_the_level(standardize: bool) -> None:
-    """Over 200 permutations of the labels of prompts that do differ: within the binomial interval of 0.05."""
+    """Over 100 permutations of the labels of prompts that do differ: within the binomial interval of 0.05."""
     acts = planted(n=24)[0]
     hits = 0
-    for seed in range(200):
+    for seed in range(100):
         rows = shuffled(acts, seed).groups
         found = certify(
             rows["target"].rows[:, :4, :24],
@@ -63,11 +63,11 @@ def test_false_positives_are_at_most_the_level(standardize: bool) -> None:
             seed=1000 + 2 * seed,
         )
         hits += found.signal
-    low, high = binom.interval(0.95, 200, 0.05)
+    low, high = binom.interval(0.95, 100, 0.05)
     assert low <= hits <= high, hits
 
 
-def test_a_weak_difference_behind_massive_dimensions_needs_standardising() -> None:
+def test_a_weak_difference_behind_massive_dimensions_needs_standardizing() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, 80, 1, 32, generator=generator)
     rows[..., :3] *= 300
@@ -113,7 +113,7 @@ def test_thresholds_are_where_findings_begin() -> None:
 
 def test_the_old_name_of_an_option_gives_the_new_one() -> None:
     with pytest.raises(UserError, match="'standardise' is now called 'standardize'; change"):
-        run(planted(n=4)[0], standardise=False)
+        run(planted(n=4)[0], standardise=False)  # renamed
 
 
 def test_needs_rows_and_prompts() -> None:

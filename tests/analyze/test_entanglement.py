@@ -41,7 +41,7 @@ def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
     found = measure_entanglement(leaning(layer), random=16)
     assert found.significant == [layer]
     assert found.kl[layer].value == max(score.value for score in found.kl)
-    assert f"random directions cost: {layer}" in found.summary()
+    assert f"random directions: {layer}" in found.summary()
     check_finding(found, ["layer", "KL on controls (nats)"])
 
 
@@ -51,10 +51,11 @@ def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
     context = with_direction(context_of_model(subject, asked()), random_basis(subject.width, 1, 3)[0])
     found = measure_entanglement(context, prompts=5)
     ids = render_prompts(subject, [context.held_out["control"][i * 12 // 5] for i in range(5)])
+    plain = copy.deepcopy(subject.model).double()
     for layer in range(subject.n_layers):
         d = context.directions.basis[layer + 1, 0].double()
         edited = baked(subject.model, layer, d)
-        values = [divergence(logits(subject.model, row), logits(edited, row)) for row in ids]
+        values = [divergence(logits(plain, row), logits(edited, row)) for row in ids]
         assert found.kl[layer].value == pytest.approx(float(torch.stack(values).mean()), rel=1e-3, abs=1e-6)
         assert found.kl[layer].low <= found.kl[layer].value <= found.kl[layer].high
         assert found.kl[layer].n == 5
@@ -76,7 +77,7 @@ def baked(model: torch.nn.Module, layer: int, d: Tensor) -> torch.nn.Module:
 
 def logits(model: torch.nn.Module, row: list[int]) -> Tensor:
     with torch.no_grad():
-        return copy.deepcopy(model).double()(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+        return model(torch.tensor([row])).logits[0, -1].log_softmax(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -85,13 +86,13 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_random_directions_find_nothing() -> None:
-    """20 grounds of random directions: one is expected to show a layer."""
+    """Of 12 contexts with a random direction, fewer than one is expected to show a layer."""
     context = leaning(None)
     found = [
         measure_entanglement(with_random_direction(context, seed), prompts=4, random=4, seed=100 * seed)
-        for seed in range(20)
+        for seed in range(12)
     ]
-    assert sum(bool(one.significant) for one in found) <= 4  # 4 or more by chance in one of sixty
+    assert sum(bool(one.significant) for one in found) <= 3  # more by chance in one of 450
 
 
 def test_a_direction_that_controls_have_nothing_of_costs_nothing() -> None:
@@ -110,14 +111,14 @@ def test_identical_groups_have_no_direction_to_remove() -> None:
     found.summary()
 
 
-@pytest.mark.parametrize("freedom", [1, 4, 30])
+@pytest.mark.parametrize("freedom", [1, 30])
 def test_the_limit_holds_its_level_on_random_numbers(freedom: int) -> None:
     alarms = 0
-    for seed in range(200):
+    for seed in range(80):
         numbers = torch.randn(12, 5, freedom, generator=torch.Generator().manual_seed(seed))
         ratio, limit = compute_entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
         alarms += bool((ratio > limit).any())
-    assert alarms <= 18  # 10 expected; 18 or more by chance in one of a hundred
+    assert alarms <= 9  # 4 expected; more by chance in one of a hundred
 
 
 def test_it_is_registered_with_its_cost() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.stats import kurtosis
 from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
+from tests.support.planted import planted
 
-from obliteratus.analyze import analyze
+from obliteratus.analyze import analyses, analyze
 from obliteratus.analyze.fingerprint import Fingerprint, compute_features, measure_fingerprint
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Activations
@@ -42,13 +43,17 @@ def test_planted_oddities_are_described() -> None:
 def test_one_population_is_as_its_permutations() -> None:
     found = run(one_population())
     assert not any(found.unusual.values())
-    assert "nothing" in found.summary()
+    assert "differs from permuted labels in nothing, at none of 5 streams" in found.summary()
     check_finding(found)
 
 
-def test_says_that_it_predicts_nothing() -> None:
-    assert "predict nothing" in (measure_fingerprint.__doc__ or "")
-    assert "predicts nothing" in run(one_population(n=8)).summary()
+def test_oddities_give_no_verdict() -> None:
+    """However unlike the groups are, the numbers are described and nothing is concluded from them."""
+    found = run(planted(n=24)[0])
+    assert any(found.unusual.values())
+    assert found.summary().endswith("predicts nothing")
+    assert not {"found", "signal", "p", "verdict"} & check_finding(found).keys()
+    assert "predict nothing" in analyses["fingerprint"].about + (measure_fingerprint.__doc__ or "")
 
 
 def test_golden() -> None:

@@ -35,7 +35,7 @@ def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> None:
     """Behind a template's newline nothing else is written at the last token but −COMMON, by the same block's MLP."""
-    found = patch_activations(refusing_context(block=block, clean="\n"), heads=8)
+    found = patch_activations(refusing_context(block=block, clean="\n"), positions=2, heads=8)
     blocks = [PatchLocation("block", layer, -1) for layer in range(block, 8)]
     names = {found.places[i] for i in found.effects.significant}
     assert names >= {PatchLocation("attention", block, -1), *blocks}
@@ -148,7 +148,7 @@ def test_log_odds_are_of_the_two_first_choices() -> None:
 # ------------------------------------------------------------------------------------------------------- nulls
 @pytest.mark.parametrize("score", ["logits", "projection"])
 def test_identical_prompts_move_nothing(score: Any) -> None:
-    found = patch_activations(with_same_groups(refusing_context()), score=score)
+    found = patch_activations(with_same_groups(refusing_context()), score=score, pairs=6, positions=2, heads=4)
     assert found.effects.significant == found.head_effects.significant == []
     assert float(found.effects.value.abs().max()) < 1e-4
     assert float(found.share(found.effects).abs().max()) < 1e-4
@@ -158,12 +158,12 @@ def test_identical_prompts_move_nothing(score: Any) -> None:
 def test_shuffled_groups_move_nothing_on_average() -> None:
     context = refusing_context()
     null = with_direction(context_of_model(context.subject, shuffled(asked())), context.directions.basis[0, 0])
-    found = patch_activations(null, score="projection", pairs=12)
+    found = patch_activations(null, score="projection", pairs=12, positions=1, heads=8)
     assert found.effects.significant == found.head_effects.significant == []
 
 
 def test_a_random_direction_is_moved_by_nothing() -> None:
-    found = patch_activations(with_random_direction(refusing_context()), score="projection")
+    found = patch_activations(with_random_direction(refusing_context()), score="projection", positions=2, heads=8)
     assert found.effects.significant == found.head_effects.significant == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,20 +41,34 @@ from obliteratus.probe.probe import collect_activations
 ALL = {"depths": LAYERS, "low": 0.0, "prompts": 12, "tokens": 4}
 
 
+@cache
+def reached(block: int) -> Reach:
+    """The finding of the refuser whose attention in this block writes the refusal."""
+    return measure_reach(refusing_context(block=block), **ALL)
+
+
+@cache
+def half_reached() -> tuple[AnalysisContext, Reach]:
+    """With a direction half way between the refusal's and another."""
+    eye = torch.eye(32)
+    context = with_direction(refusing_context(block=4), eye[REFUSAL] + eye[END + 3])
+    return context, measure_reach(context, **{**ALL, "tries": 0})
+
+
 @pytest.mark.parametrize("block", [2, 4])
 def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: int) -> None:
-    found = measure_reach(refusing_context(block=block), **ALL)
+    found = reached(block)
     assert found.depths == tuple(range(LAYERS))
     assert found.effective_depths == tuple(range(block + 1))
     assert found.tokens == ("N",)
     assert all(abs(s.value - 1) < 1e-3 for s in found.remaining["both"][block + 1 :])
     assert f"from block {block} on" in found.summary()
-    check_finding(found, ["first edited block", "behavior left", "KL on controls (nats)"])
+    check_finding(found, ["first edited block", "behavior remaining", "KL on controls (nats)"])
 
 
 def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     """Attention writes the refusal; no MLP does."""
-    found = measure_reach(refusing_context(block=3), **ALL)
+    found = reached(4)
     assert found.remaining["attention"][2].high < 0.05
     assert abs(found.remaining["mlp"][2].value - 1) < 1e-3
     assert found.works("attention")
@@ -64,13 +79,12 @@ def test_the_part_that_writes_it_is_told_from_the_other() -> None:
 @pytest.mark.parametrize("layer", [0, 3])
 def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     """A direction half beside the refusal's, by copies of the weights in double precision, one prompt at a time."""
-    eye = torch.eye(32)
-    context = with_direction(refusing_context(block=4), eye[REFUSAL] + eye[END + 3])
+    context, reach = half_reached()
     base, after = both(context, layer)
     token = find_typical_first_tokens(base["target"], base["control"])
     mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
     left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
-    found = measure_reach(context, **ALL).remaining["both"][layer]
+    found = reach.remaining["both"][layer]
     assert found.value == pytest.approx(float(left), abs=1e-4)
     assert 0.01 < found.value < 0.99
     assert found.n == 12
@@ -91,13 +105,14 @@ def test_what_it_costs_is_that_of_baked_weights(layer: int) -> None:
 def both(context: AnalysisContext, layer: int) -> list[dict[str, Tensor]]:
     """Log-probabilities by group of the model and of a copy whose blocks from the layer on write nothing along d."""
     subject = context.subject
-    models = (subject.model, cut(subject.model, layer, context.directions.basis[-1, 0].double()))
+    plain, d = copy.deepcopy(subject.model).double(), context.directions.basis[-1, 0].double()
+    models = (plain, cut(plain, layer, d))
     rows = {group: render_prompts(subject, context.held_out[group]) for group in ("target", "control")}
     return [{g: torch.stack([logits(m, row) for row in ids]) for g, ids in rows.items()} for m in models]
 
 
 def cut(model: torch.nn.Module, layer: int, d: Tensor) -> torch.nn.Module:
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model)
     for block in model.model.layers[layer:]:
         for writer in (block.self_attn.o_proj, block.mlp.down_proj):
             writer.weight.data -= torch.outer(d, d @ writer.weight)
@@ -108,7 +123,7 @@ def cut(model: torch.nn.Module, layer: int, d: Tensor) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, row: list[int]) -> Tensor:
-    return copy.deepcopy(model).double()(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+    return model(torch.tensor([row])).logits[0, -1].log_softmax(-1)
 
 
 def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
@@ -117,7 +132,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
     plain = context_of_model(subject, asked())
     paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
     anchored = replace(plain, activations=collect_activations(subject, asked(), request=ProbeRequest(paths)))
-    oblique = replace(anchored, directions=find_directions(anchored.acts, [Step(use="leace")]))
+    oblique = replace(anchored, directions=find_directions(anchored.activations, [Step(use="leace")]))
     cost = [measure_reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
     assert len({round(c, 9) for c in cost}) == 3
     assert cost[1] < cost[0]
@@ -132,7 +147,7 @@ def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
     assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.summary()
     assert measure_refusal_rate(context.subject, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
-    assert measure_reach(context, **{**ALL, "tries": 0}).answered == ()
+    assert measure_reach(context, **{**ALL, "depths": 1, "tries": 0}).answered == ()
 
 
 def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
@@ -151,9 +166,9 @@ def test_depths_end_at_the_last_block(n: int, low: float, most: int, blocks: lis
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_directions_find_nothing(seed: int) -> None:
-    found = measure_reach(with_random_direction(refusing_context(), seed), **ALL)
+    found = measure_reach(with_random_direction(refusing_context(), seed), **{**ALL, "depths": 4})
     assert found.effective_depths == ()
     assert all(abs(s.value - 1) < 0.1 for s in found.remaining["both"])
     assert "from no depth on" in found.summary()
@@ -161,7 +176,7 @@ def test_random_directions_find_nothing(seed: int) -> None:
 
 def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
     """Of 32 dimensions, removing a random one in every block moves this model's answers."""
-    found = measure_reach(refusing_context(), **ALL)
+    found = reached(2)
     assert found.effective_depths[0] == 0
     as_random = replace(found, remaining={**found.remaining, "both": found.remaining["random"]})
     assert as_random.effective_depths == ()
@@ -172,7 +187,7 @@ def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
 def test_groups_that_do_not_differ_find_nothing(null: str) -> None:
     context: AnalysisContext = refusing_context()
     context = with_same_groups(context) if null == "same" else replace(context, held_out=shuffled(asked()))
-    found = measure_reach(context, **ALL)
+    found = measure_reach(context, **{**ALL, "depths": 4})
     assert found.effective_depths == ()
     assert not found.tokens or null == "shuffled"
     check_finding(found, ["first edited block"])

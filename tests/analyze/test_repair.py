@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,44 +18,51 @@ from tests.support.contexts import (
     with_random_direction,
     with_same_groups,
 )
-from tests.support.refuser import CLEAN, COMMON, LAYERS, REFUSAL, asked, shuffled
+from tests.support.refuser import CLEAN, COMMON, LAYERS, REFUSAL, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.repair import compute_single_step_p_values, measure_repair
+from obliteratus.analyze.base import subsample
+from obliteratus.analyze.repair import (
+    compute_single_step_p_values,
+    compute_written_back,
+    judge_repair,
+    measure_directions,
+    measure_repair,
+)
+from obliteratus.analyze.significance import draw_unit_vectors
 
 BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
 
 
-def repairing(strength: float = 8.0, at: int = 6) -> AnalysisContext:
+@cache
+def repairing(at: int = 6) -> AnalysisContext:
     """The refuser, and a later MLP that writes REFUSAL where the trigger's trace is there and REFUSAL is not."""
-    context = refusing_context(block=2)
-    layers: Any = context.subject.model.model.layers
+    subject = refuser(block=2)
+    layers: Any = subject.model.model.layers
     attention, mlp = layers[2].self_attn, layers[at].mlp
     attention.v_proj.weight.data[1] = attention.v_proj.weight.data[0]
     attention.o_proj.weight.data[BACK, 1] = attention.o_proj.weight.data[REFUSAL, 0]
     mlp.gate_proj.weight.data[5, REFUSAL] = -4  # open where REFUSAL is low
     mlp.gate_proj.weight.data[5, COMMON] = 2
     mlp.up_proj.weight.data[5, BACK] = 1
-    mlp.down_proj.weight.data[REFUSAL, 5] = strength
-    subject = context.subject
+    mlp.down_proj.weight.data[REFUSAL, 5] = 8
     return with_direction(context_of_model(subject, asked()), torch.eye(subject.width)[REFUSAL])
 
 
 @pytest.mark.parametrize("at", [4, 6])
 def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
-    found = measure_repair(repairing(at=at))
-    assert found.significant == list(
-        range(2, at)
-    )  # before block 2 nothing is taken; from ``at`` on nobody is left to repair
+    found = measure_repair(repairing(at=at), prompts=4)
+    # Before block 2 nothing is removed; from ``at`` on no layer is left that could repair.
+    assert found.significant == list(range(2, at))
     assert all(found.restored[depth] > 0.2 for depth in found.significant)
     assert "later layers write back" in found.summary()
-    check_finding(found, ["taken up to layer", "Δ along d"])
+    check_finding(found, ["removed up to layer", "Δ along d"])
 
 
 def test_layers_that_do_not_repair_show_nothing() -> None:
-    found = measure_repair(refusing_context(block=2))
+    found = measure_repair(refusing_context(block=2), prompts=4)
     assert found.significant == []
     assert torch.allclose(found.remaining, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
     assert float(found.restored.abs().max()) < 1e-4
@@ -62,12 +71,14 @@ def test_layers_that_do_not_repair_show_nothing() -> None:
 
 def test_layers_that_lean_on_it_are_below_zero() -> None:
     """Block 5 writes REFUSAL again where it is there already: what is taken below it takes that too."""
-    context = refusing_context(block=2)
-    mlp: Any = context.subject.model.model.layers[5].mlp
+    subject = refuser(block=2)
+    context = with_direction(refusing_context(block=2), torch.eye(subject.width)[REFUSAL])
+    context = replace(context, subject=subject)
+    mlp: Any = subject.model.model.layers[5].mlp
     mlp.gate_proj.weight.data[0, CLEAN] = 2  # the last token's own
     mlp.up_proj.weight.data[0, REFUSAL] = 1
     mlp.down_proj.weight.data[REFUSAL, 0] = 2
-    found = measure_repair(context)
+    found = measure_repair(context, prompts=4, depths=7)
     assert found.significant == []
     assert all(found.restored[depth] < -0.1 for depth in (2, 3, 4))
 
@@ -129,22 +140,31 @@ def baked(model: Any, depth: int, d: Tensor) -> Any:
 
 # ------------------------------------------------------------------------------------------------------- nulls
 def test_a_random_direction_is_not_written_back() -> None:
-    for seed in range(5):
-        assert measure_repair(with_random_direction(repairing(), seed), prompts=4).significant == []
+    for seed in range(2):
+        context = with_random_direction(repairing(), seed)
+        assert measure_repair(context, prompts=4, depths=4).significant == []
 
 
 def test_random_directions_are_found_no_more_often_than_the_level() -> None:
-    """In a model of random weights, where later layers answer to everything: of 60 directions 3 are the level."""
+    """In a model of random weights, where later layers answer to everything: of 60 directions 3 are the level.
+
+    All directions are measured once, and each is compared with 19 others drawn from them.
+    """
     subject = tiny_subject("llama_biased")
-    context = context_of_model(subject, asked())
+    units, layers = draw_unit_vectors(60, subject.width, 1000), tuple(range(subject.n_layers - 1))
+    measured = measure_directions(subject, subsample(asked(), 4), layers, units, -1)
+    back = torch.stack([compute_written_back(one, layers) for one in measured])
     found, by_p = 0, 0
-    for seed in range(60):
-        noise = torch.randn(subject.width, generator=torch.Generator().manual_seed(1000 + seed))
-        one = measure_repair(with_direction(context, noise), prompts=4, seed=seed)
+    for i in range(60):
+        others = torch.randperm(59, generator=torch.Generator().manual_seed(i))[:19]
+        one = judge_repair(measured[i], layers, torch.cat([back[i : i + 1], back[others + (others >= i)]]), 0.05, i)
         found += bool(one.significant)
         by_p += bool((one.p <= one.level).any())
     assert found <= by_p <= 8  # the binomial's 99.6 % point
     assert by_p >= 1  # the limit is not out of reach
+    context = with_direction(context_of_model(subject, asked()), units[0])
+    same = measure_repair(context, prompts=4)
+    assert torch.allclose(same.restored, judge_repair(measured[0], layers, back, 0.05, 0).restored, atol=1e-6)
 
 
 def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
@@ -154,7 +174,7 @@ def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
 
 
 def test_identical_groups_show_nothing() -> None:
-    found = measure_repair(with_same_groups(repairing()))
+    found = measure_repair(with_same_groups(repairing()), prompts=4, depths=4)
     assert found.significant == []
     assert float(found.direct.abs().max()) == 0
     assert float(found.restored.abs().max()) == 0
@@ -162,12 +182,8 @@ def test_identical_groups_show_nothing() -> None:
 
 def test_shuffled_groups_show_nothing() -> None:
     context = repairing()
-    assert (
-        measure_repair(
-            with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])
-        ).significant
-        == []
-    )
+    mixed = with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])
+    assert measure_repair(mixed, prompts=4, depths=4).significant == []
 
 
 def test_depths_are_spread_and_cost_is_told() -> None:

@@ -98,9 +98,9 @@ def test_a_direction_of_many_features_is_not_sparse(file: str) -> None:
     """The negative control of the planted ones: a random direction, beside mean differences that are random too."""
     found = [
         run(pointing(one_population(), dictionary(1, 64, seed)[0]), pretrained=file, stream=2).significant
-        for seed in range(40, 60)
+        for seed in range(40, 52)
     ]
-    assert sum(bool(f) for f in found) <= 4  # of 20 at level 0.05: the binomial's 99.7 % point
+    assert sum(bool(f) for f in found) <= 3  # of 12 at level 0.05: the binomial's 99.8 % point
 
 
 # ---------------------------------------------------------------------------------------------------- chance
@@ -117,13 +117,13 @@ def test_one_population_gives_nothing() -> None:
 def test_false_findings_keep_to_the_level(spread: float) -> None:
     """Round populations and long ones, whose mean differences all lie near one axis, and features of a few prompts."""
     hits = torch.zeros(2)
-    for seed in range(100):
+    for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(80, 1, 24, generator=generator) * torch.logspace(spread, -spread, 24)
         rows += 3 * (torch.rand(80, 1, 24, generator=generator) < 0.05)
         found = run(context_of_activations(activations_of(rows[:40], rows[40:])))
         hits += torch.tensor([bool(found.significant), bool(found.discriminating)])
-    assert (hits <= 11).all(), hits  # 5 are the level, and 11 its binomial upper end (99.6 %)
+    assert (hits <= 8).all(), hits  # 3 are the level, and 8 its binomial upper end (99.7 %)
 
 
 # --------------------------------------------------------------------------------------- it is its definition

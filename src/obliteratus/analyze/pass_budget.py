@@ -30,7 +30,7 @@ def estimate_passes(steps: Sequence[Step], values: Values) -> dict[str, int]:
     return {s.use: analyses[s.use].cost(analyses.check(s.use, s.options)).count_passes(values) for s in steps}
 
 
-def split_by_budget(passes: Mapping[str, int], budget: float) -> tuple[list[str], dict[str, str]]:
+def split_by_budget(passes: Mapping[str, int], budget: int | float) -> tuple[list[str], dict[str, str]]:
     """Return the analyses that the budget has room for, in their order, and by name why the others are left out.
 
     Analyses are taken from the cheapest on, so that as many run as can; of equals, the first.

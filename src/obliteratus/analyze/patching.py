@@ -18,7 +18,7 @@ from obliteratus.analyze.significance import Contrast, contrast_within_pairs, de
 from obliteratus.analyze.writers import attention_outputs, block_output_modules
 from obliteratus.core.cost import Cost, constant, prompt_count, variable
 from obliteratus.core.results import Score
-from obliteratus.core.shapes import Float
+from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
@@ -218,9 +218,15 @@ class PatchingSetup:
     def _score(self, streams: Float[Tensor, "pairs width"]) -> Float[Tensor, " pairs"]:
         if self.along is not None:
             return streams @ self.along
-        one, two = (compute_next_token_log_probs(self.subject, x).argmax(1) for x in (self.patched, self.source))
+        one, two = self._first_choices
         logp, rows = compute_next_token_log_probs(self.subject, streams), torch.arange(len(streams))
         return logp[rows, one] - logp[rows, two]
+
+    @cached_property
+    def _first_choices(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+        """The model's first choice of next token for the prompts to patch, and for the source prompts."""
+        patched, source = (compute_next_token_log_probs(self.subject, x).argmax(1) for x in (self.patched, self.source))
+        return patched, source
 
     def measure_effects(self, places: Sequence[PatchLocation]) -> Float[Tensor, "pairs places"]:
         """Return by how much a patch at each place moves each pair's score; all patches share the same passes."""

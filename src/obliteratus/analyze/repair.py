@@ -131,9 +131,9 @@ def measure_repair(
     layers = _space_evenly(subject.n_layers - 1, depths)
     chosen = subsample(context.prompts, prompts)
     units = torch.cat([aim.vector[None], draw_unit_vectors(random, subject.width, seed)])
-    measured = _measure_directions(subject, chosen, layers, units, context.activations.position)
+    measured = measure_directions(subject, chosen, layers, units, context.activations.position)
     back = torch.stack([compute_written_back(one, layers) for one in measured])
-    return _make_repair(measured[0], layers, back, level, seed)
+    return judge_repair(measured[0], layers, back, level, seed)
 
 
 def _space_evenly(n: int, most: int) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ Measured = tuple[Float[Tensor, "plans a streams"], Float[Tensor, "plans b stream
 """Streams along a direction, of target and of control prompts; the first plan is the original model."""
 
 
-def _measure_directions(
+def measure_directions(
     subject: Subject, prompts: PromptSet, layers: Sequence[int], units: Float[Tensor, "n width"], position: int
 ) -> list[Measured]:
     """Measure each direction under its removal at each depth. The original model runs once for all directions."""
@@ -216,9 +216,10 @@ def compute_single_step_p_values(back: Float[Tensor, "draws depths"]) -> Float[T
     return (back.max(1).values[:, None] >= back[:1]).double().mean(0)
 
 
-def _make_repair(
+def judge_repair(
     measured: Measured, layers: tuple[int, ...], back: Float[Tensor, "draws depths"], level: float, seed: int
 ) -> Repair:
+    """Return the result for one direction, given what is written back of it (the first draw) and of random ones."""
     delta = compute_group_differences(measured)
     resampled = compute_compensation(compute_group_differences(measured, seed), layers)
     values = compute_compensation(delta, layers)[:, 0]
