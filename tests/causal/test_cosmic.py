@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.causal import FitContext
-from obliteratus.causal.candidates import make_grid, score_candidates
+from obliteratus.causal.candidates import CandidateGrid, make_grid, score_candidates
 from obliteratus.causal.cosmic import ConceptInversionScorer, find_least_similar_streams
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
@@ -87,13 +88,19 @@ def test_without_the_kl_filter_another_wins() -> None:
     assert abs(float(found.basis[0, 0, COMMON])) > 0.3
 
 
-@pytest.mark.parametrize("max_kl", [0.1, 0.5, 100.0])
-def test_testing_the_best_first_chooses_as_the_full_grid(max_kl: float) -> None:
+@cache
+def full_grid() -> tuple[Subject, CandidateGrid, list[tuple[float, float]]]:
+    """Score and KL of every candidate."""
     subject = refuser(1, "n")
-    found, _ = chosen(subject, asked(), max_kl=max_kl)
     made = make_grid(subject, ids_of(subject, asked()), 5, 4, "cosmic")
     judge = ConceptInversionScorer.for_grid(subject, made, find_least_similar_streams(made.means, 0.1))
-    rows = [(judge.score(c), judge.trial.ablation_kl(c)) for c in made.candidates]
+    return subject, made, [(judge.score(c), judge.trial.ablation_kl(c)) for c in made.candidates]
+
+
+@pytest.mark.parametrize("max_kl", [0.1, 0.5, 100.0])
+def test_testing_the_best_first_chooses_as_the_full_grid(max_kl: float) -> None:
+    subject, made, rows = full_grid()
+    found, _ = chosen(subject, asked(), max_kl=max_kl)
     best = max((i for i, (_, moved) in enumerate(rows) if moved <= max_kl), key=lambda i: rows[i][0])
     assert float(found.raw[0]) == pytest.approx(rows[best][0])
     unit = torch.nn.functional.normalize(made.candidates[best].vector, dim=0)

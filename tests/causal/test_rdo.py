@@ -210,8 +210,8 @@ def test_it_stops_where_nothing_falls(subject: Subject, prompts: PromptSet) -> N
     assert len(rates) == 20
     assert rates[::5] == pytest.approx([1e-12, 1e-13, 1e-14, 1e-14])
     assert max(looks) - min(looks) < 1e-4
-    _, _, rates = fitted(subject, prompts, steps=30, lr=0.02, patience=1000)
-    assert len(rates) == 30
+    _, _, rates = fitted(subject, prompts, steps=25, lr=1e-12, patience=1000)
+    assert len(rates) == 25
 
 
 def test_a_gain_resets_the_patience_and_the_best_is_kept() -> None:

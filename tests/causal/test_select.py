@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_typical_tokens_are_frequent_and_the_targets_own() -> None:
 def test_named_tokens_are_the_texts_first() -> None:
     subject = tiny_subject("llama")
     assert opening_tokens(subject, ("No", "N", "Y"), "x") == sorted(byte(subject.tokenizer, c) for c in "NY")
-    with pytest.raises(UserError, match="tokenizer makes nothing of"):
+    with pytest.raises(UserError, match="the tokenizer returns no token"):
         opening_tokens(subject, ("",), "x")
 
 
@@ -175,9 +176,17 @@ def test_a_planted_direction_is_found_in_position_and_layer(block: int, clean: s
     assert found.unit.startswith("nats")
 
 
-def full(found: CandidateGrid, judge: RefusalScorer, max_kl: float, min_induce: float) -> int:
-    """All three scores of every candidate, then the filters, then the lowest bypass."""
-    rows = [(judge.bypass(c), judge.trial.ablation_kl(c), judge.induce(c)) for c in found.candidates]
+@cache
+def full_grid(seed: int) -> tuple[CandidateGrid, RefusalScorer, list[tuple[float, float, float]]]:
+    """All three scores of every candidate on a random model."""
+    subject = tiny_subject("gpt2", seed)  # two layers make one stream; more positions make up for it
+    found = make_grid(subject, ids_of(subject, asked()), SUFFIX, 4, "select")
+    judge = RefusalScorer.for_grid(subject, found, TOKENS)
+    return found, judge, [(judge.bypass(c), judge.trial.ablation_kl(c), judge.induce(c)) for c in found.candidates]
+
+
+def best_of(rows: list[tuple[float, float, float]], max_kl: float, min_induce: float) -> int:
+    """The filters on all candidates, then the lowest bypass."""
     kept = [(b, i) for i, (b, divergence, induce) in enumerate(rows) if divergence <= max_kl and induce >= min_induce]
     return min(kept)[1]
 
@@ -185,13 +194,10 @@ def full(found: CandidateGrid, judge: RefusalScorer, max_kl: float, min_induce: 
 @pytest.mark.parametrize(("quantile", "seed"), [(0.3, 0), (0.6, 0), (0.3, 1), (0.6, 2), (0.9, 3)])
 def test_testing_the_best_first_chooses_as_the_full_grid(quantile: float, seed: int) -> None:
     """Limits that a part of the candidates passes, on random models."""
-    subject = tiny_subject("gpt2", seed)  # two layers make one stream; more positions make up for it
-    found = make_grid(subject, ids_of(subject, asked()), SUFFIX, 4, "select")
-    judge = RefusalScorer.for_grid(subject, found, TOKENS)
-    divergence = torch.tensor([judge.trial.ablation_kl(c) for c in found.candidates])
-    induced = torch.tensor([judge.induce(c) for c in found.candidates])
+    found, judge, rows = full_grid(seed)
+    _, divergence, induced = torch.tensor(rows).T
     limits = float(divergence.quantile(quantile)), float(induced.quantile(1 - quantile))
-    wanted = full(found, judge, *limits)
+    wanted = best_of(rows, *limits)
     filters = (
         CandidateFilter("max_kl", judge.trial.ablation_kl, at_most(limits[0])),
         CandidateFilter("min_induce", judge.induce, at_least(limits[1])),

@@ -329,7 +329,7 @@ def test_experts_that_are_not_there_are_refused(expert: int | None, donors: list
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"experts": {}}, "asks for nothing"),
+        ({"experts": {}}, "changes nothing"),
         ({"experts": {"own": True, "blend": 0.1}}, "set a share below 1"),
         ({"experts": {"own": True}, "parts": ["attn.out"]}, "needs the part expert.out"),
         ({"experts": {"own": True, "share": 0.0}}, "share"),

@@ -54,7 +54,7 @@ def test_a_gain_of_zero_hides_its_coordinate() -> None:
     assert along[0, 0] == basis[0, 0] == 0
 
 
-def test_centred_rows_have_no_mean_and_span_the_same_centred_space() -> None:
+def test_centered_rows_have_no_mean_and_span_the_same_centered_space() -> None:
     rows = random_basis(12, 3, 0, torch.float64)
     found = center_rows(rows)
     assert found.mean(1).abs().max() < 1e-12

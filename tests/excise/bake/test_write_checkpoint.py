@@ -210,7 +210,7 @@ def test_what_is_not_stored_by_itself_is_written_from_memory_and_said(make_plan:
 # ------------------------------------------------------------------------------------- byte for byte
 def furnished(folder: Path) -> Path:
     """A sharded checkpoint with what the model class does not know: a draft layer, a tower, a scale in fp8; odd
-    metadata, a licence, custom code, and old weights in other forms."""
+    metadata, a license, custom code, and old weights in other forms."""
     stored(folder, "llama")
     extra = {
         "mtp.layers.0.weight": torch.randn(5, 3).bfloat16(),

@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import PlanMaker, random_basis
-from tests.inference.test_batching import gathered, rows_of
-from tests.inference.test_cached_prompts import above
 from tests.support.executors import opened
+from tests.support.one_at_a_time import above, gathered, rows_of
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -201,7 +200,7 @@ def test_what_runs_the_model_must_say_which_rows(make_plan: PlanMaker) -> None:
     with applied_per_row(subject, plans, [0, 1, 0, 1, 0, 1]):
         with pytest.raises(ValueError, match="does not say which rows"):
             subject.model(torch.tensor([ids[0]]))
-        with pytest.raises(ValueError, match="for 6 rows, and 2 prompts"):
+        with pytest.raises(ValueError, match="to 6 rows, but 2 prompts"):
             first_token_log_probs(subject, ids[:2])
     subject.model(torch.tensor([ids[0]]))
 
