@@ -7,42 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from tests.conftest import PlanMaker
-from tests.inference.test_batching import memory_for, plain_answer, plain_logits, rows_of
-from tests.support.tiny import KINDS, tiny_subject
+from tests.support.one_at_a_time import above, memory_for, plain_answer, plain_logits, rows_of, shared_subject
+from tests.support.tiny import KINDS, tiny_config, tiny_subject
 from torch import Tensor
 
-from obliteratus.core.types import Plan, Subject
+from obliteratus.core.types import Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference import batching as forward
-from obliteratus.inference import cached_prompts as trunk
+from obliteratus.inference import batching, cached_prompts
 from obliteratus.inference.cached_prompts import CachedPrompts, hooks_by_module, lowest_changed_block, supports_caching
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.inference.resume import PackedRows, skip_blocks
 from obliteratus.inference.token_losses import token_losses
+from obliteratus.summon.sites import find_architecture
 
 PLENTY = 1e9
 PARTS = ("attn.out", "mlp.out")
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-KEPT = [name for name in KINDS if supports_caching(tiny_subject(name))]
+def is_cacheable(name: str) -> bool:
+    family = find_architecture(tiny_config(name))
+    return not (family.recurrent or family.shares_state_across_layers)
 
 
-@pytest.fixture(scope="module", params=KEPT)
+CACHEABLE = [name for name in KINDS if is_cacheable(name)]  # told by the table, so that no model is built on import
+
+
+@pytest.fixture(params=CACHEABLE)
 def subject(request: pytest.FixtureRequest) -> Subject:
-    return tiny_subject(request.param)
+    return shared_subject(request.param)
 
 
-def above(plan: Plan, layer: int) -> Plan:
-    """What a plan edits in this block and higher."""
-    return replace(plan, edits=tuple(e for e in plan.edits if e.site.layer >= layer))
+def test_only_these_can_be_cached() -> None:
+    assert [name for name in KINDS if supports_caching(shared_subject(name))] == CACHEABLE
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def test_trials_are_what_they_are_from_scratch(
     subject: Subject, make_plan: PlanMaker, prefix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Edits from every layer up, one after the other, with small batches."""
-    monkeypatch.setattr(forward, "CPU_TOKENS", 30)
+    monkeypatch.setattr(batching, "CPU_TOKENS", 30)
     ids = rows_of(prefix)
     again = CachedPrompts(subject, ids, budget=PLENTY)
     for layer in [*range(subject.n_layers - 1, -1, -1), subject.n_layers - 1]:
@@ -87,7 +90,7 @@ def test_trials_are_what_they_are_from_scratch(
 def test_losses_from_each_block_up_are_those_from_scratch(
     subject: Subject, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "CPU_TOKENS", 30)
+    monkeypatch.setattr(batching, "CPU_TOKENS", 30)
     ids = rows_of()
     depths = range(1, subject.n_layers)
     again = CachedPrompts(subject, ids, budget=PLENTY, answers=[], leave=max(map(len, ids)), depths=depths)
@@ -98,7 +101,7 @@ def test_losses_from_each_block_up_are_those_from_scratch(
             torch.testing.assert_close(found, torch.cat(token_losses(subject, ids)), rtol=1e-4, atol=1e-4)
             assert not torch.allclose(found, before, atol=1e-2)
     assert set(again.layers.streams) == set(depths)
-    assert not again.layers.states
+    assert not again.layers.key_values
 
 
 def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMaker) -> None:
@@ -111,7 +114,7 @@ def test_one_trial_against_the_library_alone(subject: Subject, make_plan: PlanMa
         assert again.generate(8) == [plain_answer(subject, row, 8) for row in ids]
 
 
-@pytest.mark.parametrize("name", sorted(set(KINDS) - set(KEPT)))
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(CACHEABLE)))
 def test_where_nothing_can_be_kept_trials_are_right_too(name: str, make_plan: PlanMaker) -> None:
     """Recurrent states, and blocks that hand on keys and values: every block runs."""
     subject, ids = tiny_subject(name), rows_of()
@@ -158,12 +161,12 @@ def test_begun_above_an_edit_it_would_be_lost(
     ids = rows_of()
     again = CachedPrompts(subject, ids, budget=PLENTY)
     again.first_token()
-    monkeypatch.setattr(trunk, "lowest_changed_block", lambda subject, before: subject.n_layers)
+    monkeypatch.setattr(cached_prompts, "lowest_changed_block", lambda subject, before: subject.n_layers)
     with applied(subject, above(make_plan(subject, PARTS, strength=2.0), 0)):
         assert not torch.allclose(again.first_token(), first_token_log_probs(subject, ids), atol=1e-3)
 
 
-def test_a_trunk_of_an_edited_model(make_plan: PlanMaker) -> None:
+def test_a_cache_made_under_an_edit(make_plan: PlanMaker) -> None:
     """Made under an edit it stands for that model, and notices when the edit goes."""
     subject, ids = tiny_subject("llama"), rows_of()
     low = make_plan(subject, PARTS, strength=2.0)
@@ -265,12 +268,12 @@ def test_bytes_held_are_the_bytes_foreseen(subject: Subject, make_plan: PlanMake
         with applied(subject, above(make_plan(subject, PARTS), layer)):
             again.first_token()
     assert again.layers.bytes_held() == again.layers.bytes_needed(again.layers.cuts)
-    assert bool(again.layers.states) == (answers != [])
+    assert bool(again.layers.key_values) == (answers != [])
 
 
 def test_a_budget_keeps_the_lower_cuts(make_plan: PlanMaker) -> None:
     subject, ids = tiny_subject("llama"), rows_of()
-    whole = CachedPrompts(subject, ids, budget=PLENTY).kept
+    whole = CachedPrompts(subject, ids, budget=PLENTY).layers
     assert whole.cuts == (1, 2)
     for budget, cuts in ((whole.bytes_needed([1, 2]), (1, 2)), (whole.bytes_needed([1, 2]) - 1, (1,)), (0.0, ())):
         again = CachedPrompts(subject, ids, budget=budget)
@@ -289,8 +292,8 @@ def test_answers_to_some_rows_alone(subject: Subject, make_plan: PlanMaker) -> N
         expected = generate(subject, ids, 6)
         assert again.generate(6) == [a if i in (1, 4) else [] for i, a in enumerate(expected)]
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
-        assert again.layers.states[0][0].shape[0] == len(again.prompts.rows[1]) + len(again.prompts.rows[4])
-        with pytest.raises(ValueError, match="not made to answer"):
+        assert again.layers.key_values[0][0].shape[0] == len(again.prompts.rows[1]) + len(again.prompts.rows[4])
+        with pytest.raises(ValueError, match="not in `answers`"):
             again.generate(6, rows=[1, 2])
 
 
@@ -308,7 +311,7 @@ def test_what_cannot_be_resumed_runs_whole(
         torch.testing.assert_close(again.first_token(), first_token_log_probs(subject, ids), **CLOSE)
         assert again.layers.cuts == ()
         assert again.layers.bytes_held() == 0
-        monkeypatch.setattr(trunk, "matches_uncached", lambda *args: True)
+        monkeypatch.setattr(cached_prompts, "matches_uncached", lambda *args: True)
         forced = CachedPrompts(subject, ids, budget=PLENTY, answers=answers)
         forced.hooks = again.hooks
         assert not torch.allclose(forced.first_token(), first_token_log_probs(subject, ids), atol=1e-3)
@@ -324,7 +327,7 @@ def test_wrong_keys_and_values_are_noticed(make_plan: PlanMaker, monkeypatch: py
     with applied(subject, above(make_plan(subject, PARTS), 1)):
         assert again.generate(6) == generate(subject, ids, 6)
         assert again.layers.cuts == ()
-        monkeypatch.setattr(trunk, "matches_uncached", lambda *args: True)
+        monkeypatch.setattr(cached_prompts, "matches_uncached", lambda *args: True)
         torch.testing.assert_close(forced.first_token(), first_token_log_probs(subject, ids), **CLOSE)
         assert forced.generate(6) != generate(subject, ids, 6)
 

@@ -28,8 +28,8 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def scatter(rows: Tensor) -> Tensor:
     """[streams, width, width] about the mean, in float64."""
-    centred = rows.double() - rows.double().mean(0)
-    return torch.einsum("nsw,nsv->swv", centred, centred)
+    centered = rows.double() - rows.double().mean(0)
+    return torch.einsum("nsw,nsv->swv", centered, centered)
 
 
 def drawn(n: int, width: int, decay: float, offset: float = 30.0) -> Tensor:

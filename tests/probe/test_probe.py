@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.activations import assert_same
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.core.types import ProbeRequest, Prompt, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 
 NAMES = ["llama", "gpt2", "gemma3_text"]
-TAPS = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
+WRITERS = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,9 @@ def test_running_moments_keep_no_rows_and_the_same_mean(subject: Subject, prompt
     assert torch.equal(mean.mean, rows.mean)
 
 
-@pytest.mark.parametrize("name", TAPS)
+@pytest.mark.parametrize("name", WRITERS)
 def test_anchors_are_the_control_groups_mean_output(name: str, prompts: PromptSet) -> None:
-    subject, path, seen = tiny_subject(name), TAPS[name], []
+    subject, path, seen = tiny_subject(name), WRITERS[name], []
     acts = collect_activations(subject, prompts, request=ProbeRequest([path]))
     handle = subject.module(path).register_forward_hook(lambda m, a, y: seen.append(y[0, -1]))
     for row in render_prompts(subject, prompts["control"]):
@@ -73,27 +74,11 @@ def test_a_number_that_is_none_is_named(value: float, prompts: PromptSet) -> Non
 
 
 def test_saved_activations_are_the_same(subject: Subject, prompts: PromptSet, tmp_path: Path) -> None:
-    path = TAPS["llama"]
+    path = WRITERS["llama"]
     for keep in ("rows", "sketch", "moments"):
         acts = collect_activations(subject, prompts, Probe(keep=keep), request=ProbeRequest([path]))
         save_activations(acts, tmp_path)
         assert_same(load_activations(tmp_path), acts)
-
-
-def assert_same(found: Activations, expected: Activations) -> None:
-    assert (found.position, found.digest) == (expected.position, expected.digest)
-    assert found.groups.keys() == expected.groups.keys()
-    for group, moments in expected.groups.items():
-        again = found.groups[group]
-        assert again.count == moments.count
-        assert torch.equal(again.mean, moments.mean)
-        assert (again.rows is None) == (moments.rows is None)
-        assert moments.rows is None or (again.rows is not None and torch.equal(again.rows, moments.rows))
-        assert (again.sketch is None) == (moments.sketch is None)
-        if again.sketch is not None and moments.sketch is not None:
-            parts = zip(vars(again.sketch).values(), vars(moments.sketch).values(), strict=True)
-            assert all(torch.equal(x, y) for x, y in parts)
-    assert all(torch.equal(found.outputs[k], v) for k, v in expected.outputs.items())
 
 
 def test_the_digest_tells_prompts_options_and_models_apart(subject: Subject, prompts: PromptSet) -> None:
