@@ -48,5 +48,5 @@ def _split(subject: Subject, edit: Edit, share: float) -> tuple[Edit, ...]:
             f"{edit.site.path} has {weight.shape[1]} inputs, not a multiple of {heads} heads; leave excise.heads out"
         )
     order = attribute_to_heads(weight, edit.along.to(weight), heads).argsort(descending=True, stable=True)
-    kept = sorted(order[: max(1, round(share * heads))].tolist())
-    return tuple(replace(edit, site=replace(edit.site, span=(h * size, (h + 1) * size))) for h in kept)
+    chosen = sorted(order[: max(1, round(share * heads))].tolist())
+    return tuple(replace(edit, site=replace(edit.site, span=(h * size, (h + 1) * size))) for h in chosen)

@@ -36,7 +36,7 @@ class MatrixProjections:
     """V = A W."""
     spread: Float[Tensor, "out k"]
     """W Vᵀ."""
-    own: Float[Tensor, "k in"]
+    on_basis: Float[Tensor, "k in"]
     """B W, which is V if the projection is orthogonal."""
     columns: Float[Tensor, " in"]
     """Squared length of each column."""
@@ -57,8 +57,8 @@ def project_matrix(
 ) -> MatrixProjections:
     """Return the products of W with the directions: one pass over the weight, two for an oblique projection."""
     along = (basis if covectors is None else covectors) @ weight
-    own = along if covectors is None else basis @ weight
-    return MatrixProjections(along, weight @ along.T, own, weight.square().sum(0), weight.square().sum(1))
+    on_basis = along if covectors is None else basis @ weight
+    return MatrixProjections(along, weight @ along.T, on_basis, weight.square().sum(0), weight.square().sum(1))
 
 
 def compute_norm_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], strength: float, rule: NormRule) -> Scales:
@@ -72,7 +72,7 @@ def compute_norm_scales(m: MatrixProjections, basis: Float[Tensor, "k out"], str
         inner = ((basis.T @ (m.along @ m.along.T)) * basis.T).sum(1)
         return Scales(outputs=_factor(m.rows, m.rows - 2 * strength * cross + strength**2 * inner))
     squared = ((basis @ basis.T) @ m.along * m.along).sum(0)
-    after = m.columns - 2 * strength * (m.own * m.along).sum(0) + strength**2 * squared
+    after = m.columns - 2 * strength * (m.on_basis * m.along).sum(0) + strength**2 * squared
     if rule == "columns":
         return Scales(inputs=_factor(m.columns, after))
     if rule == "whole":
@@ -149,8 +149,8 @@ def edit_bias(
     edited = None if bias is None else project(bias, basis, strength, covectors)
     if anchor is None:
         return edited
-    kept = strength * (anchor @ (basis if covectors is None else covectors).T) @ basis
-    return kept if edited is None else edited + kept
+    shift = strength * (anchor @ (basis if covectors is None else covectors).T) @ basis
+    return shift if edited is None else edited + shift
 
 
 def fold_gain_orthogonal(basis: Float[Tensor, "k out"], gain: Float[Tensor, " out"]) -> Float[Tensor, "k out"]:
@@ -183,12 +183,12 @@ def fold_gain_oblique(
     return folded_along, folded_basis
 
 
-def center_rows(basis: Float[Tensor, "k out"]) -> Float[Tensor, "kept out"]:
+def center_rows(basis: Float[Tensor, "k out"]) -> Float[Tensor, "rows out"]:
     """Return orthonormal rows that span these rows minus their means, which is what passes a LayerNorm.
 
     Rows that are constant vanish, so fewer rows than given may come back.
     """
     rest = basis - basis.mean(1, keepdim=True)
     _, size, v = torch.linalg.svd(rest, full_matrices=False)
-    kept: Tensor = v[size > MIN_REMAINING_SHARE**0.5]
-    return kept.contiguous()
+    centered: Tensor = v[size > MIN_REMAINING_SHARE**0.5]
+    return centered.contiguous()

@@ -65,18 +65,21 @@ def plan_edits(
         for site, weight in zip(subject.sites, weights, strict=True)
         if site.part in parts and float(weight) != 0
     ]
-    made = tuple(edit for edit in edits if edit is not None)
-    if not made:
+    site_edits = tuple(edit for edit in edits if edit is not None)
+    if not site_edits:
         raise NothingMatchedError(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    more: list[Change] = [] if options.neurons is None else make_masks(subject, made, acts, options.neurons)
-    more += [make_shift(made, directions, acts, options.steer)] if options.steer else []
-    edited: tuple[Change, ...] = made if options.heads is None else split_by_head(subject, made, options.heads)
+    added: list[Change] = [] if options.neurons is None else make_masks(subject, site_edits, acts, options.neurons)
+    if options.steer:
+        added.append(make_shift(site_edits, directions, acts, options.steer))
+    changes: tuple[Change, ...] = site_edits
+    if options.heads is not None:
+        changes = split_by_head(subject, site_edits, options.heads)
     if options.experts is not None:
-        edited = split_by_expert(edited, acts, options.experts)
-    return Plan((*edited, *more), subject.source.digest)
+        changes = split_by_expert(changes, acts, options.experts)
+    return Plan((*changes, *added), subject.source.digest)
 
 
 def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:

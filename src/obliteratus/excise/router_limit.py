@@ -33,13 +33,15 @@ def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[P
         return new
     ids = render_prompts(subject, prompts[:CHECK_PROMPTS])
 
-    def chosen(factor: float) -> Int[torch.Tensor, "rows stacks k"]:
+    def experts_at(factor: float) -> Int[torch.Tensor, "rows stacks k"]:
         with applied(subject, done + _scale_router_edits(new, factor)):
             return read_chosen_experts(subject, ids, stacks)
 
-    before = chosen(0.0)
+    before = experts_at(0.0)
     factor, share = find_largest_factor(
-        lambda factor: float(compute_changed_share(before, chosen(factor)).mean()), MAX_CHANGED_SHARE, BISECTION_STEPS
+        lambda factor: float(compute_changed_share(before, experts_at(factor)).mean()),
+        MAX_CHANGED_SHARE,
+        BISECTION_STEPS,
     )
     if factor == 0:
         raise UserError(
@@ -52,19 +54,19 @@ def limit_router_edits(subject: Subject, done: Plan, new: Plan, prompts: tuple[P
 
 def read_chosen_experts(subject: Subject, ids: Ids, stacks: list[str]) -> Int[torch.Tensor, "rows stacks k"]:
     """Return the experts chosen at each prompt's last token. All stacks of a model choose the same number."""
-    found: dict[int, torch.Tensor] = {}
+    by_row: dict[int, torch.Tensor] = {}
     for reading in read_hidden_states(subject, ids, request=ProbeRequest(expert_modules=stacks), title="routers"):
         each = torch.stack([reading.routing[path].chosen for path in stacks], 1)
-        found |= dict(zip(reading.rows, each, strict=True))
-    return torch.stack([found[row] for row in range(len(ids))])
+        by_row |= dict(zip(reading.rows, each, strict=True))
+    return torch.stack([by_row[row] for row in range(len(ids))])
 
 
 def compute_changed_share(
     before: Int[torch.Tensor, "rows stacks k"], after: Int[torch.Tensor, "rows stacks k"]
 ) -> Float[torch.Tensor, "rows stacks"]:
     """Return the share of experts chosen before that are not among those chosen after, whatever their order."""
-    kept = (before.unsqueeze(-1) == after.unsqueeze(-2)).any(-1)
-    return 1 - kept.float().mean(-1)
+    unchanged = (before.unsqueeze(-1) == after.unsqueeze(-2)).any(-1)
+    return 1 - unchanged.float().mean(-1)
 
 
 def _edits_router(change: Change) -> bool:

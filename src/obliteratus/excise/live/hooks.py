@@ -32,7 +32,7 @@ GetOps = Callable[[], LiveOps]
 def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     """Inside, the model computes as if the plan were baked into it; afterwards it is unchanged, bit for bit.
 
-    Raises UserError if the plan was made for another model or holds what this one has not.
+    Raises UserError if the plan was made for another model or edits what this one does not have.
     """
     if plan.edits:
         check_fits(subject, plan)
@@ -42,8 +42,8 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
             site = changes[0].site
             module = subject.module(site.path)
             get_ops = partial(compile_changes, module, changes)
-            late = needs_stored_weight(subject, changes)
-            handles += _attach_lazily(module, site, get_ops) if late else _attach(module, site, get_ops())
+            lazy = needs_stored_weight(subject, changes)
+            handles += _attach_lazily(module, site, get_ops) if lazy else _attach(module, site, get_ops())
         yield
     finally:
         for handle in handles:
@@ -87,11 +87,11 @@ def _attach_lazily(module: nn.Module, site: Site, get_ops: GetOps) -> list[Remov
 
 
 def _experts_forward(module: nn.Module, site: Site, get_ops: GetOps) -> Forward:
-    own = module.forward
+    original: Forward = module.forward
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         if _PAUSED.get():
-            return own(x, chosen, weights)
+            return original(x, chosen, weights)
         return run_edited_experts(module, site, get_ops(), (x, chosen, weights))
 
     return forward

@@ -57,8 +57,8 @@ def applied_per_row(subject: Subject, plans: Sequence[Plan], plan_of_row: Sequen
         for name in dict.fromkeys(name for sites in by_site for name in sites):
             changes = [sites.get(name, ()) for sites in by_site]
             path = next(c for own in changes for c in own).site.path
-            late = any(needs_stored_weight(subject, own) for own in changes if own)
-            handles += _attach(subject.module(path), changes, late)
+            lazy = any(needs_stored_weight(subject, own) for own in changes if own)
+            handles += _attach(subject.module(path), changes, lazy)
         with assign_prompt_variants(plan_of_row):
             yield
     finally:
@@ -66,10 +66,10 @@ def applied_per_row(subject: Subject, plans: Sequence[Plan], plan_of_row: Sequen
             handle.remove()
 
 
-def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], late: bool) -> list[Removable]:
-    """Attach the hooks of one site. changes: by plan. late: compile them when the module first runs."""
+def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], lazy: bool) -> list[Removable]:
+    """Attach the hooks of one site. changes: by plan. lazy: compile them when the module first runs."""
     site = next(c for own in changes for c in own).site
-    shared = None if late else share_edits(changes, execution_device(module))
+    shared = None if lazy else share_edits(changes, execution_device(module))
     if shared is not None:
         reads = site.role == "reads"
         return [_hook_input(module, _in_turn(shared[::-1])) if reads else _hook_output(module, _in_turn(shared))]
@@ -79,12 +79,12 @@ def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], late: bool) 
         return [compile_changes(module, own) if own else None for own in changes]
 
     handles: list[Removable] = []
-    known = () if late else [live for live in get_ops() if live is not None]
-    if (late and site.stacked) or any(live.experts for live in known):
+    known = () if lazy else [live for live in get_ops() if live is not None]
+    if (lazy and site.stacked) or any(live.experts for live in known):
         return [replace_forward(module, _experts_forward(module, site, get_ops))]
-    if late or any(live.output_ops or live.new_bias is not None for live in known):
+    if lazy or any(live.output_ops or live.new_bias is not None for live in known):
         handles.append(_hook_output(module, _by_plan(get_ops, edit_output)))
-    if late or any(live.input_ops or live.input_scale is not None for live in known):
+    if lazy or any(live.input_ops or live.input_scale is not None for live in known):
         handles.append(_hook_input(module, _by_plan(get_ops, lambda x, args, live: edit_input(x, live))))
     return handles
 
