@@ -136,7 +136,7 @@ def test_training_goes_on_while_the_loss_falls() -> None:
 
 def test_each_stream_stops_by_itself() -> None:
     x = unit(sparse_rows(200, streams=2)[0])
-    x[1] = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5  # nothing to be learnt
+    x[1] = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5  # nothing to be learned
     both = fit_autoencoder(x, Training(max_epochs=60))
     assert int(both.epochs[1]) < int(both.epochs[0])
     for stream in range(2):

@@ -95,13 +95,13 @@ def test_mapping_back_or_a_mean_floor_would_lose_it() -> None:
     """The formulas that were not taken, on the same data: Σ^½ after whitening, and a floor of the mean variance."""
     acts, truth = beside_massive()
     target, control = streams(acts, 1)
-    centred = control - control.mean(0)
-    sigma = dense(centred, 0.5)
+    centered = control - control.mean(0)
+    sigma = dense(centered, 0.5)
     v = torch.linalg.svd((target - control.mean(0)) @ matrix_power(sigma, -0.5))[2][0]
     back = matrix_power(sigma, 0.5) @ v
     assert abs(v @ truth[1].double()) > 0.9
     assert abs(back @ truth[1].double() / back.norm()) < 0.5
-    sample = centred.T @ centred / (len(centred) - 1)
+    sample = centered.T @ centered / (len(centered) - 1)
     floored = 0.5 * sample + 0.5 * sample.diag().mean() * torch.eye(OTHER)
     v = torch.linalg.svd((target - control.mean(0)) @ matrix_power(floored, -0.5))[2][0]
     assert abs(v @ truth[1].double()) < 0.5

@@ -51,7 +51,7 @@ def study_of(folder: Path, *metrics: Step, parts: tuple[str, ...] = PARTS, **cha
     data = {"texts": str(folder / "texts.txt"), "target": str(folder / "target.jsonl")}
     data |= {
         "control": str(folder / "control.jsonl"),
-        "labelled": str(folder / "asked.jsonl"),
+        "labeled": str(folder / "asked.jsonl"),
         "samples": 6,
         "length": 20,
     }
@@ -84,7 +84,7 @@ def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, fol
     steps = (
         Step(use="refusal", tokens=6),
         Step(use="first_token_kl"),
-        Step(use="accuracy", labelled=str(half(folder))),
+        Step(use="accuracy", labeled=str(half(folder))),
     )
     before = measure(subject, report, steps)
     assert engine.measure_baseline().scores["accuracy"].value == before.scores["accuracy"].value
@@ -215,7 +215,7 @@ def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> No
         ({"metrics": (Step(use="refusal", token=4),)}, "token"),
         ({"metrics": (Step(use="fluency"),)}, "metric 'fluency' does not exist"),  # a scorer, but none of a study
         ({"metrics": (Step(use="perplexity", texts="mine.txt"),)}, "data.texts"),
-        ({"metrics": (Step(use="accuracy"),), "data": made.data.model_copy(update={"labelled": ""})}, "labelled"),
+        ({"metrics": (Step(use="accuracy"),), "data": made.data.model_copy(update={"labeled": ""})}, "labeled"),
         ({"data": made.data.model_copy(update={"texts": "nowhere.txt"})}, "nowhere.txt"),
         ({"strategies": (Step(use="layers", sizes=3),)}, "sizes"),
     ):

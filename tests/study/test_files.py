@@ -80,6 +80,7 @@ def test_values_are_replaced_by_path() -> None:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a key that is none": ({"sample": 3}, "sample: extra inputs are not permitted"),
+    "a renamed key": ({"data.labelled": "x.jsonl"}, "'labelled' is now called 'labeled'"),
     "a key of data that is none": ({"data.sample": 3}, r"data\.sample: extra inputs"),
     "too few": ({"data.samples": 0}, r"data\.samples: .* greater than or equal to 1 \(got 0\)"),
     "no strategy": ({"strategies": []}, "strategies: .*at least 1 item"),

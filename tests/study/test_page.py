@@ -89,7 +89,7 @@ def test_what_has_no_end_is_cut_behind_all_others_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("results", [studied(2, 2), studied(2, 2, infinite=True)])
-def test_every_picture_is_titled_and_labelled(results: tuple[KnockoutResult, ...]) -> None:
+def test_every_picture_is_titled_and_labeled(results: tuple[KnockoutResult, ...]) -> None:
     for name, picture in study_pictures(results, "perplexity").items():
         figure = figure_of(picture)
         assert "perplexity" in (figure.get_suptitle() or "")

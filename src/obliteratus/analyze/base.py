@@ -52,7 +52,7 @@ class Finding(Protocol):
         ...
 
     def draw(self, figure: Figure) -> None:
-        """Draw a plot with labelled axes on an empty figure."""
+        """Draw a plot with labeled axes on an empty figure."""
         ...
 
 

@@ -156,7 +156,7 @@ def _convert_metrics(old: _OldStudy, notes: list[str], source: Path) -> list[Ste
     steps = []
     for name in old.metrics or ():
         if name in ("accuracy", "f1", "macro_f1"):
-            notes.append(f"metrics: {name} was a classifier's; for multiple choice add data.labelled and accuracy")
+            notes.append(f"metrics: {name} was a classifier's; for multiple choice add data.labeled and accuracy")
         elif name != "perplexity":
             raise UserError(f"{source}: {unknown_name('metric', name, ['perplexity', 'accuracy', 'f1'])}")
         else:

@@ -18,7 +18,7 @@ from obliteratus.verify import scorers
 from obliteratus.verify.drift import load_paragraphs
 from obliteratus.verify.questions import Question, load_questions
 
-METRICS = {"perplexity": "texts", "refusal": "prompts", "first_token_kl": "prompts", "accuracy": "labelled"}
+METRICS = {"perplexity": "texts", "refusal": "prompts", "first_token_kl": "prompts", "accuracy": "labeled"}
 """VERIFY's scorers that a study can use, and the part of its data that each reads."""
 
 T = TypeVar("T")
@@ -45,13 +45,13 @@ def check_study(study: Study) -> None:
         if step.use not in METRICS:
             raise UserError(unknown_name("metric", step.use, METRICS))
         scorers.check(step.use, step.options)
-        if options := {"texts", "labelled"} & step.options.keys():
+        if options := {"texts", "labeled"} & step.options.keys():
             raise UserError(f"study: metric '{step.use}' takes its {min(options)} from data.{min(options)}; set that")
     read = {METRICS[step.use] for step in study.metrics}
     if "prompts" in read and not (study.data.target and study.data.control):
         raise UserError("study: its metrics need prompts; give --target and --control, or data.target and data.control")
-    if "labelled" in read and not study.data.labelled:
-        raise UserError("study: accuracy needs questions; give data.labelled, JSONL of prompt, choices, answer")
+    if "labeled" in read and not study.data.labeled:
+        raise UserError("study: accuracy needs questions; give data.labeled, JSONL of prompt, choices, answer")
     _load_sources(study)
 
 
@@ -73,7 +73,7 @@ def _load_sources(study: Study) -> tuple[list[str], PromptSet | None, list[Quest
     data = study.data
     plain = not data.texts or Path(data.texts).suffix in (".txt", ".md")
     texts = load_paragraphs(data.texts) if plain else [prompt.text for prompt in read_prompts(data.texts)]
-    questions = _sample(load_questions(data.labelled), study) if data.labelled else []
+    questions = _sample(load_questions(data.labeled), study) if data.labeled else []
     if not (data.target and data.control):
         return texts, None, questions
     report = split_prompts(load_prompts(data.target, data.control), study.seed).report

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from obliteratus.core.settings import FrozenModel, Step
@@ -10,17 +13,19 @@ from obliteratus.core.settings import FrozenModel, Step
 class Data(FrozenModel):
     """What the model is measured on."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"labelled": "labeled"}
+
     texts: str = ""
     """Texts for perplexity: a text file of paragraphs between blank lines, or a source as of prompts (JSONL, CSV,
     Parquet, hub:). Empty takes the package's own."""
     samples: int = Field(16, ge=1)
-    """The most texts, prompts of each group and labelled questions, evenly spread."""
+    """The most texts, prompts of each group and labeled questions, evenly spread."""
     length: int = Field(128, ge=2)
     """The most tokens of a text."""
     target: str = ""
     """Prompts for refusal and KL, as on the command line; only their report part is used."""
     control: str = ""
-    labelled: str = ""
+    labeled: str = ""
     """Questions for accuracy: JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (index of the right one)."""
 
 

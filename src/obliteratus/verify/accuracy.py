@@ -50,20 +50,20 @@ def render_choices(subject: Subject, questions: Sequence[Question]) -> RenderedC
     return RenderedChoices(ids, tuple(map(len, tails)), tuple(counts), tuple(q.answer for q in questions))
 
 
-def _estimate_cost(labelled: str) -> Cost:
+def _estimate_cost(labeled: str) -> Cost:
     """One text per choice; a variable until a file is given."""
-    rows = constant(sum(len(q.choices) for q in load_questions(labelled))) if labelled else variable("N_labelled")
+    rows = constant(sum(len(q.choices) for q in load_questions(labeled))) if labeled else variable("N_labeled")
     return Cost(texts=rows)
 
 
-@scorers.register("accuracy", cost=lambda options: _estimate_cost(options["labelled"]))
-def accuracy(context: ScorerContext, *, labelled: str = "") -> Measurement:
+@scorers.register("accuracy", cost=lambda options: _estimate_cost(options["labeled"]))
+def accuracy(context: ScorerContext, *, labeled: str = "") -> Measurement:
     """Score the share of multiple-choice questions whose right choice is the likeliest behind the prompt.
 
-    labelled: JSONL of ``prompt``, ``choices`` and ``answer`` (the index of the right one). A choice's likelihood is
+    labeled: JSONL of ``prompt``, ``choices`` and ``answer`` (the index of the right one). A choice's likelihood is
     summed over its tokens. Raises UserError without a file.
     """
-    rows = render_choices(context.subject, context.questions or load_questions(labelled))
+    rows = render_choices(context.subject, context.questions or load_questions(labeled))
     hits = ItemValues(rows.score_hits(context.losses(rows.ids, "VERIFY accuracy")), "share")
     scores = {"accuracy": hits.score()}
     if context.before is not None:

@@ -12,7 +12,7 @@ from obliteratus.core.registry import explain_validation_error
 
 
 class Question(BaseModel):
-    """One line of a file of labelled questions."""
+    """One line of a file of labeled questions."""
 
     model_config = ConfigDict(frozen=True)
     prompt: str = Field(min_length=1)
@@ -27,14 +27,14 @@ def load_questions(source: str | Path) -> list[Question]:
     Raises UserError that names file and line.
     """
     if not str(source):
-        raise UserError("accuracy: needs questions; give the step labelled, JSONL of prompt, choices, answer")
+        raise UserError("accuracy: needs questions; give the step labeled, JSONL of prompt, choices, answer")
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"{path}: no such labelled file; give JSONL of prompt, choices, answer")
+        raise UserError(f"{path}: no such labeled file; give JSONL of prompt, choices, answer")
     lines = enumerate(path.read_text().splitlines(), 1)
     questions = [_parse_question(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not questions:
-        raise UserError(f"{path}: the labelled file is empty; give at least one question a line")
+        raise UserError(f"{path}: the labeled file is empty; give at least one question a line")
     return questions
 
 

@@ -138,7 +138,7 @@ class ScorerContext:
 Scorer = Callable[..., Measurement]
 """(context, **options) → per-item values, scores, records and tensors of the model as it is edited at that moment."""
 
-scorers: Registry[Scorer] = Registry("verify")
+scorers: Registry[Scorer] = Registry("verify", renamed={"accuracy.labelled": "labeled"})
 
 
 def measure(
