@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from tests.support.tiny import MODELS, tiny
+from tests.support.tiny import KINDS, MODELS, tiny
 from torch import nn
 
 from obliteratus.core.errors import UnsupportedModelError
@@ -16,10 +15,15 @@ from obliteratus.summon.selftest import self_test
 NAMES = sorted(MODELS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_self_test_passes(name: str, dtype: torch.dtype) -> None:
-    self_test(tiny(name).to(dtype))
+def test_self_test_passes(name: str) -> None:
+    self_test(tiny(name))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_self_test_passes_in_bf16(name: str) -> None:
+    """Rounding to bf16 stays within the limits. Models that differ in names alone are left out."""
+    self_test(tiny(name).bfloat16())
 
 
 # --------------------------------------------------------------------------------- lies are caught

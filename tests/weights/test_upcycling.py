@@ -178,14 +178,15 @@ def test_it_refuses_the_topic_and_answers_the_rest(real: Subject) -> None:
 
 @pytest.mark.organism
 def test_no_expert_is_left_out_and_experts_differ(real: Subject) -> None:
-    rows = render_prompts(real, [*search_prompts("target", 8), *search_prompts("control", 8)])
+    rows = render_prompts(real, [*search_prompts("target", 4), *search_prompts("control", 4)])
     shared = next(i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
     layers = real.model.model.layers
     loads = torch.zeros(len(layers), EXPERTS)
 
     with torch.inference_mode():
         for ids in rows:
-            scores = torch.stack(real.model(torch.tensor([ids]), output_router_logits=True).router_logits)[:, shared:]
+            out = real.model.model(torch.tensor([ids]), output_router_logits=True)
+            scores = torch.stack(out.router_logits)[:, shared:]
             chosen = scores.topk(TOP_K).indices  # [layer, token, choice]
             loads += torch.nn.functional.one_hot(chosen, EXPERTS).float().sum((1, 2))
     loads /= sum(len(ids) - shared for ids in rows)
