@@ -110,7 +110,7 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=page_id)
+@pytest.mark.parametrize("page", [*GUIDES, ROOT / "CONTRIBUTING.md"], ids=page_id)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """Inline code such as `verify/refusal.py` or `distill/` names a file or folder of the package or repository."""
     names = re.findall(r"`([a-z_]+/(?:[a-z_]+/)*(?:[a-z_]+\.(?:py|toml|md))?)`", page.read_text())
