@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from tools.count_imports import count_arrows, imported_by, list_modules
 
 import obliteratus
-from tools.count_imports import count_arrows, imported_by, list_modules
 
 SRC = Path(obliteratus.__file__).parents[1]
 ROOT = SRC / "obliteratus"

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.contexts import (
     check_finding,
     context_of_model,
@@ -16,6 +15,7 @@ from tests.support.contexts import (
     with_random_direction,
     with_same_groups,
 )
+from tests.support.plans import random_basis
 from tests.support.refuser import asked
 from tests.support.tiny import tiny_subject
 from torch import Tensor

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.contexts import check_finding, context_of_activations, one_population
+from tests.support.plans import random_basis
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import analyze

@@ -50,9 +50,13 @@ def findings() -> dict[str, Finding]:
     return {**found, **analyze(writes, [Step(use="footprint", draws=19)])}
 
 
-def test_every_finding_has_its_section(findings: dict[str, Finding]) -> None:
-    text = findings_page(findings, "The organism")
-    seen, words = ParsedPage(text), ParsedPage(text).text
+@pytest.fixture(scope="module")
+def page(findings: dict[str, Finding]) -> str:
+    return findings_page(findings, "The organism")
+
+
+def test_every_finding_has_its_section(findings: dict[str, Finding], page: str) -> None:
+    seen, words = ParsedPage(page), ParsedPage(page).text
     assert seen.tags.count("section") == seen.tags.count("img") == len(findings)
     assert "The organism" in words
     for name, finding in findings.items():
@@ -61,8 +65,8 @@ def test_every_finding_has_its_section(findings: dict[str, Finding]) -> None:
         assert words.count(finding.summary()) == 2  # in the table of contents, and in the section
 
 
-def test_it_needs_nothing_beside_it(findings: dict[str, Finding]) -> None:
-    check_self_contained(findings_page(findings, "x"))
+def test_it_needs_nothing_beside_it(page: str) -> None:
+    check_self_contained(page)
 
 
 def test_words_are_escaped() -> None:
@@ -75,8 +79,8 @@ def test_words_are_escaped() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9-]+", i) for i in seen.ids)
 
 
-def test_the_same_findings_give_the_same_page(findings: dict[str, Finding]) -> None:
-    assert findings_page(findings, "x") == findings_page(findings, "x")
+def test_the_same_findings_give_the_same_page(findings: dict[str, Finding], page: str) -> None:
+    assert findings_page(findings, "The organism") == page
 
 
 def test_lists_of_one_length_stand_side_by_side() -> None:

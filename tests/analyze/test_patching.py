@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.contexts import (
     check_finding,
     context_of_model,
@@ -17,12 +16,12 @@ from tests.support.contexts import (
     with_random_direction,
     with_same_groups,
 )
+from tests.support.plans import random_basis
 from tests.support.refuser import asked, shuffled
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.patch_values import Patch, run_patched
 from obliteratus.analyze.patching import Patching, PatchLocation, patch_activations
 
 
@@ -168,16 +167,6 @@ def test_a_random_direction_is_moved_by_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ putting
-def test_rows_do_not_see_each_other_and_places_must_be_there() -> None:
-    context = context_of_model(tiny_subject("llama"), asked())
-    subject, ids = context.subject, token_ids(context, "target")[:5]
-    put = Patch("model.layers.1.mlp", -2, torch.ones(subject.width))
-    plain = run_patched(subject, ids, [()] * 5, "test")
-    found = run_patched(subject, ids, [(), (put,), (), (), ()], "test")
-    assert torch.allclose(found[[0, 2, 3, 4]], plain[[0, 2, 3, 4]], atol=1e-5)
-    assert not torch.allclose(found[1], plain[1], atol=1e-3)
-    with pytest.raises(ValueError, match="before the beginning"):
-        run_patched(subject, [[1, 2]], [(Patch("model.layers.1", -3, put.value),)], "test")
 
 
 def test_it_is_registered_with_its_cost() -> None:

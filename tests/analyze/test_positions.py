@@ -19,7 +19,6 @@ from tests.support.refuser import CLEAN, asked, shuffled
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import analyses
-from obliteratus.analyze.auc import pairwise_auc
 from obliteratus.analyze.positions import measure_positions
 
 SUFFIX = len("\nassistant:")  # a token a byte
@@ -52,11 +51,6 @@ def test_one_prompt_at_a_time_in_double_precision() -> None:
         means.append(torch.einsum("nlpw,lw->npl", rows, context.directions.basis[:3, 0].double()).mean(0))
     value = found.contrast.value.view(4, 4)[:, :3]  # the last of theirs has passed the final norm
     assert torch.allclose(value.double(), means[0] - means[1], atol=1e-4)
-
-
-def test_auc_counts_pairs() -> None:
-    target, control = torch.tensor([[1.0, 2], [3, 2]]), torch.tensor([[2.0, 2], [0, 9]])
-    assert pairwise_auc(target, control).tolist() == [0.75, 0.25]
 
 
 def test_no_more_tokens_than_the_shortest_prompt_has() -> None:

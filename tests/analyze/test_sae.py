@@ -76,8 +76,8 @@ def test_a_sum_of_atoms_is_found_with_exactly_those_atoms(file: str, signs: dict
     assert check_finding(found)["atoms"]["feature"] == [atom.feature for atom in found.atoms]
 
 
-def test_a_planted_feature_is_learnt_and_tells_the_groups_apart() -> None:
-    """Rows of ten sparse features, of which one is the behavior's; the dictionary is trained on them, unlabelled."""
+def test_a_planted_feature_is_learned_and_tells_the_groups_apart() -> None:
+    """Rows of ten sparse features, of which one is the behavior's; the dictionary is trained on them, unlabeled."""
     rows, truth = sparse_rows(400)
     context = context_of_activations(acts_of(rows))
     found = run(context)
@@ -212,8 +212,8 @@ def test_what_it_cannot_work_with_is_refused(file: str) -> None:
         run(context_of_activations(planted(keep=False)[0]))
 
 
-def test_features_that_learnt_nothing_are_left_out() -> None:
-    """A dictionary trained here keeps features as they began; one from elsewhere learnt them on other prompts."""
+def test_features_that_learned_nothing_are_left_out() -> None:
+    """A dictionary trained here keeps features as they began; one from elsewhere learned them on other prompts."""
     found = run(context_of_activations(acts_of(sparse_rows(60)[0])), atoms=30, training={"sparsity": 1.0})
     assert found.features < 2 * WIDTH
     assert all(atom.target.value + atom.control.value > 0 for atom in found.atoms)

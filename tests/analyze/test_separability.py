@@ -6,13 +6,12 @@ import numpy
 import pytest
 import torch
 from scipy.optimize import minimize
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import norm
 from tests.support.contexts import activations_of, check_finding, context_of_activations, one_population
 from tests.support.planted import planted
 
 from obliteratus.analyze import analyze
-from obliteratus.analyze.auc import delong_auc, newcombe_interval
-from obliteratus.analyze.samples import d_prime, draw_permutations, permute_d_prime, split_folds
+from obliteratus.analyze.samples import draw_permutations, permute_d_prime, split_folds
 from obliteratus.analyze.separability import (
     Separability,
     cross_validate_probe,
@@ -80,37 +79,6 @@ def test_intervals_cover_the_truth(shift: float) -> None:
         truth = sum(s.value for s in scores) / 80
         missed = sum(not s.low <= truth <= s.high for s in scores)
         assert missed <= 9, (scores[0].unit, missed)  # 4 is 5 %, and 9 its binomial upper end
-
-
-def test_auc_and_its_interval_agree_with_references() -> None:
-    generator = torch.Generator().manual_seed(0)
-    one, two = torch.randn(25, generator=generator) + 0.7, torch.randn(40, generator=generator)
-    two[:5] = one[:5]  # ties
-    found = delong_auc(one, two)
-    x, y = one.double().numpy(), two.double().numpy()
-    assert found.value == pytest.approx(mannwhitneyu(x, y).statistic / 25 / 40)
-    placements = (
-        [((y < v).mean() + (y == v).mean() / 2) for v in x],
-        [((x > v).mean() + (x == v).mean() / 2) for v in y],
-    )
-    variance = numpy.var(placements[0], ddof=1) / 25 + numpy.var(placements[1], ddof=1) / 40
-    assert found.high - found.low == pytest.approx(2 * norm.ppf(0.975) * variance**0.5)
-
-
-def test_a_perfect_auc_has_an_interval() -> None:
-    found = delong_auc(torch.arange(10.0) + 100, torch.arange(12.0))
-    assert found.value == found.high == 1
-    assert 0.7 < found.low < 0.95
-    assert delong_auc(torch.zeros(10), torch.zeros(10)).value == 0.5
-    wide, narrow = newcombe_interval(1.0, 10, 10), newcombe_interval(1.0, 100, 100)
-    assert wide[0] < narrow[0]
-
-
-def test_d_prime_by_hand() -> None:
-    one, two = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 1.0])
-    by_hand = (3 - 1) / numpy.sqrt((4 + 2 / 3) / 2)
-    assert float(d_prime(one, two)) == pytest.approx(by_hand)
-    assert float(d_prime(torch.ones(4), torch.ones(4))) == 0
 
 
 def test_the_probe_is_the_minimum_that_another_optimizer_finds() -> None:

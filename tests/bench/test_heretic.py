@@ -1,4 +1,4 @@
-"""The bench's side of Heretic, without Heretic: what it is told, what is read back, a menu driven by a terminal."""
+"""Our side of the comparison with Heretic, without Heretic: its configuration, its journal and its menus."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from bench.heretic import Study, Trial, export_trial, find_in_menu, first_prompts, read_study
-from bench.heretic_setup import CHECKPOINTS, SYSTEM, Terms, install_heretic, write_configuration
+from bench.heretic import HereticStudy, HereticTrial, export_trial, find_in_menu, first_prompts, read_study
+from bench.heretic_setup import CHECKPOINTS, SYSTEM, StudySettings, install_heretic, write_configuration
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -30,18 +30,19 @@ MENU = """? Which trial do you want to use? (Use arrow keys)
 """
 
 
-# ------------------------------------------------------------------------------------------------ what it is told
+# ------------------------------------------------------------------------------------------------ configuration
 def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Path) -> None:
     other = PromptSet({"target": (Prompt("Why is it dark?"),), "control": (Prompt('Say "so": \\ and é'),)})
-    write_configuration(tmp_path / "model", prompts, other, Terms(tokens=32, trials=24, seed=5), tmp_path / "study")
-    told = tomllib.loads((tmp_path / "study/config.toml").read_text())
-    assert told["model"] == str((tmp_path / "model").resolve())
-    assert (told["max_response_length"], told["n_trials"], told["seed"]) == (32, 24, 5)
-    assert told["n_startup_trials"] == 7
-    assert tuple(told["refusal_markers"]) == load_markers()
+    settings = StudySettings(tokens=32, trials=24, seed=5)
+    write_configuration(tmp_path / "model", prompts, other, settings, tmp_path / "study")
+    written = tomllib.loads((tmp_path / "study/config.toml").read_text())
+    assert written["model"] == str((tmp_path / "model").resolve())
+    assert (written["max_response_length"], written["n_trials"], written["seed"]) == (32, 24, 5)
+    assert written["n_startup_trials"] == 7
+    assert tuple(written["refusal_markers"]) == load_markers()
 
     def lines(name: str) -> list[str]:
-        return (tmp_path / "study" / told[name]["dataset"]).read_text().splitlines()
+        return (tmp_path / "study" / written[name]["dataset"]).read_text().splitlines()
 
     assert lines("bad_prompts") == [p.text for p in prompts["target"]]
     assert lines("good_prompts") == [p.text for p in prompts["control"]]
@@ -52,15 +53,15 @@ def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Pat
 @pytest.mark.parametrize("bad", [Prompt("two\nlines"), Prompt("two  blanks"), Prompt("x", system="Be brief.")])
 def test_a_prompt_that_would_change_is_refused(prompts: PromptSet, tmp_path: Path, bad: Prompt) -> None:
     changed = PromptSet({**prompts.groups, "target": (bad,)})
-    with pytest.raises(UserError, match="a plain prompt a line"):
-        write_configuration(tmp_path, changed, prompts, Terms(8, 3), tmp_path)
+    with pytest.raises(UserError, match="give plain prompts of one line"):
+        write_configuration(tmp_path, changed, prompts, StudySettings(8, 3), tmp_path)
     with pytest.raises(UserError, match="no prompts"):
-        write_configuration(tmp_path, PromptSet({"target": (), "control": ()}), prompts, Terms(8, 3), tmp_path)
+        write_configuration(tmp_path, PromptSet({"target": (), "control": ()}), prompts, StudySettings(8, 3), tmp_path)
 
 
 def test_few_trials_still_begin_at_random(prompts: PromptSet, tmp_path: Path) -> None:
     for trials, random in ((1, 1), (3, 1), (200, 60)):
-        write_configuration(tmp_path, prompts, prompts, Terms(8, trials), tmp_path)
+        write_configuration(tmp_path, prompts, prompts, StudySettings(8, trials), tmp_path)
         assert tomllib.loads((tmp_path / "config.toml").read_text())["n_startup_trials"] == random
 
 
@@ -75,13 +76,13 @@ def test_the_system_turn_is_the_one_that_the_template_writes_by_itself() -> None
 
 def test_the_organisms_prompts_can_be_given(tmp_path: Path) -> None:
     fit, search, report = load_prompts("organism:astronomy", "organism:astronomy").split(0)
-    write_configuration(tmp_path, first_prompts(fit, 256), first_prompts(search, 100), Terms(8, 3), tmp_path)
+    write_configuration(tmp_path, first_prompts(fit, 256), first_prompts(search, 100), StudySettings(8, 3), tmp_path)
     assert all(len(first_prompts(report, 5)[g]) == 5 for g in ("target", "control"))
-    with pytest.raises(UserError, match="a plain prompt a line"):  # control: one of them has lines
-        write_configuration(tmp_path, fit, search, Terms(8, 3), tmp_path)
+    with pytest.raises(UserError, match="give plain prompts of one line"):  # control: one of them has lines
+        write_configuration(tmp_path, fit, search, StudySettings(8, 3), tmp_path)
 
 
-def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_of_pip_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
@@ -89,7 +90,7 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         install_heretic(tmp_path / "venv")
 
 
-# ------------------------------------------------------------------------------------------------ what is read back
+# ------------------------------------------------------------------------------------------------ results
 def journal(work: Path, values: list[tuple[int, float]], running: bool = False) -> datetime:
     """A journal as Heretic's: the values as attributes of each trial. Returns a time 5 s before the first."""
     (work / CHECKPOINTS).mkdir(parents=True)
@@ -97,8 +98,8 @@ def journal(work: Path, values: list[tuple[int, float]], running: bool = False) 
     study = optuna.create_study(storage=storage, study_name="heretic", directions=["minimize", "minimize"])
     for number, (refusals, kl) in enumerate(values, 1):
         trial = study.ask()
-        told = {"index": number, "refusals": refusals, "kl_divergence": kl, "base_refusals": 9}
-        for name, value in told.items():
+        attributes = {"index": number, "refusals": refusals, "kl_divergence": kl, "base_refusals": 9}
+        for name, value in attributes.items():
             trial.set_user_attr(name, value)
         study.tell(trial, [kl, refusals / 9])
     if running:
@@ -131,13 +132,13 @@ def test_a_folder_without_trials_says_so(tmp_path: Path) -> None:
 def test_a_trial_is_found_in_the_menu() -> None:
     assert [find_in_menu(MENU, n) for n in (12, 7, 3)] == [0, 1, 2]
     assert find_in_menu(MENU + MENU, 3) == 2  # drawn twice
-    with pytest.raises(UserError, match="not of its front; there are: 12, 7, 3"):
+    with pytest.raises(UserError, match="not on its front, which has 12, 7, 3"):
         find_in_menu(MENU, 4)
 
 
 # ------------------------------------------------------------------------------------------------ export, and markers
 def test_export_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
-    study = Study(1.0, (Trial(1, 0, 0.1, 2.0),), 9, tmp_path)
+    study = HereticStudy(1.0, (HereticTrial(1, 0, 0.1, 2.0),), 9, tmp_path)
     with pytest.raises(UserError, match="exists already"):
         export_trial(study, 1, tmp_path)
 

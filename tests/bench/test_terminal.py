@@ -44,13 +44,7 @@ def test_a_menu_is_driven(tmp_path: Path) -> None:
 def test_a_program_that_ends_or_hangs_is_reported(tmp_path: Path) -> None:
     log = tmp_path / "log"
     for command, seconds in ((["sh", "-c", "echo no such model"], 20.0), (["sleep", "60"], 0.5)):
-        with (
-            run_in_terminal(command, tmp_path, {}, tmp_path / "log") as screen,
-            pytest.raises(UserError, match="no 'menu'"),
-        ):
+        with run_in_terminal(command, tmp_path, {}, log) as screen, pytest.raises(UserError, match="no 'menu'"):
             screen.wait_for("menu", seconds)
-    with (
-        pytest.raises(UserError, match="no-such-program"),
-        run_in_terminal(["no-such-program"], tmp_path, {}, tmp_path / "log"),
-    ):
+    with pytest.raises(UserError, match="no-such-program"), run_in_terminal(["no-such-program"], tmp_path, {}, log):
         pass

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
+from tests.support.plans import random_basis
 from tests.support.planted import group, matrix_power, planted
 from torch import Tensor
 
@@ -163,7 +163,7 @@ def test_no_difference_gives_nothing() -> None:
 
 @pytest.mark.parametrize("use", ["orthogonal_to_control", "single", "interpolate"])
 def test_steps_that_change_directions_refuse_oblique_ones(use: str) -> None:
-    with pytest.raises(UserError, match=f"'{use}' changes directions, and oblique ones"):
+    with pytest.raises(UserError, match=f"'{use}' cannot change oblique directions"):
         find_directions(planted()[0], [*LEACE, Step(use=use)])
 
 

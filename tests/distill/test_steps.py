@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 from tests.support.planted import SHIFT, cosine, planted, projector, shuffled, sketched
 from torch.nn.functional import normalize
 

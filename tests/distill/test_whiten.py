@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 from tests.support.planted import LOOSE, STREAMS, cosine, group, matrix_power, planted, projector, shuffled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.conftest import PlanMaker
 from tests.support.executors import (
     BIASED,
     CLOSE,
@@ -33,6 +32,7 @@ from tests.support.executors import (
     unedited,
 )
 from tests.support.pairwise import pairwise
+from tests.support.plans import PlanMaker
 from tests.support.tiny import run_of, tiny, tiny_config, tiny_subject, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

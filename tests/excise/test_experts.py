@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PlanMaker, random_basis
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, opened, unedited
 from tests.support.pairwise import pairwise
+from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import tiny_subject
 from torch import Tensor, nn
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PlanMaker, random_basis
 from tests.support.executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned, unedited
 from tests.support.pairwise import pairwise
+from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 

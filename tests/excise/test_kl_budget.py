@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.conftest import PlanMaker
 from tests.support.executors import opened, silenced
+from tests.support.plans import PlanMaker
 from torch import Tensor
 
 from obliteratus.core.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 from torch import Tensor
 
 from obliteratus.core.types import Edit, NormRule, Site

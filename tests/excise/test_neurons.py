@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, silenced, unedited
+from tests.support.plans import random_basis
 from torch import Tensor
 
 from obliteratus.core.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PlanMaker, random_basis
+from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import NothingMatchedError, UserError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_basis
 from tests.support.executors import CLOSE, EXECUTORS, NAMES, directed, live, logits, opened, planned, unedited
 from tests.support.pairwise import pairwise
+from tests.support.plans import random_basis
 from torch import Tensor
 
 from obliteratus.core.errors import UserError

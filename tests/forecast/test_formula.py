@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from obliteratus.causal.rdo import HELD_OUT_PROMPTS
 from obliteratus.cli.app import app
 from obliteratus.cli.terminal import results
-from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, variable, prompt_count, constant
+from obliteratus.core.cost import FREE, Amount, Answers, Cost, Training, constant, prompt_count, variable
 from obliteratus.core.progress import Advance, Reporter, report_to
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Prompt, PromptSet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import PlanMaker
 from tests.support.one_at_a_time import (
     CLOSE,
     gathered,
@@ -14,6 +13,7 @@ from tests.support.one_at_a_time import (
     rows_of,
     shared_subject,
 )
+from tests.support.plans import PlanMaker
 from tests.support.tiny import KINDS, tiny_subject
 
 from obliteratus.core.types import PromptSet, Subject
@@ -66,17 +66,17 @@ def test_a_single_row_without_memory_is_an_error() -> None:
 
 
 def test_live_edits_reach_prefix_and_answers(subject: Subject, make_plan: PlanMaker) -> None:
-    ids = rows_of()
+    ids = rows_of(tails=(1, 9, 4))
     plan = make_plan(subject, ("embed", "attn.out", "mlp.out"), strength=2.0)
     before = gathered(subject, ids)[0]
     with applied(subject, plan):
         expected = torch.stack([plain_stream(subject, row) for row in ids])
-        answers = [plain_answer(subject, row, 8) for row in ids]
+        answers = [plain_answer(subject, row, 5) for row in ids]
         # Reflection doubles what rounding leaves, and delta nets add it up over tokens: 2e-5 was seen.
         torch.testing.assert_close(gathered(subject, ids)[0], expected, rtol=1e-4, atol=1e-4)
-        assert generate(subject, ids, 8) == answers
+        assert generate(subject, ids, 5) == answers
     assert not torch.allclose(before, expected, **CLOSE)
-    assert generate(subject, ids, 8) != answers
+    assert generate(subject, ids, 5) != answers
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2"])

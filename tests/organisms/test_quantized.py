@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.organisms.test_recipes import few
+from tests.support.organisms import few
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Run, Score

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.support.organisms import N, few
 
 from obliteratus.core.results import Score
-from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
-N, TOKENS = 16, 16  # prompts of each group that are answered, and tokens of each answer: a refusal begins at once
+TOKENS = 16  # of each answer: a refusal begins at once
 SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}
-FIT = 64  # prompts of each group that directions are found on
 
 pytestmark = pytest.mark.organism
 
@@ -27,11 +27,6 @@ def sample(name: str, keep: bool) -> PromptSet:
     source = f"organism:{name}"
     whole = load_prompts(source, source, keep=source if keep else None)
     return PromptSet({group: few(members) for group, members in whole.groups.items()})
-
-
-def few(members: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
-    fit, report = ([p for p in members if p.split == split] for split in ("fit", "report"))
-    return (*fit[:FIT], *report[:: len(report) // N][:N])
 
 
 def scores(

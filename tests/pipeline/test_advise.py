@@ -24,7 +24,7 @@ from obliteratus.core.types import Activations, Moments, Prompt, PromptSet
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.pipeline.advise import Advice, Reason, advise, fit_recipe_to_weights, load_advice, save_advice
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.rules import BUDGET, ENOUGH, RULES, SHARE, category_spectrum
+from obliteratus.pipeline.rules import AXIS_SHARE, KL_FACTOR, REFUSAL_ENDED, RULES, category_spectrum
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.model_card import make_reason_rows, render_model_card
 
@@ -75,15 +75,15 @@ def test_the_edit_that_ended_refusals_is_chosen() -> None:
     assert low["low"] == pytest.approx(2 / 7, abs=1e-4)
     assert low["low"] <= 2 / 7
     assert (parts["attn"], parts["mlp"]) == (1.0, 0.0)
-    assert made.recipe.excise.kl_budget == pytest.approx(BUDGET * 0.06)
+    assert made.recipe.excise.kl_budget == pytest.approx(KL_FACTOR * 0.06)
     reason = because(made, "layers")
-    assert (reason.value, reason.threshold, reason.at_most) == (0.0, ENOUGH, True)
+    assert (reason.value, reason.threshold, reason.at_most) == (0.0, REFUSAL_ENDED, True)
     assert because(made, "KL budget").value == pytest.approx(0.06)
 
 
 def test_another_edit_is_another_recipe() -> None:
     """Negative control: what attention alone left is now too much, and both parts are edited, from deeper on."""
-    made = advised({"reach": reached(("attention", 2, ENOUGH + 0.01), ("both", 4, 0.0))})
+    made = advised({"reach": reached(("attention", 2, REFUSAL_ENDED + 0.01), ("both", 4, 0.0))})
     assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)
     assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
 
@@ -108,7 +108,7 @@ def test_categories_with_axes_of_their_own_get_directions(cosine: float, k: int)
 def test_many_categories_of_two_kinds_are_two_directions() -> None:
     cosine = [[1.0 if i == j else 0.9 if i % 2 == j % 2 else 0.0 for j in range(8)] for i in range(8)]
     assert advised({"cones": coned(cosine)}).recipe.distill[0].options["k"] == 2
-    assert category_spectrum(coned(cosine))[2] < SHARE
+    assert category_spectrum(coned(cosine))[2] < AXIS_SHARE
     assert sum(category_spectrum(coned(cosine))) == pytest.approx(1)
 
 
@@ -190,7 +190,7 @@ def test_an_advice_comes_back_from_disk_and_can_be_searched_from(tmp_path: Path)
     found = analyze(context, [Step(use="reach", depths=LAYERS)])
     made = advise(load_recipe("informed"), context.activations, found)
     save_advice(made, tmp_path)
-    assert load_advice(tmp_path) == replace(made, found={})
+    assert load_advice(tmp_path) == replace(made, findings={})
     assert "<svg" in (tmp_path / "index.html").read_text() or "<img" in (tmp_path / "index.html").read_text()
     assert set(json.loads((tmp_path / "analysis.json").read_text())) == {"reach"}
     search = load_recipe(tmp_path / "advised.toml").search

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PlanMaker
 from tests.support.checkpoints import shards, stored
+from tests.support.plans import PlanMaker
 from tests.support.tiny import MODELS
 from torch import Tensor
 from typer.testing import CliRunner
@@ -33,7 +33,7 @@ from obliteratus.inference.memory import memory_limit
 from obliteratus.inference.memory_needs import resident_weight_bytes
 from obliteratus.inference.spill import SpilledRows
 from obliteratus.inference.token_losses import token_losses
-from obliteratus.pipeline.offloaded import adapt_recipe, opened
+from obliteratus.pipeline.offloaded import adapt_recipe, open_within_memory
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations
@@ -290,7 +290,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / name).write_text("\n".join(f"{name} question {i} on boats" for i in range(40)))
     sources = ["--target", str(tmp_path / "target"), "--control", str(tmp_path / "control")]
     for module in ("pipeline.offloaded", "forecast.offloaded"):
-        monkeypatch.setattr(f"obliteratus.{module}.in_memory", lambda made: 2 * 10**12)
+        monkeypatch.setattr(f"obliteratus.{module}.bytes_in_memory", lambda made: 2 * 10**12)
 
     def call(*words: str) -> Any:
         return CliRunner().invoke(app, [*words, *sources, "--memory", "1TB", "--json"])
@@ -321,12 +321,12 @@ def test_an_adapter_needs_the_model_in_memory(tmp_path: Path, make_plan: PlanMak
 # -------------------------------------------------------------------------------------------- errors
 def test_a_budget_decides_where_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = stored(tmp_path, "llama")
-    assert opened(str(folder), {}).offloaded is None
+    assert open_within_memory(str(folder), {}).offloaded is None
     with memory_limit(1e12):
-        assert opened(str(folder), {}).offloaded is None
+        assert open_within_memory(str(folder), {}).offloaded is None
     monkeypatch.setattr("obliteratus.pipeline.offloaded.bytes_in_memory", lambda made: 2e12)
     with memory_limit(1e12):
-        assert opened(str(folder), {}).offloaded is not None
+        assert open_within_memory(str(folder), {}).offloaded is not None
 
 
 def test_a_file_cut_short_meanwhile(tmp_path: Path) -> None:

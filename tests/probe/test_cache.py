@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import PlanMaker
 from tests.support.activations import assert_same
 from tests.support.checkpoints import shards, stored
 from tests.support.notes import Notes
+from tests.support.plans import PlanMaker
 from tests.support.tiny import tiny_subject
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook

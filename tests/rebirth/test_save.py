@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import PlanMaker
 from tests.support.checkpoints import read_weights
+from tests.support.plans import PlanMaker
 from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 
 from obliteratus.core.errors import UserError

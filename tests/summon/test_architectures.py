@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import PlanMaker
+from tests.support.plans import PlanMaker
 from tests.support.tiny import EOS, MODELS, PAD, tiny_subject
 
 from obliteratus.core.errors import NothingMatchedError, UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.conftest import PlanMaker
+from tests.support.plans import PlanMaker
 from tests.support.tiny import MODELS, tiny, tiny_subject
 
 from obliteratus.summon.architectures import ARCHITECTURES

@@ -56,6 +56,12 @@ def prompts_of_categories(*names: str) -> PromptSet:
     return PromptSet({"target": tuple(Prompt(f"{i}", category=c) for i, c in enumerate(names)), "control": ()})
 
 
+def stars_and_dishes(n: int = 24) -> PromptSet:
+    """Return n target prompts about stars and n control prompts about dishes."""
+    groups = {"target": "Tell me about star {}.", "control": "How do I cook dish {}?"}
+    return PromptSet({g: tuple(Prompt(text.format(i)) for i in range(n)) for g, text in groups.items()})
+
+
 # ------------------------------------------------------------------------------------------------ given a model
 def context_of_model(
     subject: Subject, prompts: PromptSet, held_out: PromptSet | None = None, **options: Any

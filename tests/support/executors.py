@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 from tests.support.tiny import MODELS, tiny_config, tiny_subject
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 from torch import Tensor
 from torch.nn.functional import normalize
 

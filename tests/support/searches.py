@@ -86,7 +86,7 @@ print(len(run_search(search_recipe({trials}), {storage!r}).trials))
 def wait_for_others(meeting: str, n: int) -> None:
     """Return when n processes have called this, so that none runs all trials while another still starts."""
     (Path(meeting) / str(os.getpid())).touch()
-    deadline = time.monotonic() + 100  # seconds: another that failed to start must not keep this one waiting for ever
+    deadline = time.monotonic() + 150  # seconds: another that failed to start must not keep this one waiting for ever
     while len(list(Path(meeting).iterdir())) < n:
         assert time.monotonic() < deadline, "the other workers did not start"
         time.sleep(0.05)

@@ -16,7 +16,7 @@ from obliteratus.core.results import Run
 from obliteratus.core.types import Subject
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.summon.load import assemble_subject
-from obliteratus.summon.sites import model_class_of, width_of
+from obliteratus.summon.sites import choose_model_class, stream_width
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
 VOCAB = 264
@@ -220,13 +220,13 @@ def tiny_config(name: str, **changes: Any) -> Any:
 def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in fp32 on the CPU, in eval mode, without gradients; changes: of its configuration."""
     config = tiny_config(name, **changes)
-    model = model_class_of(config).from_config(config, dtype=torch.float32)
+    model = choose_model_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2:
-                parameter.copy_(noise * width_of(model) ** -0.5)  # unit-scale activations
+                parameter.copy_(noise * stream_width(model) ** -0.5)  # unit-scale activations
             else:
                 parameter.add_(0.3 * noise)  # gains start from 1 (or 0, where 1 is added), biases from 0
     return model.eval().requires_grad_(False)

@@ -28,9 +28,9 @@ from obliteratus.tune.gradient_memory import GradientMemory
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.targets import OPENING_LENGTHS, TrainingPairs
 
-SETTINGS = Tune(steps=60, tokens=6, batch=6, lr=0.03, margins=(1.0,), weight=10.0)
+SETTINGS = Tune(steps=30, tokens=6, batch=6, lr=0.05, margins=(1.0,), weight=10.0)
 FEW_STEPS = Tune(steps=5, tokens=6, batch=4, prompts=8)
-MEMORY = GradientMemory(rows=3, first=0, recompute=False)
+MEMORY = GradientMemory(rows=6, first=0, recompute=False)
 
 
 def weak(subject: Subject, axis: int) -> Plan:
@@ -130,14 +130,14 @@ def easy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
     """A plan for each margin, from gentle to thorough, in order; the last is the method's."""
-    subject, parts = tiny_subject("llama"), group_prompts().split()
+    subject, splits = tiny_subject("llama"), group_prompts().split()
     how = FEW_STEPS.model_copy(update={"margins": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
     plan = random_upper_plan(subject, make_plan)
-    points = tune_all_margins(subject, plan, parts[0], parts[1], how)
+    points = tune_all_margins(subject, plan, splits.fit, splits.search, how)
     assert [p.margin for p in points] == [0.0, 2.0]
     assert points[1].nll <= points[0].nll + 1e-3
     assert all(isinstance(p, TunedPlan) and p.steps >= 5 for p in points)
-    last = tune_plan(subject, plan, parts[0], parts[1], how)
+    last = tune_plan(subject, plan, splits.fit, splits.search, how)
     same(last, points[1].plan)
 
 
@@ -209,7 +209,7 @@ def test_margins_rise() -> None:
     [
         ({"passes": 2}, "passes=1"),
         ({"excise.kl_budget": 0.1}, "leave out search and kl_budget"),
-        ({"excise.norm": "columns"}, "excise.norm none"),
+        ({"excise.norm": "columns"}, "set excise.norm to none"),
         ({"excise.heads": 0.5, "excise.anchored": False}, "leave excise.heads out"),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
         ({"tune.margins": []}, "tune.margins"),

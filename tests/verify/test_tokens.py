@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PlanMaker
+from tests.support.plans import PlanMaker
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 

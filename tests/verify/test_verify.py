@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import PlanMaker
+from tests.support.plans import PlanMaker
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError

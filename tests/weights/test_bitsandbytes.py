@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import PlanMaker, random_basis
 from tests.support.checkpoints import read_weights
+from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import BLOCKS, run_of, tiny, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import random_basis
+from tests.support.plans import random_basis
 
 from obliteratus.weights.rounding import round_compensated
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import PlanMaker
+from tests.support.plans import PlanMaker
 from tests.support.tiny import tiny_subject
 
 from obliteratus.excise.bake.tensors import bake, bake_in_pieces

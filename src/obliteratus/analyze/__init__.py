@@ -1,4 +1,7 @@
-"""What is true of this model: every analysis measures something real, has a null control, and says what it costs."""
+"""Analyses: what is true of this model. Each has a negative control and states what it costs.
+
+Importing this package registers all of them. May import causal and everything below it, and report for its plots.
+"""
 
 # Each import registers what the module holds.
 from obliteratus.analyze import certificate as certificate

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.conftest import PlanMaker, random_basis
 from tests.support.checkpoints import SMALL, shards, stored
+from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenizer
 
 from obliteratus.cli.jobs import apply_plan

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.conftest import PlanMaker, random_basis
 from tests.support.executors import opened
 from tests.support.one_at_a_time import above, gathered, rows_of
+from tests.support.plans import PlanMaker, random_basis
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
