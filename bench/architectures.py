@@ -1,57 +1,55 @@
-"""docs/architectures.md: what each architecture of the table supports, from the table itself."""
+"""docs/architectures.md: what each architecture in the table supports."""
 
 from __future__ import annotations
 
 from itertools import chain
 
+from bench.common import format_rows
 from obliteratus.core.settings import expand_part
 from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED, Architecture, Branch, Matrix
 
-TITLE = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "a bias to bake", "notes"]
+COLUMNS = ["`model_type`", "mixers", "feed-forward", "writers", "behind a norm", "norms", "bias switch", "notes"]
 
 
-def make_architectures_page(made: str) -> str:
-    """made: the line that says that the page is made."""
-    return f"""{made}
+def make_architectures_page(note: str) -> str:
+    """Return the page. note: the line that says how the page is generated."""
+    return f"""{note}
 # The architectures
 
-{_table([TITLE, ["---"] * len(TITLE), *([f"`{name}`", *_cells(family)] for name, family in ARCHITECTURES.items())])}
+{format_rows(COLUMNS, [[f"`{name}`", *_cells(family)] for name, family in ARCHITECTURES.items()])}
 
-A row is one `config.model_type` and says what `obliteratus/summon/families.py` declares; the self-test tries each claim
-on a tiny random model of it (`tests/test_anatomy.py`), and `tests/test_executors.py` that live edits, baked weights and
-the saved model, loaded again, agree.
+Each row is one `config.model_type`, as `obliteratus/summon/architectures.py` declares it. The self-test checks each
+claim on a tiny random model (`tests/summon/`), and `tests/excise/test_executors.py` checks that live edits, baked
+weights and the saved and reloaded model agree.
 
-*Writers* are what edits reach, by part: `attn.out` is the mixer's output, whatever the mixer; `mlp.out` in a recipe
-takes `expert.out` (routed) and `shared.out` in. A stack holds all experts in one tensor, with its sizes in this order.
-*Behind a norm*: parts whose norm's gain is folded into the directions. *A bias to bake*: what anchored edits need for
-`--save merged`, beside biases that a model has; elsewhere such plans run live. All embeddings are writers too. Readers
-are `attn.in`, `mlp.in` (experts' too), `router` and `unembed`.
+*Writers* are the matrices that edits reach, by part. `attn.out` is the output of any mixer; `mlp.out` in a recipe
+includes `expert.out` (routed experts) and `shared.out`. A stack holds all experts in one tensor, with its sizes in
+this order. *Behind a norm* lists parts whose norm's gain is folded into the directions. *Bias switch* is the
+configuration key that lets `--save merged` store the bias of an anchored edit where the model has none; without it,
+such plans can only run live. All embeddings are writers too. Readers are `attn.in`, `mlp.in` (of experts too),
+`router` and `unembed`.
 
-*Stacks* are not held by adapters here, nor are the state spaces of `falcon_h1` and `nemotron_h`, which PEFT refuses:
-save those merged, or the plan. *Recurrent states*: a shared prefix is not reused, and prompts of equal length are
-answered together, as padding would enter the states. *Sees*: the text model inside is edited, and prompts are text.
+*Stacks* cannot be saved as adapters, nor can the state spaces of `falcon_h1` and `nemotron_h`, which PEFT refuses;
+save these merged or as a plan. *Recurrent states*: a shared prefix is not reused, and only prompts of equal length
+are answered together, since padding would enter the states. *Has vision*: the text model inside is edited, and
+prompts are text.
 
-## Looked at and not supported
-{_table([["`model_type`", "why"], ["---", "---"], *([f"`{name}`", why] for name, why in UNSUPPORTED.items())])}
+## Examined and not supported
+{format_rows(["`model_type`", "reason"], [[f"`{name}`", reason] for name, reason in UNSUPPORTED.items()])}
 
-Some configurations of these families are refused as well, with the reason: GPT-2 with cross-attention; OPT with
-projections around its blocks, with norms behind them or without a final one; Gemma 4 with `enable_moe_block`.
+Some configurations of supported architectures are refused as well, with the reason: GPT-2 with cross-attention; OPT
+with projections around its blocks, with norms after them or without a final norm; Gemma 4 with `enable_moe_block`.
 """
 
 
-def _table(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def _cells(family: Architecture) -> list[str]:
-    there: list[Architecture | Branch] = [family, *chain(*family.branches)]
-    writers = {part: Matrix(*matrix) for one in there for part, matrix in one.writers.items()}
-    half = [part for part in writers if part != "attn.out"]
+    sources: list[Architecture | Branch] = [family, *chain(*family.branches)]
+    writers = {part: Matrix(*matrix) for source in sources for part, matrix in source.writers.items()}
     return [
         _names(family, "attn.out", "attention"),
         _names(family, expand_part("mlp.out"), "MLP"),
-        ", ".join(f"`{part}`{_layout(matrix)}" for part, matrix in writers.items()) if half else "",
-        ", ".join(sorted({f"`{part}`" for one in there for part in one.post_norm})) or "–",
+        ", ".join(f"`{part}`{_layout(matrix)}" for part, matrix in writers.items()),
+        ", ".join(sorted({f"`{part}`" for source in sources for part in source.post_norm})) or "–",
         {"rms": "RMS", "rms+1": "RMS, 1 + w", "layer": "LayerNorm"}[family.norm],
         ", ".join(f"{name} (`{key}`)" for name, key in family.bias_switch.items()) or "–",
         _notes(family) or "–",
@@ -59,7 +57,7 @@ def _cells(family: Architecture) -> list[str]:
 
 
 def _names(family: Architecture, parts: str | tuple[str, ...], plain: str) -> str:
-    """The kinds of modules that write those parts."""
+    """Return the kinds of modules that write these parts."""
     wanted = {parts} if isinstance(parts, str) else set(parts)
     own = [plain] if wanted & set(family.writers) else []
     branches = [b.name for choice in family.branches for b in choice if wanted & set(b.writers)]
@@ -74,11 +72,11 @@ def _layout(matrix: Matrix) -> str:
 
 
 def _notes(family: Architecture) -> str:
-    said = {
+    notes = {
         "recurrent states": family.recurrent,
-        "sees": "language_model" in family.layers,
-        "reads the bare stream": not family.pre_norm and not any(b.pre_norm for b in chain(*family.branches)),
+        "has vision": "language_model" in family.layers,
+        "reads the stream without a norm": not family.pre_norm and not any(b.pre_norm for b in chain(*family.branches)),
         "blocks scale the stream": family.scales_stream,
         "biases of experts, whose weights sum to 1": family.routing_sums_to_one,
     }
-    return ", ".join(note for note, true in said.items() if true)
+    return ", ".join(note for note, applies in notes.items() if applies)

@@ -1,17 +1,17 @@
-"""Editing a stack of experts: seconds over those of writing it unedited, and what it adds to memory.
+"""Editing a stack of experts: seconds relative to writing it unedited, and the additional memory.
 
-    python -m bench.experts [--quick] [--json] [--repeats N]
+    python -m bench.experts [--quick | --smoke] [--json] [--repeats N]
 
-One random Mixtral block of 64 experts (quick: 16), 1024 wide, in fp32: what its experts write is a stack of 64
-matrices [1024, 1536], 403 MB. floor: the stack read from memory and written to a file. uniform: all experts lose one
-direction; own: each its own; ruled: each its own, with columns kept at their lengths; blend: all become in part the
-mean of half of them. Memory is the peak over what was resident before, in MB, and one matrix is 6 MB.
+The model is one random Mixtral block of 64 experts (--quick: 16), 1024 wide, in fp32. The down projections of its
+experts are a stack of 64 matrices [1024, 1536], 403 MB. floor: write the stack to a file. uniform: remove one
+direction from all experts; own: a different one from each; ruled: the same with the norms of columns kept; blend: move
+all experts towards the mean of half of them. Memory is the peak over what was resident before; one matrix has 6 MB.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ WIDTH, INNER = 1024, 1536
 
 
 def make_subject(experts: int) -> Subject:
-    """A model of one block, without a tokenizer: nothing is asked of it."""
+    """Return a model of one block, without a tokenizer."""
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=WIDTH,
@@ -46,7 +46,7 @@ def make_subject(experts: int) -> Subject:
 
 
 def make_plans(subject: Subject) -> dict[str, Plan]:
-    """By contestant."""
+    """Return the plan of each contestant."""
     site = next(s for s in subject.sites if s.stacked and s.role == "writes")
     ones = expand_experts(subject.module(site.path), site)
     donors = torch.arange(len(ones) // 2)
@@ -65,21 +65,21 @@ def _edit(site: Site, seed: int) -> Edit:
 
 
 def write_edited(subject: Subject, plan: Plan, file: Path) -> None:
-    """The stack alone, edited, into a file."""
+    """Write the edited stack to a file."""
     for name, value in bake(subject, plan).items():
         write_shard(file, {name: subject.model.get_parameter(name)}, {name: partial(bake_in_pieces, value)})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print seconds, their ratios to the floor, and megabytes."""
-    options = parse_options(__doc__ or "")
-    subject = make_subject(16 if options.quick else 64)
+    options = parse_options(__doc__, argv)
+    subject = make_subject(4 if options.smoke else 16 if options.quick else 64)
     name, stack = next((n, p) for n, p in subject.model.named_parameters() if n.endswith("experts.down_proj"))
     with tempfile.TemporaryDirectory(prefix="experts-") as folder:
         file = Path(folder) / "stack.safetensors"
         runs: dict[str, Callable[[], Any]] = {"floor": lambda: write_shard(file, {name: stack}, {})}
         runs |= {kind: partial(write_edited, subject, plan, file) for kind, plan in make_plans(subject).items()}
-        for run in runs.values():  # the file's pages are there for the first contestant as for the last
+        for run in runs.values():  # afterwards the file's pages exist for the first contestant too
             run()
         seconds = time_in_turns(runs, options.repeats)
         added = {}

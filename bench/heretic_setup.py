@@ -1,4 +1,4 @@
-"""What Heretic is given: an environment of its own, and its options and prompts in a folder, as its --help has them."""
+"""Install Heretic into an environment of its own, and write its options and prompts into a folder."""
 
 from __future__ import annotations
 
@@ -16,36 +16,45 @@ from obliteratus.verify.refusal import load_markers
 from obliteratus.weights.organism import get_cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
-# What SmolLM2's template writes where no system turn is given. Heretic always gives one, so it is given this: then both
-# programs pass the same tokens.
+# The system turn that SmolLM2's template writes if there is none. Heretic always has one, so it is given this one. Then
+# both programs run the same tokens.
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-RANDOM = 0.3  # share of trials drawn at random before the sampler begins: 60 of 200, its defaults
+RANDOM = 0.3  # share of trials drawn at random before the sampler starts: 60 of 200 by default
 CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a study is given beside the model and the prompts."""
+class StudySettings:
+    """Settings of a study beside the model and the prompts."""
 
     tokens: int
-    """Of each answer, at most."""
+    """Most tokens of each answer."""
     trials: int
     seed: int = 0
     batch: int = 32
-    """Prompts a batch; 0 lets Heretic try sizes, which then counts as set-up."""
+    """Prompts in a batch; with 0 Heretic tries sizes, which counts as set-up."""
     system: str = SYSTEM
 
 
+def is_installed() -> bool:
+    """Return whether Heretic is installed in the cache."""
+    return _program(None).is_file()
+
+
 def install_heretic(folder: Path | None = None) -> Path:
-    """The executable, installed into its own environment if it is not there. UserError where pip fails."""
-    folder = folder or get_cache_folder() / "heretic-venv"
-    program = folder / "bin" / "heretic"
+    """Install Heretic if it is missing, and return its executable. Raises UserError if pip fails."""
+    program = _program(folder)
+    folder = program.parents[1]
     if not program.is_file():
         say(f"installing {RELEASE} into {folder} …")
         _call([sys.executable, "-m", "venv", str(folder)])
-        for wanted in (TORCH, RELEASE):  # torch first and pinned: a bare one would bring several GB of CUDA
+        for wanted in (TORCH, RELEASE):  # torch is pinned, since the default would bring several GB of CUDA
             _call([str(folder / "bin" / "pip"), "install", "--quiet", wanted])
     return program
+
+
+def _program(folder: Path | None) -> Path:
+    return (folder or get_cache_folder() / "heretic-venv") / "bin" / "heretic"
 
 
 def _call(command: list[str]) -> None:
@@ -55,8 +64,8 @@ def _call(command: list[str]) -> None:
         raise UserError(f"{' '.join(command)}: {last}; Heretic is only needed for this comparison")
 
 
-def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: Terms, work: Path) -> None:
-    """Write config.toml and the prompts into the folder. UserError for prompts that do not stay the same there."""
+def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: StudySettings, work: Path) -> None:
+    """Write config.toml and the prompts into the folder. Raises UserError for prompts that Heretic would change."""
     sets = {"good_prompts": fit["control"], "bad_prompts": fit["target"]}
     sets |= {"good_evaluation_prompts": search["control"], "bad_evaluation_prompts": search["target"]}
     settings = {
@@ -77,21 +86,21 @@ def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: T
     for name, prompts in sets.items():
         (work / f"{name}.txt").write_text(_lines(prompts))
     tables = "".join(f'\n[{name}]\ndataset = "{name}.txt"\n' for name in sets)
-    # A JSON value of these kinds is a TOML value.
+    # These JSON values are TOML values too.
     flat = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
     (work / "config.toml").write_text(flat + tables)
 
 
 def plain_prompts(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Those that a file with one prompt a line can hold: without system turn, line breaks and double blanks."""
+    """Return the prompts that fit on a line of a file: without system turn, line breaks and double spaces."""
     return tuple(p for p in prompts if not p.system and p.text == " ".join(p.text.split()))
 
 
 def _lines(prompts: tuple[Prompt, ...]) -> str:
     if not prompts:
-        raise UserError("heretic: a group has no prompts for it; give some")
-    kept = set(plain_prompts(prompts))
+        raise UserError("heretic: a group has no prompts; give some")
+    plain = set(plain_prompts(prompts))
     for prompt in prompts:
-        if prompt not in kept:
-            raise UserError(f"heretic: '{prompt.text[:40]}' has a system turn or lines; it takes a plain prompt a line")
+        if prompt not in plain:
+            raise UserError(f"heretic: '{prompt.text[:40]}' has a system turn or lines; give plain prompts of one line")
     return "".join(f"{prompt.text}\n" for prompt in prompts)

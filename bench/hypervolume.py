@@ -1,4 +1,4 @@
-"""The volume that a front dominates: one number for how good it is, in two or three objectives."""
+"""The hypervolume: one number for how good a Pareto front is, in two or three objectives."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from obliteratus.core.errors import UserError
 from obliteratus.search.pareto import Point
 
-DIMENSIONS = (2, 3)  # beyond three the sweep below is no longer the way, and no front here has more
+DIMENSIONS = (2, 3)  # the sweep below is inefficient beyond three, and no front here has more
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Exact volume of what is dominated by at least one of the points and dominates the reference, all to be small.
+    """Return the exact volume between the points and the reference, where all coordinates are minimized.
 
-    points: 2 or 3 coordinates each, in any order, dominated ones and repetitions too: they add nothing. Those that are
-    not better than the reference everywhere add nothing either. 0 for none. The unit is the product of the
-    coordinates' units. Source: Zitzler and Thiele 1998; the sweep over the last coordinate as in Fonseca, Paquete and
-    López-Ibáñez 2006. UserError for another number of coordinates, or one that is not a number.
+    points: 2 or 3 coordinates each, in any order. Dominated points, repetitions, and points that are not better than
+    the reference everywhere add nothing. The unit is the product of the coordinates' units. Source: Zitzler and Thiele
+    1998; the sweep over the last coordinate is that of Fonseca, Paquete and López-Ibáñez 2006.
+    Raises UserError for another number of coordinates, and for NaN or −∞.
     """
     _check(points, reference)
     inside = [tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
@@ -33,7 +33,7 @@ def _check(points: Sequence[Point], reference: Point) -> None:
 
 
 def _area(points: Sequence[Point], reference: Point) -> float:
-    """Strips from left to right, each as high as the lowest point so far leaves it."""
+    """Sum strips from left to right, each as high as the lowest point so far leaves it."""
     total, floor = 0.0, reference[1]
     for x, y in sorted((p[0], p[1]) for p in points):
         if y < floor:
@@ -43,7 +43,7 @@ def _area(points: Sequence[Point], reference: Point) -> float:
 
 
 def _volume(points: Sequence[Point], reference: Point) -> float:
-    """Slabs along the last coordinate; within one the cross-section is that of all points up to it."""
+    """Sum slabs along the last coordinate; the cross-section of each is the area of all points up to it."""
     levels = sorted({p[2] for p in points})
     seen: list[tuple[float, ...]] = []
     total = 0.0

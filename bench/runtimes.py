@@ -1,7 +1,7 @@
-"""Seconds that a method takes on a model of a given size, from rates measured on one machine and one small model.
+"""Forecast the seconds of a method on a model of any size, from rates measured on one machine and one small model.
 
-At the measured size every rate is the measured one; at others it is extrapolated from FLOPs (matrix products at the
-GEMM rate of that width, at the share of it that the small model reaches) and bytes (weights read once a step).
+Rates of other sizes are extrapolated from FLOPs (at the GEMM rate of their width, and the share of it that the small
+model reaches) and from bytes (weights are read once in each decoding step).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from obliteratus.forecast.formula import OWN, REFERENCE, SHARED, TEXT
 from obliteratus.inference.generate import MAX_ROWS
 
 RATES = Path(__file__).parents[1] / "docs" / "rates.json"
-BYTES = 4  # of one weight: fp32, in which the rates are measured
+BYTES = 4  # of one weight; the rates are measured in fp32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder that its time and memory follow from. ``inner`` is the MLP's width, ``keys`` that of
-    the keys and of the values."""
+    """The sizes of a decoder that determine its time and memory.
+
+    ``inner`` is the width of the MLP, ``keys`` that of the keys and of the values.
+    """
 
     name: str
     like: str
@@ -37,7 +39,7 @@ class Shape:
 
     @property
     def backbone(self) -> float:
-        """Weights of all blocks: queries and attention's output, keys and values, three matrices of the MLP."""
+        """Weights of all blocks: queries and attention output, keys and values, and three MLP matrices."""
         block = 2 * self.width**2 + 2 * self.width * self.keys + 3 * self.width * self.inner
         return float(self.layers * block)
 
@@ -48,7 +50,7 @@ class Shape:
 
     @property
     def read(self) -> float:
-        """Bytes that each decoding step reads."""
+        """Bytes read in each decoding step."""
         return BYTES * (self.backbone + self.head)
 
     @property
@@ -67,43 +69,43 @@ SHAPES = (
 
 
 class Rates(FrozenModel):
-    """docs/rates.json: what was measured, where, when and how. All on `MEASURED`, but for the machine's own two."""
+    """docs/rates.json. All rates but those of the machine, ``gemm`` and ``bandwidth``, are measured on `MEASURED`."""
 
     date: str
     machine: str
     beside: str
     """What else ran on the machine."""
     gemm: dict[int, float]
-    """FLOP/s of a matrix product of 1024 tokens, by width."""
+    """FLOP/s of a matrix product of 1024 tokens by width."""
     bandwidth: float
-    """Bytes/s of a matrix–vector product, which reads each weight once."""
+    """Bytes/s of a matrix–vector product."""
     token: float
-    """Seconds of one token passed in PROBE's batches."""
+    """Seconds of one token in PROBE's batches."""
     head: float
     """Seconds of the LM head on one token."""
     step: float
-    """Seconds of a decoding step with no rows: reading the weights, and Python."""
+    """Seconds of a decoding step without rows: reading the weights, and Python."""
     row: float
-    """Seconds of one more row in a decoding step."""
+    """Seconds of each row in a decoding step."""
     gradient: float
-    """Seconds of one token passed forward and back."""
+    """Seconds of one token forward and backward."""
     check: dict[str, dict[str, float]]
-    """By stage of `basic` on the organism: seconds forecast and measured in the same session."""
+    """Seconds forecast and measured in the same session, by stage of `basic` on the organism."""
 
 
 def load_rates(path: Path = RATES) -> Rates:
-    """The committed rates."""
+    """Return the committed rates."""
     return Rates(**json.loads(path.read_text()))
 
 
 def extrapolate(rates: Rates, shape: Shape) -> dict[str, float]:
-    """Seconds of a token, head, step, row and gradient token at this size."""
+    """Return the seconds of a token, head, step, row and gradient token at this size."""
 
     def flops(weights: float, seconds: float, measured: float) -> float:
         return seconds * (weights / rates.gemm[shape.width]) / (measured / rates.gemm[MEASURED.width])
 
     whole, known = shape.backbone + shape.head, MEASURED.backbone + MEASURED.head
-    rest = max(0.0, rates.step - MEASURED.read / rates.bandwidth)  # what a step does beside reading: Python, by layer
+    rest = max(0.0, rates.step - MEASURED.read / rates.bandwidth)  # Python, for each layer
     return {
         "token": flops(shape.backbone, rates.token, MEASURED.backbone),
         "head": flops(shape.head, rates.head, MEASURED.head),
@@ -118,8 +120,10 @@ def extrapolate(rates: Rates, shape: Shape) -> dict[str, float]:
 def forecast_seconds(
     cost: Cost, speed: dict[str, float], values: Values = REFERENCE, own: float = OWN, text: float = TEXT
 ) -> float:
-    """The most that it takes: no answer ends early, no step stops before its cap. own, text: tokens of a prompt that
-    no other shares, and of a paragraph."""
+    """Return the most seconds that this takes, if no answer and no training ends early.
+
+    own, text: tokens of a prompt beyond the shared prefix, and of a paragraph.
+    """
     spent = own * speed["token"] * cost.forwards.evaluate(values)
     spent += text * (speed["token"] + speed["head"]) * cost.texts.evaluate(values)
     for answers in cost.answers:
@@ -130,7 +134,7 @@ def forecast_seconds(
 
 
 def format_seconds(value: float) -> str:
-    """Seconds for people, two digits: a forecast has no more."""
+    """Return seconds as text with two digits, as precise as a forecast is."""
     rounded = float(f"{value:.2g}")
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if value >= 2 * size:
@@ -139,6 +143,6 @@ def format_seconds(value: float) -> str:
 
 
 def to_plain_data(rates: Rates) -> dict[str, Any]:
-    """As it is written to the file, four digits of each number."""
+    """Return the rates as they are written to the file, with four digits."""
     data: dict[str, Any] = json.loads(rates.model_dump_json(), parse_float=lambda x: float(f"{float(x):.4g}"))
     return data

@@ -1,20 +1,20 @@
-"""Training of sparse autoencoders, against thirty epochs whatever happens.
+"""Training of sparse autoencoders, compared with a fixed number of thirty epochs.
 
-Rows [prompts, 1 stream, 576], centred, of root mean square length 1: planted sparse features, and streams of the model
-organism at its fit prompts. The same loss, the same two features a dimension, the same held-out fifth. Contestants:
+The rows are centered and of root mean square length 1: planted sparse features, and streams of the model organism at
+its fit prompts. All contestants have the same loss, two features for each dimension and the same held-out fifth.
 
-audited       the audited program's start (Kaiming) and optimiser (Adam, 3e-4, batches of 32), full width, 30 epochs;
-              its gradients and Adam's kernel are ours, which are faster than autograd: the ratio is training's alone
-constant      this step as it was before: our start, all of the width, batches of 32, a constant rate, 30 epochs
-fixed_epochs  this step as it is, with 30 epochs and no early stop
+audited       the audited program's initialization (Kaiming) and optimizer (Adam, 3e-4, batches of 32), full width, 30
+              epochs; it uses our gradients and a fused Adam, which are faster than its autograd, so that the ratio is
+              that of the training schedule alone
+constant      an earlier version of ours: our initialization, full width, batches of 32, a constant rate, 30 epochs
+fixed_epochs  ours with 30 epochs and no early stopping
 
-Reconstruction (the share of the held-out rows explained) and loss of each are in facts: a ratio counts where these
-are equal.
+The facts give the share of the held-out rows that each explains, and its loss. A ratio counts only if these are equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,31 +31,31 @@ from obliteratus.distill.train_autoencoder import (
 from obliteratus.probe.probe import collect_activations
 
 PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
-EPOCHS, BATCH = 30, 32  # what the audit found fixed
+EPOCHS, BATCH = 30, 32  # fixed in the audited program
 KAIMING_RATE, CONSTANT_RATE = 3e-4, 0.06 / WIDTH**0.5
 STREAMS = (10, 20, 30)
 NAMES = ("ours", "audited", "constant", "fixed_epochs")
-HOW = Training()
+TRAINING = Training()
 
 
 def scale_rows(rows: Tensor) -> Tensor:
-    """[1, prompts, width]."""
+    """Return the rows centered and at root mean square length 1. [1, prompts, width]."""
     rows = rows - rows.mean(0)
     result: Tensor = (rows / rows.square().sum(1).mean().sqrt())[None]
     return result
 
 
-def make_planted_rows(seed: int = 0) -> Tensor:
-    """Rows [1, prompts, width]: each a sum of about 4 of 40 features."""
+def make_planted_rows(prompts: int = PROMPTS, seed: int = 0) -> Tensor:
+    """Return rows [1, prompts, width], each a sum of about 4 of 40 features."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(FEATURES, WIDTH, generator=generator), dim=1)
-    on = torch.rand(PROMPTS, FEATURES, generator=generator) < ACTIVE / FEATURES
-    size = 1 + torch.rand(PROMPTS, FEATURES, generator=generator)
-    return scale_rows((on * size) @ features + 0.02 * torch.randn(PROMPTS, WIDTH, generator=generator))
+    on = torch.rand(prompts, FEATURES, generator=generator) < ACTIVE / FEATURES
+    size = 1 + torch.rand(prompts, FEATURES, generator=generator)
+    return scale_rows((on * size) @ features + 0.02 * torch.randn(prompts, WIDTH, generator=generator))
 
 
 def collect_real_rows(streams: tuple[int, ...]) -> dict[str, Tensor]:
-    """Streams of the organism at the last token of its fit prompts."""
+    """Return streams of the organism at the last token of its fit prompts."""
     subject, prompts = load_organism()
     acts = collect_activations(subject, prompts.split(0).fit)
     rows = [m.rows for m in acts.groups.values() if m.rows is not None]
@@ -63,57 +63,62 @@ def collect_real_rows(streams: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def split_rows(rows: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
-    """(held, seen) as `fit_autoencoder` parts them, and its generator."""
-    generator = torch.Generator().manual_seed(HOW.seed)
+    """Return the held-out and the training rows as `fit_autoencoder` splits them, and its generator."""
+    generator = torch.Generator().manual_seed(TRAINING.seed)
     order = torch.randperm(rows.shape[1], generator=generator)
     fifth = rows.shape[1] // 5
     return rows[:, order[:fifth]], rows[:, order[fifth:]], generator
 
 
 def initialize_kaiming(generator: torch.Generator) -> SparseAutoencoder:
-    """As torch's linear layers begin; decoder rows of length 1."""
+    """Return the initialization of torch's linear layers, with decoder rows of length 1."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    encoder, decoder = torch.nn.Linear(WIDTH, HOW.expansion * WIDTH), torch.nn.Linear(HOW.expansion * WIDTH, WIDTH)
+    encoder, decoder = (
+        torch.nn.Linear(WIDTH, TRAINING.expansion * WIDTH),
+        torch.nn.Linear(TRAINING.expansion * WIDTH, WIDTH),
+    )
     rows = torch.nn.functional.normalize(decoder.weight.data.T, dim=1)
     parts = (encoder.weight.data.T, encoder.bias.data, rows, torch.zeros(WIDTH))
     return SparseAutoencoder(*(p[None].contiguous() for p in parts))
 
 
 def initialize_as_ours(seen: Tensor, generator: torch.Generator) -> SparseAutoencoder:
-    """Our start, in the rows' own coordinates."""
-    return initialize_autoencoder(seen, torch.linalg.svd(seen, full_matrices=False)[2], HOW, generator)
+    """Return our initialization, in the coordinates of the rows."""
+    return initialize_autoencoder(seen, torch.linalg.svd(seen, full_matrices=False)[2], TRAINING, generator)
 
 
 @torch.no_grad()
 def train_fixed_epochs(
     seen: Tensor, coder: SparseAutoencoder, rate: float, generator: torch.Generator
 ) -> SparseAutoencoder:
-    """Thirty epochs of Adam at a constant rate."""
-    optimiser = torch.optim.Adam(coder.parameters, lr=rate, fused=True)
+    """Train thirty epochs of Adam at a constant rate."""
+    optimizer = torch.optim.Adam(coder.parameters, lr=rate, fused=True)
     for _ in range(EPOCHS):
         for rows in torch.randperm(seen.shape[1], generator=generator).split(BATCH):
-            for part, slope in zip(coder.parameters, sae_gradients(seen[:, rows], coder, HOW.sparsity), strict=True):
+            for part, slope in zip(
+                coder.parameters, sae_gradients(seen[:, rows], coder, TRAINING.sparsity), strict=True
+            ):
                 part.grad = slope
-            optimiser.step()
+            optimizer.step()
             coder.decoder.div_(coder.decoder.norm(dim=2, keepdim=True).clamp(min=1e-12))
     return coder
 
 
-def make_contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]]) -> dict[str, Callable[[], None]]:
-    """What each runs on these rows; coders and epochs land in ``kept``."""
+def make_contestants(rows: Tensor, results: dict[str, tuple[SparseAutoencoder, int]]) -> dict[str, Callable[[], None]]:
+    """Return what each contestant runs; it puts its autoencoder and number of epochs into ``results``."""
     _, seen, _ = split_rows(rows)
     fixed = Training(max_epochs=EPOCHS, patience=EPOCHS)
 
     def ours(name: str, how: Training) -> None:
         found = fit_autoencoder(rows, how)
-        kept[name] = found.autoencoder, int(found.epochs[0])
+        results[name] = found.autoencoder, int(found.epochs[0])
 
     def theirs(name: str, first: Callable[[torch.Generator], SparseAutoencoder], rate: float) -> None:
-        generator = torch.Generator().manual_seed(HOW.seed)
-        kept[name] = train_fixed_epochs(seen, first(generator), rate, generator), EPOCHS
+        generator = torch.Generator().manual_seed(TRAINING.seed)
+        results[name] = train_fixed_epochs(seen, first(generator), rate, generator), EPOCHS
 
     return {
-        "ours": lambda: ours("ours", HOW),
+        "ours": lambda: ours("ours", TRAINING),
         "audited": lambda: theirs("audited", initialize_kaiming, KAIMING_RATE),
         "constant": lambda: theirs("constant", lambda g: initialize_as_ours(seen, g), CONSTANT_RATE),
         "fixed_epochs": lambda: ours("fixed_epochs", fixed),
@@ -121,29 +126,31 @@ def make_contestants(rows: Tensor, kept: dict[str, tuple[SparseAutoencoder, int]
 
 
 def measure_quality(coder: SparseAutoencoder, rows: Tensor) -> tuple[float, float]:
-    """Share of the held-out rows explained, and the loss on them."""
+    """Return the share of the held-out rows that is explained, and the loss on them."""
     held = split_rows(rows)[0]
     error = (coder.decode(coder.encode(held)) - held).square().sum()
-    return float(1 - error / held.square().sum()), float(sae_loss(held, coder, HOW.sparsity))
+    return float(1 - error / held.square().sum()), float(sae_loss(held, coder, TRAINING.sparsity))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print seconds and ratios."""
-    options = parse_options(__doc__ or "")
-    sets = {"planted": make_planted_rows()} | collect_real_rows(STREAMS[-1:] if options.quick else STREAMS)
+    options = parse_options(__doc__, argv)
+    sets = {"planted": make_planted_rows(64 if options.smoke else PROMPTS)}
+    if not options.smoke:
+        sets |= collect_real_rows(STREAMS[-1:] if options.quick else STREAMS)
     say("warming up …")
     fit_autoencoder(sets["planted"], Training(max_epochs=1))
     seconds, facts = dict.fromkeys(NAMES, 0.0), dict[str, object]()
     for place, rows in sets.items():
-        kept: dict[str, tuple[SparseAutoencoder, int]] = {}
-        spent = time_in_turns(make_contestants(rows, kept), 1 if options.quick else options.repeats)
+        results: dict[str, tuple[SparseAutoencoder, int]] = {}
+        spent = time_in_turns(make_contestants(rows, results), 1 if options.quick else options.repeats)
         for name in NAMES:
             seconds[name] += spent[name]
-            explained, loss = measure_quality(kept[name][0], rows)
+            explained, loss = measure_quality(results[name][0], rows)
             facts[f"{place} {name}"] = {
                 "explained": round(explained, 4),
                 "loss": round(loss, 4),
-                "epochs": kept[name][1],
+                "epochs": results[name][1],
                 "seconds": round(spent[name], 2),
             }
     ratio = {name: seconds[name] / seconds["ours"] for name in NAMES[1:]}
