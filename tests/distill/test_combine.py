@@ -14,8 +14,8 @@ from tests.support.planted import (
     STREAMS,
     WIDTH,
     cosine,
-    group,
-    kept,
+    keep_directions,
+    make_moments,
     planted,
     projector,
     with_rows,
@@ -37,7 +37,7 @@ def means(acts: Activations, *names: str) -> list[Tensor]:
 
 def with_topic(acts: Activations, truth: Tensor) -> tuple[Activations, Tensor]:
     """Target and bypass prompts share a subject that control prompts lack, at right angles to the truth."""
-    topic = kept(truth, 7)
+    topic = keep_directions(truth, 7)
     for name in ("target", "bypass"):
         rows = acts[name].rows.clone()
         rows[:, 1:] += SHIFT * topic[1:]
@@ -78,7 +78,7 @@ def test_bypass_contrast_leaves_the_topic_out() -> None:
 def test_bypass_contrast_finds_nothing_where_bypass_prompts_are_target_prompts() -> None:
     acts, _ = planted()
     rows = acts["target"].rows
-    half = replace(acts, groups={**acts.groups, "target": group(rows[::2]), "bypass": group(rows[1::2])})
+    half = replace(acts, groups={**acts.groups, "target": make_moments(rows[::2]), "bypass": make_moments(rows[1::2])})
     assert (
         find_directions(half, [Step(**BYPASS)]).raw[1:] < 0.5 * find_directions(acts, [Step(**BYPASS)]).raw[1:]
     ).all()
@@ -193,7 +193,7 @@ def test_interpolate_does_not_cancel_between_opposite_signs() -> None:
 # --------------------------------------------------------------------------------------------- keep_out
 def leaning(acts: Activations, truth: Tensor) -> tuple[Directions, Tensor]:
     """Directions that lean on the keep group's own."""
-    own = kept(truth)
+    own = keep_directions(truth)
     return given((0.8 * truth + 0.6 * own)[:, None].contiguous()), own
 
 
@@ -213,7 +213,7 @@ def test_keep_out_leaves_the_keep_mean_alone() -> None:
 
 def test_keep_out_takes_out_spread() -> None:
     acts, truth = planted()
-    apart = kept(truth, 50)
+    apart = keep_directions(truth, 50)
     rows = acts["keep"].rows.clone()
     by = 9 * torch.randn(PROMPTS, 1, 1, generator=torch.Generator().manual_seed(1))
     rows[:, 1:] += by * apart[1:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
 from tests.support.plans import random_basis
-from tests.support.planted import group, matrix_power, planted
+from tests.support.planted import make_moments, matrix_power, planted
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -27,7 +27,7 @@ def askew(n: int = 400, width: int = 24, seed: int = 0) -> Activations:
     mix = torch.randn(width, width, generator=generator) * torch.logspace(0, 1.5, width)
     rows = torch.randn(2, n, 2, width, generator=generator) @ mix
     rows[0] += 20 * torch.randn(width, generator=generator)
-    return Activations({"target": group(rows[0]), "control": group(rows[1])}, -1)
+    return Activations({"target": make_moments(rows[0]), "control": make_moments(rows[1])}, -1)
 
 
 def probe_accuracy(rows: Tensor, n: int) -> float:
@@ -118,14 +118,14 @@ def sorted_(acts: Activations) -> Activations:
     """The target's first hundred prompts moved off, and of a category of their own."""
     rows = acts["target"].rows.clone()
     rows[:100] += 30 * torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(8))
-    target = replace(group(rows), categories=("one",) * 100 + ("other",) * 300)
+    target = replace(make_moments(rows), categories=("one",) * 100 + ("other",) * 300)
     return replace(acts, groups={**acts.groups, "target": target})
 
 
 def test_categories_that_do_not_differ_leave_one_direction() -> None:
     acts = askew()
     rows = acts["target"].rows
-    twice = replace(group(torch.cat([rows, rows])), categories=("one",) * 400 + ("other",) * 400)
+    twice = replace(make_moments(torch.cat([rows, rows])), categories=("one",) * 400 + ("other",) * 400)
     found = find_directions(replace(acts, groups={**acts.groups, "target": twice}), [Step(use="leace", k=2)])
     assert found.basis[1, 0].norm() > 0.99
     assert not found.basis[1, 1].any()

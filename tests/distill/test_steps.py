@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.plans import random_basis
-from tests.support.planted import SHIFT, cosine, planted, projector, shuffled, sketched
+from tests.support.planted import SHIFT, cosine, planted, projector, shuffled, with_sketches
 from torch.nn.functional import normalize
 
 from obliteratus.core.errors import UserError
@@ -182,7 +182,7 @@ def test_what_a_step_declares_is_what_it_needs(name: str) -> None:
     """With rows and groups taken away that it does not declare, a step still runs."""
     needs = extractors[name].needs
     acts, _ = planted(keep="rows" in needs)
-    acts = sketched(planted()[0]) if "spread" in needs else acts
+    acts = with_sketches(planted()[0]) if "spread" in needs else acts
     groups = {g: m for g, m in acts.groups.items() if g in ("target", "control", *needs)}
     options = {"other": Step(**MEAN)} if name in ("union", "blend") else {}
     find_directions(replace(acts, groups=groups), [Step(**MEAN), Step(use=name, **options)])

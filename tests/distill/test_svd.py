@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.planted import LOOSE, PROMPTS, STREAMS, WIDTH, cosine, group, planted, projector, shuffled, with_rows
+from tests.support.planted import (
+    LOOSE,
+    PROMPTS,
+    STREAMS,
+    WIDTH,
+    cosine,
+    make_moments,
+    planted,
+    projector,
+    shuffled,
+    with_rows,
+)
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
@@ -42,10 +53,10 @@ def test_pairs_cuts_the_larger_group() -> None:
     """Both ways round; what is left is the first rows and their mean, and paired svd then runs."""
     acts, _ = planted()
     for name in ("target", "control"):
-        fewer = replace(acts, groups={**acts.groups, name: group(acts[name].rows[:150])})
+        fewer = replace(acts, groups={**acts.groups, name: make_moments(acts[name].rows[:150])})
         with pytest.raises(UserError, match="150"):
             find_directions(fewer, [Step(use="svd", k=2, paired=True)])
-        cut = replace(acts, groups={**acts.groups, **{g: group(acts[g].rows[:150]) for g in ("target", "control")}})
+        cut = replace(acts, groups={**acts.groups, **{g: make_moments(acts[g].rows[:150]) for g in ("target", "control")}})
         svd = Step(use="svd", k=2, paired=True)
         found, wanted = find_directions(fewer, [Step(use="pairs"), svd]), find_directions(cut, [svd])
         torch.testing.assert_close(found.basis, wanted.basis)
@@ -54,7 +65,7 @@ def test_pairs_cuts_the_larger_group() -> None:
 
 def test_paired_groups_of_unequal_length_are_refused() -> None:
     acts, _ = planted()
-    short = replace(acts, groups={**acts.groups, "control": group(acts["control"].rows[:150])})
+    short = replace(acts, groups={**acts.groups, "control": make_moments(acts["control"].rows[:150])})
     assert find_directions(short, [Step(use="svd")]).score[1:].min() > 0
     with pytest.raises(UserError, match="paired=true needs groups of equal size; got 200 target and 150"):
         find_directions(short, [Step(use="svd", paired=True)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.plans import random_basis
-from tests.support.planted import LOOSE, STREAMS, cosine, group, matrix_power, planted, projector, shuffled
+from tests.support.planted import LOOSE, STREAMS, cosine, make_moments, matrix_power, planted, projector, shuffled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,7 +31,7 @@ def beside_massive(
     truth = random_basis(width, 1, seed)[0]
     truth = torch.nn.functional.normalize(truth - truth @ massive.T @ massive, dim=0).expand(2, -1)
     rows[0] += shift * truth
-    return Activations({"target": group(rows[0]), "control": group(rows[1])}, -1), truth
+    return Activations({"target": make_moments(rows[0]), "control": make_moments(rows[1])}, -1), truth
 
 
 def dense(rows: Tensor, s: float, means: int = 1) -> Tensor:
@@ -113,7 +113,7 @@ def test_discriminant_leans_away_from_what_varies() -> None:
     rows = torch.randn(2, 400, 2, OTHER, generator=generator)
     rows += 6 * torch.randn(2, 400, 2, 1, generator=generator) * loud
     rows[0] += 4 * (0.6 * loud + 0.8 * quiet)
-    acts = Activations({"target": group(rows[0]), "control": group(rows[1])}, -1)
+    acts = Activations({"target": make_moments(rows[0]), "control": make_moments(rows[1])}, -1)
     best = torch.linalg.solve(torch.eye(OTHER) + 36 * torch.outer(loud, loud), 0.6 * loud + 0.8 * quiet)
     best = (best / best.norm()).expand(2, -1)
     assert (cosine(find_directions(acts, [Step(use="discriminant")]), best) > 0.9).all()
@@ -167,7 +167,7 @@ def test_dimensions_that_never_vary_do_no_harm(use: str) -> None:
     rows = {g: acts[g].rows.clone() for g in ("target", "control")}
     for one in rows.values():
         one[..., 40:45] = 7.0
-    found = find_directions(Activations({g: group(x) for g, x in rows.items()}, -1), [Step(use=use)])
+    found = find_directions(Activations({g: make_moments(x) for g, x in rows.items()}, -1), [Step(use=use)])
     assert (found.basis[:, 0, 40:45].abs() < 1e-3).all()
     assert (cosine(found, truth) > 0.85).all()
 

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.planted import LOOSE, PROMPTS, SIZE, cosine, group, planted, shuffled, sketch, sketched
+from tests.support.planted import (
+    LOOSE,
+    PROMPTS,
+    SIZE,
+    cosine,
+    make_moments,
+    make_sketch,
+    planted,
+    shuffled,
+    with_sketches,
+)
 from tests.support.tiny import tiny_subject
 from torch import Tensor
 
@@ -49,7 +59,7 @@ def short(rows: Tensor, found: Sketch) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 7, 24, 64])
 def test_few_rows_are_kept_exactly(batch: int) -> None:
     rows = drawn(SIZE, 200, 0.5)
-    found = sketch(rows, batch=batch)
+    found = make_sketch(rows, batch=batch)
     torch.testing.assert_close(found.rows.double().mT @ found.rows.double(), scatter(rows), rtol=1e-4, atol=1e-2)
     assert found.rows.shape[1] <= SIZE
     assert (found.error < 1e-9).all()
@@ -59,7 +69,7 @@ def test_few_rows_are_kept_exactly(batch: int) -> None:
 @pytest.mark.parametrize("batch", [5, 90, 1000])
 def test_of_many_no_more_is_lost_than_is_said_and_than_is_known(decay: float, batch: int) -> None:
     rows = drawn(1000, 200, decay)
-    found, whole = sketch(rows, batch=batch), torch.linalg.eigvalsh(scatter(rows)).flip(1)
+    found, whole = make_sketch(rows, batch=batch), torch.linalg.eigvalsh(scatter(rows)).flip(1)
     missing, rounding = short(rows, found), 1e-5 * whole[:, :1]
     assert found.rows.shape[1] == SIZE
     assert (missing >= -rounding).all()
@@ -72,18 +82,18 @@ def test_of_many_no_more_is_lost_than_is_said_and_than_is_known(decay: float, ba
 def test_what_is_said_to_be_lost_is_near_what_is() -> None:
     """A bound that is far above, or a loss of nothing, would say nothing."""
     rows = drawn(1000, 200, 0.5)
-    found = sketch(rows)
+    found = make_sketch(rows)
     missing = short(rows, found)[:, -1]
     assert (missing > 0.5 * found.lost).all()
     assert (found.error > 0.005).all()
     assert (found.error < 0.2).all()
-    larger = sketch(rows, size=128)
+    larger = make_sketch(rows, size=128)
     assert (larger.lost < 0.5 * found.lost).all()
 
 
 def test_a_mean_far_away_is_no_spread() -> None:
     """The scatter about zero would be all of it the mean's."""
-    near, far = (sketch(drawn(300, 100, 0.5, offset)) for offset in (0.0, 1000.0))
+    near, far = (make_sketch(drawn(300, 100, 0.5, offset)) for offset in (0.0, 1000.0))
     torch.testing.assert_close(near.total, far.total, rtol=1e-3, atol=0.0)
     assert (drawn(300, 100, 0.5, 1000.0).square().sum((0, 2)) > 1e3 * far.total).all()
 
@@ -93,7 +103,7 @@ def test_a_mean_far_away_is_no_spread() -> None:
 def test_as_many_rows_as_dimensions_give_the_same_directions(use: str) -> None:
     acts, _ = planted()
     steps = [Step(use=use, **STEPS[use])]
-    rows, few = find_directions(acts, steps), find_directions(sketched(acts), steps)
+    rows, few = find_directions(acts, steps), find_directions(with_sketches(acts), steps)
     torch.testing.assert_close(few.basis[:, 0], rows.basis[:, 0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(few.raw[1:], rows.raw[1:], **LOOSE)
     if rows.covectors is not None and few.covectors is not None:
@@ -105,9 +115,9 @@ def test_fewer_rows_than_dimensions_find_the_planted_direction_as_well(use: str)
     """One row in four of the prompts' and of the width, massive dimensions beside it."""
     acts, truth = wide()
     steps = [Step(use=use, **STEPS[use])]
-    rows, few = (cosine(find_directions(of, steps), truth) for of in (acts, sketched(acts)))
+    rows, few = (cosine(find_directions(of, steps), truth) for of in (acts, with_sketches(acts)))
     assert (few.abs() > rows.abs() - 0.03).all()
-    by_chance = cosine(find_directions(sketched(shuffled(acts)), steps), truth)
+    by_chance = cosine(find_directions(with_sketches(shuffled(acts)), steps), truth)
     assert (by_chance.abs() < 0.5).all()
 
 
@@ -117,7 +127,7 @@ def wide(n: int = 256, width: int = 256) -> tuple[Activations, Tensor]:
     rows[..., :3] *= 100
     truth = torch.nn.functional.normalize(torch.randn(3, width, generator=generator), dim=1)
     rows[0] += 4 * truth
-    return Activations({"target": group(rows[0]), "control": group(rows[1])}, -1), truth
+    return Activations({"target": make_moments(rows[0]), "control": make_moments(rows[1])}, -1), truth
 
 
 # ----------------------------------------------------------------------------------------------- in a run
@@ -158,4 +168,4 @@ def test_what_needs_every_prompt_is_refused_before_and_when_run(use: str, option
     with pytest.raises(UserError, match=message):
         refused(steps, given)
     with pytest.raises(UserError, match=message):
-        find_directions(sketched(planted()[0]), steps)
+        find_directions(with_sketches(planted()[0]), steps)

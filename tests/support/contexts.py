@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from tests.support.planted import PROMPTS, group, planted
+from tests.support.planted import PROMPTS, make_moments, planted
 from tests.support.refuser import END, REFUSAL, asked, refuser
 from tests.support.tiny import tiny_subject
 from torch import Tensor
@@ -48,7 +48,7 @@ def one_population(seed: int = 0, n: int = PROMPTS) -> Activations:
 
 def activations_of(target: Tensor, control: Tensor) -> Activations:
     """Return activations with these rows."""
-    return Activations({"target": group(target), "control": group(control)}, -1)
+    return Activations({"target": make_moments(target), "control": make_moments(control)}, -1)
 
 
 def prompts_of_categories(*names: str) -> PromptSet:

@@ -1,9 +1,10 @@
-"""Analyses: what is true of this model. Each has a negative control and states what it costs.
+"""Analyses: what is true of a model and its directions, each with a null control and a cost known beforehand.
 
-Importing this package registers all of them. May import causal and everything below it, and report for its plots.
+`analyze` runs registered analyses on an `AnalysisContext`; `analyze.run` goes from prompts to a page of findings.
+May import report, excise, verify, causal and everything below them; never pipeline, search, study or cli.
 """
 
-# Each import registers what the module holds.
+# Each import registers the analyses of that module.
 from obliteratus.analyze import certificate as certificate
 from obliteratus.analyze import cones as cones
 from obliteratus.analyze import decomposition as decomposition
