@@ -56,7 +56,9 @@ def test_pairs_cuts_the_larger_group() -> None:
         fewer = replace(acts, groups={**acts.groups, name: make_moments(acts[name].rows[:150])})
         with pytest.raises(UserError, match="150"):
             find_directions(fewer, [Step(use="svd", k=2, paired=True)])
-        cut = replace(acts, groups={**acts.groups, **{g: make_moments(acts[g].rows[:150]) for g in ("target", "control")}})
+        cut = replace(
+            acts, groups={**acts.groups, **{g: make_moments(acts[g].rows[:150]) for g in ("target", "control")}}
+        )
         svd = Step(use="svd", k=2, paired=True)
         found, wanted = find_directions(fewer, [Step(use="pairs"), svd]), find_directions(cut, [svd])
         torch.testing.assert_close(found.basis, wanted.basis)
