@@ -70,13 +70,13 @@ def counted(subject: Subject) -> Iterator[list[int]]:
 
 
 # ----------------------------------------------------------------------------------------------- equal
-@pytest.mark.parametrize("prefix", [0, 12])
+@pytest.mark.parametrize(("name", "prefix"), [*((name, 12) for name in CACHEABLE), ("llama", 0), ("gemma2", 0)])
 def test_trials_are_what_they_are_from_scratch(
-    subject: Subject, make_plan: PlanMaker, prefix: int, monkeypatch: pytest.MonkeyPatch
+    name: str, make_plan: PlanMaker, prefix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Edits from every layer up, one after the other, with small batches."""
     monkeypatch.setattr(batching, "CPU_TOKENS", 30)
-    ids = rows_of(prefix)
+    subject, ids = shared_subject(name), rows_of(prefix)
     again = CachedPrompts(subject, ids, budget=PLENTY)
     for layer in [*range(subject.n_layers - 1, -1, -1), subject.n_layers - 1]:
         plan = above(make_plan(subject, PARTS, strength=1.5, seed=layer), layer)

@@ -80,8 +80,8 @@ def expected_logits(name: str) -> list[Tensor]:
 
 @cache
 def expected_answers(name: str) -> Ids:
-    """`plain_answer` of all of `rows_of`, of 12 tokens."""
-    return [plain_answer(shared_subject(name), row, 12) for row in rows_of()]
+    """`plain_answer` of all of `rows_of`, of 8 tokens."""
+    return [plain_answer(shared_subject(name), row, 8) for row in rows_of()]
 
 
 def gathered(subject: Subject, ids: Ids, **options: Any) -> tuple[Tensor, Tensor]:
