@@ -290,7 +290,7 @@ class ProbeRequest:
     input_modules: Sequence[str] = ()
     """Modules whose inputs are wanted; PROBE keeps their mean over each group."""
     expert_modules: Sequence[str] = ()
-    """Stacks of experts of which it is wanted which experts were chosen and what each of them put out."""
+    """Stacks of experts whose routing is wanted, together with the output of each chosen expert."""
 
 
 @dataclass(frozen=True)
