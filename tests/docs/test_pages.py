@@ -1,4 +1,4 @@
-"""The pages that are made are fresh, and the forecast that one of them shows is the formula that it says."""
+"""The generated pages are up to date, and the forecasts on them follow their formulas."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def test_an_amount_is_its_formula() -> None:
 
 def test_costs_add_and_repeat() -> None:
     one = Cost(prompt_count("fit"), (Answers(48, prompt_count("report")),), training=(Training(200, 24, 16),))
-    two = Cost(prompt_count("fit"), (Answers(16, prompt_count("search") + prompt_count("fit"), 3),), texts=variable("N_texts"))
+    two = Cost(
+        prompt_count("fit"), (Answers(16, prompt_count("search") + prompt_count("fit"), 3),), texts=variable("N_texts")
+    )
     assert str((one + two) * 2) == (
         "4·N_fit forwards + 2·N_report × 48 tokens + (6·N_search + 6·N_fit) × 16 tokens"
         " + 400 gradient steps × 24 prompts + 2·N_texts texts"
@@ -131,8 +133,16 @@ def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
     made = load_recipe(name, {"passes": passes, "excise.strength": 0.05, "verify": [SMALL, {"use": "perplexity"}]})
     seen, values = counted(made)
     cost = total_cost(made)
-    assert sum(n for title, n in seen.items() if title.startswith("PROBE")) == cost.forwards.evaluate(values) == 11 * passes
-    assert seen["VERIFY answers"] == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in cost.answers) == 2 * 5 * 4
+    assert (
+        sum(n for title, n in seen.items() if title.startswith("PROBE"))
+        == cost.forwards.evaluate(values)
+        == 11 * passes
+    )
+    assert (
+        seen["VERIFY answers"]
+        == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in cost.answers)
+        == 2 * 5 * 4
+    )
     assert seen["VERIFY perplexity"] == cost.texts.evaluate(values) == 32
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 Values = Mapping[str, int | float]
@@ -21,12 +21,12 @@ Factor = tuple[str, int]
 class Amount:
     """A sum of products of variables, such as 2·N_fit + 13·L."""
 
-    terms: Mapping[tuple[Factor, ...], int]
+    terms: Mapping[tuple[Factor, ...], int | float] = field(default_factory=dict)
 
     def __add__(self, other: Amount) -> Amount:
         return _sum_terms([*self.terms.items(), *other.terms.items()])
 
-    def __mul__(self, other: Amount | int) -> Amount:
+    def __mul__(self, other: Amount | int | float) -> Amount:
         pairs = product(self.terms.items(), (other if isinstance(other, Amount) else constant(other)).terms.items())
         return _sum_terms((tuple(sorted(mine + theirs)), a * b) for (mine, a), (theirs, b) in pairs)
 
@@ -48,19 +48,19 @@ class Amount:
         )
 
 
-def _sum_terms(terms: Iterable[tuple[tuple[Factor, ...], int]]) -> Amount:
-    total: dict[tuple[Factor, ...], int] = {}
+def _sum_terms(terms: Iterable[tuple[tuple[Factor, ...], int | float]]) -> Amount:
+    total: dict[tuple[Factor, ...], int | float] = {}
     for factors, times in terms:
         total[factors] = total.get(factors, 0) + times
     return Amount(total)
 
 
-def _format_term(factors: tuple[Factor, ...], times: int) -> str:
+def _format_term(factors: tuple[Factor, ...], times: int | float) -> str:
     names = [f"min({name}, {cap})" if cap else name for name, cap in factors]
-    return "·".join([f"{times}"] * (times != 1 or not names) + names)
+    return "·".join([f"{times:g}"] * (times != 1 or not names) + names)
 
 
-def constant(value: int) -> Amount:
+def constant(value: int | float) -> Amount:
     """Return a plain number as a formula."""
     return Amount({(): value})
 
@@ -101,10 +101,10 @@ class Training:
 class Cost:
     """What a step asks of the model. Everything is empty for a step that only computes with tensors."""
 
-    forwards: Amount = Amount({})
+    forwards: Amount = Amount()
     """Prompts that pass through the model once."""
     answers: tuple[Answers, ...] = ()
-    texts: Amount = Amount({})
+    texts: Amount = Amount()
     """Paragraphs of prose that pass through the model and its LM head once."""
     training: tuple[Training, ...] = ()
     free_after: str = ""
