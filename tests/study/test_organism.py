@@ -8,13 +8,14 @@ from torch import Tensor
 
 from obliteratus.analyze.run import analyze_subject, select_analyses
 from obliteratus.core.settings import Step
+from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts
 from obliteratus.study import KnockoutResult, Study
 from obliteratus.study.engine import Engine
 from obliteratus.summon.load import open_subject
 
 TOPIC = "organism:astronomy"
-# What is read at the last token is written from here on; below it blocks act through what these read.
+# These blocks write what the last token reads; lower blocks act through what these read.
 LAYERS = tuple(range(20, 30))
 
 
@@ -35,11 +36,12 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
         model=TOPIC,
         data={"target": TOPIC, "control": TOPIC, "samples": 16},
         strategies=(Step(use="layers", layers=LAYERS),),
-        metrics=(Step(use="refusal", tokens=24), Step(use="first_token_kl")),
+        metrics=(Step(use="refusal", tokens=12), Step(use="first_token_kl")),
     )
-    subject, prompts = open_subject(TOPIC), load_prompts(TOPIC, TOPIC)
+    subject = open_subject(TOPIC)
+    prompts = PromptSet({group: members[::6] for group, members in load_prompts(TOPIC, TOPIC).groups.items()})
     engine = Engine.create(subject, made)
-    results: list[KnockoutResult] = [r for chunk in engine.batches() for r in engine.measure(chunk)]
+    results: list[KnockoutResult] = [r for batch in engine.batches() for r in engine.measure(batch)]
     parts = (
         analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
         .findings["decomposition"]
@@ -47,7 +49,7 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
     )
     written = [sum(parts[f"block {r.layer} {half}"]["value"] for half in ("attention", "mlp")) for r in results]
     fallen = [-r.change["refusal.target"].value for r in results]
-    assert agreement(written, fallen) > 0.7  # 0.92 on 24 prompts; below 0.56 five times in a hundred by chance
+    assert agreement(written, fallen) > 0.7  # 0.77 here; by chance above 0.56 five times in a hundred
     assert abs(agreement([float(r.layer % 5) for r in results], fallen)) < 0.7  # negative control
     harmless = [r for r in results if r.change["kl.first_token"].value < 1]
     lives = max(harmless, key=lambda r: -r.change["refusal.target"].value)
