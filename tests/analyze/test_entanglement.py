@@ -114,11 +114,11 @@ def test_identical_groups_have_no_direction_to_remove() -> None:
 @pytest.mark.parametrize("freedom", [1, 30])
 def test_the_limit_holds_its_level_on_random_numbers(freedom: int) -> None:
     alarms = 0
-    for seed in range(80):
+    for seed in range(50):
         numbers = torch.randn(12, 5, freedom, generator=torch.Generator().manual_seed(seed))
         ratio, limit = compute_entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
         alarms += bool((ratio > limit).any())
-    assert alarms <= 9  # 4 expected; more by chance in one of a hundred
+    assert alarms <= 7  # 2.5 expected; more by chance in one of a hundred
 
 
 def test_it_is_registered_with_its_cost() -> None:

@@ -52,7 +52,7 @@ def half_reached() -> tuple[AnalysisContext, Reach]:
     """With a direction half way between the refusal's and another."""
     eye = torch.eye(32)
     context = with_direction(refusing_context(block=4), eye[REFUSAL] + eye[END + 3])
-    return context, measure_reach(context, **{**ALL, "tries": 0})
+    return context, measure_reach(context, **{**ALL, "depths": 4, "tries": 0})
 
 
 @pytest.mark.parametrize("block", [2, 4])
@@ -76,7 +76,7 @@ def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     assert found.parts == ("both", "attention", "mlp")
 
 
-@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("layer", [1, 3])
 def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     """A direction half beside the refusal's, by copies of the weights in double precision, one prompt at a time."""
     context, reach = half_reached()
@@ -84,7 +84,7 @@ def test_what_is_left_is_that_of_baked_weights(layer: int) -> None:
     token = find_typical_first_tokens(base["target"], base["control"])
     mass = {g: base[g][:, token].exp().sum(1).mean() for g in base}
     left = (after["target"][:, token].exp().sum(1).mean() - mass["control"]) / (mass["target"] - mass["control"])
-    found = reach.remaining["both"][layer]
+    found = reach.remaining["both"][reach.depths.index(layer)]
     assert found.value == pytest.approx(float(left), abs=1e-4)
     assert 0.01 < found.value < 0.99
     assert found.n == 12
@@ -141,7 +141,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
     context = refusing_context(block=3, word="Sorry, I can't")
-    found = measure_reach(context, **ALL)
+    found = measure_reach(context, **{**ALL, "depths": 4})
     (first, *rest) = found.answered
     assert not rest
     assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)

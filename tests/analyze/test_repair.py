@@ -51,20 +51,20 @@ def repairing(at: int = 6) -> AnalysisContext:
     return with_direction(context_of_model(subject, asked()), torch.eye(subject.width)[REFUSAL])
 
 
-@pytest.mark.parametrize("at", [4, 6])
-def test_a_layer_that_writes_it_back_is_found(at: int) -> None:
-    found = measure_repair(repairing(at=at), prompts=4)
-    # Before block 2 nothing is removed; from ``at`` on no layer is left that could repair.
-    assert found.significant == list(range(2, at))
-    assert all(found.restored[depth] > 0.2 for depth in found.significant)
+@pytest.mark.parametrize(("at", "depths", "expected"), [(4, 7, [2, 3]), (6, 4, [2, 4])])
+def test_a_layer_that_writes_it_back_is_found(at: int, depths: int, expected: list[int]) -> None:
+    """Before block 2 nothing is removed; from ``at`` on no layer is left that could repair."""
+    found = measure_repair(repairing(at=at), prompts=4, depths=depths)
+    assert found.significant == expected
+    assert all(found.restored[found.depths.index(depth)] > 0.2 for depth in found.significant)
     assert "later layers write back" in found.summary()
     check_finding(found, ["removed up to layer", "Δ along d"])
 
 
 def test_layers_that_do_not_repair_show_nothing() -> None:
-    found = measure_repair(refusing_context(block=2), prompts=4)
+    found = measure_repair(refusing_context(block=2), prompts=4, depths=4)
     assert found.significant == []
-    assert torch.allclose(found.remaining, torch.tensor([float(found.direct[-1])] * 2 + [0.0] * 5), atol=1e-4)
+    assert torch.allclose(found.remaining, torch.tensor([float(found.direct[-1]), 0.0, 0.0, 0.0]), atol=1e-4)
     assert float(found.restored.abs().max()) < 1e-4
     assert "no layer" in found.summary()
 
@@ -78,9 +78,9 @@ def test_layers_that_lean_on_it_are_below_zero() -> None:
     mlp.gate_proj.weight.data[0, CLEAN] = 2  # the last token's own
     mlp.up_proj.weight.data[0, REFUSAL] = 1
     mlp.down_proj.weight.data[REFUSAL, 0] = 2
-    found = measure_repair(context, prompts=4, depths=7)
+    found = measure_repair(context, prompts=4, depths=4)
     assert found.significant == []
-    assert all(found.restored[depth] < -0.1 for depth in (2, 3, 4))
+    assert all(found.restored[found.depths.index(depth)] < -0.1 for depth in (2, 4))
 
 
 # --------------------------------------------------------------------------------------- it is its definition
@@ -142,7 +142,7 @@ def baked(model: Any, depth: int, d: Tensor) -> Any:
 def test_a_random_direction_is_not_written_back() -> None:
     for seed in range(2):
         context = with_random_direction(repairing(), seed)
-        assert measure_repair(context, prompts=4, depths=4).significant == []
+        assert measure_repair(context, prompts=4, depths=3).significant == []
 
 
 def test_random_directions_are_found_no_more_often_than_the_level() -> None:
@@ -174,7 +174,7 @@ def test_p_is_the_share_of_directions_that_reach_as_far() -> None:
 
 
 def test_identical_groups_show_nothing() -> None:
-    found = measure_repair(with_same_groups(repairing()), prompts=4, depths=4)
+    found = measure_repair(with_same_groups(repairing()), prompts=4, depths=3)
     assert found.significant == []
     assert float(found.direct.abs().max()) == 0
     assert float(found.restored.abs().max()) == 0
@@ -183,7 +183,7 @@ def test_identical_groups_show_nothing() -> None:
 def test_shuffled_groups_show_nothing() -> None:
     context = repairing()
     mixed = with_direction(context_of_model(context.subject, shuffled(asked())), torch.eye(32)[REFUSAL])
-    assert measure_repair(mixed, prompts=4, depths=4).significant == []
+    assert measure_repair(mixed, prompts=4, depths=3).significant == []
 
 
 def test_depths_are_spread_and_cost_is_told() -> None:

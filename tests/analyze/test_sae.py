@@ -117,13 +117,13 @@ def test_one_population_gives_nothing() -> None:
 def test_false_findings_keep_to_the_level(spread: float) -> None:
     """Round populations and long ones, whose mean differences all lie near one axis, and features of a few prompts."""
     hits = torch.zeros(2)
-    for seed in range(60):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(80, 1, 24, generator=generator) * torch.logspace(spread, -spread, 24)
         rows += 3 * (torch.rand(80, 1, 24, generator=generator) < 0.05)
         found = run(context_of_activations(activations_of(rows[:40], rows[40:])))
         hits += torch.tensor([bool(found.significant), bool(found.discriminating)])
-    assert (hits <= 8).all(), hits  # 3 are the level, and 8 its binomial upper end (99.7 %)
+    assert (hits <= 6).all(), hits  # 2 are the level, and 6 its binomial upper end (99.7 %)
 
 
 # --------------------------------------------------------------------------------------- it is its definition
