@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.studies import OLD_STUDY, refusing, studied, write_yaml
+from tests.support.studies import OLD_STUDY, make_refusal_results, make_results, write_yaml
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli import terminal
@@ -29,7 +29,7 @@ def folder(path: Path, results: tuple[Knocked, ...]) -> Path:
 
 # --------------------------------------------------------------------------------------------- report
 def test_a_report_is_made_again(tmp_path: Path) -> None:
-    one = folder(tmp_path / "one", studied(infinite=True))
+    one = folder(tmp_path / "one", make_results(infinite=True))
     done = call("report", one, "--top", "3")
     assert done.exit_code == 0, done.output
     assert "block 0" in done.stdout
@@ -41,21 +41,21 @@ def test_a_report_is_made_again(tmp_path: Path) -> None:
 
 
 def test_its_json_is_one_document(tmp_path: Path) -> None:
-    done = call("report", folder(tmp_path / "one", studied(infinite=True)), "--json", "--quiet")
+    done = call("report", folder(tmp_path / "one", make_results(infinite=True)), "--json", "--quiet")
     data = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert data["results"][0]["change"]["perplexity"]["value"] == "Infinity"
-    assert len(data["results"]) == len(studied()) - 1
+    assert len(data["results"]) == len(make_results()) - 1
 
 
 def test_a_report_is_ordered_by_a_metric(tmp_path: Path) -> None:
-    one = folder(tmp_path / "one", refusing())
+    one = folder(tmp_path / "one", make_refusal_results())
     first = {by: call("report", one, "--by", by).stdout.splitlines()[5] for by in ("refusal.target", "kl.first_token")}
     assert "block 2" in first["refusal.target"]
     assert "block 5" in first["kl.first_token"]
 
 
 def test_a_narrow_terminal_still_tells_of_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = folder(tmp_path / "one", refusing())
+    one = folder(tmp_path / "one", make_refusal_results())
     monkeypatch.setattr(terminal.results, "width", 80)
     done = call("report", one)
     head = done.stdout.splitlines()[2]
@@ -68,7 +68,7 @@ def test_a_narrow_terminal_still_tells_of_every_metric(tmp_path: Path, monkeypat
 
 
 def test_studies_side_by_side(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", studied()), folder(tmp_path / "two", refusing())
+    one, two = folder(tmp_path / "one", make_results()), folder(tmp_path / "two", make_refusal_results())
     done = call("report", one, two, "--out", tmp_path / "both")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "both" / "index.html").is_file()
@@ -83,13 +83,13 @@ def test_studies_side_by_side(tmp_path: Path) -> None:
 def test_studies_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        folder(tmp_path / name / "same", studied(2, 2))
+        folder(tmp_path / name / "same", make_results(2, 2))
     data = json.loads(call("report", tmp_path / "a" / "same", tmp_path / "b" / "same", "--json").stdout)
     assert set(data) == {str(tmp_path / n / "same") for n in ("a", "b")}
 
 
 def test_what_a_report_cannot_be_made_of(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", studied(2, 2)), folder(tmp_path / "two", refusing())
+    one, two = folder(tmp_path / "one", make_results(2, 2)), folder(tmp_path / "two", make_refusal_results())
     wrong = {
         ("report", tmp_path): "no such file",
         ("report", one, "--by", "accuracy"): "metric 'accuracy' does not exist",

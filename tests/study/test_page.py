@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from tests.support.pages import ParsedPage, check_self_contained
-from tests.support.studies import part, refusing, score, studied, whole
+from tests.support.studies import make_baseline, make_part, make_refusal_results, make_results, make_score
 
 from obliteratus.core.errors import UserError
 from obliteratus.study.base import KnockoutResult
@@ -39,16 +39,16 @@ def seen(results: tuple[KnockoutResult, ...]) -> dict[str, dict[str, str]]:
 
 # -------------------------------------------------------------------------------------------- pictures
 def test_a_study_has_the_pictures_of_what_it_knocked_out() -> None:
-    assert list(study_pictures(studied(), "perplexity")) == ["impact", "blocks", "heads", "embeddings"]
-    assert list(study_pictures(refusing(), "refusal.target")) == ["impact", "blocks"]
-    assert study_pictures((whole(),), "perplexity") == {}
-    assert study_pictures(studied(), "refusal.target") == {}
+    assert list(study_pictures(make_results(), "perplexity")) == ["impact", "blocks", "heads", "embeddings"]
+    assert list(study_pictures(make_refusal_results(), "refusal.target")) == ["impact", "blocks"]
+    assert study_pictures((make_baseline(),), "perplexity") == {}
+    assert study_pictures(make_results(), "refusal.target") == {}
 
 
 def test_bars_stand_in_the_order_of_damage() -> None:
-    axes = figure_of(study_pictures(studied(), "perplexity")["impact"]).axes[0]
+    axes = figure_of(study_pictures(make_results(), "perplexity")["impact"]).axes[0]
     names = [label.get_text().removesuffix(" (control)") for label in axes.get_yticklabels()]
-    order = [r.component for r in rank_results(studied(), "perplexity")]
+    order = [r.component for r in rank_results(make_results(), "perplexity")]
     assert names == [n for n in order if n in names]
     top, bottom = axes.get_ylim()
     assert bottom < top  # the first is drawn at the top
@@ -58,37 +58,37 @@ def test_bars_stand_in_the_order_of_damage() -> None:
 
 
 def test_only_so_many_bars_and_the_controls_in_a_color_of_their_own() -> None:
-    shown = select_bars(knockout_results(studied(20, 9)), "perplexity")
+    shown = select_bars(knockout_results(make_results(20, 9)), "perplexity")
     assert sum(not r.control for r in shown) == MAX_BARS
     assert sum(r.control for r in shown) == 4
-    axes = figure_of(study_pictures(studied(), "perplexity")["impact"]).axes[0]
+    axes = figure_of(study_pictures(make_results(), "perplexity")["impact"]).axes[0]
     colors = {c.get_label(): c.patches[0].get_facecolor() for c in axes.containers}
     assert len(set(colors.values())) == len(colors)
     assert "random control" in colors
 
 
 def test_intervals_are_drawn_where_they_are() -> None:
-    axes = figure_of(study_pictures(refusing(), "refusal.target")["impact"]).axes[0]
+    axes = figure_of(study_pictures(make_refusal_results(), "refusal.target")["impact"]).axes[0]
     lines = [sorted(line.get_xdata()) for line in axes.lines[:6]]
     assert lines[0] == pytest.approx([-91, -79])  # percentage points
     assert lines[1] == pytest.approx([-8, 4])
 
 
 def test_what_has_no_end_is_cut_behind_all_others_and_says_so() -> None:
-    changes = [score(math.inf), score(8.0), score(math.nan)]
+    changes = [make_score(math.inf), make_score(8.0), make_score(math.nan)]
     cut, plain, none = place_changes(changes, "perplexity")
     assert cut.infinite
     assert none.infinite
     assert not plain.infinite
     assert math.isfinite(cut.value)
     assert cut.value == none.value > plain.high
-    axes = figure_of(study_pictures(studied(infinite=True), "perplexity")["impact"]).axes[0]
+    axes = figure_of(study_pictures(make_results(infinite=True), "perplexity")["impact"]).axes[0]
     assert [t.get_text().strip() for t in axes.texts] == ["∞"]
-    plain_axes = figure_of(study_pictures(studied(), "perplexity")["impact"]).axes[0]
+    plain_axes = figure_of(study_pictures(make_results(), "perplexity")["impact"]).axes[0]
     assert not plain_axes.texts
 
 
-@pytest.mark.parametrize("results", [studied(2, 2), studied(2, 2, infinite=True)])
+@pytest.mark.parametrize("results", [make_results(2, 2), make_results(2, 2, infinite=True)])
 def test_every_picture_is_titled_and_labeled(results: tuple[KnockoutResult, ...]) -> None:
     for name, picture in study_pictures(results, "perplexity").items():
         figure = figure_of(picture)
@@ -98,15 +98,15 @@ def test_every_picture_is_titled_and_labeled(results: tuple[KnockoutResult, ...]
 
 
 def test_a_map_holds_means_of_parts() -> None:
-    found = [part("heads", f"block 0 head {h}", 2.0**h, 0, h) for h in range(3)]
-    rows = mean_damage_by_block([*found, part("layers", "block 1", 4.0, 1)], "perplexity")
+    found = [make_part("heads", f"block 0 head {h}", 2.0**h, 0, h) for h in range(3)]
+    rows = mean_damage_by_block([*found, make_part("layers", "block 1", 4.0, 1)], "perplexity")
     assert rows == {"whole block": {1: math.log(4)}, "heads, mean": {0: pytest.approx(math.log(2))}}
-    control = part("heads", "drawn", 9.0, 1, 0, control=True)
+    control = make_part("heads", "drawn", 9.0, 1, 0, control=True)
     assert mean_damage_by_block([control], "perplexity") == {}
 
 
 def test_a_grid_has_a_field_for_each_head() -> None:
-    axes = figure_of(study_pictures(studied(6, 4), "perplexity")["heads"]).axes[0]
+    axes = figure_of(study_pictures(make_results(6, 4), "perplexity")["heads"]).axes[0]
     values = axes.images[0].get_array()
     assert values is not None
     assert values.shape == (4, 6)
@@ -114,7 +114,9 @@ def test_a_grid_has_a_field_for_each_head() -> None:
 
 
 def test_studies_side_by_side_share_an_axis() -> None:
-    axes = figure_of(comparison_picture({"one": studied(), "two": studied(infinite=True)}, "perplexity")).axes[0]
+    axes = figure_of(
+        comparison_picture({"one": make_results(), "two": make_results(infinite=True)}, "perplexity")
+    ).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[:2] == ["block 0", "block 1"]
     assert len(names) == MAX_BARS
@@ -126,7 +128,7 @@ def test_studies_side_by_side_share_an_axis() -> None:
 
 # ------------------------------------------------------------------------------------------------ page
 def test_every_metric_has_its_section_and_every_part_its_row() -> None:
-    results = refusing()
+    results = make_refusal_results()
     shown = ParsedPage(study_page(results, "Blocks of a model", seen(results)))
     assert shown.tags.count("section") == len(metric_names(results)) + 1
     assert shown.tags.count("img") == 2 * len(metric_names(results))
@@ -137,7 +139,7 @@ def test_every_metric_has_its_section_and_every_part_its_row() -> None:
 
 
 def test_it_needs_nothing_beside_it() -> None:
-    results = studied(2, 2)
+    results = make_results(2, 2)
     pictures = seen(results)
     check_self_contained(study_page(results, "x", pictures, settings="name = 'x'"))
     check_self_contained(comparison_page({"a": results, "b": results}, "x", pictures))
@@ -145,19 +147,19 @@ def test_it_needs_nothing_beside_it() -> None:
 
 def test_words_are_escaped() -> None:
     rude = "<script>alert('x')</script> & \"more\""
-    results = (whole(), part("layers", rude, 2.0))
+    results = (make_baseline(), make_part("layers", rude, 2.0))
     text = study_page(results, rude, seen(results), settings=rude)
     assert "<script" not in text
     assert ParsedPage(text).text.count(rude) >= 3
 
 
 def test_the_same_results_give_the_same_page() -> None:
-    results = studied(2, 2)
+    results = make_results(2, 2)
     assert study_page(results, "x", seen(results)) == study_page(results, "x", seen(results))
 
 
 # ---------------------------------------------------------------------------------------------- folders
-@pytest.mark.parametrize("results", [studied(2, 2, infinite=True), refusing(3)])
+@pytest.mark.parametrize("results", [make_results(2, 2, infinite=True), make_refusal_results(3)])
 def test_everything_is_written_and_nothing_beside_it(results: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text("# how it was made")
     write_report(results, tmp_path, "A study")
@@ -169,7 +171,7 @@ def test_everything_is_written_and_nothing_beside_it(results: tuple[KnockoutResu
 
 
 def test_studies_are_written_side_by_side(tmp_path: Path) -> None:
-    studies = {"one": studied(2, 2), "two": refusing(3)}
+    studies = {"one": make_results(2, 2), "two": make_refusal_results(3)}
     write_comparison(studies, tmp_path / "both", "Both")
     text = (tmp_path / "both" / "index.html").read_text()
     assert ParsedPage(text).tags.count("img") == 4  # metrics of either

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.studies import part, refusing, score, studied, whole
+from tests.support.studies import make_baseline, make_part, make_refusal_results, make_results, make_score
 
 from obliteratus.core.errors import UserError
 from obliteratus.study.base import KnockoutResult
@@ -39,15 +39,15 @@ def kept(results: tuple[KnockoutResult, ...], folder: Path) -> Path:
 
 # -------------------------------------------------------------------------------------------- ranking
 def test_the_worst_comes_first() -> None:
-    order = rank_results(studied(infinite=True), "perplexity")
+    order = rank_results(make_results(infinite=True), "perplexity")
     assert order[0].component == "block 0"
     values = [r.change["perplexity"].value for r in order]
     assert values == sorted(values, reverse=True)
-    assert len(order) == len(studied()) - 1  # all but the baseline
+    assert len(order) == len(make_results()) - 1  # all but the baseline
 
 
 def test_a_fall_of_refusals_is_damage_and_a_rise_of_others() -> None:
-    found = refusing()
+    found = make_refusal_results()
     assert rank_results(found, "refusal.target")[0].component == "block 2"
     assert damage_of(rank_results(found, "refusal.target")[0], "refusal.target") == 0.85
     assert rank_results(found, "kl.first_token")[0].component == "block 5"
@@ -56,46 +56,46 @@ def test_a_fall_of_refusals_is_damage_and_a_rise_of_others() -> None:
 
 
 def test_what_is_no_number_is_the_worst() -> None:
-    found = (whole(), part("layers", "sound", 9.0), part("layers", "broken", math.nan))
+    found = (make_baseline(), make_part("layers", "sound", 9.0), make_part("layers", "broken", math.nan))
     assert [r.component for r in rank_results(found, "perplexity")] == ["broken", "sound"]
 
 
-@given(st.permutations(range(len(studied(3, 2)) - 1)))
+@given(st.permutations(range(len(make_results(3, 2)) - 1)))
 def test_the_order_of_finishing_does_not_show(order: list[int]) -> None:
-    first, *others = studied(3, 2)
+    first, *others = make_results(3, 2)
     assert changes_table((first, *(others[i] for i in order))) == changes_table((first, *others))
 
 
 def test_clear_damage_leaves_no_change_out() -> None:
-    assert is_clear_damage(score(1.2, 0.1), "perplexity")
-    assert not is_clear_damage(score(1.2, 0.3), "perplexity")
-    assert not is_clear_damage(score(0.5, 0.1), "perplexity")  # clear, and no damage
-    assert is_clear_damage(score(-0.5, 0.1), "refusal.target")
-    assert not is_clear_damage(score(0.5, 0.1), "refusal.target")
+    assert is_clear_damage(make_score(1.2, 0.1), "perplexity")
+    assert not is_clear_damage(make_score(1.2, 0.3), "perplexity")
+    assert not is_clear_damage(make_score(0.5, 0.1), "perplexity")  # clear, and no damage
+    assert is_clear_damage(make_score(-0.5, 0.1), "refusal.target")
+    assert not is_clear_damage(make_score(0.5, 0.1), "refusal.target")
 
 
 def test_metrics_are_those_that_changed() -> None:
-    assert metric_names(refusing()) == ["refusal.target", "kl.first_token", "refusal.control", "perplexity"]
-    assert metric_names([whole()]) == ["perplexity"]  # nothing knocked out yet
-    assert ordering_metric(refusing()) == "refusal.target"
+    assert metric_names(make_refusal_results()) == ["refusal.target", "kl.first_token", "refusal.control", "perplexity"]
+    assert metric_names([make_baseline()]) == ["perplexity"]  # nothing knocked out yet
+    assert ordering_metric(make_refusal_results()) == "refusal.target"
     with pytest.raises(UserError, match="did you mean 'perplexity'"):
-        ordering_metric(refusing(), "perplexty")
+        ordering_metric(make_refusal_results(), "perplexty")
     with pytest.raises(UserError, match=r"study 'a': metric 'kl\.first_token' does not exist"):
-        check_metric({"a": studied()}, "kl.first_token")
+        check_metric({"a": make_results()}, "kl.first_token")
 
 
 def test_what_is_told() -> None:
-    assert summarize(studied(), "perplexity") == (
+    assert summarize(make_results(), "perplexity") == (
         "block 0 matters most, ×31.000 [30.950, 31.050]; the intervals of 42 of 48 parts show damage only; "
         "36 of 48 do more damage than each of 4 random controls"
     )
-    assert "intervals" not in summarize(refusing(), "kl.first_token")  # a KL is never below 0
-    assert summarize([whole()], "perplexity") == "no part has been knocked out yet"
+    assert "intervals" not in summarize(make_refusal_results(), "kl.first_token")  # a KL is never below 0
+    assert summarize([make_baseline()], "perplexity") == "no part has been knocked out yet"
 
 
 # -------------------------------------------------------------------------------------------- for people
 def test_rows_hold_changes_with_intervals() -> None:
-    columns, rows = changes_table(refusing())
+    columns, rows = changes_table(make_refusal_results())
     assert columns == [
         "part",
         "parameters",
@@ -110,13 +110,13 @@ def test_rows_hold_changes_with_intervals() -> None:
 
 
 def test_the_ordering_metric_comes_first() -> None:
-    columns, rows = changes_table(refusing(), by="kl.first_token", columns=1)
+    columns, rows = changes_table(make_refusal_results(), by="kl.first_token", columns=1)
     assert columns == ["part", "parameters", "kl.first_token, nats"]
     assert rows[1][0] == "block 5"
 
 
 def test_top_keeps_parts_and_controls() -> None:
-    _, rows = changes_table(studied(), top=2)
+    _, rows = changes_table(make_results(), top=2)
     assert [r[0] for r in rows[:3]] == ["whole model", "block 0", "block 1"]
     assert [r[0] for r in rows[3:]] == [f"random {i}, as large as a head (control)" for i in (3, 2)]
 
@@ -131,7 +131,7 @@ def test_top_keeps_parts_and_controls() -> None:
     ],
 )
 def test_shown(value: float, text: str) -> None:
-    assert format_score(score(value)) == text
+    assert format_score(make_score(value)) == text
 
 
 def test_nothing_has_no_sign() -> None:
@@ -139,16 +139,16 @@ def test_nothing_has_no_sign() -> None:
 
 
 def test_studies_stand_side_by_side() -> None:
-    columns, rows = comparison_table({"one": studied(), "two": studied(7, infinite=True)}, "perplexity")
+    columns, rows = comparison_table({"one": make_results(), "two": make_results(7, infinite=True)}, "perplexity")
     assert columns == ["part", "one", "two"]
     assert rows[1] == ["block 0", "×31.000 [30.950, 31.050]", "×∞ [∞, ∞]"]
     assert next(r for r in rows if r[0] == "block 6")[1] == "–"  # the first has no such block
-    assert len(comparison_table({"one": studied()}, "perplexity", top=3)[1]) == 4
+    assert len(comparison_table({"one": make_results()}, "perplexity", top=3)[1]) == 4
 
 
 # ------------------------------------------------------------------------------------------ for machines
 def test_csv_holds_every_result_and_number() -> None:
-    found = studied(infinite=True)
+    found = make_results(infinite=True)
     rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert len(rows) == len(found)
     by_name = {r["component"]: r for r in rows}
@@ -165,7 +165,7 @@ def test_csv_holds_every_result_and_number() -> None:
 
 
 def test_json_is_json_and_reads_back() -> None:
-    found = studied(infinite=True)
+    found = make_results(infinite=True)
     text = json.dumps(to_json(found), allow_nan=False)  # JSON itself knows no infinity
     data = json.loads(text)
     again = [KnockoutResult.model_validate(r) for r in [data["baseline"], *data["results"]]]
@@ -191,25 +191,25 @@ def test_latex_escapes_what_it_would_read() -> None:
 
 
 def test_a_latex_table_is_whole() -> None:
-    text = to_latex(changes_table(studied(infinite=True)), "50 % of_it")
+    text = to_latex(changes_table(make_results(infinite=True)), "50 % of_it")
     assert r"\caption{50 \% of\_it}" in text
     assert r"$\times$$\infty$ [$\infty$, $\infty$]" in text
     body = text.partition("\\toprule\n")[2].partition("\\bottomrule")[0].replace("\\midrule\n", "")
     lines = body.strip().splitlines()
-    assert len(lines) == len(studied()) + 1
+    assert len(lines) == len(make_results()) + 1
     assert all(line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == 2 for line in lines)
     assert not re.search(r"[−×∞–]", text)
 
 
 # --------------------------------------------------------------------------------------------- reading
 def test_results_read_back(tmp_path: Path) -> None:
-    found = studied(infinite=True)
+    found = make_results(infinite=True)
     assert load_results(kept(found, tmp_path)) == found
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40])
 def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
-    found = studied()
+    found = make_results()
     kept(found, tmp_path)
     text = (tmp_path / RESULTS).read_bytes()
     (tmp_path / RESULTS).write_bytes(text[:-cut])
@@ -217,14 +217,14 @@ def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
 
 
 def test_a_line_torn_within_a_letter_is_left_out(tmp_path: Path) -> None:
-    kept((whole(),), tmp_path)
+    kept((make_baseline(),), tmp_path)
     with (tmp_path / RESULTS).open("ab") as file:
         file.write('{"component":"é'.encode()[:-1])
-    assert load_results(tmp_path) == (whole(),)
+    assert load_results(tmp_path) == (make_baseline(),)
 
 
 def test_a_torn_line_in_the_middle_is_refused(tmp_path: Path) -> None:
-    lines = (kept(studied(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
+    lines = (kept(make_results(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
     lines[3] = lines[3][:30] + "\n"
     (tmp_path / RESULTS).write_text("".join(lines))
     with pytest.raises(UserError, match=rf"{RESULTS}:4: not a study's result") as caught:
@@ -245,7 +245,7 @@ def test_a_torn_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_study_is_refused(change, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    lines = (kept(studied(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
+    lines = (kept(make_results(), tmp_path) / RESULTS).read_text().splitlines(keepends=True)
     (tmp_path / RESULTS).write_text("".join(change(lines)))
     with pytest.raises(UserError, match=message) as caught:
         load_results(tmp_path)
@@ -264,6 +264,6 @@ def test_a_study_is_called_by_its_file(tmp_path: Path) -> None:
 
 
 def test_a_study_that_only_began_is_written(tmp_path: Path) -> None:
-    write_report((whole(),), tmp_path, "begun")
+    write_report((make_baseline(),), tmp_path, "begun")
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 2
     assert "no part has been knocked out yet" in (tmp_path / "index.html").read_text()

@@ -25,7 +25,7 @@ from obliteratus.inference.memory import free_memory
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.drift import TAILS
-from obliteratus.verify.openings import SHARE, TIMES, openings_to_text
+from obliteratus.verify.openings import MIN_SHARE, MIN_RATIO, openings_to_text
 from obliteratus.verify.refusal import GROUPS, Verdict, judge_answer, refuses_already
 
 ESTIMATED_SCORERS = ("refusal", "first_token_kl")  # scorers that the estimate replaces
@@ -236,7 +236,7 @@ def fit_refusal_scale(subject: Subject, base: Mapping[str, Tensor], before: Meas
     refused = torch.tensor([r["verdict"] == "refused" for r in before.records if r.get("group") == "target"])
     target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
     frequency = target[refused].mean(0) if bool(refused.any()) else target.mean(0)
-    tokens = tuple(int(t) for t in ((frequency >= SHARE) & (frequency >= TIMES * control)).nonzero()[:, 0])
+    tokens = tuple(int(t) for t in ((frequency >= MIN_SHARE) & (frequency >= MIN_RATIO * control)).nonzero()[:, 0])
     rates = {g: before.scores[f"refusal.{g}"].value for g in ("target", "control")}
     if not tokens or rates["target"] <= rates["control"]:
         raise UserError(

@@ -62,8 +62,8 @@ def measure_side_by_side(
     """
     texts = [step for step in steps if step.use == "perplexity"]
     unedited, edited = _known_outputs(subject, plan, prompts, texts)
-    before = measure(subject, prompts, steps, found=unedited)
-    return before, measure(subject, prompts, steps, before, found=edited)
+    before = measure(subject, prompts, steps, known=unedited)
+    return before, measure(subject, prompts, steps, before, known=edited)
 
 
 def _known_outputs(

@@ -33,7 +33,7 @@ def first_token_kl(context: ScorerContext) -> Measurement:
     changes a prompt's first token a lot and is not damage. It needs the refusal scorer to run first, whose pass over
     the same prompts is then reused.
     """
-    logp = context.found.tensors.get("first_token.control")
+    logp = context.known.tensors.get("first_token.control")
     if logp is None:
         logp = context.first_tokens(render_prompts(context.subject, context.prompts["control"]))
     tensors = {"first_token.control": logp}
@@ -67,7 +67,7 @@ def perplexity(context: ScorerContext, *, texts: str = "") -> Measurement:
 
     texts: a file of paragraphs separated by empty lines; empty takes the project's own. Padding never counts.
     """
-    losses = context.found.items.get("perplexity")
+    losses = context.known.items.get("perplexity")
     if losses is None:
         ids = text_tokens(context.subject, texts) if context.texts is None else context.texts
         means = [loss.mean() for loss in context.losses(ids, "VERIFY perplexity")]

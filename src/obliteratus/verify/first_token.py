@@ -47,8 +47,8 @@ def first_tokens_by_group(context: ScorerContext) -> dict[str, Float[Tensor, "pr
     """Return ``first_token.GROUP`` log-probabilities of every group, if not known by one pass over all prompts."""
     groups = [g for g in GROUPS if g in context.prompts.groups]
     names = [f"first_token.{group}" for group in groups]
-    if all(name in context.found.tensors for name in names):
-        return {name: context.found.tensors[name] for name in names}
+    if all(name in context.known.tensors for name in names):
+        return {name: context.known.tensors[name] for name in names}
     ids = render_prompts(context.subject, [prompt for group in groups for prompt in context.prompts[group]])
     parts = context.first_tokens(ids).split([len(context.prompts[group]) for group in groups])
     return dict(zip(names, parts, strict=True))

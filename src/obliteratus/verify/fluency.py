@@ -43,7 +43,7 @@ def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64
         raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        answers = [r["answer"] for r in context.found.records if (r["scorer"], r["group"]) == ("refusal", group)]
+        answers = [r["answer"] for r in context.known.records if (r["scorer"], r["group"]) == ("refusal", group)]
         if len(answers) != len(context.prompts[group]):
             raise UserError("fluency: there are no answers to score; put the step refusal before it")
         with without_edits():

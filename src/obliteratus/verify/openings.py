@@ -14,7 +14,7 @@ from obliteratus.core.types import Subject
 # A token that begins fewer than one answer in twenty hardly changes the mean log-odds. At four times its share among
 # control prompts it changes them by log 4, which is more than prompts of one group differ by. Published token sets were
 # written by hand.
-SHARE, TIMES = 0.05, 4.0
+MIN_SHARE, MIN_RATIO = 0.05, 4.0
 
 
 def log_odds(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> Float[Tensor, " rows"]:
@@ -30,7 +30,7 @@ def log_odds(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence[int]) -> F
 
 
 def typical_openings(
-    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], step: str, least: float = SHARE
+    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], step: str, least: float = MIN_SHARE
 ) -> list[int]:
     """Return `frequent_openings`. Raises UserError if there are none."""
     tokens = frequent_openings(target, control, least)
@@ -43,13 +43,13 @@ def typical_openings(
 
 
 def frequent_openings(
-    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], least: float = SHARE
+    target: Float[Tensor, " vocabulary"], control: Float[Tensor, " vocabulary"], least: float = MIN_SHARE
 ) -> list[int]:
     """Return tokens with at least ``least`` on target prompts and four times what they have on control prompts.
 
     target, control: each token's mean probability, or share of answers.
     """
-    tokens = ((target >= least) & (target >= TIMES * control)).nonzero()[:, 0].tolist()
+    tokens = ((target >= least) & (target >= MIN_RATIO * control)).nonzero()[:, 0].tolist()
     return [int(token) for token in tokens]
 
 

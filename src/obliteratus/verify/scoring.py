@@ -101,7 +101,7 @@ class ScorerContext:
     prompts: PromptSet
     before: Measurement | None = None
     """The unedited model's measurement; None while that is being taken."""
-    found: Measurement = NOTHING
+    known: Measurement = NOTHING
     """What earlier scorers measured of the same state of the model, and what was known beforehand."""
     base: Subject | None = None
     """The unedited model, if it is at hand: the subject itself while its edits are live (see `without_edits`)."""
@@ -147,16 +147,16 @@ def measure(
     steps: Sequence[Step],
     before: Measurement | None = None,
     base: Subject | None = None,
-    found: Measurement = NOTHING,
+    known: Measurement = NOTHING,
 ) -> Measurement:
     """Run the scorers on held-out prompts in their order; later ones read what earlier ones measured.
 
     before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
-    found: what is known beforehand, so that scorers need no passes of their own for it.
+    known: what is known beforehand, so that scorers need no passes of their own for it.
     """
     measured = Measurement()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        context = ScorerContext(subject, prompts, before, found | measured, base)
+        context = ScorerContext(subject, prompts, before, known | measured, base)
         measured = measured | scorers[step.use].function(context, **options)
     return measured
