@@ -55,7 +55,7 @@ def main() -> None:
     for (start, end), count in sorted(arrows.items()):
         print(f"{start} -> {end}: {count}")
     both = sorted({tuple(sorted(pair)) for pair in arrows if (pair[1], pair[0]) in arrows})
-    print(f"{len(arrows)} arrows, {sum(arrows.values())} imports, pairs of rooms that import each other: {both or 'none'}")
+    print(f"{len(arrows)} arrows, {sum(arrows.values())} imports; rooms that import each other: {both or 'none'}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def save_advice(advice: Advice, folder: Path) -> None:
     (folder / "advised.toml").write_text(dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})))
     numbers = {name: finding.to_dict() for name, finding in advice.findings.items()}
     (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
-    (folder / "index.html").write_text(findings_page(advice.findings, f"What decided the recipe of {advice.recipe.name}"))
+    title = f"What decided the recipe of {advice.recipe.name}"
+    (folder / "index.html").write_text(findings_page(advice.findings, title))
 
 
 def load_advice(folder: Path) -> Advice:

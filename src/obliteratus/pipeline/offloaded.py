@@ -31,8 +31,8 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
     expensive += ["distill steps that run the model"] if "model" in collect_needs(recipe.distill) else []
     if expensive:
         raise UserError(
-            f"method '{recipe.name}': {expensive[0]} would read all weights from disk hundreds of times; allow the whole "
-            "model with a larger --memory, or choose a method without it, such as basic or advanced"
+            f"method '{recipe.name}': {expensive[0]} would read all weights from disk hundreds of times; "
+            "allow the whole model with a larger --memory, or choose a method without it, such as basic or advanced"
         )
     return recipe.model_copy(update={"verify": streamable_steps(recipe.verify)})
 
