@@ -23,6 +23,7 @@ from bench.common import describe_machine, make_parser, say, take_prompts
 from bench.heretic import SCORES, STEPS, HereticStudy, export_trial, first_prompts, measure_with_verify, run_heretic
 from bench.heretic_setup import StudySettings, is_installed, plain_prompts
 from bench.hypervolume import hypervolume
+from bench.methods import SMOKE_SEARCH, SMOKE_STEPS
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes = {"search.trials": trials, "search.prompts": judged, "search.tokens": tokens, "seed": o.seed}
     if o.smoke:
         prompts = take_prompts(prompts, judged)
-        changes["search.control_margin"] = 1.0  # with so few prompts a single refusal would exceed the usual margin
+        changes |= {"verify": SMOKE_STEPS, **SMOKE_SEARCH}
     heretic, exported = not o.smoke or is_installed(), not o.quick and not o.smoke
     if not heretic:
         say("Heretic is not installed: this smoke run covers our side only")

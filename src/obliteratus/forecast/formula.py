@@ -15,7 +15,7 @@ from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Recipe, Search, Step, Tune
 from obliteratus.core.toml import dump_toml
 from obliteratus.excise import kl_budget, router_limit
-from obliteratus.pipeline.run import CHECK_TOKENS, CHECKED
+from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
 from obliteratus.search.run import MAX_CHECKED
 from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS
@@ -53,7 +53,7 @@ ROUTER_COST = _bisection_cost(router_limit.BISECTION_STEPS)
 
 def stage_costs(recipe: Recipe) -> dict[str, Cost]:
     """Return the most that each stage of a run asks of the model; stages that ask nothing are left out."""
-    check = Cost(answers=(Answers(CHECK_TOKENS, prompt_count("search", "target", CHECKED)),))
+    check = Cost(answers=(Answers(CHECK_TOKENS, prompt_count("search", "target", CHECK_PROMPTS)),))
     costs = {
         "PROBE": Cost(prompt_count("fit")) * recipe.passes,
         "ANALYZE": _add_steps(analyses, recipe.analyze),

@@ -21,7 +21,7 @@ from obliteratus.inference.batching import CPU_TOKENS, make_batches
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.layerwise import LayerwisePass, block_parameters, outer_parameters, run_layerwise
 from obliteratus.inference.memory import memory_limit, resident_bytes
-from obliteratus.inference.memory_needs import BUFFERS, bytes_in_memory, bytes_offloaded, check_offloaded_fits
+from obliteratus.inference.memory_needs import LIBRARY_BUFFERS, bytes_in_memory, bytes_offloaded, check_offloaded_fits
 from obliteratus.inference.shared_prefix import shared_prefix_length
 from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.prompts import split_prompts
@@ -125,7 +125,7 @@ def forecast_stages(
             run_seconds(verify_tokens) + head / rates.read + head_seconds,
         ),
         # An edited matrix is at most half of its block, and has a copy beside it.
-        "SAVE": StageForecast(base + 2 * (summary.block_bytes // 2) + BUFFERS, weights, weights / rates.copy),
+        "SAVE": StageForecast(base + 2 * (summary.block_bytes // 2) + LIBRARY_BUFFERS, weights, weights / rates.copy),
         "SCORE × 2": StageForecast(
             passing + tied_table + len(scored) * logits,
             2 * weights,
@@ -192,7 +192,7 @@ def _measure_block(subject: Subject, ids: Ids, read: float) -> tuple[float, floa
                 token_seconds.append((time.perf_counter() - start) / int(lengths.sum()))
 
     top = min(BLOCKS + 1, subject.n_layers)
-    run_layerwise(subject, LayerwisePass(subject, rows), top=top, look=clock, title="measuring")
+    run_layerwise(subject, LayerwisePass(subject, rows), top=top, around=clock, title="measuring")
     block_seconds = [after - before for before, after in pairwise(starts[stream] for stream in sorted(starts))][1:]
     token = min(token_seconds)
     known = max(_block_bytes(subject) / read, _count_tokens(rows) * token)
