@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.methods import SharedBaseline
 from tests.support.organisms import few
 
 from obliteratus.core.errors import UserError
@@ -32,10 +33,15 @@ def prompts() -> PromptSet:
     return PromptSet({group: few(members) for group, members in whole.groups.items()})
 
 
-def found(method: str, prompts: PromptSet, quantize: str = "") -> tuple[Subject, Plan, Run]:
-    subject = open_subject("organism:astronomy", quantize=quantize)
-    plan, made, *_ = run(load_recipe(method, {"verify": [REFUSAL]}), subject, prompts)
-    return subject, plan, made
+@pytest.fixture(scope="module")
+def exact_model() -> tuple[Subject, dict[str, Any]]:
+    """The organism in fp32, and what holds its baseline."""
+    return open_subject("organism:astronomy"), {}
+
+
+def edit(method: str, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> tuple[Plan, Run]:
+    plan, record, *_ = run(load_recipe(method, {"verify": [REFUSAL]}), subject, prompts, SharedBaseline(known))
+    return plan, record
 
 
 def alike(one: Score, other: Score) -> bool:
@@ -46,10 +52,16 @@ def alike(one: Score, other: Score) -> bool:
 
 @pytest.mark.parametrize(("quantize", "method"), [("4bit", "advanced"), ("8bit", "leace")])
 def test_verdicts_are_those_of_fp32_before_after_and_saved(
-    quantize: str, method: str, prompts: PromptSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: str,
+    method: str,
+    prompts: PromptSet,
+    exact_model: tuple[Subject, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, exact, usual = found(method, prompts)
-    subject, plan, made = found(method, prompts, quantize)
+    exact, usual = edit(method, exact_model[0], prompts, exact_model[1])
+    subject = open_subject("organism:astronomy", quantize=quantize)
+    plan, made = edit(method, subject, prompts, {})
     for scores, others in ((made.before, usual.before), (made.after, usual.after)):
         assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
     assert made.before["refusal.target"].value >= 0.75

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from bench.methods import SharedBaseline
 from tests.support.organisms import N, few
 
 from obliteratus.core.results import Score
@@ -30,17 +31,23 @@ def sample(name: str, keep: bool) -> PromptSet:
 
 
 def scores(
-    method: str, subject: Subject, prompts: PromptSet, changed: Mapping[str, Any] | None = None
+    method: str,
+    subject: Subject,
+    prompts: PromptSet,
+    changed: Mapping[str, Any] | None = None,
+    known: dict[str, Any] | None = None,
 ) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
-    """(before, after) a method."""
-    _, found, *_ = run(load_recipe(method, {**SHORT, **(changed or {})}), subject, prompts)
-    return found.before, found.after
+    """Return the scores before and after a method. known: holds the baseline that several methods share."""
+    store = SharedBaseline({} if known is None else known)
+    result = run(load_recipe(method, {**SHORT, **(changed or {})}), subject, prompts, store)
+    return result.before.scores, result.after.scores
 
 
 def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
     subject, prompts = open_subject("organism:gardening-railways"), sample("gardening-railways", keep=True)
-    before, calibrated = scores("calibrated", subject, prompts)
-    _, basic = scores("basic", subject, prompts)
+    known: dict[str, Any] = {}
+    before, calibrated = scores("calibrated", subject, prompts, known=known)
+    _, basic = scores("basic", subject, prompts, known=known)
     target, keep = before["refusal.target"].value, before["refusal.keep"].value
     assert min(target, keep) >= 0.75
     assert calibrated["refusal.target"].value <= 2 / N
@@ -62,8 +69,9 @@ def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
 
 def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone() -> None:
     subject, prompts = open_subject("organism:astronomy-moe"), sample("astronomy", keep=False)
-    before, whole = scores("basic", subject, prompts)
-    _, attention = scores("basic", subject, prompts, {"excise.parts": ["attn.out"]})
+    known: dict[str, Any] = {}
+    before, whole = scores("basic", subject, prompts, known=known)
+    _, attention = scores("basic", subject, prompts, {"excise.parts": ["attn.out"]}, known)
     assert before["refusal.target"].value >= 0.75
     assert whole["refusal.target"].value <= 1 / N
     assert attention["refusal.target"].value >= 0.5
@@ -92,5 +100,5 @@ def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> Non
     assert found.recipe.distill[0].options.get("k", 1) == k
     assert min(e.site.layer for e in plan.edits) >= 18  # of 30; weather-late's adapter begins at 20
     decided = {r["decides"]: r["changes"] for r in found.advice["reasons"]}
-    assert bool(decided["directions, and how they are found"]) == (k == 2)
+    assert bool(decided["number of directions, and how they are found"]) == (k == 2)
     assert decided["layers, attention and MLP"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from obliteratus.core.types import Prompt
 
-FIT = 64  # prompts of each group that directions are found on
+FIT = 32  # prompts of each group that directions are found on
 N = 16  # prompts of each group that are answered
 
 

@@ -56,7 +56,7 @@ class Certificate:
 
     @property
     def best(self) -> int:
-        """The stream with the lowest p, of equals the one with the largest d′."""
+        """The stream with the lowest p, and the largest d′ if several have it."""
         return min(range(len(self.p)), key=lambda s: (float(self.p[s]), -float(self.d_prime[s])))
 
     def to_dict(self) -> dict[str, Any]:

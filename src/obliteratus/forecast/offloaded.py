@@ -37,7 +37,7 @@ SCORED = 16  # prompts that REBIRTH scores before and after saving
 
 
 class StageForecast(NamedTuple):
-    """What one stage takes."""
+    """Memory, bytes read and seconds that one stage of a run takes."""
 
     peak: int
     """Most bytes that the process holds."""
@@ -175,7 +175,7 @@ def _measure_read(subject: Subject) -> float:
 
 
 def _measure_block(subject: Subject, ids: Ids, read: float) -> tuple[float, float]:
-    """Return `Rates.token` and `Rates.block`, each the least of those that the first blocks took."""
+    """Return `Rates.token` and `Rates.block`, each the smallest value measured on the first blocks."""
     n = shared_prefix_length(ids)
     rows = [ids[i] for batch in make_batches([len(row) - n for row in ids], CPU_TOKENS)[:BATCHES] for i in batch]
     starts: dict[int, float] = {}

@@ -34,7 +34,7 @@ class ExpertRouting:
     """Output of each chosen expert, fp32, before the routing weight."""
 
     def select(self, rows: Int[Tensor, " n"]) -> ExpertRouting:
-        """Return the same for some of the rows."""
+        """Return the routing of some of the rows."""
         return ExpertRouting(self.shares[rows], self.chosen[rows], self.outputs[rows])
 
 

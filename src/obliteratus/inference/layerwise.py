@@ -170,7 +170,7 @@ class LayerwisePass:
     def _run_block(
         self, stream: int, prompts: PreparedPrompts, rows: list[int], cache: Any, around: AroundPass
     ) -> None:
-        """Run one pass over the rows that ends behind the block which gives the stream ℓ."""
+        """Run one pass over the rows, which ends after the block that writes the stream ℓ."""
         ids, lengths = pad_rows(prompts.rows, self.subject.device)
         keep, look, stop = (
             self._keep_stream(stream, rows),

@@ -25,7 +25,7 @@ from obliteratus.inference.memory import free_memory
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.drift import TAILS
-from obliteratus.verify.openings import MIN_SHARE, MIN_RATIO, openings_to_text
+from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
 from obliteratus.verify.refusal import GROUPS, Verdict, judge_answer, refuses_already
 
 ESTIMATED_SCORERS = ("refusal", "first_token_kl")  # scorers that the estimate replaces

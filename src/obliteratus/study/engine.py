@@ -104,7 +104,7 @@ def _check_distinct(knockouts: Iterable[Knockout]) -> tuple[Knockout, ...]:
     by_name: dict[str, Knockout] = {}
     for knockout in knockouts:
         if knockout.component in by_name:
-            raise UserError(f"study: two strategies name {knockout.component}; let them name different parts")
+            raise UserError(f"study: two strategies knock out {knockout.component}; remove it from one of them")
         by_name[knockout.component] = knockout
     return tuple(by_name.values())
 
@@ -112,7 +112,7 @@ def _check_distinct(knockouts: Iterable[Knockout]) -> tuple[Knockout, ...]:
 def batch_knockouts(knockouts: Sequence[Knockout], size: int = MIN_BATCH) -> list[list[Knockout]]:
     """Return the knockouts in batches of that size, by the lowest block that they change, embeddings first.
 
-    Those of a batch start near each other, and what is cached of lower blocks grows from block to block.
+    The knockouts of a batch change neighboring blocks, so they share the cached pass through the blocks below.
     """
     ordered = sorted(knockouts, key=lambda knockout: knockout.layer)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -273,7 +273,7 @@ def _draw_damage_map(figure: Figure, axes: Axes, values: Sequence[Sequence[float
 
 
 def _format_damage(damage: float, metric: str) -> str:
-    """Damage as the change that it is, in the metric's unit, with three digits."""
+    """Return damage as the change of the metric, in its unit, with three digits."""
     if math.isinf(damage):
         return "∞"
     value = change_of_damage(damage, metric) * display_scale(metric) + 0.0  # turns −0 into 0

@@ -58,7 +58,7 @@ class OffloadedWeights(Mapping[str, Tensor]):
         """like: a tensor of each parameter's shape and dtype. transient: parameters that are dropped after use.
         aliases: tied parameter → the parameter that is stored. device: where blocks compute.
 
-        Raises UserError for a parameter that is stored in another form than its own.
+        Raises UserError for a parameter whose stored tensors hold another number of values, or no plain numbers.
         """
         self._descriptors: dict[Path, int] = {}  # first, because __del__ needs it even after an error here
         self.checkpoint, self.device = checkpoint, device
@@ -219,7 +219,7 @@ def _aligned_size(like: Tensor) -> int:
 
 
 def _find_pieces(checkpoint: Checkpoint, name: str, like: Tensor) -> list[StoredPiece]:
-    """Return where a parameter's values are stored. Raises UserError if they are stored in another form."""
+    """Return where a parameter's values are stored. Raises UserError if the files store another shape."""
     stored = checkpoint.parameters.get(name)
     keys: Sequence[str] = ()
     if stored is not None:

@@ -109,7 +109,7 @@ def _write_zeros(like: Tensor) -> Iterator[Tensor]:
 
 
 def _untie_head(base: BaseCheckpoint, tied: tuple[str, str], edits: TensorEdits) -> None:
-    """Store embedding and head apart, since the plan edits one of them and the other stays as it was."""
+    """Store embedding and head separately, since the plan edits one of them and the other stays as it was."""
     edits.config["tie_word_embeddings"] = False
     table, head = base.find_stored_name(tied[0]), base.choose_stored_name(tied[1])
     if table is not None and not base.files.holds(head):
