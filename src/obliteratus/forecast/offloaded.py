@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,12 +102,7 @@ def forecast_stages(
     tied_table = summary.table_bytes if summary.tied else 0  # stays in memory from the first tokens to the last
     logits, stream = 4 * summary.vocabulary, 4 * summary.width  # bytes of one token, fp32
     reading = _block_bytes(subject) / rates.read
-
-    def run_seconds(tokens: int) -> float:
-        """Return the seconds of one pass: the table, then each block, read while the one before it computes."""
-        blocks = summary.n_layers * (max(reading, tokens * rates.token) + rates.block)
-        return float(table / rates.read + reading + blocks)
-
+    run_seconds = partial(_pass_seconds, rates, summary.n_layers, table / rates.read, reading)
     passing = bytes_offloaded(summary)
     probe_rows = len(fit_ids) + _rows_kept(recipe.probe, fit)
     verify_tokens = 2 * (_count_tokens(report_ids) + sum(map(len, texts)))  # before and after the edit
@@ -132,6 +128,11 @@ def forecast_stages(
             2 * (run_seconds(_count_tokens(scored)) + head / rates.read),
         ),
     }
+
+
+def _pass_seconds(rates: Rates, n_layers: int, reading_table: float, reading_block: float, tokens: int) -> float:
+    """Return the seconds of one pass: the table, then each block, which is read while the one before it computes."""
+    return reading_table + reading_block + n_layers * (max(reading_block, tokens * rates.token) + rates.block)
 
 
 def _render(subject: Subject, prompts: PromptSet) -> Ids:
