@@ -7,6 +7,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -41,6 +42,18 @@ from tests.support.plans import PlanMaker, random_plan
 
 torch.set_num_threads(1)  # tiny products take longer to hand to a second thread than to compute
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+
+
+SLOW = Path(__file__).with_name("slow.txt")
+"""Test functions that `make check` leaves out, as ``tools/list_slow_tests.py`` wrote them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    slow = set(SLOW.read_text().split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

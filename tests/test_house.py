@@ -153,3 +153,12 @@ def test_the_public_names_are_few_and_there() -> None:
 def test_no_public_name_hides_a_package() -> None:
     """``import obliteratus.verify.refusal as r`` works, whatever was imported before."""
     assert not set(obliteratus.__all__) & set(LEVEL)
+
+
+def test_every_slow_test_is_there() -> None:
+    """A test that was renamed would otherwise come back into the inner loop."""
+    for name in (Path(__file__).with_name("slow.txt")).read_text().split():
+        file, _, function = name.partition("::")
+        path = Path(__file__).parents[1] / file
+        assert path.is_file(), name
+        assert f"def {function}(" in path.read_text(), name
