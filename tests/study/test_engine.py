@@ -224,7 +224,7 @@ def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> No
 
 
 def test_a_part_named_twice_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="two strategies name block 0"):
+    with pytest.raises(UserError, match="two strategies knock out block 0"):
         Engine.create(tiny_subject("llama"), study_of(folder, parts=("layers", "layers")))
 
 
