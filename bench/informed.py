@@ -16,13 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from bench.common import format_rows, make_parser, open_organism, say
-from bench.methods import COLUMNS, Row, SharedBaseline, make_row, measure_method, shorten, shorten_steps
-from obliteratus.core.results import Score
+from bench.methods import COLUMNS, Row, SharedBaseline, format_scores, make_row, measure_method, shorten, shorten_steps
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
-from obliteratus.rebirth.model_card import format_score
 
 METHODS = ("basic", "advanced", "informed")
 TRUTH = {
@@ -66,9 +64,10 @@ def format_table(rows_of: dict[str, dict[str, Row]]) -> str:
     for organism, rows in rows_of.items():
         advanced = sum(rows["advanced"]["seconds"].values())
         for name, row in rows.items():
-            scores = [format_score(Score(**row["after"][c])) for c in COLUMNS]
             seconds = sum(row["seconds"].values())
-            lines.append([organism, name, *scores, f"{seconds:.0f}", f"{seconds / advanced:.2f}", str(row["passes"])])
+            lines.append(
+                [organism, name, *format_scores(row), f"{seconds:.0f}", f"{seconds / advanced:.2f}", str(row["passes"])]
+            )
     decisions = [f"\n{name} ({TRUTH[name]}):\n{format_decisions(rows)}" for name, rows in rows_of.items()]
     return "\n".join([format_rows(columns, lines), *decisions])
 

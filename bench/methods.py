@@ -57,7 +57,7 @@ KEEP_SCORE = "refusal.keep"
 COLUMNS = ("refusal.target", "refusal.control", "kl.first_token.mean", "kl.first_token.p95", "perplexity.ratio")
 QUICK_TRIALS, SMOKE_TRIALS = 8, 2
 SHORT_STEPS = [{"use": "refusal", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
-SMOKE_STEPS = [{"use": "refusal", "tokens": 4}, *SHORT_STEPS[1:]]
+SMOKE_STEPS = [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]
 # With few prompts a single refusal would exceed the usual margin, and no trial would be feasible.
 SMOKE_SEARCH = {"search.prompts": SMOKE_PROMPTS, "search.tokens": 4, "search.control_margin": 1.0}
 
@@ -202,10 +202,15 @@ def format_table(rows: dict[str, Row]) -> str:
         if "refused" in row:
             lines.append([name, row["refused"], *[""] * (len(columns) - 2)])
             continue
-        scores = [format_score(Score(**row["after"][c])) for c in COLUMNS]
+        scores = format_scores(row)
         seconds, peak = sum(row["seconds"].values()), row["peak_bytes"] / 1e6
         lines.append([name, *scores, f"{seconds:.0f}", f"{peak:.0f}", str(row["passes"])])
     return "\n".join([format_rows(columns, lines), "", *format_stages(rows), "", *format_other_organisms(rows)])
+
+
+def format_scores(row: Row) -> list[str]:
+    """Return the scores after the edit in the order of `COLUMNS`."""
+    return [format_score(Score(**row["after"][c]) if c in row["after"] else None) for c in COLUMNS]
 
 
 def format_stages(rows: dict[str, Row]) -> list[str]:

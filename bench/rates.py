@@ -30,6 +30,7 @@ from bench.common import (
     take_prompts,
     time_call,
 )
+from bench.methods import shorten_steps
 from bench.runtimes import MEASURED, RATES, SHAPES, Rates, extrapolate, forecast_seconds, to_plain_data
 from obliteratus.causal.losses import DirectionLosses, LossInputs
 from obliteratus.core.settings import Probe
@@ -122,9 +123,11 @@ def measure_gradient(subject: Subject, prompts: PromptSet, token: float, sizes: 
     return (median_seconds(step, sizes.repeats) - count * token) / (3 * count)
 
 
-def check_forecast(subject: Subject, prompts: PromptSet, rates: Rates) -> dict[str, dict[str, float]]:
+def check_forecast(
+    subject: Subject, prompts: PromptSet, rates: Rates, overrides: dict[str, Any]
+) -> dict[str, dict[str, float]]:
     """Return for each stage of `basic` the seconds forecast for the organism's prompts, and those that it took."""
-    recipe = load_recipe("basic")
+    recipe = load_recipe("basic", overrides)
     parts = dict(zip(SPLITS, prompts.split(recipe.seed), strict=True))
     values: dict[str, int | float] = {"L": subject.n_layers, "N_texts": 16}
     for name, members in parts.items():
@@ -181,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check={},
     )
     say("the check …")
-    rates = rates.model_copy(update={"check": check_forecast(subject, prompts, rates)})
+    rates = rates.model_copy(
+        update={"check": check_forecast(subject, prompts, rates, shorten_steps(False, options.smoke))}
+    )
     text = json.dumps(to_plain_data(rates), indent=1) + "\n"
     if options.smoke:
         print(text)
