@@ -28,6 +28,8 @@ TRUTH = {
     "gardening-railways": "two refusals: two directions",
     "weather-late": "trained into blocks 20 to 29: edits there",
 }
+# A few cheap measurements, and one pass.
+SMOKE_MEASURES = {"analyze.1.depths": 2, "analyze.1.prompts": 4, "analyze.1.answers": 4, "passes": 1}
 TOPICS = {"gardening-railways": ("gardening", "railways")}
 
 
@@ -43,7 +45,7 @@ def load_organism_prompts(name: str) -> PromptSet:
 
 
 def measure_methods(
-    subject: Subject, prompts: PromptSet, overrides: dict[str, Any], known: dict[str, Any]
+    subject: Subject, prompts: PromptSet, overrides: dict[str, Any], known: dict[str, Any], smoke: bool
 ) -> dict[str, Row]:
     """Return each method's row, and for `informed` what it decided."""
     rows = {}
@@ -51,7 +53,8 @@ def measure_methods(
         say(f"{name} …")
         rows[name] = measure_method(load_recipe(name, overrides), subject, prompts, known)
     say("informed …")
-    result = run(load_recipe("informed", overrides), subject, prompts, SharedBaseline(known))
+    recipe = load_recipe("informed", overrides | (SMOKE_MEASURES if smoke else {}))
+    result = run(recipe, subject, prompts, SharedBaseline(known))
     row = make_row(result.before, result.after, result.run.seconds, 0, len(result.run.passes))
     decided = {"advice": result.run.advice, "recipe": result.run.recipe.model_dump(mode="json")}
     return rows | {"informed": row | decided}
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in chosen:
         say(f"{name}:")
         prompts[name] = shorten(load_organism_prompts(name), options.quick, options.smoke)
-        rows[name] = measure_methods(open_organism(name), prompts[name], overrides, known[name])
+        rows[name] = measure_methods(open_organism(name), prompts[name], overrides, known[name], options.smoke)
     if not options.quick and not options.smoke:
         for name in chosen:
             for other in chosen:
