@@ -16,7 +16,7 @@ check: .venv/ready lint
 
 # Everything that CI runs, but for the benches.
 test: .venv/ready lint types organisms
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
