@@ -55,14 +55,20 @@ def check_prompts(prompts: PromptSet, names: Mapping[str, str] | None = None) ->
 def split_prompts(prompts: PromptSet, seed: int, uses_search_split: bool = False) -> Splits:
     """Split the prompts. Raises UserError if a group has no prompt in fit or report, or in search if that is used."""
     splits = prompts.split(seed)
+    check_splits(splits, uses_search_split)
+    return splits
+
+
+def check_splits(splits: Splits, uses_search_split: bool = False) -> None:
+    """Raise UserError if a group has no prompt in fit or report, or in search if that is used."""
     for name, part in zip(SPLITS, splits, strict=True):
         for group, members in part.groups.items():
             if not members and (uses_search_split or name != "search"):
+                count = sum(len(other[group]) for other in splits)
                 raise UserError(
                     f"prompts: the group '{group}' has no prompt in the {name} split "
-                    f"({len(prompts[group])} in all); give at least 8 prompts"
+                    f"({count} in all); give at least 8 prompts"
                 )
-    return splits
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:

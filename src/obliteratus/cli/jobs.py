@@ -26,7 +26,7 @@ from obliteratus.pipeline.offloaded import open_within_memory
 from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE
-from obliteratus.prompts import load_prompts, split_prompts
+from obliteratus.prompts import check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.model_card import format_score
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
@@ -105,10 +105,10 @@ class Job:
         check_pick(pick)
         recipe = add_default_search(self.recipe)
         recipe = recipe if trials is None else set_trial_count(recipe, trials)
-        splits = split_prompts(self.prompts, recipe.seed, uses_search_split=True)
+        check_splits(self.splits, uses_search_split=True)
         storage = storage or (str(partial_folder(self.out) / JOURNAL) if self.out else "")
         name = study or f"{Path(self.model).name} {recipe.name}"
-        return replace(self, recipe=recipe, splits=splits, location=StudyLocation(storage, name), pick=pick)
+        return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,14 @@ from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
 from obliteratus.excise.router_limit import limit_router_edits
-from obliteratus.pipeline.advise import Advice, analyze_and_advise, can_anchor, load_advice, save_advice
-from obliteratus.pipeline.advise import fit_recipe_to_weights as fit_to_weights
+from obliteratus.pipeline.advise import (
+    Advice,
+    analyze_and_advise,
+    can_anchor,
+    fit_recipe_to_weights,
+    load_advice,
+    save_advice,
+)
 from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.tune.fit import tune_plan
@@ -47,7 +53,7 @@ class Stages:
     def advise(self, recipe: Recipe) -> Advice:
         """ANALYZE: let the recipe's analyses change the recipe. They use the activations of the first pass."""
         anchors = can_anchor(self.subject, recipe.excise)
-        start = fit_to_weights(recipe, anchors)
+        start = fit_recipe_to_weights(recipe, anchors)
         acts = self.probe(1, start)
         return self.store.stage(
             ADVICE,
