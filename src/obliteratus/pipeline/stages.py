@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from obliteratus.core.settings import Excise, Recipe, Step
 from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Splits, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.kl_budget import limit_kl
-from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
 from obliteratus.excise.router_limit import limit_router_edits
 from obliteratus.pipeline.advise import (
@@ -123,23 +123,28 @@ class Stages:
 
     def measure_after(self, recipe: Recipe, plan: Plan, before: Measurement | None) -> tuple[Measurement, Measurement]:
         """VERIFY the model under the plan, and before it if that is still to be measured."""
+
+        def both() -> tuple[Measurement, Measurement]:
+            return measure_before_and_after(self.subject, plan, self.splits.report, recipe.verify, before)
+
         if before is not None:
-            with applied(self.subject, plan):
-                return before, self.measure("VERIFY after", self.splits.report, recipe.verify, before)
+            return before, self._keep("VERIFY after", lambda: both()[1])
         return self.store.stage(
             "VERIFY",
-            lambda: measure_before_and_after(self.subject, plan, self.splits.report, recipe.verify),
+            both,
             _save_both,
             lambda folder: (Measurement.load(folder / "before"), Measurement.load(folder / "after")),
         )
 
-    def measure(
-        self, name: str, prompts: PromptSet, steps: tuple[Step, ...], before: Measurement | None = None
-    ) -> Measurement:
+    def measure(self, name: str, prompts: PromptSet, steps: tuple[Step, ...]) -> Measurement:
         """Run scorers on the model as it is now. Edits are live, so the subject without them is its own base."""
+        return self._keep(name, lambda: measure(self.subject, prompts, steps, base=self.subject))
+
+    def _keep(self, name: str, make: Callable[[], Measurement]) -> Measurement:
+        """Return a measurement as a stage."""
         return self.store.stage(
             name,
-            lambda: measure(self.subject, prompts, steps, before, base=self.subject),
+            make,
             lambda found, folder: found.save(folder / "measured"),
             lambda folder: Measurement.load(folder / "measured"),
         )

@@ -35,7 +35,7 @@ def measure_before_and_after(
     if subject.offloaded is not None and before is None:
         return measure_side_by_side(subject, plan, prompts, streamable_steps(steps))
     if before is None:
-        before = measure(subject, prompts, steps)
+        before = measure(subject, prompts, steps, base=subject)
     with applied(subject, plan):
         return before, measure(subject, prompts, steps, before, base=subject)
 
