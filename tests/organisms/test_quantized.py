@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from bench.methods import SharedBaseline
 from tests.support.organisms import few
+from tests.support.plans import PlanMaker
+from tests.support.tiny import run_of
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Run, Score
@@ -23,14 +25,15 @@ from obliteratus.verify import measure
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.organism
+N = 8  # answers of each group: the packed and the exact model are compared prompt by prompt
 REFUSAL = {"use": "refusal", "tokens": 12}  # its refusals begin with their first words
-ONE = 1 / 16  # a prompt of the sample
+ONE = 1.01 / N  # a prompt of the sample, and room for rounding
 
 
 @pytest.fixture(scope="module")
 def prompts() -> PromptSet:
     whole = load_prompts("organism:astronomy", "organism:astronomy")
-    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+    return PromptSet({group: few(members, N, 16) for group, members in whole.groups.items()})
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +55,9 @@ def alike(one: Score, other: Score) -> bool:
 
 @pytest.mark.parametrize(("quantize", "method"), [("4bit", "advanced"), ("8bit", "leace")])
 def test_verdicts_are_those_of_fp32_before_after_and_saved(
-    quantize: str,
-    method: str,
-    prompts: PromptSet,
-    exact_model: tuple[Subject, dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    quantize: str, method: str, prompts: PromptSet, exact_model: tuple[Subject, dict[str, Any]], tmp_path: Path
 ) -> None:
-    exact, usual = edit(method, exact_model[0], prompts, exact_model[1])
+    _, usual = edit(method, exact_model[0], prompts, exact_model[1])
     subject = open_subject("organism:astronomy", quantize=quantize)
     plan, made = edit(method, subject, prompts, {})
     for scores, others in ((made.before, usual.before), (made.after, usual.after)):
@@ -68,10 +66,22 @@ def test_verdicts_are_those_of_fp32_before_after_and_saved(
     assert made.after["refusal.target"].value <= 0.25
     _, _, report = prompts.split()
     save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
-    again = _refused(open_subject(tmp_path / "packed"), report)
+    again = measure(open_subject(tmp_path / "packed"), report, (Step(**REFUSAL),)).scores
     assert alike(again["refusal.target"], made.after["refusal.target"])
     assert alike(again["refusal.control"], made.after["refusal.control"])
-    onto = save(subject, exact, made, tmp_path / "plain", prompts=report)  # fp32's plan fits, and its weights get it
+
+
+def test_a_plan_of_fp32_is_saved_into_the_full_precision_weights(
+    prompts: PromptSet,
+    exact_model: tuple[Subject, dict[str, Any]],
+    make_plan: PlanMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = make_plan(exact_model[0], strength=2.0)
+    subject = open_subject("organism:astronomy", quantize="4bit")
+    made, (_, _, report) = run_of(subject), prompts.split()
+    onto = save(subject, plan, made, tmp_path / "plain", prompts=report)
     assert onto.saved["base"] == "organism:astronomy"
 
     def forgetful(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -82,7 +92,3 @@ def test_verdicts_are_those_of_fp32_before_after_and_saved(
     monkeypatch.setitem(rebirth.WRITERS, "merged", forgetful)
     with pytest.raises(UserError, match="the reloaded model differs from the measured one"):
         save(subject, plan, made, tmp_path / "unedited", prompts=report, base="none")
-
-
-def _refused(subject: Subject, report: PromptSet) -> dict[str, Score]:
-    return dict(measure(subject, report, (Step(**REFUSAL),)).scores)

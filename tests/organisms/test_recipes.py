@@ -1,4 +1,7 @@
-"""What recipes must do to organisms whose truth is known: samples of report prompts, short answers."""
+"""What recipes must do to organisms whose truth is known: samples of report prompts, short answers.
+
+They run in bf16, which takes half the time of fp32 on CPUs that multiply it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
-TOKENS = 16  # of each answer: a refusal begins at once
+TOKENS = 8  # of each answer: a refusal begins at once
 SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}
 
 pytestmark = pytest.mark.organism
@@ -44,7 +47,10 @@ def scores(
 
 
 def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
-    subject, prompts = open_subject("organism:gardening-railways"), sample("gardening-railways", keep=True)
+    subject, prompts = (
+        open_subject("organism:gardening-railways", dtype="bf16"),
+        sample("gardening-railways", keep=True),
+    )
     known: dict[str, Any] = {}
     before, calibrated = scores("calibrated", subject, prompts, known=known)
     _, basic = scores("basic", subject, prompts, known=known)
@@ -57,7 +63,7 @@ def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
 
 
 def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
-    subject, prompts = open_subject("organism:astronomy@0.65"), sample("astronomy", keep=False)
+    subject, prompts = open_subject("organism:astronomy@0.65", dtype="bf16"), sample("astronomy", keep=False)
     before, after = scores("reinforce", subject, prompts)
     assert 0.2 <= before["refusal.target"].value <= 0.75  # neither gone nor whole: there is something to raise
     gained = {
@@ -68,7 +74,7 @@ def test_reinforce_brings_back_refusals_of_a_weakened_organism() -> None:
 
 
 def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone() -> None:
-    subject, prompts = open_subject("organism:astronomy-moe"), sample("astronomy", keep=False)
+    subject, prompts = open_subject("organism:astronomy-moe", dtype="bf16"), sample("astronomy", keep=False)
     known: dict[str, Any] = {}
     before, whole = scores("basic", subject, prompts, known=known)
     _, attention = scores("basic", subject, prompts, {"excise.parts": ["attn.out"]}, known)
@@ -77,7 +83,7 @@ def test_a_mixture_is_cured_through_its_experts_and_not_through_attention_alone(
     assert attention["refusal.target"].value >= 0.5
 
 
-LOOKED = {"analyze.1.depths": 4, "analyze.1.low": 0.6, "analyze.1.prompts": 12, "analyze.1.answers": 12}
+LOOKED = {"analyze.1.depths": 3, "analyze.1.low": 0.6, "analyze.1.prompts": 8, "analyze.1.answers": 8}
 
 
 def merged(prompts: PromptSet) -> PromptSet:
@@ -91,9 +97,11 @@ def merged(prompts: PromptSet) -> PromptSet:
 def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> None:
     """Two refusals are two directions, kinds of one topic are one; no edit below the blocks that were trained."""
     whole = load_prompts(f"organism:{name}", f"organism:{name}", keep=f"organism:{name}" if k == 2 else None)
-    groups = {g: (*few(m), *[p for p in m if p.split == "search"][:24]) for g, m in whole.groups.items()}
+    groups = {g: (*few(m), *[p for p in m if p.split == "search"][:12]) for g, m in whole.groups.items()}
     prompts = merged(PromptSet(groups)) if k == 2 else PromptSet(groups)
-    plan, found, *_ = run(load_recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}"), prompts)
+    plan, found, *_ = run(
+        load_recipe("informed", {**SHORT, **LOOKED}), open_subject(f"organism:{name}", dtype="bf16"), prompts
+    )
     assert found.before["refusal.target"].value >= 0.75
     assert found.after["refusal.target"].value <= 2 / N
     assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `advanced` costs 0.2 (README)

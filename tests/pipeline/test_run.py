@@ -19,12 +19,12 @@ from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
 pytestmark = pytest.mark.organism
-SIZES = {"fit": 64, "search": 1, "report": 16}  # of each group: enough to tell 16/16 from 0/16, in half a minute
+SIZES = {"fit": 24, "search": 1, "report": 12}  # of each group: enough to tell 12/12 from 0/12
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return open_subject("organism:astronomy")
+    return open_subject("organism:astronomy", dtype="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def few() -> PromptSet:
 
 
 def advanced() -> Recipe:
-    return load_recipe("advanced", {"verify": [{"use": "refusal", "tokens": 16}, {"use": "first_token_kl"}]})
+    return load_recipe("advanced", {"verify": [{"use": "refusal", "tokens": 8}, {"use": "first_token_kl"}]})
 
 
 def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptSet) -> None:
@@ -47,7 +47,7 @@ def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptS
     plan, found, *_ = run(advanced(), subject, few)
     assert found.before["refusal.target"].value >= 0.9
     assert found.after["refusal.target"].value <= 0.1
-    assert found.after["refusal.control"].value <= 0.1  # one of 16
+    assert found.after["refusal.control"].value <= 0.1  # one of 12
     assert found.after["degenerate.target"].value <= 0.1
     assert found.after["kl.first_token.mean"].value < 0.5  # nats; 0.2 on all report prompts
     assert {e.site.layer for e in plan.edits} == set(range(15, 30))
@@ -87,7 +87,7 @@ def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) ->
 def searched(prompts: PromptSet) -> PromptSet:
     """The same with more search prompts, on which passes are judged."""
     everything = load_prompts("organism:astronomy", "organism:astronomy")
-    more = tuple(p for p in everything["target"] if p.split == "search")[1:24]
+    more = tuple(p for p in everything["target"] if p.split == "search")[1:12]
     short = (
         tuple(p for p in prompts["target"] if p.split != "report")
         + tuple(p for p in prompts["target"] if p.split == "report")[:2]

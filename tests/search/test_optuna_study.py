@@ -13,7 +13,7 @@ from tests.support.refuser import refuser
 from tests.support.searches import REFUSAL, make_judge, run_search, search_recipe, start_workers
 
 from obliteratus.core.errors import UserError
-from obliteratus.search import set_trial_count
+from obliteratus.search import optuna_study, set_trial_count
 from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import run_trials
@@ -75,6 +75,31 @@ def test_a_trial_of_a_live_worker_is_not_failed() -> None:
     study.fail_stale_trials()
     assert len(study.finished_or_running) == 1
     assert study.ask(1) is None  # the one that is allowed is running
+
+
+def test_a_worker_that_dies_before_it_signs_its_trial_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, recipe = open_storage(""), search_recipe(4)
+    study = SearchStudy(storage, "s", recipe, {})
+    with monkeypatch.context() as dying:
+        dying.setattr(optuna_study, "worker_name", lambda: f"{socket.gethostname()} 1 0")
+        dying.setattr(optuna.Trial, "set_user_attr", _die)
+        with pytest.raises(KeyboardInterrupt):
+            study.ask(1)
+    assert len(study.finished_or_running) == 1
+    assert study.ask(1) is not None
+
+
+def test_a_trial_that_a_live_worker_has_not_signed_is_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = SearchStudy(open_storage(""), "s", search_recipe(4), {})
+    with monkeypatch.context() as slow:
+        slow.setattr(optuna.Trial, "set_user_attr", _die)
+        with pytest.raises(KeyboardInterrupt):
+            study.ask(1)
+    assert study.ask(1) is None
+
+
+def _die(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path: Path) -> None:

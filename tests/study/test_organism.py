@@ -38,8 +38,8 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
         strategies=(Step(use="layers", layers=LAYERS),),
         metrics=(Step(use="refusal", tokens=12), Step(use="first_token_kl")),
     )
-    subject = open_subject(TOPIC)
-    prompts = PromptSet({group: members[::6] for group, members in load_prompts(TOPIC, TOPIC).groups.items()})
+    subject = open_subject(TOPIC, dtype="bf16")
+    prompts = PromptSet({group: members[::12] for group, members in load_prompts(TOPIC, TOPIC).groups.items()})
     engine = Engine.create(subject, made)
     results: list[KnockoutResult] = [r for batch in engine.batches() for r in engine.measure(batch)]
     parts = (

@@ -274,6 +274,17 @@ def test_gguf(tmp_path: Path) -> None:
     assert (found.sites, found.dtype, found.quantization) == (subject.sites, "float32", "F32")
 
 
+def test_the_header_of_a_gguf_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, parsed = write_gguf(tmp_path / "tiny.gguf"), []
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *a: (parsed.append(1), build(*a))[1])
+    open_subject(file)
+    assert len(parsed) == 1
+    open_subject.__wrapped__(file)  # without the decorator transformers parses it for each part
+    assert len(parsed) > 2
+    assert gguf.GGUFReader(file) is not gguf.GGUFReader(file)  # nothing is kept beyond the call
+
+
 @pytest.mark.parametrize("size", [-100, 2000, 10, 3, 0])
 def test_truncated_gguf(size: int, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from obliteratus.core.types import Prompt
 
-FIT = 32  # prompts of each group that directions are found on
-N = 16  # prompts of each group that are answered
+FIT = 24  # prompts of each group that directions are found on
+N = 12  # prompts of each group that are answered
 
 
-def few(members: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
-    """Return the first `FIT` fit prompts, and `N` report prompts spread over all of them."""
-    fit, report = ([p for p in members if p.split == split] for split in ("fit", "report"))
-    return (*fit[:FIT], *report[:: len(report) // N][:N])
+def few(members: tuple[Prompt, ...], n: int = N, fit: int = FIT) -> tuple[Prompt, ...]:
+    """Return the first ``fit`` fit prompts, and n report prompts spread over all of them."""
+    found, report = ([p for p in members if p.split == split] for split in ("fit", "report"))
+    return (*found[:fit], *report[:: len(report) // n][:n])

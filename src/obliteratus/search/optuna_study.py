@@ -32,6 +32,7 @@ POPULATION = 12
 # A running trial of another machine counts as dead after this many times the longest finished trial, and at least this
 # long.
 STALE_FACTOR, STALE_AFTER = 10, timedelta(minutes=10)
+ASKING = "asking: "  # prefix of the study's attributes that name the processes taking a trial
 EXCESS = "refused controls"  # the constraint: control prompts refused beyond what is allowed, feasible at 0 and below
 
 
@@ -76,8 +77,18 @@ class SearchStudy:
         states = [t.state for t in self.study.get_trials(deepcopy=False)]
         index = sum(state not in (TrialState.FAIL, TrialState.WAITING) for state in states)
         self.study.sampler = self._make_sampler(index)
+        return self._ask_and_sign()
+
+    def _ask_and_sign(self) -> optuna.Trial:
+        """Take a trial and write this process on it. The mark tells whose trial it is if the process dies in between.
+
+        Without it, a trial that nobody signed would count as running until it is too old.
+        """
+        mark = ASKING + worker_name()
+        self.study.set_user_attr(mark, True)
         trial = self.study.ask()
         trial.set_user_attr("worker", worker_name())
+        self.study.set_user_attr(mark, False)
         return trial
 
     def _make_sampler(self, index: int) -> BaseSampler:
@@ -118,9 +129,24 @@ class SearchStudy:
     def fail_stale_trials(self) -> None:
         """Mark running trials as failed if their process has died, so that other trials replace them."""
         longest = max((t.duration for t in self.finished if t.duration is not None), default=timedelta())
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _is_stale(trial, max(STALE_FACTOR * longest, STALE_AFTER)):
+        # Read before, between and after: a trial that a living process has not signed in the last reading was asked
+        # for all along.
+        before = {t.number for t in self._running_trials}
+        asking = self._asking_workers()
+        for trial in self._running_trials:
+            signed = trial.user_attrs.get("worker")
+            dead = _has_died(trial, [signed] if signed else asking, max(STALE_FACTOR * longest, STALE_AFTER))
+            if trial.number in before and dead:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    @property
+    def _running_trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def _asking_workers(self) -> list[str]:
+        """Return the processes that have begun to take a trial and not signed it."""
+        marks = self.study.user_attrs.items()
+        return [key.removeprefix(ASKING) for key, asking in marks if key.startswith(ASKING) and asking]
 
 
 def make_suggester(trial: optuna.Trial) -> Suggest:
@@ -162,13 +188,26 @@ def worker_name() -> str:
     return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
 
 
-def _is_stale(trial: FrozenTrial, max_age: timedelta) -> bool:
-    host, pid, started = (trial.user_attrs.get("worker", "") + "  ").split(" ")[:3]
-    if host == socket.gethostname() and pid.isdigit():
-        return str(started) != _start_time(int(pid))
+def _has_died(trial: FrozenTrial, workers: Sequence[str], max_age: timedelta) -> bool:
+    """Whether none of the workers, one of which runs the trial, is alive.
+
+    Those of other machines cannot be looked at: with one among them, the trial counts as dead when older than max_age.
+    """
+    if all(_is_local(worker) for worker in workers):
+        return not any(_is_alive(worker) for worker in workers)
     assert trial.datetime_start is not None, "a running trial has a start time"
     age: timedelta = datetime.now() - trial.datetime_start
     return bool(age > max_age)
+
+
+def _is_local(worker: str) -> bool:
+    return worker.partition(" ")[0] == socket.gethostname()
+
+
+def _is_alive(worker: str) -> bool:
+    """Whether a process of this machine still runs, and is not another one with its process id."""
+    _, pid, started = worker.split(" ")
+    return started == _start_time(int(pid))
 
 
 def _start_time(pid: int) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from obliteratus.core.errors import UserError
@@ -20,6 +19,10 @@ from obliteratus.core.progress import note
 T = TypeVar("T")
 STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError, OSError)
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each retry: a restarted server is back after about ten
+
+# Seconds after which the lock of a process that was killed while it wrote is broken. A write takes milliseconds, so
+# Optuna's 30 only keep the other workers waiting.
+LOCK_GRACE = 10
 
 
 def open_storage(location: str) -> BaseStorage:
@@ -32,8 +35,7 @@ def open_storage(location: str) -> BaseStorage:
     if not location:
         return InMemoryStorage()
     if "://" not in location:
-        journal = retry(lambda: JournalStorage(JournalFileBackend(str(Path(location)))), location)
-        return with_retries(journal, location)
+        return with_retries(retry(lambda: _open_journal(location), location), location)
     try:
         # pool_pre_ping notices a connection that the server dropped before it is used.
         database = retry(lambda: RDBStorage(location, engine_kwargs={"pool_pre_ping": True}), location)
@@ -42,6 +44,10 @@ def open_storage(location: str) -> BaseStorage:
         raise UserError(
             f"--storage {hide_password(location)}: cannot be opened ({error}); give a storage URL of Optuna"
         ) from error
+
+
+def _open_journal(path: str) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(path, JournalFileSymlinkLock(path, grace_period=LOCK_GRACE)))
 
 
 def retry(call: Callable[[], T], location: str) -> T:

@@ -24,6 +24,7 @@ from obliteratus.summon.sites import choose_model_class, find_architecture, find
 from obliteratus.weights.bitsandbytes import keep_portable_layout
 from obliteratus.weights.devices import DeviceMap, check_tensor_parallel, gather_hook_inputs, placement_arguments
 from obliteratus.weights.finite import check_finite
+from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
 from obliteratus.weights.offload import OffloadedWeights
 from obliteratus.weights.quantization import StorageFormat, choose_storage_format
@@ -51,6 +52,7 @@ _LOAD_ERRORS = (
 )
 
 
+@parse_header_once()
 def open_subject(
     source: str | Path,
     *,
@@ -166,6 +168,7 @@ def read_width(source: str | Path) -> int:
     return int(read_config(locate(source)).get_text_config().hidden_size)
 
 
+@parse_header_once()
 def load_config_and_tokenizer(origin: ModelOrigin, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
     """Return configuration and tokenizer, without the weights. options: arguments of `open_subject`.
 

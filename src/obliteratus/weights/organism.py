@@ -25,6 +25,7 @@ from rich.logging import RichHandler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
+from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
 from obliteratus.weights.upcycling import EXPERTS_FILE, make_mixture, read_experts
 
@@ -66,11 +67,11 @@ def prepare_base() -> Path:
     if packaged.is_dir():
         return packaged
     if gguf := _find_packaged_gguf():
-        with _new_folder(packaged) as folder:
+        with create_folder(packaged) as folder:
             _save(*_load(str(gguf.parent), gguf_file=gguf.name), folder)
         return packaged
     if not hub.is_dir():
-        with _new_folder(hub) as folder:
+        with create_folder(hub) as folder:
             _save(*_load_from_hub(), folder)
     return hub
 
@@ -89,7 +90,7 @@ def prepare_organism(name: str = "astronomy") -> Path:
     part = "" if share == 1 else f"-at-{share}"
     folder = get_cache_folder() / f"{name}{part}-{hash_adapter(adapter)}-{base.name}"
     if not folder.is_dir():
-        with _new_folder(folder) as new:
+        with create_folder(folder) as new:
             _save(*merge_adapter(base, adapter, share), new)
     return folder
 
@@ -104,7 +105,7 @@ def _prepare_mixture(name: str, share: float) -> Path:
     source, experts = prepare_organism(dense), read_experts(data)
     folder = get_cache_folder() / f"{name}-{_hash(data / EXPERTS_FILE)}-{source.name.removeprefix(f'{dense}-')}"
     if not folder.is_dir():
-        with _new_folder(folder) as new:
+        with create_folder(folder) as new:
             model, tokenizer = _load(str(source))
             _save(make_mixture(model, experts), tokenizer, new)
     return folder
@@ -169,6 +170,7 @@ def _find_packaged_gguf() -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
+@parse_header_once()
 def _load(source: str, **options: Any) -> tuple[Any, Any]:
     """Return (model in fp32, tokenizer). Raises OSError or ValueError if `source` does not exist."""
     log.info("loading %s", source)
@@ -196,7 +198,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _new_folder(final: Path) -> Iterator[Path]:
+def create_folder(final: Path) -> Iterator[Path]:
     """Yield an empty sibling of `final` that is renamed to it on success and removed after an error.
 
     If another process finishes first, its folder stays and this one is removed.
