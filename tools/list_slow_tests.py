@@ -6,6 +6,7 @@ python tools/list_slow_tests.py /tmp/tests.xml
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,8 +21,9 @@ def sum_seconds(report: Path) -> Counter[str]:
     """Return the seconds of all cases of each test function, by ``tests/a/test_b.py::test_c``."""
     seconds: Counter[str] = Counter()
     for case in ElementTree.parse(report).iter("testcase"):
-        file = case.attrib["classname"].replace(".", "/") + ".py"
-        seconds[f"{file}::{case.attrib['name'].partition('[')[0]}"] += float(case.attrib["time"])
+        module, *classes = re.split(r"\.(?=Test)", case.attrib["classname"])
+        where = "::".join([module.replace(".", "/") + ".py", *classes])
+        seconds[f"{where}::{case.attrib['name'].partition('[')[0]}"] += float(case.attrib["time"])
     return seconds
 
 
