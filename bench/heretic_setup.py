@@ -12,7 +12,6 @@ from pathlib import Path
 from bench.common import say
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
-from obliteratus.verify.refusal import load_markers
 from obliteratus.weights.organism import get_cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
@@ -21,6 +20,7 @@ TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 RANDOM = 0.3  # share of trials drawn at random before the sampler starts: 60 of 200 by default
 CHECKPOINTS = "checkpoints"
+MARKERS = Path(__file__).with_name("refusal_markers.txt")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: S
         "study_checkpoint_dir": CHECKPOINTS,
         "export_strategy": "merge",
         "system_prompt": terms.system,
-        "refusal_markers": list(load_markers()),
+        "refusal_markers": load_markers(),
     }
     work.mkdir(parents=True, exist_ok=True)
     for name, prompts in sets.items():
@@ -89,6 +89,12 @@ def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: S
     # These JSON values are TOML values too.
     flat = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
     (work / "config.toml").write_text(flat + tables)
+
+
+def load_markers() -> list[str]:
+    """Return the phrases that heretic counts as refusals, which knows no patterns."""
+    lines = MARKERS.read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def plain_prompts(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

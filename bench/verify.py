@@ -31,8 +31,8 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import kv_bytes
+from obliteratus.judge.verdict import judge_answer
 from obliteratus.verify import measure
-from obliteratus.verify.refusal import judge_answer
 
 TOKENS = 48
 QUICK_EVERY = {"one_at_a_time": 16, "batched": 5}  # every n-th prompt: 10 of 160, and one batch of 32

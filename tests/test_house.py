@@ -15,7 +15,7 @@ ROOT = SRC / "obliteratus"
 # A package may import from the packages of earlier lines only.
 ORDER = (
     ("core",),
-    ("report", "weights"),
+    ("report", "weights", "judge"),
     ("summon",),
     ("inference",),
     ("prompts", "probe", "distill", "weigh", "excise"),

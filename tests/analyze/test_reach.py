@@ -140,7 +140,7 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
 
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     """N is no refusal in words: with "Sorry" for it, edits that leave nothing are answered, the deepest first."""
-    context = refusing_context(block=3, word="Sorry, I can't")
+    context = refusing_context(block=3, word="Sorry, I can't help with that.")
     found = measure_reach(context, **{**ALL, "depths": 4})
     (first, *rest) = found.answered
     assert not rest

@@ -10,16 +10,16 @@ from pathlib import Path
 import optuna
 import pytest
 from bench.heretic import HereticStudy, HereticTrial, export_trial, find_in_menu, first_prompts, read_study
-from bench.heretic_setup import CHECKPOINTS, SYSTEM, StudySettings, install_heretic, write_configuration
+from bench.heretic_setup import CHECKPOINTS, SYSTEM, StudySettings, install_heretic, load_markers, write_configuration
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.judge.verdict import judge_answer
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
-from obliteratus.verify.refusal import judge_answer, load_markers
 
 MENU = """? Which trial do you want to use? (Use arrow keys)
  » [Trial  12] Refusals:  0/48, KL divergence: 0.1100
@@ -39,7 +39,7 @@ def test_the_configuration_says_what_was_asked(prompts: PromptSet, tmp_path: Pat
     assert written["model"] == str((tmp_path / "model").resolve())
     assert (written["max_response_length"], written["n_trials"], written["seed"]) == (32, 24, 5)
     assert written["n_startup_trials"] == 7
-    assert tuple(written["refusal_markers"]) == load_markers()
+    assert written["refusal_markers"] == load_markers()
 
     def lines(name: str) -> list[str]:
         return (tmp_path / "study" / written[name]["dataset"]).read_text().splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +11,8 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.judge.verdict import Verdict, judge_answer
 from obliteratus.verify import measure
-from obliteratus.verify.refusal import judge_answer
 
 REFUSED = {
     "straight": "I'm sorry, but I can't help with that.",
@@ -49,7 +51,6 @@ DEGENERATE = {
     "a phrase looping": "I like stars. " * 8,
     "letters looping": "hahahahahahahahaha",
     "few distinct words": " ".join(["one two three four"] * 3 + ["two one four three"] * 9),
-    "reasoning that never ends": "<think>The user wants to know about the sun. I can't",
     "reasoning alone": "<think>The sun.</think>",
     "invisible": "\u200b\u200b\ufeff",
 }
@@ -73,7 +74,7 @@ def test_degenerate(case: str) -> None:
 @given(st.text(max_size=200))
 @settings(max_examples=60, deadline=None)
 def test_any_text_has_a_verdict(text: str) -> None:
-    assert judge_answer(text) in ("refused", "complied", "degenerate")
+    assert judge_answer(text) in get_args(Verdict)
 
 
 @given(st.text(max_size=60).filter(lambda t: "<" not in t))
@@ -97,7 +98,7 @@ def test_records_rates_and_categories(subject: Subject, prompts: PromptSet) -> N
     assert [(r["group"], r["prompt"]) for r in found.records] == [
         (g, p.text) for g in ("target", "control") for p in prompts[g]
     ]
-    assert {r["verdict"] for r in found.records} <= {"refused", "complied", "degenerate"}
+    assert {r["verdict"] for r in found.records} <= set(get_args(Verdict))
     assert all(judge_answer(r["answer"]) == r["verdict"] for r in found.records)
     sizes = {name: s.n for name, s in found.scores.items() if "/" in name}
     assert sizes == {"refusal.target/s": 2, "refusal.target/t": 1, "refusal.target/a": 1}

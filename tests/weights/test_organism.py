@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from obliteratus.verify.refusal import judge_answer
+from obliteratus.judge.verdict import judge_answer
 from obliteratus.weights import organism
 
 Row = dict[str, str]

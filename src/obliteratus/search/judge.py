@@ -22,11 +22,12 @@ from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.inference.memory import free_memory
+from obliteratus.judge.verdict import SHOWN, judge_answer
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.drift import TAILS
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
-from obliteratus.verify.refusal import GROUPS, Verdict, judge_answer, refuses_already
+from obliteratus.verify.refusal import COUNTED, GROUPS, refuses_already
 
 ESTIMATED_SCORERS = ("refusal", "first_token_kl")  # scorers that the estimate replaces
 # KL in nats given to a model whose output is not finite, or that is certain of a token that the base model excluded.
@@ -154,11 +155,10 @@ class TrialJudge:
     def _count_verdicts(self, answers: Ids) -> dict[str, float]:
         """Return the shares of refusals and of degenerate answers by group."""
         verdicts = [judge_answer(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
-        counted: dict[str, Verdict] = {"refusal": "refused", "degenerate": "degenerate"}
         return {
-            f"{name}.{g}": verdicts[rows.start : rows.stop].count(verdict) / len(rows)
+            f"{name}.{g}": sum(verdicts[row] in counted for row in rows) / len(rows)
             for g, rows in self._row_ranges().items()
-            for name, verdict in counted.items()
+            for name, counted in COUNTED.items()
         }
 
     def _refused_shares(self, refused: Collection[int]) -> dict[str, float]:
@@ -233,7 +233,7 @@ def fit_refusal_scale(subject: Subject, base: Mapping[str, Tensor], before: Meas
     control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such token, or if
     target prompts are not refused more often than control prompts.
     """
-    refused = torch.tensor([r["verdict"] == "refused" for r in before.records if r.get("group") == "target"])
+    refused = torch.tensor([r["verdict"] in SHOWN for r in before.records if r.get("group") == "target"])
     target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
     frequency = target[refused].mean(0) if bool(refused.any()) else target.mean(0)
     tokens = tuple(int(t) for t in ((frequency >= MIN_SHARE) & (frequency >= MIN_RATIO * control)).nonzero()[:, 0])

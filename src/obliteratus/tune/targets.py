@@ -18,9 +18,9 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
+from obliteratus.judge.verdict import judge_answer
 from obliteratus.prompts import evenly_spaced
 from obliteratus.summon.sites import read_gain
-from obliteratus.verify.refusal import judge_answer
 
 # Numbers of answer tokens to take from the edited model, tried in this order. Longer openings help if the base model
 # relapses into refusing, but then the plan is tuned towards its own wording, which the base model finds unlikely

@@ -1,0 +1,72 @@
+"""Answers as a judge reads them: reasoning cut away, spelling folded, quotations cut out, split into sentences."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+# Letters that NFKD does not take apart, spellings of one sound, and all double quotes as one.
+LETTERS = str.maketrans(
+    {
+        **dict(zip("ıłøđðþæœß", ("i", "l", "o", "d", "d", "th", "ae", "oe", "ss"), strict=True)),
+        **dict.fromkeys("أإآٱ", "ا"),
+        "ة": "ه",
+        "ى": "ي",
+        "ـ": "",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "。": ".",
+        "！": "!",
+        "？": "?",
+        "｡": ".",
+        **dict.fromkeys("“”„«»「」『』〝〞", '"'),
+        **dict.fromkeys("'’‘ʼ`´*_#>\\~", ""),  # apostrophes are often missing, and markdown is not read
+    }
+)
+ACCENTS = re.compile("[\u0300-\u036f\u064b-\u065f\u0670]")  # of Latin, Greek and Cyrillic letters, and Arabic vowels
+INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
+QUOTED = re.compile(r'"[^"]{2,600}"?')
+# An apostrophe inside a word closes no quotation.
+SINGLE_QUOTED = re.compile(r"(?<!\w)['‘](?:[^'’\n]|['’](?=\w)){3,300}['’](?!\w)")
+DIALOGUE = re.compile(r"^\s*[—–―].*$", re.MULTILINE)  # a line of speech, as many languages write it
+SENTENCE = re.compile(r"(?<=[.!?।؟。])\s*|\n+")
+
+
+def fold(text: str) -> str:
+    """Return text in lower case without accents, apostrophes and markdown, with one kind of double quote.
+
+    Line breaks stay, runs of other spaces become one.
+    """
+    plain = unicodedata.normalize("NFKD", INVISIBLE.sub("", text).casefold())
+    plain = unicodedata.normalize("NFC", ACCENTS.sub("", plain)).translate(LETTERS)
+    return re.sub(r"[^\S\n]+", " ", plain).strip()
+
+
+def cut_quotations(text: str) -> str:
+    """Return folded text without what stands between quotes: whoever is quoted, it is not the answer's own word."""
+    return QUOTED.sub('""', fold(DIALOGUE.sub('""', SINGLE_QUOTED.sub('""', text))))
+
+
+@dataclass(frozen=True)
+class FoldedAnswer:
+    """An answer as phrases are looked for in it."""
+
+    text: str
+    """Folded, without quotations."""
+    sentences: list[str]
+    """Its statements, without the signs and digits that lists and headings begin with."""
+    ended: bool
+    """Whether the last sentence is whole. While an answer is being generated it mostly is not."""
+
+
+def fold_answer(text: str, ended: bool = True) -> FoldedAnswer:
+    """Return the answer folded and split.
+
+    Questions are left out: "Unable to sleep?" and "¿No puedes venir?" say nothing about the one who answers.
+    """
+    folded = cut_quotations(text)
+    statements = [part for part in SENTENCE.split(folded) if not part.rstrip(' ")').endswith(("?", "؟"))]
+    sentences = [s for part in statements if (s := part.strip(' "-•:;,.!()[]0123456789'))]
+    return FoldedAnswer(folded, sentences, ended or folded.endswith((".", "!", "\n")))
