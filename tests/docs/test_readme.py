@@ -13,6 +13,7 @@ from tests.support.tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
+from obliteratus.judge.behavior import load_behavior
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.study.settings import Study
 
@@ -99,9 +100,14 @@ def test_overrides_in_the_guides_are_valid() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "toml")], ids=page_id)
-def test_study_files_in_the_guides_are_valid(page: Path) -> None:
+def test_files_in_the_guides_are_valid(page: Path, tmp_path: Path) -> None:
+    """Studies, and behaviors: they alone have phrases of English."""
     for block in find_blocks(page, "toml"):
-        Study.model_validate(tomllib.loads(block) | {"name": "example"})
+        if "en" in tomllib.loads(block):
+            (tmp_path / "own.toml").write_text(block)
+            load_behavior(str(tmp_path / "own.toml"))
+        else:
+            Study.model_validate(tomllib.loads(block) | {"name": "example"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
