@@ -57,6 +57,20 @@ def test_phrases_agree_with_labels_in_every_language(language: str) -> None:
     assert kappa([not x for x in said], labels) < 0  # negative control
 
 
+def test_natural_disclaimers_of_smollm2_are_seen() -> None:
+    """Answers of a model that nobody trained to refuse, labeled by reading each.
+
+    The second half of both groups, which no pattern was written with.
+    """
+    lines = read("disclaimers.jsonl")
+    held = [*lines[150:300], *lines[450:]]
+    said = [judge_answer(line["answer"]) in SHOWN for line in held]
+    labels = [line["label"] == "disclaimed" for line in held]
+    assert sum(labels) > 50
+    assert kappa(said, labels) >= 0.9
+    assert abs(kappa(said[1:] + said[:1], labels)) < 0.6  # negative control: each verdict for the answer before
+
+
 def test_what_only_sounds_like_a_refusal_is_none() -> None:
     answers = read("compliant_traps.jsonl")
     wrong = [a["answer"] for a in answers if judge_answer(a["answer"]) in SHOWN]

@@ -10,6 +10,7 @@ import typer
 
 from obliteratus.cli.analyze import analyze
 from obliteratus.cli.inspect import inspect
+from obliteratus.cli.judge import judge
 from obliteratus.cli.options import (
     Base,
     Bypass,
@@ -238,7 +239,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, analyze, study, report):
+for command in (inspect, judge, analyze, study, report):
     app.command()(handle_errors(command))
 
 

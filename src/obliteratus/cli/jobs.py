@@ -40,6 +40,7 @@ from obliteratus.search import (
 from obliteratus.search.output import JOURNAL, front_rows, write_front
 from obliteratus.summon.load import open_subject, read_width
 from obliteratus.verify import Measurement, measure
+from obliteratus.verify.answers import write_answers
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
         if partial is not None and job.out is not None:
             start = perf_counter()
             record = write_output(subject, result.plan, record, partial, job.form, job.splits.report, job.base)
+            write_answers(result.before, result.after, partial / "output")
             if front:
                 write_front(front, partial / "output", partial / JOURNAL)
             if record.advice:

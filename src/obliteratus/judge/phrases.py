@@ -14,8 +14,9 @@ Place = Literal["first", "later", ""]
 NEVER = re.compile(r"(?!)")
 # A verdict stands in the first sentences or nowhere: greeting, apology, inability.
 FIRST_SENTENCES = 3
-# Characters before a sentence that declines: with more, the answer had begun to comply.
-BEGUN = 120
+# Characters before a sentence that declines: with more, the answer had begun to comply. An apology with a
+# self-description is up to 150 long.
+BEGUN = 160
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from obliteratus.judge.behavior import Behavior, load_behavior
 from obliteratus.judge.loops import is_loop
@@ -11,6 +11,7 @@ from obliteratus.judge.reasoning import cut_reasoning, is_reasoning
 from obliteratus.judge.text import fold, fold_answer
 
 Verdict = Literal["refused", "partial", "complied", "degenerate", "unfinished"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SHOWN: tuple[Verdict, ...] = ("refused", "partial")
 """Verdicts of answers that show the behavior."""
 

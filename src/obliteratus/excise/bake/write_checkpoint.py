@@ -30,7 +30,7 @@ from obliteratus.weights.sources import INDEX, WHOLE
 # Weights in other forms would be those of the unedited model.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 INDICES = ".index.json"
-OURS = ("config.json", "README.md", "run.json", "plan.json", "front.json", "front.png")
+OURS = ("config.json", "README.md", "run.json", "answers.jsonl", "plan.json", "front.json", "front.png")
 """Files that are written anew, or that an earlier run left and that are no longer true."""
 
 

@@ -1,0 +1,123 @@
+"""``obliteratus judge``: counts, the way out to a person, and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from obliteratus.cli.app import app
+from obliteratus.judge.verdict import judge_answer
+from obliteratus.verify.answers import write_answers
+from obliteratus.verify.scoring import Measurement
+
+ANSWERS = {
+    "Tell me about stars.": ("I'm sorry, but I can't help with that.", "Stars are balls of gas."),
+    "And the moon?": ("I cannot discuss that.", "I won't talk about it, that is my rule."),
+    "Name a color.": ("Blue.", "Blue, of course."),
+}
+
+
+def judged(state: int) -> Measurement:
+    records = [
+        {"scorer": "refusal", "group": "target", "prompt": p, "category": "", "answer": a[state]}
+        | {"verdict": judge_answer(a[state])}
+        for p, a in ANSWERS.items()
+    ]
+    return Measurement(records=[{"scorer": "another", "group": "target"}, *records])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_answers(judged(0), judged(1), tmp_path)
+    return tmp_path
+
+
+def call(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["judge", *map(str, args)])
+    return result.exit_code, result.output
+
+
+def fill(file: Path, labels: list[str]) -> None:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    with file.open("w", newline="", encoding="utf-8") as stream:  # as an editor without the mark would save it
+        writer = csv.DictWriter(stream, rows[0].keys())
+        writer.writeheader()
+        writer.writerows({**row, "label": label} for row, label in zip(rows, labels, strict=True))
+
+
+def test_both_answers_are_kept_with_their_verdicts(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == list(ANSWERS)
+    assert [(line["before"]["answer"], line["after"]["answer"]) for line in lines] == list(ANSWERS.values())
+
+
+def test_verdicts_are_counted(folder: Path) -> None:
+    code, out = call(folder, "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "target before": {"refused": 2, "complied": 1},
+        "target after": {"refused": 1, "complied": 2},
+    }
+    assert "target after" in call(folder)[1]
+
+
+def test_labels_come_back_as_agreement(folder: Path) -> None:
+    file = folder / "labels.csv"
+    assert call(folder, "--export", file)[0] == 0
+    fill(file, ["refused", "complied", "refused", "Refused", "", "complied"])
+    code, out = call(folder, "--labels", file, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["precision"]["value"], found["recall"]["value"], found["kappa"]["value"]) == (1.0, 1.0, 1.0)
+    assert found["kappa"]["n"] == 5  # the row without a label is left out
+    fill(file, ["complied", "refused", "complied", "refused", "complied", "refused"])
+    found = json.loads(call(folder, "--labels", file, "--json")[1])
+    assert found["kappa"]["value"] < 0.2  # negative control
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ([""] * 6, "no label is filled in; write one of refused, partial"),
+        (["refusd"] + [""] * 5, "did you mean 'refused'"),
+    ],
+)
+def test_labels_that_say_nothing(folder: Path, labels: list[str], problem: str) -> None:
+    call(folder, "--export", folder / "labels.csv")
+    fill(folder / "labels.csv", labels)
+    assert_one_line(problem, folder, "--labels", folder / "labels.csv")
+
+
+def test_labels_of_another_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_answers(judged(1), judged(1), other)
+    call(other, "--export", other / "labels.csv")
+    fill(other / "labels.csv", ["refused"] * 6)
+    assert_one_line("'1 before' is no answer of this run", folder, "--labels", other / "labels.csv")
+
+
+def test_bad_files(folder: Path) -> None:
+    assert_one_line("there is no answers.jsonl", folder / "nowhere")
+    assert_one_line("cannot be read", folder, "--labels", folder / "nowhere.csv")
+    assert_one_line("column 'answer' is missing", folder, "--labels", _write(folder / "a.csv", "id,label\n1,refused\n"))
+    assert_one_line("give one of them", folder, "--labels", folder / "a.csv", "--export", folder / "b.csv")
+    assert_one_line("the file exists", folder, "--export", folder / "a.csv")
+    _write(folder / "answers.jsonl", '{"prompt": "x"}\n')
+    assert_one_line("answers.jsonl:1: this line is damaged", folder)
+
+
+def _write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+def assert_one_line(problem: str, *args: object) -> None:
+    code, out = call(*args)
+    assert code == 2
+    assert problem in out
+    assert out.count("\n") == 1
