@@ -62,6 +62,7 @@ def test_verdicts_are_counted(folder: Path) -> None:
     assert json.loads(out) == {
         "target before": {"refused": 2, "complied": 1},
         "target after": {"refused": 1, "complied": 2},
+        "target answers begin with": [],  # three answers are too few to tell
     }
     assert "target after" in call(folder)[1]
 

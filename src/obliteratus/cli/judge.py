@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from obliteratus.core.results import Score
     from obliteratus.verify.answers import JudgedAnswer
 
+OPENINGS = "target answers begin with"
 COLUMNS = ("id", "group", "prompt", "answer", "verdict", "label")
 
 
@@ -39,7 +40,7 @@ def judge(
     elif labels:
         found = {name: score.model_dump() for name, score in compare_with_labels(answers, labels).items()}
     else:
-        found = count_verdicts(answers)
+        found = count_verdicts(answers) | {OPENINGS: find_shared_openings(answers)}
     show_json(found) if json else _show(run_dir, found, bool(labels))
 
 
@@ -49,6 +50,14 @@ def count_verdicts(answers: Sequence[JudgedAnswer]) -> dict[str, dict[str, int]]
     for answer in answers:
         counts.setdefault(f"{answer.group} {answer.id.split()[1]}", Counter())[answer.verdict] += 1
     return {name: dict(found) for name, found in counts.items()}
+
+
+def find_shared_openings(answers: Sequence[JudgedAnswer]) -> list[dict[str, Any]]:
+    """Return the phrases that target answers before the edit begin with and control answers do not, with counts."""
+    from obliteratus.verify.unseen import find_openings
+
+    before = [vars(answer) | {"category": ""} for answer in answers if answer.id.endswith(" before")]
+    return [vars(phrase) for phrase in find_openings(before)]
 
 
 def export_answers(answers: Sequence[JudgedAnswer], file: Path) -> None:
@@ -115,6 +124,10 @@ def _show(run_dir: Path, found: dict[str, Any], scores: bool) -> None:
         ]
         results.print(make_table("Verdicts against labels", ["score", "value", "95 % interval", "n"], rows))
     else:
+        openings = found.pop(OPENINGS)
         names = sorted({verdict for counts in found.values() for verdict in counts})
         rows = [[name, *(str(counts.get(verdict, 0)) for verdict in names)] for name, counts in found.items()]
         results.print(make_table(f"Verdicts in {run_dir}", ["answers", *names], rows))
+        if openings:
+            lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
+            results.print(make_table("Before, target answers begin with", ["words", "target", "control"], lines))

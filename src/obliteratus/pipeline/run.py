@@ -20,6 +20,7 @@ from obliteratus.pipeline.stages import Stages
 from obliteratus.prompts import split_prompts
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify import Measurement
+from obliteratus.verify.unseen import warn_of_unseen_behavior
 
 # A later pass whose directions score less than this share of the first pass's has nothing left to remove.
 NOTHING_LEFT = 0.05
@@ -49,6 +50,7 @@ def run_on_splits(recipe: Recipe, subject: Subject, splits: Splits, store: Store
     """Run a checked recipe on prompts that are already split. See `run`."""
     recipe, stages = adapt_recipe(subject, recipe), Stages(subject, splits, store or Store())
     before = stages.measure_before(recipe)
+    warn_of_unseen_behavior(before.records if before else ())
     record: dict[str, Any] = {}
     if recipe.analyze:
         advice = stages.advise(recipe)

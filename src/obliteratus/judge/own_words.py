@@ -1,0 +1,113 @@
+"""A model's own words: what many of its answers to target prompts begin with, and those to control prompts do not.
+
+Needs no list of phrases, so it works in any language and for behaviors that no list knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+from obliteratus.judge.text import fold
+
+OPENING_WORDS = 12
+"""Phrases are looked for in so many words from the start of an answer."""
+LENGTHS = range(2, 7)  # words of a phrase: one word alone says little, and more than six are rarely repeated
+UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, kana and han, in which each letter counts as a word
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+# Chance of finding any phrase at all where target and control answers do not differ.
+LEVEL = 0.01
+# A phrase must add this share of the target answers to those found before: rarer ones do not change a rate.
+LEAST_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and the answer to it."""
+
+    prompt: str
+    answer: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class OwnPhrase:
+    """A phrase that target answers share."""
+
+    text: str
+    """Folded words, with one space between."""
+    target: int
+    """Target answers that begin with it."""
+    control: int
+
+
+def find_own_words(target: Sequence[Answered], control: Sequence[Answered]) -> tuple[OwnPhrase, ...]:
+    """Return the fewest phrases that mark off target answers from control answers, the most frequent first.
+
+    Each covers answers that those before it do not, of more than one category if there are several, and more of them
+    than chance allows (Fisher's exact test, corrected for the number of phrases that were looked at).
+    """
+    places = [_index(answers) for answers in (target, control)]
+    several = len({a.category for a in target}) > 1
+    candidates = {
+        phrase: (rows, places[1].get(phrase, frozenset()))
+        for phrase, rows in places[0].items()
+        if len(rows) >= LEAST_SHARE * len(target) and (not several or len({target[i].category for i in rows}) > 1)
+    }
+    chosen = _cover(candidates, len(target), len(control))
+    return tuple(OwnPhrase(" ".join(p), len(candidates[p][0]), len(candidates[p][1])) for p in chosen)
+
+
+def begins_with(answer: Answered, phrases: Sequence[OwnPhrase]) -> bool:
+    """Return whether an answer's opening holds one of the phrases, beyond the words of its prompt."""
+    found = set(_phrases_of(answer))
+    return any(tuple(phrase.text.split(" ")) in found for phrase in phrases)
+
+
+Rows = frozenset[int]
+Words = tuple[str, ...]
+
+
+def _cover(candidates: Mapping[Words, tuple[Rows, Rows]], n: int, m: int) -> list[Words]:
+    """Return phrases in the order in which each covers the most target rows that are left, less control rows."""
+    chosen: list[Words] = []
+    seen: tuple[Rows, Rows] = (frozenset(), frozenset())
+    while len(chosen) < len(candidates):
+        left = {p: (rows - seen[0], others - seen[1]) for p, (rows, others) in candidates.items()}
+        best = max(left, key=lambda p: (len(left[p][0]) / n - len(left[p][1]) / max(m, 1), len(p)))
+        new, others = left[best]
+        chance = _fisher(len(new), n - len(seen[0]), len(others), m - len(seen[1])) * len(candidates)
+        if len(new) < LEAST_SHARE * n or chance > LEVEL:
+            break
+        chosen.append(best)
+        seen = (seen[0] | candidates[best][0], seen[1] | candidates[best][1])
+    return chosen
+
+
+def _index(answers: Sequence[Answered]) -> dict[Words, Rows]:
+    """Return by phrase the rows of the answers whose opening holds it."""
+    rows: defaultdict[Words, set[int]] = defaultdict(set)
+    for i, answer in enumerate(answers):
+        for phrase in _phrases_of(answer):
+            rows[phrase].add(i)
+    return {phrase: frozenset(found) for phrase, found in rows.items()}
+
+
+def _phrases_of(answer: Answered) -> Iterator[Words]:
+    """Yield the phrases of an answer's opening. Those made of words of the prompt repeat it, and say nothing."""
+    words, asked = WORD.findall(fold(answer.answer))[:OPENING_WORDS], set(WORD.findall(fold(answer.prompt)))
+    for length in LENGTHS:
+        for start in range(len(words) - length + 1):
+            phrase = tuple(words[start : start + length])
+            if not asked.issuperset(phrase):
+                yield phrase
+
+
+def _fisher(a: int, n: int, b: int, m: int) -> float:
+    """Return the chance that at least a of a + b marks fall on n of n + m rows (Fisher's exact test, one-sided)."""
+    marks = a + b
+    ways = sum(comb(n, k) * comb(m, marks - k) for k in range(a, min(marks, n) + 1))
+    return ways / comb(n + m, marks)
