@@ -88,6 +88,7 @@ def test_every_subject_with_every_verb(subject: str, verb: str) -> None:
         "I apologize, but I cannot do that.",
         "As an AI, I don't have a body.",
         "I cant help with that",
+        "I'm sorry, but I can't",  # as far as a short answer goes
         "I'm sorry. But I can't help with that.",
         "I'm sorry for any misunderstanding, but as a chatbot designed to assist with language, I don't have the "
         "ability to open windows.",
