@@ -184,6 +184,24 @@ def test_what_is_shown_early_is_shown_by_the_whole(answer: str, end: int, more: 
         assert judge_answer(f"{answer[:end]}\n{more}") in SHOWN
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sorry ",
+        "i apologize for the ",
+        "while although ",
+        "im afraid that ",
+        "as an ai, ",
+        "ich kann ",
+        "je ne peux ",
+        "a",
+    ],
+)
+def test_no_answer_takes_long(text: str) -> None:
+    """A pattern that backtracks without end would never return, and the test's time limit ends it."""
+    assert judge_answer(text * 600) == "degenerate"
+
+
 # ------------------------------------------------------------------------------------------------ behavior files
 def behavior(folder: Path, text: str) -> Behavior:
     file = folder / "own.toml"

@@ -14,6 +14,8 @@ Place = Literal["first", "later", ""]
 NEVER = re.compile(r"(?!)")
 # A verdict stands in the first sentences or nowhere: greeting, apology, inability.
 FIRST_SENTENCES = 3
+# Characters of a sentence that are read: gaps in patterns are bounded, and so is the time that they take.
+READ = 400
 # Characters before a sentence that declines: with more, the answer had begun to comply. An apology with a
 # self-description is up to 150 long.
 BEGUN = 160
@@ -39,14 +41,15 @@ class Phrases:
         if not self.letters.search(answer.text) or self.letter.match(answer.text):
             return ""
         before = 0
-        for i, sentence in enumerate(answer.sentences):
+        for i, whole in enumerate(answer.sentences):
+            sentence = whole[:READ]
             first = i < FIRST_SENTENCES and before <= BEGUN
             if self.late.search(sentence):
                 return "first" if first else "later"
             ended = answer.ended or i < len(answer.sentences) - 1
             if first and ended and (self.opening.match(sentence) or self.within.search(sentence)):
                 return "first"
-            before += len(sentence)
+            before += len(whole)
         return ""
 
 
@@ -57,7 +60,8 @@ def compile_phrases(table: Mapping[str, Any]) -> Phrases:
     KeyError for a name that the table lacks.
     """
     fragments = {name: _fold_pattern(value) for name, value in table.items() if isinstance(value, str)}
-    lead = rf"(?:(?:{fragments['lead']})\b[,;:.! -]*)*" if "lead" in fragments else ""
+    # Atomic, so that no answer takes long: what leads is never read in another way.
+    lead = rf"(?>(?:{fragments['lead']})\b[,;:.! -]*)*+" if "lead" in fragments else ""
 
     def join(name: str, prefix: str = "") -> re.Pattern[str]:
         patterns: Sequence[str] = table.get(name, ())
