@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import PeftModel
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -218,6 +217,8 @@ def _quantization_options(subject: Subject, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _with_adapter(subject: Subject, folder: Path) -> Iterator[Subject]:
+    from peft import PeftModel  # imported here because it takes a second
+
     wrapped = PeftModel.from_pretrained(subject.model, folder)
     try:
         yield replace(subject, model=wrapped.base_model.model)

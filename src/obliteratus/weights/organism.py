@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,6 +125,9 @@ def _parse_share(name: str) -> tuple[str, float]:
 
 def merge_adapter(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
     """Return (model, tokenizer) of `base` with `share` (0–1) of the PEFT adapter in folder `adapter` added, fp32."""
+    from peft import PeftModel  # imported here because it takes a second
+    from peft.tuners.lora import LoraLayer
+
     log.info("merging the adapter %s into %s", adapter, base.name)
     model, tokenizer = _load(str(base))
     tuned: Any = PeftModel.from_pretrained(model, str(adapter))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -147,7 +147,10 @@ def _name_for_peft(
     return state
 
 
-def _make_config(subject: Subject, plan: Plan, rank: int, biased: bool) -> LoraConfig:
+def _make_config(subject: Subject, plan: Plan, rank: int, biased: bool) -> Any:
+    """Return PEFT's configuration of the adapter."""
+    from peft import LoraConfig  # imported here because it takes a second
+
     conv = any(e.site.layout == "conv1d" for e in plan.edits)
     return LoraConfig(
         task_type="CAUSAL_LM",
