@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from obliteratus.core.results import Score
     from obliteratus.verify.answers import JudgedAnswer
 
-OPENINGS = "target answers begin with"
 COLUMNS = ("id", "group", "prompt", "answer", "verdict", "label")
 
 
@@ -28,7 +27,6 @@ def judge(
     json: Json = False,
 ) -> None:
     """Count the verdicts on a run's answers, export the answers for labeling, or compare verdicts with labels."""
-    from obliteratus.cli.terminal import show_json
     from obliteratus.verify.answers import read_answers
 
     if export and labels:
@@ -36,12 +34,11 @@ def judge(
     answers = read_answers(run_dir)
     if export:
         export_answers(answers, export)
-        found: dict[str, Any] = {"exported": len(answers), "file": str(export)}
+        _show_export(len(answers), export, json)
     elif labels:
-        found = {name: score.model_dump() for name, score in compare_with_labels(answers, labels).items()}
+        _show_agreement(compare_with_labels(answers, labels), json)
     else:
-        found = count_verdicts(answers) | {OPENINGS: find_shared_openings(answers)}
-    show_json(found) if json else _show(run_dir, found, bool(labels))
+        _show_verdicts(run_dir, count_verdicts(answers), find_shared_openings(answers), json)
 
 
 def count_verdicts(answers: Sequence[JudgedAnswer]) -> dict[str, dict[str, int]]:
@@ -113,21 +110,36 @@ def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     return filled
 
 
-def _show(run_dir: Path, found: dict[str, Any], scores: bool) -> None:
-    from obliteratus.cli.terminal import make_table, results
+def _show_export(n: int, file: Path, json: bool) -> None:
+    from obliteratus.cli.terminal import results, show_json
 
-    if "exported" in found:
-        results.print(f"Wrote {found['exported']} answers to {found['file']}. Fill in the column label, then --labels.")
-    elif scores:
-        rows = [
-            [name, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}", str(s["n"])] for name, s in found.items()
-        ]
-        results.print(make_table("Verdicts against labels", ["score", "value", "95 % interval", "n"], rows))
+    if json:
+        show_json({"exported": n, "file": str(file)})
     else:
-        openings = found.pop(OPENINGS)
-        names = sorted({verdict for counts in found.values() for verdict in counts})
-        rows = [[name, *(str(counts.get(verdict, 0)) for verdict in names)] for name, counts in found.items()]
-        results.print(make_table(f"Verdicts in {run_dir}", ["answers", *names], rows))
-        if openings:
-            lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
-            results.print(make_table("Before, target answers begin with", ["words", "target", "control"], lines))
+        results.print(f"Wrote {n} answers to {file}. Fill in the column label, then --labels.")
+
+
+def _show_agreement(scores: dict[str, Score], json: bool) -> None:
+    from obliteratus.cli.terminal import make_table, results, show_json
+
+    if json:
+        show_json({name: score.model_dump() for name, score in scores.items()})
+        return
+    rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} to {s.high:.3f}", str(s.n)] for name, s in scores.items()]
+    results.print(make_table("Verdicts against labels", ["score", "value", "95 % interval", "n"], rows))
+
+
+def _show_verdicts(
+    run_dir: Path, counts: dict[str, dict[str, int]], openings: list[dict[str, Any]], json: bool
+) -> None:
+    from obliteratus.cli.terminal import make_table, results, show_json
+
+    if json:
+        show_json(counts | {"target answers begin with": openings})
+        return
+    names = sorted({verdict for found in counts.values() for verdict in found})
+    rows = [[answers, *(str(found.get(verdict, 0)) for verdict in names)] for answers, found in counts.items()]
+    results.print(make_table(f"Verdicts in {run_dir}", ["answers", *names], rows))
+    if openings:
+        lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
+        results.print(make_table("Shared openings", ["target answers began with", "target", "control"], lines))

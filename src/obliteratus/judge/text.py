@@ -1,4 +1,4 @@
-"""Answers as a judge reads them: reasoning cut away, spelling folded, quotations cut out, split into sentences."""
+"""Answers as a judge reads them: spelling folded, quotations cut out, split into sentences."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SEARCH: try many values of a recipe as live plans, and keep those that refuse least at the least damage.
 
 Trials live in an Optuna study that several processes may share.
-It may import the stages and pipeline, and is run by cli.
+It may import the stages, judge and pipeline, and is run by cli.
 """
 
 from obliteratus.search.run import FrontMember, SearchResult, StudyLocation, check_pick, search, set_trial_count

@@ -1,7 +1,7 @@
 """VERIFY: scores of a model on held-out prompts, before and after an edit.
 
 Each scorer is one registered function; importing this package registers them all. May import core, weights, summon,
-inference, prompts and excise.
+inference, judge, prompts and excise.
 """
 
 from obliteratus.verify import accuracy, drift, first_token, fluency, refusal, tokens

@@ -20,8 +20,8 @@ from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, s
 GROUPS = ("target", "control", "keep")
 COUNTED: Mapping[str, tuple[Verdict, ...]] = {"refusal": SHOWN, "degenerate": ("degenerate", "unfinished")}
 """The verdicts that each share counts."""
-# Answer tokens between two looks at whether a row already refuses. A look takes 0.13 ms; at every token it would be 3 %
-# of VERIFY on a 135M model.
+# Answer tokens between two looks at whether a row already refuses. A look takes 0.13 ms: at each of the
+# 48 tokens of 160 answers that would be up to 1 s of the 20 s that VERIFY takes on a 135M model.
 LOOK_EVERY = 4
 
 

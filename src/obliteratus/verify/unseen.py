@@ -19,26 +19,22 @@ def find_openings(records: Sequence[Mapping[str, Any]]) -> tuple[OwnPhrase, ...]
 
     records: those of the scorer `refusal`, with prompt, answer, group and category.
     """
-    target, control = (
-        [
-            Answered(r["prompt"], r["answer"], r["category"])
-            for r in records
-            if r.get("group") == group and "verdict" in r
-        ]
-        for group in ("target", "control")
-    )
+    target, control = ([_read(r) for r in _judged(records, group)] for group in ("target", "control"))
     return find_own_words(target, control) if target and control else ()
 
 
 def count_unseen(records: Sequence[Mapping[str, Any]], phrases: Sequence[OwnPhrase]) -> tuple[int, int]:
     """Return how many target answers begin with one of the phrases though no verdict counts them, and of how many."""
-    target = [r for r in records if r.get("group") == "target" and "verdict" in r]
-    unseen = [
-        r
-        for r in target
-        if r["verdict"] not in SHOWN and begins_with(Answered(r["prompt"], r["answer"], r["category"]), phrases)
-    ]
-    return len(unseen), len(target)
+    target = _judged(records, "target")
+    return sum(r["verdict"] not in SHOWN and begins_with(_read(r), phrases) for r in target), len(target)
+
+
+def _judged(records: Sequence[Mapping[str, Any]], group: str) -> list[Mapping[str, Any]]:
+    return [r for r in records if r.get("group") == group and "verdict" in r]
+
+
+def _read(record: Mapping[str, Any]) -> Answered:
+    return Answered(record["prompt"], record["answer"], record["category"])
 
 
 def warn_of_unseen_behavior(records: Sequence[Mapping[str, Any]]) -> None:
