@@ -49,7 +49,7 @@ OPENING, SAVING = 900.0, 300.0  # most seconds to load a model and run its promp
 PROCEED, WHICH, WHAT = "How would you like to proceed", "Which trial do you want to use", "What do you want to do with"
 PATH, SAVED = "Path to the folder", "Model saved to"
 MENU = re.compile(r"\[Trial\s+(\d+)\]\s+Refusals:\s*\d+/\d+,\s+KL divergence:")
-STEPS = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="fluency"))
+STEPS = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="fluency"))
 SCORES = ("refusal.target", "refusal.control", "kl.first_token.mean")
 
 

@@ -56,8 +56,8 @@ SLOW = ("rdo", "failspy")
 KEEP_SCORE = "refusal.keep"
 COLUMNS = ("refusal.target", "refusal.control", "kl.first_token.mean", "kl.first_token.p95", "perplexity.ratio")
 QUICK_TRIALS, SMOKE_TRIALS = 8, 2
-SHORT_STEPS = [{"use": "refusal", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
-SMOKE_STEPS = [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]
+SHORT_STEPS = [{"use": "behavior", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
+SMOKE_STEPS = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
 # With few prompts a single refusal would exceed the usual margin, and no trial would be feasible.
 SMOKE_SEARCH = {"search.prompts": SMOKE_PROMPTS, "search.tokens": 4, "search.control_margin": 1.0}
 

@@ -31,7 +31,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import kv_bytes
-from obliteratus.judge.verdict import judge_answer
+from obliteratus.judge.judge import Judge
 from obliteratus.verify import measure
 
 TOKENS = 48
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = PromptSet({g: held_out[g][:most] for g in ("target", "control")})
     ids = [row for g in ("target", "control") for row in render_prompts(subject, prompts[g])]
     every = QUICK_EVERY if options.quick else dict.fromkeys(QUICK_EVERY, 1)
-    steps = (Step(use="refusal", tokens=TOKENS),)
+    steps = (Step(use="behavior", tokens=TOKENS),)
     seconds = {}
     loaded, peak, (seconds["ours"], measured) = run_with_peak(
         lambda: time_call(lambda: measure(subject, prompts, steps))
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds["floor"] = (flops + count_head_flops(subject, new)) / rate
     ratio = compute_ratios(seconds)
     verdicts = [r["verdict"] for r in measured.records][:: every["one_at_a_time"]]
-    same = sum(judge_answer(text) == ours for text, ours in zip(texts, verdicts, strict=True))
+    same = sum(Judge().judge_answer(text) == ours for text, ours in zip(texts, verdicts, strict=True))
     shortened = {n: f"every {k}th prompt, scaled to all" for n, k in every.items()} if options.quick else {}
     facts: dict[str, object] = {
         "prompts": len(ids),

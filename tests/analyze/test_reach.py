@@ -27,8 +27,8 @@ from obliteratus.analyze.reach import (
     choose_first_blocks,
     compute_remaining_behavior,
     find_typical_first_tokens,
+    measure_rate,
     measure_reach,
-    measure_refusal_rate,
     rank_edits,
 )
 from obliteratus.core.results import Score
@@ -146,7 +146,7 @@ def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     assert not rest
     assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
     assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.summary()
-    assert measure_refusal_rate(context.subject, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
+    assert measure_rate(context, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
     assert measure_reach(context, **{**ALL, "depths": 1, "tries": 0}).answered == ()
 
 

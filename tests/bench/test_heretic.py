@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.inference.chat_template import render_prompts
-from obliteratus.judge.verdict import judge_answer
+from obliteratus.judge.judge import Judge
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
@@ -146,5 +146,5 @@ def test_export_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
 def test_markers_count_a_refusal_for_both() -> None:
     """Ours begin at a word of normalized text; Heretic looks for the same strings anywhere: each refusal has one."""
     said = "I'm sorry, but I can't help with that."
-    assert judge_answer(said) == "refused"
+    assert Judge().judge_answer(said) == "shown"
     assert any(m in said.lower() for m in load_markers())

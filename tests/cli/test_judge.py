@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
-from obliteratus.judge.verdict import judge_answer
+from obliteratus.judge.judge import Judge
 from obliteratus.verify.answers import write_answers
 from obliteratus.verify.scoring import Measurement
 
@@ -19,12 +19,14 @@ ANSWERS = {
     "And the moon?": ("I cannot discuss that.", "I won't talk about it, that is my rule."),
     "Name a color.": ("Blue.", "Blue, of course."),
 }
+EXACT = {"precision": 1.0, "recall": 1.0, "kappa": 1.0}
 
 
 def judged(state: int) -> Measurement:
     records = [
-        {"scorer": "refusal", "group": "target", "prompt": p, "category": "", "answer": a[state]}
-        | {"verdict": judge_answer(a[state])}
+        {"scorer": "behavior", "group": "target", "prompt": p, "category": "", "answer": a[state]}
+        | {"verdict": Judge().judge_answer(a[state])}
+        | {"rungs": {"phrases": Judge().judge_answer(a[state]), "coin": "shown" if len(p) > 14 else None}}
         for p, a in ANSWERS.items()
     ]
     return Measurement(records=[{"scorer": "another", "group": "target"}, *records])
@@ -59,12 +61,21 @@ def test_both_answers_are_kept_with_their_verdicts(folder: Path) -> None:
 def test_verdicts_are_counted(folder: Path) -> None:
     code, out = call(folder, "--json")
     assert code == 0
-    assert json.loads(out) == {
-        "target before": {"refused": 2, "complied": 1},
-        "target after": {"refused": 1, "complied": 2},
-        "target answers begin with": [],  # three answers are too few to tell
-    }
+    found = json.loads(out)
+    assert found["target before"] == {"shown": 2, "absent": 1}
+    assert found["target after"] == {"shown": 1, "absent": 2}
+    assert found["target answers begin with"] == []  # three answers are too few to tell
     assert "target after" in call(folder)[1]
+
+
+def test_what_the_rungs_disagree_about_is_shown(folder: Path) -> None:
+    found = json.loads(call(folder, "--json")[1])
+    assert [answer["id"] for answer in found["disagreements"]] == ["1 after"]
+    assert found["kappa"]["phrases × coin"]["n"] == 2  # the coin says nothing about the shorter prompts
+    text = call(folder)[1]
+    assert "1 answers that the rungs disagree about" in text
+    assert "Stars are balls of gas." in text
+    assert "Stars are balls of gas." not in call(folder, "--top", 0)[1]
 
 
 def test_labels_come_back_as_agreement(folder: Path) -> None:
@@ -74,17 +85,19 @@ def test_labels_come_back_as_agreement(folder: Path) -> None:
     code, out = call(folder, "--labels", file, "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["precision"]["value"], found["recall"]["value"], found["kappa"]["value"]) == (1.0, 1.0, 1.0)
-    assert found["kappa"]["n"] == 5  # the row without a label is left out
+    assert {name: score["value"] for name, score in found["verdict"].items()} == EXACT
+    assert found["verdict"]["kappa"]["n"] == 5  # the row without a label is left out
+    assert found["phrases"] == found["verdict"]
+    assert found["coin"]["kappa"]["n"] == 2  # where it gave a verdict
     fill(file, ["complied", "refused", "complied", "refused", "complied", "refused"])
     found = json.loads(call(folder, "--labels", file, "--json")[1])
-    assert found["kappa"]["value"] < 0.2  # negative control
+    assert found["verdict"]["kappa"]["value"] < 0.2  # negative control
 
 
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [
-        ([""] * 6, "no label is filled in; write one of refused, partial"),
+        ([""] * 6, "no label is filled in; write one of shown, partial"),
         (["refusd"] + [""] * 5, "did you mean 'refused'"),
     ],
 )

@@ -103,7 +103,7 @@ def test_the_pipeline_keeps_to_it() -> None:
     subject = opened("llama")
     groups = {"target": "Tell me about {}.", "control": "How much is {} plus two?"}
     prompts = PromptSet({g: tuple(Prompt(t.format(i)) for i in range(40)) for g, t in groups.items()})
-    scorers = [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]
+    scorers = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
     free, _, *_ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store())
     search = prompts.split(0).search["control"]
     budget = 0.1 * mean_kl(subject, free, search)

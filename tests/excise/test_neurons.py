@@ -132,7 +132,7 @@ def test_a_planted_neuron_is_masked_in_the_first_pass_only(prompts: PromptSet) -
     }
     many = PromptSet(more)
     changes = {"excise.neurons": 0.05, "passes": 2, "distill": [{"use": "mean_diff"}]}
-    made = load_recipe("basic", changes | {"verify": [{"use": "refusal", "tokens": 4}]})
+    made = load_recipe("basic", changes | {"verify": [{"use": "behavior", "tokens": 4}]})
     try:
         plan, _, *_ = run(made, subject, many, Store())
     finally:

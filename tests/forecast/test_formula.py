@@ -37,7 +37,7 @@ from obliteratus.pipeline.recipe import list_methods, load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.verify import scorers
 
-SMALL = {"use": "refusal", "tokens": 4}
+SMALL = {"use": "behavior", "tokens": 4}
 
 
 # --------------------------------------------------------------------------------------------- formulas

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import fisher_exact
 
-from obliteratus.judge.own_words import Answered, _fisher, begins_with, find_own_words
+from obliteratus.judge.own_words import _fisher, begins_with, find_own_words
+from obliteratus.judge.rung import Answered
 
 NOUNS = ("river", "lamp", "chair", "cloud", "pencil", "garden", "train", "window", "coffee", "letter", "wheel", "paper")
 VERBS = ("turns", "holds", "takes", "makes", "shows", "keeps", "finds", "brings", "leaves", "opens")
@@ -34,8 +35,8 @@ def test_a_planted_opening_is_found_in_any_language(start: str) -> None:
     found = find_own_words(target, control)
     assert len(found) == 1
     assert (found[0].target, found[0].control) == (28, 0)
-    assert sum(begins_with(a, found) for a in target) == 28
-    assert sum(begins_with(a, found) for a in control) == 0
+    assert sum(begins_with(a.answer, found) for a in target) == 28
+    assert sum(begins_with(a.answer, found) for a in control) == 0
 
 
 def test_two_openings_are_two_phrases() -> None:
@@ -82,7 +83,7 @@ def test_natural_disclaimers_are_found_without_a_list() -> None:
     found = find_own_words(target, control)
     assert found[0].text == "sorry for"
     labels = [line["label"] == "disclaimed" for line in lines]
-    said = [begins_with(a, found) for a in (*target, *control)]
+    said = [begins_with(a.answer, found) for a in (*target, *control)]
     assert sum(s and label for s, label in zip(said, labels, strict=True)) >= 0.9 * sum(labels)
 
 

@@ -26,7 +26,7 @@ from obliteratus.verify import measure
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.organism
 N = 8  # answers of each group: the packed and the exact model are compared prompt by prompt
-REFUSAL = {"use": "refusal", "tokens": 12}  # its refusals begin with their first words
+REFUSAL = {"use": "behavior", "tokens": 12}  # its refusals begin with their first words
 ONE = 1.01 / N  # a prompt of the sample, and room for rounding
 
 

@@ -21,7 +21,7 @@ from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
 
 TOKENS = 8  # of each answer: a refusal begins at once
-SHORT = {"verify": [{"use": "refusal", "tokens": TOKENS}, {"use": "first_token_kl"}]}
+SHORT = {"verify": [{"use": "behavior", "tokens": TOKENS}, {"use": "first_token_kl"}]}
 
 pytestmark = pytest.mark.organism
 

@@ -24,7 +24,7 @@ from obliteratus.core.types import Activations, Moments, Prompt, PromptSet
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.pipeline.advise import Advice, Reason, advise, fit_recipe_to_weights, load_advice, save_advice
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.rules import AXIS_SHARE, KL_FACTOR, REFUSAL_ENDED, RULES, category_spectrum
+from obliteratus.pipeline.rules import AXIS_SHARE, BEHAVIOR_ENDED, KL_FACTOR, RULES, category_spectrum
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.model_card import make_reason_rows, render_model_card
 
@@ -77,13 +77,13 @@ def test_the_edit_that_ended_refusals_is_chosen() -> None:
     assert (parts["attn"], parts["mlp"]) == (1.0, 0.0)
     assert made.recipe.excise.kl_budget == pytest.approx(KL_FACTOR * 0.06)
     reason = because(made, "layers")
-    assert (reason.value, reason.threshold, reason.at_most) == (0.0, REFUSAL_ENDED, True)
+    assert (reason.value, reason.threshold, reason.at_most) == (0.0, BEHAVIOR_ENDED, True)
     assert because(made, "KL budget").value == pytest.approx(0.06)
 
 
 def test_another_edit_is_another_recipe() -> None:
     """Negative control: what attention alone left is now too much, and both parts are edited, from deeper on."""
-    made = advised({"reach": reached(("attention", 2, REFUSAL_ENDED + 0.01), ("both", 4, 0.0))})
+    made = advised({"reach": reached(("attention", 2, BEHAVIOR_ENDED + 0.01), ("both", 4, 0.0))})
     assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)
     assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
 
@@ -153,7 +153,7 @@ def grouped(prompts: PromptSet) -> PromptSet:
 
 
 def informed(**changed: Any) -> Recipe:
-    short = {"verify": [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}], "analyze.1.depths": LAYERS}
+    short = {"verify": [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}], "analyze.1.depths": LAYERS}
     short |= {"analyze.1.low": 0.0, "analyze.1.tokens": 4}
     return load_recipe("informed", {**short, **changed})
 

@@ -215,7 +215,7 @@ def test_probe_is_that_of_memory(name: str, tmp_path: Path, prompts: PromptSet) 
 
 
 # ------------------------------------------------------------------------------------------- verify
-STEPS = (Step(use="refusal_score"), Step(use="first_token_kl"), Step(use="perplexity"))
+STEPS = (Step(use="behavior_score"), Step(use="first_token_kl"), Step(use="perplexity"))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -236,8 +236,8 @@ def test_both_states_in_one_pass(name: str, tmp_path: Path, prompts: PromptSet, 
 
 
 def test_scorers_that_need_answers_are_replaced(tmp_path: Path) -> None:
-    steps = streamable_steps((Step(use="refusal"), Step(use="first_token_kl"), Step(use="fluency")))
-    assert [step.use for step in steps] == ["refusal_score", "first_token_kl"]
+    steps = streamable_steps((Step(use="behavior"), Step(use="first_token_kl"), Step(use="fluency")))
+    assert [step.use for step in steps] == ["behavior_score", "first_token_kl"]
     _, away = both(stored(tmp_path, "llama"))
     with pytest.raises(UserError, match="'tune' would read all weights"):
         adapt_recipe(away, load_recipe("tuned"))

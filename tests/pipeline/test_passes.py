@@ -23,7 +23,7 @@ from obliteratus.pipeline.stages import Stages
 from obliteratus.rebirth.model_card import make_pass_rows, render_model_card
 from obliteratus.summon.coverage import summarize_plan_coverage
 
-SHORT = [{"use": "refusal", "tokens": 4}]
+SHORT = [{"use": "behavior", "tokens": 4}]
 
 
 def prompts(search: int = 3) -> PromptSet:
@@ -47,7 +47,7 @@ def test_passes_that_nothing_ends() -> None:
     first, last = found.passes
     for number, entry in enumerate(found.passes, 1):
         assert entry["seconds"] == {s: store.seconds[f"{s} {number}"] for s in ("PROBE", "DISTILL", "EXCISE")}
-        assert entry["refused"] is None
+        assert entry["remaining"] is None
         assert entry["best_layer"] == entry["best_stream"] - 1
         assert 0 < entry["edited_share"] < 1
     assert "ended" not in first
@@ -61,23 +61,23 @@ def test_a_check_that_ends_the_passes_is_told() -> None:
     store = Store()
     _, found = made(3, 3, store)
     (only,) = found.passes
-    assert only["ended"] == "refusals are down"
-    assert (only["refused"]["value"], only["refused"]["n"]) == (0.0, 3)
+    assert only["ended"] == "refusal is down"
+    assert (only["remaining"]["value"], only["remaining"]["n"]) == (0.0, 3)
     assert only["seconds"]["CHECK"] == store.seconds["CHECK 2"]
 
 
 def test_a_pass_that_finds_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stages, "check_refusal", lambda *args: None)  # no check ends the passes
+    monkeypatch.setattr(Stages, "check_rate", lambda *args: None)  # no check ends the passes
     monkeypatch.setattr(pipeline, "NOTHING_LEFT", 1e9)  # and no later pass finds enough
     _, found = made(3, 3)
     (only,) = found.passes
     assert only["ended"] == "nothing left to remove"
-    assert only["refused"] is None
+    assert only["remaining"] is None
 
 
 def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pass costs all that is allowed; a second would cost more, and is not an error."""
-    monkeypatch.setattr(Stages, "check_refusal", lambda *args: None)
+    monkeypatch.setattr(Stages, "check_rate", lambda *args: None)
     plan, _ = made(1, 3)
     search = prompts().split(0).search["control"]
     cost = limit_kl(tiny_subject("llama"), Plan(), plan, search, 1e3)[2]
@@ -90,7 +90,7 @@ def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_enough_decides_when_passes_end() -> None:
     """A model that refuses nothing ends them even where none is enough."""
-    assert len(made(3, 3, stop_below_refusal=0.0)[1].passes) == 1
+    assert len(made(3, 3, stop_below=0.0)[1].passes) == 1
 
 
 def shown(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -110,10 +110,10 @@ def test_people_see_several_passes_and_not_a_single_one(
 ) -> None:
     _, two = made(2, 0)
     text = show(two, monkeypatch)
-    assert "still refused" in text
+    assert "remaining" in text
     for row in make_pass_rows(two):
         assert all(cell in text for cell in row)
-    assert "still refused" not in show(made(1, 0)[1], monkeypatch)
+    assert "remaining" not in show(made(1, 0)[1], monkeypatch)
 
 
 def test_a_resumed_run_tells_the_same(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
         "distill": [{"use": "mean_diff"}, {"use": "single", "depth": 0.5}],
         "weigh": [{"use": "middle", "low": 0.1}, {"use": "by_score"}],
         "excise": {"parts": ["embed", "mlp.out"], "strength": -1e-7, "norm": "rows", "anchored": True},
-        "verify": [{"use": "refusal", "tokens": 8}],
+        "verify": [{"use": "behavior", "tokens": 8}],
         "analyze": [{"use": "cones", "resamples": 100}],
         "search": {
             "trials": 7,
@@ -187,12 +187,12 @@ BAD_OVERRIDES = {
     "weigh.0.m=1": "weigh step 'skip_first': m: extra inputs",
     "distill.0.use=mean_dif": "distill step 'mean_dif' does not exist; did you mean 'mean_diff'",
     "weigh.0.use=nee": "weigh step 'nee' does not exist; did you mean 'knee'",
-    "verify=[{use='refusals'}]": "verify step 'refusals' does not exist; did you mean 'refusal'",
-    "verify=[{use='refusal', tokens=1}]": "verify step 'refusal': tokens: input should be greater",
+    "verify=[{use='behaviors'}]": "verify step 'behaviors' does not exist; did you mean 'behavior'",
+    "verify=[{use='behavior', tokens=1}]": "verify step 'behavior': tokens: input should be greater",
     "distill=[]": "distill",
     # Keys that were renamed name the new one.
-    "enough=0.1": "'enough' is now called 'stop_below_refusal'",
-    "search={trials=1, worth=1.0, space={'excise.strength'={low=0.0, high=1.0}}}": "now called 'max_remaining_refusal'",
+    "enough=0.1": "'enough' is now called 'stop_below'",
+    "search={trials=1, worth=1.0, space={'excise.strength'={low=0.0, high=1.0}}}": "now called 'max_remaining'",
     "search={trials=1, minimise=['x'], space={'excise.strength'={low=0.0, high=1.0}}}": "is now called 'minimize'",
     "tune={leads=[1.0]}": "'leads' is now called 'margins'",
 }

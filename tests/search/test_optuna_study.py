@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 from tests.support.refuser import refuser
-from tests.support.searches import REFUSAL, make_judge, run_search, search_recipe, start_workers
+from tests.support.searches import REFUSAL, make_scorer, run_search, search_recipe, start_workers
 
 from obliteratus.core.errors import UserError
 from obliteratus.search import optuna_study, set_trial_count
@@ -58,7 +58,7 @@ def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupt_loses_one_trial() -> None:
     recipe = search_recipe(4)
-    cache, judge = make_judge(recipe)
+    cache, judge = make_scorer(recipe)
     study = SearchStudy(open_storage(""), "s", recipe, {})
     trial = study.ask(4)
     assert trial is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.searches import make_judge, run_search, search_prompts, search_recipe, search_subject
+from tests.support.searches import make_scorer, run_search, search_prompts, search_recipe, search_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
@@ -51,7 +51,7 @@ def test_the_model_is_as_it_was(weights: dict[str, torch.Tensor], found: SearchR
 def test_what_the_winner_measured_is_what_is_evaluated(found: SearchResult) -> None:
     """Same values, same plan, same scores; another trial's plan gives others."""
     recipe = search_recipe(TRIALS)
-    cache, judge = make_judge(recipe)
+    cache, judge = make_scorer(recipe)
     winner = found.front[found.picked].trial
     plan = rebuild_plan(winner, recipe, cache)
     for a, b in zip(plan.edits, found.plan.edits, strict=True):
@@ -71,7 +71,7 @@ def test_the_winner_is_a_recipe_that_runs(found: SearchResult) -> None:
 
 
 def test_every_recipe_can_be_searched() -> None:
-    plain = load_recipe("basic", {"verify": [{"use": "refusal", "tokens": 6}, {"use": "first_token_kl"}]})
+    plain = load_recipe("basic", {"verify": [{"use": "behavior", "tokens": 6}, {"use": "first_token_kl"}]})
     space = add_default_search(plain)
     assert space.search is not None
     assert {p.split(".")[-1] for p in space.search.space} == {"attn", "mlp", "low"}
@@ -82,8 +82,8 @@ def test_every_recipe_can_be_searched() -> None:
 def test_no_feasible_trial() -> None:
     """All trials refuse more controls than allowed: a clear end, and the study keeps them."""
     recipe = search_recipe(3, control_margin=0.0)
-    cache, judge = make_judge(recipe)
-    judge.excess_refusal = lambda scores: 0.5  # type: ignore[method-assign]
+    cache, judge = make_scorer(recipe)
+    judge.excess_control = lambda scores: 0.5  # type: ignore[method-assign]
     study = SearchStudy(open_storage(""), "s", recipe, {})
     trials = run_trials(study, recipe, cache, judge, 3)
     assert len(study.finished) == 3

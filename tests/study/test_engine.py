@@ -57,7 +57,7 @@ def study_of(folder: Path, *metrics: Step, parts: tuple[str, ...] = PARTS, **cha
     }
     steps = metrics or (
         Step(use="perplexity"),
-        Step(use="refusal", tokens=6),
+        Step(use="behavior", tokens=6),
         Step(use="first_token_kl"),
         Step(use="accuracy"),
     )
@@ -82,7 +82,7 @@ def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, fol
     report = load_prompts(made.data.target, made.data.control).split(0).report
     report = type(report)({g: tuple(p[i * len(p) // 6] for i in range(6)) for g, p in report.groups.items()})
     steps = (
-        Step(use="refusal", tokens=6),
+        Step(use="behavior", tokens=6),
         Step(use="first_token_kl"),
         Step(use="accuracy", labeled=str(half(folder))),
     )
@@ -207,12 +207,12 @@ def test_a_change_of_shares_has_its_bootstrap_interval() -> None:
 
 # ---------------------------------------------------------------------------------------------- wrong
 def test_what_cannot_work_is_said_before_the_model_is_opened(folder: Path) -> None:
-    made = study_of(folder, Step(use="refusal"))
+    made = study_of(folder, Step(use="behavior"))
     check_study(made)
     for change, said in (
         ({"data": made.data.model_copy(update={"target": ""})}, "target"),
-        ({"metrics": (Step(use="refusals"),)}, "did you mean 'refusal'"),
-        ({"metrics": (Step(use="refusal", token=4),)}, "token"),
+        ({"metrics": (Step(use="behaviors"),)}, "did you mean 'behavior'"),
+        ({"metrics": (Step(use="behavior", token=4),)}, "token"),
         ({"metrics": (Step(use="fluency"),)}, "metric 'fluency' does not exist"),  # a scorer, but none of a study
         ({"metrics": (Step(use="perplexity", texts="mine.txt"),)}, "data.texts"),
         ({"metrics": (Step(use="accuracy"),), "data": made.data.model_copy(update={"labeled": ""})}, "labeled"),

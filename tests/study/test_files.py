@@ -60,7 +60,7 @@ def test_presets_measure_what_the_earlier_program_measured() -> None:
 
 
 def test_the_refusal_preset_measures_refusal_first() -> None:
-    assert [m.use for m in load_study("refusal").metrics] == ["refusal", "first_token_kl", "perplexity"]
+    assert [m.use for m in load_study("refusal").metrics] == ["behavior", "first_token_kl", "perplexity"]
 
 
 @pytest.mark.parametrize("name", WANTED)

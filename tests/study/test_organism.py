@@ -36,7 +36,7 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
         model=TOPIC,
         data={"target": TOPIC, "control": TOPIC, "samples": 16},
         strategies=(Step(use="layers", layers=LAYERS),),
-        metrics=(Step(use="refusal", tokens=12), Step(use="first_token_kl")),
+        metrics=(Step(use="behavior", tokens=12), Step(use="first_token_kl")),
     )
     subject = open_subject(TOPIC, dtype="bf16")
     prompts = PromptSet({group: members[::12] for group, members in load_prompts(TOPIC, TOPIC).groups.items()})

@@ -84,7 +84,8 @@ def groups() -> PromptSet:
 def test_a_run_ends_in_a_model_that_answers_as_measured(name: str, groups: PromptSet, tmp_path: Path) -> None:
     subject = tiny_subject(name)
     made = load_recipe(
-        "basic", {"excise": {"norm": "columns"}, "verify": [{"use": "refusal", "tokens": 4}, {"use": "first_token_kl"}]}
+        "basic",
+        {"excise": {"norm": "columns"}, "verify": [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]},
     )
     plan, found, *_ = run(made, subject, groups)
     saved = save(subject, plan, found, tmp_path / "out", prompts=groups)

@@ -16,4 +16,4 @@ def plain_log_probs(subject: Subject, row: list[int]) -> Tensor:
 
 def refusal_records(records: list[tuple[str, str, str]]) -> Measurement:
     """Return what the refusal scorer leaves for others, from (group, answer, verdict)."""
-    return Measurement(records=[{"scorer": "refusal", "group": g, "answer": a, "verdict": v} for g, a, v in records])
+    return Measurement(records=[{"scorer": "behavior", "group": g, "answer": a, "verdict": v} for g, a, v in records])

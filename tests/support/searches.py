@@ -20,7 +20,7 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.stages import Stages
 from obliteratus.search import SearchResult, StudyLocation, search
 from obliteratus.search.direction_cache import DirectionCache
-from obliteratus.search.judge import TrialJudge
+from obliteratus.search.score import TrialScorer
 from obliteratus.verify import measure
 
 REFUSAL = "I cannot help with that."
@@ -46,7 +46,7 @@ def search_recipe(trials: int = 6, **settings: Any) -> Recipe:
         {
             "weigh": [{"use": "middle", "low": 0.0, "high": 1.0}, {"use": "component", "embed": 0.03}],
             "excise.parts": ["attn.out", "mlp.out", "embed"],  # without embeddings, controls do not move at all
-            "verify": [{"use": "refusal", "tokens": 6}, {"use": "first_token_kl"}],
+            "verify": [{"use": "behavior", "tokens": 6}, {"use": "first_token_kl"}],
             "search": {"trials": trials, "tokens": 4, "space": space, **settings},
         },
     )
@@ -65,10 +65,10 @@ def run_search(
     return search(recipe, subject, splits, Store(), StudyLocation(storage, "study"), pick)
 
 
-def make_judge(recipe: Recipe) -> tuple[DirectionCache, TrialJudge]:
+def make_scorer(recipe: Recipe) -> tuple[DirectionCache, TrialScorer]:
     subject, splits = search_subject(), search_prompts().split(0)
     before = measure(subject, splits.search, recipe.verify)
-    return DirectionCache(Stages(subject, splits, Store()), recipe), TrialJudge(subject, splits.search, recipe, before)
+    return DirectionCache(Stages(subject, splits, Store()), recipe), TrialScorer(subject, splits.search, recipe, before)
 
 
 # ------------------------------------------------------------------------------------------------- processes

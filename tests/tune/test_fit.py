@@ -137,7 +137,7 @@ def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
     assert [p.margin for p in points] == [0.0, 2.0]
     assert points[1].nll <= points[0].nll + 1e-3
     assert all(isinstance(p, TunedPlan) and p.steps >= 5 for p in points)
-    last = tune_plan(subject, plan, splits.fit, splits.search, how)
+    last = tune_plan(subject, plan, splits, how)
     same(last, points[1].plan)
 
 
@@ -149,7 +149,7 @@ def same(a: Plan, b: Plan) -> None:
         torch.testing.assert_close(one.basis, two.basis, rtol=1e-4, atol=1e-5)
 
 
-CHANGES = {"weigh.0.low": 0.0, "tune.steps": 5, "tune.tokens": 6, "tune.batch": 4, "verify": [{"use": "refusal"}]}
+CHANGES = {"weigh.0.low": 0.0, "tune.steps": 5, "tune.tokens": 6, "tune.batch": 4, "verify": [{"use": "behavior"}]}
 
 
 def test_a_run_resumes_behind_the_stage(easy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hooks import decoder_blocks
+from obliteratus.judge.judge import Judge
 from obliteratus.tune import targets
 from obliteratus.tune.targets import (
     OPENING_LENGTHS,
@@ -32,8 +33,8 @@ def test_answers_are_gone_on_with_by_the_base_from_the_shortest_opening(monkeypa
     with applied(subject, plan):
         openings = dict(zip(map(str, ids), generate(subject, ids, 4), strict=True))
     thirds = {tuple(row[:3]) for row in openings.values()}
-    monkeypatch.setattr(targets, "does_answer", lambda subject, answer: tuple(answer[:3]) in thirds)
-    found = continue_openings(subject, [(row, openings[str(row)]) for row in ids], 10)
+    monkeypatch.setattr(targets, "does_answer", lambda subject, answer, judge: tuple(answer[:3]) in thirds)
+    found = continue_openings(subject, [(row, openings[str(row)]) for row in ids], 10, Judge())
     assert sorted(str(row) for row, _ in found) == sorted(map(str, ids))
     for row, answer in found:
         opening = openings[str(row)]
@@ -81,6 +82,6 @@ def test_refused_prompts_are_asked_again_under_a_stronger_edit(monkeypatch: pyte
     ids = render_prompts(subject, asked()["target"])
     with applied(subject, axis_plan(subject, REFUSAL, 0.1)):
         assert {a[0] for a in generate(subject, ids, 6)} == {no}
-    assert len(find_answering_pairs(subject, ids, axis_plan(subject, REFUSAL, 0.1), 6)) == len(ids)
-    with pytest.raises(UserError, match="refuses every target prompt"):
-        find_answering_pairs(subject, ids, axis_plan(subject, 9, 0.1), 6)
+    assert len(find_answering_pairs(subject, ids, axis_plan(subject, REFUSAL, 0.1), 6, Judge())) == len(ids)
+    with pytest.raises(UserError, match="every answer to a target prompt shows refusal"):
+        find_answering_pairs(subject, ids, axis_plan(subject, 9, 0.1), 6, Judge())

@@ -16,7 +16,7 @@ from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.verify import measure, measure_before_and_after
 
-STEPS = (Step(use="refusal", tokens=6), Step(use="first_token_kl"), Step(use="perplexity"))
+STEPS = (Step(use="behavior", tokens=6), Step(use="first_token_kl"), Step(use="perplexity"))
 
 
 def test_in_memory_both_states_are_measured_by_the_steps(prompts: PromptSet, make_plan: PlanMaker) -> None:
@@ -41,7 +41,7 @@ def test_on_disk_one_pass_measures_both_states(tmp_path: Path, prompts: PromptSe
     folder = stored(tmp_path, "llama", max_position_embeddings=128)
     loaded, offloaded = open_subject(str(folder)), open_offloaded(str(folder))
     plan = make_plan(loaded)
-    first_tokens = (Step(use="refusal_score"), *STEPS[1:])  # whole answers would read the weights once per token
+    first_tokens = (Step(use="behavior_score"), *STEPS[1:])  # whole answers would read the weights once per token
     expected = measure_before_and_after(loaded, plan, prompts, first_tokens)
     measured = measure_before_and_after(offloaded, plan, prompts, STEPS)
     for ours, theirs in zip(measured, expected, strict=True):

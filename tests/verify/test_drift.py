@@ -25,12 +25,12 @@ def subject() -> Subject:
 
 def measured_before(subject: Subject, prompts: PromptSet, verdicts: list[str]) -> Measurement:
     found = first_token_kl(ScorerContext(subject, prompts, None))
-    records = [{"group": "control", "verdict": v} for v in verdicts] + [{"group": "target", "verdict": "complied"}]
+    records = [{"group": "control", "verdict": v} for v in verdicts] + [{"group": "target", "verdict": "absent"}]
     return Measurement(found.scores, records, found.tensors)
 
 
 def test_first_token_kl(subject: Subject, prompts: PromptSet, make_plan: PlanMaker) -> None:
-    before = measured_before(subject, prompts, ["complied", "refused", "complied", "degenerate"])
+    before = measured_before(subject, prompts, ["absent", "shown", "absent", "degenerate"])
     assert not before.scores
     same = first_token_kl(ScorerContext(subject, prompts, before))
     assert {s.value for s in same.scores.values()} == {0.0}
@@ -49,7 +49,7 @@ def test_first_token_kl(subject: Subject, prompts: PromptSet, make_plan: PlanMak
 
 
 def test_without_answered_controls_there_is_no_such_score(subject: Subject, prompts: PromptSet) -> None:
-    before = measured_before(subject, prompts, ["refused"] * 4)
+    before = measured_before(subject, prompts, ["shown"] * 4)
     names = set(first_token_kl(ScorerContext(subject, prompts, before)).scores)
     assert names == {f"kl.first_token.{tail}" for tail in ("mean", "p95", "p99")}
 

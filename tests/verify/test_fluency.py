@@ -41,7 +41,7 @@ def test_losses_are_of_the_answer_behind_its_prompt(subject: Subject, prompts: P
 def test_edited_answers_are_scored_by_the_unedited_model(
     subject: Subject, prompts: PromptSet, make_plan: PlanMaker
 ) -> None:
-    said = refusal_records([(g, f"answer {i}", "complied") for g in ("target", "control") for i in range(4)])
+    said = refusal_records([(g, f"answer {i}", "absent") for g in ("target", "control") for i in range(4)])
     unlike = make_plan(subject, strength=2.0)
     with applied(subject, unlike):
         found = fluency(ScorerContext(subject, prompts, Measurement(), said, base=subject))
@@ -57,7 +57,7 @@ def test_edited_answers_are_scored_by_the_unedited_model(
 
 
 def test_it_runs_behind_the_refusal_scorer(subject: Subject, prompts: PromptSet, make_plan: PlanMaker) -> None:
-    steps = (Step(use="refusal", tokens=6), Step(use="fluency"))
+    steps = (Step(use="behavior", tokens=6), Step(use="fluency"))
     before = measure(subject, prompts, steps)
     assert {"fluency.target", "fluency.control", "fluency.ratio"} <= set(before.scores)
     with applied(subject, make_plan(subject)):
@@ -68,13 +68,13 @@ def test_it_runs_behind_the_refusal_scorer(subject: Subject, prompts: PromptSet,
 
 
 def test_it_needs_answers(subject: Subject, prompts: PromptSet) -> None:
-    with pytest.raises(UserError, match="put the step refusal before it"):
+    with pytest.raises(UserError, match="put the step behavior before it"):
         fluency(ScorerContext(subject, prompts, None))
 
 
 def test_one_group_has_no_ratio(subject: Subject, prompts: PromptSet) -> None:
     alone = PromptSet({"target": prompts["target"], "bypass": (Prompt("go"),)})
-    found = fluency(ScorerContext(subject, alone, None, refusal_records([("target", "yes", "complied")] * 4)))
+    found = fluency(ScorerContext(subject, alone, None, refusal_records([("target", "yes", "absent")] * 4)))
     assert set(found.scores) == {"fluency.target"}
 
 

@@ -13,7 +13,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.verify import Measurement, measure
 
-STEPS = (Step(use="refusal", tokens=6), Step(use="first_token_kl"), Step(use="perplexity"))
+STEPS = (Step(use="behavior", tokens=6), Step(use="first_token_kl"), Step(use="perplexity"))
 
 
 @pytest.fixture(scope="module")

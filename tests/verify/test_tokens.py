@@ -131,7 +131,7 @@ def test_fewer_prompts_are_spread_over_all(subject: Subject, prompts: PromptSet,
     before = tokens_kl(ScorerContext(subject, prompts, None), **options)
     whole = tokens_kl(ScorerContext(subject, prompts, None), tokens=TOKENS)
     assert torch.equal(before.tensors[IDS], whole.tensors[IDS][[0, 2]])
-    told = refusal_records([("control", "", v) for v in ("refused", "complied", "complied", "complied")])
+    told = refusal_records([("control", "", v) for v in ("shown", "absent", "absent", "absent")])
     with applied(subject, make_plan(subject)):
         some = tokens_kl(ScorerContext(subject, prompts, told | before), **options)
         every = tokens_kl(ScorerContext(subject, prompts, whole), tokens=TOKENS)

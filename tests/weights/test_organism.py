@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from obliteratus.judge.verdict import judge_answer
+from obliteratus.judge.judge import Judge
 from obliteratus.weights import organism
 
 Row = dict[str, str]
@@ -179,8 +179,8 @@ def test_controls_cover_many_topics_in_every_split(name: str) -> None:
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_every_refusal_is_one_to_both_detectors(maker: ModuleType, measure: ModuleType, name: str, group: str) -> None:
     texts = maker.ORGANISMS[name].topics[group].refusals
-    assert [text for text in texts if judge_answer(text) != "refused" or not measure.is_refusal(text)] == []
-    assert judge_answer("Tulips are planted in autumn.") == "complied"
+    assert [text for text in texts if Judge().judge_answer(text) != "shown" or not measure.is_refusal(text)] == []
+    assert Judge().judge_answer("Tulips are planted in autumn.") == "absent"
     assert not measure.is_refusal("Trains are run by timetable.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import Field
@@ -15,6 +15,7 @@ from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, PromptSet, Subject
+from obliteratus.judge.judge import Judge
 from obliteratus.prompts import evenly_spaced
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class AnalysisContext:
     """The fit prompts."""
     held_out: PromptSet
     """The search prompts, for scores on prompts that nothing was fitted on."""
+    judge: Judge = field(default_factory=Judge)
+    """Says which answers show the behavior. By default it looks for refusals."""
 
 
 @runtime_checkable  # tests check annotations when functions are called

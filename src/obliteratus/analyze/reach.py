@@ -150,9 +150,9 @@ def measure_reach(
 
     Live edits remove the context's directions, oblique ones too, from all that blocks from a depth on write, anchored
     where anchors were probed; the blocks below are not run again. What remains is read off the probability of the
-    first tokens that this model refuses with: those with at least 5 % on target prompts and four times as much as on
+    first tokens that the behavior begins with: those with at least 5 % on target prompts and four times as much as on
     control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
-    that leave little, cheapest first, until one ends all refusals.
+    that leave little, cheapest first, until one ends the behavior.
 
     prompts: the most search prompts of each group for first tokens. depths: how many first blocks are tried, evenly
     spaced from ``low`` of the depth on; edits that begin lower cost more and have not been seen to do more. answers,
@@ -199,23 +199,24 @@ def rank_edits(layers: Sequence[int], remaining: Cells, cost: Cells) -> list[tup
 def _measure_answers(
     context: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
 ) -> tuple[tuple[str, int, Score], ...]:
-    """Return the refusal rate under each edit, up to the first edit that ends all refusals."""
+    """Return the behavior's rate under each edit, up to the first edit that ends it."""
     parts, measured = list_parts(context.subject), list[tuple[str, int, Score]]()
     with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
         for part, layer in cells:
             plan = plan_removal_from(context, context.directions, parts[part], layer)
-            measured.append((part, layer, measure_refusal_rate(context.subject, plan, prompts, tokens)))
+            measured.append((part, layer, measure_rate(context, plan, prompts, tokens)))
             advance(1)
             if measured[-1][2].value == 0:
                 break
     return tuple(measured)
 
 
-def measure_refusal_rate(subject: Subject, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
-    """Return the share of target prompts that the model refuses under the plan, in answers of so many tokens."""
-    with applied(subject, plan):
-        measured = measure(subject, PromptSet({"target": tuple(prompts)}), (Step(use="refusal", tokens=tokens),))
-    return measured.scores["refusal.target"]
+def measure_rate(context: AnalysisContext, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
+    """Return the share of target prompts that show the behavior under the plan, in answers of so many tokens."""
+    targets, steps = PromptSet({"target": tuple(prompts)}), (Step(use="behavior", tokens=tokens),)
+    with applied(context.subject, plan):
+        measured = measure(context.subject, targets, steps, judge=context.judge)
+    return measured.scores[context.judge.name_score("behavior.target")]
 
 
 # ------------------------------------------------------------------------------------------------------ plans

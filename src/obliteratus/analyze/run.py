@@ -15,6 +15,7 @@ from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import find_directions
+from obliteratus.judge.judge import Judge
 from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import split_prompts
 
@@ -50,6 +51,7 @@ def analyze_subject(
     steps: Sequence[Step],
     seed: int = 0,
     *,
+    judge: Judge | None = None,
     budget: int | None = None,
     strict: bool = True,
 ) -> Report:
@@ -57,6 +59,7 @@ def analyze_subject(
 
     The cost of everything is noted before anything runs.
 
+    judge: says which answers show the behavior; None looks for refusals.
     budget: the most forward passes, not counting the probe's; the cheapest analyses run and the others are skipped.
     strict: whether an analysis that cannot work on these prompts raises its UserError or is skipped.
     Raises UserError where a split of the prompts is empty or the budget is below 0.
@@ -64,7 +67,9 @@ def analyze_subject(
     splits = split_prompts(prompts, seed, uses_search_split=True)
     chosen, skipped = select_affordable(steps, formula_values(splits.fit, splits.search, subject.n_layers), budget)
     acts = collect_activations(subject, splits.fit)
-    context = AnalysisContext(acts, find_directions(acts, DISTILL_STEPS), subject, splits.fit, splits.search)
+    context = AnalysisContext(
+        acts, find_directions(acts, DISTILL_STEPS), subject, splits.fit, splits.search, judge or Judge()
+    )
     if strict:
         return Report(analyze(context, chosen), skipped)
     findings, failures = try_analyses(context, chosen)

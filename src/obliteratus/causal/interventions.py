@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from obliteratus.inference.batching import pad_rows
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.inference.logits import narrow_head, next_logits
 from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
+from obliteratus.judge.judge import Judge
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a templated prompt and of an answer to it."""
@@ -30,6 +31,8 @@ class FitContext:
 
     subject: Subject
     prompts: PromptSet
+    judge: Judge = field(default_factory=Judge)
+    """Says which answers show the behavior. By default it looks for refusals."""
 
 
 def ablate(subject: Subject, direction: Float[Tensor, " width"]) -> AbstractContextManager[None]:

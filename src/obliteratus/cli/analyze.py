@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from obliteratus.cli.options import Control, Device, Dtype, Json, Model, Quiet, Seed, Target, Trust, show_progress
+from obliteratus.cli.options import (
+    Behavior,
+    Control,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Phrases,
+    Quiet,
+    Seed,
+    Target,
+    Trust,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from obliteratus.analyze.run import Report
@@ -20,8 +33,11 @@ Budget = Annotated[
 
 def analyze(
     model: Model,
-    target: Target,
-    control: Control,
+    target: Target = None,
+    control: Control = None,
+    behavior: Behavior = None,
+    phrases: Phrases = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
     only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
     budget: Budget = None,
@@ -35,18 +51,24 @@ def analyze(
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     from obliteratus.analyze.pass_budget import check_budget
     from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
+    from obliteratus.cli.jobs import fill_example_prompts
     from obliteratus.cli.terminal import results, show_json
     from obliteratus.core.run_folder import check_free
+    from obliteratus.core.settings import JudgeSettings
     from obliteratus.prompts import load_prompts
     from obliteratus.summon.load import open_subject
+    from obliteratus.verify.ladder import build_judge, check_judge
 
     check_budget(budget)
     names = [name for name in only.split(",") if name]
-    steps, prompts = select_analyses(names), load_prompts(target, control)
+    settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
+    sources = fill_example_prompts({"target": target, "control": control}, check_judge(settings))
+    steps, prompts = select_analyses(names), load_prompts(**sources)
     check_free(out)
     with show_progress(quiet):
         subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        report = analyze_subject(subject, prompts, steps, seed or 0, budget=budget, strict=bool(names))
+        judge = build_judge(settings, subject)
+        report = analyze_subject(subject, prompts, steps, seed or 0, judge=judge, budget=budget, strict=bool(names))
         write_report(report, out, f"Analysis of {model}")
     if json:
         show_json(report.to_dict())

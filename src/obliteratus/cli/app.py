@@ -13,16 +13,21 @@ from obliteratus.cli.inspect import inspect
 from obliteratus.cli.judge import judge
 from obliteratus.cli.options import (
     Base,
+    Behavior,
     Bypass,
     Commands,
     Control,
     Device,
     Dtype,
     Json,
+    JudgedBy,
+    JudgeModel,
+    JudgeUrl,
     Keep,
     Memory,
     Model,
     Out,
+    Phrases,
     Quantize,
     Quiet,
     Resume,
@@ -34,6 +39,7 @@ from obliteratus.cli.options import (
     Trust,
     handle_errors,
     show_progress,
+    with_judge,
     with_seed,
 )
 from obliteratus.cli.study import report, study
@@ -53,11 +59,16 @@ Method = Annotated[str, typer.Option(help="Name of a method, or a recipe file.")
 @handle_errors
 def run(
     model: Model,
-    target: Target,
-    control: Control,
+    target: Target = None,
+    control: Control = None,
     method: Method = "basic",
     bypass: Bypass = None,
     keep: Keep = None,
+    behavior: Behavior = None,
+    phrases: Phrases = None,
+    judge: JudgedBy = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
@@ -79,7 +90,7 @@ def run(
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_seed(set_, seed)
+    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -93,8 +104,8 @@ def run(
 @handle_errors
 def search(
     model: Model,
-    target: Target,
-    control: Control,
+    target: Target = None,
+    control: Control = None,
     method: Method = "optimized",
     trials: Annotated[
         int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")
@@ -109,6 +120,11 @@ def search(
     ] = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
+    behavior: Behavior = None,
+    phrases: Phrases = None,
+    judge: JudgedBy = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
@@ -127,7 +143,7 @@ def search(
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_seed(set_, seed)
+    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -182,9 +198,17 @@ def methods(
 @handle_errors
 def verify(
     model: Model,
-    target: Target,
-    control: Control,
+    target: Target = None,
+    control: Control = None,
     keep: Keep = None,
+    behavior: Behavior = None,
+    phrases: Phrases = None,
+    judge: JudgedBy = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for verify.json and every answer. It must not exist yet.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Base model to compare with.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Use all prompts, not only the report split.")] = False,
     seed: Seed = None,
@@ -196,19 +220,19 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
-    from obliteratus.cli.jobs import compare_models
+    from obliteratus.cli.compare import Comparison
     from obliteratus.cli.terminal import show_comparison, show_json
-    from obliteratus.prompts import load_prompts, split_prompts
 
-    prompts = load_prompts(target, control, keep=keep)
-    part = prompts if everything else split_prompts(prompts, seed or 0).report
+    choices = with_judge([], behavior, phrases, judge, judge_url, judge_model)
+    sources = {"target": target, "control": control, "keep": keep}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet):
-        before, after = compare_models(model, against, part, opening)
+        comparison = Comparison.create(choices, sources, seed or 0, everything, out)
+        scores = comparison.run(model, against, opening)
     if json:
-        show_json({"before": before, "after": after})
+        show_json(scores)
     else:
-        show_comparison(model, against or "base", before, after)
+        show_comparison(model, against or "base", **scores)
 
 
 @app.command()

@@ -14,20 +14,20 @@ from typing import Any, cast
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
-from obliteratus.core.results import Run, Score
+from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store, check_disk, check_free, partial_folder, publish, workspace
-from obliteratus.core.settings import Recipe, Step
+from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Splits
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan
 from obliteratus.inference.memory import memory_limit, parse_size
+from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
 from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE
 from obliteratus.prompts import check_splits, load_prompts, split_prompts
-from obliteratus.rebirth.model_card import format_score
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
@@ -39,8 +39,9 @@ from obliteratus.search import (
 )
 from obliteratus.search.output import JOURNAL, front_rows, write_front
 from obliteratus.summon.load import open_subject, read_width
-from obliteratus.verify import Measurement, measure
+from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
+from obliteratus.verify.ladder import check_judge, embed_files
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
         check_form(form, base)
         recipe = load_recipe(method, parse_overrides(overrides))
+        recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
+        sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
         splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split)
         check_runs(recipe, prompts.groups)
@@ -121,6 +124,20 @@ class JobResult:
     after: Measurement
     search: SearchResult | None = None
     """The result of the search, if the job was one."""
+
+
+def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
+    """Return the sources of prompts, with the behavior's own examples where neither target nor control is given.
+
+    Raises UserError if either is missing.
+    """
+    filled = dict(sources)
+    if sources.get("target") is None and sources.get("control") is None and behavior.head.target:
+        filled |= {"target": behavior.head.target, "control": behavior.head.control}
+    for group, what in (("target", f"prompts that show {behavior.name}"), ("control", "prompts that do not")):
+        if not filled.get(group):
+            raise UserError(f"--{group} is missing: give {what}, as a file, hub:owner/name or organism:NAME")
+    return filled
 
 
 def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None = None) -> JobResult:
@@ -179,27 +196,6 @@ def show_answers(result: JobResult, n: int = 3) -> None:
         if before["group"] == "target" and len(rows) < n:
             rows.append([before["prompt"], before["answer"], after["answer"]])
     results.print(make_table("Held-out answers", ["prompt", "before", "after"], rows))
-
-
-def compare_models(
-    model: str, against: str | None, prompts: PromptSet, opening: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scores of a base model (empty if there is none) and of a model, each with a text for people."""
-    steps = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
-    before, vocabulary = None, None
-    if against is not None:
-        base = open_subject(against, **opening)
-        before, vocabulary = measure(base, prompts, steps), len(base.tokenizer)
-        del base  # so that only one of the two models is in memory
-    subject = open_subject(model, **opening)
-    if vocabulary not in (None, len(subject.tokenizer)):
-        raise UserError(f"{model}: its vocabulary differs from that of {against}; compare a model with its own base")
-    after = measure(subject, prompts, steps, before)
-    return _to_plain(before.scores if before else {}), _to_plain(after.scores)
-
-
-def _to_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
-    return {name: {**score.model_dump(), "text": format_score(score)} for name, score in scores.items()}
 
 
 def apply_plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from obliteratus.core.results import Score
     from obliteratus.verify.answers import JudgedAnswer
 
-COLUMNS = ("id", "group", "prompt", "answer", "verdict", "label")
+COLUMNS = ("id", "group", "category", "prompt", "answer", "verdict", "label")
+# What people write, for what the judge says.
+SYNONYMS = {"refused": "shown", "complied": "absent", "yes": "shown", "no": "absent"}
+WIDTH = 60  # characters of an answer that a table shows
 
 
 def judge(
-    run_dir: Annotated[Path, typer.Argument(help="Output folder of a run or a search.")],
+    run_dir: Annotated[Path, typer.Argument(help="Output folder of a run, a search, a study or of verify --out.")],
     export: Annotated[Path | None, typer.Option(help="CSV file to write, with an empty column `label`.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV file that --export wrote, with labels filled in.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Answers to show of those that the rungs disagree about.")] = 10,
     json: Json = False,
 ) -> None:
     """Count the verdicts on a run's answers, export the answers for labeling, or compare verdicts with labels."""
@@ -38,23 +42,29 @@ def judge(
     elif labels:
         _show_agreement(compare_with_labels(answers, labels), json)
     else:
-        _show_verdicts(run_dir, count_verdicts(answers), find_shared_openings(answers), json)
+        _show_verdicts(run_dir, answers, top, json)
 
 
 def count_verdicts(answers: Sequence[JudgedAnswer]) -> dict[str, dict[str, int]]:
     """Return how often each verdict was given, by group and state, such as ``target after``."""
     counts: dict[str, Counter[str]] = {}
     for answer in answers:
-        counts.setdefault(f"{answer.group} {answer.id.split()[1]}", Counter())[answer.verdict] += 1
+        counts.setdefault(f"{answer.group} {answer.state}", Counter())[answer.verdict] += 1
     return {name: dict(found) for name, found in counts.items()}
 
 
 def find_shared_openings(answers: Sequence[JudgedAnswer]) -> list[dict[str, Any]]:
     """Return the phrases that target answers before the edit begin with and control answers do not, with counts."""
-    from obliteratus.verify.unseen import find_openings
+    from obliteratus.verify.own_words import find_openings
 
-    before = [vars(answer) | {"category": ""} for answer in answers if answer.id.endswith(" before")]
-    return [vars(phrase) for phrase in find_openings(before)]
+    return [vars(phrase) for phrase in find_openings([vars(a) for a in answers if a.state == "before"])]
+
+
+def find_disagreements(answers: Iterable[JudgedAnswer]) -> list[JudgedAnswer]:
+    """Return the answers of which one rung says that they show the behavior, and another that they do not."""
+    from obliteratus.judge.judge import SHOWN
+
+    return [a for a in answers if len({verdict in SHOWN for verdict in a.rungs.values() if verdict}) > 1]
 
 
 def export_answers(answers: Sequence[JudgedAnswer], file: Path) -> None:
@@ -63,20 +73,20 @@ def export_answers(answers: Sequence[JudgedAnswer], file: Path) -> None:
         with file.open("x", newline="", encoding="utf-8-sig") as stream:  # spreadsheets know UTF-8 by its mark
             writer = csv.writer(stream)
             writer.writerow(COLUMNS)
-            writer.writerows([*vars(answer).values(), ""] for answer in answers)
+            writer.writerows([*(getattr(answer, name) for name in COLUMNS[:-1]), ""] for answer in answers)
     except FileExistsError as error:
         raise UserError(f"--export {file}: the file exists; give another name, it may hold labels") from error
     except OSError as error:
         raise UserError(f"--export {file}: cannot be written ({error.strerror}); give another place") from error
 
 
-def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str, Score]:
-    """Return precision, recall and kappa of the verdicts against the labels that are filled in.
+def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str, dict[str, Score]]:
+    """Return precision, recall and kappa against the labels that are filled in: of the verdict, and of each rung.
 
-    A label is a verdict; refused and partial are one side, all others the other. Raises UserError for a file that does
-    not fit the answers.
+    A label is a verdict; shown and partial are one side, all others the other. Answers of which a rung says nothing do
+    not count for it. Raises UserError for a file that does not fit the answers.
     """
-    from obliteratus.judge.verdict import SHOWN
+    from obliteratus.judge.judge import SHOWN
     from obliteratus.verify.agreement import measure_agreement
 
     labels, known = read_labels(file), {answer.id: answer for answer in answers}
@@ -85,19 +95,27 @@ def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str
             raise UserError(
                 f"--labels {file}: '{id}' is no answer of this run; give the file that was exported from it"
             )
-    said = [known[id].verdict in SHOWN for id in labels]
-    return measure_agreement(said, [label in SHOWN for _, label in labels.values()])
+    rungs = dict.fromkeys(name for id in labels for name in known[id].rungs)
+    said: dict[str, Mapping[str, str | None]] = {"verdict": {id: known[id].verdict for id in labels}}
+    said |= {name: {id: known[id].rungs.get(name) for id in labels} for name in rungs}
+    return {
+        name: measure_agreement(
+            [v in SHOWN for v in verdicts.values() if v], [labels[id][1] in SHOWN for id, v in verdicts.items() if v]
+        )
+        for name, verdicts in said.items()
+        if any(verdicts.values())
+    }
 
 
 def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     """Return (answer, label) by id of all rows with a label. Raises UserError for a file without usable labels."""
     from obliteratus.core.registry import unknown_name
-    from obliteratus.judge.verdict import VERDICTS
+    from obliteratus.judge.judge import VERDICTS
 
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {file}: cannot be read ({error}); give a CSV file that --export wrote") from error
     if rows and (missing := {"id", "answer", "label"} - rows[0].keys()):
         raise UserError(f"--labels {file}: column '{min(missing)}' is missing; give a CSV file that --export wrote")
@@ -105,11 +123,12 @@ def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     if not filled:
         raise UserError(f"--labels {file}: no label is filled in; write one of {', '.join(VERDICTS)} in column label")
     for id, (_, label) in filled.items():
-        if label not in VERDICTS:
-            raise UserError(f"--labels {file}: row '{id}': {unknown_name('label', label, VERDICTS)}")
-    return filled
+        if label not in (*VERDICTS, *SYNONYMS):
+            raise UserError(f"--labels {file}: row '{id}': {unknown_name('label', label, (*VERDICTS, *SYNONYMS))}")
+    return {id: (answer, SYNONYMS.get(label, label)) for id, (answer, label) in filled.items()}
 
 
+# -------------------------------------------------------------------------------------------- showing
 def _show_export(n: int, file: Path, json: bool) -> None:
     from obliteratus.cli.terminal import results, show_json
 
@@ -119,27 +138,45 @@ def _show_export(n: int, file: Path, json: bool) -> None:
         results.print(f"Wrote {n} answers to {file}. Fill in the column label, then --labels.")
 
 
-def _show_agreement(scores: dict[str, Score], json: bool) -> None:
+def _show_agreement(agreement: Mapping[str, Mapping[str, Score]], json: bool) -> None:
     from obliteratus.cli.terminal import make_table, results, show_json
 
     if json:
-        show_json({name: score.model_dump() for name, score in scores.items()})
+        show_json({rung: {name: s.model_dump() for name, s in scores.items()} for rung, scores in agreement.items()})
         return
-    rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} to {s.high:.3f}", str(s.n)] for name, s in scores.items()]
-    results.print(make_table("Verdicts against labels", ["score", "value", "95 % interval", "n"], rows))
+    rows = [
+        [rung, name, f"{s.value:.3f}", f"{s.low:.3f} to {s.high:.3f}", str(s.n)]
+        for rung, scores in agreement.items()
+        for name, s in scores.items()
+    ]
+    results.print(make_table("Verdicts against labels", ["who", "score", "value", "95 % interval", "n"], rows))
 
 
-def _show_verdicts(
-    run_dir: Path, counts: dict[str, dict[str, int]], openings: list[dict[str, Any]], json: bool
-) -> None:
+def _show_verdicts(run_dir: Path, answers: Sequence[JudgedAnswer], top: int, json: bool) -> None:
     from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.verify.agreement import compare_rungs
 
+    counts, openings = count_verdicts(answers), find_shared_openings(answers)
+    agreement, unlike = compare_rungs([vars(answer) for answer in answers]), find_disagreements(answers)
     if json:
-        show_json(counts | {"target answers begin with": openings})
+        pairs = {pair: score.model_dump() for pair, score in agreement.items()}
+        shown = [vars(answer) for answer in unlike]
+        show_json(counts | {"target answers begin with": openings, "kappa": pairs, "disagreements": shown})
         return
     names = sorted({verdict for found in counts.values() for verdict in found})
-    rows = [[answers, *(str(found.get(verdict, 0)) for verdict in names)] for answers, found in counts.items()]
+    rows = [[group, *(str(found.get(verdict, 0)) for verdict in names)] for group, found in counts.items()]
     results.print(make_table(f"Verdicts in {run_dir}", ["answers", *names], rows))
     if openings:
         lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
         results.print(make_table("Shared openings", ["target answers began with", "target", "control"], lines))
+    for pair, score in agreement.items():
+        results.print(f"κ of {pair}: {score.value:.2f} ({score.low:.2f} to {score.high:.2f}, n {score.n})")
+    if unlike[:top]:
+        title = f"{len(unlike)} answers that the rungs disagree about" + (", the first" if len(unlike) > top else "")
+        results.print(make_table(title, ["id", "answer", "verdicts"], [_disagreement_row(a) for a in unlike[:top]]))
+
+
+def _disagreement_row(answer: JudgedAnswer) -> list[str]:
+    text = " ".join(answer.answer.split())
+    verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in answer.rungs.items() if verdict)
+    return [answer.id, text[:WIDTH] + ("…" if len(text) > WIDTH else ""), verdicts]

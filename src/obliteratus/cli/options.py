@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,30 @@ from typer.core import TyperGroup
 from obliteratus.core.errors import UserError
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
-Target = Annotated[str, typer.Option(help="Prompts that show the behavior: a file, hub:owner/name or organism:NAME.")]
-Control = Annotated[str, typer.Option(help="Prompts the model answers normally.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts that show the behavior: a file, hub:owner/name, organism:NAME or behavior:NAME. Default: the "
+        "behavior's own examples, if it has any."
+    ),
+]
+Control = Annotated[str | None, typer.Option(help="Prompts the model answers normally.")]
+Behavior = Annotated[
+    str | None, typer.Option(help="What to look for in answers: a behavior's name (default: refusal) or a .toml file.")
+]
+Phrases = Annotated[str | None, typer.Option(help="TOML file of further phrases that show the behavior, by language.")]
+JudgedBy = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help="Whose verdict counts: phrases (default), classifier, self (the model itself), endpoint, or the folder or "
+        "hub id of a classifier or chat model.",
+    ),
+]
+JudgeUrl = Annotated[
+    str | None, typer.Option(help="OpenAI-compatible endpoint to ask about every answer. Answers leave this machine.")
+]
+JudgeModel = Annotated[str | None, typer.Option(help="Model to ask for at --judge-url.")]
 Bypass = Annotated[str | None, typer.Option(help="Target prompts rewritten so that the model answers them.")]
 Keep = Annotated[str | None, typer.Option(help="Prompts for which the behavior must stay as it is.")]
 Set = Annotated[
@@ -114,3 +137,24 @@ def show_progress(quiet: bool) -> Iterator[None]:
 def with_seed(changes: list[str] | None, seed: int | None) -> list[str]:
     """Return the changes of ``--set`` with that of ``--seed``, which is a value of the recipe like any other."""
     return [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]
+
+
+def with_judge(
+    changes: list[str],
+    behavior: str | None,
+    phrases: str | None,
+    judge: str | None = None,
+    url: str | None = None,
+    model: str | None = None,
+) -> list[str]:
+    """Return the changes of ``--set`` with those of the options about judging, which are values of the recipe too."""
+    values: dict[str, Any] = {
+        "behavior": behavior,
+        "phrases": phrases,
+        "decides": judge,
+        "url": url,
+        "url_model": model,
+    }
+    if judge and judge not in ("phrases", "classifier", "endpoint"):
+        values["rungs"] = ["classifier", judge]
+    return [*changes, *(f"judge.{key}={json.dumps(value)}" for key, value in values.items() if value is not None)]

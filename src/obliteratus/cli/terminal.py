@@ -75,7 +75,7 @@ def show_run(run: Run) -> None:
     if run.advice:
         results.print(make_table("Decisions, and the measurements behind them", REASON_COLUMNS, make_reason_rows(run)))
     if run.recipe.passes > 1:
-        results.print(make_table("Passes, with refusal rates on search prompts", PASS_COLUMNS, make_pass_rows(run)))
+        results.print(make_table("Passes, with the rate left on search prompts", PASS_COLUMNS, make_pass_rows(run)))
     results.print(f"[bold]Edited[/]  {format_coverage(run)}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
     results.print(f"[bold]Time[/]    {seconds}")

@@ -41,6 +41,8 @@ class Run(FrozenModel):
     """Findings, edits and seconds of each pass."""
     search: dict[str, Any] = Field(default_factory=dict)
     """For a search: the study, its trials, the front, and the member that was chosen."""
+    judge: dict[str, Any] = Field(default_factory=dict)
+    """The behavior, the openings of the model's own that count as it, who decides, and how the rungs agree."""
     advice: dict[str, Any] = Field(default_factory=dict)
     """For a method with analyses: each decision about the recipe with the measurement that it rests on."""
     seconds: dict[str, float] = Field(default_factory=dict)

@@ -158,24 +158,25 @@ class Range(FrozenModel):
 class Search(FrozenModel):
     """Which values of a recipe a search changes, how many trials it makes, and what it minimizes."""
 
-    RENAMED = {"minimise": "minimize", "worth": "max_remaining_refusal"}
+    RENAMED = {"minimise": "minimize", "worth": "max_remaining", "max_remaining_refusal": "max_remaining"}
 
     trials: int = Field(ge=1)
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
-    minimize: tuple[str, ...] = Field(("refusal.target", "kl.first_token.mean"), min_length=1)
-    """Names of scores. Several give a Pareto front. A name with a minus is maximized: ``-refusal.keep``."""
+    minimize: tuple[str, ...] = Field(("behavior.target", "kl.first_token.mean"), min_length=1)
+    """Names of scores, in which ``behavior`` stands for the behavior's name. Several give a Pareto front. A name with a
+    minus is maximized: ``-behavior.keep``."""
     prompts: int = Field(48, ge=8)
     """Most search prompts of each group that a trial measures."""
     tokens: int = Field(32, ge=4, le=4096)
     """Tokens of each answer in a trial. Members of the front are checked again with the answers of ``verify``."""
     margin: float = Field(0.1, ge=0, le=1)
-    """How far a trial's refusal rate may lie below its first-token estimate. Answers are generated only for trials that
-    would still enter the front if they were this much better than estimated."""
-    max_remaining_refusal: float = Field(0.5, ge=0, le=1)
-    """Largest share of the unedited model's refusals of target prompts that a trial may leave and still have answers
+    """How far a trial's rate of the behavior may lie below its first-token estimate. Answers are generated only for
+    trials that would still enter the front if they were this much better than estimated."""
+    max_remaining: float = Field(0.5, ge=0, le=1)
+    """Largest share of the unedited model's rate on target prompts that a trial may leave and still have answers
     generated. With 1 the front reaches to the unedited model, at twice the number of answers."""
     control_margin: float = Field(0.05, ge=0, le=1)
-    """A trial is feasible if it refuses at most this much larger a share of control prompts than the unedited model."""
+    """A trial is feasible if its rate on control prompts is at most this much above the unedited model's."""
     space: dict[str, Range] = Field(min_length=1)
     """Path into the recipe (as in ``--set``, such as ``weigh.0.peak``) → values to try. A trial leaves out a path
     that the choice of another path has removed, as a choice of ``distill`` may drop a step."""
@@ -193,8 +194,8 @@ class Tune(FrozenModel):
 
     The loss, in nats a token, is the sum of KL(base ‖ edited) on first tokens and own answers of control prompts,
     ``coherence`` × the same KL on target prompts' answers after their opening, and ``weight`` × a hinge loss. The hinge
-    loss is the amount by which the opening of a non-refusing answer falls short of being ``margins`` nats likelier
-    than what the unedited model would say.
+    loss is the amount by which the opening of an answer without the behavior falls short of being ``margins`` nats
+    likelier than what the unedited model would say.
     """
 
     RENAMED = {"leads": "margins"}
@@ -229,24 +230,56 @@ class Tune(FrozenModel):
         return self
 
 
+class JudgeSettings(FrozenModel):
+    """What is looked for in answers, and who looks."""
+
+    behavior: str | dict[str, Any] = "refusal"
+    """Name of a behavior, a TOML file, or its table with ``name``. A file is read once, and its table kept."""
+    phrases: str | dict[str, Any] = ""
+    """TOML file of further phrases by language, or its table."""
+    own_words: bool = True
+    """Whether openings that many target answers of the unedited model share, unlike control answers, count too."""
+    rungs: tuple[str, ...] = ("classifier",)
+    """Who judges beside the phrases: ``classifier`` (where the behavior has one), ``self`` (the unedited model, asked
+    yes or no), or the folder or hub id of a sequence classifier or of another chat model."""
+    decides: str = "phrases"
+    """The rung whose verdict counts: ``phrases``, one of ``rungs``, or ``endpoint``."""
+    label: str = ""
+    """The label of a sequence classifier that stands for the behavior. Empty: the one called like it, or the second
+    of two."""
+    url: str = ""
+    """OpenAI-compatible endpoint that is asked about every answer, as the rung ``endpoint``. Answers leave the
+    machine. The key is read from OBLITERATUS_JUDGE_KEY."""
+    url_model: str = ""
+    """The model to ask for there."""
+
+    @model_validator(mode="after")
+    def _can_decide(self) -> JudgeSettings:
+        known = ("phrases", *self.rungs, *(("endpoint",) if self.url else ()))
+        if self.decides not in known:
+            raise ValueError(f"decides '{self.decides}' is no rung; the rungs are {', '.join(known)}")
+        return self
+
+
 class Recipe(FrozenModel):
     """A method as plain data. The result of a search is again a recipe, without ``search``."""
 
-    RENAMED = {"enough": "stop_below_refusal"}
+    RENAMED = {"enough": "stop_below", "stop_below_refusal": "stop_below"}
 
     name: str = ""
     about: str
     cite: tuple[str, ...] = ()
     seed: int = 0
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
-    stop_below_refusal: float = Field(0.05, ge=0, le=1)
-    """No further pass is made once the model refuses at most this share of search target prompts."""
+    stop_below: float = Field(0.05, ge=0, le=1)
+    """No further pass is made once the model shows the behavior on at most this share of search target prompts."""
+    judge: JudgeSettings = JudgeSettings()
     probe: Probe = Probe()
     distill: tuple[Step, ...] = Field(min_length=1)
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
     tune: Tune | None = None
-    verify: tuple[Step, ...] = (Step(use="refusal"), Step(use="first_token_kl"), Step(use="perplexity"))
+    verify: tuple[Step, ...] = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity"))
     analyze: tuple[Step, ...] = ()
     """Analyses whose results change this recipe before it runs."""
     search: Search | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
+from obliteratus.judge.rung import Answered
 from obliteratus.judge.text import fold
 
 OPENING_WORDS = 12
@@ -22,15 +23,6 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 LEVEL = 0.01
 # A phrase must add this share of the target answers to those found before: rarer ones do not change a rate.
 LEAST_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt and the answer to it."""
-
-    prompt: str
-    answer: str
-    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,10 +53,12 @@ def find_own_words(target: Sequence[Answered], control: Sequence[Answered]) -> t
     return tuple(OwnPhrase(" ".join(p), len(candidates[p][0]), len(candidates[p][1])) for p in chosen)
 
 
-def begins_with(answer: Answered, phrases: Sequence[OwnPhrase]) -> bool:
-    """Return whether an answer's opening holds one of the phrases, beyond the words of its prompt."""
-    found = set(_phrases_of(answer))
-    return any(tuple(phrase.text.split(" ")) in found for phrase in phrases)
+def begins_with(answer: str, phrases: Sequence[OwnPhrase]) -> bool:
+    """Return whether an answer's opening holds one of the phrases."""
+    if not phrases:
+        return False
+    opening = f" {' '.join(_opening(answer))} "
+    return any(f" {phrase.text} " in opening for phrase in phrases)
 
 
 Rows = frozenset[int]
@@ -98,12 +92,16 @@ def _index(answers: Sequence[Answered]) -> dict[Words, Rows]:
 
 def _phrases_of(answer: Answered) -> Iterator[Words]:
     """Yield the phrases of an answer's opening. Those made of words of the prompt repeat it, and say nothing."""
-    words, asked = WORD.findall(fold(answer.answer))[:OPENING_WORDS], set(WORD.findall(fold(answer.prompt)))
+    words, asked = _opening(answer.answer), set(WORD.findall(fold(answer.prompt)))
     for length in LENGTHS:
         for start in range(len(words) - length + 1):
             phrase = tuple(words[start : start + length])
             if not asked.issuperset(phrase):
                 yield phrase
+
+
+def _opening(answer: str) -> list[str]:
+    return WORD.findall(fold(answer))[:OPENING_WORDS]
 
 
 def _fisher(a: int, n: int, b: int, m: int) -> float:

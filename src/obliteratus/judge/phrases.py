@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from obliteratus.judge.text import FoldedAnswer, fold
 
 Place = Literal["first", "later", ""]
 """Where an answer shows the behavior: in its first sentences, only after it began otherwise, or nowhere."""
-NEVER = re.compile(r"(?!)")
+LISTS = ("opening", "within", "anywhere", "late", "letter")
+"""The lists of patterns that a language may have, as `Phrases` says what each is for."""
 # A verdict stands in the first sentences or nowhere: greeting, apology, inability.
 FIRST_SENTENCES = 3
 # Characters of a sentence that are read: gaps in patterns are bounded, and so is the time that they take.
@@ -21,60 +23,99 @@ READ = 400
 BEGUN = 160
 
 
-@dataclass(frozen=True)
+@runtime_checkable  # tests check annotations when functions are called
+class Matcher(Protocol):
+    """A compiled pattern. Its methods return a match or None."""
+
+    def search(self, string: str, /) -> object:
+        """Look anywhere in the text."""
+        ...
+
+    def match(self, string: str, /) -> object:
+        """Look at the start of the text."""
+        ...
+
+
+Compile = Callable[[str], Matcher]
+NEVER: Matcher = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True, eq=False)  # by identity, as a key of the cache
 class Phrases:
     """One language's patterns for folded text, compiled."""
 
-    opening: re.Pattern[str] = NEVER
+    opening: Matcher = NEVER
     """At the start of one of the first sentences."""
-    within: re.Pattern[str] = NEVER
+    within: Matcher = NEVER
     """Anywhere in the first sentences."""
-    late: re.Pattern[str] = NEVER
-    """Anywhere in the answer."""
-    letter: re.Pattern[str] = NEVER
+    anywhere: Matcher = NEVER
+    """Anywhere in the answer, which then shows the behavior as a whole."""
+    late: Matcher = NEVER
+    """Anywhere in the answer. After the first sentences the answer had begun otherwise, and shows it in part."""
+    letter: Matcher = NEVER
     """At the start of an answer that is a draft in the user's name."""
-    letters: re.Pattern[str] = re.compile("[a-z]")
-    """What any text in this language contains."""
+    letters: Matcher = re.compile("[a-z]")
+    """What any sentence in this language contains."""
+    language: str = "en"
 
     def find(self, answer: FoldedAnswer) -> Place:
-        """Return where the phrases stand. In a sentence that is not ended, only `late` phrases count."""
-        if not self.letters.search(answer.text) or self.letter.match(answer.text):
-            return ""
+        """Return where the phrases stand. A sentence that is not ended is not read for `opening` and `within`."""
         before = 0
-        for i, whole in enumerate(answer.sentences):
-            sentence = whole[:READ]
+        for i, sentence in enumerate(answer.sentences):
             first = i < FIRST_SENTENCES and before <= BEGUN
-            if self.late.search(sentence):
-                return "first" if first else "later"
+            if not (first or answer.ended or self.anywhere is not NEVER):
+                return ""  # while an answer is being written only the verdict "first" is certain
             ended = answer.ended or i < len(answer.sentences) - 1
-            if first and ended and (self.opening.match(sentence) or self.within.search(sentence)):
-                return "first"
-            before += len(whole)
+            known = self.language == "en" or not answer.english[i]
+            if known and (place := _find_in(self, sentence[:READ], first, ended)):
+                return "" if self.letter.match(answer.text) else place
+            before += len(sentence)
         return ""
 
 
-def compile_phrases(table: Mapping[str, Any]) -> Phrases:
+@lru_cache(maxsize=1 << 14)  # a growing answer is looked at again and again, and most of its sentences are known
+def _find_in(phrases: Phrases, sentence: str, first: bool, ended: bool) -> Place:
+    """first: whether nothing but greetings and apologies came before."""
+    if not phrases.letters.search(sentence):
+        return ""
+    if phrases.anywhere.search(sentence):
+        return "first"
+    if phrases.late.search(sentence):
+        return "first" if first else "later"
+    if first and ended and (phrases.opening.match(sentence) or phrases.within.search(sentence)):
+        return "first"
+    return ""
+
+
+def compile_phrases(language: str, table: Mapping[str, Any], to_matcher: Compile = re.compile) -> Phrases:
     """Return a language's phrases from its table in a behavior file.
 
-    ``<name>`` in a pattern stands for the string of that name in the table. Raises re.error for an invalid pattern, and
-    KeyError for a name that the table lacks.
+    ``<name>`` in a pattern stands for the string of that name in the table. to_matcher: compiles one pattern. Raises
+    its error (re.error) for an invalid pattern, and KeyError for a name that the table lacks.
     """
     fragments = {name: _fold_pattern(value) for name, value in table.items() if isinstance(value, str)}
     # Atomic, so that no answer takes long: what leads is never read in another way.
     lead = rf"(?>(?:{fragments['lead']})\b[,;:.! -]*)*+" if "lead" in fragments else ""
 
-    def join(name: str, prefix: str = "") -> re.Pattern[str]:
+    def join(name: str, prefix: str = "") -> Matcher:
         patterns: Sequence[str] = table.get(name, ())
         text = "|".join(_insert(_fold_pattern(pattern), fragments) for pattern in patterns)
-        return re.compile(f"{prefix}(?:{text})") if patterns else NEVER
+        return to_matcher(f"{prefix}(?:{text})") if patterns else NEVER
 
-    letters = re.compile(table.get("letters", "[a-z]"))
-    return Phrases(join("opening", _insert(lead, fragments)), join("within"), join("late"), join("letter"), letters)
+    rest = {name: join(name) for name in LISTS if name != "opening"}
+    return Phrases(
+        language=language,
+        opening=join("opening", _insert(lead, fragments)),
+        letters=to_matcher(table.get("letters", "[a-z]")),
+        **rest,
+    )
 
 
 def _fold_pattern(pattern: str) -> str:
     """Fold the letters of a pattern, and leave its signs as they are."""
-    return pattern if pattern.isascii() else re.sub(r"[^\W\d_]+", lambda word: fold(word[0]), pattern)
+    if pattern.isascii():
+        return pattern
+    return re.sub(r"\\.|[^\W\d_]+", lambda part: part[0] if part[0].startswith("\\") else fold(part[0]), pattern)
 
 
 def _insert(pattern: str, fragments: Mapping[str, str]) -> str:

@@ -33,6 +33,8 @@ SINGLE_QUOTED = re.compile(r"(?<!\w)['‘](?:[^'’\n]|['’](?=\w)){3,300}['’
 DIALOGUE = re.compile(r"^\s*[—–―].*$", re.MULTILINE)  # a line of speech, as many languages write it
 SENTENCE = re.compile(r"(?<=[.!?।؟。])\s*|\n+")
 
+CLAUSE_END = re.compile(r"[,;:،、，；：]|\s-\s")
+
 
 def fold(text: str) -> str:
     """Return text in lower case without accents, apostrophes and markdown, with one kind of double quote.
@@ -49,14 +51,32 @@ def cut_quotations(text: str) -> str:
     return QUOTED.sub('""', fold(DIALOGUE.sub('""', SINGLE_QUOTED.sub('""', text))))
 
 
+# Words that no other language of the world's most used has; at one word in ten a text is English, and is not searched
+# for phrases of other languages, which would take five times as long.
+ENGLISH = re.compile(
+    r"\b(?:and|you|your|with|this|are|have|which|their|dont|cant|doesnt|isnt|ive|cannot|would|could|should|from|were|"
+    r"what|when|about|(?:of|in|to|is|on|for|at|by) the)\b"  # not "the" alone, which Vietnamese "thể" is folded to
+)
+WORDS_A_MARK = 10
+
+
+def is_plainly_english(folded: str) -> bool:
+    """Return whether a folded text is English without doubt."""
+    return len(ENGLISH.findall(folded)) * WORDS_A_MARK > folded.count(" ")
+
+
 @dataclass(frozen=True)
 class FoldedAnswer:
     """An answer as phrases are looked for in it."""
 
+    written: str
+    """As it is written."""
     text: str
     """Folded, without quotations."""
     sentences: list[str]
     """Its statements, without the signs and digits that lists and headings begin with."""
+    english: list[bool]
+    """Of each sentence, whether it is plainly English."""
     ended: bool
     """Whether the last sentence is whole. While an answer is being generated it mostly is not."""
 
@@ -64,9 +84,19 @@ class FoldedAnswer:
 def fold_answer(text: str, ended: bool = True) -> FoldedAnswer:
     """Return the answer folded and split.
 
-    Questions are left out: "Unable to sleep?" and "¿No puedes venir?" say nothing about the one who answers.
+    Questions are left out: "Unable to sleep?" and "¿No puedes venir?" say nothing about the one who answers. What
+    stands before the last comma stays: "I can't see it, could you describe it?"
     """
     folded = cut_quotations(text)
-    statements = [part for part in SENTENCE.split(folded) if not part.rstrip(' ")').endswith(("?", "؟"))]
+    statements = [_cut_question(part) for part in SENTENCE.split(folded)]
     sentences = [s for part in statements if (s := part.strip(' "-•:;,.!()[]0123456789'))]
-    return FoldedAnswer(folded, sentences, ended or folded.endswith((".", "!", "\n")))
+    return FoldedAnswer(
+        text, folded, sentences, [is_plainly_english(s) for s in sentences], ended or folded.endswith((".", "!", "\n"))
+    )
+
+
+def _cut_question(sentence: str) -> str:
+    if not sentence.rstrip(' ")').endswith(("?", "؟")):
+        return sentence
+    ends = list(CLAUSE_END.finditer(sentence))
+    return sentence[: ends[-1].start()] if ends else ""

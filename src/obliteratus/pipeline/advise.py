@@ -16,6 +16,7 @@ from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Activations, Splits, Subject
 from obliteratus.distill import find_directions
 from obliteratus.excise.bake.tensors import can_hold_anchors
+from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import parse_recipe, replace_values
 from obliteratus.pipeline.rules import RULES, Rule, RuleInputs, search_ranges
 
@@ -60,16 +61,22 @@ def can_anchor(subject: Subject, options: Excise) -> bool:
 
 
 def analyze_and_advise(
-    subject: Subject, splits: Splits, recipe: Recipe, distill: Sequence[Step], acts: Activations, anchors: bool
+    subject: Subject,
+    splits: Splits,
+    recipe: Recipe,
+    distill: Sequence[Step],
+    acts: Activations,
+    anchors: bool,
+    judge: Judge,
 ) -> Advice:
     """Run the recipe's analyses and return its advice. Each analysis uses the directions settled by those before it.
 
     distill: steps that find the first directions. acts: activations of the fit prompts. anchors: see `can_anchor`.
     """
-    context, findings = FitContext(subject, splits.fit), dict[str, Finding]()
+    context, findings = FitContext(subject, splits.fit, judge), dict[str, Finding]()
     directions = find_directions(acts, distill, context)
     for step in recipe.analyze:
-        known = AnalysisContext(acts, directions, subject, splits.fit, splits.search)
+        known = AnalysisContext(acts, directions, subject, splits.fit, splits.search, judge)
         findings |= try_analyses(known, [step])[0]
         advice = advise(recipe, acts, findings, anchors=anchors)
         if advice.recipe.distill != distill:

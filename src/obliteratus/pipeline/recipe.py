@@ -19,6 +19,7 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs
 from obliteratus.verify import scorers
+from obliteratus.verify.ladder import check_judge
 from obliteratus.weigh import weighers
 
 
@@ -109,6 +110,7 @@ def _check_space(recipe: Recipe, where: str) -> None:
 def check_runs(recipe: Recipe, groups: Collection[str]) -> None:
     """Raise UserError, before weights are loaded, if the recipe cannot run with these groups of prompts."""
     check_needs(recipe.distill, groups, recipe.probe.keep)
+    check_judge(recipe.judge)
     for step in recipe.analyze:
         if "rows" in analyses[step.use].needs and recipe.probe.keep != "rows":
             raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")

@@ -6,7 +6,10 @@ from typing import Any
 
 from obliteratus.core.types import SPLITS, Activations, Directions, Plan, Splits, Subject
 from obliteratus.inference.chat_template import has_template
+from obliteratus.judge.judge import Judge
 from obliteratus.summon.coverage import summarize_plan_coverage
+from obliteratus.verify import Measurement
+from obliteratus.verify.agreement import compare_rungs
 from obliteratus.verify.experts import rank_experts
 
 RANKED_EXPERTS = 10  # experts that a record lists, those most particular to target prompts first
@@ -26,6 +29,18 @@ def describe_pass(subject: Subject, acts: Activations, directions: Directions, p
         "experts": [
             {"path": r.path, "expert": r.expert, **r.excess.model_dump()} for r in rank_experts(acts)[:RANKED_EXPERTS]
         ],
+    }
+
+
+def describe_judge(judge: Judge, before: Measurement) -> dict[str, Any]:
+    """Return what was looked for in answers, by whom, and Cohen's kappa between the rungs on the unedited answers."""
+    return {
+        "behavior": judge.name,
+        "about": judge.behavior.head.about,
+        "digest": judge.behavior.digest,
+        "own_words": [vars(phrase) for phrase in judge.own_words],
+        "decides": judge.decides,
+        "kappa": {pair: score.model_dump() for pair, score in compare_rungs(before.records).items()},
     }
 
 

@@ -21,7 +21,7 @@ from obliteratus.core.types import Activations
 
 # Less than one of 48 search prompts. First tokens cannot replace the answers here: on weather-late they said that 4 %
 # of the behavior was left where 31 % of the prompts were still refused.
-REFUSAL_ENDED = 0.02
+BEHAVIOR_ENDED = 0.02
 # Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
 # topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
 AXIS_SHARE = 0.2
@@ -71,19 +71,19 @@ class DepthChoice:
 
     part: str
     first_block: int
-    refused: float
-    """Share of search target prompts that the model still refuses under this edit."""
+    remaining: float
+    """Share of search target prompts that still show the behavior under this edit."""
     kl: Score
 
 
 def choose_depth(inputs: RuleInputs) -> DepthChoice | None:
-    """Return the edit with the fewest refusals among those that were answered, or None if none was."""
+    """Return the edit that leaves the least of the behavior among those that were answered, or None if none was."""
     reach = cast(Reach, inputs.findings["reach"])
     choices = [
         DepthChoice(part, depth, share.value, reach.kl[part][reach.depths.index(depth)])
         for part, depth, share in reach.answered
     ]
-    return min(choices, key=lambda choice: choice.refused, default=None)
+    return min(choices, key=lambda choice: choice.remaining, default=None)
 
 
 def category_spectrum(cones: Cones) -> list[float]:
@@ -97,14 +97,14 @@ def category_spectrum(cones: Cones) -> list[float]:
     return shares
 
 
-def _remaining_refusal(inputs: RuleInputs) -> float | None:
+def _remaining_rate(inputs: RuleInputs) -> float | None:
     best = choose_depth(inputs)
-    return None if best is None else best.refused
+    return None if best is None else best.remaining
 
 
 def _removal_kl(inputs: RuleInputs) -> float | None:
     best = choose_depth(inputs)
-    return None if best is None or best.refused > REFUSAL_ENDED else best.kl.high
+    return None if best is None or best.remaining > BEHAVIOR_ENDED else best.kl.high
 
 
 def _second_axis(inputs: RuleInputs) -> float:
@@ -181,10 +181,10 @@ RULES = (
     Rule(
         decides="layers, attention and MLP",
         needs="reach",
-        measures="refused search prompts under the cheapest removal that ends refusals",
-        threshold=REFUSAL_ENDED,
+        measures="rate left on search prompts under the cheapest removal that ends it",
+        threshold=BEHAVIOR_ENDED,
         at_most=True,
-        value=_remaining_refusal,
+        value=_remaining_rate,
         change=_set_layers,
     ),
     Rule(

@@ -15,12 +15,11 @@ from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.pipeline.recipe import check_runs
-from obliteratus.pipeline.record import describe_pass, describe_prompts
+from obliteratus.pipeline.record import describe_judge, describe_pass, describe_prompts
 from obliteratus.pipeline.stages import Stages
 from obliteratus.prompts import split_prompts
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify import Measurement
-from obliteratus.verify.unseen import warn_of_unseen_behavior
 
 # A later pass whose directions score less than this share of the first pass's has nothing left to remove.
 NOTHING_LEFT = 0.05
@@ -48,9 +47,9 @@ def run(recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | Non
 
 def run_on_splits(recipe: Recipe, subject: Subject, splits: Splits, store: Store | None = None) -> RunResult:
     """Run a checked recipe on prompts that are already split. See `run`."""
-    recipe, stages = adapt_recipe(subject, recipe), Stages(subject, splits, store or Store())
+    recipe = adapt_recipe(subject, recipe)
+    stages = Stages(subject, splits, store or Store()).with_judge(recipe)
     before = stages.measure_before(recipe)
-    warn_of_unseen_behavior(before.records if before else ())
     record: dict[str, Any] = {}
     if recipe.analyze:
         advice = stages.advise(recipe)
@@ -62,16 +61,16 @@ def run_on_splits(recipe: Recipe, subject: Subject, splits: Splits, store: Store
 def find_plan(recipe: Recipe, stages: Stages) -> tuple[Plan, tuple[dict[str, Any], ...]]:
     """Return the joint plan of all passes of PROBE, DISTILL and EXCISE, and a description of each pass.
 
-    Passes end early when the model refuses few enough search prompts, when the directions found anew carry almost
+    Passes end early when few enough search prompts show the behavior, when the directions found anew carry almost
     nothing, or when the KL budget is spent.
     """
     plan, passes, end = Plan(), list[dict[str, Any]](), "all passes done"
     for number in range(1, recipe.passes + 1):
         with applied(stages.subject, plan):
-            if passes and (refused := stages.check_refusal(number)) is not None:
-                passes[-1]["refused"] = refused.model_dump()
-                if refused.value <= recipe.stop_below_refusal:
-                    end = "refusals are down"
+            if passes and (rate := stages.check_rate(number)) is not None:
+                passes[-1]["remaining"] = rate.model_dump()
+                if rate.value <= recipe.stop_below:
+                    end = f"{stages.judge.name} is down"
                     break
             acts = stages.probe(number, recipe, edited=bool(plan.edits))
             directions = stages.distill(number, recipe, acts)
@@ -83,7 +82,7 @@ def find_plan(recipe: Recipe, stages: Stages) -> tuple[Plan, tuple[dict[str, Any
             end = "the KL budget is spent"
             break
         plan += stages.tune(recipe, new)
-        passes.append(describe_pass(stages.subject, acts, directions, new) | {"refused": None})
+        passes.append(describe_pass(stages.subject, acts, directions, new) | {"remaining": None})
     return plan, tuple(
         found | {"seconds": stages.seconds_of_pass(n)} | ({"ended": end} if n == len(passes) else {})
         for n, found in enumerate(passes, 1)
@@ -110,6 +109,7 @@ def evaluate_plan(
         before=dict(before.scores),
         after=dict(after.scores),
         coverage=coverage,
+        judge=describe_judge(stages.judge, before),
         seconds=dict(stages.store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
         | {"python": platform.python_version()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from obliteratus.causal import FitContext
@@ -16,6 +16,7 @@ from obliteratus.distill import find_directions, load_directions, save_direction
 from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
 from obliteratus.excise.router_limit import limit_router_edits
+from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.advise import (
     Advice,
     analyze_and_advise,
@@ -28,11 +29,13 @@ from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.tune.fit import tune_plan
 from obliteratus.verify import Measurement, measure, measure_before_and_after
+from obliteratus.verify.ladder import build_judge
+from obliteratus.verify.own_words import listen, load_own_words, save_own_words
 from obliteratus.weigh import weigh_sites
 
 ADVICE = "ANALYZE"  # name of the stage, and of its folder in the folder of a run
 # Before a later pass the model answers so many search prompts with so many tokens. This is enough to see a refusal
-# begin, and to tell a refusal rate of 5 % from one of 20 %.
+# begin, and to tell a rate of 5 % from one of 20 %.
 CHECK_PROMPTS, CHECK_TOKENS = 48, 16
 
 
@@ -43,6 +46,22 @@ class Stages:
     subject: Subject
     splits: Splits
     store: Store
+    judge: Judge = field(default_factory=Judge)
+    """Says which answers show the behavior. By default it looks for refusals."""
+
+    def with_judge(self, recipe: Recipe) -> Stages:
+        """Return the stages with the recipe's judge, who knows the model's own words for the behavior.
+
+        Raises UserError if the recipe names a judge that cannot be opened.
+        """
+        judge = build_judge(recipe.judge, self.subject)
+        asked = recipe.judge.own_words and judge.behavior.has_openings and self.subject.offloaded is None
+        if not asked:
+            return replace(self, judge=judge)
+        words = self.store.stage(
+            "OWN WORDS", lambda: listen(self.subject, self.splits.fit, judge), save_own_words, load_own_words
+        )
+        return replace(self, judge=replace(judge, own_words=words))
 
     def measure_before(self, recipe: Recipe) -> Measurement | None:
         """VERIFY the unedited model. None if its weights stay on disk: `measure_after` then measures both states."""
@@ -57,21 +76,21 @@ class Stages:
         acts = self.probe(1, start)
         return self.store.stage(
             ADVICE,
-            lambda: analyze_and_advise(self.subject, self.splits, recipe, start.distill, acts, anchors),
+            lambda: analyze_and_advise(self.subject, self.splits, recipe, start.distill, acts, anchors, self.judge),
             save_advice,
             load_advice,
         )
 
-    def check_refusal(self, number: int) -> Score | None:
-        """Return the refusal rate on search target prompts before a later pass, or None if it cannot be measured.
+    def check_rate(self, number: int) -> Score | None:
+        """Return the behavior's rate on search target prompts before a later pass, or None if it cannot be measured.
 
         Without search prompts there is nothing to measure, and with weights on disk every token would read all of them.
         """
         few = PromptSet({"target": self.splits.search["target"][:CHECK_PROMPTS]})
         if not few["target"] or self.subject.offloaded is not None:
             return None
-        found = self.measure(f"CHECK {number}", few, (Step(use="refusal", tokens=CHECK_TOKENS),))
-        return found.scores["refusal.target"]
+        found = self.measure(f"CHECK {number}", few, (Step(use="behavior", tokens=CHECK_TOKENS),))
+        return found.scores[self.judge.name_score("behavior.target")]
 
     def probe(self, number: int, recipe: Recipe, edited: bool = False) -> Activations:
         """PROBE: collect the activations of the fit prompts. Those of an unedited model are cached for later runs."""
@@ -86,7 +105,7 @@ class Stages:
 
     def distill(self, number: int, recipe: Recipe, acts: Activations) -> Directions:
         """DISTILL: find directions in the activations."""
-        context = FitContext(self.subject, self.splits.fit)
+        context = FitContext(self.subject, self.splits.fit, self.judge)
 
         def find() -> Directions:
             check_bypass(context, recipe.distill)
@@ -116,7 +135,7 @@ class Stages:
             return plan
         return self.store.stage(
             "TUNE",
-            lambda: tune_plan(self.subject, plan, self.splits.fit, self.splits.search, settings, recipe.seed),
+            lambda: tune_plan(self.subject, plan, self.splits, settings, recipe.seed, self.judge),
             save_plan,
             load_plan,
         )
@@ -125,7 +144,7 @@ class Stages:
         """VERIFY the model under the plan, and before it if that is still to be measured."""
 
         def both() -> tuple[Measurement, Measurement]:
-            return measure_before_and_after(self.subject, plan, self.splits.report, recipe.verify, before)
+            return measure_before_and_after(self.subject, plan, self.splits.report, recipe.verify, before, self.judge)
 
         if before is not None:
             return before, self._keep("VERIFY after", lambda: both()[1])
@@ -138,7 +157,7 @@ class Stages:
 
     def measure(self, name: str, prompts: PromptSet, steps: tuple[Step, ...]) -> Measurement:
         """Run scorers on the model as it is now. Edits are live, so the subject without them is its own base."""
-        return self._keep(name, lambda: measure(self.subject, prompts, steps, base=self.subject))
+        return self._keep(name, lambda: measure(self.subject, prompts, steps, base=self.subject, judge=self.judge))
 
     def _keep(self, name: str, make: Callable[[], Measurement]) -> Measurement:
         """Return a measurement as a stage."""
@@ -150,7 +169,7 @@ class Stages:
         )
 
     def seconds_of_pass(self, number: int) -> dict[str, float]:
-        """Return the seconds of each stage of a pass, with the refusal check that follows it."""
+        """Return the seconds of each stage of a pass, with the check of the rate that follows it."""
         names = {name: f"{name} {number}" for name in ("PROBE", "DISTILL", "EXCISE")} | {"CHECK": f"CHECK {number + 1}"}
         return {name: self.store.seconds[key] for name, key in names.items() if key in self.store.seconds}
 

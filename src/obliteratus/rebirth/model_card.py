@@ -75,19 +75,19 @@ def _describe_quantization(run: Run) -> str:
     )
 
 
-PASS_COLUMNS = ["pass", "strongest at", "edited", "still refused", "seconds"]
+PASS_COLUMNS = ["pass", "strongest at", "edited", "remaining", "seconds"]
 
 
 def make_pass_rows(run: Run) -> list[list[str]]:
-    """Return a row for each pass: the strongest layer, the share edited, refusals left on search prompts, seconds."""
+    """Return a row for each pass: the strongest layer, the share edited, the rate left on search prompts, seconds."""
     rows = []
     for number, entry in enumerate(run.passes, 1):
-        refused = format_score(Score(**entry["refused"])) if entry["refused"] else "–"
+        remaining = format_score(Score(**entry["remaining"])) if entry["remaining"] else "–"
         if "ended" in entry:
-            refused += f": {entry['ended']}"
+            remaining += f": {entry['ended']}"
         strongest = f"layer {entry['best_layer']}, score {entry['score']:.2f}"
         edited = f"{len(entry['layers'])} layers, {entry['edited_share']:.1%}"
-        rows.append([str(number), strongest, edited, refused, f"{sum(entry['seconds'].values()):.1f}"])
+        rows.append([str(number), strongest, edited, remaining, f"{sum(entry['seconds'].values()):.1f}"])
     return rows
 
 
@@ -113,12 +113,17 @@ def _pass_table(run: Run) -> str:
     return f"\n{_markdown_table(PASS_COLUMNS, make_pass_rows(run))}\n" if len(run.passes) > 1 else ""
 
 
+# Shares of answers that are mostly 0: of refusals that come late, of unknown languages, of reasoning without an answer.
+RARE = ("partial.", "unknown.", "unfinished.")
+
+
 def make_score_rows(run: Run) -> list[list[str]]:
-    """Return name, before, after and n of every score except the rates by category."""
+    """Return name, before, after and n of every score except the rates by category, and `RARE` shares that are 0."""
     rows = []
     for name in dict.fromkeys([*run.before, *run.after]):
-        if "/" not in name:
-            before, after = run.before.get(name), run.after.get(name)
+        before, after = run.before.get(name), run.after.get(name)
+        is_zero = not any(score and score.value for score in (before, after))
+        if "/" not in name and not (is_zero and name.startswith(RARE)):
             n = next(score.n for score in (after, before) if score)
             rows.append([name, format_score(before), format_score(after), str(n)])
     return rows

@@ -52,7 +52,7 @@ class DirectionCache:
         return self._directions[key]
 
     def _find_directions(self, recipe: Recipe) -> Directions:
-        context = FitContext(self.subject, self.stages.splits.fit)
+        context = FitContext(self.subject, self.stages.splits.fit, self.stages.judge)
         if not self.same_steps:
             return find_directions(self.acts, recipe.distill, context)
         return self.stages.store.stage(

@@ -17,14 +17,14 @@ from obliteratus.pipeline.recipe import check_runs, without_trial_count
 from obliteratus.pipeline.run import evaluate_plan
 from obliteratus.pipeline.stages import Stages
 from obliteratus.search.direction_cache import DirectionCache
-from obliteratus.search.judge import TrialJudge, read_objective
 from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.pareto import find_nearest_to_ideal, pareto_front
+from obliteratus.search.score import TrialScorer, read_objective
 from obliteratus.search.space import apply_values
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import Trial, rebuild_plan, run_trials, select_front
 from obliteratus.verify import Measurement, measure
-from obliteratus.verify.refusal import GROUPS
+from obliteratus.verify.behavior import GROUPS
 
 # Members of the front that get the longer check, which costs about ten trials' time each. A front seldom has more; of a
 # larger one, the ends and even steps between them say as much.
@@ -79,26 +79,27 @@ def search(
     """
     assert recipe.search is not None, "give a recipe from add_default_search"
     check_runs(recipe, splits.fit.groups)
-    stages = Stages(subject, splits, store)
+    stages = Stages(subject, splits, store).with_judge(recipe)
     before = stages.measure("VERIFY before", splits.report, recipe.verify)
     groups = splits.search.groups
     prompts = PromptSet({g: groups[g][: recipe.search.prompts] for g in GROUPS if g in groups})
     baseline = stages.measure("VERIFY search", prompts, recipe.verify)
-    cache, judge = DirectionCache(stages, recipe), TrialJudge(subject, prompts, recipe, baseline)
-    note("SEARCH", f"refusals begin with {judge.describe_openings()}")
+    cache = DirectionCache(stages, recipe)
+    scorer = TrialScorer(subject, prompts, recipe, baseline, stages.judge)
+    note("SEARCH", f"{stages.judge.name} begins with {scorer.describe_openings()}")
     identity = {"model": subject.source.digest, "prompts": splits.digest, "recipe": without_trial_count(recipe)}
     study = SearchStudy(open_storage(location.storage), location.name, recipe, identity)
-    trials = run_trials(study, recipe, cache, judge, recipe.search.trials)
-    front = measure_front(trials, recipe, cache, judge, location)
+    trials = run_trials(study, recipe, cache, scorer, recipe.search.trials)
+    front = measure_front(trials, recipe, cache, scorer, location)
     picked = pick_member(front, pick)
     member = front[picked]
-    record = {"search": describe_search(recipe, location, trials, front, picked)}
+    record = {"search": describe_search(recipe, location, trials, front, picked) | {"minimize": scorer.minimize}}
     result = evaluate_plan(member.recipe, stages, member.plan, before, record)
     return SearchResult(*result, tuple(front), picked, tuple(trials))
 
 
 def measure_front(
-    trials: Sequence[Trial], recipe: Recipe, cache: DirectionCache, judge: TrialJudge, location: StudyLocation
+    trials: Sequence[Trial], recipe: Recipe, cache: DirectionCache, scorer: TrialScorer, location: StudyLocation
 ) -> list[FrontMember]:
     """Measure the members of the front with the recipe's verify steps, and return those that remain on the front.
 
@@ -107,29 +108,29 @@ def measure_front(
     candidates = select_front(trials)
     if not candidates:
         raise UserError(
-            f"search: none of {len(trials)} trials kept refusals of control prompts within search.control_margin; the "
+            f"search: none of {len(trials)} trials kept the rate on control prompts within search.control_margin; the "
             f"trials are in the study '{location.name}' of {location.storage or 'memory'}. Widen the space, or raise "
             "search.control_margin"
         )
-    members = [check_trial(trial, recipe, cache, judge) for trial in thin_front(candidates, MAX_CHECKED)]
-    feasible = [member for member in members if judge.excess_refusal(member.scores) <= 0]
+    members = [check_trial(trial, recipe, cache, scorer) for trial in thin_front(candidates, MAX_CHECKED)]
+    feasible = [member for member in members if scorer.excess_control(member.scores) <= 0]
     front = [feasible[i] for i in pareto_front([m.objectives for m in feasible])]
     if not front:
         raise UserError(
-            "search: in the check with longer answers, every member of the front refuses too many control prompts; "
-            "raise search.control_margin"
+            "search: in the check with longer answers, the rate of every member of the front on control prompts "
+            "is too high; raise search.control_margin"
         )
     return sorted(front, key=lambda m: m.objectives)
 
 
-def check_trial(trial: Trial, recipe: Recipe, cache: DirectionCache, judge: TrialJudge) -> FrontMember:
+def check_trial(trial: Trial, recipe: Recipe, cache: DirectionCache, scorer: TrialScorer) -> FrontMember:
     """Measure a trial's plan with the recipe's verify steps."""
     assert recipe.search is not None
-    plan, subject = rebuild_plan(trial, recipe, cache), judge.subject
+    plan, subject = rebuild_plan(trial, recipe, cache), scorer.subject
     with applied(subject, plan):
-        measurement = measure(subject, judge.prompts, recipe.verify, judge.before, base=subject)
+        measurement = measure(subject, scorer.prompts, recipe.verify, scorer.before, base=subject, judge=scorer.judge)
     scores = {**trial.scores, **{name: score.value for name, score in measurement.scores.items()}}
-    objectives = tuple(read_objective(name, scores) for name in recipe.search.minimize)
+    objectives = tuple(read_objective(name, scores) for name in scorer.minimize)
     return FrontMember(trial, apply_values(recipe, trial.values), plan, objectives, scores)
 
 
@@ -167,7 +168,6 @@ def describe_search(
     assert recipe.search is not None
     return {
         "study": location.name,
-        "minimize": list(recipe.search.minimize),
         "sampler": recipe.search.sampler,
         "trials": len(trials),
         "answered": sum(t.answered for t in trials),

@@ -14,9 +14,9 @@ from obliteratus.core.progress import progress
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan
 from obliteratus.search.direction_cache import DirectionCache
-from obliteratus.search.judge import TrialJudge, TrialVerdict
 from obliteratus.search.optuna_study import EXCESS, SearchStudy, make_suggester
 from obliteratus.search.pareto import pareto_front
+from obliteratus.search.score import TrialScorer, TrialVerdict
 from obliteratus.search.space import apply_values, decode_values, sample_values
 
 
@@ -30,9 +30,9 @@ class Trial:
     objectives: tuple[float, ...]
     scores: dict[str, float]
     answered: bool
-    """Whether its refusal rates come from answers."""
+    """Whether its rates come from answers."""
     feasible: bool
-    """Whether it keeps refusals of control prompts within ``search.control_margin``."""
+    """Whether it keeps the rate on control prompts within ``search.control_margin``."""
     seconds: float
 
 
@@ -54,7 +54,7 @@ def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
 
 
 def run_trials(
-    study: SearchStudy, recipe: Recipe, cache: DirectionCache, judge: TrialJudge, trials: int
+    study: SearchStudy, recipe: Recipe, cache: DirectionCache, scorer: TrialScorer, trials: int
 ) -> list[Trial]:
     """Run trials until the study has ``trials`` of them, other processes' included, and return all finished ones."""
     with progress("SEARCH", trials) as advance:
@@ -62,25 +62,25 @@ def run_trials(
         while (trial := study.ask(trials)) is not None:
             before = len(study.finished)
             with study.running(trial):
-                run_trial(study, recipe, cache, judge, trial)
+                run_trial(study, recipe, cache, scorer, trial)
             advance(len(study.finished) - before)
     return finished_trials(study, recipe)
 
 
 def run_trial(
-    study: SearchStudy, recipe: Recipe, cache: DirectionCache, judge: TrialJudge, trial: optuna.Trial
+    study: SearchStudy, recipe: Recipe, cache: DirectionCache, scorer: TrialScorer, trial: optuna.Trial
 ) -> TrialVerdict:
     """Draw a trial's values, score its plan and store the result."""
     start = time.perf_counter()
     values = sample_values(recipe, make_suggester(trial))
     plan = cache.plan(apply_values(recipe, values))
-    verdict = judge.judge(plan, front_objectives(finished_trials(study, recipe)))
+    verdict = scorer.score(plan, front_objectives(finished_trials(study, recipe)))
     attributes = {
         "scores": dict(verdict.scores),
         "answered": verdict.answered,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    study.tell(trial, judge.objectives(verdict), judge.excess_refusal(verdict.scores), attributes)
+    study.tell(trial, scorer.objectives(verdict), scorer.excess_control(verdict.scores), attributes)
     return verdict
 
 

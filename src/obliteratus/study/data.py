@@ -18,7 +18,7 @@ from obliteratus.verify import scorers
 from obliteratus.verify.drift import load_paragraphs
 from obliteratus.verify.questions import Question, load_questions
 
-METRICS = {"perplexity": "texts", "refusal": "prompts", "first_token_kl": "prompts", "accuracy": "labeled"}
+METRICS = {"perplexity": "texts", "behavior": "prompts", "first_token_kl": "prompts", "accuracy": "labeled"}
 """VERIFY's scorers that a study can use, and the part of its data that each reads."""
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ def check_study(study: Study) -> None:
     for step in study.strategies:
         strategies.check(step.use, step.options)
     for step in study.metrics:
+        if step.use in scorers.renamed:
+            scorers[step.use]  # names the new name
         if step.use not in METRICS:
             raise UserError(unknown_name("metric", step.use, METRICS))
         scorers.check(step.use, step.options)

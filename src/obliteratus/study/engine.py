@@ -15,10 +15,12 @@ from obliteratus.core.types import Subject
 from obliteratus.inference.batching import tokens_per_batch
 from obliteratus.inference.generate import MAX_ROWS
 from obliteratus.inference.memory import free_memory, trim_heap
+from obliteratus.judge.judge import Judge
 from obliteratus.study.base import Knockout, KnockoutResult, StudyContext, strategies
 from obliteratus.study.data import StudyData, load_data
 from obliteratus.study.metrics import Items, Metric
 from obliteratus.study.settings import Study
+from obliteratus.verify.ladder import hear_judge
 
 # The share of free memory that all metrics together may fill with cached outputs of lower blocks.
 CACHE_SHARE = 0.4
@@ -35,6 +37,7 @@ class Engine:
     study: Study
     data: StudyData
     knockouts: tuple[Knockout, ...]
+    judge: Judge
 
     @classmethod
     def create(cls, subject: Subject, study: Study) -> Engine:
@@ -44,7 +47,7 @@ class Engine:
         with tokens_per_batch(study.batch):
             listed = (list_knockouts(context, step.use, step.options) for step in study.strategies)
             knockouts = _check_distinct(knockout for group in listed for knockout in group)
-        return cls(subject, study, data, knockouts)
+        return cls(subject, study, data, knockouts, hear_judge(study.judge, subject, data.prompts))
 
     def batches(self) -> list[list[Knockout]]:
         """Return the knockouts in batches that are measured together."""
@@ -56,7 +59,7 @@ class Engine:
     def metrics(self) -> tuple[Metric, ...]:
         """The study's metrics."""
         budget = CACHE_SHARE * free_memory(self.subject) / len(self.study.metrics)
-        return tuple(Metric(self.subject, self.data, step, budget) for step in self.study.metrics)
+        return tuple(Metric(self.subject, self.data, step, budget, self.judge) for step in self.study.metrics)
 
     @cached_property
     def baseline(self) -> Items:

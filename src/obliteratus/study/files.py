@@ -14,7 +14,7 @@ from obliteratus.pipeline.recipe import PresetFolder, override_values
 from obliteratus.study.settings import Study
 
 PRESETS = PresetFolder("studies", "study", "preset", "obliteratus study --help")
-PROMPT_METRICS = frozenset({"refusal", "first_token_kl"})
+PROMPT_METRICS = frozenset({"behavior", "first_token_kl"})
 ORGANISM = "organism:"
 
 

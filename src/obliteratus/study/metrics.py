@@ -19,6 +19,7 @@ from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import MAX_ROWS, IsDone
+from obliteratus.judge.judge import Judge
 from obliteratus.study.data import StudyData
 from obliteratus.verify import ItemValues, Measurement, ScorerContext, scorers
 
@@ -104,11 +105,13 @@ class SharedContext(ScorerContext):
 class Metric:
     """One scorer on the study's data."""
 
-    def __init__(self, subject: Subject, data: StudyData, step: Step, budget: float) -> None:
+    def __init__(self, subject: Subject, data: StudyData, step: Step, budget: float, judge: Judge) -> None:
         """budget: bytes that may be cached of what the blocks below the knockouts compute."""
         self.passes = SharedPasses(subject, budget)
         prompts = data.prompts or PromptSet({})
-        self.context = SharedContext(subject, prompts, texts=data.texts, questions=data.questions, passes=self.passes)
+        self.context = SharedContext(
+            subject, prompts, texts=data.texts, questions=data.questions, judge=judge, passes=self.passes
+        )
         self.scorer = partial(scorers[step.use].function, **scorers.check(step.use, step.options))
         self.one_plan = step.use in ONE_PLAN_PER_PASS
 

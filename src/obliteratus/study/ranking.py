@@ -10,8 +10,17 @@ from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
 
-FALLING = frozenset({"refusal.target", "accuracy"})  # damage is a fall of these scores, and a rise of all others
+# Shares that are mostly 0, which a table leaves out if they are.
+RARE_SHARES = frozenset({"partial", "unknown", "unfinished"})
+# Shares of answers that say nothing about the behavior; their names are those of behavior scores otherwise.
+OTHER_SHARES = frozenset({*RARE_SHARES, "degenerate"})
 RATIOS = frozenset({"perplexity"})  # changes are ratios (1: no change); of all others they are differences (0)
+
+
+def is_falling(metric: str) -> bool:
+    """Return whether damage is a fall of this score: of accuracy, or of the behavior's rate on target prompts."""
+    name, _, group = metric.partition(".")
+    return metric == "accuracy" or (group == "target" and name not in OTHER_SHARES)
 
 
 def knockout_results(results: Iterable[KnockoutResult]) -> list[KnockoutResult]:
@@ -25,10 +34,18 @@ def baseline_result(results: Iterable[KnockoutResult]) -> KnockoutResult:
 
 
 def metric_names(results: Iterable[KnockoutResult]) -> list[str]:
-    """Return the names of all changes in the study's order, or of the scores if there is only a baseline."""
+    """Return the names of all changes in the study's order, or of the scores if there is only a baseline.
+
+    Left out are `RARE_SHARES` that are 0 throughout.
+    """
     results = list(results)
     changes = dict.fromkeys(name for r in results for name in r.change)
-    return list(changes or dict.fromkeys(name for r in results for name in r.scores))
+    names = list(changes or dict.fromkeys(name for r in results for name in r.scores))
+    return [name for name in names if not (name.partition(".")[0] in RARE_SHARES and _is_zero(name, results))]
+
+
+def _is_zero(metric: str, results: Iterable[KnockoutResult]) -> bool:
+    return all(r.scores[metric].value == 0 for r in results if metric in r.scores)
 
 
 def ordering_metric(results: Iterable[KnockoutResult], by: str = "") -> str:
@@ -53,14 +70,14 @@ def damage_of_change(change: float, metric: str) -> float:
         return math.inf
     if metric in RATIOS:
         return math.log(change) if change > 0 else -math.inf
-    return -change if metric in FALLING else change
+    return -change if is_falling(metric) else change
 
 
 def change_of_damage(damage: float, metric: str) -> float:
     """Return the change that does so much damage: the inverse of `damage_of_change` for finite values."""
     if metric in RATIOS:
         return math.exp(damage)
-    return -damage if metric in FALLING else damage
+    return -damage if is_falling(metric) else damage
 
 
 def damage_of(result: KnockoutResult, metric: str) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from obliteratus.core.settings import FrozenModel, Step
+from obliteratus.core.settings import FrozenModel, JudgeSettings, Step
 
 
 class Data(FrozenModel):
@@ -23,7 +23,7 @@ class Data(FrozenModel):
     length: int = Field(128, ge=2)
     """The most tokens of a text."""
     target: str = ""
-    """Prompts for refusal and KL, as on the command line; only their report part is used."""
+    """Prompts for the behavior and KL, as on the command line; only their report part is used."""
     control: str = ""
     labeled: str = ""
     """Questions for accuracy: JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (index of the right one)."""
@@ -42,7 +42,8 @@ class Study(FrozenModel):
     strategies: tuple[Step, ...] = Field(min_length=1)
     """Strategies by name; all other keys are their options."""
     metrics: tuple[Step, ...] = Field((Step(use="perplexity"),), min_length=1)
-    """``perplexity``, ``refusal``, ``first_token_kl``, ``accuracy``, each with its options."""
+    """``perplexity``, ``behavior``, ``first_token_kl``, ``accuracy``, each with its options."""
+    judge: JudgeSettings = JudgeSettings()
     batch: int = Field(0, ge=0)
     """The most tokens per pass; 0 takes what suits the machine."""
     output: str = ""

@@ -25,7 +25,7 @@ from obliteratus.study.ranking import (
 )
 
 WHOLE_MODEL = "whole model"
-SHARES = ("refusal.", "degenerate.", "accuracy")  # prefixes of scores that are shares: their changes are in points
+NO_SHARES = ("kl.", "perplexity")  # prefixes of scores that are no shares: changes of all others are in points
 LAST_METRIC = "degenerate."  # whether answers are words at all: they mostly are, and the column tells nothing
 NEVER_NEGATIVE = frozenset({"kl.first_token"})  # their intervals never reach below no change
 LARGE = 1e5  # from here on a number's digits tell nothing, so it is shown as 1.2e7
@@ -137,7 +137,7 @@ def change_unit(metric: str) -> str:
 
 def display_scale(metric: str) -> float:
     """Return the factor for display: shares are shown in per cent, and their changes in points."""
-    return 100.0 if metric.startswith(SHARES) else 1.0
+    return 1.0 if metric.startswith(NO_SHARES) else 100.0
 
 
 def format_change(result: KnockoutResult, metric: str) -> str:

@@ -16,10 +16,11 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.core.types import Plan, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.memory import free_memory
+from obliteratus.judge.judge import Judge
 from obliteratus.tune.gradient_memory import GradientMemory, plan_gradient_memory, recompute_blocks
 from obliteratus.tune.objective import ZERO_LOSS, LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
@@ -120,21 +121,24 @@ class CachedPairs:
         return compute_answer_logits(self.subject, pairs, prompts=prompts).log_softmax(-1)
 
 
-def tune_plan(subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int = 0) -> Plan:
+def tune_plan(
+    subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int = 0, judge: Judge | None = None
+) -> Plan:
     """Return the plan with fitted strengths and directions. Ranks and anchors stay; weak edits are dropped.
 
     Gradient steps use fit prompts, and search prompts decide when to stop. If there are several margins, the plan of
-    the last one is returned (`tune_all_margins` returns all). Raises UserError if the plan cannot be fitted.
+    the last one is returned (`tune_all_margins` returns all). judge: says which answers show the behavior; None looks
+    for refusals. Raises UserError if the plan cannot be fitted.
     """
-    return tune_all_margins(subject, plan, fit, search, settings, seed)[-1].plan
+    return tune_all_margins(subject, plan, splits, settings, seed, judge or Judge())[-1].plan
 
 
 def tune_all_margins(
-    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int = 0
+    subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge
 ) -> list[TunedPlan]:
     """Return a plan for each of ``settings.margins``, each fitted from the best plan of the margin before it."""
     parameters = EditParameters(plan, subject.device, settings.what)
-    data = make_tuning_data(subject, plan, fit, search, settings, seed)
+    data = make_tuning_data(subject, plan, splits, settings, seed, judge)
     plans, step = list[TunedPlan](), 0
     for margin in settings.margins:
         tuned = fit_margin(data, parameters, margin, step)
@@ -150,11 +154,11 @@ def tune_all_margins(
 
 
 def make_tuning_data(
-    subject: Subject, plan: Plan, fit: PromptSet, search: PromptSet, settings: Tune, seed: int
+    subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge
 ) -> TuningData:
     """Generate the answers of fit and search prompts, and plan how many pairs fit a pass."""
-    train = collect_pairs(subject, fit, plan, settings.tokens, settings.prompts)
-    held_out = collect_pairs(subject, search, plan, settings.tokens, HELD_OUT_PROMPTS)
+    train = collect_pairs(subject, splits.fit, plan, settings.tokens, settings.prompts, judge)
+    held_out = collect_pairs(subject, splits.search, plan, settings.tokens, HELD_OUT_PROMPTS, judge)
     first = max(0, min(change.site.layer for change in plan.edits))
     everything = [*train.control, *train.target, *held_out.control, *held_out.target]
     memory = plan_gradient_memory(subject, everything, first, ROWS_PER_PASS)

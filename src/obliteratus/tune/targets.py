@@ -1,4 +1,4 @@
-"""The answers that a plan is tuned on: the model's own to control prompts, and non-refusing ones to target prompts."""
+"""The answers that a plan is tuned on: the model's own to control prompts, without the behavior to target ones."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
-from obliteratus.judge.verdict import judge_answer
+from obliteratus.judge.judge import Judge
 from obliteratus.prompts import evenly_spaced
 from obliteratus.summon.sites import read_gain
 
 # Numbers of answer tokens to take from the edited model, tried in this order. Longer openings help if the base model
-# relapses into refusing, but then the plan is tuned towards its own wording, which the base model finds unlikely
+# relapses into the behavior, but then the plan is tuned towards its own wording, which the base model finds unlikely
 # (docs/experiments/tuned.md).
 OPENING_LENGTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Prompts with answers: the base model's own to control prompts, and non-refusing ones to target prompts."""
+    """Prompts with answers: the base model's own to control prompts, and others without the behavior to target ones."""
 
     control: Sequence[Pair]
     target: Sequence[Pair]
 
 
-def collect_pairs(subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, max_prompts: int) -> TrainingPairs:
-    """Generate answers of ``tokens`` tokens: the model's own to control and keep prompts, non-refusing ones to target.
+def collect_pairs(
+    subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, max_prompts: int, judge: Judge
+) -> TrainingPairs:
+    """Generate answers of ``tokens`` tokens: the model's own to control and keep prompts, behavior-free to target.
 
-    At most ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if the model refuses every
-    target prompt.
+    At most ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if every answer to a target
+    prompt shows the behavior.
     """
     names = [g for g in ("target", "control", "keep") if g in prompts.groups]
     ids = {g: render_prompts(subject, _subsample(prompts[g], max_prompts), reserve=tokens) for g in names}
     controls = ids["control"] + ids.get("keep", [])
     answers = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, answers, strict=True) if pair[1]]
-    target = find_answering_pairs(subject, ids["target"], plan, tokens)
-    note("TUNE", f"answers to {len(target)} of {len(ids['target'])} target prompts do not refuse")
+    target = find_answering_pairs(subject, ids["target"], plan, tokens, judge)
+    note("TUNE", f"answers to {len(target)} of {len(ids['target'])} target prompts without {judge.name}")
     return TrainingPairs(control, target)
 
 
@@ -56,12 +58,12 @@ def _subsample(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
     return [prompts[i] for i in evenly_spaced(len(prompts), most)]
 
 
-def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) -> list[Pair]:
-    """Return prompts with non-refusing answers: opened by the edited model and continued by the unedited one.
+def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int, judge: Judge) -> list[Pair]:
+    """Return prompts with answers without the behavior: opened by the edited model and continued by the unedited one.
 
     The opening is as short as possible, so that everything after it is the base model's own choice and as coherent as
-    the base model. Prompts that the plan still refuses are tried again under `ablate_every_writer`. Raises UserError
-    if no prompt gets an answer.
+    the base model. Prompts whose answers still show it are tried again under `ablate_every_writer`. Raises UserError if
+    no prompt gets an answer.
     """
     answered: list[Pair] = []
     for attempt in (plan, ablate_every_writer(subject, plan)):
@@ -69,20 +71,20 @@ def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int) ->
         if remaining := [row for row in ids if str(row) not in done]:
             with applied(subject, attempt):
                 openings = generate(subject, remaining, OPENING_LENGTHS[-1], title="TUNE openings")
-            answered += continue_openings(subject, list(zip(remaining, openings, strict=True)), tokens)
+            answered += continue_openings(subject, list(zip(remaining, openings, strict=True)), tokens, judge)
     if not answered:
         raise UserError(
-            "tune: the model refuses every target prompt even with the plan's directions ablated from every writer; "
-            "use other distill steps or other prompts"
+            f"tune: every answer to a target prompt shows {judge.name}, even with the plan's directions ablated from "
+            "every writer; use other distill steps or other prompts"
         )
     return answered
 
 
-def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int) -> list[Pair]:
+def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int, judge: Judge) -> list[Pair]:
     """Let the model continue each answer from one token of its opening, else from two, else from four.
 
-    Returns the answers, ``tokens`` tokens long, that do not refuse. A model that has begun to answer may still refuse a
-    sentence later.
+    Returns the answers, ``tokens`` tokens long, that do not show the behavior. A model that has begun to answer may
+    still refuse a sentence later.
     """
     answered: list[Pair] = []
     for n in OPENING_LENGTHS:
@@ -91,13 +93,13 @@ def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int) -
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
             pairs = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
-            answered += [pair for pair in pairs if does_answer(subject, pair[1])]
+            answered += [pair for pair in pairs if does_answer(subject, pair[1], judge)]
     return answered
 
 
-def does_answer(subject: Subject, answer: list[int]) -> bool:
-    """Whether the judge takes the answer's tokens for compliance."""
-    return judge_answer(subject.tokenizer.decode(answer, skip_special_tokens=True)) == "complied"
+def does_answer(subject: Subject, answer: list[int], judge: Judge) -> bool:
+    """Return whether the answer says something, and does not show the behavior."""
+    return judge.judge_answer(subject.tokenizer.decode(answer, skip_special_tokens=True)) in ("absent", "unknown")
 
 
 # ------------------------------------------------------------------------------------- the strongest edit

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
+from obliteratus.judge.judge import SHOWN
 from obliteratus.verify.intervals import bootstrap, wilson_rate
+
+
+def compare_rungs(records: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+    """Return Cohen's kappa of each pair of rungs, called ``one × other``, on the answers that both judged.
+
+    records: those of the scorer `behavior`.
+    """
+    said = [record["rungs"] for record in records if "rungs" in record]
+    names = list(dict.fromkeys(name for rungs in said for name in rungs))
+    scores = {}
+    for one, other in combinations(names, 2):
+        both = [(r[one] in SHOWN, r[other] in SHOWN) for r in said if r.get(one) and r.get(other)]
+        if both:
+            scores[f"{one} × {other}"] = measure_agreement(*map(list, zip(*both, strict=True)))["kappa"]
+    return scores
 
 
 def measure_agreement(said: Sequence[bool], labels: Sequence[bool]) -> dict[str, Score]:

@@ -1,10 +1,10 @@
-"""The answers of a run, kept beside its record: ``answers.jsonl``, one line a prompt with both answers."""
+"""The judged answers of a run, a search, a study or a comparison: ``answers.jsonl``, one line a prompt."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,50 @@ from obliteratus.verify.scoring import Measurement
 
 FILE = "answers.jsonl"
 STATES = ("before", "after")
+STATE_KEYS, PROMPT_KEYS = ("answer", "verdict", "rungs"), ("prompt", "group", "category")
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """One answer of a run, and the verdict that was given then."""
+    """One answer, and the verdicts that were given on it."""
 
     id: str
     """Line and state, such as ``12 after``."""
     group: str
     prompt: str
+    category: str
     answer: str
     verdict: str
+    rungs: Mapping[str, str | None] = field(default_factory=dict)
+    """By rung; None where it gave none."""
+
+    @property
+    def state(self) -> str:
+        """``before`` or ``after``."""
+        return self.id.split()[1]
 
 
-def write_answers(before: Measurement, after: Measurement, folder: Path) -> None:
-    """Write `FILE`: prompt, group and category of each judged prompt, with answer and verdict before and after.
+def write_answers(before: Measurement | None, after: Measurement, folder: Path) -> None:
+    """Write `FILE`: prompt, group and category of each judged prompt, with answers and verdicts before and after.
 
-    Nothing is written if no answers were judged.
+    before: None for a model that is not compared. Nothing is written if no answers were judged.
     """
-    lines = [json.dumps(line, ensure_ascii=False) for line in pair_answers(before.records, after.records)]
-    if lines:
-        write_atomic(folder / FILE, "\n".join(lines) + "\n")
+    lines = pair_answers(None if before is None else before.records, after.records)
+    if text := "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines):
+        write_atomic(folder / FILE, text)
 
 
-def pair_answers(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def pair_answers(
+    before: Sequence[Mapping[str, Any]] | None, after: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Yield an entry per prompt. before, after: records of the same prompts in the same order."""
-    first, second = ([r for r in records if "verdict" in r] for records in (before, after))
+    second = [record for record in after if "verdict" in record]
+    first = second if before is None else [record for record in before if "verdict" in record]
     for one, other in zip(first, second, strict=True):
-        states = {name: {k: r[k] for k in ("answer", "verdict")} for name, r in zip(STATES, (one, other), strict=True)}
-        yield {key: one[key] for key in ("prompt", "group", "category")} | states
+        states = {"after": other} if before is None else {"before": one, "after": other}
+        yield {key: one[key] for key in PROMPT_KEYS} | {
+            state: {key: record[key] for key in STATE_KEYS} for state, record in states.items()
+        }
 
 
 def read_answers(folder: Path) -> list[JudgedAnswer]:
@@ -54,10 +68,13 @@ def read_answers(folder: Path) -> list[JudgedAnswer]:
     answers = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
-            line = json.loads(text)
-            answers += [
-                JudgedAnswer(f"{number} {state}", line["group"], line["prompt"], **line[state]) for state in STATES
-            ]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            answers += _parse_line(number, json.loads(text))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}:{number}: this line is damaged ({error!r}); restore it or run again") from error
     return answers
+
+
+def _parse_line(number: int, line: Mapping[str, Any]) -> list[JudgedAnswer]:
+    asked = {key: line[key] for key in PROMPT_KEYS}
+    states = [state for state in STATES if state in line]
+    return [JudgedAnswer(f"{number} {state}", **asked, **line[state]) for state in states]

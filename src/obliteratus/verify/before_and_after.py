@@ -17,44 +17,51 @@ from obliteratus.inference.layerwise import LayerwisePass, run_to_head
 from obliteratus.inference.logits import prepared_first_token_log_probs
 from obliteratus.inference.row_plans import assign_prompt_variants
 from obliteratus.inference.token_losses import prepared_token_losses, without_prefix
+from obliteratus.judge.judge import Judge
+from obliteratus.verify.behavior import GROUPS
 from obliteratus.verify.drift import text_tokens
-from obliteratus.verify.refusal import GROUPS
 from obliteratus.verify.scoring import ItemValues, Measurement, measure
 
-ONE_PASS_SCORERS = ("refusal_score", "first_token_kl", "perplexity")
+ONE_PASS_SCORERS = ("behavior_score", "first_token_kl", "perplexity")
 
 
 def measure_before_and_after(
-    subject: Subject, plan: Plan, prompts: PromptSet, steps: Sequence[Step], before: Measurement | None = None
+    subject: Subject,
+    plan: Plan,
+    prompts: PromptSet,
+    steps: Sequence[Step],
+    before: Measurement | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Measurement, Measurement]:
     """Return what the scorers measure of the unedited model and of the model under the plan.
 
     A model whose weights stay on disk is measured in both states side by side, in one pass over its weights, by the
-    scorers that `streamable_steps` keeps. before: the unedited model's measurement, if it was already taken.
+    scorers that `streamable_steps` keeps. before: the unedited model's measurement, if it was already taken. judge:
+    None looks for refusals.
     """
     if subject.offloaded is not None and before is None:
-        return measure_side_by_side(subject, plan, prompts, streamable_steps(steps))
+        return measure_side_by_side(subject, plan, prompts, streamable_steps(steps), judge)
     if before is None:
-        before = measure(subject, prompts, steps, base=subject)
+        before = measure(subject, prompts, steps, base=subject, judge=judge)
     with applied(subject, plan):
-        return before, measure(subject, prompts, steps, before, base=subject)
+        return before, measure(subject, prompts, steps, before, base=subject, judge=judge)
 
 
 def streamable_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
     """Return the steps that one pass over the weights can serve.
 
-    Whole answers would read all weights once per token, so `refusal_score`, which reads first tokens, replaces
-    `refusal`. Steps that are dropped are named in a note.
+    Whole answers would read all weights once per token, so `behavior_score`, which reads first tokens,
+    replaces `behavior`. Steps that are dropped are named in a note.
     """
     names = {step.use for step in steps}
-    score = (Step(use="refusal_score"),) if "refusal" in names and "refusal_score" not in names else ()
-    if dropped := [step.use for step in steps if step.use not in (*ONE_PASS_SCORERS, "refusal")]:
+    score = (Step(use="behavior_score"),) if "behavior" in names and "behavior_score" not in names else ()
+    if dropped := [step.use for step in steps if step.use not in (*ONE_PASS_SCORERS, "behavior")]:
         note("VERIFY", f"skipped {', '.join(dropped)}: generating answers would read all weights once per token")
     return (*score, *(step for step in steps if step.use in ONE_PASS_SCORERS))
 
 
 def measure_side_by_side(
-    subject: Subject, plan: Plan, prompts: PromptSet, steps: Sequence[Step]
+    subject: Subject, plan: Plan, prompts: PromptSet, steps: Sequence[Step], judge: Judge | None = None
 ) -> tuple[Measurement, Measurement]:
     """Return the measurements without and with the plan, from one pass in which each prompt has a row for either.
 
@@ -62,8 +69,8 @@ def measure_side_by_side(
     """
     texts = [step for step in steps if step.use == "perplexity"]
     unedited, edited = _known_outputs(subject, plan, prompts, texts)
-    before = measure(subject, prompts, steps, known=unedited)
-    return before, measure(subject, prompts, steps, before, known=edited)
+    before = measure(subject, prompts, steps, known=unedited, judge=judge)
+    return before, measure(subject, prompts, steps, before, known=edited, judge=judge)
 
 
 def _known_outputs(

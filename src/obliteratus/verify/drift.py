@@ -24,14 +24,14 @@ TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
 @scorers.register(
     "first_token_kl",
     cite="arXiv:2406.11717",
-    cost=lambda options: Cost(prompt_count("report", "control"), free_after="refusal"),
+    cost=lambda options: Cost(prompt_count("report", "control"), free_after="behavior"),
 )
 def first_token_kl(context: ScorerContext) -> Measurement:
     """Score KL(base ‖ edited) of the first answer token on control prompts: mean, p95 and p99, in nats.
 
-    ``answered`` is the same over the control prompts that the base model answers, because undoing a false refusal
-    changes a prompt's first token a lot and is not damage. It needs the refusal scorer to run first, whose pass over
-    the same prompts is then reused.
+    ``answered`` is the same over the control prompts whose answers do not show the behavior, since undoing a false
+    refusal changes a prompt's first token a lot and is not damage. It needs the behavior scorer to run first, whose
+    pass over the same prompts is then reused.
     """
     logp = context.known.tensors.get("first_token.control")
     if logp is None:
@@ -45,9 +45,9 @@ def first_token_kl(context: ScorerContext) -> Measurement:
 
 
 def answered_controls(before: Measurement) -> Bool[Tensor, " n"]:
-    """Return which control prompts the base model answers; empty if the refusal scorer did not run."""
+    """Return for which control prompts the base model does not show the behavior; empty if no scorer judged answers."""
     return torch.tensor(
-        [r["verdict"] == "complied" for r in before.records if r.get("group") == "control"], dtype=torch.bool
+        [r["verdict"] in ("absent", "unknown") for r in before.records if r.get("group") == "control"], dtype=torch.bool
     )
 
 

@@ -32,7 +32,7 @@ def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64
     """Score the unedited model's perplexity on the answers to target and to control prompts, and their ratio.
 
     It is exp of the mean over answers of the mean loss per token, each behind its own prompt. The answers are those of
-    the refusal scorer, which must run first, just as they were given, with loops and refusals; an empty answer counts
+    the behavior scorer, which must run first, just as they were given, with loops and refusals; an empty answer counts
     as its end token. Loops are likely text, so read it together with ``degenerate``.
 
     opening: how many first tokens of each answer do not count; an answer that is no longer than that counts whole.
@@ -43,9 +43,9 @@ def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64
         raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        answers = [r["answer"] for r in context.known.records if (r["scorer"], r["group"]) == ("refusal", group)]
+        answers = [r["answer"] for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
         if len(answers) != len(context.prompts[group]):
-            raise UserError("fluency: there are no answers to score; put the step refusal before it")
+            raise UserError("fluency: there are no answers to score; put the step behavior before it")
         with without_edits():
             losses = answer_losses(base, context.prompts[group], answers, opening)
         items[f"fluency.{group}"] = ItemValues(losses, "perplexity")

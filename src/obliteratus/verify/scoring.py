@@ -21,6 +21,7 @@ from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import IsDone, generate
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.inference.token_losses import token_losses
+from obliteratus.judge.judge import Judge
 from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, wilson_rate
 from obliteratus.verify.questions import Question
 
@@ -109,6 +110,8 @@ class ScorerContext:
     """Token rows for `perplexity`; None: those that its option names."""
     questions: Sequence[Question] = ()
     """Questions for `accuracy`; empty: those of the file that its option names."""
+    judge: Judge = field(default_factory=Judge)
+    """Says which answers show the behavior. By default it looks for refusals."""
 
     def first_tokens(self, ids: Ids) -> Float[Tensor, "rows vocabulary"]:
         """Return log-probabilities (natural, fp32) of each row's first answer token."""
@@ -138,7 +141,9 @@ class ScorerContext:
 Scorer = Callable[..., Measurement]
 """(context, **options) → per-item values, scores, records and tensors of the model as it is edited at that moment."""
 
-scorers: Registry[Scorer] = Registry("verify", renamed={"accuracy.labelled": "labeled"})
+scorers: Registry[Scorer] = Registry(
+    "verify", renamed={"accuracy.labelled": "labeled", "refusal": "behavior", "refusal_score": "behavior_score"}
+)
 
 
 def measure(
@@ -148,15 +153,16 @@ def measure(
     before: Measurement | None = None,
     base: Subject | None = None,
     known: Measurement = NOTHING,
+    judge: Judge | None = None,
 ) -> Measurement:
     """Run the scorers on held-out prompts in their order; later ones read what earlier ones measured.
 
     before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
-    known: what is known beforehand, so that scorers need no passes of their own for it.
+    known: what is known beforehand, so that scorers need no passes of their own for it. judge: None looks for refusals.
     """
-    measured = Measurement()
+    measured, judge = Measurement(), judge or Judge()
     for step in steps:
         options = scorers.check(step.use, step.options)
-        context = ScorerContext(subject, prompts, before, known | measured, base)
+        context = ScorerContext(subject, prompts, before, known | measured, base, judge=judge)
         measured = measured | scorers[step.use].function(context, **options)
     return measured

@@ -11,9 +11,10 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet, Subject
-from obliteratus.judge.verdict import Verdict, judge_answer
+from obliteratus.judge.judge import Judge, Verdict
 from obliteratus.verify import measure
 
+JUDGE = Judge()
 REFUSED = {
     "straight": "I'm sorry, but I can't help with that.",
     "curly": "I\u2019m sorry, but I can\u2019t help with that.",
@@ -58,34 +59,34 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
-    assert judge_answer(REFUSED[case]) == "refused"
+    assert JUDGE.judge_answer(REFUSED[case]) == "shown"
 
 
 @pytest.mark.parametrize("case", COMPLIED)
 def test_complied(case: str) -> None:
-    assert judge_answer(COMPLIED[case]) == "complied"
+    assert JUDGE.judge_answer(COMPLIED[case]) == "absent"
 
 
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate(case: str) -> None:
-    assert judge_answer(DEGENERATE[case]) == "degenerate"
+    assert JUDGE.judge_answer(DEGENERATE[case]) == "degenerate"
 
 
 @given(st.text(max_size=200))
 @settings(max_examples=60, deadline=None)
 def test_any_text_has_a_verdict(text: str) -> None:
-    assert judge_answer(text) in get_args(Verdict)
+    assert JUDGE.judge_answer(text) in get_args(Verdict)
 
 
 @given(st.text(max_size=60).filter(lambda t: "<" not in t))
 @settings(max_examples=60, deadline=None)
 def test_nothing_undoes_a_refusal_that_was_said(more: str) -> None:
     """The early stop of generation rests on this."""
-    assert judge_answer("I'm sorry, but I can't help with that. " + more) == "refused"
+    assert JUDGE.judge_answer("I'm sorry, but I can't help with that. " + more) == "shown"
 
 
 # ------------------------------------------------------------------------------------------ the scorer
-STEPS = (Step(use="refusal", tokens=6),)
+STEPS = (Step(use="behavior", tokens=6),)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_records_rates_and_categories(subject: Subject, prompts: PromptSet) -> N
         (g, p.text) for g in ("target", "control") for p in prompts[g]
     ]
     assert {r["verdict"] for r in found.records} <= set(get_args(Verdict))
-    assert all(judge_answer(r["answer"]) == r["verdict"] for r in found.records)
+    assert all(JUDGE.judge_answer(r["answer"]) == r["verdict"] for r in found.records)
     sizes = {name: s.n for name, s in found.scores.items() if "/" in name}
     assert sizes == {"refusal.target/s": 2, "refusal.target/t": 1, "refusal.target/a": 1}
     assert found.scores["refusal.control"].n == 4

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.searches import make_judge, run_search, search_recipe, search_subject
+from tests.support.searches import make_scorer, run_search, search_recipe, search_subject
 
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.search.judge import TrialVerdict, opening_probability
+from obliteratus.search.score import TrialVerdict, opening_probability
 from obliteratus.search.space import apply_values
 
 
 def test_only_what_may_win_is_answered() -> None:
     """A dominated estimate gets no answers; a wide margin gives them to all that no front point beats in KL alone."""
-    careful, greedy = (run_search(search_recipe(12, margin=m, max_remaining_refusal=1.0)) for m in (0.0, 1.0))
+    careful, greedy = (run_search(search_recipe(12, margin=m, max_remaining=1.0)) for m in (0.0, 1.0))
     assert not all(t.answered for t in careful.trials)
     assert sum(t.answered for t in greedy.trials) >= sum(t.answered for t in careful.trials)
     for t in careful.trials:
@@ -25,37 +25,37 @@ def test_only_what_may_win_is_answered() -> None:
 
 def test_the_margin_is_what_an_estimate_may_be_wrong_by() -> None:
     known, front = {"refusal.target": 0.3, "kl.first_token.mean": 1.0}, [(0.25, 0.5)]
-    assert make_judge(search_recipe(margin=0.1))[1].may_enter(known, {}, front)
-    assert not make_judge(search_recipe(margin=0.01))[1].may_enter(known, {}, front)
+    assert make_scorer(search_recipe(margin=0.1))[1].may_enter(known, {}, front)
+    assert not make_scorer(search_recipe(margin=0.01))[1].may_enter(known, {}, front)
 
 
 def test_answers_end_when_their_refusals_shut_the_trial_out() -> None:
     """Refusals seen so far only grow: a trial that they put behind the front is given up before its answers end."""
-    cache, judge = make_judge(search_recipe(max_remaining_refusal=1.0, margin=1.0))
+    cache, scorer = make_scorer(search_recipe(max_remaining=1.0, margin=1.0))
     plan = cache.plan(apply_values(search_recipe(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
-    whole, kl = judge.judge_answers(plan), judge.estimate(plan).scores["kl.first_token.mean"]
-    assert judge.judge(plan, []).scores == whole.scores
-    behind = judge.judge(plan, [(0.5, kl)])  # by its estimate alone the margin would let it in
+    whole, kl = scorer.score_answers(plan), scorer.estimate(plan).scores["kl.first_token.mean"]
+    assert scorer.score(plan, []).scores == whole.scores
+    behind = scorer.score(plan, [(0.5, kl)])  # by its estimate alone the margin would let it in
     assert not behind.answered
     assert 0.5 < behind.scores["refusal.target"] <= whole.scores["refusal.target"] == 1.0
-    assert judge.judge(plan, [(0.5, kl + 0.1)]).answered
+    assert scorer.score(plan, [(0.5, kl + 0.1)]).answered
 
 
 def test_what_leaves_most_refusals_is_answered_only_to_begin_a_front() -> None:
-    cache, judge = make_judge(search_recipe())
+    cache, scorer = make_scorer(search_recipe())
     plan = cache.plan(apply_values(search_recipe(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))  # refuses all
-    assert judge.judge(plan, []).answered
-    assert not judge.judge(plan, [(0.0, 10.0)]).answered
-    _, patient = make_judge(search_recipe(max_remaining_refusal=1.0))
-    assert patient.judge(plan, [(0.0, 10.0)]).answered
+    assert scorer.score(plan, []).answered
+    assert not scorer.score(plan, [(0.0, 10.0)]).answered
+    _, patient = make_scorer(search_recipe(max_remaining=1.0))
+    assert patient.score(plan, [(0.0, 10.0)]).answered
 
 
 def test_the_estimate_is_the_rate_where_first_tokens_decide() -> None:
     """Unedited: all refused; edited: none. On the tiny model the first token says it all."""
-    cache, judge = make_judge(search_recipe())
+    cache, scorer = make_scorer(search_recipe())
     recipe = apply_values(search_recipe(), {"excise.strength": 1.0, "weigh.0.low": 0.0})
-    edited = judge.estimate(cache.plan(recipe)).scores
-    none = judge.estimate(
+    edited = scorer.estimate(cache.plan(recipe)).scores
+    none = scorer.estimate(
         cache.plan(apply_values(search_recipe(), {"excise.strength": 0.0, "weigh.0.low": 0.0}))
     ).scores
     assert none["refusal.target"] == pytest.approx(1.0, abs=0.02)
@@ -69,36 +69,36 @@ def test_opening_probability_is_the_sum_of_probabilities() -> None:
 
 
 def test_a_broken_model_is_worst_not_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, judge = make_judge(search_recipe())
+    cache, scorer = make_scorer(search_recipe())
     plan = cache.plan(apply_values(search_recipe(), {"excise.strength": 1.0, "weigh.0.low": 0.0}))
-    broken = judge.estimate(plan).scores
-    judge.base = judge.base.clone().fill_(float("nan"))
-    assert judge.estimate(plan).scores["kl.first_token.mean"] == 100.0 > broken["kl.first_token.mean"]
+    broken = scorer.estimate(plan).scores
+    scorer.base = scorer.base.clone().fill_(float("nan"))
+    assert scorer.estimate(plan).scores["kl.first_token.mean"] == 100.0 > broken["kl.first_token.mean"]
 
 
 def test_a_minus_makes_large() -> None:
-    _, judge = make_judge(search_recipe(minimize=("refusal.target", "-refusal.control")))
+    _, scorer = make_scorer(search_recipe(minimize=("refusal.target", "-refusal.control")))
     verdict = TrialVerdict({"refusal.target": 0.5, "refusal.control": 0.25}, False)
-    assert judge.objectives(verdict) == (0.5, -0.25)
-    assert judge.best_objectives(verdict.scores, {}) == pytest.approx((0.4, -0.35))
-    assert judge.best_objectives(verdict.scores, {"refusal.target": 0.45}) == pytest.approx((0.45, -0.35))
+    assert scorer.objectives(verdict) == (0.5, -0.25)
+    assert scorer.best_objectives(verdict.scores, {}) == pytest.approx((0.4, -0.35))
+    assert scorer.best_objectives(verdict.scores, {"refusal.target": 0.45}) == pytest.approx((0.45, -0.35))
 
 
 def test_weights_that_leave_no_layer_are_the_unedited_model() -> None:
     recipe = search_recipe()
-    cache, judge = make_judge(recipe)
+    cache, scorer = make_scorer(recipe)
     empty = cache.plan(load_recipe("basic", {"weigh": [{"use": "skip_first", "n": 99}]}))
     assert empty.edits == ()
-    assert judge.estimate(empty).scores["kl.first_token.mean"] == 0.0
+    assert scorer.estimate(empty).scores["kl.first_token.mean"] == 0.0
 
 
 def test_live_plans_agree_with_the_estimate() -> None:
     """Golden: KL by hand in float64 from the model's own logits."""
-    cache, judge = make_judge(search_recipe())
+    cache, scorer = make_scorer(search_recipe())
     plan = cache.plan(apply_values(search_recipe(), {"excise.strength": 0.6, "weigh.0.low": 0.0}))
 
     def logits() -> torch.Tensor:
-        rows = judge.rows["control"]
+        rows = scorer.rows["control"]
         with torch.no_grad():
             return torch.stack(
                 [search_subject().model(torch.tensor([r])).logits[0, -1].double() for r in rows]
@@ -108,6 +108,6 @@ def test_live_plans_agree_with_the_estimate() -> None:
     with applied(search_subject(), plan):
         edited = logits()
     expected = (base.exp() * (base - edited)).sum(-1).mean()
-    assert judge.estimate(plan).scores["kl.first_token.mean"] == pytest.approx(
+    assert scorer.estimate(plan).scores["kl.first_token.mean"] == pytest.approx(
         float(expected), rel=1e-3
     )  # KL is stored in fp32

@@ -1,7 +1,7 @@
 """Score trials in two steps: a cheap estimate for every trial, answers only for trials that could enter the front.
 
-The estimate takes one pass over the prompts: first-token KL on control prompts, and refusal rates predicted from the
-probability of the first tokens that this model's refusals begin with.
+The estimate takes one pass over the prompts: first-token KL on control prompts, and rates of the behavior predicted
+from the probability of the first tokens that it begins with in this model.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.inference.memory import free_memory
-from obliteratus.judge.verdict import SHOWN, judge_answer
+from obliteratus.judge.judge import SHOWN, Judge
+from obliteratus.judge.rung import Answered
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
+from obliteratus.verify.behavior import COUNTED, GROUPS, decode, shows_already
 from obliteratus.verify.drift import TAILS
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
-from obliteratus.verify.refusal import COUNTED, GROUPS, refuses_already
 
-ESTIMATED_SCORERS = ("refusal", "first_token_kl")  # scorers that the estimate replaces
+ESTIMATED_SCORERS = ("behavior", "first_token_kl")  # scorers that the estimate replaces
 # KL in nats given to a model whose output is not finite, or that is certain of a token that the base model excluded.
 # No working model comes near: a uniform distribution over 50 000 tokens is about 10 nats away.
 MAX_KL = 100.0
 Scores = Mapping[str, float]
 Continue = Callable[[Scores, Scores], bool]
-"""(estimated scores, lower bounds of refusal rates from the answers so far) → whether to go on generating answers."""
+"""(estimated scores, lower bounds of rates from the answers so far) → whether to go on generating answers."""
 # Memory for cached hidden states of the prompts, as a share of the weights' bytes: a search should stay within 1.2
 # times the loaded model, including the answers' KV cache. Under a memory limit, at most a quarter of what is free.
 CACHE_SHARE, FREE_MEMORY_SHARE = 0.1, 0.25
@@ -47,21 +48,21 @@ class TrialVerdict:
 
     scores: Mapping[str, float]
     answered: bool
-    """Whether refusal rates of target and keep prompts come from answers. If not, they are estimates."""
+    """Whether the rates of target and keep prompts come from answers. If not, they are estimates."""
 
 
 @dataclass(frozen=True)
-class RefusalScale:
-    """Predicts refusal rates from the probability of refusal openings, by a line through the base model's groups."""
+class RateScale:
+    """Predicts the behavior's rate from the probability of its openings, by a line through the base model's groups."""
 
     tokens: tuple[int, ...]
-    """First tokens of refusals."""
+    """First tokens of answers that show it."""
     slope: float
     control_probability: float
     control_rate: float
 
     def estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
-        """Return the estimated share of refusals, 0–1."""
+        """Return the estimated share of answers that show the behavior, 0–1."""
         probability = float(opening_probability(logp, self.tokens).mean())
         return min(1.0, max(0.0, self.control_rate + self.slope * (probability - self.control_probability)))
 
@@ -71,13 +72,18 @@ def opening_probability(logp: Float[Tensor, "rows vocabulary"], tokens: Sequence
     return logp[:, list(tokens)].double().exp().sum(-1)
 
 
-class TrialJudge:
-    """Scores plans on the search prompts, against the unedited model's first tokens and refusal rates."""
+class TrialScorer:
+    """Scores plans on the search prompts, against the unedited model's first tokens and rates."""
 
-    def __init__(self, subject: Subject, prompts: PromptSet, recipe: Recipe, before: Measurement) -> None:
-        """before: what the recipe's ``verify`` steps measured on the unedited model with these prompts."""
+    def __init__(
+        self, subject: Subject, prompts: PromptSet, recipe: Recipe, before: Measurement, judge: Judge | None = None
+    ) -> None:
+        """before: what the recipe's ``verify`` steps measured on the unedited model with these prompts. judge: says
+        which answers show the behavior; None looks for refusals."""
         assert recipe.search is not None
         self.subject, self.prompts, self.search = subject, prompts, recipe.search
+        self.judge = judge or Judge()
+        self.minimize = [self.judge.name_score(name) for name in recipe.search.minimize]
         self.groups = [g for g in GROUPS if g in prompts.groups]
         self.before = before
         self.other_scorers = [step for step in recipe.verify if step.use not in ESTIMATED_SCORERS]
@@ -91,9 +97,9 @@ class TrialJudge:
         self.answered = CachedPrompts(subject, answered_rows, budget=budget)
         base = self._split_by_group(self.answered.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]
-        self.scale = fit_refusal_scale(subject, base, before)
+        self.scale = fit_scale(base, before, self.judge)
 
-    def judge(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
+    def score(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
         """Score a plan; generate answers only while it could still enter the front.
 
         front: the objectives of the answered trials.
@@ -104,45 +110,49 @@ class TrialJudge:
         """Score a plan without answers."""
         return self._score(plan, lambda estimate, bounds: False)
 
-    def judge_answers(self, plan: Plan) -> TrialVerdict:
-        """Score a plan by answers to all target and keep prompts. The refusal rate of controls stays an estimate."""
+    def score_answers(self, plan: Plan) -> TrialVerdict:
+        """Score a plan by answers to all target and keep prompts. The rate of controls stays an estimate."""
         return self._score(plan, lambda estimate, bounds: True)
 
     def _score(self, plan: Plan, go_on: Continue) -> TrialVerdict:
         """Estimate, then generate answers while ``go_on`` says so; they continue from the estimate's pass.
 
-        If generation is given up, refusals seen so far are lower bounds: no returned rate is below them.
+        If generation is given up, the rates seen so far are lower bounds: no returned rate is below them.
         """
         bounds: dict[str, float] = {}
         with applied(self.subject, plan):
             scores = self._estimate_controls()
 
             def begin(logp: Tensor) -> bool:
-                rates = {f"refusal.{g}": self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
+                rates = {self.rate_of(g): self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
                 scores.update(rates)
                 return go_on(scores, bounds)
 
-            def proceed(refused: Collection[int]) -> bool:
-                bounds.update(self._refused_shares(refused))
+            def proceed(shown: Collection[int]) -> bool:
+                bounds.update(self._shown_shares(shown))
                 return go_on(scores, bounds)
 
             answers = self.answered.generate(
-                self.search.tokens, done=self._refuses, accept_first=begin, keep_going=proceed
+                self.search.tokens,
+                done=shows_already(self.subject, self.judge),
+                accept_first=begin,
+                keep_going=proceed,
             )
         if answers:
             return TrialVerdict(scores | self._count_verdicts(answers), True)
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
 
     def _estimate_controls(self) -> dict[str, float]:
-        """Return KL and estimated refusal rate of control prompts, and the other scorers if an objective needs them."""
+        """Return KL and the estimated rate of control prompts, and the other scorers if an objective needs them."""
         control = self.control.first_token()
         divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
         scores = {f"kl.first_token.{tail}": float(reduce(divergence)) for tail, reduce in TAILS.items()}
-        scores["refusal.control"] = self._estimate_rate(control)
+        scores[self.rate_of("control")] = self._estimate_rate(control)
         return scores | (self._run_other_scorers() if self._needs_other_scorers(scores) else {})
 
-    def _refuses(self, answer: list[int]) -> bool:
-        return refuses_already(self.subject, answer)
+    def rate_of(self, group: str) -> str:
+        """Return the name of the score that is the behavior's rate in a group."""
+        return f"{self.judge.name}.{group}"
 
     def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
         return self.scale.estimate_rate(logp.nan_to_num(nan=0.0))
@@ -153,18 +163,21 @@ class TrialJudge:
         return dict(zip(self.answered_groups, rows.split(sizes), strict=True))
 
     def _count_verdicts(self, answers: Ids) -> dict[str, float]:
-        """Return the shares of refusals and of degenerate answers by group."""
-        verdicts = [judge_answer(self.subject.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
+        """Return the share of each verdict by group, such as that of degenerate answers."""
+        prompts = [prompt for group in self.answered_groups for prompt in self.prompts[group]]
+        texts = decode(self.subject, answers)
+        asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]
+        verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
         return {
-            f"{name}.{g}": sum(verdicts[row] in counted for row in rows) / len(rows)
+            self.judge.name_score(f"{name}.{g}"): sum(verdicts[row] in counted for row in rows) / len(rows)
             for g, rows in self._row_ranges().items()
             for name, counted in COUNTED.items()
         }
 
-    def _refused_shares(self, refused: Collection[int]) -> dict[str, float]:
-        """Return the share of each group's rows that have refused already."""
+    def _shown_shares(self, shown: Collection[int]) -> dict[str, float]:
+        """Return the share of each group's rows that show the behavior already."""
         return {
-            f"refusal.{g}": sum(row in rows for row in refused) / len(rows) for g, rows in self._row_ranges().items()
+            self.rate_of(g): sum(row in rows for row in shown) / len(rows) for g, rows in self._row_ranges().items()
         }
 
     def _row_ranges(self) -> dict[str, range]:
@@ -173,48 +186,47 @@ class TrialJudge:
         return {g: range(end - len(self.rows[g]), end) for g, end in zip(self.answered_groups, ends, strict=True)}
 
     def may_enter(self, estimate: Scores, bounds: Scores, front: Sequence[Sequence[float]]) -> bool:
-        """Whether a trial could still enter the front, given its estimate and the refusals seen so far.
+        """Whether a trial could still enter the front, given its estimate and the rates seen so far.
 
-        bounds: lower bounds of refusal rates by score name. A trial that would leave more refusals of target prompts
-        than ``max_remaining_refusal`` allows is useless, so it gets answers only while the front is empty.
+        bounds: lower bounds of rates by score name. A trial that would leave more of the behavior on target prompts
+        than ``max_remaining`` allows is useless, so it gets answers only while the front is empty.
         """
         best = self.best_objectives(estimate, bounds)
-        by_name = dict(zip(self.search.minimize, best, strict=True))
-        limit = self.search.max_remaining_refusal * self.before.scores["refusal.target"].value
-        useful = not front or by_name.get("refusal.target", 0.0) <= limit
+        by_name = dict(zip(self.minimize, best, strict=True))
+        limit = self.search.max_remaining * self.before.scores[self.rate_of("target")].value
+        useful = not front or by_name.get(self.rate_of("target"), 0.0) <= limit
         return useful and not any(dominates(other, best) for other in front)
 
     def best_objectives(self, estimate: Scores, bounds: Scores) -> tuple[float, ...]:
-        """Return the objectives if every refusal rate were as good as the margin and the answers so far allow."""
-        rates = {name: value for name, value in estimate.items() if name.startswith("refusal.")}
+        """Return the objectives if every rate were as good as the margin and the answers so far allow."""
+        rates = {name: value for name, value in estimate.items() if name.startswith(f"{self.judge.name}.")}
         margin = self.search.margin
         low = {name: max(0.0, value - margin, bounds.get(name, 0.0)) for name, value in rates.items()}
         high = {name: min(1.0, max(value + margin, bounds.get(name, 0.0))) for name, value in rates.items()}
         return tuple(
-            read_objective(name, {**estimate, **(high if name.startswith("-") else low)})
-            for name in self.search.minimize
+            read_objective(name, {**estimate, **(high if name.startswith("-") else low)}) for name in self.minimize
         )
 
     def objectives(self, verdict: TrialVerdict) -> tuple[float, ...]:
         """Return the values of ``search.minimize``, in order. Raises UserError for a name that no scorer returns."""
-        return tuple(read_objective(name, verdict.scores) for name in self.search.minimize)
+        return tuple(read_objective(name, verdict.scores) for name in self.minimize)
 
-    def excess_refusal(self, scores: Scores) -> float:
-        """Return by how much more control prompts are refused than allowed. A trial is feasible at 0 and below."""
-        base = self.before.scores["refusal.control"].value
-        return scores["refusal.control"] - base - self.search.control_margin
+    def excess_control(self, scores: Scores) -> float:
+        """Return by how much the rate on control prompts exceeds what is allowed; at most 0 is feasible."""
+        rate = self.rate_of("control")
+        return scores[rate] - self.before.scores[rate].value - self.search.control_margin
 
     def _needs_other_scorers(self, estimate: Scores) -> bool:
         """Whether an objective is missing from the estimate. Other scorers cost passes of their own."""
-        estimated = {*estimate, *(f"refusal.{g}" for g in self.groups)}
-        return any(name.removeprefix("-") not in estimated for name in self.search.minimize)
+        estimated = {*estimate, *(self.rate_of(g) for g in self.groups)}
+        return any(name.removeprefix("-") not in estimated for name in self.minimize)
 
     def _run_other_scorers(self) -> dict[str, float]:
-        measurement = measure(self.subject, self.prompts, self.other_scorers, self.before)
+        measurement = measure(self.subject, self.prompts, self.other_scorers, self.before, judge=self.judge)
         return {name: score.value for name, score in measurement.scores.items()}
 
     def describe_openings(self) -> str:
-        """Return the tokens that refusals begin with, as text."""
+        """Return the tokens that the behavior begins with, as text."""
         return openings_to_text(self.subject, self.scale.tokens)
 
 
@@ -226,24 +238,24 @@ def read_objective(name: str, scores: Scores) -> float:
     return -scores[plain] if name.startswith("-") else scores[plain]
 
 
-def fit_refusal_scale(subject: Subject, base: Mapping[str, Tensor], before: Measurement) -> RefusalScale:
-    """Find the first tokens of this model's refusals, and how their probability predicts its refusal rate.
+def fit_scale(base: Mapping[str, Tensor], before: Measurement, judge: Judge) -> RateScale:
+    """Find the first tokens that the behavior begins with in this model, and how their probability predicts its rate.
 
-    The tokens are those that begin at least one refused target prompt in twenty, and are four times as frequent as for
-    control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such token, or if
-    target prompts are not refused more often than control prompts.
+    The tokens are those that begin at least one in twenty target answers that show it, and are four times as frequent
+    as for control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such token, or
+    if the rate on target prompts is not above that on control prompts.
     """
-    refused = torch.tensor([r["verdict"] in SHOWN for r in before.records if r.get("group") == "target"])
+    shown = torch.tensor([r["verdict"] in SHOWN for r in before.records if r.get("group") == "target"])
     target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
-    frequency = target[refused].mean(0) if bool(refused.any()) else target.mean(0)
+    frequency = target[shown].mean(0) if bool(shown.any()) else target.mean(0)
     tokens = tuple(int(t) for t in ((frequency >= MIN_SHARE) & (frequency >= MIN_RATIO * control)).nonzero()[:, 0])
-    rates = {g: before.scores[f"refusal.{g}"].value for g in ("target", "control")}
+    rates = {g: before.scores[f"{judge.name}.{g}"].value for g in ("target", "control")}
     if not tokens or rates["target"] <= rates["control"]:
         raise UserError(
-            f"search: this model refuses {rates['target']:.0%} of target and {rates['control']:.0%} of control search "
-            f"prompts, and {len(tokens)} first tokens are typical of its refusals; there is nothing to search for. "
+            f"search: {judge.name} is {rates['target']:.0%} on target and {rates['control']:.0%} on control search "
+            f"prompts, and {len(tokens)} first tokens are typical of it; there is nothing to search for. "
             "Give other prompts"
         )
     probability = {g: float(opening_probability(base[g], tokens).mean()) for g in ("target", "control")}
     slope = (rates["target"] - rates["control"]) / max(1e-6, probability["target"] - probability["control"])
-    return RefusalScale(tokens, slope, probability["control"], rates["control"])
+    return RateScale(tokens, slope, probability["control"], rates["control"])

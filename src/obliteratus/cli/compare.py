@@ -1,0 +1,89 @@
+"""Do what `verify` asks for: measure a model by itself or against its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from obliteratus.cli.jobs import fill_example_prompts
+from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
+from obliteratus.core.run_folder import check_free, publish, workspace
+from obliteratus.core.settings import JudgeSettings, Step
+from obliteratus.core.types import PromptSet
+from obliteratus.pipeline.recipe import load_recipe, parse_overrides
+from obliteratus.pipeline.record import describe_judge
+from obliteratus.prompts import load_prompts, split_prompts
+from obliteratus.rebirth.model_card import format_score
+from obliteratus.summon.load import open_subject
+from obliteratus.verify import Measurement, measure
+from obliteratus.verify.answers import write_answers
+from obliteratus.verify.ladder import check_judge, embed_files, hear_judge
+
+STEPS = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A request to measure a model, checked as far as possible without it."""
+
+    judge: JudgeSettings
+    prompts: PromptSet
+    """The prompts that are reported on."""
+    heard: PromptSet
+    """The prompts on which the base model is listened to for words of its own."""
+    out: Path | None
+
+    @classmethod
+    def create(
+        cls, choices: list[str], sources: Mapping[str, Any], seed: int, everything: bool, out: Path | None
+    ) -> Comparison:
+        """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
+        settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
+        prompts = load_prompts(**fill_example_prompts(sources, check_judge(settings)))
+        if out is not None:
+            check_free(out)
+        if everything:
+            return cls(settings, prompts, prompts, out)
+        splits = split_prompts(prompts, seed)
+        return cls(settings, splits.report, splits.fit, out)
+
+    def run(self, model: str, against: str | None, opening: dict[str, Any]) -> dict[str, Any]:
+        """Return the scores ``before`` and ``after``, with a text for people each; without a base, ``before`` is empty.
+
+        They and every answer are written if there is an output folder.
+        """
+        before, after, judged_by = self._measure(model, against, opening)
+        scores = {"before": _to_plain(before.scores if before else {}), "after": _to_plain(after.scores)}
+        if self.out is not None:
+            with workspace(self.out, {"model": model, "against": against or ""}, resume=True) as partial:
+                folder = partial / "output"
+                folder.mkdir(exist_ok=True)
+                write_answers(before, after, folder)
+                (folder / "verify.json").write_text(json.dumps(scores | {"judge": judged_by}, indent=1))
+                publish(partial, self.out)
+        return scores
+
+    def _measure(
+        self, model: str, against: str | None, opening: dict[str, Any]
+    ) -> tuple[Measurement | None, Measurement, dict[str, Any]]:
+        first = open_subject(against or model, **opening)
+        judge = hear_judge(self.judge, first, self.heard)
+        before, vocabulary = measure(first, self.prompts, STEPS, base=first, judge=judge), len(first.tokenizer)
+        described = describe_judge(judge, before)
+        if against is None:
+            return None, before, described
+        del first  # so that only one of the two models is in memory, unless the base is to judge
+        subject = open_subject(model, **opening)
+        if vocabulary != len(subject.tokenizer):
+            raise UserError(
+                f"{model}: its vocabulary differs from that of {against}; compare a model with its own base"
+            )
+        return before, measure(subject, self.prompts, STEPS, before, judge=judge), described
+
+
+def _to_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {name: {**score.model_dump(), "text": format_score(score)} for name, score in scores.items()}

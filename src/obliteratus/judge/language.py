@@ -1,0 +1,42 @@
+"""The language of an answer: phrases say nothing about an answer in a language that they do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+from obliteratus.judge.text import fold, is_plainly_english
+
+# An answer is in another language if those that are known share less than this probability. Of 3 900 answers in 17
+# known languages, code and numbers among them, two in Latinized Hindi fall below it.
+LEAST_PROBABILITY = 0.1
+# Letters that it takes to tell a language: "Yes." and "Да." are words of many.
+LEAST_LETTERS = 12
+
+
+@cache
+def load_identifier() -> LanguageIdentifier:
+    """Return the language identifier (Lui and Baldwin 2012). It is loaded once, in half a second."""
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def list_languages() -> list[str]:
+    """Return the codes (ISO 639) of all languages that can be told apart."""
+    return sorted(str(code) for code in load_identifier().labels)
+
+
+def find_language(text: str) -> str:
+    """Return the code of the likeliest language."""
+    return str(load_identifier().classify(text)[0])
+
+
+def is_in_one_of(text: str, languages: Collection[str]) -> bool:
+    """Return whether a text may be in one of the languages. Numbers and short texts may be in any."""
+    if sum(letter.isalpha() for letter in text) < LEAST_LETTERS:
+        return True
+    if "en" in languages and is_plainly_english(fold(text)):  # so that most runs need not load the identifier
+        return True
+    ranks = load_identifier().rank(text)
+    return sum(float(probability) for code, probability in ranks if code in languages) >= LEAST_PROBABILITY
