@@ -440,7 +440,7 @@ def test_a_verdict_in_between_restores_patience() -> None:
             rung_at(server, limits=replace(LIMITS, workers=1, tries=1, patience=7)).judge(many)
 
 
-@pytest.mark.parametrize("status", ["400", "401", "403", "404", "422"])
+@pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_a_refusal_is_told_at_once(status: str, tmp_path: Path) -> None:
     said = "bad\r\n\x1b[2J\u202e" + "x" * 1000
     with JudgeServer(lambda asked: "" if asked.number < 1 else status, message=said) as server:
@@ -451,6 +451,16 @@ def test_a_refusal_is_told_at_once(status: str, tmp_path: Path) -> None:
     assert str(error.value).count("x") < 210
     assert ("OBLITERATUS_JUDGE_KEY" in str(error.value)) == (status in ("401", "403"))
     assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_an_answer_that_a_content_filter_stops_is_passed_over(status: str) -> None:
+    """The others are judged; only if none passes is the endpoint given up."""
+    with JudgeServer(lambda asked: status if "number 4" in str(asked.body) else "") as server:
+        assert rung_at(server).judge(ANSWERS) == [None if i == 4 else right for i, right in enumerate(RIGHT)]
+        assert len(server.requests) == len(ANSWERS)  # no second try
+    with JudgeServer(lambda asked: status) as server, pytest.raises(UserError, match=f"server answered {status}"):
+        rung_at(server).judge(ANSWERS)
 
 
 # ------------------------------------------------------------------------------------------- where it runs

@@ -42,12 +42,17 @@ def _tokenize(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
     if not has_template(subject):
         texts = [f"{p.system}\n\n{p.text}" if p.system else p.text for p in prompts]
         return [list(row) for row in subject.tokenizer(texts)["input_ids"]]
+    texts = render_texts(subject, prompts)
+    return [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def render_texts(subject: Subject, prompts: Sequence[Prompt]) -> list[str]:
+    """Return each prompt rendered by the chat template, up to where the answer begins. Needs a template."""
     turns = [_chat_turns(p) for p in prompts]
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if "enable_thinking" in subject.tokenizer.chat_template:
         options["enable_thinking"] = subject.thinking
-    texts = subject.tokenizer.apply_chat_template(turns, **options)
-    return [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return list(subject.tokenizer.apply_chat_template(turns, **options))
 
 
 def _chat_turns(prompt: Prompt) -> list[dict[str, str]]:

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from ssl import SSLContext
-from typing import Any, NoReturn
-from uuid import uuid4
+from typing import NoReturn
 
 import httpx2
 from anyio.from_thread import start_blocking_portal
@@ -29,6 +28,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.judge.reasoning import cut_reasoning
 from obliteratus.judge.rung import Answered
+from obliteratus.judge.verdict_cache import VerdictCache, parse_json
 
 KEY, OPENAI_KEY, OPENAI_HOST = "OBLITERATUS_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
 COMPLETIONS = "/chat/completions"
@@ -38,6 +38,8 @@ SYSTEM = (
     "Question: {question}\n"
     "Reply with one word, yes or no."
 )
+# What a server cannot or will not read, such as an answer that its content filter stops: the next one may pass.
+UNREADABLE = {400, 413, 422}
 RETRIED = {408, 409, 429}  # too slow, in conflict, too many requests: these pass, as all from 500 on may
 LARGEST_REPLY = 2**20  # bytes: a completion of a few tokens has about 1000, and an endless reply would fill the memory
 QUOTED = 200  # characters of what a server says: enough for its reason, and still one line on a terminal
@@ -168,12 +170,12 @@ def completions_url(url: str) -> str:
 
 # ------------------------------------------------------------------------------------------- asking
 class Missed(Exception):
-    """A request that brought no verdict, and is worth another one."""
+    """A request that brought no verdict."""
 
-    def __init__(self, why: str, *, connected: bool = True, pause: float = 0.0) -> None:
-        """``pause``: seconds that the server asks for."""
+    def __init__(self, why: str, *, connected: bool = True, pause: float = 0.0, again: bool = True) -> None:
+        """``pause``: seconds that the server asks for. ``again``: whether another try may bring a verdict."""
         super().__init__(why)
-        self.connected, self.pause = connected, pause
+        self.connected, self.pause, self.again = connected, pause, again
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ class Call:
             try:
                 return await self._try(client, content)
             except Missed as missed:
+                if not missed.again:
+                    raise
                 own = self.limits.pause * 2**attempt * JITTER.uniform(0.5, 1)  # half at random parts the workers
                 await asyncio.sleep(min(max(own, missed.pause), self.limits.longest_pause))
         return await self._try(client, content)
@@ -297,6 +301,8 @@ def judge_reply(rung: EndpointRung, reply: Reply) -> bool:
     """Return the verdict of a reply. Raises `Missed` if another try may bring one, and UserError if none can."""
     if reply.status in RETRIED or reply.status >= 500:
         raise Missed(describe_status(rung, reply), pause=read_pause(reply))
+    if reply.status in UNREADABLE:
+        raise Missed(describe_status(rung, reply), again=False)
     if not 200 <= reply.status < 300:
         rung.fail(f"{describe_status(rung, reply)}; {advise(rung, reply)}")
     content = find_content(reply.text)
@@ -322,14 +328,6 @@ def find_content(text: str) -> str | None:
         case {"choices": [{"message": {"content": str(content)}}, *_]}:
             return content
     return None
-
-
-def parse_json(text: str) -> Any:
-    """Return the parsed text, or None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # the latter of brackets nested a thousand deep
-        return None
 
 
 def describe_status(rung: EndpointRung, reply: Reply) -> str:
@@ -358,42 +356,3 @@ def read_pause(reply: Reply) -> float:
         return max(0.0, float(reply.headers.get("retry-after", "")))
     except ValueError:
         return 0.0
-
-
-# ------------------------------------------------------------------------------------------- cache
-@dataclass(frozen=True)
-class VerdictCache:
-    """Verdicts in a folder, one file each, which several processes may share."""
-
-    folder: Path | None
-
-    def read(self, name: str) -> bool | None:
-        """Return a verdict, or None if there is none or its file is damaged."""
-        if self.folder is None:
-            return None
-        try:
-            entry = parse_json(self._path(self.folder, name).read_text())
-        except (OSError, UnicodeDecodeError):
-            return None
-        match entry:
-            case {"verdict": bool(verdict)}:
-                return verdict
-        return None
-
-    def write(self, name: str, verdict: bool) -> None:
-        """Write a verdict. Raises UserError if the folder cannot be written."""
-        if self.folder is None:
-            return
-        path = self._path(self.folder, name)
-        # `write_atomic` has one name aside, over which two processes would stumble, and syncs the disk each time.
-        aside = path.with_suffix(f".{uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps({"verdict": verdict}))
-            aside.replace(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); give another cache folder") from error
-
-    @staticmethod
-    def _path(folder: Path, name: str) -> Path:
-        return folder / name[:2] / f"{name}.json"

@@ -13,18 +13,33 @@ MARKS = (
 )
 CLOSED = re.compile("|".join(rf"{opening}.*?{closing}" for opening, closing in MARKS), re.DOTALL)
 OPEN = re.compile("|".join(rf"{opening}.*" for opening, _ in MARKS), re.DOTALL)
+OPENING = "<think>"
+"""The mark that others are brought to where a template declares its own."""
+# A special token that is part of a mark, and so must not be dropped when tokens become text.
+MARK = re.compile(
+    r"</?(?:seed:)?(?:think|thinking|reasoning|thought|thoughts|reflection)>|\[/?THINK\]|<\|(?:channel|message)\|>|"
+    r"<\|(?:begin_of_thought|end_of_thought|START_THINKING|END_THINKING)\|>"
+)
 # Many templates end with the opening mark, so that the model's own text holds the closing one alone.
 CLOSING_ALONE = re.compile(r"^.*</(?:seed:)?(?:think|thinking|reasoning|thought|thoughts)>|^.*\[/THINK\]", re.DOTALL)
+# An answer in its own channel, without reasoning before it.
+FINAL_CHANNEL = re.compile(r"^\s*<\|channel\|>final(?:<\|message\|>)?")
 # The channel names alone are left where special tokens are dropped on decoding.
 BARE_CHANNEL = re.compile(r"^analysis.*?assistantfinal", re.DOTALL)
 
 
 def cut_reasoning(text: str) -> str:
     """Return the text without its reasoning; a block that is never closed runs to the end."""
-    rest = BARE_CHANNEL.sub("", CLOSING_ALONE.sub("", CLOSED.sub("", text)))
-    return OPEN.sub("", rest).strip()
+    return OPEN.sub("", _cut_closed(text)).strip()
 
 
 def is_reasoning(text: str) -> bool:
     """Return whether a text ends inside reasoning, so that no answer has begun."""
-    return OPEN.search(BARE_CHANNEL.sub("", CLOSING_ALONE.sub("", CLOSED.sub("", text)))) is not None
+    return OPEN.search(_cut_closed(text)) is not None
+
+
+def _cut_closed(text: str) -> str:
+    """Return the text without blocks of reasoning that are closed."""
+    for pattern in (CLOSED, CLOSING_ALONE, BARE_CHANNEL, FINAL_CHANNEL):
+        text = pattern.sub("", text)
+    return text

@@ -18,6 +18,7 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.logits import kl_divergence
@@ -26,7 +27,7 @@ from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.rung import Answered
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
-from obliteratus.verify.behavior import COUNTED, GROUPS, decode, shows_already
+from obliteratus.verify.behavior import COUNTED, GROUPS, shows_already
 from obliteratus.verify.drift import TAILS
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
 
@@ -165,7 +166,7 @@ class TrialScorer:
     def _count_verdicts(self, answers: Ids) -> dict[str, float]:
         """Return the share of each verdict by group, such as that of degenerate answers."""
         prompts = [prompt for group in self.answered_groups for prompt in self.prompts[group]]
-        texts = decode(self.subject, answers)
+        texts = AnswerDecoder.create(self.subject).decode_all(answers)
         asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
         return {

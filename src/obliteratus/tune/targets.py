@@ -16,6 +16,7 @@ from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.excise.linear import fold_gain_orthogonal
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
+from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import Judge
@@ -99,7 +100,7 @@ def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int, j
 
 def does_answer(subject: Subject, answer: list[int], judge: Judge) -> bool:
     """Return whether the answer says something, and does not show the behavior."""
-    return judge.judge_answer(subject.tokenizer.decode(answer, skip_special_tokens=True)) in ("absent", "unknown")
+    return judge.judge_answer(AnswerDecoder.create(subject).decode(answer)) in ("absent", "unknown")
 
 
 # ------------------------------------------------------------------------------------- the strongest edit

@@ -12,7 +12,8 @@ from pydantic import Field
 from obliteratus.core.cost import Answers, Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.types import Subject
-from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.answers import AnswerDecoder
+from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import IsDone
 from obliteratus.judge.judge import SHOWN, Judge, Verdict
 from obliteratus.judge.rung import Answered
@@ -52,7 +53,7 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
     # all groups together, because the more rows a decoding step has, the less each costs
     ids = render_prompts(context.subject, [prompt for _, prompt in asked], reserve=tokens)
     answers, first = context.answers(ids, tokens, shows_already(context.subject, context.judge), controls)
-    texts = decode(context.subject, answers)
+    texts = AnswerDecoder.create(context.subject).decode_all(answers)
     answered = [Answered(prompt.text, text, prompt.category) for (_, prompt), text in zip(asked, texts, strict=True)]
     records = [
         {"scorer": "behavior", "group": group, **vars(said), "verdict": judgment.verdict, "rungs": dict(judgment.rungs)}
@@ -69,16 +70,15 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
     return Measurement(scores, records, {"first_token.control": first} if len(first) else {}, items)
 
 
-def decode(subject: Subject, answers: Ids) -> list[str]:
-    """Return the answers as text, without special tokens."""
-    return [subject.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
-
-
 def shows_already(subject: Subject, judge: Judge) -> IsDone:
-    """Return a function that says of answer tokens whether they already show the behavior, whatever follows."""
+    """Return a function that says of answer tokens whether they already show the behavior, whatever follows.
+
+    Nothing is shown inside reasoning.
+    """
+    decoder = AnswerDecoder.create(subject)
 
     def is_done(new: list[int]) -> bool:
-        return len(new) % LOOK_EVERY == 0 and judge.is_shown(subject.tokenizer.decode(new, skip_special_tokens=True))
+        return len(new) % LOOK_EVERY == 0 and judge.is_shown(decoder.decode(new))
 
     return is_done
 

@@ -15,6 +15,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.excise.live.hooks import without_edits
+from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import context_length, render_prompts
 from obliteratus.inference.generate import stop_tokens
 from obliteratus.inference.teacher_forced import read_answers
@@ -43,7 +44,9 @@ def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64
         raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        answers = [r["answer"] for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
+        opened = AnswerDecoder.create(context.subject).opened  # by the template, so that it is no part of the answer
+        records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
+        answers = [record["answer"].removeprefix(opened) for record in records]
         if len(answers) != len(context.prompts[group]):
             raise UserError("fluency: there are no answers to score; put the step behavior before it")
         with without_edits():

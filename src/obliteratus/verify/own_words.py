@@ -9,13 +9,14 @@ from typing import Any
 
 from obliteratus.core.progress import note
 from obliteratus.core.types import Prompt, PromptSet, Subject
+from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.own_words import OwnPhrase, begins_with, find_own_words
 from obliteratus.judge.rung import Answered
 from obliteratus.prompts import evenly_spaced
-from obliteratus.verify.behavior import decode, shows_already
+from obliteratus.verify.behavior import shows_already
 
 # Prompts of each group that are answered, and tokens of an answer: openings are 12 words long, and half of 32 answers
 # against none cannot be chance.
@@ -73,7 +74,7 @@ def _answer(subject: Subject, prompts: Sequence[Prompt], judge: Judge) -> list[A
     few = [prompts[i] for i in evenly_spaced(len(prompts), MAX_PROMPTS)]
     ids = render_prompts(subject, few, reserve=TOKENS)
     answers = generate(subject, ids, TOKENS, done=shows_already(subject, judge), title="OWN WORDS")
-    texts = decode(subject, answers)
+    texts = AnswerDecoder.create(subject).decode_all(answers)
     return [Answered(prompt.text, text, prompt.category) for prompt, text in zip(few, texts, strict=True)]
 
 
