@@ -14,7 +14,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.toml import dump_toml
 from obliteratus.pipeline.recipe import parse_overrides
 from obliteratus.study.data import check_study
-from obliteratus.study.files import fill_organism_prompts, list_studies, load_study, parse_study
+from obliteratus.study.files import fill_prompts, list_studies, load_study, parse_study
 
 WANTED = ["attention", "embeddings", "full", "knowledge", "layers", "pruning", "quick", "refusal", "robustness"]
 BASE: dict[str, Any] = {"strategies": [{"use": "layers"}]}
@@ -36,7 +36,7 @@ def test_a_preset_parses_and_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_names_what_is_registered(name: str) -> None:
     changes = {"model": "organism:astronomy"}
-    check_study(fill_organism_prompts(load_study(name, changes)))
+    check_study(fill_prompts(load_study(name, changes)))
 
 
 def test_an_unknown_option_is_refused() -> None:
@@ -119,7 +119,7 @@ def test_a_source_that_is_none(source: str, text: str | None, message: str, tmp_
 
 def test_an_organism_has_its_own_prompts() -> None:
     def prompts(model: str, source: str = "refusal", **changes: Any) -> tuple[str, str]:
-        data = fill_organism_prompts(load_study(source, {"model": model, **changes})).data
+        data = fill_prompts(load_study(source, {"model": model, **changes})).data
         return data.target, data.control
 
     own = "organism:astronomy"
@@ -146,4 +146,4 @@ def test_the_guide_shows_studies_that_work() -> None:
     assert len(changes) == 2
     for source, model, options in changes:
         pairs = [a or b for a, b in re.findall(r"--set (?:'([^']*)'|(\S+))", options)]
-        assert fill_organism_prompts(load_study(source, {**parse_overrides(pairs), "model": model})).data.samples == 8
+        assert fill_prompts(load_study(source, {**parse_overrides(pairs), "model": model})).data.samples == 8

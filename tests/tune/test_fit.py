@@ -20,6 +20,7 @@ from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.forecast.formula import describe_cost
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.tune import fit, targets
@@ -125,7 +126,7 @@ def group_prompts(n: int = 8) -> PromptSet:
 @pytest.fixture
 def easy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's bytes are no text: any answer will do."""
-    monkeypatch.setattr(targets, "does_answer", lambda subject, answer: True)
+    monkeypatch.setattr(targets, "does_answer", lambda subject, answer, judge: True)
 
 
 def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
@@ -133,7 +134,7 @@ def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
     subject, splits = tiny_subject("llama"), group_prompts().split()
     how = FEW_STEPS.model_copy(update={"margins": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
     plan = random_upper_plan(subject, make_plan)
-    points = tune_all_margins(subject, plan, splits.fit, splits.search, how)
+    points = tune_all_margins(subject, plan, splits, how, 0, Judge())
     assert [p.margin for p in points] == [0.0, 2.0]
     assert points[1].nll <= points[0].nll + 1e-3
     assert all(isinstance(p, TunedPlan) and p.steps >= 5 for p in points)

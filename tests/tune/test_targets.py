@@ -78,7 +78,7 @@ def test_refused_prompts_are_asked_again_under_a_stronger_edit(monkeypatch: pyte
     """A plan too weak to end a refusal still gets answers; one along an axis that is not the refusal gets none."""
     subject = refuser()
     no = byte(subject.tokenizer, "N")
-    monkeypatch.setattr(targets, "does_answer", lambda subject, answer: answer[0] != no)
+    monkeypatch.setattr(targets, "does_answer", lambda subject, answer, judge: answer[0] != no)
     ids = render_prompts(subject, asked()["target"])
     with applied(subject, axis_plan(subject, REFUSAL, 0.1)):
         assert {a[0] for a in generate(subject, ids, 6)} == {no}

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from obliteratus.cli.options import Device, Json, Quiet, Seed, Trust, show_progress, with_seed
+from obliteratus.cli.options import (
+    Behavior,
+    Device,
+    Json,
+    Phrases,
+    Quiet,
+    Seed,
+    Trust,
+    show_progress,
+    with_judge,
+    with_seed,
+)
 
 if TYPE_CHECKING:
     from obliteratus.study.base import KnockoutResult
@@ -55,6 +66,8 @@ def study(
     model: StudyModel = "",
     target: Target = None,
     control: Control = None,
+    behavior: Behavior = None,
+    phrases: Phrases = None,
     out: Out = None,
     set_: Overrides = None,
     seed: Seed = None,
@@ -82,7 +95,7 @@ def study(
     if not source:
         raise UserError(f"study: name a study file or one of {PRESETS}")
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
-    loaded = _load_study(source, with_seed(set_, seed), changes)
+    loaded = _load_study(source, with_judge(with_seed(set_, seed), behavior, phrases), changes)
     saved_to = _choose_folder(loaded, out, resume)
     opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
     title = f"Study {loaded.name} of {loaded.model}"
@@ -152,11 +165,13 @@ def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -
     from obliteratus.core.errors import UserError
     from obliteratus.pipeline.recipe import parse_overrides
     from obliteratus.study.data import check_study
-    from obliteratus.study.files import fill_organism_prompts, load_study
+    from obliteratus.study.files import fill_prompts, load_study
     from obliteratus.summon.load import parse_dtype
+    from obliteratus.verify.ladder import embed_files
 
     set_values = {path: value for path, value in changes.items() if value is not None}
-    loaded = fill_organism_prompts(load_study(source, parse_overrides(list(pairs)) | set_values))
+    loaded = load_study(source, parse_overrides(list(pairs)) | set_values)
+    loaded = fill_prompts(loaded.model_copy(update={"judge": embed_files(loaded.judge)}))
     if not loaded.model:
         raise UserError(f"study '{source}': it names no model; give one: obliteratus study {source} MODEL")
     parse_dtype(loaded.dtype)

@@ -222,6 +222,9 @@ class Tune(FrozenModel):
     """Most fit prompts of each group for which answers are generated."""
     tokens: int = Field(18, ge=6, le=256)
     """Tokens of each answer."""
+    watch: int = Field(48, ge=0, le=1024)
+    """Tokens within which answers to target prompts are watched for the behavior's return. Where it comes back, the
+    answer is fitted up to there. 48 are what VERIFY reads; 0 watches no further than ``tokens``."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Tune:

@@ -107,7 +107,8 @@ def _tune_cost(tune: Tune) -> Cost:
     checks = (held_out[0] + held_out[1]) * (len(tune.margins) + -(-steps // CHECK_EVERY))
     openings = Answers(OPENING_LENGTHS[-1], target, times=2)
     continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))
-    answers = (Answers(tune.tokens, control), openings, continued)
+    watched = Answers(max(0, tune.watch - tune.tokens), target)
+    answers = (Answers(tune.tokens, control), openings, continued, watched)
     return Cost(checks, answers, training=(Training(steps, 2 * tune.batch, tune.tokens),))
 
 

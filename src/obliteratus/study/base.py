@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from obliteratus.core.registry import Registry
 from obliteratus.core.results import Score
@@ -67,3 +68,5 @@ class KnockoutResult(FrozenModel):
     They are paired, so that the difficulty of a text or prompt cancels. Empty for the baseline.
     """
     seconds: float = 0.0
+    answers: tuple[Mapping[str, Any], ...] = Field((), exclude=True)
+    """Judged answers before and after, as ``answers.jsonl`` keeps them."""

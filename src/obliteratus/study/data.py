@@ -16,6 +16,7 @@ from obliteratus.study.base import strategies
 from obliteratus.study.settings import Study
 from obliteratus.verify import scorers
 from obliteratus.verify.drift import load_paragraphs
+from obliteratus.verify.ladder import check_judge
 from obliteratus.verify.questions import Question, load_questions
 
 METRICS = {"perplexity": "texts", "behavior": "prompts", "first_token_kl": "prompts", "accuracy": "labeled"}
@@ -39,6 +40,7 @@ def check_study(study: Study) -> None:
 
     Raises UserError for a strategy, metric or option that does not exist, and for metrics whose data is missing.
     """
+    check_judge(study.judge)
     for step in study.strategies:
         strategies.check(step.use, step.options)
     for step in study.metrics:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -18,8 +19,9 @@ from obliteratus.inference.memory import free_memory, trim_heap
 from obliteratus.judge.judge import Judge
 from obliteratus.study.base import Knockout, KnockoutResult, StudyContext, strategies
 from obliteratus.study.data import StudyData, load_data
-from obliteratus.study.metrics import Items, Metric
+from obliteratus.study.metrics import Items, Metric, Records
 from obliteratus.study.settings import Study
+from obliteratus.verify.answers import pair_answers
 from obliteratus.verify.ladder import hear_judge
 
 # The share of free memory that all metrics together may fill with cached outputs of lower blocks.
@@ -88,12 +90,17 @@ class Engine:
         seconds = round((perf_counter() - start) / len(knockouts), 3)
         results = []
         for i, knockout in enumerate(knockouts):
-            items = {name: item for measured in by_metric for name, item in measured[i].items()}
+            items = {name: item for measured in by_metric for name, item in measured[i][0].items()}
             scores = {name: item.score() for name, item in items.items()}
             change = {name: item.change(baseline[name]) for name, item in items.items()}
             fields = {key: value for key, value in vars(knockout).items() if key != "plan"}
-            results.append(KnockoutResult(**fields, scores=scores, change=change, seconds=seconds))
+            answers = tuple(self._pair_answers([record for measured in by_metric for record in measured[i][1]]))
+            results.append(KnockoutResult(**fields, scores=scores, change=change, seconds=seconds, answers=answers))
         return results
+
+    def _pair_answers(self, records: Records) -> Iterator[Mapping[str, Any]]:
+        """Yield the judged answers under a knockout, each beside that of the unedited model."""
+        return pair_answers([record for metric in self.metrics for record in metric.unedited[0].records], records)
 
 
 def list_knockouts(context: StudyContext, use: str, options: Mapping[str, object]) -> Iterator[Knockout]:

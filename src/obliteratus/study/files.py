@@ -12,6 +12,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.pipeline.recipe import PresetFolder, override_values
 from obliteratus.study.settings import Study
+from obliteratus.verify.ladder import check_judge
 
 PRESETS = PresetFolder("studies", "study", "preset", "obliteratus study --help")
 PROMPT_METRICS = frozenset({"behavior", "first_token_kl"})
@@ -46,12 +47,13 @@ def parse_study(data: Mapping[str, Any], where: str) -> Study:
         raise UserError(f"study '{where}': {explain_validation_error(error)}") from error
 
 
-def fill_organism_prompts(study: Study) -> Study:
-    """Return the study with an organism's own prompts, if its metrics need prompts and it names none."""
-    name = study.model.removeprefix(ORGANISM).partition("@")[0]  # astronomy@0.5 is half of astronomy's adapter
-    needs_prompts = not PROMPT_METRICS.isdisjoint(metric.use for metric in study.metrics)
-    has_prompts = study.data.target or study.data.control
-    if not study.model.startswith(ORGANISM) or name == "base" or has_prompts or not needs_prompts:
+def fill_prompts(study: Study) -> Study:
+    """Return the study with prompts, if its metrics need some and it names none: the behavior's, or an organism's."""
+    if study.data.target or study.data.control or PROMPT_METRICS.isdisjoint(metric.use for metric in study.metrics):
         return study
-    data = study.data.model_copy(update={"target": f"{ORGANISM}{name}", "control": f"{ORGANISM}{name}"})
-    return study.model_copy(update={"data": data})
+    name = study.model.removeprefix(ORGANISM).partition("@")[0]  # astronomy@0.5 is half of astronomy's adapter
+    head = check_judge(study.judge).head
+    sources = {"target": head.target, "control": head.control}
+    if not head.target and study.model.startswith(ORGANISM) and name != "base":
+        sources = dict.fromkeys(sources, f"{ORGANISM}{name}")
+    return study.model_copy(update={"data": study.data.model_copy(update=sources)})

@@ -31,6 +31,8 @@ WORST = 100.0
 
 Items = Mapping[str, ItemValues]
 """Per-item values by score name."""
+Records = Sequence[Mapping[str, Any]]
+"""What a scorer keeps of each answer."""
 
 
 class SharedPasses:
@@ -120,17 +122,17 @@ class Metric:
         """The unedited model's measurement, and its values where the scorer compares it with itself."""
         self.passes.begin(1)
         measured: Measurement = self.scorer(self.context)
-        items = self._score(measured)
+        items, _ = self._score(measured)
         self.passes.begin(1)
         return measured, items
 
-    def measure(self, plans: Sequence[Plan]) -> list[Items]:
-        """Return the values under each plan by itself; as many plans as fill a pass are measured in one."""
+    def measure(self, plans: Sequence[Plan]) -> list[tuple[Items, Records]]:
+        """Return values and records under each plan by itself; as many plans as fill a pass are measured in one."""
         unedited, _ = self.unedited
         size = 1 if self.one_plan else max(1, MAX_ROWS // self.passes.rows)
-        return [items for i in range(0, len(plans), size) for items in self._measure(plans[i : i + size], unedited)]
+        return [found for i in range(0, len(plans), size) for found in self._measure(plans[i : i + size], unedited)]
 
-    def _measure(self, plans: Sequence[Plan], unedited: Measurement) -> list[Items]:
+    def _measure(self, plans: Sequence[Plan], unedited: Measurement) -> list[tuple[Items, Records]]:
         measured = []
         with self._applied(plans):
             self.passes.begin(len(plans))
@@ -140,9 +142,9 @@ class Metric:
         self.passes.begin(1)  # frees the outputs
         return measured
 
-    def _score(self, unedited: Measurement) -> Items:
+    def _score(self, unedited: Measurement) -> tuple[Items, Records]:
         measured: Measurement = self.scorer(replace(self.context, before=unedited))
-        return {name: bound_values(item) for name, item in measured.items.items()}
+        return {name: bound_values(item) for name, item in measured.items.items()}, measured.records
 
     def _applied(self, plans: Sequence[Plan]) -> AbstractContextManager[None]:
         if len(plans) == 1:

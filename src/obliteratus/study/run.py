@@ -18,6 +18,7 @@ from obliteratus.study.base import KnockoutResult
 from obliteratus.study.data import check_study
 from obliteratus.study.settings import Study
 from obliteratus.study.workers import Executor, Local, Processes, Ray
+from obliteratus.verify.answers import FILE as ANSWERS
 
 RESULTS = "results.jsonl"
 
@@ -47,6 +48,7 @@ def run_study(
         (folder / "study.toml").write_text(dump_toml(study))
         done = _load_finished(folder / RESULTS, resume)
         with closing(_create_executor(study, opening, workers, ray)) as executor:
+            _drop_unfinished(folder / ANSWERS, done)
             return (*done, *_measure_rest(folder / RESULTS, executor, done))
 
 
@@ -76,9 +78,22 @@ def _measure_rest(path: Path, executor: Executor, done: Sequence[KnockoutResult]
 
 
 def _append(file: TextIO, results: Sequence[KnockoutResult]) -> Sequence[KnockoutResult]:
+    """Append results, and to the file of answers beside it those that were judged."""
+    with Path(file.name).with_name(ANSWERS).open("a") as answers:
+        for result in results:
+            lines = ({"component": result.component, **line} for line in result.answers)
+            answers.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file.write("".join(result.model_dump_json() + "\n" for result in results))
     file.flush()
     return results
+
+
+def _drop_unfinished(path: Path, done: Sequence[KnockoutResult]) -> None:
+    """Drop answers of parts whose results were not written before the study was interrupted."""
+    if path.is_file():
+        names = {result.component for result in done}
+        lines = path.read_text().split("\n")[:-1]
+        write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["component"] in names))
 
 
 def _load_finished(path: Path, resume: bool) -> list[KnockoutResult]:

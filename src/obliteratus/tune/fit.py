@@ -157,8 +157,8 @@ def make_tuning_data(
     subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge
 ) -> TuningData:
     """Generate the answers of fit and search prompts, and plan how many pairs fit a pass."""
-    train = collect_pairs(subject, splits.fit, plan, settings.tokens, settings.prompts, judge)
-    held_out = collect_pairs(subject, splits.search, plan, settings.tokens, HELD_OUT_PROMPTS, judge)
+    train = collect_pairs(subject, splits.fit, plan, settings, settings.prompts, judge)
+    held_out = collect_pairs(subject, splits.search, plan, settings, HELD_OUT_PROMPTS, judge)
     first = max(0, min(change.site.layer for change in plan.edits))
     everything = [*train.control, *train.target, *held_out.control, *held_out.target]
     memory = plan_gradient_memory(subject, everything, first, ROWS_PER_PASS)

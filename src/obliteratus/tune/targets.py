@@ -11,6 +11,7 @@ from torch import Tensor
 from obliteratus.causal.interventions import Pair
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
+from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Site, Subject
 from obliteratus.excise.linear import fold_gain_orthogonal
@@ -22,6 +23,7 @@ from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import Judge
 from obliteratus.prompts import evenly_spaced
 from obliteratus.summon.sites import read_gain
+from obliteratus.tune.relapses import mend_relapses
 
 # Numbers of answer tokens to take from the edited model, tried in this order. Longer openings help if the base model
 # relapses into the behavior, but then the plan is tuned towards its own wording, which the base model finds unlikely
@@ -38,19 +40,22 @@ class TrainingPairs:
 
 
 def collect_pairs(
-    subject: Subject, prompts: PromptSet, plan: Plan, tokens: int, max_prompts: int, judge: Judge
+    subject: Subject, prompts: PromptSet, plan: Plan, settings: Tune, max_prompts: int, judge: Judge
 ) -> TrainingPairs:
     """Generate answers of ``tokens`` tokens: the model's own to control and keep prompts, behavior-free to target.
 
-    At most ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if every answer to a target
-    prompt shows the behavior.
+    Answers in which the behavior comes back within ``watch`` tokens are longer (see `mend_relapses`). At most
+    ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if every answer to a target prompt
+    shows the behavior.
     """
+    tokens, watch = settings.tokens, max(settings.watch, settings.tokens)
     names = [g for g in ("target", "control", "keep") if g in prompts.groups]
-    ids = {g: render_prompts(subject, _subsample(prompts[g], max_prompts), reserve=tokens) for g in names}
+    ids = {g: render_prompts(subject, _subsample(prompts[g], max_prompts), reserve=watch) for g in names}
     controls = ids["control"] + ids.get("keep", [])
     answers = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, answers, strict=True) if pair[1]]
     target = find_answering_pairs(subject, ids["target"], plan, tokens, judge)
+    target = mend_relapses(subject, target, plan, watch, judge)
     note("TUNE", f"answers to {len(target)} of {len(ids['target'])} target prompts without {judge.name}")
     return TrainingPairs(control, target)
 
