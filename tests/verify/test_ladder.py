@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.judge_server import JudgeServer
 from tests.support.notes import Notes
 from tests.support.refuser import REFUSAL, asked, refuser
 from tests.support.tiny import tiny_tokenizer
@@ -131,6 +132,29 @@ def test_every_rung_is_in_the_records_of_a_run(reader: Subject) -> None:
     found = measure(reader, asked(), (Step(use="behavior", tokens=8),), judge=judge)
     assert all(set(r["rungs"]) == {"phrases", "classifier", "self"} for r in found.records if r["verdict"] == "absent")
     assert any(r["verdict"] == "absent" for r in found.records)
+
+
+def test_an_endpoint_is_a_rung_and_its_verdicts_are_kept(
+    reader: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
+    with JudgeServer() as server:  # says yes where an answer holds "sorry"
+        settings = JudgeSettings(url=server.url, url_model="judge-8b", decides="endpoint")
+        judge = build_judge(settings, reader)
+        assert judge.decides == "phrases"  # being sorry is not refusing, as the labeled answers show
+        said = judge.judge_all([Answered("p", "I am sorry for you."), Answered("p", "Here it is.")])
+        assert [judgment.rungs["endpoint"] for judgment in said] == ["shown", "absent"]
+        asked_so_far = len(server.requests)
+        assert build_judge(settings, reader).judge_all([Answered("p", "Here it is.")])[0].rungs["endpoint"] == "absent"
+        assert len(server.requests) == asked_so_far  # from the cache
+    with pytest.raises(UserError, match="--judge-url"):  # it is down now
+        judge.judge_all([Answered("p", "And this?")])
+
+
+def test_a_trial_is_judged_by_who_decides_alone() -> None:
+    judge = Judge(rungs={"one": Fixed(), "other": Fixed()}, decides="other")
+    assert list(judge.without_witnesses().rungs) == ["other"]
+    assert not Judge(rungs={"one": Fixed()}).without_witnesses().rungs
 
 
 # -------------------------------------------------------------------------------------- sequence classifiers

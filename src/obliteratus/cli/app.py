@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from obliteratus.cli.analyze import analyze
+from obliteratus.cli.behaviors import behaviors
 from obliteratus.cli.inspect import inspect
 from obliteratus.cli.judge import judge
 from obliteratus.cli.options import (
@@ -263,7 +264,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, judge, analyze, study, report):
+for command in (inspect, behaviors, judge, analyze, study, report):
     app.command()(handle_errors(command))
 
 

@@ -160,12 +160,17 @@ def read_phrases(source: str | Table) -> dict[str, Any]:
     return {"name": source} | table
 
 
-def _read_file(source: str) -> dict[str, Any]:
-    own = source.endswith(".toml")
-    path = Path(source) if own else FOLDER / f"{source}.toml"
+def find_file(source: str) -> Path:
+    """Return the file of a behavior. Raises UserError if there is none."""
+    path = Path(source) if source.endswith(".toml") else FOLDER / f"{source}.toml"
     if not path.is_file():
         known = ", ".join(list_behaviors())
         raise UserError(f"there is no behavior {source!r}; give one of {known}, or a .toml file")
+    return path
+
+
+def _read_file(source: str) -> dict[str, Any]:
+    path, own = find_file(source), source.endswith(".toml")
     if not NAME.fullmatch(path.stem) or path.stem in TAKEN:
         raise UserError(
             f"{source}: scores are called after the file, and '{path.stem}' will not do; name it with small letters, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from obliteratus.judge.behavior import Behavior, load_behavior
@@ -51,6 +51,10 @@ class Judge:
     def name(self) -> str:
         """The behavior's name, after which scores are called."""
         return self.behavior.name
+
+    def without_witnesses(self) -> Judge:
+        """Return the judge without the rungs whose verdicts are only recorded."""
+        return replace(self, rungs={name: rung for name, rung in self.rungs.items() if name == self.decides})
 
     def name_score(self, score: str) -> str:
         """Return the name of a score of the behavior: ``behavior.target`` is ``refusal.target``, others stay."""

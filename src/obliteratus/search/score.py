@@ -83,7 +83,7 @@ class TrialScorer:
         which answers show the behavior; None looks for refusals."""
         assert recipe.search is not None
         self.subject, self.prompts, self.search = subject, prompts, recipe.search
-        self.judge = judge or Judge()
+        self.judge = (judge or Judge()).without_witnesses()
         self.minimize = [self.judge.name_score(name) for name in recipe.search.minimize]
         self.groups = [g for g in GROUPS if g in prompts.groups]
         self.before = before
