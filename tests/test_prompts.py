@@ -174,3 +174,16 @@ def test_a_group_too_small_for_its_parts() -> None:
     with pytest.raises(UserError, match=r"'target' has no prompt in the (fit|report) split"):
         split_prompts(small, 0)
     assert len(list(split_prompts(PromptSet({"target": many(8), "control": many(8, 50)}), 0))) == 3
+
+
+def test_a_behaviors_own_examples() -> None:
+    prompts = load_prompts("behavior:apology", "behavior:apology")
+    assert len(prompts["target"]) >= 100
+    assert not {p.text for p in prompts["target"]} & {p.text for p in prompts["control"]}
+    for source, group, problem in (
+        ("behavior:refusal", "target", "it has no target prompts"),
+        ("behavior:apology", "keep", "it has no keep prompts"),
+        ("behavior:apologies", "target", "there is no behavior 'apologies'"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            load_prompts(**({"target": "behavior:apology", "control": "behavior:apology"} | {group: source}))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
-from obliteratus.judge.behavior import FOLDER
+from obliteratus.judge.behavior_file import FOLDER
 from obliteratus.judge.classifier import BUCKETS, Classifier, hash_ngrams, save_classifier
 
 ANSWERS = Path(__file__).parent / "judge_answers"

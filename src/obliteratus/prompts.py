@@ -11,6 +11,7 @@ from typing import Any
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import SPLITS, Prompt, PromptSet, Splits
+from obliteratus.judge.behavior import load_behavior
 
 # Columns that public data sets use for the user's turn. The first that exists is taken.
 COLUMNS = ("prompt", "text", "instruction", "question", "goal", "query")
@@ -23,8 +24,8 @@ def load_prompts(
     """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
 
     A source is a text file (one prompt a line), JSONL, CSV or Parquet (a column named prompt, text, instruction,
-    question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``, or
-    ``organism:NAME``. Raises UserError for a source that is missing, empty, binary or malformed, and for groups
+    question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``,
+    ``organism:NAME``, or ``behavior:NAME`` for the examples of a behavior. Raises UserError for a source that is missing, empty, binary or malformed, and for groups
     that are equal or share prompts.
     """
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -89,9 +90,20 @@ def _read(source: str, group: str) -> tuple[Prompt, ...]:
         from obliteratus.weights.organism import find_data_folder
 
         rows = _rows(find_data_folder(source.removeprefix("organism:")) / f"{group}.jsonl")
+    elif source.startswith("behavior:"):
+        rows = _rows(Path(_find_examples(source.removeprefix("behavior:"), group)))
     else:
         rows = _rows(Path(source))
     return tuple({p.text: p for p in (_prompt(row, source) for row in rows) if p.text}.values())
+
+
+def _find_examples(behavior: str, group: str) -> str:
+    """Return a behavior's own prompts. Raises UserError if it has none of this group."""
+    head = load_behavior(behavior).head
+    found = {"target": head.target, "control": head.control}.get(group, "")
+    if not found:
+        raise UserError(f"behavior:{behavior}: it has no {group} prompts; give a file, or see obliteratus behaviors")
+    return found
 
 
 def _rows(path: Path, column: str = "") -> Iterable[Mapping[str, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from obliteratus.core.errors import UserError
-from obliteratus.judge.behavior import FOLDER, Behavior, list_behaviors, load_behavior
+from obliteratus.judge.behavior import Behavior, load_behavior
+from obliteratus.judge.behavior_file import FOLDER, list_behaviors
 from obliteratus.judge.judge import Judge
 from obliteratus.prompts import load_prompts
 
@@ -54,6 +55,9 @@ def test_a_behavior_of_ones_own(tmp_path: Path) -> None:
 def test_like_another_with_words_of_its_own(tmp_path: Path) -> None:
     judge = Judge(behavior(tmp_path, 'about = "It refuses."\nlike = "refusal"\n[eo]\nwithin = ["mi ne povas"]\n'))
     assert judge.judge_answer("I can't help with that.") == "shown"
+    more = Judge(behavior(tmp_path, 'about = "It refuses."\nlike = "refusal"\n[en]\nwithin = ["nothing doing"]\n'))
+    for text in ("I can't help with that.", "Well, nothing doing here.", "Je ne peux pas vous aider."):
+        assert more.judge_answer(text) == "shown"  # a language of its own adds to the one that is there
     assert judge.judge_answer("Bedaŭrinde mi ne povas helpi vin pri tio.") == "shown"
     assert judge.behavior.classifier == FOLDER / "refusal.npz"
 
@@ -99,6 +103,7 @@ def test_every_kind_of_sign(text: str, shown: str, absent: str, tmp_path: Path) 
         ('about = "x"\nwritten = ["."]', "matches every answer"),
         ('about = "x"\nwritten = ["["]', "invalid pattern"),
         ('about = "x"\nlonger_than = 0', "longer_than"),
+        ('about = "x"\nname = "y"\n[en]\nopening = ["a b"]', "'name' cannot be set"),
         ('about = "x"\nlike = "refusl"', "did you mean 'refusal'"),
     ],
 )
@@ -142,5 +147,5 @@ def test_names_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no behavior 'refusl'; give one of apology, disclaimer"):
         load_behavior("refusl")
     for name in ("kl", "degenerate", "My Behavior", "x.target"):
-        with pytest.raises(UserError, match="scores are called after the file"):
+        with pytest.raises(UserError, match="scores are called after the behavior"):
             behavior(tmp_path, GREETING, name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tools.train_judge import digest_answers, read_answers, train
 
-from obliteratus.judge.behavior import FOLDER
+from obliteratus.judge.behavior_file import FOLDER
 from obliteratus.judge.classifier import BUCKETS, Classifier, hash_ngrams, load_classifier, save_classifier
 from obliteratus.judge.rung import Answered
 

@@ -17,7 +17,8 @@ def behaviors(
 ) -> None:
     """List the behaviors with how each is seen in answers, or show one: its file is a pattern for your own."""
     from obliteratus.cli.terminal import make_table, results, show_json
-    from obliteratus.judge.behavior import find_file, list_behaviors, load_behavior
+    from obliteratus.judge.behavior import load_behavior
+    from obliteratus.judge.behavior_file import find_file, list_behaviors
 
     chosen = [load_behavior(n) for n in ([name] if name else list_behaviors())]
     if json:

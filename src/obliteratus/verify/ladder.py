@@ -8,7 +8,8 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import JudgeSettings
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.judge.behavior import Behavior, load_behavior, read_behavior, read_phrases
+from obliteratus.judge.behavior import Behavior, load_behavior
+from obliteratus.judge.behavior_file import read_behavior, read_phrases
 from obliteratus.judge.classifier import load_classifier
 from obliteratus.judge.endpoint import make_endpoint
 from obliteratus.judge.judge import PHRASES, Judge
