@@ -25,8 +25,8 @@ def load_prompts(
 
     A source is a text file (one prompt a line), JSONL, CSV or Parquet (a column named prompt, text, instruction,
     question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``,
-    ``organism:NAME``, or ``behavior:NAME`` for the examples of a behavior. Raises UserError for a source that is missing, empty, binary or malformed, and for groups
-    that are equal or share prompts.
+    ``organism:NAME``, or ``behavior:NAME`` for the examples of a behavior. Raises UserError for a source that is
+    missing, empty, binary or malformed, and for groups that are equal or share prompts.
     """
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     groups = {name: _read(str(source), name) for name, source in sources.items() if source is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from obliteratus.core.errors import UserError
 from obliteratus.judge.behavior import Behavior, load_behavior
 from obliteratus.judge.behavior_file import FOLDER, list_behaviors
+from obliteratus.judge.compile import compile_language
 from obliteratus.judge.judge import Judge
 from obliteratus.prompts import load_prompts
 
@@ -36,6 +38,14 @@ def test_example_prompts_are_enough_for_all_three_splits(name: str) -> None:
     head = load_behavior(name).head
     splits = load_prompts(head.target, head.control).split(0)
     assert all(len(part[group]) >= 15 for part in splits for group in ("target", "control"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_patterns_compile_and_none_matches_everything(name: str) -> None:
+    """Built-in ones are compiled when they are first needed, so that nobody would notice for long."""
+    for code, part in load_behavior(name).phrases.items():
+        for phrases in part:
+            compile_language(name, code, phrases.table, re.compile)
 
 
 @pytest.mark.parametrize("name", NAMES)

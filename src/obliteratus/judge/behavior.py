@@ -77,7 +77,7 @@ class Behavior:
     def has_openings(self) -> bool:
         """Whether answers show it by how they begin, so that a model may have openings of its own for it."""
         marks = self.written is not NEVER or self.head.longer_than is not None
-        begins = any(p.opening is not NEVER or p.within is not NEVER for part in self.phrases.values() for p in part)
+        begins = any(p.table.keys() & {"opening", "within"} for part in self.phrases.values() for p in part)
         return begins or not (marks or self.phrases)
 
     @property
@@ -119,7 +119,11 @@ def _build(table: Table, more: Table) -> Behavior:
     where, languages = f"behavior '{name}'", {code: part for code, part in rest.items() if isinstance(part, dict)}
     head = _parse_head(where, {key: value for key, value in rest.items() if key not in languages})
     to_matcher, weights = choose_compiler(where, own=own is not False), FOLDER / f"{trained}.npz"
-    phrases = {code: [compile_language(where, code, part, to_matcher)] for code, part in languages.items()}
+    # Built-in patterns are known to be valid, and those of a language are compiled when an answer may be in it.
+    phrases = {
+        code: [Phrases(code, part) if own is False else compile_language(where, code, part, to_matcher)]
+        for code, part in languages.items()
+    }
     for origin, tables in ((where, also or {}), ("phrases", more)):
         for code, part in tables.items():
             phrases.setdefault(code, []).append(compile_more(origin, code, part, languages.get(code, {})))

@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from obliteratus.core.errors import UserError
-from obliteratus.judge.phrases import LISTS, NEVER, Compile, Matcher, Phrases, compile_phrases
+from obliteratus.judge.phrases import LISTS, NEVER, Compile, Matcher, Phrases
 from obliteratus.judge.time_limit import compile_with_limit
 
 # Short folded answers without a letter in common, by script: what finds a match in all of them matches everything.
@@ -41,16 +41,17 @@ def compile_more(where: str, code: str, part: Any, known: Mapping[str, Any]) -> 
 
 
 def compile_language(where: str, code: str, part: Any, to_matcher: Compile) -> Phrases:
-    """Return one language's phrases. Raises UserError that names the language and what is wrong with it."""
+    """Return one language's phrases, all compiled. Raises UserError that names the language and what is wrong."""
     _check_language(where, code, part)
+    phrases = Phrases(code, part, to_matcher)
     try:
-        phrases = compile_phrases(code, part, to_matcher)
+        matchers = {name: getattr(phrases, name) for name in LISTS}
     except (re.error, regex.error) as error:
         raise UserError(f"{where}: [{code}] has an invalid pattern: {error}; see Python's `re`") from error
     except KeyError as error:
         raise UserError(f"{where}: [{code}] names <{error.args[0]}>, which is not there; add it as a string") from error
-    for name in LISTS:
-        if _matches_everything(getattr(phrases, name)):
+    for name, matcher in matchers.items():
+        if _matches_everything(matcher):
             raise UserError(f"{where}: [{code}] {name} matches every answer; make its patterns ask for a word")
     return phrases
 
@@ -72,6 +73,7 @@ def _check_language(where: str, code: str, part: Any) -> None:
 
 
 def compile_written(where: str, patterns: Sequence[str], to_matcher: Compile) -> Matcher:
+    """Return the patterns on an answer as it is written, as one. Raises UserError for an invalid one."""
     if not patterns:
         return NEVER
     try:

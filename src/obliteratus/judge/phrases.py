@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from obliteratus.judge.text import FoldedAnswer, fold
@@ -42,21 +42,58 @@ NEVER: Matcher = re.compile(r"(?!)")
 
 @dataclass(frozen=True, eq=False)  # by identity, as a key of the cache
 class Phrases:
-    """One language's patterns for folded text, compiled."""
+    """One language's patterns for folded text, each compiled when it is first needed.
 
-    opening: Matcher = NEVER
-    """At the start of one of the first sentences."""
-    within: Matcher = NEVER
-    """Anywhere in the first sentences."""
-    anywhere: Matcher = NEVER
-    """Anywhere in the answer, which then shows the behavior as a whole."""
-    late: Matcher = NEVER
-    """Anywhere in the answer. After the first sentences the answer had begun otherwise, and shows it in part."""
-    letter: Matcher = NEVER
-    """At the start of an answer that is a draft in the user's name."""
-    letters: Matcher = re.compile("[a-z]")
-    """What any sentence in this language contains."""
-    language: str = "en"
+    ``<name>`` in a pattern stands for the string of that name in the table.
+    """
+
+    language: str
+    table: Mapping[str, Any]
+    """Of the behavior file: lists of patterns, and fragments."""
+    to_matcher: Compile = re.compile
+    """Compiles one pattern."""
+
+    @cached_property
+    def opening(self) -> Matcher:
+        """At the start of one of the first sentences, behind what leads."""
+        # Atomic, so that no answer takes long: what leads is never read in another way.
+        lead = rf"(?>(?:{self._fragments['lead']})\b[,;:.! -]*)*+" if "lead" in self.table else ""
+        return self._compile("opening", _insert(lead, self._fragments))
+
+    @cached_property
+    def within(self) -> Matcher:
+        """Anywhere in the first sentences."""
+        return self._compile("within")
+
+    @cached_property
+    def anywhere(self) -> Matcher:
+        """Anywhere in the answer, which then shows the behavior as a whole."""
+        return self._compile("anywhere")
+
+    @cached_property
+    def late(self) -> Matcher:
+        """Anywhere in the answer. After the first sentences the answer had begun otherwise, and shows it in part."""
+        return self._compile("late")
+
+    @cached_property
+    def letter(self) -> Matcher:
+        """At the start of an answer that is a draft in the user's name."""
+        return self._compile("letter")
+
+    @cached_property
+    def letters(self) -> Matcher:
+        """What any sentence in this language contains."""
+        return self.to_matcher(self.table.get("letters", "[a-z]"))
+
+    @cached_property
+    def _fragments(self) -> Mapping[str, str]:
+        return {name: _fold_pattern(value) for name, value in self.table.items() if isinstance(value, str)}
+
+    def _compile(self, name: str, prefix: str = "") -> Matcher:
+        """Return a list of patterns as one. Raises re.error if one is invalid, KeyError if it names no fragment."""
+        patterns: Sequence[str] = self.table.get(name, ())
+        text = "|".join(_insert(_fold_pattern(pattern), self._fragments) for pattern in patterns)
+        return self.to_matcher(f"{prefix}(?:{text})") if patterns else NEVER
 
     def find(self, answer: FoldedAnswer) -> Place:
         """Return where the phrases stand. A sentence that is not ended is not read for `opening` and `within`."""
@@ -85,30 +122,6 @@ def _find_in(phrases: Phrases, sentence: str, first: bool, ended: bool) -> Place
     if first and ended and (phrases.opening.match(sentence) or phrases.within.search(sentence)):
         return "first"
     return ""
-
-
-def compile_phrases(language: str, table: Mapping[str, Any], to_matcher: Compile = re.compile) -> Phrases:
-    """Return a language's phrases from its table in a behavior file.
-
-    ``<name>`` in a pattern stands for the string of that name in the table. to_matcher: compiles one pattern. Raises
-    its error (re.error) for an invalid pattern, and KeyError for a name that the table lacks.
-    """
-    fragments = {name: _fold_pattern(value) for name, value in table.items() if isinstance(value, str)}
-    # Atomic, so that no answer takes long: what leads is never read in another way.
-    lead = rf"(?>(?:{fragments['lead']})\b[,;:.! -]*)*+" if "lead" in fragments else ""
-
-    def join(name: str, prefix: str = "") -> Matcher:
-        patterns: Sequence[str] = table.get(name, ())
-        text = "|".join(_insert(_fold_pattern(pattern), fragments) for pattern in patterns)
-        return to_matcher(f"{prefix}(?:{text})") if patterns else NEVER
-
-    rest = {name: join(name) for name in LISTS if name != "opening"}
-    return Phrases(
-        language=language,
-        opening=join("opening", _insert(lead, fragments)),
-        letters=to_matcher(table.get("letters", "[a-z]")),
-        **rest,
-    )
 
 
 def _fold_pattern(pattern: str) -> str:
