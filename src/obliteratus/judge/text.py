@@ -52,7 +52,7 @@ def cut_quotations(text: str) -> str:
 
 
 # Words that no other language of the world's most used has ("the" is not one: Vietnamese "thể" is folded to it). At one
-# word in ten a text is English, and is not searched for phrases of other languages, which would take five times as long.
+# word in ten a text is English, and is not searched for phrases of other languages, which takes five times as long.
 ENGLISH = re.compile(
     r"\b(?:and|you|your|with|this|are|have|which|their|dont|cant|doesnt|isnt|ive|cannot|would|could|should|from|were|"
     r"what|when|about|(?:of|in|to|is|on|for|at|by) the|im (?:sorry|an?|not|just|here)|i (?:am|can|apologize))\b"
