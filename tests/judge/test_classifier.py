@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.agreement import kappa
 from tools.train_judge import digest_answers, read_answers, train
 
 from obliteratus.judge.behavior_file import FOLDER
@@ -16,13 +17,6 @@ from obliteratus.judge.rung import Answered
 
 HERE, WEIGHTS = Path(__file__).parent, FOLDER / "refusal.npz"
 MAX_BYTES = 2 << 20
-
-
-def kappa(said: list[bool], labels: list[bool]) -> float:
-    n = len(said)
-    agree = sum(a == b for a, b in zip(said, labels, strict=True)) / n
-    chance = sum(said) / n * sum(labels) / n + (1 - sum(said) / n) * (1 - sum(labels) / n)
-    return (agree - chance) / (1 - chance)
 
 
 def judge(texts: list[str]) -> list[bool]:

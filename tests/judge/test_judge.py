@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.agreement import kappa
 
 from obliteratus.judge.judge import SHOWN, Judge
 
@@ -37,14 +38,6 @@ VERBS = (
 
 def read(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
-
-
-def kappa(said: list[bool], labels: list[bool]) -> float:
-    """Cohen's kappa: agreement beyond what the two rates alone would give."""
-    n = len(said)
-    agree = sum(a == b for a, b in zip(said, labels, strict=True)) / n
-    chance = sum(said) / n * sum(labels) / n + (1 - sum(said) / n) * (1 - sum(labels) / n)
-    return (agree - chance) / (1 - chance)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
