@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _rows(path: Path, column: str = "") -> Iterable[Mapping[str, Any]]:
         return _named(_jsonl(text, path), path, column)
     if path.suffix == ".csv":
         return _named(list(csv.DictReader(io.StringIO(text))), path, column)
-    return [{"prompt": line.strip()} for line in text.splitlines()]
+    return [{"prompt": line.strip()} for line in split_lines(text)]
 
 
 def _text(path: Path) -> str:
@@ -135,9 +136,14 @@ def _text(path: Path) -> str:
     return text
 
 
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text. Other signs at which Python ends one, such as U+2028, may stand inside a prompt."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 def _jsonl(text: str, path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

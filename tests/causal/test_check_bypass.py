@@ -37,7 +37,7 @@ def test_prompts_that_are_answered_pass(subject: Subject, groups: dict[str, tupl
 def test_prompts_that_are_refused_too_are_turned_down(subject: Subject, groups: dict[str, tuple[Prompt, ...]]) -> None:
     again = tuple(replace(p, text=f"Please: {p.text}") for p in groups["target"][:8])
     context = FitContext(subject, PromptSet({**groups, "bypass": again}))
-    with pytest.raises(UserError, match=r"do not bypass the refusal: the model refuses \d+% of them"):
+    with pytest.raises(UserError, match=r"do not bypass the behavior: refusal is \d+% on them"):
         check_bypass(context, STEPS)
     check_bypass(context, STEPS[:1])  # nobody asked
 
@@ -47,5 +47,5 @@ def test_a_behavior_that_is_not_there_cannot_be_got_round(
     subject: Subject, groups: dict[str, tuple[Prompt, ...]]
 ) -> None:
     quiet = {"target": groups["control"][:4], "control": groups["control"][4:7], "bypass": groups["control"][7:]}
-    with pytest.raises(UserError, match="0% of the target prompts"):
+    with pytest.raises(UserError, match="0% on target prompts"):
         check_bypass(FitContext(subject, PromptSet(quiet)), STEPS)

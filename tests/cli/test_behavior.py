@@ -135,7 +135,7 @@ def test_built_in_examples_stand_in_for_prompts(folder: Path, tmp_path: Path) ->
     [
         (["--behavior", "refusl"], "there is no behavior 'refusl'"),
         (["--phrases", "nowhere.toml"], "there is no such file of phrases"),
-        (["--judge", "endpoint"], "decides 'endpoint' is no rung"),
+        (["--judge", "endpoint"], "an endpoint needs its URL"),
         (["--judge", "nowhere/classifier"], "there is no such model"),
         (["--judge-url", "ftp://host"], "not http(s)"),
         (["--judge-url", "http://localhost:1/v1"], "--judge-model: no model is named"),

@@ -115,6 +115,64 @@ def test_labels_of_another_run(folder: Path, tmp_path_factory: pytest.TempPathFa
     assert_one_line("'1 before' is no answer of this run", folder, "--labels", other / "labels.csv")
 
 
+def test_answers_with_markup_and_odd_line_ends_are_shown_as_they_are(tmp_path: Path) -> None:
+    odd = "Use [/INST]\u2028and [red]x[/red].\x85"
+    record = {
+        "scorer": "behavior",
+        "group": "target",
+        "prompt": odd,
+        "category": "",
+        "answer": odd,
+        "verdict": "absent",
+    }
+    one = Measurement(records=[record | {"rungs": {"phrases": "absent", "other": "shown"}}])
+    folder = tmp_path / "d_[x]"
+    folder.mkdir()
+    write_answers(one, one, folder)
+    code, text = call(folder)
+    assert code == 0
+    assert "[/INST]" in text
+    assert "[red]x[/red]" in text.replace("\n", "")
+    assert "d_[x]" in text
+    assert json.loads(call(folder, "--json")[1])["disagreements"][0]["answer"] == odd
+
+
+WHOLE = {"answer": "a", "verdict": "absent"}
+WRONG: list[dict[str, object]] = [{"verdict": None}, {"verdict": "banana"}, {"rungs": []}, {"answer": 5}]
+DAMAGED = [
+    b"\xff\n",
+    b"",
+    b"{}\n",
+    b"not json\n",
+    b'{"prompt": "p", "group": 5, "category": "", "after": {}}\n',
+    *(json.dumps({"prompt": "p", "group": "g", "category": "", "after": WHOLE | w}).encode() + b"\n" for w in WRONG),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damaged_answers_are_one_line(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "answers.jsonl").write_bytes(line)
+    assert_one_line("restore it or run again", tmp_path)
+
+
+def test_labels_as_spreadsheets_leave_them(folder: Path) -> None:
+    file = folder / "labels.csv"
+    call(folder, "--export", file)
+    fill(file, ["refused"] * 6)
+    plain = file.read_text()
+    file.write_text(plain.replace("\n", "\r\n"), newline="")
+    assert call(folder, "--labels", file)[0] == 0
+    _, first, *_ = plain.splitlines(keepends=True)
+    for text, problem in (
+        (plain + first, "'1 before' is there 2 times"),
+        (plain.replace(",", ";"), "there is one column only; save it as CSV with commas"),
+    ):
+        file.write_text(text)
+        assert_one_line(problem, folder, "--labels", file)
+    file.write_bytes(plain.encode("utf-16"))
+    assert_one_line("this is not UTF-8", folder, "--labels", file)
+
+
 def test_bad_files(folder: Path) -> None:
     assert_one_line("there is no answers.jsonl", folder / "nowhere")
     assert_one_line("cannot be read", folder, "--labels", folder / "nowhere.csv")

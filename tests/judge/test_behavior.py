@@ -103,6 +103,16 @@ def test_every_kind_of_sign(text: str, shown: str, absent: str, tmp_path: Path) 
         ('about = "x"\nphrase = ["a"]', "phrase: extra inputs"),
         ('about = "x"\n[en]\n', "needs lists of patterns"),
         ('about = "x"\n[english]\nopening = ["a"]', "is no language"),
+        ('about = "x"\n[eng]\nopening = ["a b"]', "is no language"),
+        ('about = "x"\n[en]\nopening = []', "needs lists of patterns"),
+        ('about = "x"\n[en]\na = "x<a>"\nopening = ["<a>"]', "a fragment names itself"),
+        ('about = "x"\n[en]\na = "<b>"\nb = "<a>"\nopening = ["<a>"]', "a fragment names itself"),
+        ('about = "x"\n[en]\nopening = ["<my-name> b"]', "names <my-name>"),
+        ('about = "x"\n[en]\nletters = "["\nopening = ["a b"]', "invalid pattern"),
+        ('about = "x"\n[en]\nopening = ["(a)\\\\1"]', "by number"),
+        ('about = "x"\nlonger_than = true', "longer_than"),
+        ('about = "x"\ntarget = 5', "target"),
+        ('about = "x"\nlabeled = [{prompt = "p", answer = "a", shown = true}]', "shown = true and with shown = false"),
         ('about = "x"\n[en]\nopening = "a"', "must be a list"),
         ('about = "x"\n[en]\nopenings = ["a"]\nwithin = ["b c"]', "must be a string; the lists are opening"),
         ('about = "x"\n[en]\nopening = ["(a"]', "invalid pattern"),
@@ -121,6 +131,35 @@ def test_a_bad_behavior_file_is_one_line(text: str, problem: str, tmp_path: Path
     with pytest.raises(UserError, match=problem) as raised:
         behavior(tmp_path, text)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ('[en]\nopening = ["I\'m afraid", "Don[\'’]t"]', "I’m AFRAID so."),
+        ('[en]\nopening = ["I\'m afraid", "Don[\'’]?t"]', "Don't do it."),
+        ('[ru]\nwithin = ["Привет"]', "ПРИВЕТ, как дела сегодня?!"),
+        ('[el]\nanywhere = ["καλημέρα"]', "Καλημέρα σε όλους."),
+        ('[en]\nwithin = ["(?P<word>well) (?P=word)", "\\\\Sx\\\\b"]', "Well well, it rains."),
+        ('[fr]\nlast = "voilà"\nwithin = ["\\\\S<last>|<last>$"]', "Et voilà!"),
+    ],
+)
+def test_patterns_are_written_as_the_language_is_spelled(text: str, answer: str, tmp_path: Path) -> None:
+    judge = Judge(behavior(tmp_path, f'about = "x"\n{text}\n'))
+    assert judge.judge_answer(answer) == "shown"
+    assert judge.judge_answer("1, 2, 3") == "absent"
+
+
+def test_a_file_with_a_mark_of_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(b"\xef\xbb\xbf" + GREETING.encode())
+    assert load_behavior(str(tmp_path / "own.toml")).name == "own"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".toml", "a\0b.toml", "."])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(UserError, match="there is no") as raised:
+        load_behavior(name)
+    assert len(str(raised.value)) < 250
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_an_answer_stays_inside_the_data(text: str) -> None:
         plain = rung_at(server).judge([Answered(ANSWERS[0].prompt, "sorry")])
         assert rung_at(server).judge([Answered(text, text + " sorry")]) == plain == [True]
         expected, asked = server.requests
-        assert asked.data == {"prompt": text, "answer": text + " sorry"}  # the whole turn is this JSON document
+        assert asked.data == {"prompt": text, "answer": f"{text} sorry".strip()}  # the whole turn is this JSON document
         assert asked.system == expected.system
         assert text not in asked.system
         assert len(asked.body["messages"]) == 2

@@ -87,7 +87,7 @@ def test_no_feasible_trial() -> None:
     study = SearchStudy(open_storage(""), "s", recipe, {})
     trials = run_trials(study, recipe, cache, judge, 3)
     assert len(study.finished) == 3
-    with pytest.raises(UserError, match="none of 3 trials kept refusals of control prompts within"):
+    with pytest.raises(UserError, match="none of 3 trials kept the rate on control prompts within"):
         measure_front(trials, recipe, cache, judge, StudyLocation("", "s"))
 
 

@@ -117,6 +117,18 @@ def test_who_gives_no_verdict_leaves_it_to_the_phrases() -> None:
     assert [j.rungs.get("other", "not asked") for j in judgments] == [None, "shown", "shown", "not asked", "not asked"]
 
 
+def test_a_judge_that_says_nothing_is_no_judge(
+    reader: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
+    with JudgeServer(lambda asked: "essay") as server:
+        settings = JudgeSettings(
+            behavior=behavior_file(tmp_path, PLAIN), url=server.url, url_model="m", decides="endpoint"
+        )
+        with pytest.raises(UserError, match="no verdict on 6 of 6 labeled answers"):
+            build_judge(settings, reader)
+
+
 def test_kappa_between_rungs_stands_in_the_record() -> None:
     records = [{"rungs": {"phrases": a, "other": b}} for a, b in [("shown", "shown"), ("absent", "absent")] * 10]
     assert compare_rungs(records)["phrases × other"].value == 1
@@ -218,10 +230,14 @@ def test_bad_judges_are_one_line(classifier: Path, reader: Subject, tmp_path: Pa
         build_judge(JudgeSettings(rungs=(str(classifier),)), reader)
     with pytest.raises(UserError, match="there is no such model"):
         check_judge(JudgeSettings(rungs=(str(tmp_path / "nowhere"),)))
-    with pytest.raises(UserError, match="exclamation has no classifier"):
-        build_judge(JudgeSettings(behavior="exclamation", decides="classifier"), reader)
-    with pytest.raises(ValueError, match="decides 'endpoint' is no rung"):
+    with pytest.raises(UserError, match="exclamation has none"):
+        check_judge(JudgeSettings(behavior="exclamation", decides="classifier"))
+    with pytest.raises(UserError, match="write self"):
+        check_judge(JudgeSettings(rungs=("Self",), decides="Self"))
+    with pytest.raises(ValueError, match="an endpoint needs its URL"):
         JudgeSettings(decides="endpoint")
+    with pytest.raises(ValueError, match="decides 'other' is no rung"):
+        JudgeSettings(decides="other")
 
 
 def test_files_are_read_once_and_kept(tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def test_a_behavior_without_any_phrase_is_judged_by_own_words_alone(tmp_path: Pa
     assert judge.judge_answer(f"{UNKNOWN} {UNKNOWN}") == "absent"
 
 
+def test_reasoning_is_no_opening() -> None:
+    """What every answer thinks first is not its own word for the behavior; what it says after that is."""
+    think = "<think>Okay, the user wants it.</think>"
+    target = [Answered(a.prompt, think + a.answer) for a in answers(UNKNOWN, 12)]
+    control = answers("", 0)
+    assert {p.text.split()[0] for p in choose_own_words(target, control, Judge())} <= {"ach", "nee"}
+    plain = [Answered(a.prompt, think + a.answer) for a in answers("", 0)]
+    assert choose_own_words(plain, control, Judge()) == ()
+
+
 def test_what_was_heard_is_kept(tmp_path: Path) -> None:
     found = choose_own_words(answers(UNKNOWN, 12), answers("", 0), Judge())
     save_own_words(found, tmp_path)

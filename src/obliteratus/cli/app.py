@@ -27,6 +27,7 @@ from obliteratus.cli.options import (
     Keep,
     Memory,
     Model,
+    NoOwnWords,
     Out,
     Phrases,
     Quantize,
@@ -70,6 +71,7 @@ def run(
     judge: JudgedBy = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
+    no_own_words: NoOwnWords = False,
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
@@ -91,7 +93,7 @@ def run(
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model)
+    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model, no_own_words)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -126,6 +128,7 @@ def search(
     judge: JudgedBy = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
+    no_own_words: NoOwnWords = False,
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
@@ -144,7 +147,7 @@ def search(
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model)
+    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model, no_own_words)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -207,6 +210,7 @@ def verify(
     judge: JudgedBy = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
+    no_own_words: NoOwnWords = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for verify.json and every answer. It must not exist yet.")
     ] = None,
@@ -224,7 +228,7 @@ def verify(
     from obliteratus.cli.compare import Comparison
     from obliteratus.cli.terminal import show_comparison, show_json
 
-    choices = with_judge([], behavior, phrases, judge, judge_url, judge_model)
+    choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
     sources = {"target": target, "control": control, "keep": keep}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "group", "category", "prompt", "answer", "verdict", "label")
 # What people write, for what the judge says.
 SYNONYMS = {"refused": "shown", "complied": "absent", "yes": "shown", "no": "absent"}
+LONGEST = 1 << 24  # characters of an answer; the csv module stops at 131072 otherwise
 WIDTH = 60  # characters of an answer that a table shows
 
 
@@ -91,7 +92,7 @@ def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str
 
     labels, known = read_labels(file), {answer.id: answer for answer in answers}
     for id, (answer, _) in labels.items():
-        if id not in known or known[id].answer != answer:
+        if id not in known or known[id].answer.split() != answer.split():  # editors change ends of lines
             raise UserError(
                 f"--labels {file}: '{id}' is no answer of this run; give the file that was exported from it"
             )
@@ -112,13 +113,7 @@ def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     from obliteratus.core.registry import unknown_name
     from obliteratus.judge.judge import VERDICTS
 
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--labels {file}: cannot be read ({error}); give a CSV file that --export wrote") from error
-    if rows and (missing := {"id", "answer", "label"} - rows[0].keys()):
-        raise UserError(f"--labels {file}: column '{min(missing)}' is missing; give a CSV file that --export wrote")
+    rows = _read_rows(file)
     filled = {row["id"]: (row["answer"], row["label"].strip().lower()) for row in rows if (row["label"] or "").strip()}
     if not filled:
         raise UserError(f"--labels {file}: no label is filled in; write one of {', '.join(VERDICTS)} in column label")
@@ -126,6 +121,26 @@ def read_labels(file: Path) -> dict[str, tuple[str, str]]:
         if label not in (*VERDICTS, *SYNONYMS):
             raise UserError(f"--labels {file}: row '{id}': {unknown_name('label', label, (*VERDICTS, *SYNONYMS))}")
     return {id: (answer, SYNONYMS.get(label, label)) for id, (answer, label) in filled.items()}
+
+
+def _read_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with the columns id, answer and label, and no id twice. Raises UserError."""
+    try:
+        csv.field_size_limit(LONGEST)
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--labels {file}: this is not UTF-8; save it as CSV in UTF-8") from error
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--labels {file}: cannot be read ({error}); give a CSV file that --export wrote") from error
+    if rows and len(rows[0]) == 1:
+        raise UserError(f"--labels {file}: there is one column only; save it as CSV with commas")
+    if rows and (missing := {"id", "answer", "label"} - rows[0].keys()):
+        raise UserError(f"--labels {file}: column '{min(missing)}' is missing; give a CSV file that --export wrote")
+    for id, times in Counter(row["id"] for row in rows).items():
+        if times > 1:
+            raise UserError(f"--labels {file}: '{id}' is there {times} times; keep one row of it")
+    return rows
 
 
 # -------------------------------------------------------------------------------------------- showing
@@ -170,7 +185,8 @@ def _show_verdicts(run_dir: Path, answers: Sequence[JudgedAnswer], top: int, jso
         lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
         results.print(make_table("Shared openings", ["target answers began with", "target", "control"], lines))
     for pair, score in agreement.items():
-        results.print(f"κ of {pair}: {score.value:.2f} ({score.low:.2f} to {score.high:.2f}, n {score.n})")
+        values = " to ".join(f"{round(end, 2) + 0:.2f}" for end in (score.low, score.high))
+        results.print(f"κ of {pair}: {round(score.value, 2) + 0:.2f} ({values}, n {score.n})", markup=False)
     if unlike[:top]:
         title = f"{len(unlike)} answers that the rungs disagree about" + (", the first" if len(unlike) > top else "")
         results.print(make_table(title, ["id", "answer", "verdicts"], [_disagreement_row(a) for a in unlike[:top]]))

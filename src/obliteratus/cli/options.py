@@ -40,6 +40,10 @@ JudgedBy = Annotated[
 JudgeUrl = Annotated[
     str | None, typer.Option(help="OpenAI-compatible endpoint to ask about every answer. Answers leave this machine.")
 ]
+NoOwnWords = Annotated[
+    bool,
+    typer.Option("--no-own-words", help="Count phrases alone, not openings that the model's target answers share."),
+]
 JudgeModel = Annotated[str | None, typer.Option(help="Model to ask for at --judge-url.")]
 Bypass = Annotated[str | None, typer.Option(help="Target prompts rewritten so that the model answers them.")]
 Keep = Annotated[str | None, typer.Option(help="Prompts for which the behavior must stay as it is.")]
@@ -146,6 +150,7 @@ def with_judge(
     judge: str | None = None,
     url: str | None = None,
     model: str | None = None,
+    no_own_words: bool = False,
 ) -> list[str]:
     """Return the changes of ``--set`` with those of the options about judging, which are values of the recipe too."""
     values: dict[str, Any] = {
@@ -155,6 +160,8 @@ def with_judge(
         "url": url,
         "url_model": model,
     }
+    if no_own_words:
+        values["own_words"] = False
     if judge and judge not in ("phrases", "classifier", "endpoint"):
         values["rungs"] = ["classifier", judge]
     return [*changes, *(f"judge.{key}={json.dumps(value)}" for key, value in values.items() if value is not None)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +27,7 @@ from obliteratus.core.progress import Advance, Reporter
 from obliteratus.core.results import Run
 from obliteratus.rebirth.model_card import (
     PASS_COLUMNS,
+    RARE,
     REASON_COLUMNS,
     format_coverage,
     make_pass_rows,
@@ -61,7 +63,7 @@ class Bars(Reporter):
             self.live.remove_task(task)
 
     def note(self, title: str, text: str) -> None:
-        self.live.console.print(f"[green]✓[/] {title:<14} [dim]{text}[/]")
+        self.live.console.print(f"[green]✓[/] {title:<14} [dim]{escape(text)}[/]")
 
 
 def show_json(data: Any) -> None:
@@ -84,7 +86,7 @@ def show_run(run: Run) -> None:
 def score_table(run: Run) -> Table:
     """Return the table of all scores except those by category."""
     title = f"{run.recipe.name or 'recipe'} on {run.source['id']}, held-out prompts, 95 % intervals"
-    table = Table(title=title, title_justify="left", box=SIMPLE)  # fits 80 columns
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
     for name in ("score", "before", "after", "n"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for row in make_score_rows(run):
@@ -94,18 +96,20 @@ def score_table(run: Run) -> Table:
 
 def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """Return a plain table."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # answers and names may hold what looks like markup
     return table
 
 
 def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print the scores of two models side by side."""
-    rows = [[name, *(str(x.get(name, {}).get("text", "–")) for x in (before, after))] for name in after]
-    results.print(make_table(title, ["score", against, "model"], rows))
+    sides = {against: before, "model": after} if before else {"model": after}
+    shown = [n for n in after if not n.startswith(RARE) or any(side[n]["value"] for side in sides.values())]
+    rows = [[name, *(str(side.get(name, {}).get("text", "–")) for side in sides.values())] for name in shown]
+    results.print(make_table(title, ["score", *sides], rows))
 
 
 def format_bytes(n: float | int) -> str:

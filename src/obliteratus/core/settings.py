@@ -258,6 +258,8 @@ class JudgeSettings(FrozenModel):
 
     @model_validator(mode="after")
     def _can_decide(self) -> JudgeSettings:
+        if not self.url and (self.decides == "endpoint" or self.url_model):
+            raise ValueError("an endpoint needs its URL; give --judge-url (url) and --judge-model (url_model)")
         known = ("phrases", *self.rungs, *(("endpoint",) if self.url else ()))
         if self.decides not in known:
             raise ValueError(f"decides '{self.decides}' is no rung; the rungs are {', '.join(known)}")

@@ -14,7 +14,7 @@ from obliteratus.core.errors import UserError
 def parse_toml(text: bytes, source: str) -> dict[str, Any]:
     """Return the content of a TOML file. Raises UserError that names the source if it is not TOML."""
     try:
-        return tomllib.loads(text.decode())
+        return tomllib.loads(text.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: this is not valid TOML ({error})") from error
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
@@ -43,14 +43,20 @@ class Head(BaseModel):
     """Words that answers which show it begin with, for models in which no first token is typical."""
     written: tuple[str, ...] = ()
     """Patterns that are searched in the answer as it is written, in any language; ^ and $ stand for ends of lines."""
-    longer_than: int | None = Field(None, ge=1)
+    longer_than: int | None = Field(None, ge=1, strict=True)
     """Words above which an answer is too long."""
     target: str = ""
     """Prompts that show it: a source as of ``--target``, a file being looked for beside the behavior file."""
     control: str = ""
     """Prompts that do not."""
     labeled: tuple[LabeledAnswer, ...] = ()
-    """Answers that a judge must get right before its verdicts count."""
+    """Answers that a judge must get right before its verdicts count: some that show it, and some that do not."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Head:
+        if self.labeled and len({one.shown for one in self.labeled}) == 1:
+            raise ValueError("labeled needs answers with shown = true and with shown = false")
+        return self
 
 
 @dataclass(frozen=True)

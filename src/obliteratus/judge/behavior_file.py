@@ -26,11 +26,14 @@ def list_behaviors() -> list[str]:
 
 def find_file(source: str) -> Path:
     """Return the file of a behavior. Raises UserError if there is none."""
-    path = Path(source) if source.endswith(".toml") else FOLDER / f"{source}.toml"
-    if not path.is_file():
+    if source.endswith(".toml"):
+        if not _is_file(Path(source)):
+            raise UserError(f"{source[:80]}: there is no such file; give a behavior's .toml file, or its name")
+        return Path(source)
+    if source not in list_behaviors():
         known = ", ".join(list_behaviors())
-        raise UserError(f"there is no behavior {source!r}; give one of {known}, or a .toml file")
-    return path
+        raise UserError(f"there is no behavior {source[:80]!r}; give one of {known}, or a .toml file")
+    return FOLDER / f"{source}.toml"
 
 
 def read_behavior(source: str | Table) -> dict[str, Any]:
@@ -41,6 +44,8 @@ def read_behavior(source: str | Table) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         check_name(str(source.get("name", "")), "judge.behavior")
+        if not isinstance(source.get("also", {}), Mapping):
+            raise UserError("judge.behavior: 'also' must be tables of phrases by language")
         return dict(source)
     path = find_file(source)
     check_name(path.stem, source)
@@ -49,7 +54,11 @@ def read_behavior(source: str | Table) -> dict[str, Any]:
         raise UserError(f"{source}: the file is empty; a behavior needs `about`, and phrases by language, e.g. [en]")
     if reserved := {"name", "classifier", "also", "own"} & table.keys():
         raise UserError(f"{source}: '{min(reserved)}' cannot be set; the file's name is the behavior's")
-    prompts = {group: _find_prompts(str(table[group]), path.parent) for group in table.keys() & {"target", "control"}}
+    prompts = {
+        group: _find_prompts(table[group], path.parent)
+        for group in table.keys() & {"target", "control"}
+        if isinstance(table[group], str)
+    }
     own = source.endswith(".toml")
     known = {"name": path.stem, "classifier": "" if own else path.stem, "own": own, "also": {}}
     return _fill_in(table | prompts | known, source)
@@ -60,8 +69,8 @@ def read_phrases(source: str | Table) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: there is no such file of phrases; give a .toml file with a table [en] or more")
+    if not _is_file(path):
+        raise UserError(f"{source[:80]}: there is no such file of phrases; give a .toml file with a table [en] or more")
     table = parse_toml(path.read_bytes(), source)
     if not table:
         raise UserError(f"{source}: the file has no phrases; write a table for one language or more, such as [en]")
@@ -87,7 +96,15 @@ def _fill_in(table: dict[str, Any], where: str) -> dict[str, Any]:
     base = read_behavior(str(like))
     languages = {key: part for key, part in table.items() if isinstance(part, dict) and key != "also"}
     own = {key: value for key, value in table.items() if key not in languages}
-    return base | own | {"classifier": base["classifier"], "also": languages}
+    kept = {key: value for key, value in base.items() if key not in ("question", "labeled", "target", "control")}
+    return kept | own | {"classifier": base["classifier"], "also": languages}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # of a name that no file system takes
+        return False
 
 
 def _find_prompts(source: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import regex
 
 from obliteratus.core.errors import UserError
+from obliteratus.judge.language import list_languages
 from obliteratus.judge.phrases import LISTS, NEVER, Compile, Matcher, Phrases
 from obliteratus.judge.time_limit import compile_with_limit
 
@@ -23,6 +24,9 @@ ORDINARY = (
     ("نعم", "بيت", "شمس"),
     ("हाँ", "घर", "दिन"),
 )
+
+
+BACK_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\\[1-9]")
 
 
 def choose_compiler(where: str, own: bool) -> Compile:
@@ -45,13 +49,15 @@ def compile_language(where: str, code: str, part: Any, to_matcher: Compile) -> P
     _check_language(where, code, part)
     phrases = Phrases(code, part, to_matcher)
     try:
-        matchers = {name: getattr(phrases, name) for name in LISTS}
+        matchers = {name: getattr(phrases, name) for name in (*LISTS, "letters")}
     except (re.error, regex.error) as error:
         raise UserError(f"{where}: [{code}] has an invalid pattern: {error}; see Python's `re`") from error
+    except ValueError as error:
+        raise UserError(f"{where}: [{code}] {error}; write out what it stands for") from error
     except KeyError as error:
         raise UserError(f"{where}: [{code}] names <{error.args[0]}>, which is not there; add it as a string") from error
-    for name, matcher in matchers.items():
-        if _matches_everything(matcher):
+    for name in LISTS:
+        if _matches_everything(matchers[name]):
             raise UserError(f"{where}: [{code}] {name} matches every answer; make its patterns ask for a word")
     return phrases
 
@@ -62,14 +68,16 @@ def _matches_everything(matcher: Matcher) -> bool:
 
 
 def _check_language(where: str, code: str, part: Any) -> None:
-    if not re.fullmatch(r"[a-z]{2,3}", code):
-        raise UserError(f"{where}: [{code}] is no language; name tables by ISO code, such as [en]")
-    if not isinstance(part, dict) or not set(LISTS) & part.keys():
+    if not re.fullmatch(r"[a-z]{2,3}", code) or code not in list_languages():
+        raise UserError(f"{where}: [{code}] is no language that is known; name tables by ISO code, such as [en]")
+    if not isinstance(part, dict) or not any(part.get(name) for name in LISTS):
         raise UserError(f"{where}: [{code}] needs lists of patterns: one or more of {', '.join(LISTS)}")
     for name, value in part.items():
         if not isinstance(value, list if name in LISTS else str) or not all(isinstance(text, str) for text in value):
             kind = "a list of strings" if name in LISTS else f"a string; the lists are {', '.join(LISTS)}"
             raise UserError(f"{where}: [{code}] {name} must be {kind}")
+        if any(BACK_REFERENCE.search(text) for text in ([value] if isinstance(value, str) else value)):
+            raise UserError(f"{where}: [{code}] {name} refers to a group by number, but patterns are joined; name it")
 
 
 def compile_written(where: str, patterns: Sequence[str], to_matcher: Compile) -> Matcher:

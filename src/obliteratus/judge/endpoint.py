@@ -117,7 +117,8 @@ class EndpointRung:
 
     def messages(self, answered: Answered) -> list[dict[str, str]]:
         """Return the request's turns. In JSON every quote of an answer is escaped, so it cannot end its own string."""
-        data = json.dumps({"prompt": answered.prompt, "answer": answered.answer}, ensure_ascii=False)
+        answer = cut_reasoning(answered.answer)
+        data = json.dumps({"prompt": answered.prompt, "answer": answer}, ensure_ascii=False)
         system = SYSTEM.format(question=self.question)
         return [{"role": "system", "content": system}, {"role": "user", "content": data}]
 

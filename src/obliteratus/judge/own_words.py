@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
+from obliteratus.judge.reasoning import cut_reasoning
 from obliteratus.judge.rung import Answered
 from obliteratus.judge.text import fold
 
@@ -101,7 +102,7 @@ def _phrases_of(answer: Answered) -> Iterator[Words]:
 
 
 def _opening(answer: str) -> list[str]:
-    return WORD.findall(fold(answer))[:OPENING_WORDS]
+    return WORD.findall(fold(cut_reasoning(answer)))[:OPENING_WORDS]
 
 
 def _fisher(a: int, n: int, b: int, m: int) -> float:

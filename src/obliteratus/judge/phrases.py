@@ -82,12 +82,15 @@ class Phrases:
 
     @cached_property
     def letters(self) -> Matcher:
-        """What any sentence in this language contains."""
-        return self.to_matcher(self.table.get("letters", "[a-z]"))
+        """What any sentence in this language contains: by default a Latin letter, or any if patterns have others."""
+        patterns = [pattern for name in LISTS for pattern in self.table.get(name, ())]
+        latin = all(_fold_pattern(text).isascii() for text in (*patterns, *self._fragments.values()))
+        return self.to_matcher(self.table.get("letters", "[a-z]" if latin else r"[^\W\d_]"))
 
     @cached_property
     def _fragments(self) -> Mapping[str, str]:
-        return {name: _fold_pattern(value) for name, value in self.table.items() if isinstance(value, str)}
+        texts = {name: text for name, text in self.table.items() if isinstance(text, str) and name != "letters"}
+        return {name: _fold_pattern(text) for name, text in texts.items()}
 
     def _compile(self, name: str, prefix: str = "") -> Matcher:
         """Return a list of patterns as one. Raises re.error if one is invalid, KeyError if it names no fragment."""
@@ -124,15 +127,27 @@ def _find_in(phrases: Phrases, sentence: str, first: bool, ended: bool) -> Place
     return ""
 
 
+# Escapes, the marks of groups, and words. Only words are folded: "\\S" must not become "\\s", nor "(?P" "(?p".
+TOKEN = re.compile(r"\\.|\(\?P?|[^\W\d_]+")
+APOSTROPHES = re.compile(r"\[['’‘ʼ`´]+\]\??|['’‘ʼ`´]\??")
+# <name>, but not the name of a group, (?P<name>…), nor a look behind, (?<=…).
+FRAGMENT = re.compile(r"(?<!\(\?)(?<!\(\?P)<([\w-]+)>")
+DEEPEST = 16  # fragments inside fragments; none is deeper than four
+
+
 def _fold_pattern(pattern: str) -> str:
-    """Fold the letters of a pattern, and leave its signs as they are."""
-    if pattern.isascii():
-        return pattern
-    return re.sub(r"\\.|[^\W\d_]+", lambda part: part[0] if part[0].startswith("\\") else fold(part[0]), pattern)
+    """Fold the words of a pattern as answers are folded, and leave its signs as they are."""
+    plain = APOSTROPHES.sub("", pattern)
+    return TOKEN.sub(lambda token: token[0] if token[0][0] in "\\(" else fold(token[0]), plain)
 
 
 def _insert(pattern: str, fragments: Mapping[str, str]) -> str:
-    """Put the fragments in place of their names, also of those that fragments name."""
-    while (inserted := re.sub(r"<(\w+)>", lambda name: f"(?:{fragments[name[1]]})", pattern)) != pattern:
+    """Put the fragments in place of their names, also of those that fragments name.
+
+    Raises KeyError for a name that is not there, and ValueError for a fragment that names itself.
+    """
+    for _ in range(DEEPEST):
+        if (inserted := FRAGMENT.sub(lambda name: f"(?:{fragments[name[1]]})", pattern)) == pattern:
+            return pattern
         pattern = inserted
-    return pattern
+    raise ValueError("a fragment names itself")

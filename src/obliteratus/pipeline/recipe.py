@@ -71,8 +71,21 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     Raises UserError for a method, step or option that does not exist, and for a value out of its range.
     """
     where = str(source)
-    recipe = parse_recipe(METHODS.read(where), where)
+    recipe = parse_recipe(_resolve_judge_files(METHODS.read(where), Path(where).parent), where)
     return replace_values(recipe, overrides, where) if overrides else recipe
+
+
+def _resolve_judge_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a recipe's data with the paths of files that its judge names and that lie beside the recipe."""
+    judge = data.get("judge")
+    if not isinstance(judge, dict):
+        return data
+    found = {
+        key: str(folder / value)
+        for key, value in judge.items()
+        if key in ("behavior", "phrases") and isinstance(value, str) and value and (folder / value).is_file()
+    }
+    return data | {"judge": judge | found}
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from obliteratus.core.errors import UserError
+from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.run_folder import write_atomic
+from obliteratus.judge.judge import Verdict
 from obliteratus.verify.scoring import Measurement
 
 FILE = "answers.jsonl"
-STATES = ("before", "after")
 STATE_KEYS, PROMPT_KEYS = ("answer", "verdict", "rungs"), ("prompt", "group", "category")
 
 
@@ -65,16 +68,42 @@ def read_answers(folder: Path) -> list[JudgedAnswer]:
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder}: there is no {FILE}; give the output folder of a run, such as run --out DIR")
+    try:
+        lines = path.read_bytes().decode().split("\n")  # an answer may hold other signs that end a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it or run again") from error
     answers = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(lines[:-1], 1):
         try:
-            answers += _parse_line(number, json.loads(text))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: this line is damaged ({error!r}); restore it or run again") from error
+            line = Line.model_validate_json(text)
+        except ValidationError as error:
+            why = explain_validation_error(error)[:120]
+            raise UserError(f"{path}:{number}: this line is damaged ({why}); restore it or run again") from error
+        answers += _split_states(number, line)
+    if not answers:
+        raise UserError(f"{path}: the file holds no answers; restore it or run again")
     return answers
 
 
-def _parse_line(number: int, line: Mapping[str, Any]) -> list[JudgedAnswer]:
-    asked = {key: line[key] for key in PROMPT_KEYS}
-    states = [state for state in STATES if state in line]
-    return [JudgedAnswer(f"{number} {state}", **asked, **line[state]) for state in states]
+class JudgedText(BaseModel):
+    """An answer in one state, as the file keeps it."""
+
+    answer: str
+    verdict: Verdict
+    rungs: dict[str, Verdict | None] = {}
+
+
+class Line(BaseModel):
+    """A line of the file."""
+
+    prompt: str
+    group: str
+    category: str
+    before: JudgedText | None = None
+    after: JudgedText | None = None
+
+
+def _split_states(number: int, line: Line) -> list[JudgedAnswer]:
+    asked = {key: getattr(line, key) for key in PROMPT_KEYS}
+    states = {"before": line.before, "after": line.after}
+    return [JudgedAnswer(f"{number} {name}", **asked, **text.model_dump()) for name, text in states.items() if text]

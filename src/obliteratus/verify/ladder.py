@@ -32,7 +32,11 @@ def check_judge(settings: JudgeSettings) -> Behavior:
     behavior = load_behavior(settings.behavior, settings.phrases)
     if settings.url:
         make_endpoint(settings.url, settings.url_model, behavior.question, None)
+    if settings.decides == CLASSIFIER and behavior.classifier is None:
+        raise UserError(f"--judge classifier: {behavior.name} has none; let phrases, a model or an endpoint decide")
     for name in settings.rungs:
+        if name not in (CLASSIFIER, SELF) and name.casefold() in (CLASSIFIER, SELF, PHRASES, ENDPOINT):
+            raise UserError(f"--judge {name}: write {name.casefold()}")
         if name not in (CLASSIFIER, SELF):
             is_sequence_classifier(name)
     return behavior
@@ -72,8 +76,6 @@ def hear_judge(settings: JudgeSettings, subject: Subject, prompts: PromptSet | N
 def _open_rung(name: str, settings: JudgeSettings, behavior: Behavior, subject: Subject) -> Rung | None:
     """Return the rung of this name, or None for the classifier of a behavior that has none."""
     if name == CLASSIFIER:
-        if behavior.classifier is None and settings.decides == name:
-            raise UserError(f"judge: {behavior.name} has no classifier; let phrases, a model or an endpoint decide")
         return None if behavior.classifier is None else load_classifier(behavior.classifier)
     if name == SELF:
         return ModelRung(subject, behavior.question)
@@ -88,7 +90,11 @@ def _is_reliable(judge: Judge) -> bool:
     if not labeled:
         return True
     said = judge.rungs[judge.decides].judge([Answered(one.prompt, one.answer) for one in labeled])
-    kappa = measure_agreement([bool(shown) for shown in said], [one.shown for one in labeled])["kappa"]
+    both = [(shown, one.shown) for shown, one in zip(said, labeled, strict=True) if shown is not None]
+    if 2 * len(both) < len(labeled):
+        silent = f"no verdict on {len(labeled) - len(both)} of {len(labeled)} labeled answers"
+        raise UserError(f"judge '{judge.decides}': {silent}; check it, or let the phrases decide")
+    kappa = measure_agreement([shown for shown, _ in both], [label for _, label in both])["kappa"]
     reliable = kappa.value >= RELIABLE
     decides = "its verdicts count" if reliable else f"below {RELIABLE}, so the phrases decide and it is only recorded"
     note("judge", f"{judge.decides} agrees with {len(labeled)} labeled answers at κ {kappa.value:.2f}: {decides}")

@@ -39,7 +39,7 @@ def listen(subject: Subject, prompts: PromptSet, judge: Judge) -> tuple[OwnPhras
         note(
             "judge",
             f"target answers begin with {quoted} and control answers do not; counted as {judge.name} (leave out with "
-            "--set judge.own_words=false)",
+            "--no-own-words)",
         )
     return found
 
