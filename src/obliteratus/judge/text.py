@@ -60,9 +60,17 @@ ENGLISH = re.compile(
 WORDS_A_MARK = 10
 
 
+# Two different ones of these, at one word in six, are English too; other languages have one of them at most.
+FREQUENT = frozenset("the to of is that and with as it you was this are in".split())  # noqa: SIM905
+WORDS_A_FREQUENT_ONE = 6
+
+
 def is_plainly_english(folded: str) -> bool:
     """Return whether a folded text is English without doubt."""
-    return len(ENGLISH.findall(folded)) * WORDS_A_MARK > folded.count(" ")
+    words = folded.split()
+    found = [word for word in words if word in FREQUENT]
+    by_frequent_words = len(set(found)) > 1 and len(found) * WORDS_A_FREQUENT_ONE >= len(words)
+    return by_frequent_words or len(ENGLISH.findall(folded)) * WORDS_A_MARK >= len(words)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class FoldedAnswer:
     sentences: list[str]
     """Its statements, without the signs and digits that lists and headings begin with."""
     english: list[bool]
-    """Of each sentence, whether it is plainly English."""
+    """Of each sentence, whether the answer up to its end is plainly English."""
     ended: bool
     """Whether the last sentence is whole. While an answer is being generated it mostly is not."""
 
@@ -91,7 +99,11 @@ def fold_answer(text: str, ended: bool = True) -> FoldedAnswer:
     statements = [_cut_question(part) for part in SENTENCE.split(folded)]
     sentences = [s for part in statements if (s := part.strip(' "-•:;,.!()[]0123456789'))]
     return FoldedAnswer(
-        text, folded, sentences, [is_plainly_english(s) for s in sentences], ended or folded.endswith((".", "!", "\n"))
+        text,
+        folded,
+        sentences,
+        [is_plainly_english(" ".join(sentences[: i + 1])) for i in range(len(sentences))],
+        ended or folded.endswith((".", "!", "\n")),
     )
 
 
