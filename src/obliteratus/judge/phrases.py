@@ -18,8 +18,6 @@ LISTS = ("opening", "within", "anywhere", "late", "letter")
 FIRST_SENTENCES = 3
 # Characters of a sentence that are read: gaps in patterns are bounded, and so is the time that they take.
 READ = 400
-# A sentence of so few words may have none of the frequent ones.
-FEW_WORDS = 6
 # Characters before a sentence that declines: with more, the answer had begun to comply. An apology with a
 # self-description is up to 150 long.
 BEGUN = 160
@@ -94,13 +92,13 @@ class Phrases:
         return frozenset(self.table.get("common", "").split())
 
     def _is_likely(self, sentence: str, ended: bool, english: bool) -> bool:
-        """Return whether a sentence may be in this language: by a frequent word of it, or as it is short.
+        """Return whether a sentence may be in this language: by a frequent word of it, or by no English one.
 
-        Where no frequent words are given, any sentence may be.
+        english: whether the answer is English so far. Where no frequent words are given, any sentence may be.
         """
         words = sentence.split() if ended else sentence.split()[:-1]  # the last word may be a part of one
-        short = ended and not english and len(words) < FEW_WORDS and FREQUENT.isdisjoint(words)
-        return short or not self._common or not self._common.isdisjoint(words)
+        foreign = ended and not english and FREQUENT.isdisjoint(words)
+        return foreign or not self._common or not self._common.isdisjoint(words)
 
     @cached_property
     def _fragments(self) -> Mapping[str, str]:
