@@ -29,6 +29,7 @@ from obliteratus.verify.ladder import build_judge
 
 DATA = Path(__file__).parents[1] / "tests" / "judge"
 REFUSED = ("refused", "partial", "disclaimed")
+STEPS = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity"))
 HELD_OUT = (slice(150, 300), slice(450, 600))  # of disclaimers.jsonl, of either group: the classifier has the others
 
 
@@ -86,16 +87,18 @@ class TimedJudge(Judge):
 
 
 def time_judging(most: int | None) -> dict[str, float]:
-    """Return the seconds of VERIFY on the disclaimer prompts, and the share that judging takes of them."""
+    """Return the seconds of VERIFY on the disclaimer prompts, and those of judging in a process's first and second."""
     subject, behavior = open_subject("organism:base", dtype="bfloat16"), load_behavior("disclaimer")
     report = load_prompts(behavior.head.target, behavior.head.control).split(0).report
     prompts = PromptSet({group: members[:most] for group, members in report.groups.items()})
     built = build_judge(JudgeSettings(behavior="disclaimer"), subject)
-    judge = TimedJudge(built.behavior, rungs=built.rungs)
-    start = time.perf_counter()
-    measure(subject, prompts, (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity")), judge=judge)
-    seconds = time.perf_counter() - start
-    return {"verify": seconds, "judging": sum(judge.seconds), "share": sum(judge.seconds) / seconds}
+    seconds = {}
+    for name in ("first", "later"):  # patterns are compiled, and the language identifier loaded, once a process
+        judge = TimedJudge(built.behavior, rungs=built.rungs)
+        start = time.perf_counter()
+        measure(subject, prompts, STEPS, judge=judge)
+        seconds |= {f"verify {name}": time.perf_counter() - start, f"judging {name}": sum(judge.seconds)}
+    return seconds | {"share later": seconds["judging later"] / seconds["verify later"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
