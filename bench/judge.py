@@ -92,7 +92,7 @@ def time_judging(most: int | None) -> dict[str, float]:
     report = load_prompts(behavior.head.target, behavior.head.control).split(0).report
     prompts = PromptSet({group: members[:most] for group, members in report.groups.items()})
     built = build_judge(JudgeSettings(behavior="disclaimer"), subject)
-    seconds = {}
+    seconds = dict[str, float]()
     for name in ("first", "later"):  # patterns are compiled, and the language identifier loaded, once a process
         judge = TimedJudge(built.behavior, rungs=built.rungs)
         start = time.perf_counter()
