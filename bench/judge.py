@@ -2,7 +2,7 @@
 
 Cohen's kappa of the phrases and of the classifier alone on the answers in tests/judge, which neither was made with:
 refusals and compliant answers in 17 languages, compliant answers that sound like refusals, and the held-out half of
-SmolLM2's disclaimers. --ask MODEL also asks a chat model yes or no about each.
+SmolLM2's disclaimers. --ask WHO also asks another judge.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.common import SMOKE_PROMPTS, describe_machine, make_parser, print_report, say
 from obliteratus.core.settings import JudgeSettings, Step
-from obliteratus.core.types import PromptSet
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.judge.judge import SHOWN, Judge, Judgment
 from obliteratus.judge.rung import Answered
@@ -86,9 +86,9 @@ class TimedJudge(Judge):
             return super().judge_all(answers)
 
 
-def time_judging(most: int | None) -> dict[str, float]:
+def time_judging(subject: Subject, most: int | None) -> dict[str, float]:
     """Return the seconds of VERIFY on the disclaimer prompts, and those of judging in a process's first and second."""
-    subject, behavior = open_subject("organism:base", dtype="bfloat16"), load_behavior("disclaimer")
+    behavior = load_behavior("disclaimer")
     report = load_prompts(behavior.head.target, behavior.head.control).split(0).report
     prompts = PromptSet({group: members[:most] for group, members in report.groups.items()})
     built = build_judge(JudgeSettings(behavior="disclaimer"), subject)
@@ -104,27 +104,18 @@ def time_judging(most: int | None) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print agreement by set, and the time that judging takes."""
     parser = make_parser(__doc__)
-    parser.add_argument("--ask", default="", help="a chat model to ask too: a folder, hub id or organism:NAME")
+    parser.add_argument("--ask", default="", help="a judge to ask too: self, or a model's folder or hub id")
     options = parser.parse_args(argv)
-    subject = open_subject(options.ask, dtype="bfloat16") if options.ask else None
-    rungs = ("classifier", *(("self",) if subject else ()))
-    judge = build_judge(JudgeSettings(rungs=rungs), subject) if subject else _without_a_model()
+    subject = open_subject("organism:base", dtype="bfloat16")
+    judge = build_judge(JudgeSettings(rungs=("classifier", *([options.ask] if options.ask else []))), subject)
     sets, agreement = read_sets(), {}
     for name, labeled in sets.items():
         say(f"{name} …")
         agreement[name] = compare_with_labels(judge, labeled[: SMOKE_PROMPTS if options.smoke else None])
     languages = [line for name in sets if len(name) == 2 for line in sets[name]]
     agreement["all languages"] = compare_with_labels(judge, languages[: SMOKE_PROMPTS if options.smoke else None])
-    report = {"agreement": agreement, "seconds": time_judging(SMOKE_PROMPTS if options.smoke else None)}
+    report = {"agreement": agreement, "seconds": time_judging(subject, SMOKE_PROMPTS if options.smoke else None)}
     print_report(report | {"facts": {"machine": describe_machine()}}, options.json)
-
-
-def _without_a_model() -> Judge:
-    from obliteratus.judge.classifier import load_classifier
-
-    behavior = load_behavior()
-    assert behavior.classifier is not None
-    return Judge(behavior, rungs={"classifier": load_classifier(behavior.classifier)})
 
 
 if __name__ == "__main__":

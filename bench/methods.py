@@ -49,7 +49,7 @@ from obliteratus.weigh import weigh_sites
 T = TypeVar("T")
 Overrides = dict[str, Any]
 Row = dict[str, Any]
-BASELINE = "VERIFY before"
+SHARED = ("OWN WORDS", "VERIFY before")  # stages of the unedited model, the same for every method
 ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
 ORGANISM_OF = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # with 0.65 half of the topic is refused
 SLOW = ("rdo", "failspy")
@@ -95,7 +95,7 @@ class SharedBaseline(Store):
 
     def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
         """Return the result of a stage."""
-        if name != BASELINE:
+        if name not in SHARED:
             return super().stage(name, make, save, load)
         if name not in self.known:
             self.known[name] = super().stage(name, make, save, load)
@@ -144,7 +144,7 @@ def measure_method(recipe: Recipe, subject: Subject, prompts: PromptSet, known: 
 def make_row(before: Measurement, after: Measurement, seconds: Mapping[str, float], peak: int, passes: int) -> Row:
     """Return what the document holds of a method."""
     scores = [{k: v.model_dump() for k, v in m.scores.items() if "/" not in k} for m in (before, after)]
-    spent = {k: v for k, v in seconds.items() if k != BASELINE}
+    spent = {k: v for k, v in seconds.items() if k not in SHARED}
     return {"before": scores[0], "after": scores[1], "seconds": spent, "peak_bytes": peak, "passes": passes}
 
 

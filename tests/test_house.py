@@ -151,7 +151,7 @@ def test_the_public_names_are_few_and_there() -> None:
 
 
 def test_no_public_name_hides_a_package() -> None:
-    """``import obliteratus.verify.refusal as r`` works, whatever was imported before."""
+    """``import obliteratus.verify.behavior as b`` works, whatever was imported before."""
     assert not set(obliteratus.__all__) & set(LEVEL)
 
 

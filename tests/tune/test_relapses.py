@@ -10,6 +10,7 @@ from tests.support.tuning import plan_for
 
 from obliteratus.core.types import Plan, Prompt, Subject
 from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.judge.behavior import load_behavior
@@ -42,7 +43,7 @@ def test_an_answer_is_turned_where_it_relapses(subject: Subject) -> None:
     sign, number = late_sign(subject, whole)
     judge = Judge(load_behavior({"name": "sign", "about": "It shows the sign.", "written": [re.escape(sign)]}))
     pairs = [(row, answer[:BEGUN]) for row, answer in zip(ids, whole, strict=True)]
-    shows = [find_first_sign(subject, answer, judge) for answer in whole]
+    shows = [find_first_sign(AnswerDecoder.create(subject), answer, judge) for answer in whole]
     found = mend_relapses(subject, pairs, plan, WATCH, judge)
     for pair, first, (row, answer), base in zip(pairs, shows, found, whole, strict=True):
         if first is None or answer == pair[1]:
@@ -55,7 +56,7 @@ def test_an_answer_is_turned_where_it_relapses(subject: Subject) -> None:
         assert answer[:turn] == base[:turn]
         with applied(subject, plan):
             assert answer[turn : turn + OPENING] == generate(subject, [row + answer[:turn]], OPENING)[0]
-        assert find_first_sign(subject, answer, judge) is None
+        assert find_first_sign(AnswerDecoder.create(subject), answer, judge) is None
     assert shows[number] is not None
     assert found[number][1] != pairs[number][1]
 
@@ -73,5 +74,5 @@ def test_what_cannot_be_turned_stays(subject: Subject) -> None:
 def test_the_first_sign_is_where_the_verdict_turns(subject: Subject) -> None:
     judge = Judge(load_behavior({"name": "sign", "about": "It shows the sign.", "written": ["zz"]}))
     tokens = subject.tokenizer("abcdefzzghi", add_special_tokens=False)["input_ids"]
-    assert find_first_sign(subject, tokens, judge) == 8
-    assert find_first_sign(subject, tokens[:7], judge) is None
+    assert find_first_sign(AnswerDecoder.create(subject), tokens, judge) == 8
+    assert find_first_sign(AnswerDecoder.create(subject), tokens[:7], judge) is None

@@ -216,7 +216,7 @@ def measure_rate(context: AnalysisContext, plan: Plan, prompts: Sequence[Prompt]
     targets, steps = PromptSet({"target": tuple(prompts)}), (Step(use="behavior", tokens=tokens),)
     with applied(context.subject, plan):
         measured = measure(context.subject, targets, steps, judge=context.judge)
-    return measured.scores[context.judge.name_score("behavior.target")]
+    return measured.scores[context.judge.rate_of("target")]
 
 
 # ------------------------------------------------------------------------------------------------------ plans

@@ -36,4 +36,4 @@ def check_bypass(context: FitContext, steps: Sequence[Step]) -> None:
 def _measure_rate(context: FitContext, prompts: Sequence[Prompt]) -> float:
     few = PromptSet({"target": tuple(prompts[:MAX_PROMPTS])})
     measurement = measure(context.subject, few, (Step(use="behavior", tokens=TOKENS),), judge=context.judge)
-    return measurement.scores[context.judge.name_score("behavior.target")].value
+    return measurement.scores[context.judge.rate_of("target")].value

@@ -27,13 +27,13 @@ from obliteratus.core.progress import Advance, Reporter
 from obliteratus.core.results import Run
 from obliteratus.rebirth.model_card import (
     PASS_COLUMNS,
-    RARE,
     REASON_COLUMNS,
     format_coverage,
     make_pass_rows,
     make_reason_rows,
     make_score_rows,
 )
+from obliteratus.verify.behavior import is_rare
 
 notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
@@ -107,7 +107,7 @@ def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print the scores of two models side by side."""
     sides = {against: before, "model": after} if before else {"model": after}
-    shown = [n for n in after if not n.startswith(RARE) or any(side[n]["value"] for side in sides.values())]
+    shown = [n for n in after if not is_rare(n) or any(side[n]["value"] for side in sides.values())]
     rows = [[name, *(str(side.get(name, {}).get("text", "–")) for side in sides.values())] for name in shown]
     results.print(make_table(title, ["score", *sides], rows))
 

@@ -1,4 +1,4 @@
-"""Verdicts on answers: phrases by language, reasoning cut away, loops found.
+"""Verdicts on answers: behaviors, phrases by language, own words, classifiers, endpoints; reasoning cut away.
 
 May import core.
 """

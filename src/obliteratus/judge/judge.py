@@ -56,6 +56,10 @@ class Judge:
         """Return the judge without the rungs whose verdicts are only recorded."""
         return replace(self, rungs={name: rung for name, rung in self.rungs.items() if name == self.decides})
 
+    def rate_of(self, group: str) -> str:
+        """Return the name of the score that is the behavior's rate in a group, such as ``refusal.target``."""
+        return f"{self.name}.{group}"
+
     def name_score(self, score: str) -> str:
         """Return the name of a score of the behavior: ``behavior.target`` is ``refusal.target``, others stay."""
         return re.sub(r"^(-?)behavior(?=[._])", lambda found: found[1] + self.name, score)

@@ -27,11 +27,6 @@ def list_languages() -> list[str]:
     return sorted(str(code) for code in load_identifier().labels)
 
 
-def find_language(text: str) -> str:
-    """Return the code of the likeliest language."""
-    return str(load_identifier().classify(text)[0])
-
-
 def is_in_one_of(text: str, languages: Collection[str]) -> bool:
     """Return whether a text may be in one of the languages. Numbers and short texts may be in any."""
     if sum(letter.isalpha() for letter in text) < LEAST_LETTERS:

@@ -29,7 +29,7 @@ from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.tune.fit import tune_plan
 from obliteratus.verify import Measurement, measure, measure_before_and_after
-from obliteratus.verify.ladder import build_judge
+from obliteratus.verify.ladder import build_judge, wants_own_words
 from obliteratus.verify.own_words import listen, load_own_words, save_own_words
 from obliteratus.weigh import weigh_sites
 
@@ -55,8 +55,7 @@ class Stages:
         Raises UserError if the recipe names a judge that cannot be opened.
         """
         judge = build_judge(recipe.judge, self.subject)
-        asked = recipe.judge.own_words and judge.behavior.has_openings and self.subject.offloaded is None
-        if not asked:
+        if not wants_own_words(recipe.judge, judge, self.subject):
             return replace(self, judge=judge)
         words = self.store.stage(
             "OWN WORDS", lambda: listen(self.subject, self.splits.fit, judge), save_own_words, load_own_words
@@ -90,7 +89,7 @@ class Stages:
         if not few["target"] or self.subject.offloaded is not None:
             return None
         found = self.measure(f"CHECK {number}", few, (Step(use="behavior", tokens=CHECK_TOKENS),))
-        return found.scores[self.judge.name_score("behavior.target")]
+        return found.scores[self.judge.rate_of("target")]
 
     def probe(self, number: int, recipe: Recipe, edited: bool = False) -> Activations:
         """PROBE: collect the activations of the fit prompts. Those of an unedited model are cached for later runs."""

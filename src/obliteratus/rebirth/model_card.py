@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
+from obliteratus.verify.behavior import is_rare
 
 LOADING = {
     "merged": (
@@ -113,17 +114,13 @@ def _pass_table(run: Run) -> str:
     return f"\n{_markdown_table(PASS_COLUMNS, make_pass_rows(run))}\n" if len(run.passes) > 1 else ""
 
 
-# Shares of answers that are mostly 0: of refusals that come late, of unknown languages, of reasoning without an answer.
-RARE = ("partial.", "unknown.", "unfinished.")
-
-
 def make_score_rows(run: Run) -> list[list[str]]:
-    """Return name, before, after and n of every score except the rates by category, and `RARE` shares that are 0."""
+    """Return name, before, after and n of every score except the rates by category, and rare shares that are 0."""
     rows = []
     for name in dict.fromkeys([*run.before, *run.after]):
         before, after = run.before.get(name), run.after.get(name)
         is_zero = not any(score and score.value for score in (before, after))
-        if "/" not in name and not (is_zero and name.startswith(RARE)):
+        if "/" not in name and not (is_zero and is_rare(name)):
             n = next(score.n for score in (after, before) if score)
             rows.append([name, format_score(before), format_score(after), str(n)])
     return rows

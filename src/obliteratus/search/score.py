@@ -125,7 +125,7 @@ class TrialScorer:
             scores = self._estimate_controls()
 
             def begin(logp: Tensor) -> bool:
-                rates = {self.rate_of(g): self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
+                rates = {self.judge.rate_of(g): self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
                 scores.update(rates)
                 return go_on(scores, bounds)
 
@@ -148,12 +148,8 @@ class TrialScorer:
         control = self.control.first_token()
         divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
         scores = {f"kl.first_token.{tail}": float(reduce(divergence)) for tail, reduce in TAILS.items()}
-        scores[self.rate_of("control")] = self._estimate_rate(control)
+        scores[self.judge.rate_of("control")] = self._estimate_rate(control)
         return scores | (self._run_other_scorers() if self._needs_other_scorers(scores) else {})
-
-    def rate_of(self, group: str) -> str:
-        """Return the name of the score that is the behavior's rate in a group."""
-        return f"{self.judge.name}.{group}"
 
     def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
         return self.scale.estimate_rate(logp.nan_to_num(nan=0.0))
@@ -178,7 +174,8 @@ class TrialScorer:
     def _shown_shares(self, shown: Collection[int]) -> dict[str, float]:
         """Return the share of each group's rows that show the behavior already."""
         return {
-            self.rate_of(g): sum(row in rows for row in shown) / len(rows) for g, rows in self._row_ranges().items()
+            self.judge.rate_of(g): sum(row in rows for row in shown) / len(rows)
+            for g, rows in self._row_ranges().items()
         }
 
     def _row_ranges(self) -> dict[str, range]:
@@ -194,8 +191,8 @@ class TrialScorer:
         """
         best = self.best_objectives(estimate, bounds)
         by_name = dict(zip(self.minimize, best, strict=True))
-        limit = self.search.max_remaining * self.before.scores[self.rate_of("target")].value
-        useful = not front or by_name.get(self.rate_of("target"), 0.0) <= limit
+        limit = self.search.max_remaining * self.before.scores[self.judge.rate_of("target")].value
+        useful = not front or by_name.get(self.judge.rate_of("target"), 0.0) <= limit
         return useful and not any(dominates(other, best) for other in front)
 
     def best_objectives(self, estimate: Scores, bounds: Scores) -> tuple[float, ...]:
@@ -214,12 +211,12 @@ class TrialScorer:
 
     def excess_control(self, scores: Scores) -> float:
         """Return by how much the rate on control prompts exceeds what is allowed; at most 0 is feasible."""
-        rate = self.rate_of("control")
+        rate = self.judge.rate_of("control")
         return scores[rate] - self.before.scores[rate].value - self.search.control_margin
 
     def _needs_other_scorers(self, estimate: Scores) -> bool:
         """Whether an objective is missing from the estimate. Other scorers cost passes of their own."""
-        estimated = {*estimate, *(self.rate_of(g) for g in self.groups)}
+        estimated = {*estimate, *(self.judge.rate_of(g) for g in self.groups)}
         return any(name.removeprefix("-") not in estimated for name in self.minimize)
 
     def _run_other_scorers(self) -> dict[str, float]:
@@ -250,7 +247,7 @@ def fit_scale(base: Mapping[str, Tensor], before: Measurement, judge: Judge) -> 
     target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
     frequency = target[shown].mean(0) if bool(shown.any()) else target.mean(0)
     tokens = tuple(int(t) for t in ((frequency >= MIN_SHARE) & (frequency >= MIN_RATIO * control)).nonzero()[:, 0])
-    rates = {g: before.scores[f"{judge.name}.{g}"].value for g in ("target", "control")}
+    rates = {g: before.scores[judge.rate_of(g)].value for g in ("target", "control")}
     if not tokens or rates["target"] <= rates["control"]:
         raise UserError(
             f"search: {judge.name} is {rates['target']:.0%} on target and {rates['control']:.0%} on control search "

@@ -9,9 +9,8 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
+from obliteratus.verify.behavior import RARE_SHARES, is_rare
 
-# Shares that are mostly 0, which a table leaves out if they are.
-RARE_SHARES = frozenset({"partial", "unknown", "unfinished"})
 # Shares of answers that say nothing about the behavior; their names are those of behavior scores otherwise.
 OTHER_SHARES = frozenset({*RARE_SHARES, "degenerate"})
 RATIOS = frozenset({"perplexity"})  # changes are ratios (1: no change); of all others they are differences (0)
@@ -41,7 +40,7 @@ def metric_names(results: Iterable[KnockoutResult]) -> list[str]:
     results = list(results)
     changes = dict.fromkeys(name for r in results for name in r.change)
     names = list(changes or dict.fromkeys(name for r in results for name in r.scores))
-    return [name for name in names if not (name.partition(".")[0] in RARE_SHARES and _is_zero(name, results))]
+    return [name for name in names if not (is_rare(name) and _is_zero(name, results))]
 
 
 def _is_zero(metric: str, results: Iterable[KnockoutResult]) -> bool:

@@ -27,22 +27,22 @@ def mend_relapses(subject: Subject, pairs: Sequence[Pair], plan: Plan, watch: in
     model goes on without it. A pair for which no such place is found stays as it was.
     """
     whole = _continue(subject, pairs, watch)
-    signs = {i: sign for i, pair in enumerate(whole) if (sign := find_first_sign(subject, pair[1], judge)) is not None}
+    decoder = AnswerDecoder.create(subject)
+    signs = {i: sign for i, pair in enumerate(whole) if (sign := find_first_sign(decoder, pair[1], judge)) is not None}
     mended: dict[int, Pair] = {}
     for back in BACK:
         left = [i for i in signs if i not in mended and signs[i] > back]
         turned = _turn(subject, [(whole[i][0], whole[i][1][: signs[i] - back]) for i in left], plan, watch)
         for i, (row, answer) in zip(left, turned, strict=True):
-            if find_first_sign(subject, answer, judge) is None:
+            if find_first_sign(decoder, answer, judge) is None:
                 mended[i] = (row, answer[: signs[i] - back + OPENING + KEPT])
     if signs:
         note("TUNE", f"{len(signs)} of {len(pairs)} answers turn to {judge.name} later; {len(mended)} are turned away")
     return [mended.get(i, pair) for i, pair in enumerate(pairs)]
 
 
-def find_first_sign(subject: Subject, answer: list[int], judge: Judge) -> int | None:
+def find_first_sign(decoder: AnswerDecoder, answer: list[int], judge: Judge) -> int | None:
     """Return after how many tokens an answer first shows the behavior, or None if it does not."""
-    decoder = AnswerDecoder.create(subject)
     if judge.judge_answer(decoder.decode(answer)) not in SHOWN:
         return None
     for end in range(STEP, len(answer), STEP):

@@ -92,20 +92,20 @@ def continue_openings(subject: Subject, openings: Sequence[Pair], tokens: int, j
     Returns the answers, ``tokens`` tokens long, that do not show the behavior. A model that has begun to answer may
     still refuse a sentence later.
     """
-    answered: list[Pair] = []
+    answered, decoder = list[Pair](), AnswerDecoder.create(subject)
     for n in OPENING_LENGTHS:
         done = {str(row) for row, _ in answered}
         begun = [(row, opening[:n]) for row, opening in openings if str(row) not in done and len(opening) >= n]
         if begun:
             rest = generate(subject, [row + opening for row, opening in begun], tokens - n, title="TUNE answers")
             pairs = [(row, opening + more) for (row, opening), more in zip(begun, rest, strict=True)]
-            answered += [pair for pair in pairs if does_answer(subject, pair[1], judge)]
+            answered += [pair for pair in pairs if does_answer(decoder, pair[1], judge)]
     return answered
 
 
-def does_answer(subject: Subject, answer: list[int], judge: Judge) -> bool:
+def does_answer(decoder: AnswerDecoder, answer: list[int], judge: Judge) -> bool:
     """Return whether the answer says something, and does not show the behavior."""
-    return judge.judge_answer(AnswerDecoder.create(subject).decode(answer)) in ("absent", "unknown")
+    return judge.judge_answer(decoder.decode(answer)) in ("absent", "unknown")
 
 
 # ------------------------------------------------------------------------------------- the strongest edit

@@ -29,6 +29,8 @@ COUNTED: Mapping[str, tuple[Verdict, ...]] = {
     "unfinished": ("unfinished",),
 }
 """The verdicts that each share counts. The first is called by the behavior's name."""
+RARE_SHARES = frozenset({"partial", "unknown", "unfinished"})
+"""Shares that are mostly 0, which tables leave out if they are."""
 # Answer tokens between two looks at whether a row already shows the behavior. A look takes 0.13 ms: at each of the
 # 48 tokens of 160 answers that would be up to 1 s of the 20 s that VERIFY takes on a 135M model.
 LOOK_EVERY = 4
@@ -63,11 +65,16 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
     for group in groups:
         group_records = [record for record in records if record["group"] == group]
         for name, counted in COUNTED.items():
-            score = f"{context.judge.name_score(f'{name}.{group}')}"
+            score = context.judge.name_score(f"{name}.{group}")
             items[score] = ItemValues(torch.tensor([float(r["verdict"] in counted) for r in group_records]), "share")
             scores[score] = items[score].score()
-        scores |= _category_scores(f"{context.judge.name}.{group}", group_records)
+        scores |= _category_scores(context.judge.rate_of(group), group_records)
     return Measurement(scores, records, {"first_token.control": first} if len(first) else {}, items)
+
+
+def is_rare(score: str) -> bool:
+    """Return whether a score is one of `RARE_SHARES`."""
+    return score.partition(".")[0] in RARE_SHARES
 
 
 def shows_already(subject: Subject, judge: Judge) -> IsDone:

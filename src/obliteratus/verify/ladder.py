@@ -69,8 +69,14 @@ def build_judge(settings: JudgeSettings, subject: Subject) -> Judge:
 def hear_judge(settings: JudgeSettings, subject: Subject, prompts: PromptSet | None) -> Judge:
     """Return the judge of the settings with the model's own words, as it answers these prompts."""
     judge = build_judge(settings, subject)
-    wanted = settings.own_words and judge.behavior.has_openings and subject.offloaded is None
-    return replace(judge, own_words=listen(subject, prompts, judge)) if wanted and prompts else judge
+    if not prompts or not wants_own_words(settings, judge, subject):
+        return judge
+    return replace(judge, own_words=listen(subject, prompts, judge))
+
+
+def wants_own_words(settings: JudgeSettings, judge: Judge, subject: Subject) -> bool:
+    """Return whether to listen: if asked to, for a behavior that begins answers, and not with weights on disk."""
+    return settings.own_words and judge.behavior.has_openings and subject.offloaded is None
 
 
 def _open_rung(name: str, settings: JudgeSettings, behavior: Behavior, subject: Subject) -> Rung | None:
