@@ -52,7 +52,7 @@ def call(*arguments: object) -> Result:
 
 
 def run(model: Path, files: dict[str, Path], *more: object) -> Result:
-    return call("run", model, "--target", files["target"], "--control", files["control"], "--quiet", *more)
+    return call("run", model, "--target", files["target"], "--control", files["control"], "--quiet", "--force", *more)
 
 
 def one_line(result: Result) -> str:
@@ -229,7 +229,7 @@ def test_methods_and_inspect(model: Path) -> None:
 
 def started(model: Path, files: dict[str, Path], out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "obliteratus.cli.app", "run", str(model), "--out", str(out), *more]
-    command += [x for group, path in files.items() for x in (f"--{group}", str(path))]
+    command += ["--force", *(x for group, path in files.items() for x in (f"--{group}", str(path)))]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, children too
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own, preexec_fn=heard)
@@ -261,6 +261,6 @@ def test_interrupted_run_resumes(model: Path, files: dict[str, Path], tmp_path: 
 
 
 def test_no_command_prints_to_stdout_beside_json(model: Path, files: dict[str, Path]) -> None:
-    result = call("run", model, "--target", files["target"], "--control", files["control"], "--json")
+    result = call("run", model, "--target", files["target"], "--control", files["control"], "--json", "--force")
     json.loads(result.stdout)
     assert re.search("VERIFY", result.stderr)  # notes are there, on the other stream

@@ -104,10 +104,12 @@ def test_the_pipeline_keeps_to_it() -> None:
     groups = {"target": "Tell me about {}.", "control": "How much is {} plus two?"}
     prompts = PromptSet({g: tuple(Prompt(t.format(i)) for i in range(40)) for g, t in groups.items()})
     scorers = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
-    free, _, *_ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store())
+    free, _, *_ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store(), force=True)
     search = prompts.split(0).search["control"]
     budget = 0.1 * mean_kl(subject, free, search)
-    plan, _, *_ = run(load_recipe("basic", {"verify": scorers, "excise.kl_budget": budget}), subject, prompts, Store())
+    plan, _, *_ = run(
+        load_recipe("basic", {"verify": scorers, "excise.kl_budget": budget}), subject, prompts, Store(), force=True
+    )
     assert mean_kl(subject, plan, search) <= budget * 1.001
     assert all(isinstance(e, Edit) and 0 < e.strength < 1 for e in plan.edits)
 
@@ -117,4 +119,4 @@ def test_without_search_prompts_it_is_refused() -> None:
         g: tuple(Prompt(f"{g} {i}", split="fit" if i else "report") for i in range(9)) for g in ("target", "control")
     }
     with pytest.raises(UserError, match="has no prompt in the search split"):
-        run(load_recipe("basic", {"excise.kl_budget": 0.1}), opened("llama"), PromptSet(fixed), Store())
+        run(load_recipe("basic", {"excise.kl_budget": 0.1}), opened("llama"), PromptSet(fixed), Store(), force=True)

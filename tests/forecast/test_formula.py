@@ -123,7 +123,7 @@ def counted(made: Recipe) -> tuple[Counter[str], dict[str, int | float]]:
     )  # without search prompts no pass is checked, and none is left out
     counting = Counting()
     with report_to(counting):
-        run(made, tiny_subject("llama"), prompts)
+        run(made, tiny_subject("llama"), prompts, force=True)
     values = {"N_fit": 11, "N_fit,target": 6, "N_fit,control": 5, "N_report": 5, "N_report,control": 3, "N_texts": 16}
     return counting.seen, {**values, "N_search,target": 0}
 

@@ -171,7 +171,7 @@ def test_edits_begin_at_the_deepest_block_from_which_they_work(block: int) -> No
 
 
 def test_groups_that_differ_by_chance_decide_nothing() -> None:
-    _, found, *_ = run(informed(), refuser(), grouped(shuffled(asked())))
+    _, found, *_ = run(informed(), refuser(), grouped(shuffled(asked())), force=True)
     reason = next(r for r in found.advice["reasons"] if r["decides"].startswith("layers"))
     assert reason["changes"] == {}
 
@@ -221,7 +221,7 @@ def test_activations_are_probed_once_for_analysis_and_first_pass() -> None:
 def test_it_runs_on_every_kind_of_model_and_what_it_gives_can_be_saved(name: str) -> None:
     """Where biases can hold anchors, and where not."""
     subject = tiny_subject(name)
-    plan, found, *_ = run(informed(**{"analyze.1.depths": 2}), subject, grouped(asked()))
+    plan, found, *_ = run(informed(**{"analyze.1.depths": 2}), subject, grouped(asked()), force=True)
     assert (found.advice["reasons"][0]["value"] == 1.0) == found.recipe.excise.anchored == (name in ANCHORED)
     for make in bake(subject, plan).values():
         assert torch.isfinite(make()).all()

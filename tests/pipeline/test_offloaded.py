@@ -295,7 +295,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def call(*words: str) -> Any:
         return CliRunner().invoke(app, [*words, *sources, "--memory", "1TB", "--json"])
 
-    done = call("run", str(folder), "--method", "advanced", "--out", str(tmp_path / "out"))
+    done = call("run", str(folder), "--method", "advanced", "--force", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {"refusal_score.target", "kl.first_token.mean"} <= found["after"].keys()
@@ -310,7 +310,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_adapter_needs_the_model_in_memory(tmp_path: Path, make_plan: PlanMaker, many: PromptSet) -> None:
     away = open_offloaded(stored(tmp_path / "model", "llama"))
-    plan, told, *_ = run(load_recipe("basic").model_copy(update={"verify": STEPS[:2]}), away, many)
+    plan, told, *_ = run(load_recipe("basic").model_copy(update={"verify": STEPS[:2]}), away, many, force=True)
     with pytest.raises(UserError, match="--save adapter: the whole model must be in memory"):
         save(away, plan, told, tmp_path / "out", "adapter")
     assert not (tmp_path / "out").exists()

@@ -35,7 +35,7 @@ def prompts(search: int = 3) -> PromptSet:
 
 def made(passes: int, search: int, store: Store | None = None, **changed: Any) -> tuple[Plan, Run]:
     overrides = {"passes": passes, "verify": SHORT, "excise.strength": 0.3, **changed}
-    result = run(load_recipe("surgical", overrides), tiny_subject("llama"), prompts(search), store)
+    result = run(load_recipe("surgical", overrides), tiny_subject("llama"), prompts(search), store, force=True)
     return result.plan, result.run
 
 
@@ -61,7 +61,7 @@ def test_a_check_that_ends_the_passes_is_told() -> None:
     store = Store()
     _, found = made(3, 3, store)
     (only,) = found.passes
-    assert only["ended"] == "refusal is down"
+    assert only["ended"] == "few enough search prompts show refusal"
     assert (only["remaining"]["value"], only["remaining"]["n"]) == (0.0, 3)
     assert only["seconds"]["CHECK"] == store.seconds["CHECK 2"]
 

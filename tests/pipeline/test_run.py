@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Subject
@@ -63,7 +64,9 @@ def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> Non
     half = len(fit) // 2
     held = {g: tuple(p for p in members if p.split != "fit") for g, members in few.groups.items()}
     mixed = {"target": (*fit[:half], *held["target"]), "control": (*fit[half:], *held["control"])}
-    _, found, *_ = run(advanced(), subject, PromptSet(mixed))
+    with pytest.raises(UserError, match="no difference beyond chance"):
+        run(advanced(), subject, PromptSet(mixed))
+    _, found, *_ = run(advanced(), subject, PromptSet(mixed), force=True)
     assert found.after["refusal.target"].value >= 0.8
 
 

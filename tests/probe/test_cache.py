@@ -106,7 +106,7 @@ def test_the_second_run_probes_nothing_and_says_so(tmp_path: Path) -> None:
     for _ in range(2):
         notes = Notes()
         with report_to(notes):
-            plans.append(run(recipe, tiny_subject("llama"), prompts).plan)
+            plans.append(run(recipe, tiny_subject("llama"), prompts, force=True).plan)
         told.append([text for text in notes.texts if "from the cache" in text])
     assert told == [[], ["PROBE: read from the cache: an earlier run had the same model, prompts and options"]]
     assert all(torch.equal(a.basis, b.basis) for a, b in zip(plans[0].edits, plans[1].edits, strict=True))

@@ -87,7 +87,7 @@ def test_a_run_ends_in_a_model_that_answers_as_measured(name: str, groups: Promp
         "basic",
         {"excise": {"norm": "columns"}, "verify": [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]},
     )
-    plan, found, *_ = run(made, subject, groups)
+    plan, found, *_ = run(made, subject, groups, force=True)
     saved = save(subject, plan, found, tmp_path / "out", prompts=groups)
     assert saved.saved["rescore"]["max_kl"] < 1e-5
     assert found.coverage["warning"] == ""
@@ -143,7 +143,12 @@ def test_rows_under_different_plans_of_experts(name: str, norm: str, make_plan: 
 def test_a_part_that_is_not_there_is_an_error(groups: PromptSet) -> None:
     quick = {"verify": [{"use": "first_token_kl"}]}
     with pytest.raises(NothingMatchedError, match=r"'expert\.out' names no part"):
-        run(load_recipe("basic", {**quick, "excise": {"parts": ["expert.out"]}}), tiny_subject("llama"), groups)
+        run(
+            load_recipe("basic", {**quick, "excise": {"parts": ["expert.out"]}}),
+            tiny_subject("llama"),
+            groups,
+            force=True,
+        )
     assert expand_part("mlp.out") == ("mlp.out", "expert.out", "shared.out")
 
 

@@ -158,19 +158,19 @@ def test_a_run_resumes_behind_the_stage(easy: None, tmp_path: Path, monkeypatch:
     subject, made, fitted = tiny_subject("llama"), load_recipe("tuned", CHANGES), []
     step = fit.take_step
     monkeypatch.setattr(fit, "take_step", lambda *args: (fitted.append(1), step(*args)))
-    plan, found, *_ = run(made, subject, group_prompts(), Store(tmp_path))
+    plan, found, *_ = run(made, subject, group_prompts(), Store(tmp_path), force=True)
     assert len(fitted) == 5
     assert "TUNE" in found.seconds
-    again, _, *_ = run(made, subject, group_prompts(), Store(tmp_path))
+    again, _, *_ = run(made, subject, group_prompts(), Store(tmp_path), force=True)
     assert len(fitted) == 5
     same(again, plan)
-    untuned, _, *_ = run(made.model_copy(update={"tune": None}), subject, group_prompts())
+    untuned, _, *_ = run(made.model_copy(update={"tune": None}), subject, group_prompts(), force=True)
     assert len(fitted) == 5
     first, other = plan.edits[0], untuned.edits[0]
     assert isinstance(first, Edit)
     assert isinstance(other, Edit)
     assert first.strength != other.strength
-    run(made, subject, group_prompts())
+    run(made, subject, group_prompts(), force=True)
     assert len(fitted) == 10
 
 
@@ -182,7 +182,7 @@ def test_search_prompts_are_asked_for() -> None:
         for g, ps in parts.groups.items()
     }
     with pytest.raises(UserError, match="search"):
-        run(load_recipe("tuned", CHANGES), tiny_subject("llama"), PromptSet(fit_only))
+        run(load_recipe("tuned", CHANGES), tiny_subject("llama"), PromptSet(fit_only), force=True)
 
 
 def test_what_it_costs() -> None:

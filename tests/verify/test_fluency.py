@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.support.plans import PlanMaker
 from tests.support.scorers import plain_log_probs, refusal_records
+from tests.support.scores import is_sound
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
@@ -64,7 +65,7 @@ def test_it_runs_behind_the_refusal_scorer(subject: Subject, prompts: PromptSet,
         after = measure(subject, prompts, steps, before, base=subject)
         with pytest.raises(UserError, match="not at hand"):
             measure(subject, prompts, steps, before)
-    assert all(s.low <= s.value <= s.high and s.n > 0 for s in after.scores.values())
+    assert all(map(is_sound, after.scores.values()))
 
 
 def test_it_needs_answers(subject: Subject, prompts: PromptSet) -> None:

@@ -19,8 +19,6 @@ from obliteratus.verify.own_words import (
     choose_own_words,
     find_openings,
     listen,
-    load_own_words,
-    save_own_words,
 )
 
 # The refuser says its one word over and over, so that an opening of six words holds it once and a half.
@@ -91,12 +89,6 @@ def test_reasoning_is_no_opening() -> None:
     assert {p.text.split()[0] for p in choose_own_words(target, control, Judge())} <= {"ach", "nee"}
     plain = [Answered(a.prompt, think + a.answer) for a in answers("", 0)]
     assert choose_own_words(plain, control, Judge()) == ()
-
-
-def test_what_was_heard_is_kept(tmp_path: Path) -> None:
-    found = choose_own_words(answers(UNKNOWN, 12), answers("", 0), Judge())
-    save_own_words(found, tmp_path)
-    assert load_own_words(tmp_path) == found
 
 
 def test_nothing_was_answered() -> None:

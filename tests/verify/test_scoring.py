@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.scores import is_sound
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.results import Score
@@ -26,7 +27,7 @@ def test_every_score_has_its_interval(subject: Subject, prompts: PromptSet) -> N
     after = measure(subject, prompts, STEPS, before)
     assert {"refusal.target", "refusal.control", "degenerate.target", "perplexity"} <= set(before.scores)
     assert {"kl.first_token.mean", "perplexity.ratio"} <= set(after.scores)
-    assert all(s.low <= s.value <= s.high and s.n > 0 and s.unit for s in after.scores.values())
+    assert all(map(is_sound, after.scores.values()))
 
 
 def test_first_tokens_are_the_same_with_and_without_answers(subject: Subject, prompts: PromptSet) -> None:

@@ -24,7 +24,7 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
-from obliteratus.verify.intervals import bootstrap, mean
+from obliteratus.verify.intervals import mean_score
 
 NEGLIGIBLE_KL = 1e-6  # nats: a smaller KL is rounding; plots on a log scale begin here
 # Bytes of outputs of the blocks below each edit, cached for the next layers: 32 short prompts of a small model take
@@ -110,7 +110,7 @@ def measure_entanglement(
             rows.append(_measure_kl(cached, base, plans) if plans else torch.zeros(1 + random, len(base)))
             advance(1)
     table = torch.stack(rows)
-    own = tuple(bootstrap(values, mean, "nats") for values in table[:, 0])
+    own = tuple(mean_score(values, "nats") for values in table[:, 0])
     return Entanglement(own, table[:, 1:].mean(2), *compute_entanglement_ratio(table.mean(2)))
 
 

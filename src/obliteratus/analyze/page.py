@@ -71,8 +71,8 @@ def _flatten(numbers: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 def format_value(value: Any) -> str:
     """Return a value for people: four digits, an interval in brackets."""
     if isinstance(value, Mapping) and set(value) == SCORE:
-        low, high = format_value(value["low"]), format_value(value["high"])
-        return f"{format_value(value['value'])} [{low}, {high}], n = {value['n']}"
+        ends = "" if value["low"] is None else f" [{format_value(value['low'])}, {format_value(value['high'])}]"
+        return f"{format_value(value['value'])}{ends}, n = {value['n']}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -23,7 +23,7 @@ from obliteratus.core.types import ProbeRequest, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.report.curves import Figure
-from obliteratus.verify.intervals import bootstrap, mean
+from obliteratus.verify.intervals import mean_score
 
 KINDS = ("attention", "mlp", "block")
 PatchScore = Literal["logits", "projection"]
@@ -213,7 +213,7 @@ class PatchingSetup:
     @property
     def gap(self) -> Score:
         """Score of the prompts to patch, before any patch, − score of the source prompts."""
-        return bootstrap(self._score(self.patched) - self._score(self.source), mean, self.unit)
+        return mean_score(self._score(self.patched) - self._score(self.source), self.unit)
 
     def _score(self, streams: Float[Tensor, "pairs width"]) -> Float[Tensor, " pairs"]:
         if self.along is not None:

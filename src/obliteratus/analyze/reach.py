@@ -28,7 +28,7 @@ from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
 from obliteratus.verify import measure
-from obliteratus.verify.intervals import bootstrap, mean
+from obliteratus.verify.intervals import mean_score
 from obliteratus.verify.openings import frequent_openings
 
 BOTH, RANDOM = "both", "random"
@@ -74,7 +74,7 @@ class Reach:
         The intervals do not overlap.
         """
         rows = zip(self.depths, self.remaining[BOTH], self.remaining[RANDOM], strict=True)
-        return tuple(d for d, own, random in rows if own.high < min(HALF, random.low))
+        return tuple(d for d, own, random in rows if own.high < HALF and own.high < random.low)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -272,9 +272,9 @@ def tabulate(
     for i, part in enumerate(parts):
         rows = [logp[i] for logp in edited]
         remaining[part] = tuple(
-            bootstrap(compute_remaining_behavior(base, logp, size, openings), mean, "share left") for logp in rows
+            mean_score(compute_remaining_behavior(base, logp, size, openings), "share left") for logp in rows
         )
-        cost[part] = tuple(bootstrap(kl_divergence(base[size:], logp[size:]), mean, "nats") for logp in rows)
+        cost[part] = tuple(mean_score(kl_divergence(base[size:], logp[size:]), "nats") for logp in rows)
     return remaining, cost, openings
 
 

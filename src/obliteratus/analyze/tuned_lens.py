@@ -21,7 +21,7 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
-from obliteratus.verify.intervals import bootstrap, mean
+from obliteratus.verify.intervals import mean_score
 
 # Penalties tried, in units of the mean eigenvalue of the prompts' products: from almost none to nothing left, by √10.
 PENALTIES = tuple(10 ** (i / 2) for i in range(-8, 7))
@@ -198,7 +198,7 @@ def score_lenses(
 
 
 def _bootstrap(values: Float[Tensor, " n"]) -> Score:
-    return bootstrap(values, mean, "nats")
+    return mean_score(values, "nats")
 
 
 def _read_held_out(context: AnalysisContext) -> Float[Tensor, "prompts streams width"]:

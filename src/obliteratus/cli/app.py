@@ -20,6 +20,7 @@ from obliteratus.cli.options import (
     Control,
     Device,
     Dtype,
+    Force,
     Json,
     JudgedBy,
     JudgeModel,
@@ -77,6 +78,7 @@ def run(
     set_: Set = None,
     seed: Seed = None,
     resume: Resume = False,
+    force: Force = False,
     base: Base = "",
     dtype: Dtype = "auto",
     quantize: Quantize = "",
@@ -98,7 +100,7 @@ def run(
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet):
-        job = Job.create(model, method, overrides, sources, out, save, base)
+        job = Job.create(model, method, overrides, sources, out, save, base, force)
         result = run_job(job, opening, resume, memory)
     show_result(result, out, json)
 
@@ -134,6 +136,7 @@ def search(
     set_: Set = None,
     seed: Seed = None,
     resume: Resume = False,
+    force: Force = False,
     base: Base = "",
     dtype: Dtype = "auto",
     quantize: Quantize = "",
@@ -152,7 +155,8 @@ def search(
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet):
-        job = Job.create(model, method, overrides, sources, out, save, base).with_search(trials, storage, study, pick)
+        job = Job.create(model, method, overrides, sources, out, save, base, force)
+        job = job.with_search(trials, storage, study, pick)
         result = run_job(job, opening, resume, memory)
     show_result(result, out, json)
 

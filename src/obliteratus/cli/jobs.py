@@ -61,6 +61,8 @@ class Job:
     pick: str = "balanced"
     base: str = ""
     """Full-precision checkpoint to bake into, if the model is quantized."""
+    force: bool = False
+    """Whether to edit a model that does not show the behavior."""
 
     @classmethod
     def create(
@@ -72,6 +74,7 @@ class Job:
         out: Path | None,
         form: str,
         base: str = "",
+        force: bool = False,
     ) -> Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
         check_form(form, base)
@@ -86,7 +89,7 @@ class Job:
         if out is not None:
             check_free(out)
         named = {group: str(source) for group, source in sources.items() if source is not None}
-        job = cls(model, recipe, prompts, splits, named, out, cast(Form, form), base=base)
+        job = cls(model, recipe, prompts, splits, named, out, cast(Form, form), base=base, force=force)
         return job.with_search() if recipe.search else job
 
     @property
@@ -155,9 +158,11 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
             check_disk(job.out, estimate_saved_bytes(subject, job.form, job.base), partial)
         store = Store(partial)
         if job.location:
-            result: SearchResult | RunResult = search(job.recipe, subject, job.splits, store, job.location, job.pick)
+            result: SearchResult | RunResult = search(
+                job.recipe, subject, job.splits, store, job.location, job.pick, job.force
+            )
         else:
-            result = run_on_splits(job.recipe, subject, job.splits, store)
+            result = run_on_splits(job.recipe, subject, job.splits, store, job.force)
         record = result.run.model_copy(update={"prompts": {**result.run.prompts, "sources": dict(job.sources)}})
         front = result if isinstance(result, SearchResult) else None
         if partial is not None and job.out is not None:

@@ -56,6 +56,10 @@ Memory = Annotated[str | None, typer.Option(help="Most memory that the process m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the prompt split and of everything random.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Edit even if the model does not show the behavior. Every output then says so."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same --out.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Quantize = Annotated[

@@ -33,6 +33,7 @@ from obliteratus.rebirth.model_card import (
     make_reason_rows,
     make_score_rows,
 )
+from obliteratus.rebirth.outcome import describe_outcome
 from obliteratus.verify.behavior import is_rare
 
 notes = Console(stderr=True, highlight=False)
@@ -78,6 +79,8 @@ def show_run(run: Run) -> None:
         results.print(make_table("Decisions, and the measurements behind them", REASON_COLUMNS, make_reason_rows(run)))
     if run.recipe.passes > 1:
         results.print(make_table("Passes, with the rate left on search prompts", PASS_COLUMNS, make_pass_rows(run)))
+    for sentence in describe_outcome(run):
+        results.print(sentence, markup=False)
     results.print(f"[bold]Edited[/]  {format_coverage(run)}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
     results.print(f"[bold]Time[/]    {seconds}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from math import isnan, nan
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from obliteratus.core.settings import FrozenModel, Recipe
+
+
+def _read_end(end: float | None) -> float:
+    """Return NaN, and always the same object, for a missing end, so that scores without an interval are equal."""
+    return nan if end is None or isnan(float(end)) else end
+
+
+End = Annotated[float, BeforeValidator(_read_end), PlainSerializer(lambda end: None if isnan(end) else end)]
 
 
 class Score(FrozenModel):
@@ -17,12 +26,17 @@ class Score(FrozenModel):
     )  # JSON has no infinity, which a broken model's perplexity may be
 
     value: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    """Upper end of the 95 % interval."""
+    low: End
+    """Lower end of the 95 % interval; NaN where the sample is too small for an interval that covers 95 %."""
+    high: End
+    """Upper end of the 95 % interval, or NaN. In JSON both are null then."""
     n: int
     unit: str
+
+    @property
+    def has_interval(self) -> bool:
+        """Return whether there is an interval. Without one, no comparison with an end of it is true."""
+        return not isnan(self.low) and not isnan(self.high)
 
 
 class Run(FrozenModel):
@@ -36,6 +50,13 @@ class Run(FrozenModel):
     """Digest, number of prompts by split and group, thinking mode and prompt files."""
     before: dict[str, Score] = Field(default_factory=dict)
     after: dict[str, Score] = Field(default_factory=dict)
+    change: dict[str, Score] = Field(default_factory=dict)
+    """Changes, paired item by item: differences of shares and nats, ratios of perplexities."""
+    presence: dict[str, Any] = Field(default_factory=dict)
+    """How many fit prompts showed the behavior before the edit, how many were left out, and whether it was forced."""
+    optimism: dict[str, Score] = Field(default_factory=dict)
+    """If anything was chosen on search prompts: the edited model's rate on them, that on report prompts, and how much
+    higher the second is."""
     coverage: dict[str, Any] = Field(default_factory=dict)
     passes: tuple[dict[str, Any], ...] = ()
     """Findings, edits and seconds of each pass."""

@@ -20,6 +20,8 @@ from obliteratus.search.run import MAX_CHECKED
 from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS
 from obliteratus.verify import scorers
+from obliteratus.verify.behavior import behavior_tokens
+from obliteratus.verify.presence import MOST_ANSWERED
 
 # Prompt and layer counts that the classes and docs/runtimes.md are computed with: close to the organism's own.
 REFERENCE: Values = {
@@ -36,7 +38,7 @@ REFERENCE: Values = {
 }
 # Tokens of a prompt beyond the shared prefix, of that prefix (run once, but in every gradient step), and of a text.
 OWN, SHARED, TEXT = 40, 24, 80
-# Work relative to one PROBE and two VERIFYs, which every run needs. A quarter more is not noticed; more than four
+# Work relative to the answers before the edit, one PROBE and two VERIFYs, which every run needs. A quarter more is not noticed; more than four
 # times as much turns a run of minutes into one of an hour.
 CLASSES = {"low": 1.25, "moderate": 4.0}
 
@@ -54,7 +56,10 @@ ROUTER_COST = _bisection_cost(router_limit.BISECTION_STEPS)
 def stage_costs(recipe: Recipe) -> dict[str, Cost]:
     """Return the most that each stage of a run asks of the model; stages that ask nothing are left out."""
     check = Cost(answers=(Answers(CHECK_TOKENS, prompt_count("search", "target", CHECK_PROMPTS)),))
+    tokens = behavior_tokens(recipe.verify)
+    on_search = Answers(tokens, prompt_count("search", "target", CHECK_PROMPTS))
     costs = {
+        "ANSWERS": _screening_cost(recipe),
         "PROBE": Cost(prompt_count("fit")) * recipe.passes,
         "ANALYZE": _add_steps(analyses, recipe.analyze),
         "DISTILL": _add_steps(extractors, recipe.distill) * recipe.passes,
@@ -62,9 +67,16 @@ def stage_costs(recipe: Recipe) -> dict[str, Cost]:
         "CHECK": check * (recipe.passes - 1),
         "TUNE": _tune_cost(recipe.tune) if recipe.tune else FREE,
         "SEARCH": _search_cost(recipe.search, recipe.verify) if recipe.search else FREE,
+        "VERIFY search prompts": Cost(answers=(on_search,)) if recipe.uses_search_split else FREE,
         "VERIFY": _add_steps(scorers, recipe.verify) * 2,  # before and after
     }
     return {name: cost for name, cost in costs.items() if cost}
+
+
+def _screening_cost(recipe: Recipe) -> Cost:
+    """Return the cost of answering fit prompts before the edit."""
+    target, control = (prompt_count("fit", group, MOST_ANSWERED) for group in ("target", "control"))
+    return Cost(answers=(Answers(behavior_tokens(recipe.verify), target + control),))
 
 
 def _add_steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
@@ -132,9 +144,9 @@ def count_tokens(cost: Cost) -> float:
 
 
 def relative_effort(recipe: Recipe) -> float:
-    """Return the work at `REFERENCE` relative to one PROBE and the two VERIFYs."""
-    least = count_tokens(Cost(prompt_count("fit"))) + count_tokens(stage_costs(recipe)["VERIFY"])
-    return count_tokens(total_cost(recipe)) / least
+    """Return the work at `REFERENCE` relative to the answers before the edit, one PROBE and the two VERIFYs."""
+    least = Cost(prompt_count("fit")) + _screening_cost(recipe) + stage_costs(recipe)["VERIFY"]
+    return count_tokens(total_cost(recipe)) / count_tokens(least)
 
 
 def cost_class(recipe: Recipe) -> str:

@@ -74,7 +74,7 @@ def _cover(candidates: Mapping[Words, tuple[Rows, Rows]], n: int, m: int) -> lis
         left = {p: (rows - seen[0], others - seen[1]) for p, (rows, others) in candidates.items()}
         best = max(left, key=lambda p: (len(left[p][0]) / n - len(left[p][1]) / max(m, 1), len(p)))
         new, others = left[best]
-        chance = _fisher(len(new), n - len(seen[0]), len(others), m - len(seen[1])) * len(candidates)
+        chance = fisher_chance(len(new), n - len(seen[0]), len(others), m - len(seen[1])) * len(candidates)
         if len(new) < LEAST_SHARE * n or chance > LEVEL:
             break
         chosen.append(best)
@@ -105,7 +105,7 @@ def _opening(answer: str) -> list[str]:
     return WORD.findall(fold(cut_reasoning(answer)))[:OPENING_WORDS]
 
 
-def _fisher(a: int, n: int, b: int, m: int) -> float:
+def fisher_chance(a: int, n: int, b: int, m: int) -> float:
     """Return the chance that at least a of a + b marks fall on n of n + m rows (Fisher's exact test, one-sided)."""
     marks = a + b
     ways = sum(comb(n, k) * comb(m, marks - k) for k in range(a, min(marks, n) + 1))

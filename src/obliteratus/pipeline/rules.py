@@ -104,7 +104,12 @@ def _remaining_rate(inputs: RuleInputs) -> float | None:
 
 def _removal_kl(inputs: RuleInputs) -> float | None:
     best = choose_depth(inputs)
-    return None if best is None or best.remaining > BEHAVIOR_ENDED else best.kl.high
+    return None if best is None or best.remaining > BEHAVIOR_ENDED else _at_most(best.kl)
+
+
+def _at_most(score: Score) -> float:
+    """Return the upper end of the interval, or the value where there is none."""
+    return score.high if score.has_interval else score.value
 
 
 def _second_axis(inputs: RuleInputs) -> float:
@@ -128,7 +133,7 @@ def _set_layers(inputs: RuleInputs) -> dict[str, Any]:
 
 
 def _set_kl_budget(inputs: RuleInputs) -> dict[str, Any]:
-    return {"excise.kl_budget": round(max(MIN_KL_BUDGET, KL_FACTOR * _require_depth(inputs).kl.high), 4)}
+    return {"excise.kl_budget": round(max(MIN_KL_BUDGET, KL_FACTOR * _at_most(_require_depth(inputs).kl)), 4)}
 
 
 def _require_depth(inputs: RuleInputs) -> DepthChoice:

@@ -14,6 +14,7 @@ from obliteratus.core.settings import Excise, Recipe, Step
 from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Splits, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.kl_budget import limit_kl
+from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
 from obliteratus.excise.router_limit import limit_router_edits
 from obliteratus.judge.judge import Judge
@@ -29,8 +30,17 @@ from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.tune.fit import tune_plan
 from obliteratus.verify import Measurement, measure, measure_before_and_after
+from obliteratus.verify.behavior import behavior_tokens
 from obliteratus.verify.ladder import build_judge, wants_own_words
-from obliteratus.verify.own_words import listen, load_own_words, save_own_words
+from obliteratus.verify.presence import (
+    Presence,
+    Screening,
+    check_presence,
+    load_screening,
+    presence_of_first_tokens,
+    save_screening,
+    screen_prompts,
+)
 from obliteratus.weigh import weigh_sites
 
 ADVICE = "ANALYZE"  # name of the stage, and of its folder in the folder of a run
@@ -48,19 +58,57 @@ class Stages:
     store: Store
     judge: Judge = field(default_factory=Judge)
     """Says which answers show the behavior. By default it looks for refusals."""
+    presence: Presence | None = None
+    """How many fit prompts show the behavior; None where none was answered."""
+    force: bool = False
+    """Whether to edit a model that does not show the behavior."""
 
-    def with_judge(self, recipe: Recipe) -> Stages:
-        """Return the stages with the recipe's judge, who knows the model's own words for the behavior.
+    def screened(self, recipe: Recipe) -> Stages:
+        """Return the stages with the recipe's judge, who knows the model's own words, and the prompts to fit on.
 
-        Raises UserError if the recipe names a judge that cannot be opened.
+        These are the target prompts that show the behavior, and the control prompts that do not. With weights on disk
+        none is answered: each token would read all of them. Raises UserError if the recipe names a judge that cannot
+        be opened, and if there is nothing to edit, unless by force.
         """
         judge = build_judge(recipe.judge, self.subject)
-        if not wants_own_words(recipe.judge, judge, self.subject):
+        if self.subject.offloaded is not None:
             return replace(self, judge=judge)
-        words = self.store.stage(
-            "OWN WORDS", lambda: listen(self.subject, self.splits.fit, judge), save_own_words, load_own_words
-        )
-        return replace(self, judge=replace(judge, own_words=words))
+        hears = wants_own_words(recipe.judge, judge, self.subject)
+        strengthens, tokens = recipe.excise.strength < 0, behavior_tokens(recipe.verify)
+
+        def screen() -> Screening:
+            found = screen_prompts(self.subject, self.splits.fit, judge, tokens, hears, strengthens)
+            check_presence(found.presence, judge.name, self.force)
+            return found
+
+        found = self.store.stage("ANSWERS", screen, save_screening, load_screening)
+        fit = found.choose(self.splits.fit)
+        judge = replace(judge, own_words=found.own_words)
+        return replace(self, judge=judge, splits=replace(self.splits, fit=fit), presence=found.presence)
+
+    def measure_on_search(self, recipe: Recipe, plan: Plan) -> Score | None:
+        """Return the behavior's rate on search target prompts under the plan, if it was chosen on search prompts.
+
+        Its distance to the rate on report prompts says how far the choice flatters. None with weights on disk.
+        """
+        few = PromptSet({"target": self.splits.search["target"][:CHECK_PROMPTS]})
+        if not recipe.uses_search_split or not few["target"] or self.subject.offloaded is not None:
+            return None
+        step = Step(use="behavior", tokens=behavior_tokens(recipe.verify))
+        with applied(self.subject, plan):
+            found = self.measure("VERIFY search prompts", few, (step,))
+        return found.scores[self.judge.rate_of("target")]
+
+    def check_first_tokens(self, recipe: Recipe, before: Measurement) -> Presence | None:
+        """Return how many report prompts begin to show the behavior, where no fit prompt was answered.
+
+        None if the recipe does not measure it. Raises UserError if there was nothing to edit, unless by force.
+        """
+        if "opens.target" not in before.items:
+            return None
+        found = presence_of_first_tokens(before, self.judge.name, recipe.excise.strength < 0)
+        check_presence(found, self.judge.name, self.force)
+        return found
 
     def measure_before(self, recipe: Recipe) -> Measurement | None:
         """VERIFY the unedited model. None if its weights stay on disk: `measure_after` then measures both states."""

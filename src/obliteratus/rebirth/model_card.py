@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
+from obliteratus.rebirth.outcome import describe_outcome
 from obliteratus.verify.behavior import is_rare
 
 LOADING = {
@@ -33,10 +34,10 @@ tags: [obliteratus, abliteration, {run.recipe.name or "custom"}]
 {run.recipe.about}. Made by OBLITERATUS {run.versions["obliteratus"]}; the base model's license still applies.
 
 **This model was edited on purpose so that it behaves differently from its base.** The table shows what changed on
-held-out prompts that were not used for the edit, with 95 % intervals:
+held-out prompts that were not used for the edit, with 95 % intervals where the sample allows any:
 
 {format_score_table(run)}
-
+{_outcome(run)}
 Coverage: {format_coverage(run)}
 {_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ```python
@@ -50,6 +51,10 @@ Coverage: {format_coverage(run)}
 
 Prompts: digest `{run.prompts["digest"]}`, counts {run.prompts["counts"]}. `run.json` has everything else.
 """
+
+
+def _outcome(run: Run) -> str:
+    return "".join(f"\n{sentence}\n" for sentence in describe_outcome(run))
 
 
 def format_coverage(run: Run) -> str:
@@ -137,10 +142,9 @@ def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def format_score(score: Score | None) -> str:
-    """Return a value with its interval, with as many digits as its unit needs; "–" for None."""
+    """Return a value with its interval if it has one, with as many digits as its unit needs; "–" for None."""
     if score is None:
         return "–"
-    if score.unit == "share":
-        return f"{score.value:.1%} ({score.low:.1%}–{score.high:.1%})"
-    digits = 1 if score.unit == "perplexity" else 3
-    return f"{score.value:.{digits}f} ({score.low:.{digits}f}–{score.high:.{digits}f})"
+    form = ".1%" if score.unit == "share" else ".1f" if score.unit == "perplexity" else ".3f"
+    value, low, high = (f"{x:{form}}" for x in (score.value, score.low, score.high))
+    return f"{value} ({low}–{high})" if score.has_interval else value

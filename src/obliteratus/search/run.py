@@ -69,17 +69,24 @@ class StudyLocation:
 
 
 def search(
-    recipe: Recipe, subject: Subject, splits: Splits, store: Store, location: StudyLocation, pick: str = "balanced"
+    recipe: Recipe,
+    subject: Subject,
+    splits: Splits,
+    store: Store,
+    location: StudyLocation,
+    pick: str = "balanced",
+    force: bool = False,
 ) -> SearchResult:
     """Search the recipe's space on search prompts, and evaluate the chosen member on report prompts. Changes no weight.
 
     recipe: one with a search (see `add_default_search`). pick: the member of the front to choose. ``balanced`` is the
     one nearest to the best value of every objective, ``first`` has the least of the first objective, ``last`` the most,
-    and a number counts members from 1. Raises UserError for what the user can mend; finished trials stay in the study.
+    and a number counts members from 1. force: edit a model that does not show the behavior. Raises UserError for what
+    the user can mend; finished trials stay in the study.
     """
     assert recipe.search is not None, "give a recipe from add_default_search"
     check_runs(recipe, splits.fit.groups)
-    stages = Stages(subject, splits, store).with_judge(recipe)
+    stages = Stages(subject, splits, store, force=force).screened(recipe)
     before = stages.measure("VERIFY before", splits.report, recipe.verify)
     groups = splits.search.groups
     prompts = PromptSet({g: groups[g][: recipe.search.prompts] for g in GROUPS if g in groups})

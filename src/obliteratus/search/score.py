@@ -28,7 +28,7 @@ from obliteratus.judge.rung import Answered
 from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.behavior import COUNTED, GROUPS, shows_already
-from obliteratus.verify.drift import TAILS
+from obliteratus.verify.drift import drift_scores
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
 
 ESTIMATED_SCORERS = ("behavior", "first_token_kl")  # scorers that the estimate replaces
@@ -147,7 +147,7 @@ class TrialScorer:
         """Return KL and the estimated rate of control prompts, and the other scorers if an objective needs them."""
         control = self.control.first_token()
         divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
-        scores = {f"kl.first_token.{tail}": float(reduce(divergence)) for tail, reduce in TAILS.items()}
+        scores = {name: score.value for name, score in drift_scores("kl.first_token", divergence).items()}
         scores[self.judge.rate_of("control")] = self._estimate_rate(control)
         return scores | (self._run_other_scorers() if self._needs_other_scorers(scores) else {})
 

@@ -154,7 +154,7 @@ def format_score(score: Score | None, scale: float = 1.0, sign: bool = False) ->
         return "–"
     digits = 3 if scale == 1 else 1
     value, low, high = (format_number(x * scale, digits, sign) for x in (score.value, score.low, score.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if score.has_interval else value
 
 
 def format_number(x: float, digits: int = 3, sign: bool = False) -> str:

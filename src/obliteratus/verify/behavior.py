@@ -11,6 +11,7 @@ from pydantic import Field
 
 from obliteratus.core.cost import Answers, Cost, prompt_count
 from obliteratus.core.results import Score
+from obliteratus.core.settings import Step
 from obliteratus.core.types import Subject
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
@@ -70,6 +71,12 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
             scores[score] = items[score].score()
         scores |= _category_scores(context.judge.rate_of(group), group_records)
     return Measurement(scores, records, {"first_token.control": first} if len(first) else {}, items)
+
+
+def behavior_tokens(steps: Sequence[Step]) -> int:
+    """Return the length of the answers that these steps judge: the scorer's own if they judge none."""
+    options = next((step.options for step in steps if step.use == "behavior"), {})
+    return int(scorers.check("behavior", options)["tokens"])
 
 
 def is_rare(score: str) -> bool:

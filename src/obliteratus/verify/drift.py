@@ -15,10 +15,10 @@ from obliteratus.core.shapes import Bool, Float
 from obliteratus.core.types import Subject
 from obliteratus.inference.chat_template import Ids, context_length, render_prompts
 from obliteratus.inference.logits import kl_divergence
-from obliteratus.verify.intervals import bootstrap, mean, quantile
+from obliteratus.verify.intervals import mean_score, quantile_score
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
 
-TAILS = {"mean": mean, "p95": quantile(0.95), "p99": quantile(0.99)}
+QUANTILES = {"p95": 0.95, "p99": 0.99}
 
 
 @scorers.register(
@@ -51,14 +51,19 @@ def answered_controls(before: Measurement) -> Bool[Tensor, " n"]:
     )
 
 
-def drift_scores(name: str, values: Float[Tensor, " n"], answered: Bool[Tensor, " m"]) -> dict[str, Score]:
+def drift_scores(
+    name: str, values: Float[Tensor, " n"], answered: Bool[Tensor, " m"] | None = None
+) -> dict[str, Score]:
     """Return NAME.mean, .p95 and .p99 in nats, and NAME.answered.… over the answered rows if there are any."""
     scores = _tail_scores(name, values)
-    return scores | _tail_scores(f"{name}.answered", values[answered]) if bool(answered.any()) else scores
+    if answered is None or not bool(answered.any()):
+        return scores
+    return scores | _tail_scores(f"{name}.answered", values[answered])
 
 
 def _tail_scores(name: str, values: Tensor) -> dict[str, Score]:
-    return {f"{name}.{tail}": bootstrap(values, statistic, "nats") for tail, statistic in TAILS.items()}
+    tails = {f"{name}.{tail}": quantile_score(values, q, "nats") for tail, q in QUANTILES.items()}
+    return {f"{name}.mean": mean_score(values, "nats"), **tails}
 
 
 @scorers.register("perplexity", cost=lambda options: Cost(texts=variable("N_texts")))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 
 from obliteratus.core.results import Score
 from obliteratus.core.types import Activations, RoutingStatistics
-from obliteratus.verify.intervals import Z
+from obliteratus.verify.intervals import LEAST, student_quantile
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ def rank_experts(acts: Activations) -> tuple[ExpertRank, ...]:
 def _excess(groups: Mapping[str, RoutingStatistics], expert: int) -> Score:
     target, control = (groups[g] for g in ("target", "control"))
     value = float(target.share[expert] - control.share[expert])
-    error = sqrt(sum(float(g.variance[expert]) / g.prompts for g in (target, control)))
-    return Score(
-        value=value, low=value - Z * error, high=value + Z * error, n=target.prompts + control.prompts, unit="share"
-    )
+    parts = [float(g.variance[expert]) / g.prompts for g in (target, control)]
+    n = target.prompts + control.prompts
+    if min(target.prompts, control.prompts) < LEAST or not sum(parts):
+        return Score(value=value, low=nan, high=nan, n=n, unit="share")
+    freedom = sum(parts) ** 2 / sum(x * x / (g.prompts - 1) for x, g in zip(parts, (target, control), strict=True))
+    half = student_quantile(freedom) * sqrt(sum(parts))
+    return Score(value=value, low=value - half, high=value + half, n=n, unit="share")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from obliteratus.core.progress import note
@@ -21,6 +19,7 @@ from obliteratus.verify.behavior import shows_already
 # Prompts of each group that are answered, and tokens of an answer: openings are 12 words long, and half of 32 answers
 # against none cannot be chance.
 MAX_PROMPTS, TOKENS = 32, 20
+HEARD = ("target", "control")
 # Openings count as the behavior if at least this share of the target answers begins so, at most that share of the
 # control answers does, and the phrases see almost none of them. Where the phrases see many, they know the wording, and
 # are right about the others: SmolLM2 also begins "I'm sorry for" where it only apologizes.
@@ -28,11 +27,14 @@ LEAST_SHARE, MOST_CONTROL, MOST_SEEN = 0.3, 0.02, 0.1
 
 
 def listen(subject: Subject, prompts: PromptSet, judge: Judge) -> tuple[OwnPhrase, ...]:
-    """Return the openings that count as the behavior besides the judge's phrases, and say in a note which they are.
+    """Return `hear_own_words` of the answers to up to 32 target and 32 control prompts, evenly spaced."""
+    few = {group: [prompts[group][i] for i in evenly_spaced(len(prompts[group]), MAX_PROMPTS)] for group in HEARD}
+    answers = {group: answer_prompts(subject, members, judge, TOKENS, "OWN WORDS") for group, members in few.items()}
+    return hear_own_words(answers["target"], answers["control"], judge)
 
-    The model answers up to 32 target and 32 control prompts, evenly spaced.
-    """
-    target, control = (_answer(subject, prompts[group], judge) for group in ("target", "control"))
+
+def hear_own_words(target: Sequence[Answered], control: Sequence[Answered], judge: Judge) -> tuple[OwnPhrase, ...]:
+    """Return the openings that count as the behavior besides the judge's phrases, and say in a note which they are."""
     found = choose_own_words(target, control, judge)
     if found:
         quoted = ", ".join(f"'{p.text}' ({p.target} of {len(target)})" for p in found)
@@ -70,20 +72,11 @@ def find_openings(records: Sequence[Mapping[str, Any]]) -> tuple[OwnPhrase, ...]
     return find_own_words(target, control) if target and control else ()
 
 
-def _answer(subject: Subject, prompts: Sequence[Prompt], judge: Judge) -> list[Answered]:
-    few = [prompts[i] for i in evenly_spaced(len(prompts), MAX_PROMPTS)]
-    ids = render_prompts(subject, few, reserve=TOKENS)
-    answers = generate(subject, ids, TOKENS, done=shows_already(subject, judge), title="OWN WORDS")
+def answer_prompts(
+    subject: Subject, prompts: Sequence[Prompt], judge: Judge, tokens: int, title: str
+) -> list[Answered]:
+    """Return greedy answers of up to so many tokens. One that shows the behavior already, by its phrases, ends."""
+    ids = render_prompts(subject, prompts, reserve=tokens)
+    answers = generate(subject, ids, tokens, done=shows_already(subject, judge), title=title)
     texts = AnswerDecoder.create(subject).decode_all(answers)
-    return [Answered(prompt.text, text, prompt.category) for prompt, text in zip(few, texts, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------------ on disk
-def save_own_words(phrases: tuple[OwnPhrase, ...], folder: Path) -> None:
-    """Write own_words.json."""
-    (folder / "own_words.json").write_text(json.dumps([vars(phrase) for phrase in phrases]))
-
-
-def load_own_words(folder: Path) -> tuple[OwnPhrase, ...]:
-    """Read what `save_own_words` wrote."""
-    return tuple(OwnPhrase(**phrase) for phrase in json.loads((folder / "own_words.json").read_text()))
+    return [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]

@@ -22,7 +22,14 @@ from obliteratus.inference.generate import IsDone, generate
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.inference.token_losses import token_losses
 from obliteratus.judge.judge import Judge
-from obliteratus.verify.intervals import bootstrap, mean, paired_difference, paired_ratio, wilson_rate
+from obliteratus.verify.intervals import (
+    mean_score,
+    paired_difference,
+    paired_ratio,
+    paired_share_change,
+    perplexity_score,
+    wilson_rate,
+)
 from obliteratus.verify.questions import Question
 
 ITEM_PREFIX = "items/"  # of per-item values among the tensors of a saved measurement
@@ -37,17 +44,19 @@ class ItemValues:
     """share: 0 or 1 per item. nats: averaged. perplexity: mean losses in nats; the score is exp of their mean."""
 
     def score(self) -> Score:
-        """Return the average over items with its 95 % interval."""
+        """Return the average over items with its 95 % interval, if it has one."""
         if self.unit == "perplexity":
-            return bootstrap(self.values, lambda x: x.mean(-1).exp(), "perplexity")
+            return perplexity_score(self.values)
         if self.unit == "share":
             return wilson_rate(int(self.values.sum()), len(self.values))
-        return bootstrap(self.values, mean, self.unit)
+        return mean_score(self.values, self.unit)
 
     def change(self, base: ItemValues) -> Score:
         """Return the ratio (of perplexities) or difference to the same items of the baseline, paired item by item."""
         if self.unit == "perplexity":
             return paired_ratio(self.values, base.values)
+        if self.unit == "share":
+            return paired_share_change(self.values, base.values)
         return paired_difference(self.values, base.values, self.unit)
 
 
