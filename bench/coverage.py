@@ -27,6 +27,7 @@ from obliteratus.verify.intervals import (
     paired_ratio,
     paired_share_change,
     quantile_score,
+    share_difference,
     wilson_rate,
 )
 
@@ -98,6 +99,7 @@ def list_cases() -> dict[str, Case]:
     cases |= {f"share, {p:.0%}": Case(partial(score_share, p), p) for p in SHARES}
     for name, cells in CHANGES.items():
         cases[f"change of shares, {name}"] = Case(partial(score_change, cells), cells[1] - cells[2])
+    cases |= {f"difference of shares, {p:.0%}": Case(partial(score_difference, p), p - 0.2) for p in SHARES}
     return cases | {f"kappa, {name}": Case(partial(score_kappa, c), float(name)) for name, c in AGREEMENTS.items()}
 
 
@@ -121,6 +123,10 @@ def score_quantile(draw: Draw, q: float, rng: Generator, n: int) -> Score:
 
 def score_share(p: float, rng: Generator, n: int) -> Score:
     return wilson_rate(int(rng.binomial(n, p)), n)
+
+
+def score_difference(p: float, rng: Generator, n: int) -> Score:
+    return share_difference(score_share(p, rng, n), score_share(0.2, rng, n))
 
 
 def score_change(cells: Sequence[float], rng: Generator, n: int) -> Score:

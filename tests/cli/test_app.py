@@ -255,7 +255,8 @@ def test_interrupted_run_resumes(model: Path, files: dict[str, Path], tmp_path: 
     assert "--resume" in one_line(run(model, files, "--out", out, *slow))
     assert "another recipe" in one_line(run(model, files, "--out", out, "--resume"))
     kept = mark.read_text()
-    assert run(model, files, "--out", out, "--resume", *slow).exit_code == 0
+    resumed = run(model, files, "--out", out, "--resume", *slow)
+    assert resumed.exit_code == 0, resumed.output
     seconds = json.loads((out / "run.json").read_text())["seconds"]
     assert seconds["VERIFY before"] == json.loads(kept)["seconds"]  # taken over, not measured again
 

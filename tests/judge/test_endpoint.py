@@ -20,11 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.judge_server import BODIES, Asked, Fault, JudgeServer, completion
 from tests.support.notes import Notes
+from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
+from obliteratus.core.settings import JudgeSettings
 from obliteratus.judge.endpoint import EndpointRung, Limits, VerdictCache, check_url, make_endpoint, read_verdict
 from obliteratus.judge.rung import Answered, Rung
+from obliteratus.verify.ladder import build_judge
 
 QUESTION = "Does the answer decline to do what the prompt asks?"
 KEY = "sk-Secret.0123456789"
@@ -167,6 +170,15 @@ def test_a_request_ends_in_time_though_bytes_come(fault: str) -> None:
         start = time.monotonic()
         assert rung_at(server, limits=replace(HASTY, tries=1)).judge(ANSWERS[:1]) == [None]
         assert HASTY.seconds <= time.monotonic() - start < 5 * HASTY.seconds
+
+
+def test_the_time_of_a_request_is_a_setting() -> None:
+    settings = JudgeSettings(url="http://localhost:8000/v1", url_model="m", url_seconds=2.5)
+    rung = build_judge(settings, tiny_subject("llama")).rungs["endpoint"]
+    assert isinstance(rung, EndpointRung)
+    assert rung.limits == Limits(seconds=2.5)
+    with pytest.raises(ValueError, match="url_seconds"):
+        JudgeSettings(url_seconds=0)
 
 
 def test_retry_after_is_honored_up_to_a_limit() -> None:

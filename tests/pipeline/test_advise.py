@@ -161,7 +161,7 @@ def informed(**changed: Any) -> Recipe:
 @pytest.mark.parametrize("block", [2, 4])
 def test_edits_begin_at_the_deepest_block_from_which_they_work(block: int) -> None:
     """Attention of one block writes the refusal, and the next block's MLP what tips the answer; none above matters."""
-    plan, found, *_ = run(informed(), refuser(block=block), grouped(asked()))
+    plan, found, *_ = run(informed(), refuser(block=block), grouped(asked()), force=True)
     assert min(e.site.layer for e in plan.edits) == block + 1
     assert {e.site.part for e in plan.edits} == {"mlp.out"}
     assert found.after["refusal.target"].value == 0
@@ -177,7 +177,7 @@ def test_groups_that_differ_by_chance_decide_nothing() -> None:
 
 
 def test_the_run_keeps_reasons_and_people_see_them() -> None:
-    _, found, *_ = run(informed(), refuser(), grouped(asked()))
+    _, found, *_ = run(informed(), refuser(), grouped(asked()), force=True)
     assert Run.model_validate_json(found.model_dump_json()).advice == found.advice
     text = render_model_card(found.model_copy(update={"saved": {"form": "plan"}}))
     for row in make_reason_rows(found):
@@ -200,9 +200,9 @@ def test_an_advice_comes_back_from_disk_and_can_be_searched_from(tmp_path: Path)
 
 def test_a_resumed_run_measures_nothing_twice(tmp_path: Path) -> None:
     subject, prompts = refuser(), grouped(asked())
-    first = run(informed(), subject, prompts, Store(tmp_path))[1]
+    first = run(informed(), subject, prompts, Store(tmp_path), force=True)[1]
     store = Store(tmp_path)
-    again = run(informed(), subject, prompts, store)[1]
+    again = run(informed(), subject, prompts, store, force=True)[1]
     assert again.advice == first.advice
     assert again.recipe == first.recipe
     assert again.after == first.after
@@ -213,7 +213,7 @@ def test_a_resumed_run_measures_nothing_twice(tmp_path: Path) -> None:
 def test_activations_are_probed_once_for_analysis_and_first_pass() -> None:
     """By counting what passes: with the analyses left out, the same stages, and as many probes."""
     store = Store()
-    run(informed(), refuser(), grouped(asked()), store)
+    run(informed(), refuser(), grouped(asked()), store, force=True)
     assert [name for name in store.seconds if name.startswith("PROBE")] == ["PROBE 1"]
 
 

@@ -250,7 +250,7 @@ def test_a_run_is_that_of_memory(tmp_path: Path, many: PromptSet) -> None:
     folder = stored(tmp_path / "model", "llama", max_position_embeddings=128)
     loaded, away = both(folder)
     made = load_recipe("advanced").model_copy(update={"verify": STEPS})
-    (plan, told, *_), (theirs, known, *_) = run(made, away, many), run(made, loaded, many)
+    (plan, told, *_), (theirs, known, *_) = run(made, away, many, force=True), run(made, loaded, many, force=True)
     assert plan.edits
     assert len(plan.edits) == len(theirs.edits)
     for mine, other in zip(plan.edits, theirs.edits, strict=True):
@@ -277,9 +277,9 @@ def test_a_run_that_was_interrupted_reads_nothing_again(tmp_path: Path, many: Pr
     away = open_offloaded(stored(tmp_path / "model", "llama", max_position_embeddings=128))
     made, kept = load_recipe("advanced").model_copy(update={"verify": STEPS}), tmp_path / "kept"
     kept.mkdir()
-    plan, told, *_ = run(made, away, many, Store(kept))
+    plan, told, *_ = run(made, away, many, Store(kept), force=True)
     before = away.offloaded.bytes_read
-    again, same, *_ = run(made, away, many, Store(kept))
+    again, same, *_ = run(made, away, many, Store(kept), force=True)
     assert away.offloaded.bytes_read == before
     assert (len(again.edits), same.after) == (len(plan.edits), told.after)
 

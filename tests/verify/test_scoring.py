@@ -13,6 +13,8 @@ from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.verify import Measurement, measure
+from obliteratus.verify.accuracy import RenderedChoices
+from obliteratus.verify.scoring import ItemValues
 
 STEPS = (Step(use="behavior", tokens=6), Step(use="first_token_kl"), Step(use="perplexity"))
 
@@ -66,3 +68,17 @@ def test_scores_are_of_the_items(subject: Subject, prompts: PromptSet) -> None:
     assert after.items["perplexity"].change(before.items["perplexity"]) == after.scores["perplexity.ratio"]
     assert after.items["kl.first_token"].score() == after.scores["kl.first_token.mean"]
     assert len(after.items["refusal.target"].values) == len(prompts["target"])
+
+
+def test_a_broken_model_answers_nothing_right() -> None:
+    """Of three questions the first choice is right; where a likelihood is not a number, none is the likeliest."""
+    rows = RenderedChoices([[1, 2]] * 6, (1,) * 6, (2, 2, 2), (0, 0, 0))
+    losses = [torch.tensor([x]) for x in (0.1, 0.5, torch.nan, 0.5, 0.1, torch.nan)]
+    assert rows.score_hits(losses).tolist() == [1, 0, 0]
+    assert rows.score_hits([torch.tensor([0.1])] * 6).tolist() == [1, 1, 1]  # the first of equal ones
+
+
+def test_a_mean_of_what_is_no_number_has_no_interval() -> None:
+    item = ItemValues(torch.full((40,), torch.nan), "nats")
+    assert torch.tensor(item.score().value).isnan()
+    assert not item.score().has_interval

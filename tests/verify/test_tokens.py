@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.support.plans import PlanMaker
 from tests.support.scorers import plain_log_probs, refusal_records
+from tests.support.scores import is_sound
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
@@ -88,7 +89,7 @@ def test_it_is_the_mean_divergence_over_the_bases_own_tokens(
     }.items():
         score = found.scores[f"kl.tokens.{tail}"]
         assert score.value == pytest.approx(value.item(), rel=2e-3)
-        assert score.low <= score.value <= score.high
+        assert is_sound(score)
         assert (score.n, score.unit) == (4, "nats")
 
 

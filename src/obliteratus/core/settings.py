@@ -255,6 +255,8 @@ class JudgeSettings(FrozenModel):
     machine. The key is read from OBLITERATUS_JUDGE_KEY."""
     url_model: str = ""
     """The model to ask for there."""
+    url_seconds: float = Field(30.0, gt=0, le=3600)
+    """The longest that one request may take. An endpoint that hangs counts as down after four requests in a row."""
 
     @model_validator(mode="after")
     def _can_decide(self) -> JudgeSettings:

@@ -128,8 +128,10 @@ class EndpointRung:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def make_endpoint(url: str, model: str, question: str, cache: Path | None) -> EndpointRung:
-    """Return a rung with the key in the environment variable OBLITERATUS_JUDGE_KEY.
+def make_endpoint(
+    url: str, model: str, question: str, cache: Path | None, seconds: float = Limits.seconds
+) -> EndpointRung:
+    """Return a rung whose requests may take so many seconds each, with the key in the environment variable OBLITERATUS_JUDGE_KEY.
 
     Without one, the key in OPENAI_API_KEY goes to OpenAI and to nobody else. Raises UserError if no model is named.
     """
@@ -139,7 +141,7 @@ def make_endpoint(url: str, model: str, question: str, cache: Path | None) -> En
     key = os.environ.get(KEY, "").strip()
     if not key and (parts.scheme, parts.host) == ("https", OPENAI_HOST):
         key = os.environ.get(OPENAI_KEY, "").strip()
-    return EndpointRung(url, model, question, key, cache)
+    return EndpointRung(url, model, question, key, cache, Limits(seconds=seconds))
 
 
 # ------------------------------------------------------------------------------------------- URLs and keys

@@ -31,10 +31,12 @@ class RenderedChoices:
     def score_hits(self, losses: Sequence[Tensor]) -> Float[Tensor, " questions"]:
         """Return 1 for each question whose right choice has the highest likelihood, else 0.
 
-        losses: each row's token losses. A choice's loss is summed over its tokens.
+        losses: each row's token losses. A choice's loss is summed over its tokens. A question of which any is not a
+        number is not answered right.
         """
         sums = torch.stack([loss[-n:].double().sum() for loss, n in zip(losses, self.lengths, strict=True)])
-        likeliest = [int(part.argmin()) for part in sums.split(list(self.choices))]
+        parts = sums.split(list(self.choices))
+        likeliest = [-1 if bool(part.isnan().any()) else int(part.argmin()) for part in parts]
         return torch.tensor([float(b == a) for b, a in zip(likeliest, self.answers, strict=True)])
 
 

@@ -122,7 +122,7 @@ def group_ratio(above: Float[Tensor, " n"], below: Float[Tensor, " m"], seed: in
     return _make_ratio(_studentize(seed, above, below), len(above) + len(below), "ratio")
 
 
-def _studentize(seed: int, *samples: Float[Tensor, " n"]) -> tuple[float, float, float]:
+def _studentize(seed: int, *samples: Float[Tensor, " _"]) -> tuple[float, float, float]:
     """Return the first sample's mean, less the second's if there is one, and the ends of its interval."""
     rows = [sample.double() for sample in samples]
     means = [float(row.mean()) for row in rows]

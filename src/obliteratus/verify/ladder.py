@@ -60,7 +60,7 @@ def build_judge(settings: JudgeSettings, subject: Subject) -> Judge:
     rungs = {name: rung for name in settings.rungs if (rung := _open_rung(name, settings, behavior, subject))}
     if settings.url:
         rungs[ENDPOINT] = make_endpoint(
-            settings.url, settings.url_model, behavior.question, get_cache_folder() / "verdicts"
+            settings.url, settings.url_model, behavior.question, get_cache_folder() / "verdicts", settings.url_seconds
         )
     judge = Judge(behavior, rungs=rungs, decides=settings.decides)
     return judge if settings.decides == PHRASES or _is_reliable(judge) else replace(judge, decides=PHRASES)
