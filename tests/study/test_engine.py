@@ -19,7 +19,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import hooks_by_module
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.study import Study, metrics
 from obliteratus.study.data import check_study
 from obliteratus.study.engine import Engine, batch_knockouts
@@ -79,7 +79,7 @@ def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, fol
     subject = tiny_subject(name)
     made = study_of(folder, parts=("layers", "ffn", "heads"))
     engine = Engine.create(subject, made)
-    report = load_prompts(made.data.target, made.data.control).split(0).report
+    report = split_prompts(load_prompts(made.data.target, made.data.control), 0).report
     report = type(report)({g: tuple(p[i * len(p) // 6] for i in range(6)) for g, p in report.groups.items()})
     steps = (
         Step(use="behavior", tokens=6),
