@@ -106,7 +106,7 @@ def compare(
 
     changes: overrides of the method `optimized`. judged: prompts of each group that a trial is judged on.
     """
-    splits = prompts.split(settings.seed)
+    splits = split_prompts(prompts, settings.seed)
     base = measure(open_subject("organism:astronomy"), splits.report, STEPS)
     say(f"ours, {settings.trials} trials …")
     setup, result, scores = search_ours(load_recipe("optimized", changes), splits, base)

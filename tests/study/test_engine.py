@@ -27,6 +27,7 @@ from obliteratus.study.metrics import WORST, bound_values
 from obliteratus.verify import ItemValues, measure
 
 THINGS = ("rice", "an egg", "peas", "a soup", "the moon", "a comet", "rain", "iron", "a fern", "gold", "tin", "ash")
+OTHERS = ("sand", "tea", "wood", "snow")
 PARTS = ("layers", "ffn", "heads", "embeddings")
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
 
@@ -38,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "texts.txt").write_text("\n\n".join(f"Here is a text about {x}, and it ends." for x in THINGS))
     for group, verb in (("target", "Tell me about"), ("control", "How heavy is")):
         rows = [{"prompt": f"{verb} {x}.", "split": "report" if i > 3 else "fit"} for i, x in enumerate(THINGS)]
+        rows += [{"prompt": f"{verb} {x}.", "split": "fit"} for x in OTHERS]
         (place / f"{group}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = [
         {"prompt": f"Is {x} heavy?", "choices": ["yes", "no", "perhaps so"], "answer": i % 3}

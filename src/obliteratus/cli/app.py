@@ -58,6 +58,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 Method = Annotated[str, typer.Option(help="Name of a method, or a recipe file.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")]
+Storage = Annotated[str | None, typer.Option(help="Journal file or Optuna URL, so that several workers share a study.")]
+Pick = Annotated[
+    str, typer.Option(help="Member of the front to save: balanced (nearest to the ideal), first, last, or a number.")
+]
 
 
 @app.command()
@@ -117,17 +122,10 @@ def search(
     target: Target = None,
     control: Control = None,
     method: Method = "optimized",
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")
-    ] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="Journal file or Optuna URL, so that several workers share a study.")
-    ] = None,
+    trials: Trials = None,
+    storage: Storage = None,
     study: Annotated[str | None, typer.Option(help="Optuna study name.")] = None,
-    pick: Annotated[
-        str,
-        typer.Option(help="Member of the front to save: balanced (nearest to the ideal), first, last, or a number."),
-    ] = "balanced",
+    pick: Pick = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
     behavior: Behavior = None,
