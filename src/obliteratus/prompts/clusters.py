@@ -11,7 +11,7 @@ from obliteratus.prompts.folding import fold_prompt, fold_words
 from obliteratus.prompts.shingles import find_components, number_shingles
 
 # Two prompts share much wording if three in ten of their word triples, or more, are in both. At this threshold prompts
-# of one template are found (97 % of those of 30 templates of an organism, all of nine long templates, 69 % of nine short ones),
+# of one template are found (97 % of those of an organism's templates, all of those of long ones, 69 % of short ones),
 # while the largest cluster of prompts written one by one is 2 % of them. See docs/experiments/splits.md.
 THRESHOLD = 0.3
 # Where a cluster is too large for its part, it is linked anew at the next of these.
