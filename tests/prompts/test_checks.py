@@ -151,7 +151,10 @@ def test_a_search_needs_search_prompts() -> None:
 
 
 def test_force_skips_the_check_and_not_that_of_empty_parts() -> None:
-    assert len(split_prompts(groups(4), 0, force=True).report["target"]) == 1
+    notes = Notes()
+    with report_to(notes):
+        assert len(split_prompts(groups(4), 0, force=True).report["target"]) == 1
+    assert notes.texts[0].startswith("prompts: warning: too few to measure anything (target: 2 in fit, 1 in search, 1")
     with pytest.raises(
         UserError, match=r"the group 'target' has no prompt in the fit split \(0 in fit, 0 in search, 1"
     ):

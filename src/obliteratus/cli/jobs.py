@@ -82,7 +82,9 @@ class Job:
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
-        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by)
+        splits = split_prompts(
+            prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force
+        )
         check_runs(recipe, prompts.groups)
         counts = {group: len(members) for group, members in splits.fit.groups.items()}
         check_sizes(recipe.distill, RunInputs(counts, lambda: read_width(model), recipe.probe.keep))
@@ -113,7 +115,8 @@ class Job:
         recipe = add_default_search(self.recipe)
         recipe = recipe if trials is None else set_trial_count(recipe, trials)
         check_splits(self.splits, uses_search_split=True)
-        check_enough(self.splits, uses_search_split=True)
+        if not self.force:
+            check_enough(self.splits, uses_search_split=True)
         storage = storage or (str(partial_folder(self.out) / JOURNAL) if self.out else "")
         name = study or f"{Path(self.model).name} {recipe.name}"
         return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)

@@ -96,15 +96,22 @@ def check_splits(splits: Splits, uses_search_split: bool = False) -> None:
 
 def check_enough(splits: Splits, uses_search_split: bool = False) -> None:
     """Raise UserError if target or control has fewer than 8 prompts in fit or 4 in report, or 4 in search if used."""
+    if missing := describe_shortage(splits, uses_search_split):
+        raise UserError(f"prompts: {missing}")
+
+
+def describe_shortage(splits: Splits, uses_search_split: bool = False) -> str:
+    """Return what `check_enough` refuses in one line, or an empty text."""
     needed = {name: n for name, n in ENOUGH.items() if uses_search_split or name != "search"}
     parts = dict(zip(SPLITS, splits, strict=True))
     if any(len(parts[name][group]) < n for name, n in needed.items() for group in CONTRASTED):
         counts = "; ".join(f"{group}: {_list_counts(splits, group)}" for group in CONTRASTED)
         wanted = ", ".join(f"{n} in {name}" for name, n in needed.items())
-        raise UserError(
-            f"prompts: too few to measure anything ({counts}); at least {wanted} are needed: "
+        return (
+            f"too few to measure anything ({counts}); at least {wanted} are needed: "
             f"give {count_needed(uses_search_split)} or more of target and of control that differ in their wording"
         )
+    return ""
 
 
 def _list_counts(splits: Splits, group: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from obliteratus.core.progress import note
 from obliteratus.core.types import PromptSet, SplitBy, Splits
-from obliteratus.prompts.checks import check_categories, check_enough, check_prompts, check_splits
+from obliteratus.prompts.checks import check_categories, check_enough, check_prompts, check_splits, describe_shortage
 from obliteratus.prompts.division import divide
 from obliteratus.prompts.separation import measure_separation, note_separation
 
@@ -23,7 +24,7 @@ def split_prompts(
     pinned, and draws those that share its wording to it. A cluster that leaves too few prompts for the other parts is
     broken, which a note says. The result depends on the prompts and the seed, not on their order.
 
-    force: skip `check_enough`. Raises UserError for prompts that `check_prompts` refuses, that leave a part empty
+    force: note what `check_enough` would refuse, and go on. Raises UserError for prompts that `check_prompts` refuses, that leave a part empty
     (search only where it is used), or that are too few.
     """
     prompts = check_prompts(prompts)
@@ -36,5 +37,7 @@ def split_prompts(
     check_splits(splits, uses_search_split)
     if not force:
         check_enough(splits, uses_search_split)
+    elif missing := describe_shortage(splits, uses_search_split):
+        note("prompts", f"warning: {missing}")
     note_separation(separation)
     return splits
