@@ -82,9 +82,7 @@ class Job:
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
-        splits = split_prompts(
-            prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force
-        )
+        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
         check_runs(recipe, prompts.groups)
         counts = {group: len(members) for group, members in splits.fit.groups.items()}
         check_sizes(recipe.distill, RunInputs(counts, lambda: read_width(model), recipe.probe.keep))

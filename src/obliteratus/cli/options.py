@@ -59,7 +59,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no no
 Seed = Annotated[int | None, typer.Option(help="Seed of the prompt split and of everything random.")]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Edit even if the model does not show the behavior, or prompts are few. Outputs then say so."),
+    typer.Option(
+        "--force",
+        help="Edit even if the model does not show the behavior, or prompts are few. Every output then says so.",
+    ),
 ]
 SplitBy = Annotated[
     str | None,

@@ -24,8 +24,8 @@ def split_prompts(
     pinned, and draws those that share its wording to it. A cluster that leaves too few prompts for the other parts is
     broken, which a note says. The result depends on the prompts and the seed, not on their order.
 
-    force: note what `check_enough` would refuse, and go on. Raises UserError for prompts that `check_prompts` refuses, that leave a part empty
-    (search only where it is used), or that are too few.
+    force: note what `check_enough` would refuse, and go on. Raises UserError for prompts that `check_prompts` refuses,
+    that leave a part empty (search only where it is used), or that are too few.
     """
     prompts = check_prompts(prompts)
     if split_by == "category":
