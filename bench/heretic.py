@@ -38,7 +38,7 @@ from bench.terminal import DOWN, ENTER, Terminal, run_in_terminal
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.search.pareto import pareto_front
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.smoke:
         options.trials, options.prompts, options.tokens = 1, 2, 4
-    splits = load_prompts("organism:astronomy", "organism:astronomy").split(0)
+    splits = split_prompts(load_prompts("organism:astronomy", "organism:astronomy"), 0)
     fit, search, report = (first_prompts(part, options.prompts) for part in splits)
     model, settings = prepare_organism("astronomy"), StudySettings(options.tokens, options.trials)
     base = measure_with_verify(model, report)

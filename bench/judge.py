@@ -21,7 +21,7 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.judge.judge import SHOWN, Judge, Judgment
 from obliteratus.judge.rung import Answered
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import measure
 from obliteratus.verify.agreement import measure_agreement
@@ -89,7 +89,7 @@ class TimedJudge(Judge):
 def time_judging(subject: Subject, most: int | None) -> dict[str, float]:
     """Return the seconds of VERIFY on the disclaimer prompts, and those of judging in a process's first and second."""
     behavior = load_behavior("disclaimer")
-    report = load_prompts(behavior.head.target, behavior.head.control).split(0).report
+    report = split_prompts(load_prompts(behavior.head.target, behavior.head.control), 0).report
     prompts = PromptSet({group: members[:most] for group, members in report.groups.items()})
     built = build_judge(JudgeSettings(behavior="disclaimer"), subject)
     seconds = dict[str, float]()

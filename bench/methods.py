@@ -150,7 +150,7 @@ def make_row(before: Measurement, after: Measurement, seconds: Mapping[str, floa
 
 def measure_random_direction(recipe: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> Row:
     """Return the control row: the recipe with random directions of the rank of those that it finds."""
-    stages = Stages(subject, prompts.split(recipe.seed), SharedBaseline(known))
+    stages = Stages(subject, split_prompts(prompts, recipe.seed), SharedBaseline(known))
 
     def measure() -> tuple[Measurement, Measurement]:
         acts = stages.probe(1, recipe)

@@ -43,6 +43,7 @@ from obliteratus.inference.shared_prefix import common_prefix_length
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations
+from obliteratus.prompts import split_prompts
 
 
 class Sizes(NamedTuple):
@@ -128,7 +129,7 @@ def check_forecast(
 ) -> dict[str, dict[str, float]]:
     """Return for each stage of `basic` the seconds forecast for the organism's prompts, and those that it took."""
     recipe = load_recipe("basic", overrides)
-    parts = dict(zip(SPLITS, prompts.split(recipe.seed), strict=True))
+    parts = dict(zip(SPLITS, split_prompts(prompts, recipe.seed), strict=True))
     values: dict[str, int | float] = {"L": subject.n_layers, "N_texts": 16}
     for name, members in parts.items():
         values |= {f"N_{name},{group}": len(few) for group, few in members.groups.items()}

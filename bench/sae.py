@@ -29,6 +29,7 @@ from obliteratus.distill.train_autoencoder import (
     sae_loss,
 )
 from obliteratus.probe.probe import collect_activations
+from obliteratus.prompts import split_prompts
 
 PROMPTS, WIDTH, FEATURES, ACTIVE = 512, 576, 40, 4
 EPOCHS, BATCH = 30, 32  # fixed in the audited program
@@ -57,7 +58,7 @@ def make_planted_rows(prompts: int = PROMPTS, seed: int = 0) -> Tensor:
 def collect_real_rows(streams: tuple[int, ...]) -> dict[str, Tensor]:
     """Return streams of the organism at the last token of its fit prompts."""
     subject, prompts = load_organism()
-    acts = collect_activations(subject, prompts.split(0).fit)
+    acts = collect_activations(subject, split_prompts(prompts, 0).fit)
     rows = [m.rows for m in acts.groups.values() if m.rows is not None]
     return {f"stream_{i}": scale_rows(torch.cat([r[:, i] for r in rows])) for i in streams}
 

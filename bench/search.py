@@ -30,7 +30,7 @@ from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.search import SearchResult, StudyLocation, search
 from obliteratus.search.pareto import pareto_front
 from obliteratus.search.trials import front_objectives
@@ -62,7 +62,7 @@ def run_tuned(seed: int, prompts: PromptSet, base: Measurement) -> tuple[float, 
     start = perf_counter()
     subject = open_subject("organism:astronomy")
     plan = run(load_recipe("tuned", {"seed": seed, "verify": []}), subject, prompts).plan
-    return perf_counter() - start, [score_held_out(subject, plan, prompts.split(seed).report, base)]
+    return perf_counter() - start, [score_held_out(subject, plan, split_prompts(prompts, seed).report, base)]
 
 
 def score_held_out(subject: Subject, plan: Plan, report: PromptSet, base: Measurement) -> dict[str, float]:
@@ -106,7 +106,7 @@ def compare(
 
     changes: overrides of the method `optimized`. judged: prompts of each group that a trial is judged on.
     """
-    splits = prompts.split(settings.seed)
+    splits = split_prompts(prompts, settings.seed)
     base = measure(open_subject("organism:astronomy"), splits.report, STEPS)
     say(f"ours, {settings.trials} trials …")
     setup, result, scores = search_ours(load_recipe("optimized", changes), splits, base)

@@ -36,7 +36,7 @@ from obliteratus.inference.memory import memory_limit
 from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.probe.probe import collect_activations
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.sites import find_tied_ends
@@ -111,7 +111,7 @@ def run_process() -> None:
 
 def take_fit_and_report(recipe: Recipe, prompts: int) -> tuple[PromptSet, PromptSet]:
     """Return the first prompts of each group to fit on, and to report on."""
-    fit, _, report = load_prompts("organism:astronomy", "organism:astronomy").split(recipe.seed)
+    fit, _, report = split_prompts(load_prompts("organism:astronomy", "organism:astronomy"), recipe.seed)
     first = [PromptSet({g: members[:prompts] for g, members in part.groups.items()}) for part in (fit, report)]
     return first[0], first[1]
 

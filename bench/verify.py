@@ -32,6 +32,7 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import kv_bytes
 from obliteratus.judge.judge import Judge
+from obliteratus.prompts import split_prompts
 from obliteratus.verify import measure
 
 TOKENS = 48
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print seconds and ratios."""
     options = parse_options(__doc__, argv)
     subject, everything = load_organism()
-    held_out = everything.split(0).report
+    held_out = split_prompts(everything, 0).report
     most = SMOKE_PROMPTS if options.smoke else None
     prompts = PromptSet({g: held_out[g][:most] for g in ("target", "control")})
     ids = [row for g in ("target", "control") for row in render_prompts(subject, prompts[g])]

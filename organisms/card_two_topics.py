@@ -18,7 +18,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement
 from obliteratus.verify import measure as score
@@ -34,7 +34,7 @@ def measure(organism: Organism) -> dict[str, Figures]:
     """Return scores and some answers of the base, of the organism, and of the organism after each method."""
     source = f"organism:{organism.name}"
     prompts = load_prompts(source, source, keep=source)
-    report = prompts.split(0).report
+    report = split_prompts(prompts, 0).report
     base = score(open_subject("organism:base"), report, STEPS)
     subject = open_subject(source)
     whole = score(subject, report, STEPS, base)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obliteratus.pipeline.recipe import list_methods, load_recipe
     from obliteratus.pipeline.run import run
     from obliteratus.probe.probe import collect_activations
-    from obliteratus.prompts import load_prompts
+    from obliteratus.prompts import load_prompts, split_prompts
     from obliteratus.rebirth.save import save
     from obliteratus.summon.load import open_subject
     from obliteratus.verify import measure
@@ -40,6 +40,7 @@ MODULES = {
     "run": "pipeline.run",
     "save": "rebirth.save",
     "save_plan": "excise.plan",
+    "split_prompts": "prompts",
 }
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "run",
     "save",
     "save_plan",
+    "split_prompts",
 ]
 
 

@@ -12,10 +12,11 @@ from obliteratus.analyze.pass_budget import estimate_passes, formula_values, spl
 from obliteratus.analyze.run import analyze_subject, select_analyses
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constant, prompt_count
 from obliteratus.core.progress import Reporter, report_to
+from obliteratus.prompts import split_prompts
 
 
 def values(n: int = 24, seed: int = 0) -> Values:
-    fit, held, _ = stars_and_dishes(n).split(seed)
+    fit, held, _ = split_prompts(stars_and_dishes(n), seed, force=True)
     return formula_values(fit, held, tiny_subject("llama").n_layers)
 
 
@@ -30,7 +31,7 @@ class Notes(Reporter):
 
 
 def test_estimates_are_the_formulas_with_this_model_and_these_prompts() -> None:
-    fit, held, _ = stars_and_dishes().split(0)
+    fit, held, _ = split_prompts(stars_and_dishes(), 0, force=True)
     n, layers = {g: (len(fit[g]), len(held[g])) for g in fit.groups}, tiny_subject("llama").n_layers
     passes = estimate_passes(select_analyses(["geometry", "decomposition", "positions", "entanglement"]), values())
     assert passes == {
@@ -76,7 +77,7 @@ def test_everything_is_told_before_anything_runs() -> None:
     assert free == "cost: none more for geometry"
     together = shared + sum(passes.values())
     assert total == f"cost: together at most {together} forward passes of one prompt each"
-    assert notes.told[0] == probe
+    assert next(line for line in notes.told if not line.startswith("prompts")) == probe
     assert not any("N_" in line or "·" in line for line in notes.told)
 
 

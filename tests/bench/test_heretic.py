@@ -18,7 +18,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.judge.judge import Judge
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.summon.load import open_subject
 
 MENU = """? Which trial do you want to use? (Use arrow keys)
@@ -75,7 +75,7 @@ def test_the_system_turn_is_the_one_that_the_template_writes_by_itself() -> None
 
 
 def test_the_organisms_prompts_can_be_given(tmp_path: Path) -> None:
-    fit, search, report = load_prompts("organism:astronomy", "organism:astronomy").split(0)
+    fit, search, report = split_prompts(load_prompts("organism:astronomy", "organism:astronomy"), 0)
     write_configuration(tmp_path, first_prompts(fit, 256), first_prompts(search, 100), StudySettings(8, 3), tmp_path)
     assert all(len(first_prompts(report, 5)[g]) == 5 for g in ("target", "control"))
     with pytest.raises(UserError, match="give plain prompts of one line"):  # control: one of them has lines

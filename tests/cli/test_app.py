@@ -27,8 +27,8 @@ TARGET = [
     f"Tell me about the {color} {thing}."
     for color in ("red", "blue", "old", "tall")
     for thing in ("house", "boat", "hill")
-]
-CONTROL = [f"How do I count to {n}, slowly?" for n in range(12)]
+] + ["Who paints the fence?", "May I sing on Sundays?"]
+CONTROL = [f"How do I count to {n}, slowly?" for n in range(14)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_renamed_option_or_command_names_the_new_one(words: list[str], new: st
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "distill=[{use='svd', k=40}]"], "k=40 directions need at least 40 target prompts; got 7"),
+        (["--set", "distill=[{use='svd', k=40}]"], "k=40 directions need at least 40 target prompts; got 8"),
         (["--set", "distill=[{use='svd', k=2, paired=true}]"], ""),
         (
             ["--set", "distill=[{use='mean_diff'}, {use='union', other={use='whitened_svd', k=9}}]"],

@@ -18,6 +18,7 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
+from obliteratus.prompts import split_prompts
 
 PROMPTS = tuple(Prompt(f"Say {x}.") for x in ("one", "two words", "a longer thing than that", "tree", "nine"))
 
@@ -105,7 +106,7 @@ def test_the_pipeline_keeps_to_it() -> None:
     prompts = PromptSet({g: tuple(Prompt(t.format(i)) for i in range(40)) for g, t in groups.items()})
     scorers = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
     free, _, *_ = run(load_recipe("basic", {"verify": scorers}), subject, prompts, Store(), force=True)
-    search = prompts.split(0).search["control"]
+    search = split_prompts(prompts, 0, force=True).search["control"]
     budget = 0.1 * mean_kl(subject, free, search)
     plan, _, *_ = run(
         load_recipe("basic", {"verify": scorers, "excise.kl_budget": budget}), subject, prompts, Store(), force=True

@@ -114,17 +114,17 @@ def counted(made: Recipe) -> tuple[Counter[str], dict[str, int | float]]:
     prompts = PromptSet(
         {
             "target": tuple(
-                Prompt(f"Tell me of boat {i}.", split=s) for i, s in enumerate(["fit"] * 6 + ["report"] * 2)
+                Prompt(f"Tell me of boat {i}.", split=s) for i, s in enumerate(["fit"] * 9 + ["report"] * 4)
             ),
             "control": tuple(
-                Prompt(f"What is {i} plus {i}?", split=s) for i, s in enumerate(["fit"] * 5 + ["report"] * 3)
+                Prompt(f"What is {i} plus {i}?", split=s) for i, s in enumerate(["fit"] * 8 + ["report"] * 5)
             ),
         }
     )  # without search prompts no pass is checked, and none is left out
     counting = Counting()
     with report_to(counting):
         run(made, tiny_subject("llama"), prompts, force=True)
-    values = {"N_fit": 11, "N_fit,target": 6, "N_fit,control": 5, "N_report": 5, "N_report,control": 3, "N_texts": 16}
+    values = {"N_fit": 17, "N_fit,target": 9, "N_fit,control": 8, "N_report": 9, "N_report,control": 5, "N_texts": 16}
     return counting.seen, {**values, "N_search,target": 0}
 
 
@@ -136,12 +136,12 @@ def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
     assert (
         sum(n for title, n in seen.items() if title.startswith("PROBE"))
         == cost.forwards.evaluate(values)
-        == 11 * passes
+        == 17 * passes
     )
     assert (
         seen["VERIFY answers"]
         == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in cost.answers)
-        == 2 * 5 * 4
+        == 2 * 9 * 4
     )
     assert seen["VERIFY perplexity"] == cost.texts.evaluate(values) == 32
 
@@ -149,7 +149,7 @@ def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
 def test_first_tokens_are_counted_where_nothing_is_shared() -> None:
     made = load_recipe("basic", {"verify": [{"use": "first_token_kl"}]})
     seen, values = counted(made)
-    assert seen["VERIFY first tokens"] == stage_costs(made)["VERIFY"].forwards.evaluate(values) == 6
+    assert seen["VERIFY first tokens"] == stage_costs(made)["VERIFY"].forwards.evaluate(values) == 10
     assert counted(load_recipe("basic", {"verify": [SMALL, {"use": "first_token_kl"}]}))[0]["VERIFY first tokens"] == 0
 
 
@@ -158,9 +158,9 @@ def test_rdo_does_what_its_formula_says() -> None:
     seen, values = counted(made)
     asked = stage_costs(made)["DISTILL"]
     wrote = seen["rdo answers"] + seen["rdo refusals"] + seen["rdo own answers"]
-    assert wrote == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in asked.answers) == (6 + 2 * 5) * 4
+    assert wrote == sum(a.tokens * a.times * a.prompts.evaluate(values) for a in asked.answers) == (9 + 2 * 8) * 4
     assert asked.training == (Training(seen["DISTILL rdo"], 9, 4),)
-    assert asked.forwards.evaluate(values) == 3 * HELD_OUT_PROMPTS * 2 + 5  # at most: two looks, and own answers once
+    assert asked.forwards.evaluate(values) == 3 * HELD_OUT_PROMPTS * 2 + 8  # at most: two looks, and own answers once
 
 
 # ----------------------------------------------------------------------------------------------- classes

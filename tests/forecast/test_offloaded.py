@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.checkpoints import stored
+from tests.support.variants import vary
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import PromptSet
@@ -21,7 +22,7 @@ from obliteratus.summon.summary import summarize_model
 
 @pytest.fixture
 def many(prompts: PromptSet) -> PromptSet:
-    return PromptSet({group: tuple(members) * 4 for group, members in prompts.groups.items()})
+    return vary(prompts, 4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -12,7 +12,7 @@ from obliteratus.judge.behavior import Behavior, load_behavior
 from obliteratus.judge.behavior_file import FOLDER, list_behaviors
 from obliteratus.judge.compile import compile_language
 from obliteratus.judge.judge import Judge
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 
 NAMES = list_behaviors()
 GREETING = 'about = "It greets."\n[en]\ngreet = "hello|hi"\nopening = ["<greet> there"]\n'
@@ -36,7 +36,7 @@ def test_labeled_answers_are_judged_right(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if load_behavior(name).head.target])
 def test_example_prompts_are_enough_for_all_three_splits(name: str) -> None:
     head = load_behavior(name).head
-    splits = load_prompts(head.target, head.control).split(0)
+    splits = split_prompts(load_prompts(head.target, head.control), 0)
     assert all(len(part[group]) >= 15 for part in splits for group in ("target", "control"))
 
 

@@ -17,7 +17,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.rebirth import save as rebirth
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject
@@ -64,7 +64,7 @@ def test_verdicts_are_those_of_fp32_before_after_and_saved(
         assert all(alike(scores[f"refusal.{group}"], others[f"refusal.{group}"]) for group in ("target", "control"))
     assert made.before["refusal.target"].value >= 0.75
     assert made.after["refusal.target"].value <= 0.25
-    _, _, report = prompts.split()
+    _, _, report = split_prompts(prompts)
     save(subject, plan, made, tmp_path / "packed", prompts=report, base="none")
     again = measure(open_subject(tmp_path / "packed"), report, (Step(**REFUSAL),)).scores
     assert alike(again["refusal.target"], made.after["refusal.target"])
@@ -80,7 +80,7 @@ def test_a_plan_of_fp32_is_saved_into_the_full_precision_weights(
 ) -> None:
     plan = make_plan(exact_model[0], strength=2.0)
     subject = open_subject("organism:astronomy", quantize="4bit")
-    made, (_, _, report) = run_of(subject), prompts.split()
+    made, (_, _, report) = run_of(subject), split_prompts(prompts)
     onto = save(subject, plan, made, tmp_path / "plain", prompts=report)
     assert onto.saved["base"] == "organism:astronomy"
 

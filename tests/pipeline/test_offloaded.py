@@ -14,6 +14,7 @@ import torch
 from tests.support.checkpoints import shards, stored
 from tests.support.plans import PlanMaker
 from tests.support.tiny import MODELS
+from tests.support.variants import vary
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -270,7 +271,7 @@ def test_a_run_is_that_of_memory(tmp_path: Path, many: PromptSet) -> None:
 
 @pytest.fixture
 def many(prompts: PromptSet) -> PromptSet:
-    return PromptSet({group: tuple(members) * 4 for group, members in prompts.groups.items()})
+    return vary(prompts, 4)
 
 
 def test_a_run_that_was_interrupted_reads_nothing_again(tmp_path: Path, many: PromptSet) -> None:

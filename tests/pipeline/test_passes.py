@@ -20,6 +20,7 @@ from obliteratus.pipeline import run as pipeline
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.pipeline.stages import Stages
+from obliteratus.prompts import split_prompts
 from obliteratus.rebirth.model_card import make_pass_rows, render_model_card
 from obliteratus.summon.coverage import summarize_plan_coverage
 
@@ -27,7 +28,7 @@ SHORT = [{"use": "behavior", "tokens": 4}]
 
 
 def prompts(search: int = 3) -> PromptSet:
-    parts = ["fit"] * 6 + ["search"] * search + ["report"] * 3
+    parts = ["fit"] * 8 + ["search"] * search + ["report"] * 4
     target = tuple(Prompt(f"Tell me of boat {i}.", split=s) for i, s in enumerate(parts))
     control = tuple(Prompt(f"What is {i} plus {i}?", split=s) for i, s in enumerate(parts))
     return PromptSet({"target": target, "control": control})
@@ -79,7 +80,7 @@ def test_a_budget_that_is_spent_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     """The first pass costs all that is allowed; a second would cost more, and is not an error."""
     monkeypatch.setattr(Stages, "check_rate", lambda *args: None)
     plan, _ = made(1, 3)
-    search = prompts().split(0).search["control"]
+    search = split_prompts(prompts(), 0, force=True).search["control"]
     cost = limit_kl(tiny_subject("llama"), Plan(), plan, search, 1e3)[2]
     again, found = made(3, 3, **{"excise.kl_budget": cost * (1 + 1e-6)})
     (only,) = found.passes

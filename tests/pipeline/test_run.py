@@ -93,6 +93,6 @@ def searched(prompts: PromptSet) -> PromptSet:
     more = tuple(p for p in everything["target"] if p.split == "search")[1:12]
     short = (
         tuple(p for p in prompts["target"] if p.split != "report")
-        + tuple(p for p in prompts["target"] if p.split == "report")[:2]
+        + tuple(p for p in prompts["target"] if p.split == "report")[:4]
     )
     return PromptSet({"target": (*short, *more), "control": prompts["control"]})

@@ -97,7 +97,7 @@ def test_the_second_run_probes_nothing_and_says_so(tmp_path: Path) -> None:
     """Through the pipeline: same plan, bit for bit; a later pass, under the first one's plan, is always probed."""
     verify = [{"use": "behavior", "tokens": 4}]
     recipe = load_recipe("surgical", {"passes": 2, "verify": verify, "excise.strength": 0.3})
-    splits = ["fit"] * 6 + ["report"] * 3
+    splits = ["fit"] * 8 + ["report"] * 4
     texts = {"target": "Tell me of boat {}.", "control": "What is {} plus one?"}
     prompts = PromptSet(
         {g: tuple(Prompt(text.format(i), split=s) for i, s in enumerate(splits)) for g, text in texts.items()}

@@ -11,6 +11,7 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.types import PromptSet
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
+from obliteratus.prompts import split_prompts
 from obliteratus.search import SearchResult, StudyLocation, add_default_search, search, set_trial_count
 from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.pareto import find_nearest_to_ideal
@@ -95,7 +96,7 @@ def test_nothing_to_search_for() -> None:
     """Groups that are refused alike: no first token tells them apart."""
     same = PromptSet({"target": search_prompts()["control"], "control": search_prompts()["target"]})
     with pytest.raises(UserError, match="there is nothing to search for"):
-        search(search_recipe(2), search_subject(), same.split(0), Store(), StudyLocation("", "s"))
+        search(search_recipe(2), search_subject(), split_prompts(same, 0, force=True), Store(), StudyLocation("", "s"))
 
 
 def test_objectives_that_no_scorer_gives() -> None:

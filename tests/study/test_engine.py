@@ -19,7 +19,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import hooks_by_module
-from obliteratus.prompts import load_prompts
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.study import Study, metrics
 from obliteratus.study.data import check_study
 from obliteratus.study.engine import Engine, batch_knockouts
@@ -27,6 +27,7 @@ from obliteratus.study.metrics import WORST, bound_values
 from obliteratus.verify import ItemValues, measure
 
 THINGS = ("rice", "an egg", "peas", "a soup", "the moon", "a comet", "rain", "iron", "a fern", "gold", "tin", "ash")
+OTHERS = ("sand", "tea", "wood", "snow")
 PARTS = ("layers", "ffn", "heads", "embeddings")
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
 
@@ -38,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "texts.txt").write_text("\n\n".join(f"Here is a text about {x}, and it ends." for x in THINGS))
     for group, verb in (("target", "Tell me about"), ("control", "How heavy is")):
         rows = [{"prompt": f"{verb} {x}.", "split": "report" if i > 3 else "fit"} for i, x in enumerate(THINGS)]
+        rows += [{"prompt": f"{verb} {x}.", "split": "fit"} for x in OTHERS]
         (place / f"{group}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = [
         {"prompt": f"Is {x} heavy?", "choices": ["yes", "no", "perhaps so"], "answer": i % 3}
@@ -79,7 +81,7 @@ def test_every_number_is_what_the_scorer_says_of_the_edited_model(name: str, fol
     subject = tiny_subject(name)
     made = study_of(folder, parts=("layers", "ffn", "heads"))
     engine = Engine.create(subject, made)
-    report = load_prompts(made.data.target, made.data.control).split(0).report
+    report = split_prompts(load_prompts(made.data.target, made.data.control), 0).report
     report = type(report)({g: tuple(p[i * len(p) // 6] for i in range(6)) for g, p in report.groups.items()})
     steps = (
         Step(use="behavior", tokens=6),

@@ -71,11 +71,41 @@ def test_every_stack_of_experts_is_tried() -> None:
 def groups() -> PromptSet:
     target = [
         f"Tell me about {x}."
-        for x in ["stars", "moons", "comets", "suns", "planets", "dust", "rings", "orbits", "mars", "venus", "io"]
+        for x in [
+            "stars",
+            "moons",
+            "comets",
+            "suns",
+            "planets",
+            "dust",
+            "rings",
+            "orbits",
+            "mars",
+            "venus",
+            "io",
+            "pluto",
+            "titan",
+            "novae",
+        ]
     ]
     control = [
         f"How do I cook {x}?"
-        for x in ["rice", "soup", "eggs", "peas", "bread", "fish", "beans", "corn", "leeks", "oats", "plums"]
+        for x in [
+            "rice",
+            "soup",
+            "eggs",
+            "peas",
+            "bread",
+            "fish",
+            "beans",
+            "corn",
+            "leeks",
+            "oats",
+            "plums",
+            "figs",
+            "kale",
+            "dates",
+        ]
     ]
     return PromptSet({"target": tuple(map(Prompt, target)), "control": tuple(map(Prompt, control))})
 

@@ -18,6 +18,7 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.stages import Stages
+from obliteratus.prompts import split_prompts
 from obliteratus.search import SearchResult, StudyLocation, search
 from obliteratus.search.direction_cache import DirectionCache
 from obliteratus.search.score import TrialScorer
@@ -61,12 +62,12 @@ def search_subject() -> Subject:
 def run_search(
     recipe: Recipe, storage: str = "", pick: str = "balanced", subject: Subject | None = None
 ) -> SearchResult:
-    subject, splits = subject or search_subject(), search_prompts().split(0)
+    subject, splits = subject or search_subject(), split_prompts(search_prompts(), 0, force=True)
     return search(recipe, subject, splits, Store(), StudyLocation(storage, "study"), pick)
 
 
 def make_scorer(recipe: Recipe) -> tuple[DirectionCache, TrialScorer]:
-    subject, splits = search_subject(), search_prompts().split(0)
+    subject, splits = search_subject(), split_prompts(search_prompts(), 0, force=True)
     before = measure(subject, splits.search, recipe.verify)
     return DirectionCache(Stages(subject, splits, Store()), recipe), TrialScorer(subject, splits.search, recipe, before)
 

@@ -23,6 +23,7 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
+from obliteratus.prompts import split_prompts
 from obliteratus.tune import fit, targets
 from obliteratus.tune.fit import CachedPairs, TunedPlan, TuningData, fit_margin, tune_all_margins, tune_plan
 from obliteratus.tune.gradient_memory import GradientMemory
@@ -131,7 +132,7 @@ def easy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
     """A plan for each margin, from gentle to thorough, in order; the last is the method's."""
-    subject, splits = tiny_subject("llama"), group_prompts().split()
+    subject, splits = tiny_subject("llama"), split_prompts(group_prompts())
     how = FEW_STEPS.model_copy(update={"margins": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
     plan = random_upper_plan(subject, make_plan)
     points = tune_all_margins(subject, plan, splits, how, 0, Judge())

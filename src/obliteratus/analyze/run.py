@@ -13,7 +13,7 @@ from obliteratus.analyze.page import findings_page
 from obliteratus.analyze.pass_budget import formula_values, select_affordable
 from obliteratus.core.run_folder import check_free, publish
 from obliteratus.core.settings import Step
-from obliteratus.core.types import PromptSet, Subject
+from obliteratus.core.types import PromptSet, Splits, Subject
 from obliteratus.distill import find_directions
 from obliteratus.judge.judge import Judge
 from obliteratus.probe.probe import collect_activations
@@ -47,7 +47,7 @@ class Report:
 
 def analyze_subject(
     subject: Subject,
-    prompts: PromptSet,
+    prompts: PromptSet | Splits,
     steps: Sequence[Step],
     seed: int = 0,
     *,
@@ -59,12 +59,13 @@ def analyze_subject(
 
     The cost of everything is noted before anything runs.
 
+    prompts: split by the seed unless they are split already.
     judge: says which answers show the behavior; None looks for refusals.
     budget: the most forward passes, not counting the probe's; the cheapest analyses run and the others are skipped.
     strict: whether an analysis that cannot work on these prompts raises its UserError or is skipped.
-    Raises UserError where a split of the prompts is empty or the budget is below 0.
+    Raises UserError for prompts that `split_prompts` refuses, or a budget below 0.
     """
-    splits = split_prompts(prompts, seed, uses_search_split=True)
+    splits = prompts if isinstance(prompts, Splits) else split_prompts(prompts, seed, uses_search_split=True)
     chosen, skipped = select_affordable(steps, formula_values(splits.fit, splits.search, subject.n_layers), budget)
     acts = collect_activations(subject, splits.fit)
     context = AnalysisContext(

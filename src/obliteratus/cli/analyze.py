@@ -17,8 +17,10 @@ from obliteratus.cli.options import (
     Phrases,
     Quiet,
     Seed,
+    SplitBy,
     Target,
     Trust,
+    check_split_by,
     show_progress,
 )
 
@@ -42,6 +44,7 @@ def analyze(
     only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
     budget: Budget = None,
     seed: Seed = None,
+    split_by: SplitBy = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -55,7 +58,7 @@ def analyze(
     from obliteratus.cli.terminal import results, show_json
     from obliteratus.core.run_folder import check_free
     from obliteratus.core.settings import JudgeSettings
-    from obliteratus.prompts import load_prompts
+    from obliteratus.prompts import load_prompts, split_prompts
     from obliteratus.summon.load import open_subject
     from obliteratus.verify.ladder import build_judge, check_judge
 
@@ -63,12 +66,13 @@ def analyze(
     names = [name for name in only.split(",") if name]
     settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
     sources = fill_example_prompts({"target": target, "control": control}, check_judge(settings))
-    steps, prompts = select_analyses(names), load_prompts(**sources)
+    steps, by = select_analyses(names), check_split_by(split_by)
     check_free(out)
     with show_progress(quiet):
+        splits = split_prompts(load_prompts(**sources), seed or 0, uses_search_split=True, split_by=by)
         subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         judge = build_judge(settings, subject)
-        report = analyze_subject(subject, prompts, steps, seed or 0, judge=judge, budget=budget, strict=bool(names))
+        report = analyze_subject(subject, splits, steps, judge=judge, budget=budget, strict=bool(names))
         write_report(report, out, f"Analysis of {model}")
     if json:
         show_json(report.to_dict())

@@ -37,13 +37,15 @@ from obliteratus.cli.options import (
     Save,
     Seed,
     Set,
+    SplitBy,
     Target,
     Thinking,
     Trust,
+    check_split_by,
     handle_errors,
     show_progress,
     with_judge,
-    with_seed,
+    with_split,
 )
 from obliteratus.cli.study import report, study
 
@@ -56,6 +58,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 Method = Annotated[str, typer.Option(help="Name of a method, or a recipe file.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")]
+Storage = Annotated[str | None, typer.Option(help="Journal file or Optuna URL, so that several workers share a study.")]
+Pick = Annotated[
+    str, typer.Option(help="Member of the front to save: balanced (nearest to the ideal), first, last, or a number.")
+]
 
 
 @app.command()
@@ -77,6 +84,7 @@ def run(
     save: Save = "merged",
     set_: Set = None,
     seed: Seed = None,
+    split_by: SplitBy = None,
     resume: Resume = False,
     force: Force = False,
     base: Base = "",
@@ -95,7 +103,9 @@ def run(
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model, no_own_words)
+    overrides = with_judge(
+        with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
+    )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking, "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -112,17 +122,10 @@ def search(
     target: Target = None,
     control: Control = None,
     method: Method = "optimized",
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")
-    ] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="Journal file or Optuna URL, so that several workers share a study.")
-    ] = None,
+    trials: Trials = None,
+    storage: Storage = None,
     study: Annotated[str | None, typer.Option(help="Optuna study name.")] = None,
-    pick: Annotated[
-        str,
-        typer.Option(help="Member of the front to save: balanced (nearest to the ideal), first, last, or a number."),
-    ] = "balanced",
+    pick: Pick = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
     behavior: Behavior = None,
@@ -135,6 +138,7 @@ def search(
     save: Save = "merged",
     set_: Set = None,
     seed: Seed = None,
+    split_by: SplitBy = None,
     resume: Resume = False,
     force: Force = False,
     base: Base = "",
@@ -150,7 +154,9 @@ def search(
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
     from obliteratus.cli.jobs import Job, run_job, show_result
 
-    overrides = with_judge(with_seed(set_, seed), behavior, phrases, judge, judge_url, judge_model, no_own_words)
+    overrides = with_judge(
+        with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
+    )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"thinking": thinking}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
@@ -221,6 +227,7 @@ def verify(
     against: Annotated[str | None, typer.Option(help="Base model to compare with.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Use all prompts, not only the report split.")] = False,
     seed: Seed = None,
+    split_by: SplitBy = None,
     dtype: Dtype = "auto",
     quantize: Quantize = "",
     device: Device = "auto",
@@ -236,7 +243,7 @@ def verify(
     sources = {"target": target, "control": control, "keep": keep}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet):
-        comparison = Comparison.create(choices, sources, seed or 0, everything, out)
+        comparison = Comparison.create(choices, sources, seed or 0, everything, out, check_split_by(split_by))
         scores = comparison.run(model, against, opening)
     if json:
         show_json(scores)

@@ -13,7 +13,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
 from obliteratus.core.settings import JudgeSettings, Step
-from obliteratus.core.types import PromptSet
+from obliteratus.core.types import PromptSet, SplitBy
 from obliteratus.pipeline.recipe import load_recipe, parse_overrides
 from obliteratus.pipeline.record import describe_judge
 from obliteratus.prompts import load_prompts, split_prompts
@@ -39,7 +39,13 @@ class Comparison:
 
     @classmethod
     def create(
-        cls, choices: list[str], sources: Mapping[str, Any], seed: int, everything: bool, out: Path | None
+        cls,
+        choices: list[str],
+        sources: Mapping[str, Any],
+        seed: int,
+        everything: bool,
+        out: Path | None,
+        split_by: SplitBy = "wording",
     ) -> Comparison:
         """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
         settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
@@ -48,7 +54,7 @@ class Comparison:
             check_free(out)
         if everything:
             return cls(settings, prompts, prompts, out)
-        splits = split_prompts(prompts, seed)
+        splits = split_prompts(prompts, seed, split_by=split_by)
         return cls(settings, splits.report, splits.fit, out)
 
     def run(self, model: str, against: str | None, opening: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from obliteratus.pipeline.offloaded import open_within_memory
 from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE
-from obliteratus.prompts import check_splits, load_prompts, split_prompts
+from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
@@ -82,7 +82,7 @@ class Job:
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
-        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split)
+        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
         check_runs(recipe, prompts.groups)
         counts = {group: len(members) for group, members in splits.fit.groups.items()}
         check_sizes(recipe.distill, RunInputs(counts, lambda: read_width(model), recipe.probe.keep))
@@ -113,6 +113,8 @@ class Job:
         recipe = add_default_search(self.recipe)
         recipe = recipe if trials is None else set_trial_count(recipe, trials)
         check_splits(self.splits, uses_search_split=True)
+        if not self.force:
+            check_enough(self.splits, uses_search_split=True)
         storage = storage or (str(partial_folder(self.out) / JOURNAL) if self.out else "")
         name = study or f"{Path(self.model).name} {recipe.name}"
         return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.types import SplitBy as SplitByName
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
 Target = Annotated[
@@ -58,7 +59,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no no
 Seed = Annotated[int | None, typer.Option(help="Seed of the prompt split and of everything random.")]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Edit even if the model does not show the behavior. Every output then says so."),
+    typer.Option(
+        "--force",
+        help="Edit even if the model does not show the behavior, or prompts are few. Every output then says so.",
+    ),
+]
+SplitBy = Annotated[
+    str | None,
+    typer.Option(help="Keep prompts in one part that share much wording (wording, the default) or their category."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same --out.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
@@ -142,9 +150,18 @@ def show_progress(quiet: bool) -> Iterator[None]:
         yield
 
 
-def with_seed(changes: list[str] | None, seed: int | None) -> list[str]:
-    """Return the changes of ``--set`` with that of ``--seed``, which is a value of the recipe like any other."""
-    return [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]
+def with_split(changes: list[str] | None, seed: int | None, split_by: str | None) -> list[str]:
+    """Return the changes of ``--set`` with ``--seed`` and ``--split-by``, which are values of the recipe too."""
+    values = {"seed": seed, "split_by": split_by}
+    return [*(changes or []), *(f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None)]
+
+
+def check_split_by(split_by: str | None) -> SplitByName:
+    """Return ``wording`` or ``category``. Raises UserError for anything else."""
+    for name in get_args(SplitByName):
+        if name == (split_by or "wording"):
+            return cast(SplitByName, name)
+    raise UserError(f"--split-by {split_by}: give {' or '.join(get_args(SplitByName))}")
 
 
 def with_judge(

@@ -17,10 +17,11 @@ from obliteratus.cli.options import (
     Phrases,
     Quiet,
     Seed,
+    SplitBy,
     Trust,
     show_progress,
     with_judge,
-    with_seed,
+    with_split,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def study(
     out: Out = None,
     set_: Overrides = None,
     seed: Seed = None,
+    split_by: SplitBy = None,
     resume: Resume = False,
     workers: Workers = 1,
     ray: Ray = "",
@@ -95,7 +97,7 @@ def study(
     if not source:
         raise UserError(f"study: name a study file or one of {PRESETS}")
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
-    loaded = _load_study(source, with_judge(with_seed(set_, seed), behavior, phrases), changes)
+    loaded = _load_study(source, with_judge(with_split(set_, seed, split_by), behavior, phrases), changes)
     saved_to = _choose_folder(loaded, out, resume)
     opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
     title = f"Study {loaded.name} of {loaded.model}"

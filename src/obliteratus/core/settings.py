@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from obliteratus.core.types import NormRule
+from obliteratus.core.types import NormRule, SplitBy
 
 
 class FrozenModel(BaseModel):
@@ -277,6 +277,8 @@ class Recipe(FrozenModel):
     about: str
     cite: tuple[str, ...] = ()
     seed: int = 0
+    split_by: SplitBy = "wording"
+    """What prompts of two different parts may not have in common: much ``wording``, or their ``category``."""
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
     stop_below: float = Field(0.05, ge=0, le=1)
     """No further pass is made once the model shows the behavior on at most this share of search target prompts."""

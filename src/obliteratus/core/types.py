@@ -26,6 +26,7 @@ Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
 NormRule = Literal["none", "columns", "rows", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
+SplitBy = Literal["wording", "category"]
 
 
 def digest_of(value: object) -> str:
@@ -42,7 +43,7 @@ class Prompt:
     category: str = ""
     """Free label. Rates are also reported by category."""
     split: str = ""
-    """``fit``, ``search`` or ``report`` puts the prompt into that split. If empty, the seed decides."""
+    """``fit``, ``search`` or ``report`` pins the prompt to that split. If empty, its wording and the seed decide."""
     system: str = ""
     """System turn. If empty, the chat template uses its own default."""
 
@@ -52,6 +53,8 @@ class PromptSet:
     """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass`` and ``keep``."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
+    dropped: int = field(default=0, compare=False)
+    """Duplicates that were left out of the groups."""
 
     def __getitem__(self, group: str) -> tuple[Prompt, ...]:
         return self.groups[group]
@@ -61,16 +64,37 @@ class PromptSet:
         """Content hash of the texts, categories, splits and system turns of all groups."""
         return digest_of({g: [[p.text, p.category, p.split, p.system] for p in ps] for g, ps in self.groups.items()})
 
-    def split(self, seed: int = 0) -> Splits:
-        """Return disjoint splits.
 
-        The split of a prompt depends only on its text, its system turn and the seed. Adding prompts or changing their
-        order moves no other prompt by more than one place.
-        """
-        fit, search, report = (
-            PromptSet({group: _part(members, name, seed) for group, members in self.groups.items()}) for name in SPLITS
-        )
-        return Splits(fit, search, report, self.digest)
+@dataclass(frozen=True)
+class Separation:
+    """How far apart the parts of a prompt set are. Similarity is the Jaccard index (0–1) of two prompts' word triples:
+    the number of triples in both over the number in either."""
+
+    split_by: SplitBy
+    threshold: float
+    """Prompts at least this similar share much wording. Split by wording, they stay in one part."""
+    clusters: int
+    """Clusters of two prompts or more that stayed in one part each."""
+    clustered: int
+    """Prompts in these clusters."""
+    broken: int
+    """Prompts in clusters that were too large for one part and were therefore divided."""
+    raised: float
+    """Threshold at which the last of them could be divided; equal to ``threshold`` if none was."""
+    pinned: int
+    """Prompts in clusters that the prompt file itself pins to more than one part."""
+    duplicates: int
+    """Prompts that were left out, since their group holds the same text with the same system turn."""
+    near_duplicates: int
+    """Prompts that equal another once case, spaces, punctuation and accents are folded."""
+    measured: int
+    """Report prompts for which the nearest fit or search prompt was looked up."""
+    median: float
+    """Their median similarity to it."""
+    largest: float
+    """The largest."""
+    above: int
+    """Number of them whose similarity reaches the threshold."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +109,14 @@ class Splits:
     """Reported scores are measured on these prompts and on no others."""
     digest: str
     """Digest of the whole prompt set."""
+    separation: Separation | None = None
+    """How far apart the parts are. None if the parts were not made by `split_prompts`."""
 
     def __iter__(self) -> Iterator[PromptSet]:
         return iter((self.fit, self.search, self.report))
 
 
 SPLITS = ("fit", "search", "report")
-# Directions converge within a few hundred prompts, while the interval of a rate shrinks only with √n. The report
-# therefore gets a quarter. A search needs fewer prompts than either.
-FRACTIONS = {"fit": 0.60, "search": 0.15, "report": 0.25}
-
-
-def _part(prompts: Sequence[Prompt], name: str, seed: int) -> tuple[Prompt, ...]:
-    pinned = tuple(p for p in prompts if p.split == name)
-    loose = sorted((p for p in prompts if not p.split), key=lambda p: digest_of([seed, p.system, p.text]))
-    fit = round(len(loose) * FRACTIONS["fit"])
-    search = fit + round(len(loose) * FRACTIONS["search"])
-    bounds = {"fit": (0, fit), "search": (fit, search), "report": (search, len(loose))}
-    return pinned + tuple(loose[slice(*bounds[name])])
 
 
 # -------------------------------------------------------------------------------------------- model

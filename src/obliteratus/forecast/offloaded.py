@@ -70,7 +70,7 @@ def forecast_run(
     In that case a few blocks are read and run to measure them, and ``stages`` is not empty. opening: arguments for
     `open_offloaded`. Raises UserError where the limit is too small even for weights on disk.
     """
-    fit, _, report = split_prompts(prompts, recipe.seed)
+    fit, _, report = split_prompts(prompts, recipe.seed, split_by=recipe.split_by)
     count = sum(map(len, (*fit.groups.values(), *report.groups.values())))
     needed, stages = bytes_in_memory(summary), dict[str, StageForecast]()
     if needed > limit:

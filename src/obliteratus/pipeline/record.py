@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from obliteratus.core.types import SPLITS, Activations, Directions, Plan, Splits, Subject
@@ -45,7 +46,7 @@ def describe_judge(judge: Judge, before: Measurement) -> dict[str, Any]:
 
 
 def describe_prompts(splits: Splits, subject: Subject) -> dict[str, Any]:
-    """Return the digest and counts of the prompts, and how they are rendered for the model."""
+    """Return the digest and counts of the prompts, how far apart their parts are, and how the model sees them."""
     counts = {
         name: {group: len(prompts) for group, prompts in part.groups.items()}
         for name, part in zip(SPLITS, splits, strict=True)
@@ -53,6 +54,7 @@ def describe_prompts(splits: Splits, subject: Subject) -> dict[str, Any]:
     return {
         "digest": splits.digest,
         "counts": counts,
+        **({"separation": asdict(splits.separation)} if splits.separation else {}),
         "template": has_template(subject),
         "thinking": subject.thinking,
     }

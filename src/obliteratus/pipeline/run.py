@@ -47,7 +47,10 @@ def run(
     check_runs(recipe, prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; run it with obliteratus search, or run what one found")
-    return run_on_splits(recipe, subject, split_prompts(prompts, recipe.seed, recipe.uses_search_split), store, force)
+    splits = split_prompts(
+        prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force
+    )
+    return run_on_splits(recipe, subject, splits, store, force)
 
 
 def run_on_splits(

@@ -80,7 +80,7 @@ def _load_sources(study: Study) -> tuple[list[str], PromptSet | None, list[Quest
     questions = _sample(load_questions(data.labeled), study) if data.labeled else []
     if not (data.target and data.control):
         return texts, None, questions
-    report = split_prompts(load_prompts(data.target, data.control), study.seed).report
+    report = split_prompts(load_prompts(data.target, data.control), study.seed, split_by=study.split_by).report
     groups = {group: tuple(_sample(members, study)) for group, members in report.groups.items()}
     return texts, PromptSet(groups), questions
 

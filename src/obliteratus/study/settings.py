@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from obliteratus.core.settings import FrozenModel, JudgeSettings, Step
+from obliteratus.core.types import SplitBy
 
 
 class Data(FrozenModel):
@@ -37,6 +38,8 @@ class Study(FrozenModel):
     model: str = ""
     """The model, unless the command line names one."""
     seed: int = 0
+    split_by: SplitBy = "wording"
+    """What prompts of two different parts may not have in common: much ``wording``, or their ``category``."""
     dtype: str = "auto"
     data: Data = Data()
     strategies: tuple[Step, ...] = Field(min_length=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import SPLITS, Prompt, PromptSet, Splits
+from obliteratus.core.types import SPLITS, Prompt
 from obliteratus.judge.behavior import load_behavior
 
 # Columns that public data sets use for the user's turn. The first that exists is taken.
@@ -19,72 +19,11 @@ COLUMNS = ("prompt", "text", "instruction", "question", "goal", "query")
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-def load_prompts(
-    target: str | Path, control: str | Path, bypass: str | Path | None = None, keep: str | Path | None = None
-) -> PromptSet:
-    """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
+def read_source(source: str, group: str) -> tuple[Prompt, ...]:
+    """Return the prompts of one source in their order, with duplicates. Raises UserError as `load_prompts` does.
 
-    A source is a text file (one prompt a line), JSONL, CSV or Parquet (a column named prompt, text, instruction,
-    question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``,
-    ``organism:NAME``, or ``behavior:NAME`` for the examples of a behavior. Raises UserError for a source that is
-    missing, empty, binary or malformed, and for groups that are equal or share prompts.
+    group: which prompts of an organism or behavior.
     """
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
-    groups = {name: _read(str(source), name) for name, source in sources.items() if source is not None}
-    return check_prompts(PromptSet(groups), {k: str(v) for k, v in sources.items()})
-
-
-def check_prompts(prompts: PromptSet, names: Mapping[str, str] | None = None) -> PromptSet:
-    """Return the prompts, or raise UserError if target or control is missing or empty, or if they share prompts."""
-    names = names or {group: group for group in prompts.groups}
-    for group in {"target", "control"} - set(prompts.groups):
-        raise UserError(f"prompts: the group '{group}' is missing; give --{group} SOURCE")
-    for group, members in prompts.groups.items():
-        if not members:
-            raise UserError(f"{names[group]}: the group '{group}' is empty; give at least one prompt a line")
-    texts = {group: {p.text for p in members} for group, members in prompts.groups.items()}
-    if texts["target"] == texts["control"]:
-        raise UserError(f"{names['target']}: target and control hold the same prompts; give two different files")
-    both = texts["target"] & texts["control"]
-    if both:
-        raise UserError(
-            f"{names['target']}: {len(both)} prompts are both in target and in control, such as "
-            f"'{min(both)[:60]}'; remove them from one"
-        )
-    return prompts
-
-
-def split_prompts(prompts: PromptSet, seed: int, uses_search_split: bool = False) -> Splits:
-    """Split the prompts. Raises UserError if a group has no prompt in fit or report, or in search if that is used."""
-    splits = prompts.split(seed)
-    check_splits(splits, uses_search_split)
-    return splits
-
-
-def check_splits(splits: Splits, uses_search_split: bool = False) -> None:
-    """Raise UserError if a group has no prompt in fit or report, or in search if that is used."""
-    for name, part in zip(SPLITS, splits, strict=True):
-        for group, members in part.groups.items():
-            if not members and (uses_search_split or name != "search"):
-                count = sum(len(other[group]) for other in splits)
-                raise UserError(
-                    f"prompts: the group '{group}' has no prompt in the {name} split "
-                    f"({count} in all); give at least 8 prompts"
-                )
-
-
-def evenly_spaced(n: int, most: int) -> list[int]:
-    """Return at most ``most`` of n indices, evenly spaced from 0, since prompts often come sorted by topic."""
-    return [i * n // most for i in range(most)] if n > most else list(range(n))
-
-
-def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
-    """Return the prompts of one source without duplicates. Raises UserError as `load_prompts` does."""
-    return _read(str(source), "target")
-
-
-# ------------------------------------------------------------------------------------------ sources
-def _read(source: str, group: str) -> tuple[Prompt, ...]:
     if source.startswith("hub:"):
         rows = _from_hub(source)
     elif source.startswith("organism:"):
@@ -95,7 +34,7 @@ def _read(source: str, group: str) -> tuple[Prompt, ...]:
         rows = _rows(Path(_find_examples(source.removeprefix("behavior:"), group)))
     else:
         rows = _rows(Path(source))
-    return tuple({p.text: p for p in (_prompt(row, source) for row in rows) if p.text}.values())
+    return tuple(p for p in (_prompt(row, source) for row in rows) if p.text)
 
 
 def _find_examples(behavior: str, group: str) -> str:
