@@ -38,8 +38,8 @@ REFERENCE: Values = {
 }
 # Tokens of a prompt beyond the shared prefix, of that prefix (run once, but in every gradient step), and of a text.
 OWN, SHARED, TEXT = 40, 24, 80
-# Work relative to the answers before the edit, one PROBE and two VERIFYs, which every run needs. A quarter more is not noticed; more than four
-# times as much turns a run of minutes into one of an hour.
+# Work relative to the answers before the edit, one PROBE and two VERIFYs, which every run needs. A quarter more is not
+# noticed; more than four times as much turns a run of minutes into one of an hour.
 CLASSES = {"low": 1.25, "moderate": 4.0}
 
 

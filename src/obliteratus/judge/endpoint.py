@@ -131,9 +131,10 @@ class EndpointRung:
 def make_endpoint(
     url: str, model: str, question: str, cache: Path | None, seconds: float = Limits.seconds
 ) -> EndpointRung:
-    """Return a rung whose requests may take so many seconds each, with the key in the environment variable OBLITERATUS_JUDGE_KEY.
+    """Return a rung whose requests may take so many seconds each.
 
-    Without one, the key in OPENAI_API_KEY goes to OpenAI and to nobody else. Raises UserError if no model is named.
+    Its key is in the environment variable OBLITERATUS_JUDGE_KEY. Without one, the key in OPENAI_API_KEY goes to OpenAI
+    and to nobody else. Raises UserError if no model is named.
     """
     parts = check_url(url)
     if not model.strip():

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
+from obliteratus.core.results import Run, Score
+from obliteratus.core.settings import Recipe
 from obliteratus.core.types import SPLITS, Activations, Directions, Plan, Splits, Subject
 from obliteratus.inference.chat_template import has_template
 from obliteratus.judge.judge import Judge
+from obliteratus.pipeline.stages import Stages
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify import Measurement
 from obliteratus.verify.agreement import compare_rungs
 from obliteratus.verify.experts import rank_experts
+from obliteratus.verify.intervals import share_difference
 
 RANKED_EXPERTS = 10  # experts that a record lists, those most particular to target prompts first
+
+
+def describe_run(
+    recipe: Recipe, stages: Stages, plan: Plan, measured: tuple[Measurement, Measurement], found: dict[str, Any]
+) -> Run:
+    """Return the record of a run. What remains to be measured for it is measured here.
+
+    measured: before and after. found: the fields ``passes``, ``search`` and ``advice`` of `Run`, as far as they apply.
+    Raises UserError if the unedited model does not show the behavior, unless by force.
+    """
+    before, after = measured
+    presence = stages.presence or stages.check_first_tokens(recipe, before)
+    on_search = stages.measure_on_search(recipe, plan)
+    return Run(
+        recipe=recipe,
+        source={k: str(v) for k, v in vars(stages.subject.source).items()},
+        prompts=describe_prompts(stages.splits, stages.subject),
+        before=dict(before.scores),
+        after=dict(after.scores),
+        change=pair_changes(before, after),
+        presence=presence.to_dict() if presence else {},
+        optimism=compare_parts(on_search, after.scores, stages.judge.rate_of("target")),
+        coverage=summarize_plan_coverage(stages.subject, plan),
+        judge=describe_judge(stages.judge, before),
+        seconds=dict(stages.store.seconds),
+        versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        **found,
+    )
 
 
 def describe_pass(subject: Subject, acts: Activations, directions: Directions, plan: Plan) -> dict[str, Any]:
@@ -58,3 +94,15 @@ def describe_prompts(splits: Splits, subject: Subject) -> dict[str, Any]:
         "template": has_template(subject),
         "thinking": subject.thinking,
     }
+
+
+def compare_parts(on_search: Score | None, after: Mapping[str, Score], rate: str) -> dict[str, Score]:
+    """Return the rate on the prompts that the plan was chosen on, on the report prompts, and the difference."""
+    if on_search is None or rate not in after:
+        return {}
+    return {"search": on_search, "report": after[rate], "difference": share_difference(after[rate], on_search)}
+
+
+def pair_changes(before: Measurement, after: Measurement) -> dict[str, Score]:
+    """Return the change of each score whose items were measured before and after, paired item by item."""
+    return {name: item.change(before.items[name]) for name, item in after.items.items() if name in before.items}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.results import Run, Score
+from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.offloaded import adapt_recipe
 from obliteratus.pipeline.recipe import check_runs
-from obliteratus.pipeline.record import describe_judge, describe_pass, describe_prompts
+from obliteratus.pipeline.record import describe_pass, describe_run
 from obliteratus.pipeline.stages import Stages
 from obliteratus.prompts import split_prompts
-from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify import Measurement
-from obliteratus.verify.intervals import share_difference
 
 # A later pass whose directions score less than this share of the first pass's has nothing left to remove.
 NOTHING_LEFT = 0.05
@@ -47,9 +42,7 @@ def run(
     check_runs(recipe, prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; run it with obliteratus search, or run what one found")
-    splits = split_prompts(
-        prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force
-    )
+    splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
     return run_on_splits(recipe, subject, splits, store, force)
 
 
@@ -99,18 +92,6 @@ def find_plan(recipe: Recipe, stages: Stages) -> tuple[Plan, tuple[dict[str, Any
     )
 
 
-def _compare_parts(on_search: Score | None, after: Mapping[str, Score], rate: str) -> dict[str, Score]:
-    """Return the rate on the prompts that the plan was chosen on, on the report prompts, and the difference."""
-    if on_search is None or rate not in after:
-        return {}
-    return {"search": on_search, "report": after[rate], "difference": share_difference(after[rate], on_search)}
-
-
-def _pair_changes(before: Measurement, after: Measurement) -> dict[str, Score]:
-    """Return the change of each score whose items were measured before and after, paired item by item."""
-    return {name: item.change(before.items[name]) for name, item in after.items.items() if name in before.items}
-
-
 def evaluate_plan(
     recipe: Recipe, stages: Stages, plan: Plan, before: Measurement | None, record: dict[str, Any]
 ) -> RunResult:
@@ -119,27 +100,8 @@ def evaluate_plan(
     before: measurement of the unedited model, or None if it has not been taken yet. record: the fields ``passes``,
     ``search`` and ``advice`` of `Run`, as far as they apply.
     """
-    subject = stages.subject
     before, after = stages.measure_after(recipe, plan, before)
-    presence = stages.presence or stages.check_first_tokens(recipe, before)
-    on_search = stages.measure_on_search(recipe, plan)
-    coverage = summarize_plan_coverage(subject, plan)
-    if coverage["warning"]:
-        note("coverage", f"warning: {coverage['warning']}")
-    run = Run(
-        recipe=recipe,
-        source={k: str(v) for k, v in vars(subject.source).items()},
-        prompts=describe_prompts(stages.splits, subject),
-        before=dict(before.scores),
-        after=dict(after.scores),
-        coverage=coverage,
-        judge=describe_judge(stages.judge, before),
-        presence=presence.to_dict() if presence else {},
-        optimism=_compare_parts(on_search, after.scores, stages.judge.rate_of("target")),
-        change=_pair_changes(before, after),
-        seconds=dict(stages.store.seconds),
-        versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        **record,
-    )
+    run = describe_run(recipe, stages, plan, (before, after), record)
+    if run.coverage["warning"]:
+        note("coverage", f"warning: {run.coverage['warning']}")
     return RunResult(plan, run, before, after)
