@@ -54,7 +54,7 @@ def measure_methods(
         rows[name] = measure_method(load_recipe(name, overrides), subject, prompts, known)
     say("informed …")
     recipe = load_recipe("informed", overrides | (SMOKE_MEASURES if smoke else {}))
-    result = run(recipe, subject, prompts, SharedBaseline(known))
+    result = run(recipe, subject, prompts, SharedBaseline(known), force=True)
     row = make_row(result.before, result.after, result.run.seconds, 0, len(result.run.passes))
     decided = {"advice": result.run.advice, "recipe": result.run.recipe.model_dump(mode="json")}
     return rows | {"informed": row | decided}

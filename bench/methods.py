@@ -49,7 +49,7 @@ from obliteratus.weigh import weigh_sites
 T = TypeVar("T")
 Overrides = dict[str, Any]
 Row = dict[str, Any]
-SHARED = ("OWN WORDS", "VERIFY before")  # stages of the unedited model, the same for every method
+SHARED = ("ANSWERS", "VERIFY before")  # stages of the unedited model, the same for every method
 ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
 ORGANISM_OF = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # with 0.65 half of the topic is refused
 SLOW = ("rdo", "failspy")
@@ -130,11 +130,11 @@ def measure_method(recipe: Recipe, subject: Subject, prompts: PromptSet, known: 
     try:
         check_runs(recipe, prompts.groups)
         if recipe.search is None:
-            _, peak, result = run_with_peak(lambda: run(recipe, subject, prompts, store))
+            _, peak, result = run_with_peak(lambda: run(recipe, subject, prompts, store, force=True))
             return make_row(result.before, result.after, store.seconds, peak, len(result.run.passes))
-        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split)
+        splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, force=True)
         location = StudyLocation("", "bench")
-        _, peak, result = run_with_peak(lambda: search(recipe, subject, splits, store, location))
+        _, peak, result = run_with_peak(lambda: search(recipe, subject, splits, store, location, force=True))
     except UserError as error:
         return {"refused": str(error)}
     seconds = {**store.seconds, "SEARCH": sum(trial.seconds for trial in result.trials)}
@@ -150,7 +150,8 @@ def make_row(before: Measurement, after: Measurement, seconds: Mapping[str, floa
 
 def measure_random_direction(recipe: Recipe, subject: Subject, prompts: PromptSet, known: dict[str, Any]) -> Row:
     """Return the control row: the recipe with random directions of the rank of those that it finds."""
-    stages = Stages(subject, split_prompts(prompts, recipe.seed), SharedBaseline(known))
+    splits = split_prompts(prompts, recipe.seed, force=True)
+    stages = Stages(subject, splits, SharedBaseline(known), force=True).screened(recipe)
 
     def measure() -> tuple[Measurement, Measurement]:
         acts = stages.probe(1, recipe)

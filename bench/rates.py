@@ -134,7 +134,7 @@ def check_forecast(
     for name, members in parts.items():
         values |= {f"N_{name},{group}": len(few) for group, few in members.groups.items()}
         values[f"N_{name}"] = sum(map(len, members.groups.values()))
-    spent = run(recipe, subject, prompts).run.seconds
+    spent = run(recipe, subject, prompts, force=True).run.seconds
     speed, result = extrapolate(rates, MEASURED), {}
     for stage, part, taken in (
         ("PROBE", "fit", spent["PROBE 1"]),
