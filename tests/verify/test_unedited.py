@@ -82,4 +82,4 @@ def test_an_edit_is_found(subject: Subject, tmp_path: Path) -> None:
     plan = run(load_recipe("basic", {"verify": [{"use": "behavior", "tokens": 6}]}), subject, search_prompts()).plan
     before, after = measure_twice(subject, plan, tmp_path)
     assert differs(after.items["refusal.target"], before.items["refusal.target"])
-    assert after.items["refusal.target"].change(before.items["refusal.target"]).high < -0.5
+    assert after.items["refusal.target"].change(before.items["refusal.target"]).high < -0.2
