@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.core.cost import Answers, Cost, constant, prompt_count, variable
 from obliteratus.core.errors import NothingMatchedError
-from obliteratus.core.progress import SILENT, progress, report_to
+from obliteratus.core.progress import SILENT, Advance, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Excise, Step, expand_part
 from obliteratus.core.shapes import Float
@@ -27,7 +27,7 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
-from obliteratus.verify import measure
+from obliteratus.verify import ItemValues, Measurement, measure
 from obliteratus.verify.intervals import mean_score
 from obliteratus.verify.openings import frequent_openings
 
@@ -43,8 +43,24 @@ NEGLIGIBLE_KL = 1e-5  # nats: a smaller KL is rounding; plots on a log scale beg
 # refusals never fell short of what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first
 # look can be trusted").
 MAX_REMAINING_BEHAVIOR = 0.1
+# Degenerate answers that an edit may add to the unedited model's, as a share: two of 48 prompts are within chance. A
+# loop shows only over some twenty words, so the answers that are checked for them are as long as VERIFY's.
+DEGENERATE_MARGIN, CHECKED_TOKENS = 0.05, 48
+# After so many edits that end the behavior in loops, no dearer one is tried: what costs more loops more.
+MOST_LOOPING = 2
 Cells = Mapping[str, tuple[Score, ...]]
 """Scores by part and depth."""
+
+
+class AnsweredEdit(NamedTuple):
+    """An edit under which answers were generated."""
+
+    part: str
+    depth: int
+    shown: Score
+    """Share of target prompts that still show the behavior."""
+    degenerate: Score | None = None
+    """Share of longer answers to target and control prompts that are empty or loops; None if it was not measured."""
 
 
 # ------------------------------------------------------------------------------------------------- the result
@@ -60,12 +76,16 @@ class Reach:
     target prompts."""
     kl: Cells
     """KL(original ‖ edited) on control prompts, nats."""
-    answered: tuple[tuple[str, int, Score], ...]
-    """Part, depth and share of refused answers of the edits under which answers were generated: those that leave
-    little by first tokens, cheapest first, up to the first that ends all refusals."""
+    answered: tuple[AnsweredEdit, ...]
+    """The edits under which answers were generated: those that leave little by first tokens, cheapest first, up to the
+    first that ends the behavior in fluent answers; and if there is none, those that leave least."""
     tokens: tuple[str, ...]
     """First tokens that the model typically gives on target prompts and not on control prompts. Without any, there is
     no behavior to look for, and all of it remains."""
+
+    unedited_degenerate: Score | None = None
+    """Share of the unedited model's answers to the same prompts that are empty or loops; None where no edit had enough
+    of them to ask."""
 
     @property
     def effective_depths(self) -> tuple[int, ...]:
@@ -75,6 +95,10 @@ class Reach:
         """
         rows = zip(self.depths, self.remaining[BOTH], self.remaining[RANDOM], strict=True)
         return tuple(d for d, own, random in rows if own.high < HALF and own.high < random.low)
+
+    def is_fluent(self, edit: AnsweredEdit) -> bool:
+        """Return whether the edit was found to add at most 0.05 to the unedited model's share of degenerate answers."""
+        return edit.degenerate is not None and not _adds_loops(edit.degenerate, self.unedited_degenerate)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -91,8 +115,12 @@ class Reach:
             name: {part: [s.model_dump() for s in row] for part, row in table.items()}
             for name, table in (("left", self.remaining), ("kl", self.kl))
         }
-        answered = [{"part": part, "depth": depth, **s.model_dump()} for part, depth, s in self.answered]
+        answered = [
+            {"part": e.part, "depth": e.depth, **e.shown.model_dump(), "degenerate": _dump(e.degenerate)}
+            for e in self.answered
+        ]
         found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.effective_depths)}
+        found |= {"unedited_degenerate": _dump(self.unedited_degenerate)}
         return {"depths": list(self.depths), **tables, **found}
 
     def summary(self) -> str:
@@ -107,8 +135,9 @@ class Reach:
         )
         if not self.answered:
             return text
-        part, depth, share = self.answered[-1]
-        return f"{text}; in {part} from block {depth} on, {share.value:.1%} of {share.n} prompts are refused"
+        edit = self.answered[-1]
+        text += f"; in {edit.part} from block {edit.depth} on, {edit.shown.value:.1%} of {edit.shown.n} prompts show it"
+        return text if edit.degenerate is None else f"{text}, and {edit.degenerate.value:.1%} of answers are degenerate"
 
     def draw(self, figure: Figure) -> None:
         """Draw what remains, and below it what it costs, by depth."""
@@ -130,8 +159,11 @@ class Reach:
 def _cost(options: Mapping[str, Any]) -> Cost:
     each = sum((prompt_count("search", group, options["prompts"]) for group in GROUPS), constant(0))
     passes = Cost(each * (constant(1) + variable("L", options["depths"]) * (len(PARTS) + 1)))
-    answers = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), options["tries"])
-    return passes + Cost(answers=(answers,) if options["tries"] else ())
+    if not options["tries"]:
+        return passes
+    # at most: none of the first edits is fluent, so as many others are tried, and the unedited model is asked too
+    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), 2 * options["tries"])
+    return passes + Cost(answers=(targets, Answers(CHECKED_TOKENS, each, options["tries"] + MOST_LOOPING + 1)))
 
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
@@ -152,7 +184,9 @@ def measure_reach(
     where anchors were probed; the blocks below are not run again. What remains is read off the probability of the
     first tokens that the behavior begins with: those with at least 5 % on target prompts and four times as much as on
     control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
-    that leave little, cheapest first, until one ends the behavior.
+    that leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
+    answers to target and control prompts are degenerate than of the unedited model's. If there is none, answers are
+    generated under up to as many edits that leave least, so that the best fluent one is known.
 
     prompts: the most search prompts of each group for first tokens. depths: how many first blocks are tried, evenly
     spaced from ``low`` of the depth on; edits that begin lower cost more and have not been seen to do more. answers,
@@ -172,10 +206,12 @@ def measure_reach(
                 edited.append(cached.repeat(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
     remaining, cost, openings = tabulate(base, edited, (*parts, RANDOM), size)
-    ranked = rank_edits(layers, remaining, cost)[:tries] if openings else []
-    answered = _measure_answers(context, ranked, _take(context.held_out["target"], answers), tokens)
+    check = AnswerCheck(context, _take(context.held_out["target"], answers), chosen, tokens)
+    ranked, others = rank_edits(layers, remaining, cost), rank_by_effect(layers, remaining)
+    with progress("ANALYZE answers", 2 * tries) as advance, report_to(SILENT):
+        answered = check.find_fluent_edit(ranked, others, tries if openings else 0, advance)
     words = tuple(subject.tokenizer.decode([t]) for t in openings)
-    return Reach(tuple(layers), remaining, cost, answered, words)
+    return Reach(tuple(layers), remaining, cost, answered, words, check.unedited_degenerate)
 
 
 def _take(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
@@ -196,27 +232,96 @@ def rank_edits(layers: Sequence[int], remaining: Cells, cost: Cells) -> list[tup
     return [(part, -layer) for _, _, layer, part in sorted(cells)]
 
 
-def _measure_answers(
-    context: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
-) -> tuple[tuple[str, int, Score], ...]:
-    """Return the behavior's rate under each edit, up to the first edit that ends it."""
-    parts, measured = list_parts(context.subject), list[tuple[str, int, Score]]()
-    with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
-        for part, layer in cells:
-            plan = plan_removal_from(context, context.directions, parts[part], layer)
-            measured.append((part, layer, measure_rate(context, plan, prompts, tokens)))
+def rank_by_effect(layers: Sequence[int], remaining: Cells) -> list[tuple[str, int]]:
+    """Return all parts and depths, those first that leave least; of equals, to 1e-2, the deepest."""
+    cells = [
+        (round(remaining[part][i].value, 2), -layer, part)
+        for part in remaining
+        for i, layer in enumerate(layers)
+        if part != RANDOM
+    ]
+    return [(part, -layer) for _, layer, part in sorted(cells)]
+
+
+@dataclass
+class AnswerCheck:
+    """Generates answers under edits, to see what is left of the behavior and whether answers hold together."""
+
+    context: AnalysisContext
+    targets: Sequence[Prompt]
+    """Prompts on which the rate is measured."""
+    checked: Mapping[str, Sequence[Prompt]]
+    """Prompts by group whose longer answers are checked for loops."""
+    tokens: int
+    """Of the answers on which the rate is measured."""
+    unedited_degenerate: Score | None = None
+
+    def find_fluent_edit(
+        self, ranked: Sequence[tuple[str, int]], others: Sequence[tuple[str, int]], tries: int, advance: Advance
+    ) -> tuple[AnsweredEdit, ...]:
+        """Return the edits that were answered: of ``ranked``, up to the first that ends the behavior in fluent answers.
+
+        If there is none, those that left some of it are checked for loops too, and then ``others`` are tried.
+        tries: the most edits of either kind.
+        """
+        answered: dict[tuple[str, int], AnsweredEdit] = {}
+        for cell in ranked[:tries]:
+            answered[cell] = self.answer(*cell)
             advance(1)
-            if measured[-1][2].value == 0:
+            if answered[cell].shown.value == 0:
+                answered[cell] = self.check(answered[cell])
+                if self.is_fluent(answered[cell]):
+                    return tuple(answered.values())
+            if sum(edit.degenerate is not None for edit in answered.values()) == MOST_LOOPING:
                 break
-    return tuple(measured)
+        unchecked = [c for c in dict.fromkeys((*answered, *others)) if c not in answered or not answered[c].degenerate]
+        for cell in unchecked[:tries]:
+            answered[cell] = self.check(answered.get(cell) or self.answer(*cell))
+            advance(1)
+        return tuple(answered.values())
+
+    def answer(self, part: str, layer: int) -> AnsweredEdit:
+        """Return what an edit leaves of the behavior."""
+        return AnsweredEdit(part, layer, measure_rate(self.context, self._plan(part, layer), self.targets, self.tokens))
+
+    def check(self, edit: AnsweredEdit) -> AnsweredEdit:
+        """Return the edit with its share of degenerate answers. The unedited model is asked once, if that is many."""
+        degenerate = self.measure_degenerate(self._plan(edit.part, edit.depth))
+        if self.unedited_degenerate is None and _adds_loops(degenerate, None):
+            self.unedited_degenerate = self.measure_degenerate(Plan())
+        return edit._replace(degenerate=degenerate)
+
+    def is_fluent(self, edit: AnsweredEdit) -> bool:
+        """Return `Reach.is_fluent`."""
+        return edit.degenerate is not None and not _adds_loops(edit.degenerate, self.unedited_degenerate)
+
+    def _plan(self, part: str, layer: int) -> Plan:
+        return plan_removal_from(self.context, self.context.directions, list_parts(self.context.subject)[part], layer)
+
+    def measure_degenerate(self, plan: Plan) -> Score:
+        """Return the share over both groups together."""
+        prompts = PromptSet({group: tuple(members) for group, members in self.checked.items()})
+        items = _measure_behavior(self.context, plan, prompts, CHECKED_TOKENS).items
+        return ItemValues(torch.cat([items[f"degenerate.{g}"].values for g in prompts.groups]), "share").score()
+
+
+def _adds_loops(degenerate: Score, unedited: Score | None) -> bool:
+    return degenerate.value > (0.0 if unedited is None else unedited.value) + DEGENERATE_MARGIN
 
 
 def measure_rate(context: AnalysisContext, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
     """Return the share of target prompts that show the behavior under the plan, in answers of so many tokens."""
-    targets, steps = PromptSet({"target": tuple(prompts)}), (Step(use="behavior", tokens=tokens),)
-    with applied(context.subject, plan):
-        measured = measure(context.subject, targets, steps, judge=context.judge)
+    measured = _measure_behavior(context, plan, PromptSet({"target": tuple(prompts)}), tokens)
     return measured.scores[context.judge.rate_of("target")]
+
+
+def _measure_behavior(context: AnalysisContext, plan: Plan, prompts: PromptSet, tokens: int) -> Measurement:
+    with applied(context.subject, plan):
+        return measure(context.subject, prompts, (Step(use="behavior", tokens=tokens),), judge=context.judge)
+
+
+def _dump(score: Score | None) -> dict[str, Any] | None:
+    return None if score is None else score.model_dump()
 
 
 # ------------------------------------------------------------------------------------------------------ plans
