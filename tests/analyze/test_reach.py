@@ -37,7 +37,7 @@ from obliteratus.analyze.reach import (
 )
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Edit, Plan, ProbeRequest
+from obliteratus.core.types import Edit, Plan, ProbeRequest, PromptSet
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations
@@ -238,6 +238,19 @@ def test_where_no_edit_is_fluent_others_are_tried() -> None:
     assert [edit.depth for edit in find(planted(loops), [1, 2, 3, 4, 5], [6])] == [1, 2, 6]  # no third dearer one
 
 
+def test_without_typical_first_tokens_answers_say_what_is_left() -> None:
+    """Half of either group begins with the refusal, so no first token is typical of target prompts."""
+    context = refusing_context(block=3, word=LONG)
+    mixed = replace(context, held_out=shuffled(asked()))
+    found = measure_reach(mixed, **{**ALL, "depths": 4, "tries": 2})
+    assert found.tokens == ()
+    assert [(edit.part, edit.depth) for edit in found.answered] == [("both", depth) for depth in found.depths[:2]]
+    assert "of answers are degenerate" in found.summary()
+    controls = PromptSet({group: asked()["control"] for group in ("target", "control")})
+    nothing = measure_reach(replace(context, held_out=controls), **{**ALL, "depths": 4})  # negative control
+    assert nothing.tokens == nothing.answered == ()
+
+
 @pytest.mark.parametrize(
     ("n", "low", "most", "blocks"),
     [(30, 0.3, 7, [11, 14, 17, 20, 23, 26, 29]), (4, 0.0, 9, [0, 1, 2, 3]), (1, 0.3, 8, [0])],
@@ -305,4 +318,4 @@ def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
     assert cost.forwards.evaluate(values) == (24 + 10) * (1 + 10 * 4)
-    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 4 * 48 * 17 + 5 * (24 + 10) * 49
+    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 5 * 48 * 17 + 5 * (24 + 10) * 49

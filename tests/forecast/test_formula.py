@@ -79,7 +79,7 @@ def test_costs_add_and_repeat() -> None:
 
 
 def test_the_formulas_of_two_methods() -> None:
-    read = "2·min(N_report,control, 48) + 2·N_texts + 2·min(N_report,target, 32) + 2·min(N_report,control, 32)"
+    read = "2·min(N_report,control, 32) + 2·N_texts + 2·min(N_report,target, 24) + 2·min(N_report,control, 24)"
     verify = f"2·N_report × 48 tokens + ({read}) texts"
     assert format_formula(load_recipe("basic")) == f"N_fit forwards + {verify}"
     several = "≤ 3·N_fit forwards + 2·min(N_search,target, 48) × 16 tokens"

@@ -80,8 +80,8 @@ class Reach:
     """The edits under which answers were generated: those that leave little by first tokens, cheapest first, up to the
     first that ends the behavior in fluent answers; and if there is none, those that leave least."""
     tokens: tuple[str, ...]
-    """First tokens that the model typically gives on target prompts and not on control prompts. Without any, there is
-    no behavior to look for, and all of it remains."""
+    """First tokens that the model typically gives on target prompts and not on control prompts. Without any, first
+    tokens say nothing of the behavior, and all of it remains by them."""
 
     unedited_degenerate: Score | None = None
     """Share of the unedited model's answers to the same prompts that are empty or loops; None where no edit had enough
@@ -126,13 +126,17 @@ class Reach:
     def summary(self) -> str:
         """Return how deep edits may begin, and what that costs."""
         if not self.effective_depths:
-            return "removing the directions ends the behavior from no depth on"
+            return self._add_answers("removing the directions ends the behavior from no depth on")
         last = max(self.effective_depths)
         remaining, cost = (table[BOTH][self.depths.index(last)].value for table in (self.remaining, self.kl))
         text = (
             f"removal still works from block {last} on: {100 * max(remaining, 0):.0f} % of the behavior remains, "
             f"at KL {cost:.2g} on controls (from block {self.depths[0]}: {self.kl[BOTH][0].value:.2g})"
         )
+        return self._add_answers(text)
+
+    def _add_answers(self, text: str) -> str:
+        """Return the text with what was found in the answers under the last edit."""
         if not self.answered:
             return text
         edit = self.answered[-1]
@@ -161,8 +165,8 @@ def _cost(options: Mapping[str, Any]) -> Cost:
     passes = Cost(each * (constant(1) + variable("L", options["depths"]) * (len(PARTS) + 1)))
     if not options["tries"]:
         return passes
-    # at most: none of the first edits is fluent, so as many others are tried, and the unedited model is asked too
-    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), 2 * options["tries"])
+    # at most: none of the first edits is fluent, so as many others are tried, and the unedited model too
+    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), 2 * options["tries"] + 1)
     return passes + Cost(answers=(targets, Answers(CHECKED_TOKENS, each, options["tries"] + MOST_LOOPING + 1)))
 
 
@@ -186,7 +190,8 @@ def measure_reach(
     control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
     that leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
     answers to target and control prompts are degenerate than of the unedited model's. If there is none, answers are
-    generated under up to as many edits that leave least, so that the best fluent one is known.
+    generated under up to as many edits that leave least by first tokens (without typical first tokens, under those that
+    reach deepest), so that the best fluent one is known.
 
     prompts: the most search prompts of each group for first tokens. depths: how many first blocks are tried, evenly
     spaced from ``low`` of the depth on; edits that begin lower cost more and have not been seen to do more. answers,
@@ -208,8 +213,11 @@ def measure_reach(
     remaining, cost, openings = tabulate(base, edited, (*parts, RANDOM), size)
     check = AnswerCheck(context, _take(context.held_out["target"], answers), chosen, tokens)
     ranked, others = rank_edits(layers, remaining, cost), rank_by_effect(layers, remaining)
+    if not openings:  # first tokens say nothing, so answers must: the strongest edits first
+        ranked, others = [], [(BOTH, layer) for layer in layers]
     with progress("ANALYZE answers", 2 * tries) as advance, report_to(SILENT):
-        answered = check.find_fluent_edit(ranked, others, tries if openings else 0, advance)
+        worth_trying = bool(openings) or (tries > 0 and check.shows_behavior())
+        answered = check.find_fluent_edit(ranked, others, tries if worth_trying else 0, advance)
     words = tuple(subject.tokenizer.decode([t]) for t in openings)
     return Reach(tuple(layers), remaining, cost, answered, words, check.unedited_degenerate)
 
@@ -279,6 +287,10 @@ class AnswerCheck:
             answered[cell] = self.check(answered.get(cell) or self.answer(*cell))
             advance(1)
         return tuple(answered.values())
+
+    def shows_behavior(self) -> bool:
+        """Return whether any answer of the unedited model shows the behavior."""
+        return measure_rate(self.context, Plan(), self.targets, self.tokens).value > 0
 
     def answer(self, part: str, layer: int) -> AnsweredEdit:
         """Return what an edit leaves of the behavior."""

@@ -37,7 +37,7 @@ def continuation_kl(
     context: ScorerContext,
     *,
     tokens: Annotated[int, Field(ge=1, le=4096)] = 16,
-    prompts: Annotated[int, Field(ge=1)] = 48,
+    prompts: Annotated[int, Field(ge=1)] = 32,
 ) -> Measurement:
     """Score KL(base ‖ edited) in nats per token over the base model's own greedy answers to control prompts.
 

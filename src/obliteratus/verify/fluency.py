@@ -40,7 +40,7 @@ def fluency(
     context: ScorerContext,
     *,
     opening: Annotated[int, Field(ge=0, le=64)] = OPENING,
-    prompts: Annotated[int, Field(ge=2)] = 32,
+    prompts: Annotated[int, Field(ge=2)] = 24,
 ) -> Measurement:
     """Score the unedited model's perplexity on the answers to target and to control prompts, and their ratio.
 
