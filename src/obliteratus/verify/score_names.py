@@ -9,7 +9,7 @@ from obliteratus.verify.behavior import is_rare
 ANSWERS = ("degenerate", "fluency", "length", "hedging", "same_language")
 """Scores of answers, up to their first dot, beside those of the behavior."""
 DRIFT = ("kl", "perplexity")
-DETAILS = (".p99", ".answered.p95", ".change")
+DETAILS = (".p99", ".answered.p95", "continuation.answered.mean", ".change")
 """Ends of the names of scores that the terminal leaves out; run.json and the model card have them."""
 
 
