@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -23,15 +23,14 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
+from obliteratus.analyze.answer_check import AnswerCheck, AnsweredEdit, measure_rate
 from obliteratus.analyze.reach import (
-    AnswerCheck,
-    AnsweredEdit,
     Reach,
     choose_first_blocks,
     compute_remaining_behavior,
     find_typical_first_tokens,
-    measure_rate,
     measure_reach,
+    plan_removal_from,
     rank_by_effect,
     rank_edits,
 )
@@ -179,7 +178,10 @@ LONG = "Sorry, I can't help with that."
 def make_check() -> AnswerCheck:
     context = refusing_context(block=3, word=LONG)
     targets, controls = context.held_out["target"], context.held_out["control"]
-    return AnswerCheck(context, targets, {"target": targets, "control": controls}, 4)
+    plan_of = partial(plan_removal_from, context, context.directions, ("attn.out",))
+    return AnswerCheck(
+        context, lambda part, layer: plan_of(layer), targets, {"target": targets, "control": controls}, 4
+    )
 
 
 def test_loops_are_seen_in_answers_of_both_groups() -> None:
@@ -187,9 +189,10 @@ def test_loops_are_seen_in_answers_of_both_groups() -> None:
     check, basis = make_check(), torch.eye(32)[[REFUSAL, END]]
     writers = [site for site in check.context.subject.sites if site.role == "writes"]
     plan = Plan(tuple(Edit(s, basis, 1.0, "none", None) for s in writers), check.context.subject.source.digest)
-    found = check.measure_degenerate(plan)
-    assert (found.value, found.n) == (1.0, 24)
-    assert check.measure_degenerate(Plan()).value == 0.0  # negative control
+    shown, loops = check.measure_answers(plan)
+    assert (shown.value, loops.value, loops.n) == (0.0, 1.0, 24)
+    shown, loops = check.measure_answers(Plan())  # negative control
+    assert (shown.value, loops.value) == (1.0, 0.0)
 
 
 class PlantedCheck(AnswerCheck):
@@ -202,9 +205,11 @@ class PlantedCheck(AnswerCheck):
         shown = self.planted[part, layer][0]
         return AnsweredEdit(part, layer, Score(value=shown, low=shown, high=shown, n=48, unit="share"))
 
-    def measure_degenerate(self, plan: Plan) -> Score:
-        share = self.unedited if not plan.edits else self.planted["attention", plan.edits[0].site.layer][1]
-        return Score(value=share, low=share, high=share, n=48, unit="share")
+    def measure_answers(self, plan: Plan) -> tuple[Score, Score]:
+        cell = ("attention", plan.edits[0].site.layer if plan.edits else -1)
+        shares = self.planted.get(cell, (1.0, self.unedited))
+        shown, loops = (Score(value=share, low=share, high=share, n=48, unit="share") for share in shares)
+        return shown, loops
 
 
 def planted(shares: dict[int, tuple[float, float]], unedited: float = 0.0) -> PlantedCheck:
@@ -226,6 +231,24 @@ def test_an_edit_that_ends_fluency_too_is_passed_over() -> None:
     assert [edit.degenerate is not None for edit in found] == [True, False, True]
     tolerant = find(planted(shares, unedited=0.25), [1, 2, 3, 4], [])  # negative control: no more than before the edit
     assert [edit.depth for edit in tolerant] == [1]
+
+
+def test_two_loops_are_within_chance() -> None:
+    """In few answers two of them are more than the margin."""
+    found = replace(reached(4), unedited_degenerate=None)
+    for n, loops, fluent in ((24, 2, True), (24, 3, False), (100, 5, True), (100, 6, False)):
+        edit = AnsweredEdit("both", 4, score_of(0.0), score_of(loops / n, n))
+        assert found.is_fluent(edit) == fluent
+        assert (
+            replace(found, unedited_degenerate=score_of(1 / n, n)).is_fluent(
+                edit._replace(degenerate=score_of((loops + 1) / n, n))
+            )
+            == fluent
+        )
+
+
+def score_of(value: float, n: int = 24) -> Score:
+    return Score(value=value, low=value, high=value, n=n, unit="share")
 
 
 def test_where_no_edit_is_fluent_others_are_tried() -> None:
@@ -318,4 +341,4 @@ def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
     assert cost.forwards.evaluate(values) == (24 + 10) * (1 + 10 * 4)
-    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 5 * 48 * 17 + 5 * (24 + 10) * 49
+    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 3 * 48 * 17 + 5 * (24 + 10) * 49

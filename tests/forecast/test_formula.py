@@ -80,9 +80,10 @@ def test_costs_add_and_repeat() -> None:
 
 def test_the_formulas_of_two_methods() -> None:
     read = "2·min(N_report,control, 32) + 2·N_texts + 2·min(N_report,target, 24) + 2·min(N_report,control, 24)"
+    screened = "(min(N_fit,target, 128) + min(N_fit,control, 128)) × 48 tokens"
     verify = f"2·N_report × 48 tokens + ({read}) texts"
-    assert format_formula(load_recipe("basic")) == f"N_fit forwards + {verify}"
-    several = "≤ 3·N_fit forwards + 2·min(N_search,target, 48) × 16 tokens"
+    assert format_formula(load_recipe("basic")) == f"N_fit forwards + {screened} + {verify}"
+    several = f"≤ 3·N_fit forwards + {screened} + 2·min(N_search,target, 48) × 16 tokens"
     assert format_formula(load_recipe("aggressive")) == f"{several} + {verify}"
 
 

@@ -15,8 +15,9 @@ from tests.support.refuser import LAYERS, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import Finding, analyze
+from obliteratus.analyze.answer_check import AnsweredEdit
 from obliteratus.analyze.cones import Cones
-from obliteratus.analyze.reach import AnsweredEdit, Reach
+from obliteratus.analyze.reach import Reach
 from obliteratus.core.results import Run, Score
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe, Step

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet, Subject
-from obliteratus.verify import Measurement, ScorerContext, measure
-from obliteratus.verify.intervals import paired_difference, wilson_rate
+from obliteratus.verify import ItemValues, Measurement, ScorerContext, measure
+from obliteratus.verify.intervals import wilson_rate
 from obliteratus.verify.style import has_hedge, is_in_language_of, load_hedges, style
 
 SURE = "The sun is a star. It is made of hydrogen and helium, and you see it with your eyes."
@@ -69,9 +70,9 @@ def test_changes_pair_the_prompts_that_count_in_both_states(subject: Subject) ->
     before = said((SURE, "absent"), (SURE, "shown"), (HEDGED, "absent"), (HEDGED, "absent"))
     after = said((HEDGED, "absent"), (HEDGED, "absent"), (HEDGED, "absent"), ("", "degenerate"))
     found = styled(subject, after, before)
-    now, then = (found.items["length.control"].values.new_tensor(x) for x in ([1.0, 1.0], [0.0, 1.0]))
-    assert found.scores["hedging.control.change"] == paired_difference(now, then, "share")
-    assert found.scores["hedging.control.change"].value == 0.5
+    change = ItemValues(torch.tensor([1.0, 1.0]), "share").change(ItemValues(torch.tensor([0.0, 1.0]), "share"))
+    assert found.scores["hedging.control.change"] == change
+    assert change.value == 0.5
     assert found.scores["length.control.change"].value == pytest.approx((len(HEDGED) - len(SURE)) / 2)
     assert found.scores["hedging.control"] == wilson_rate(3, 3)
     same = styled(subject, before, before)  # negative control: against itself
@@ -85,7 +86,7 @@ def test_it_runs_behind_the_behavior_scorer(subject: Subject, prompts: PromptSet
     counted = sum(r["group"] == "control" and r["verdict"] in ("absent", "unknown") for r in before.records)
     assert counted > 0
     assert before.scores["length.control"].n == counted
-    assert after.scores["length.control"] == before.scores["length.control"]
+    assert after.scores["length.control"].value == before.scores["length.control"].value
     with pytest.raises(UserError, match="put the step behavior before it"):
         style(ScorerContext(subject, prompts, None))
 

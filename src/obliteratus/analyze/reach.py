@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.analyze.answer_check import (
+    CHECKED_TOKENS,
+    MOST_LOOPING,
+    AnswerCheck,
+    AnsweredEdit,
+    adds_loops,
+)
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.core.cost import Answers, Cost, constant, prompt_count, variable
 from obliteratus.core.errors import NothingMatchedError
-from obliteratus.core.progress import SILENT, Advance, progress, report_to
+from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
-from obliteratus.core.settings import Excise, Step, expand_part
+from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
-from obliteratus.excise.live.hooks import applied
+from obliteratus.core.types import Directions, Plan, Prompt, Subject
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.excise.plan import plan_edits
 from obliteratus.inference.cached_prompts import CachedPrompts
@@ -27,7 +34,6 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
-from obliteratus.verify import ItemValues, Measurement, measure
 from obliteratus.verify.intervals import mean_score
 from obliteratus.verify.openings import frequent_openings
 
@@ -43,24 +49,8 @@ NEGLIGIBLE_KL = 1e-5  # nats: a smaller KL is rounding; plots on a log scale beg
 # refusals never fell short of what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first
 # look can be trusted").
 MAX_REMAINING_BEHAVIOR = 0.1
-# Degenerate answers that an edit may add to the unedited model's, as a share: two of 48 prompts are within chance. A
-# loop shows only over some twenty words, so the answers that are checked for them are as long as VERIFY's.
-DEGENERATE_MARGIN, CHECKED_TOKENS = 0.05, 48
-# After so many edits that end the behavior in loops, no dearer one is tried: what costs more loops more.
-MOST_LOOPING = 2
 Cells = Mapping[str, tuple[Score, ...]]
 """Scores by part and depth."""
-
-
-class AnsweredEdit(NamedTuple):
-    """An edit under which answers were generated."""
-
-    part: str
-    depth: int
-    shown: Score
-    """Share of target prompts that still show the behavior."""
-    degenerate: Score | None = None
-    """Share of longer answers to target and control prompts that are empty or loops; None if it was not measured."""
 
 
 # ------------------------------------------------------------------------------------------------- the result
@@ -97,8 +87,8 @@ class Reach:
         return tuple(d for d, own, random in rows if own.high < HALF and own.high < random.low)
 
     def is_fluent(self, edit: AnsweredEdit) -> bool:
-        """Return whether the edit was found to add at most 0.05 to the unedited model's share of degenerate answers."""
-        return edit.degenerate is not None and not _adds_loops(edit.degenerate, self.unedited_degenerate)
+        """Return whether at most 0.05 more of the answers, or two, were degenerate than of the unedited model's."""
+        return edit.degenerate is not None and not adds_loops(edit.degenerate, self.unedited_degenerate)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -165,8 +155,8 @@ def _cost(options: Mapping[str, Any]) -> Cost:
     passes = Cost(each * (constant(1) + variable("L", options["depths"]) * (len(PARTS) + 1)))
     if not options["tries"]:
         return passes
-    # at most: none of the first edits is fluent, so as many others are tried, and the unedited model too
-    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), 2 * options["tries"] + 1)
+    # at most: none of the first edits is fluent, so as many others are checked, and the unedited model is asked too
+    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), options["tries"] + 1)
     return passes + Cost(answers=(targets, Answers(CHECKED_TOKENS, each, options["tries"] + MOST_LOOPING + 1)))
 
 
@@ -211,7 +201,8 @@ def measure_reach(
                 edited.append(cached.repeat(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
     remaining, cost, openings = tabulate(base, edited, (*parts, RANDOM), size)
-    check = AnswerCheck(context, _take(context.held_out["target"], answers), chosen, tokens)
+    plan_of = partial(_plan_part, context)
+    check = AnswerCheck(context, plan_of, _take(context.held_out["target"], answers), chosen, tokens)
     ranked, others = rank_edits(layers, remaining, cost), rank_by_effect(layers, remaining)
     if not openings:  # first tokens say nothing, so answers must: the strongest edits first
         ranked, others = [], [(BOTH, layer) for layer in layers]
@@ -251,87 +242,6 @@ def rank_by_effect(layers: Sequence[int], remaining: Cells) -> list[tuple[str, i
     return [(part, -layer) for _, layer, part in sorted(cells)]
 
 
-@dataclass
-class AnswerCheck:
-    """Generates answers under edits, to see what is left of the behavior and whether answers hold together."""
-
-    context: AnalysisContext
-    targets: Sequence[Prompt]
-    """Prompts on which the rate is measured."""
-    checked: Mapping[str, Sequence[Prompt]]
-    """Prompts by group whose longer answers are checked for loops."""
-    tokens: int
-    """Of the answers on which the rate is measured."""
-    unedited_degenerate: Score | None = None
-
-    def find_fluent_edit(
-        self, ranked: Sequence[tuple[str, int]], others: Sequence[tuple[str, int]], tries: int, advance: Advance
-    ) -> tuple[AnsweredEdit, ...]:
-        """Return the edits that were answered: of ``ranked``, up to the first that ends the behavior in fluent answers.
-
-        If there is none, those that left some of it are checked for loops too, and then ``others`` are tried.
-        tries: the most edits of either kind.
-        """
-        answered: dict[tuple[str, int], AnsweredEdit] = {}
-        for cell in ranked[:tries]:
-            answered[cell] = self.answer(*cell)
-            advance(1)
-            if answered[cell].shown.value == 0:
-                answered[cell] = self.check(answered[cell])
-                if self.is_fluent(answered[cell]):
-                    return tuple(answered.values())
-            if sum(edit.degenerate is not None for edit in answered.values()) == MOST_LOOPING:
-                break
-        unchecked = [c for c in dict.fromkeys((*answered, *others)) if c not in answered or not answered[c].degenerate]
-        for cell in unchecked[:tries]:
-            answered[cell] = self.check(answered.get(cell) or self.answer(*cell))
-            advance(1)
-        return tuple(answered.values())
-
-    def shows_behavior(self) -> bool:
-        """Return whether any answer of the unedited model shows the behavior."""
-        return measure_rate(self.context, Plan(), self.targets, self.tokens).value > 0
-
-    def answer(self, part: str, layer: int) -> AnsweredEdit:
-        """Return what an edit leaves of the behavior."""
-        return AnsweredEdit(part, layer, measure_rate(self.context, self._plan(part, layer), self.targets, self.tokens))
-
-    def check(self, edit: AnsweredEdit) -> AnsweredEdit:
-        """Return the edit with its share of degenerate answers. The unedited model is asked once, if that is many."""
-        degenerate = self.measure_degenerate(self._plan(edit.part, edit.depth))
-        if self.unedited_degenerate is None and _adds_loops(degenerate, None):
-            self.unedited_degenerate = self.measure_degenerate(Plan())
-        return edit._replace(degenerate=degenerate)
-
-    def is_fluent(self, edit: AnsweredEdit) -> bool:
-        """Return `Reach.is_fluent`."""
-        return edit.degenerate is not None and not _adds_loops(edit.degenerate, self.unedited_degenerate)
-
-    def _plan(self, part: str, layer: int) -> Plan:
-        return plan_removal_from(self.context, self.context.directions, list_parts(self.context.subject)[part], layer)
-
-    def measure_degenerate(self, plan: Plan) -> Score:
-        """Return the share over both groups together."""
-        prompts = PromptSet({group: tuple(members) for group, members in self.checked.items()})
-        items = _measure_behavior(self.context, plan, prompts, CHECKED_TOKENS).items
-        return ItemValues(torch.cat([items[f"degenerate.{g}"].values for g in prompts.groups]), "share").score()
-
-
-def _adds_loops(degenerate: Score, unedited: Score | None) -> bool:
-    return degenerate.value > (0.0 if unedited is None else unedited.value) + DEGENERATE_MARGIN
-
-
-def measure_rate(context: AnalysisContext, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
-    """Return the share of target prompts that show the behavior under the plan, in answers of so many tokens."""
-    measured = _measure_behavior(context, plan, PromptSet({"target": tuple(prompts)}), tokens)
-    return measured.scores[context.judge.rate_of("target")]
-
-
-def _measure_behavior(context: AnalysisContext, plan: Plan, prompts: PromptSet, tokens: int) -> Measurement:
-    with applied(context.subject, plan):
-        return measure(context.subject, prompts, (Step(use="behavior", tokens=tokens),), judge=context.judge)
-
-
 def _dump(score: Score | None) -> dict[str, Any] | None:
     return None if score is None else score.model_dump()
 
@@ -362,6 +272,10 @@ def plan_removal_from(context: AnalysisContext, directions: Directions, parts: S
         return plan_edits(subject, directions, weights, context.activations, options)
     except NothingMatchedError:
         return Plan((), subject.source.digest)
+
+
+def _plan_part(context: AnalysisContext, part: str, layer: int) -> Plan:
+    return plan_removal_from(context, context.directions, list_parts(context.subject)[part], layer)
 
 
 def randomize_directions(directions: Directions, seed: int) -> Directions:

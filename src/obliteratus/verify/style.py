@@ -66,7 +66,8 @@ def style(context: ScorerContext) -> Measurement:
             if before is not None and (pairs := _pair_values(f"{name}.{group}", name, now, before)):
                 base = _pair_values(f"{name}.{group}", name, before, now)
                 scores |= {f"{key}.change": pairs[key].change(base[key]) for key in pairs}
-    return Measurement({name: item.score() for name, item in items.items()} | scores, items=items)
+    # The items are not handed on: other prompts may count before than after, so no one else could pair them.
+    return Measurement({name: item.score() for name, item in items.items()} | scores)
 
 
 def describe_group(subject: Subject, records: Sequence[Mapping[str, Any]], group: str) -> list[AnswerStyle]:
