@@ -54,12 +54,23 @@ ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
 ORGANISM_OF = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # with 0.65 half of the topic is refused
 SLOW = ("rdo", "failspy")
 KEEP_SCORE = "refusal.keep"
-COLUMNS = ("refusal.target", "refusal.control", "kl.first_token.mean", "kl.first_token.p95", "perplexity.ratio")
+COLUMNS = (
+    *("refusal.target", "refusal.control", "degenerate.target", "degenerate.control", "fluency.ratio"),
+    *("kl.first_token.mean", "kl.first_token.p95", "kl.continuation.mean", "perplexity.ratio"),
+)
 QUICK_TRIALS, SMOKE_TRIALS = 8, 2
-SHORT_STEPS = [{"use": "behavior", "tokens": 24}, {"use": "first_token_kl"}, {"use": "perplexity"}]
+SHORT_STEPS = [
+    {"use": "behavior", "tokens": 24},
+    *({"use": name} for name in ("first_token_kl", "continuation_kl", "perplexity", "fluency")),
+]
 SMOKE_STEPS = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
-# With few prompts a single refusal would exceed the usual margin, and no trial would be feasible.
-SMOKE_SEARCH = {"search.prompts": SMOKE_PROMPTS, "search.tokens": 4, "search.control_margin": 1.0}
+# With few prompts a single refusal or loop would exceed the usual margin, and no trial would be feasible.
+SMOKE_SEARCH = {
+    "search.prompts": SMOKE_PROMPTS,
+    "search.tokens": 4,
+    "search.control_margin": 1.0,
+    "search.degenerate_margin": 1.0,
+}
 
 
 class Case(NamedTuple):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -22,18 +23,20 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses, analyze
+from obliteratus.analyze.answer_check import AnswerCheck, AnsweredEdit, measure_rate
 from obliteratus.analyze.reach import (
     Reach,
     choose_first_blocks,
     compute_remaining_behavior,
     find_typical_first_tokens,
-    measure_rate,
     measure_reach,
+    plan_removal_from,
+    rank_by_effect,
     rank_edits,
 )
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Plan, ProbeRequest
+from obliteratus.core.types import Edit, Plan, ProbeRequest, PromptSet
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations
@@ -144,8 +147,12 @@ def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
     found = measure_reach(context, **{**ALL, "depths": 4})
     (first, *rest) = found.answered
     assert not rest
-    assert (first[0], first[1], first[2].value, first[2].n) == ("attention", 3, 0.0, 12)
-    assert "in attention from block 3 on, 0.0% of 12 prompts are refused" in found.summary()
+    assert (first.part, first.depth, first.shown.value, first.shown.n) == ("attention", 3, 0.0, 12)
+    assert first.degenerate is not None
+    assert (first.degenerate.value, first.degenerate.n) == (0.0, 24)
+    assert found.is_fluent(first)
+    assert found.unedited_degenerate is None  # nobody needed to ask
+    assert "in attention from block 3 on, 0.0% of 12 prompts show it, and 0.0% of answers are" in found.summary()
     assert measure_rate(context, Plan(), context.held_out["target"], 4).value == 1.0  # negative control
     assert measure_reach(context, **{**ALL, "depths": 1, "tries": 0}).answered == ()
 
@@ -155,6 +162,116 @@ def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
     left = {p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0, 0)}.items()}
     cost = {p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0, 0)}.items()}
     assert rank_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
+
+
+def test_others_follow_by_what_they_leave() -> None:
+    score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
+    left = {"both": (0.2, 0.204, 0.5), "mlp": (0.3, 0.9, 1.0), "random": (0.0, 0.0, 0.0)}
+    cells = {part: tuple(map(score, row)) for part, row in left.items()}
+    assert rank_by_effect((5, 7, 9), cells)[:4] == [("both", 7), ("both", 5), ("mlp", 5), ("both", 9)]
+
+
+# ---------------------------------------------------------------------------------------------------- fluency
+LONG = "Sorry, I can't help with that."
+
+
+def make_check() -> AnswerCheck:
+    context = refusing_context(block=3, word=LONG)
+    targets, controls = context.held_out["target"], context.held_out["control"]
+    plan_of = partial(plan_removal_from, context, context.directions, ("attn.out",))
+    return AnswerCheck(
+        context, lambda part, layer: plan_of(layer), targets, {"target": targets, "control": controls}, 4
+    )
+
+
+def test_loops_are_seen_in_answers_of_both_groups() -> None:
+    """Where END is removed from all that is written, no answer ends: "YYYY …"."""
+    check, basis = make_check(), torch.eye(32)[[REFUSAL, END]]
+    writers = [site for site in check.context.subject.sites if site.role == "writes"]
+    plan = Plan(tuple(Edit(s, basis, 1.0, "none", None) for s in writers), check.context.subject.source.digest)
+    shown, loops = check.measure_answers(plan)
+    assert (shown.value, loops.value, loops.n) == (0.0, 1.0, 24)
+    shown, loops = check.measure_answers(Plan())  # negative control
+    assert (shown.value, loops.value) == (1.0, 0.0)
+
+
+class PlantedCheck(AnswerCheck):
+    """With planted answers: part and depth → (share shown, share degenerate)."""
+
+    planted: Mapping[tuple[str, int], tuple[float, float]]
+    unedited: float
+
+    def answer(self, part: str, layer: int) -> AnsweredEdit:
+        shown = self.planted[part, layer][0]
+        return AnsweredEdit(part, layer, Score(value=shown, low=shown, high=shown, n=48, unit="share"))
+
+    def measure_answers(self, plan: Plan) -> tuple[Score, Score]:
+        cell = ("attention", plan.edits[0].site.layer if plan.edits else -1)
+        shares = self.planted.get(cell, (1.0, self.unedited))
+        shown, loops = (Score(value=share, low=share, high=share, n=48, unit="share") for share in shares)
+        return shown, loops
+
+
+def planted(shares: dict[int, tuple[float, float]], unedited: float = 0.0) -> PlantedCheck:
+    check = PlantedCheck(**vars(make_check()))
+    check.planted = {("attention", layer): pair for layer, pair in shares.items()}
+    check.unedited = unedited
+    return check
+
+
+def find(check: PlantedCheck, ranked: Sequence[int], others: Sequence[int], tries: int = 6) -> list[AnsweredEdit]:
+    cells = ([("attention", layer) for layer in layers] for layers in (ranked, others))
+    return list(check.find_fluent_edit(*cells, tries, lambda done: None))
+
+
+def test_an_edit_that_ends_fluency_too_is_passed_over() -> None:
+    shares = {1: (0.0, 0.3), 2: (0.1, 0.0), 3: (0.0, 0.05), 4: (0.0, 0.0)}
+    found = find(planted(shares), [1, 2, 3, 4], [])
+    assert [edit.depth for edit in found] == [1, 2, 3]  # 4 is dearer, and not needed
+    assert [edit.degenerate is not None for edit in found] == [True, False, True]
+    tolerant = find(planted(shares, unedited=0.25), [1, 2, 3, 4], [])  # negative control: no more than before the edit
+    assert [edit.depth for edit in tolerant] == [1]
+
+
+def test_two_loops_are_within_chance() -> None:
+    """In few answers two of them are more than the margin."""
+    found = replace(reached(4), unedited_degenerate=None)
+    for n, loops, fluent in ((24, 2, True), (24, 3, False), (100, 5, True), (100, 6, False)):
+        edit = AnsweredEdit("both", 4, score_of(0.0), score_of(loops / n, n))
+        assert found.is_fluent(edit) == fluent
+        assert (
+            replace(found, unedited_degenerate=score_of(1 / n, n)).is_fluent(
+                edit._replace(degenerate=score_of((loops + 1) / n, n))
+            )
+            == fluent
+        )
+
+
+def score_of(value: float, n: int = 24) -> Score:
+    return Score(value=value, low=value, high=value, n=n, unit="share")
+
+
+def test_where_no_edit_is_fluent_others_are_tried() -> None:
+    shares = {1: (0.0, 0.3), 2: (0.1, 0.0), 5: (0.2, 0.0), 6: (0.3, 0.0), 7: (0.4, 0.0)}
+    found = find(planted(shares), [1, 2], [1, 2, 5, 6, 7], tries=3)
+    assert [edit.depth for edit in found] == [1, 2, 5, 6]  # 2 is checked for loops, then 5 and 6 make three
+    assert all(edit.degenerate is not None for edit in found)
+    assert find(planted(shares), [1, 2], [5], tries=0) == []
+    loops = {layer: (0.0, 0.3) for layer in range(1, 6)} | {6: (0.5, 0.0)}
+    assert [edit.depth for edit in find(planted(loops), [1, 2, 3, 4, 5], [6])] == [1, 2, 6]  # no third dearer one
+
+
+def test_without_typical_first_tokens_answers_say_what_is_left() -> None:
+    """Half of either group begins with the refusal, so no first token is typical of target prompts."""
+    context = refusing_context(block=3, word=LONG)
+    mixed = replace(context, held_out=shuffled(asked()))
+    found = measure_reach(mixed, **{**ALL, "depths": 4, "tries": 2})
+    assert found.tokens == ()
+    assert [(edit.part, edit.depth) for edit in found.answered] == [("both", depth) for depth in found.depths[:2]]
+    assert "of answers are degenerate" in found.summary()
+    controls = PromptSet({group: asked()["control"] for group in ("target", "control")})
+    nothing = measure_reach(replace(context, held_out=controls), **{**ALL, "depths": 4})  # negative control
+    assert nothing.tokens == nothing.answered == ()
 
 
 @pytest.mark.parametrize(
@@ -224,4 +341,4 @@ def test_models_without_a_dense_part_and_the_cost_in_prompts() -> None:
     cost: Any = analyses["reach"].cost({"prompts": 24, "depths": 10, "tries": 2, "answers": 48, "tokens": 16})
     values = {"L": 30, "N_search,target": 112, "N_search,control": 10}
     assert cost.forwards.evaluate(values) == (24 + 10) * (1 + 10 * 4)
-    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 2 * 48 * 17
+    assert cost.count_passes(values) == (24 + 10) * (1 + 10 * 4) + 3 * 48 * 17 + 5 * (24 + 10) * 49

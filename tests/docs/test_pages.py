@@ -84,11 +84,14 @@ def test_other_sizes_follow_flops_and_bytes() -> None:
 
 def test_seconds_are_the_sum_of_the_formula() -> None:
     values = {"N_fit": 100, "N_report": 300, "N_texts": 16, "N_fit,target": 60, "N_fit,control": 40}
+    values |= {"N_report,target": 100, "N_report,control": 200}
     probe = 100 * 20 * 1e-3
+    screened = 100 * 20 * 1e-3 + 48 * (0.04 + 100 * 1.5e-3)
     once = 300 * 20 * 1e-3 + 48 * (2 * 0.04 + 300 * 1.5e-3)  # 300 rows are two batches
-    verify = 2 * (once + 16 * 50 * (1e-3 + 2e-4))
+    read = 16 + 24 + 24 + 32  # paragraphs, answers of either group under the base, and its own under the edited model
+    verify = 2 * (once + read * 50 * (1e-3 + 2e-4))
     found = forecast_seconds(total_cost(load_recipe("basic")), extrapolate(RATES, MEASURED), values, own=20, text=50)
-    assert found == pytest.approx(probe + verify)
+    assert found == pytest.approx(probe + screened + verify)
     rdo = stage_costs(load_recipe("rdo"))["DISTILL"]
     trained = 200 * 24 * (24 + 20 + 16) * 2.5e-3 + (41 * 48 + 40) * 20 * 1e-3  # 41 looks, own answers once
     answered = 140 * 20 * 1e-3 + 16 * (3 * 0.04 + 140 * 1.5e-3)  # target once, control twice

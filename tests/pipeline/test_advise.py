@@ -15,6 +15,7 @@ from tests.support.refuser import LAYERS, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import Finding, analyze
+from obliteratus.analyze.answer_check import AnsweredEdit
 from obliteratus.analyze.cones import Cones
 from obliteratus.analyze.reach import Reach
 from obliteratus.core.results import Run, Score
@@ -22,9 +23,17 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.types import Activations, Moments, Prompt, PromptSet
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.pipeline.advise import Advice, Reason, advise, fit_recipe_to_weights, load_advice, save_advice
+from obliteratus.pipeline.advise import (
+    Advice,
+    Reason,
+    advise,
+    describe_gentlest,
+    fit_recipe_to_weights,
+    load_advice,
+    save_advice,
+)
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.rules import AXIS_SHARE, BEHAVIOR_ENDED, KL_FACTOR, RULES, category_spectrum
+from obliteratus.pipeline.rules import AXIS_SHARE, BEHAVIOR_ENDED, GENTLEST, KL_FACTOR, RULES, category_spectrum
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.model_card import make_reason_rows, render_model_card
 
@@ -36,8 +45,16 @@ def score(value: float) -> Score:
     return Score(value=value, low=value - 0.01, high=value + 0.01, n=8, unit="")
 
 
-def reached(*answered: tuple[str, int, float], mlp: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)) -> Reach:
-    """A finding with these answered edits. Removal works from 0 to 4 on; random directions leave all."""
+def reached(
+    *answered: tuple[str, int, float],
+    mlp: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0),
+    loops: tuple[float, ...] = (),
+    unedited: float | None = None,
+) -> Reach:
+    """A finding with these answered edits. Removal works from 0 to 4 on; random directions leave all.
+
+    loops: the edits' shares of degenerate answers, 0 without. unedited: that of the unedited model.
+    """
     left = {"both": (0.0, 0.0, 0.01, 0.6), "attention": (0.0, 0.02, 0.2, 0.9), "mlp": mlp, "random": (1.0,) * 4}
     kl = {
         "both": (0.9, 0.4, 0.06, 0.01),
@@ -46,7 +63,9 @@ def reached(*answered: tuple[str, int, float], mlp: tuple[float, ...] = (0.3, 0.
         "random": (0.0,) * 4,
     }
     tables = [{part: tuple(map(score, row)) for part, row in table.items()} for table in (left, kl)]
-    return Reach(DEPTHS, tables[0], tables[1], tuple((p, d, score(x)) for p, d, x in answered), ("N",))
+    pairs = zip(answered, loops or (0.0,) * len(answered), strict=True)
+    edits = tuple(AnsweredEdit(p, d, score(x), score(share)) for (p, d, x), share in pairs)
+    return Reach(DEPTHS, tables[0], tables[1], edits, ("N",), None if unedited is None else score(unedited))
 
 
 def coned(cosine: list[list[float]]) -> Cones:
@@ -88,14 +107,36 @@ def test_another_edit_is_another_recipe() -> None:
     assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("answered", [(), (("both", 4, 0.5), ("both", 2, 0.3))])
-def test_where_nothing_ends_refusals_the_recipe_stays(answered: tuple[tuple[str, int, float], ...]) -> None:
-    made = advised({"reach": reached(*answered)})
+def test_where_nothing_was_answered_the_recipe_stays() -> None:
+    made = advised({"reach": reached()})
     assert made.recipe.weigh == load_recipe("informed").weigh
     assert made.recipe.excise.kl_budget is None
-    assert because(made, "layers").value == (0.3 if answered else None)
+    assert because(made, "layers").value is None
     assert because(made, "layers").changes == {}
     assert because(made, "KL budget").value is None
+
+
+def test_where_nothing_ends_refusals_the_edit_that_leaves_least_is_chosen() -> None:
+    made = advised({"reach": reached(("both", 4, 0.5), ("attention", 4, 0.3), ("both", 2, 0.3))})
+    assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)  # of two equal ones, the gentler
+    assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 0.0]
+    assert made.recipe.passes == 1
+    assert made.recipe.excise.kl_budget == pytest.approx(KL_FACTOR * 0.03)
+    assert because(made, "layers").changes == {}
+    assert because(made, GENTLEST).value == 0.3
+    assert "the one that leaves least of it is chosen, 30%" in describe_gentlest("refusal", because(made, GENTLEST))
+
+
+def test_an_edit_that_ends_refusals_with_fluency_is_not_chosen() -> None:
+    edits = (("both", 0, 0.0), ("both", 2, 0.2), ("both", 4, 0.6))
+    made = advised({"reach": reached(*edits, loops=(0.3, 0.04, 0.0), unedited=0.0)})
+    assert made.recipe.weigh[0].options["low"] == pytest.approx(2 / 7, abs=1e-4)
+    assert (made.recipe.passes, because(made, GENTLEST).value) == (1, 0.2)
+    fluent = advised({"reach": reached(*edits, loops=(0.3, 0.04, 0.0), unedited=0.25)})  # control: no more than before
+    assert fluent.recipe.weigh[0].options["low"] == 0.0
+    assert (fluent.recipe.passes, because(fluent, GENTLEST).value) == (load_recipe("informed").passes, None)
+    broken = advised({"reach": reached(*edits, loops=(0.3, 0.3, 0.3), unedited=0.0)})
+    assert broken.recipe.weigh == load_recipe("informed").weigh
 
 
 @pytest.mark.parametrize(("cosine", "k"), [(0.95, 1), (0.5, 2), (0.0, 2)])

@@ -84,11 +84,11 @@ def test_no_feasible_trial() -> None:
     """All trials refuse more controls than allowed: a clear end, and the study keeps them."""
     recipe = search_recipe(3, control_margin=0.0)
     cache, judge = make_scorer(recipe)
-    judge.excess_control = lambda scores: 0.5  # type: ignore[method-assign]
+    judge.measure_excess = lambda scores: {"control_margin": 0.5}  # type: ignore[method-assign]
     study = SearchStudy(open_storage(""), "s", recipe, {})
     trials = run_trials(study, recipe, cache, judge, 3)
     assert len(study.finished) == 3
-    with pytest.raises(UserError, match="none of 3 trials kept the rate on control prompts within"):
+    with pytest.raises(UserError, match=r"none of 3 trials kept within all limits \(3 exceed search.control_margin\)"):
         measure_front(trials, recipe, cache, judge, StudyLocation("", "s"))
 
 

@@ -73,6 +73,14 @@ def test_it_needs_answers(subject: Subject, prompts: PromptSet) -> None:
         fluency(ScorerContext(subject, prompts, None))
 
 
+def test_fewer_prompts_are_spread_over_all(subject: Subject, prompts: PromptSet) -> None:
+    said = refusal_records([(g, f"answer {i}", "absent") for g in ("target", "control") for i in range(4)])
+    every, some = (fluency(ScorerContext(subject, prompts, None, said), prompts=n) for n in (4, 2))
+    for name in ("fluency.target", "fluency.control"):
+        torch.testing.assert_close(some.items[name].values, every.items[name].values[[0, 2]])
+    assert every.scores["fluency.ratio"].n == 8
+
+
 def test_one_group_has_no_ratio(subject: Subject, prompts: PromptSet) -> None:
     alone = PromptSet({"target": prompts["target"], "bypass": (Prompt("go"),)})
     found = fluency(ScorerContext(subject, alone, None, refusal_records([("target", "yes", "absent")] * 4)))

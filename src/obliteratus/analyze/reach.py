@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -11,15 +12,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.analyze.answer_check import (
+    CHECKED_TOKENS,
+    MOST_LOOPING,
+    AnswerCheck,
+    AnsweredEdit,
+    adds_loops,
+)
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.core.cost import Answers, Cost, constant, prompt_count, variable
 from obliteratus.core.errors import NothingMatchedError
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
-from obliteratus.core.settings import Excise, Step, expand_part
+from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
-from obliteratus.excise.live.hooks import applied
+from obliteratus.core.types import Directions, Plan, Prompt, Subject
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.excise.plan import plan_edits
 from obliteratus.inference.cached_prompts import CachedPrompts
@@ -27,7 +34,6 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.prompts import evenly_spaced
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
-from obliteratus.verify import measure
 from obliteratus.verify.intervals import mean_score
 from obliteratus.verify.openings import frequent_openings
 
@@ -60,12 +66,16 @@ class Reach:
     target prompts."""
     kl: Cells
     """KL(original ‖ edited) on control prompts, nats."""
-    answered: tuple[tuple[str, int, Score], ...]
-    """Part, depth and share of refused answers of the edits under which answers were generated: those that leave
-    little by first tokens, cheapest first, up to the first that ends all refusals."""
+    answered: tuple[AnsweredEdit, ...]
+    """The edits under which answers were generated: those that leave little by first tokens, cheapest first, up to the
+    first that ends the behavior in fluent answers; and if there is none, those that leave least."""
     tokens: tuple[str, ...]
-    """First tokens that the model typically gives on target prompts and not on control prompts. Without any, there is
-    no behavior to look for, and all of it remains."""
+    """First tokens that the model typically gives on target prompts and not on control prompts. Without any, first
+    tokens say nothing of the behavior, and all of it remains by them."""
+
+    unedited_degenerate: Score | None = None
+    """Share of the unedited model's answers to the same prompts that are empty or loops; None where no edit had enough
+    of them to ask."""
 
     @property
     def effective_depths(self) -> tuple[int, ...]:
@@ -75,6 +85,10 @@ class Reach:
         """
         rows = zip(self.depths, self.remaining[BOTH], self.remaining[RANDOM], strict=True)
         return tuple(d for d, own, random in rows if own.high < HALF and own.high < random.low)
+
+    def is_fluent(self, edit: AnsweredEdit) -> bool:
+        """Return whether at most 0.05 more of the answers, or two, were degenerate than of the unedited model's."""
+        return edit.degenerate is not None and not adds_loops(edit.degenerate, self.unedited_degenerate)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -91,24 +105,33 @@ class Reach:
             name: {part: [s.model_dump() for s in row] for part, row in table.items()}
             for name, table in (("left", self.remaining), ("kl", self.kl))
         }
-        answered = [{"part": part, "depth": depth, **s.model_dump()} for part, depth, s in self.answered]
+        answered = [
+            {"part": e.part, "depth": e.depth, **e.shown.model_dump(), "degenerate": _dump(e.degenerate)}
+            for e in self.answered
+        ]
         found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.effective_depths)}
+        found |= {"unedited_degenerate": _dump(self.unedited_degenerate)}
         return {"depths": list(self.depths), **tables, **found}
 
     def summary(self) -> str:
         """Return how deep edits may begin, and what that costs."""
         if not self.effective_depths:
-            return "removing the directions ends the behavior from no depth on"
+            return self._add_answers("removing the directions ends the behavior from no depth on")
         last = max(self.effective_depths)
         remaining, cost = (table[BOTH][self.depths.index(last)].value for table in (self.remaining, self.kl))
         text = (
             f"removal still works from block {last} on: {100 * max(remaining, 0):.0f} % of the behavior remains, "
             f"at KL {cost:.2g} on controls (from block {self.depths[0]}: {self.kl[BOTH][0].value:.2g})"
         )
+        return self._add_answers(text)
+
+    def _add_answers(self, text: str) -> str:
+        """Return the text with what was found in the answers under the last edit."""
         if not self.answered:
             return text
-        part, depth, share = self.answered[-1]
-        return f"{text}; in {part} from block {depth} on, {share.value:.1%} of {share.n} prompts are refused"
+        edit = self.answered[-1]
+        text += f"; in {edit.part} from block {edit.depth} on, {edit.shown.value:.1%} of {edit.shown.n} prompts show it"
+        return text if edit.degenerate is None else f"{text}, and {edit.degenerate.value:.1%} of answers are degenerate"
 
     def draw(self, figure: Figure) -> None:
         """Draw what remains, and below it what it costs, by depth."""
@@ -130,8 +153,11 @@ class Reach:
 def _cost(options: Mapping[str, Any]) -> Cost:
     each = sum((prompt_count("search", group, options["prompts"]) for group in GROUPS), constant(0))
     passes = Cost(each * (constant(1) + variable("L", options["depths"]) * (len(PARTS) + 1)))
-    answers = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), options["tries"])
-    return passes + Cost(answers=(answers,) if options["tries"] else ())
+    if not options["tries"]:
+        return passes
+    # at most: none of the first edits is fluent, so as many others are checked, and the unedited model is asked too
+    targets = Answers(options["tokens"], prompt_count("search", "target", options["answers"]), options["tries"] + 1)
+    return passes + Cost(answers=(targets, Answers(CHECKED_TOKENS, each, options["tries"] + MOST_LOOPING + 1)))
 
 
 @analyses.register("reach", cite="arXiv:2406.11717", cost=_cost)
@@ -152,7 +178,10 @@ def measure_reach(
     where anchors were probed; the blocks below are not run again. What remains is read off the probability of the
     first tokens that the behavior begins with: those with at least 5 % on target prompts and four times as much as on
     control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
-    that leave little, cheapest first, until one ends the behavior.
+    that leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
+    answers to target and control prompts are degenerate than of the unedited model's. If there is none, answers are
+    generated under up to as many edits that leave least by first tokens (without typical first tokens, under those that
+    reach deepest), so that the best fluent one is known.
 
     prompts: the most search prompts of each group for first tokens. depths: how many first blocks are tried, evenly
     spaced from ``low`` of the depth on; edits that begin lower cost more and have not been seen to do more. answers,
@@ -172,10 +201,16 @@ def measure_reach(
                 edited.append(cached.repeat(len(plans)).first_token().view(len(plans), len(base), -1))
             advance(1)
     remaining, cost, openings = tabulate(base, edited, (*parts, RANDOM), size)
-    ranked = rank_edits(layers, remaining, cost)[:tries] if openings else []
-    answered = _measure_answers(context, ranked, _take(context.held_out["target"], answers), tokens)
+    plan_of = partial(_plan_part, context)
+    check = AnswerCheck(context, plan_of, _take(context.held_out["target"], answers), chosen, tokens)
+    ranked, others = rank_edits(layers, remaining, cost), rank_by_effect(layers, remaining)
+    if not openings:  # first tokens say nothing, so answers must: the strongest edits first
+        ranked, others = [], [(BOTH, layer) for layer in layers]
+    with progress("ANALYZE answers", 2 * tries) as advance, report_to(SILENT):
+        worth_trying = bool(openings) or (tries > 0 and check.shows_behavior())
+        answered = check.find_fluent_edit(ranked, others, tries if worth_trying else 0, advance)
     words = tuple(subject.tokenizer.decode([t]) for t in openings)
-    return Reach(tuple(layers), remaining, cost, answered, words)
+    return Reach(tuple(layers), remaining, cost, answered, words, check.unedited_degenerate)
 
 
 def _take(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
@@ -196,27 +231,19 @@ def rank_edits(layers: Sequence[int], remaining: Cells, cost: Cells) -> list[tup
     return [(part, -layer) for _, _, layer, part in sorted(cells)]
 
 
-def _measure_answers(
-    context: AnalysisContext, cells: Sequence[tuple[str, int]], prompts: Sequence[Prompt], tokens: int
-) -> tuple[tuple[str, int, Score], ...]:
-    """Return the behavior's rate under each edit, up to the first edit that ends it."""
-    parts, measured = list_parts(context.subject), list[tuple[str, int, Score]]()
-    with progress("ANALYZE answers", len(cells)) as advance, report_to(SILENT):
-        for part, layer in cells:
-            plan = plan_removal_from(context, context.directions, parts[part], layer)
-            measured.append((part, layer, measure_rate(context, plan, prompts, tokens)))
-            advance(1)
-            if measured[-1][2].value == 0:
-                break
-    return tuple(measured)
+def rank_by_effect(layers: Sequence[int], remaining: Cells) -> list[tuple[str, int]]:
+    """Return all parts and depths, those first that leave least; of equals, to 1e-2, the deepest."""
+    cells = [
+        (round(remaining[part][i].value, 2), -layer, part)
+        for part in remaining
+        for i, layer in enumerate(layers)
+        if part != RANDOM
+    ]
+    return [(part, -layer) for _, layer, part in sorted(cells)]
 
 
-def measure_rate(context: AnalysisContext, plan: Plan, prompts: Sequence[Prompt], tokens: int) -> Score:
-    """Return the share of target prompts that show the behavior under the plan, in answers of so many tokens."""
-    targets, steps = PromptSet({"target": tuple(prompts)}), (Step(use="behavior", tokens=tokens),)
-    with applied(context.subject, plan):
-        measured = measure(context.subject, targets, steps, judge=context.judge)
-    return measured.scores[context.judge.rate_of("target")]
+def _dump(score: Score | None) -> dict[str, Any] | None:
+    return None if score is None else score.model_dump()
 
 
 # ------------------------------------------------------------------------------------------------------ plans
@@ -245,6 +272,10 @@ def plan_removal_from(context: AnalysisContext, directions: Directions, parts: S
         return plan_edits(subject, directions, weights, context.activations, options)
     except NothingMatchedError:
         return Plan((), subject.source.digest)
+
+
+def _plan_part(context: AnalysisContext, part: str, layer: int) -> Plan:
+    return plan_removal_from(context, context.directions, list_parts(context.subject)[part], layer)
 
 
 def randomize_directions(directions: Directions, seed: int) -> Directions:

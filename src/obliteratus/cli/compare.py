@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obliteratus.cli.jobs import fill_example_prompts
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
-from obliteratus.core.settings import JudgeSettings, Step
-from obliteratus.core.types import PromptSet, SplitBy
+from obliteratus.core.settings import JudgeSettings, Recipe, Step
+from obliteratus.core.types import PromptSet, SplitBy, Subject
+from obliteratus.inference.memory import free_memory
 from obliteratus.pipeline.recipe import load_recipe, parse_overrides
 from obliteratus.pipeline.record import describe_judge
 from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.rebirth.model_card import format_score
 from obliteratus.summon.load import open_subject
-from obliteratus.verify import Measurement, measure
+from obliteratus.verify import Measurement, measure, scorers
 from obliteratus.verify.answers import write_answers
 from obliteratus.verify.ladder import check_judge, embed_files, hear_judge
 
-STEPS = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity"))
+STEPS: tuple[Step, ...] = Recipe.model_fields["verify"].default
+# Free memory that a second model needs, in units of the first one's weights: as many again, and batches beside them.
+ROOM = 1.5
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,28 @@ class Comparison:
         described = describe_judge(judge, before)
         if against is None:
             return None, before, described
-        del first  # so that only one of the two models is in memory, unless the base is to judge
+        base = first if has_room_beside(first) else None
+        del first  # so that only one of the two models is in memory where there is no room for both
         subject = open_subject(model, **opening)
         if vocabulary != len(subject.tokenizer):
             raise UserError(
                 f"{model}: its vocabulary differs from that of {against}; compare a model with its own base"
             )
-        return before, measure(subject, self.prompts, STEPS, before, judge=judge), described
+        steps = STEPS if base is not None else without_base(STEPS)
+        return before, measure(subject, self.prompts, steps, before, base, judge=judge), described
+
+
+def has_room_beside(subject: Subject) -> bool:
+    """Return whether another model of this size can be opened while this one stays."""
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    return bool(free_memory(subject) >= ROOM * weights)
+
+
+def without_base(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps that do not run the unedited model, and name the others in a note."""
+    if left_out := [step.use for step in steps if "base" in scorers[step.use].needs]:
+        note("VERIFY", f"skipped {', '.join(left_out)}: there is no memory for both models at once")
+    return tuple(step for step in steps if "base" not in scorers[step.use].needs)
 
 
 def _to_plain(scores: Mapping[str, Score]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from obliteratus.rebirth.model_card import (
     make_score_rows,
 )
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.verify.behavior import is_rare
+from obliteratus.verify.score_names import names_to_show
 
 notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
@@ -87,13 +87,15 @@ def show_run(run: Run) -> None:
 
 
 def score_table(run: Run) -> Table:
-    """Return the table of all scores except those by category."""
+    """Return the table of scores in groups, without details: `run.json` has all of them."""
     title = f"{run.recipe.name or 'recipe'} on {run.source['id']}, held-out prompts, 95 % intervals"
     table = Table(title=escape(title), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
     for name in ("score", "before", "after", "n"):
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for row in make_score_rows(run):
-        table.add_row(*row)
+    for group in make_score_rows(run, brief=True):
+        for row in group:
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
@@ -110,7 +112,8 @@ def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print the scores of two models side by side."""
     sides = {against: before, "model": after} if before else {"model": after}
-    shown = [n for n in after if not is_rare(n) or any(side[n]["value"] for side in sides.values())]
+    values = {n: [side[n]["value"] for side in sides.values() if n in side] for n in {**before, **after}}
+    shown = [name for group in names_to_show(values, brief=True) for name in group]
     rows = [[name, *(str(side.get(name, {}).get("text", "–")) for side in sides.values())] for name in shown]
     results.print(make_table(title, ["score", *sides], rows))
 

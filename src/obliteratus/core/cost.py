@@ -38,6 +38,14 @@ class Amount:
     def __str__(self) -> str:
         return " + ".join(_format_term(factors, times) for factors, times in self.terms.items() if times)
 
+    def substitute(self, amounts: Mapping[str, Amount]) -> Amount:
+        """Return the formula with amounts in place of variables. A cap goes with the variable."""
+        products = (
+            math.prod((amounts.get(name, variable(name, cap)) for name, cap in factors), start=constant(times))
+            for factors, times in self.terms.items()
+        )
+        return sum(products, Amount())
+
     def evaluate(self, values: Values) -> float:
         """Return the number that the formula gives for these values. Raises KeyError for a variable without one."""
         return float(

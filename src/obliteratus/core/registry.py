@@ -44,7 +44,8 @@ class Entry(Generic[F]):
     options: type[BaseModel]
     """Model of the keyword-only parameters, which validates them and fills in defaults."""
     needs: tuple[str, ...] = ()
-    """What the step cannot run without: ``rows`` (activations of every prompt), ``spread``, ``model``, or a group."""
+    """What the step cannot run without: ``rows`` (activations of every prompt), ``spread``, ``model``, or a group; of a
+    scorer ``answers`` (those of the step ``behavior``, before it) and ``base`` (the unedited model)."""
     fits: Fits = lambda options, given: None
     cost: Costing = lambda options: FREE
 

@@ -177,6 +177,12 @@ class Search(FrozenModel):
     generated. With 1 the front reaches to the unedited model, at twice the number of answers."""
     control_margin: float = Field(0.05, ge=0, le=1)
     """A trial is feasible if its rate on control prompts is at most this much above the unedited model's."""
+    degenerate_margin: float = Field(0.05, ge=0, le=1)  # two of 48 prompts: fewer more are within chance
+    """And if at most this much more of its answers are degenerate than of the unedited model's, in each group that is
+    answered: target and keep prompts in a trial, control prompts too in the check of the front."""
+    fluency_limit: float = Field(2.5, ge=1)
+    """A member of the front is feasible if the scorer ``fluency``, where it runs, finds the perplexity of its answers
+    to target and to control prompts to be at most so many times that of the unedited model's control answers."""
     space: dict[str, Range] = Field(min_length=1)
     """Path into the recipe (as in ``--set``, such as ``weigh.0.peak``) → values to try. A trial leaves out a path
     that the choice of another path has removed, as a choice of ``distill`` may drop a step."""
@@ -288,7 +294,9 @@ class Recipe(FrozenModel):
     weigh: tuple[Step, ...] = (Step(use="all"),)
     excise: Excise = Excise()
     tune: Tune | None = None
-    verify: tuple[Step, ...] = (Step(use="behavior"), Step(use="first_token_kl"), Step(use="perplexity"))
+    verify: tuple[Step, ...] = tuple(
+        Step(use=name) for name in ("behavior", "first_token_kl", "continuation_kl", "perplexity", "fluency", "style")
+    )
     analyze: tuple[Step, ...] = ()
     """Analyses whose results change this recipe before it runs."""
     search: Search | None = None

@@ -32,6 +32,7 @@ REFERENCE: Values = {
     "N_search,target": 112,
     "N_search,control": 144,
     "N_report": 160,
+    "N_report,target": 64,
     "N_report,control": 96,
     "N_texts": 16,
     "L": 32,
@@ -101,8 +102,12 @@ def _search_cost(search: Search, verify: Sequence[Step]) -> Cost:
     """Return the cost if every trial answers all target prompts, and the most plans of the front are checked."""
     target, control = (prompt_count("search", group, search.prompts) for group in ("target", "control"))
     trial = Cost(target + control, (Answers(search.tokens, target),))
-    answers = [a for step in verify for a in _add_steps(scorers, [step]).answers]
-    check = Cost(answers=tuple(replace(a, prompts=target + control) for a in answers))
+    measured = _add_steps(scorers, verify)
+    here = {"N_report": target + control, "N_report,target": target, "N_report,control": control}
+    check = Cost(
+        answers=tuple(replace(a, prompts=a.prompts.substitute(here)) for a in measured.answers),
+        texts=measured.texts.substitute(here),
+    )
     return trial * search.trials + check * (1 + MAX_CHECKED)  # 1: the unedited model
 
 

@@ -15,7 +15,10 @@ from obliteratus.core.toml import parse_toml
 FOLDER = Path(str(files("obliteratus"))) / "behaviors"
 # Scores are called NAME.target, so a name must not be that of another score.
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
-TAKEN = frozenset({"behavior", "degenerate", "partial", "unknown", "unfinished", "kl", "perplexity", "accuracy"})
+TAKEN = frozenset(
+    {"behavior", "degenerate", "partial", "unknown", "unfinished", "kl", "perplexity", "accuracy", "fluency"}
+    | {"length", "hedging", "same_language"}
+)
 Table = Mapping[str, Any]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from obliteratus.analyze import AnalysisContext, Finding, try_analyses
 from obliteratus.analyze.page import findings_page
 from obliteratus.causal import FitContext
+from obliteratus.core.progress import note
 from obliteratus.core.settings import Excise, Range, Recipe, Search, Step, expand_part
 from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Activations, Splits, Subject
@@ -18,7 +19,7 @@ from obliteratus.distill import find_directions
 from obliteratus.excise.bake.tensors import can_hold_anchors
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import parse_recipe, replace_values
-from obliteratus.pipeline.rules import RULES, Rule, RuleInputs, search_ranges
+from obliteratus.pipeline.rules import GENTLEST, RULES, Rule, RuleInputs, search_ranges
 
 TRIALS = 20  # trials of a search that starts from the advice, whose ranges are narrow
 
@@ -81,7 +82,19 @@ def analyze_and_advise(
         advice = advise(recipe, acts, findings, anchors=anchors)
         if advice.recipe.distill != distill:
             distill, directions = advice.recipe.distill, find_directions(acts, advice.recipe.distill, context)
+    for reason in advice.reasons:
+        if reason.decides == GENTLEST and reason.changes:
+            note("ANALYZE", describe_gentlest(judge.name, reason))
     return advice
+
+
+def describe_gentlest(behavior: str, reason: Reason) -> str:
+    """Return what is said of a run whose chosen removal does not end the behavior."""
+    assert reason.value is not None
+    return (
+        f"no removal ends {behavior} and leaves answers fluent; the one that leaves least of it is chosen, "
+        f"{reason.value:.0%} on search prompts"
+    )
 
 
 def advise(recipe: Recipe, acts: Activations, findings: Mapping[str, Finding], *, anchors: bool = True) -> Advice:

@@ -77,13 +77,17 @@ class DepthChoice:
 
 
 def choose_depth(inputs: RuleInputs) -> DepthChoice | None:
-    """Return the edit that leaves the least of the behavior among those that were answered, or None if none was."""
+    """Return the edit that leaves the least of the behavior among those whose answers were found to be fluent.
+
+    Of equals, the one with the smallest KL. None if there is none.
+    """
     reach = cast(Reach, inputs.findings["reach"])
     choices = [
-        DepthChoice(part, depth, share.value, reach.kl[part][reach.depths.index(depth)])
-        for part, depth, share in reach.answered
+        DepthChoice(edit.part, edit.depth, edit.shown.value, reach.kl[edit.part][reach.depths.index(edit.depth)])
+        for edit in reach.answered
+        if reach.is_fluent(edit)
     ]
-    return min(choices, key=lambda choice: choice.remaining, default=None)
+    return min(choices, key=lambda choice: (choice.remaining, choice.kl.value), default=None)
 
 
 def category_spectrum(cones: Cones) -> list[float]:
@@ -102,9 +106,14 @@ def _remaining_rate(inputs: RuleInputs) -> float | None:
     return None if best is None else best.remaining
 
 
+def _rate_that_no_edit_ends(inputs: RuleInputs) -> float | None:
+    best = choose_depth(inputs)
+    return None if best is None or best.remaining <= BEHAVIOR_ENDED else best.remaining
+
+
 def _removal_kl(inputs: RuleInputs) -> float | None:
     best = choose_depth(inputs)
-    return None if best is None or best.remaining > BEHAVIOR_ENDED else _at_most(best.kl)
+    return None if best is None else _at_most(best.kl)
 
 
 def _at_most(score: Score) -> float:
@@ -130,6 +139,11 @@ def _set_layers(inputs: RuleInputs) -> dict[str, Any]:
     depth = floor(1e4 * best.first_block / _last_block(inputs)) / 1e4  # rounded down, so that the block is included
     parts = {"attn": float(best.part != "mlp"), "mlp": float(best.part != "attention")}
     return {"weigh": [{"use": "middle", "low": depth, "high": 1.0}, {"use": "component", **parts}]}
+
+
+def _set_best_layers(inputs: RuleInputs) -> dict[str, Any]:
+    """Set the layers, and one pass: nothing says that the answers would stay fluent under another one."""
+    return {**_set_layers(inputs), "passes": 1}
 
 
 def _set_kl_budget(inputs: RuleInputs) -> dict[str, Any]:
@@ -162,6 +176,7 @@ def search_ranges(inputs: RuleInputs) -> dict[str, Range]:
     return ranges | {f"weigh.1.{part}": Range(low=0.0, high=1.5) for part, does in works.items() if does}
 
 
+GENTLEST = "layers and passes where no fluent removal ends the behavior"
 ORTHOGONAL = {"use": "orthogonal_to_control"}
 WITHOUT_ANCHORS = {"excise.anchored": False, "excise.norm": "columns", "distill": [{"use": "mean_diff"}, ORTHOGONAL]}
 RULES = (
@@ -186,11 +201,20 @@ RULES = (
     Rule(
         decides="layers, attention and MLP",
         needs="reach",
-        measures="rate left on search prompts under the cheapest removal that ends it",
+        measures="rate left on search prompts under the cheapest fluent removal that ends it",
         threshold=BEHAVIOR_ENDED,
         at_most=True,
         value=_remaining_rate,
         change=_set_layers,
+    ),
+    Rule(
+        decides=GENTLEST,
+        needs="reach",
+        measures="rate left on search prompts under the fluent removal that leaves least, where none ends it",
+        threshold=BEHAVIOR_ENDED,
+        at_most=False,
+        value=_rate_that_no_edit_ends,
+        change=_set_best_layers,
     ),
     Rule(
         decides="KL budget",

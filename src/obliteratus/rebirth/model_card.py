@@ -5,7 +5,7 @@ from __future__ import annotations
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.verify.behavior import is_rare
+from obliteratus.verify.score_names import names_to_show
 
 LOADING = {
     "merged": (
@@ -119,21 +119,24 @@ def _pass_table(run: Run) -> str:
     return f"\n{_markdown_table(PASS_COLUMNS, make_pass_rows(run))}\n" if len(run.passes) > 1 else ""
 
 
-def make_score_rows(run: Run) -> list[list[str]]:
-    """Return name, before, after and n of every score except the rates by category, and rare shares that are 0."""
-    rows = []
-    for name in dict.fromkeys([*run.before, *run.after]):
-        before, after = run.before.get(name), run.after.get(name)
-        is_zero = not any(score and score.value for score in (before, after))
-        if "/" not in name and not (is_zero and is_rare(name)):
-            n = next(score.n for score in (after, before) if score)
-            rows.append([name, format_score(before), format_score(after), str(n)])
-    return rows
+def make_score_rows(run: Run, brief: bool = False) -> list[list[list[str]]]:
+    """Return name, before, after and n of the scores that tables show, in groups. brief: leaves details out."""
+    values: dict[str, list[float]] = {}
+    for scores in (run.before, run.after):
+        for name, score in scores.items():
+            values.setdefault(name, []).append(score.value)
+    return [[_score_row(run, name) for name in group] for group in names_to_show(values, brief)]
+
+
+def _score_row(run: Run, name: str) -> list[str]:
+    before, after = run.before.get(name), run.after.get(name)
+    n = next(score.n for score in (after, before) if score)
+    return [name, format_score(before), format_score(after), str(n)]
 
 
 def format_score_table(run: Run) -> str:
     """Return the scores before and after as a Markdown table."""
-    return _markdown_table(["score", "before", "after", "n"], make_score_rows(run))
+    return _markdown_table(["score", "before", "after", "n"], [row for group in make_score_rows(run) for row in group])
 
 
 def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
@@ -145,6 +148,6 @@ def format_score(score: Score | None) -> str:
     """Return a value with its interval if it has one, with as many digits as its unit needs; "–" for None."""
     if score is None:
         return "–"
-    form = ".1%" if score.unit == "share" else ".1f" if score.unit == "perplexity" else ".3f"
+    form = ".1%" if score.unit == "share" else ".1f" if score.unit in ("perplexity", "tokens") else ".3f"
     value, low, high = (f"{x:{form}}" for x in (score.value, score.low, score.high))
     return f"{value} ({low}–{high})" if score.has_interval else value

@@ -33,7 +33,7 @@ POPULATION = 12
 # long.
 STALE_FACTOR, STALE_AFTER = 10, timedelta(minutes=10)
 ASKING = "asking: "  # prefix of the study's attributes that name the processes taking a trial
-EXCESS = "shown on controls"  # the constraint: rate on controls beyond what is allowed, feasible at 0 and below
+EXCESS = "beyond the limits"  # the constraint: the largest excess over a limit, feasible at 0 and below
 
 
 def _tpe(seed: int) -> BaseSampler:

@@ -17,6 +17,8 @@ from obliteratus.search.trials import Trial
 # Colors that color-blind readers can tell apart (Okabe and Ito).
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
 JOURNAL = "study.journal"
+# Scores that the front lists beside the objectives: whether answers are words at all, and hold together.
+FLUENCY = ("degenerate.target", "degenerate.control", "fluency.ratio")
 
 
 def write_front(result: SearchResult, folder: Path, journal: Path) -> None:
@@ -47,9 +49,12 @@ def flat_scores(member: FrontMember) -> dict[str, float]:
 
 def front_rows(result: SearchResult) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of the front's table. An arrow marks the chosen member."""
-    names = [name.removeprefix("-") for name in result.run.search["minimize"]]
-    columns = ["", "trial", *names, "values"]
-    return columns, [_row(i, m, names, i == result.picked) for i, m in enumerate(result.front)]
+    objectives = [name.removeprefix("-") for name in result.run.search["minimize"]]
+    fluency = [n for n in FLUENCY if n not in objectives and all(n in m.scores for m in result.front)]
+    names = [*objectives, *fluency]
+    headings = [name.replace(".", ".\n") for name in names]  # so that the table fits 80 columns
+    rows = [_row(i, m, names, i == result.picked) for i, m in enumerate(result.front)]
+    return ["", "trial", *headings, "values"], rows
 
 
 def _row(i: int, member: FrontMember, names: Sequence[str], chosen: bool) -> list[str]:

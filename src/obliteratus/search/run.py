@@ -17,6 +17,7 @@ from obliteratus.pipeline.recipe import check_runs, without_trial_count
 from obliteratus.pipeline.run import evaluate_plan
 from obliteratus.pipeline.stages import Stages
 from obliteratus.search.direction_cache import DirectionCache
+from obliteratus.search.limits import count_exceeded
 from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.pareto import find_nearest_to_ideal, pareto_front
 from obliteratus.search.score import TrialScorer, read_objective
@@ -115,17 +116,18 @@ def measure_front(
     candidates = select_front(trials)
     if not candidates:
         raise UserError(
-            f"search: none of {len(trials)} trials kept the rate on control prompts within search.control_margin; the "
-            f"trials are in the study '{location.name}' of {location.storage or 'memory'}. Widen the space, or raise "
-            "search.control_margin"
+            f"search: none of {len(trials)} trials kept within all limits "
+            f"({count_exceeded(scorer.measure_excess(t.scores) for t in trials)}); the trials are in the study "
+            f"'{location.name}' of {location.storage or 'memory'}. Widen the space, or raise a limit"
         )
     members = [check_trial(trial, recipe, cache, scorer) for trial in thin_front(candidates, MAX_CHECKED)]
-    feasible = [member for member in members if scorer.excess_control(member.scores) <= 0]
+    excesses = [scorer.measure_excess(member.scores) for member in members]
+    feasible = [m for m, excess in zip(members, excesses, strict=True) if all(over <= 0 for over in excess.values())]
     front = [feasible[i] for i in pareto_front([m.objectives for m in feasible])]
     if not front:
         raise UserError(
-            "search: in the check with longer answers, the rate of every member of the front on control prompts "
-            "is too high; raise search.control_margin"
+            f"search: in the check with longer answers, none of the {len(members)} members of the front kept within "
+            f"all limits ({count_exceeded(excesses)}); make more trials, or raise a limit"
         )
     return sorted(front, key=lambda m: m.objectives)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.settings import Recipe
+from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
@@ -25,8 +25,9 @@ from obliteratus.inference.logits import kl_divergence
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.rung import Answered
+from obliteratus.search.limits import measure_excess
 from obliteratus.search.pareto import dominates
-from obliteratus.verify import Measurement, measure
+from obliteratus.verify import Measurement, measure, scorers
 from obliteratus.verify.behavior import COUNTED, GROUPS, shows_already
 from obliteratus.verify.drift import drift_scores
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
@@ -88,6 +89,8 @@ class TrialScorer:
         self.groups = [g for g in GROUPS if g in prompts.groups]
         self.before = before
         self.other_scorers = [step for step in recipe.verify if step.use not in ESTIMATED_SCORERS]
+        self.answer_steps = [step for step in recipe.verify if step.use == "behavior"]
+        self.needed_scorers: list[Step] | None = None
         self.rows = {g: render_prompts(subject, prompts[g], reserve=recipe.search.tokens) for g in self.groups}
         self.answered_groups = [g for g in self.groups if g != "control"]
         weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
@@ -144,12 +147,12 @@ class TrialScorer:
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
 
     def _estimate_controls(self) -> dict[str, float]:
-        """Return KL and the estimated rate of control prompts, and the other scorers if an objective needs them."""
+        """Return KL and the estimated rate of control prompts, and other scores that an objective needs."""
         control = self.control.first_token()
         divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
         scores = {name: score.value for name, score in drift_scores("kl.first_token", divergence).items()}
         scores[self.judge.rate_of("control")] = self._estimate_rate(control)
-        return scores | (self._run_other_scorers() if self._needs_other_scorers(scores) else {})
+        return scores | self._run_other_scorers(scores)
 
     def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
         return self.scale.estimate_rate(logp.nan_to_num(nan=0.0))
@@ -209,18 +212,32 @@ class TrialScorer:
         """Return the values of ``search.minimize``, in order. Raises UserError for a name that no scorer returns."""
         return tuple(read_objective(name, verdict.scores) for name in self.minimize)
 
-    def excess_control(self, scores: Scores) -> float:
-        """Return by how much the rate on control prompts exceeds what is allowed; at most 0 is feasible."""
-        rate = self.judge.rate_of("control")
-        return scores[rate] - self.before.scores[rate].value - self.search.control_margin
+    def measure_excess(self, scores: Scores) -> dict[str, float]:
+        """Return by how much each limit of the search is exceeded; nothing above 0 is feasible."""
+        return measure_excess(scores, self.before.scores, self.search, self.judge.rate_of("control"))
 
-    def _needs_other_scorers(self, estimate: Scores) -> bool:
-        """Whether an objective is missing from the estimate. Other scorers cost passes of their own."""
+    def _run_other_scorers(self, estimate: Scores) -> dict[str, float]:
+        """Return the scores that objectives need and the estimate lacks. Each scorer costs passes of its own.
+
+        The first trial runs one scorer after the other and keeps in mind which are needed.
+        """
         estimated = {*estimate, *(self.judge.rate_of(g) for g in self.groups)}
-        return any(name.removeprefix("-") not in estimated for name in self.minimize)
+        missing = {name.removeprefix("-") for name in self.minimize} - estimated
+        steps = self.other_scorers if self.needed_scorers is None else self.needed_scorers
+        scores, self.needed_scorers = dict[str, float](), []
+        for step in steps if missing else ():
+            found = self._run_scorer(step)
+            scores |= {name: value for name, value in found.items() if name not in estimated}
+            if missing & set(found):
+                self.needed_scorers.append(step)
+        return scores
 
-    def _run_other_scorers(self) -> dict[str, float]:
-        measurement = measure(self.subject, self.prompts, self.other_scorers, self.before, judge=self.judge)
+    def _run_scorer(self, step: Step) -> dict[str, float]:
+        """Return the scores of one scorer, which may need answers of its own."""
+        answers = [s for s in self.answer_steps if "answers" in scorers[step.use].needs]
+        measurement = measure(
+            self.subject, self.prompts, [*answers, step], self.before, base=self.subject, judge=self.judge
+        )
         return {name: score.value for name, score in measurement.scores.items()}
 
     def describe_openings(self) -> str:

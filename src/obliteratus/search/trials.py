@@ -32,7 +32,7 @@ class Trial:
     answered: bool
     """Whether its rates come from answers."""
     feasible: bool
-    """Whether it keeps the rate on control prompts within ``search.control_margin``."""
+    """Whether it keeps within those limits of the search that its scores say anything about."""
     seconds: float
 
 
@@ -80,7 +80,8 @@ def run_trial(
         "answered": verdict.answered,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    study.tell(trial, scorer.objectives(verdict), scorer.excess_control(verdict.scores), attributes)
+    excess = max(scorer.measure_excess(verdict.scores).values())
+    study.tell(trial, scorer.objectives(verdict), excess, attributes)
     return verdict
 
 

@@ -4,7 +4,7 @@ Each scorer is one registered function; importing this package registers them al
 inference, judge, prompts and excise.
 """
 
-from obliteratus.verify import accuracy, behavior, drift, first_token, fluency, tokens
+from obliteratus.verify import accuracy, behavior, continuations, drift, first_token, fluency, style
 from obliteratus.verify.before_and_after import measure_before_and_after
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, measure, scorers
 
@@ -14,11 +14,12 @@ __all__ = [
     "ScorerContext",
     "accuracy",
     "behavior",
+    "continuations",
     "drift",
     "first_token",
     "fluency",
     "measure",
     "measure_before_and_after",
     "scorers",
-    "tokens",
+    "style",
 ]

@@ -56,7 +56,7 @@ def streamable_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
     names = {step.use for step in steps}
     score = (Step(use="behavior_score"),) if "behavior" in names and "behavior_score" not in names else ()
     if dropped := [step.use for step in steps if step.use not in (*ONE_PASS_SCORERS, "behavior")]:
-        note("VERIFY", f"skipped {', '.join(dropped)}: generating answers would read all weights once per token")
+        note("VERIFY", f"skipped {', '.join(dropped)}: one pass over the weights on disk cannot serve them")
     return (*score, *(step for step in steps if step.use in ONE_PASS_SCORERS))
 
 

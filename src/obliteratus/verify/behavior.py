@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from obliteratus.core.cost import Answers, Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
+from obliteratus.core.shapes import Int
 from obliteratus.core.types import Subject
 from obliteratus.inference.answers import AnswerDecoder
-from obliteratus.inference.chat_template import render_prompts
-from obliteratus.inference.generate import IsDone
+from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.generate import IsDone, stop_tokens
 from obliteratus.judge.judge import SHOWN, Judge, Verdict
 from obliteratus.judge.rung import Answered
 from obliteratus.verify.intervals import wilson_rate
@@ -35,6 +37,9 @@ RARE_SHARES = frozenset({"partial", "unknown", "unfinished"})
 # Answer tokens between two looks at whether a row already shows the behavior. A look takes 0.13 ms: at each of the
 # 48 tokens of 160 answers that would be up to 1 s of the 20 s that VERIFY takes on a 135M model.
 LOOK_EVERY = 4
+CONTROL_ANSWERS = "answers.control"
+"""Name of the tensor [prompts, tokens] with the tokens of the control answers, filled up with `PADDING`."""
+PADDING = -1  # no token has this id
 
 
 @scorers.register(
@@ -55,7 +60,8 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
     controls = [i for i, (group, _) in enumerate(asked) if group == "control"]
     # all groups together, because the more rows a decoding step has, the less each costs
     ids = render_prompts(context.subject, [prompt for _, prompt in asked], reserve=tokens)
-    answers, first = context.answers(ids, tokens, shows_already(context.subject, context.judge), controls)
+    done = shows_already(context.subject, context.judge)
+    answers, first = context.answers(ids, tokens, done, controls)
     texts = AnswerDecoder.create(context.subject).decode_all(answers)
     answered = [Answered(prompt.text, text, prompt.category) for (_, prompt), text in zip(asked, texts, strict=True)]
     records = [
@@ -70,7 +76,8 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
             items[score] = ItemValues(torch.tensor([float(r["verdict"] in counted) for r in group_records]), "share")
             scores[score] = items[score].score()
         scores |= _category_scores(context.judge.rate_of(group), group_records)
-    return Measurement(scores, records, {"first_token.control": first} if len(first) else {}, items)
+    tensors = {CONTROL_ANSWERS: tabulate_answers(context.subject, [answers[i] for i in controls], tokens, done)}
+    return Measurement(scores, records, tensors | ({"first_token.control": first} if len(first) else {}), items)
 
 
 def behavior_tokens(steps: Sequence[Step]) -> int:
@@ -95,6 +102,20 @@ def shows_already(subject: Subject, judge: Judge) -> IsDone:
         return len(new) % LOOK_EVERY == 0 and judge.is_shown(decoder.decode(new))
 
     return is_done
+
+
+def tabulate_answers(subject: Subject, answers: Ids, tokens: int, done: IsDone) -> Int[Tensor, "answers tokens"]:
+    """Return the tokens of answers of at most ``tokens``, filled up with `PADDING`.
+
+    The end token of an answer that ended by itself is there too. done: what else ended answers.
+    """
+    # the end token is predicted but never fed back, so any of several end tokens will do
+    end = min(stop_tokens(subject), default=0)
+    table = torch.full((len(answers), tokens), PADDING, dtype=torch.int32)
+    for row, answer in zip(table, answers, strict=True):
+        whole = answer if len(answer) == tokens or done(answer) else [*answer, end]
+        row[: len(whole)] = torch.tensor(whole, dtype=torch.int32)
+    return table
 
 
 def _category_scores(score: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Score]:

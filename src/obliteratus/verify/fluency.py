@@ -19,6 +19,7 @@ from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import context_length, render_prompts
 from obliteratus.inference.generate import stop_tokens
 from obliteratus.inference.teacher_forced import read_answers
+from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import group_ratio
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
 
@@ -28,8 +29,19 @@ GROUPS = ("target", "control")
 OPENING = 4
 
 
-@scorers.register("fluency", cost=lambda options: Cost(texts=prompt_count("report")))
-def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64)] = OPENING) -> Measurement:
+def estimate_cost(prompts: int) -> Cost:
+    """Return the cost of reading so many answers of each group."""
+    target, control = (prompt_count("report", group, prompts) for group in GROUPS)
+    return Cost(texts=target + control)
+
+
+@scorers.register("fluency", needs=("answers", "base"), cost=lambda options: estimate_cost(options["prompts"]))
+def fluency(
+    context: ScorerContext,
+    *,
+    opening: Annotated[int, Field(ge=0, le=64)] = OPENING,
+    prompts: Annotated[int, Field(ge=2)] = 24,
+) -> Measurement:
     """Score the unedited model's perplexity on the answers to target and to control prompts, and their ratio.
 
     It is exp of the mean over answers of the mean loss per token, each behind its own prompt. The answers are those of
@@ -37,26 +49,34 @@ def fluency(context: ScorerContext, *, opening: Annotated[int, Field(ge=0, le=64
     as its end token. Loops are likely text, so read it together with ``degenerate``.
 
     opening: how many first tokens of each answer do not count; an answer that is no longer than that counts whole.
-    Raises UserError without answers, or if the unedited model is not at hand.
+    prompts: the most prompts of each group, evenly spaced. Raises UserError without answers, or if the unedited model
+    is not at hand.
     """
     base = context.subject if context.before is None else context.base
     if base is None:
         raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        opened = AnswerDecoder.create(context.subject).opened  # by the template, so that it is no part of the answer
-        records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
-        answers = [record["answer"].removeprefix(opened) for record in records]
-        if len(answers) != len(context.prompts[group]):
-            raise UserError("fluency: there are no answers to score; put the step behavior before it")
+        answers = _answers_of(context, group)
+        rows = evenly_spaced(len(answers), prompts)
+        asked = [context.prompts[group][row] for row in rows]
         with without_edits():
-            losses = answer_losses(base, context.prompts[group], answers, opening)
+            losses = answer_losses(base, asked, [answers[row] for row in rows], opening)
         items[f"fluency.{group}"] = ItemValues(losses, "perplexity")
     scores = {name: item.score() for name, item in items.items()}
     if len(items) == len(GROUPS):
         target, control = items.values()
         scores["fluency.ratio"] = group_ratio(target.values, control.values)
     return Measurement(scores, items=items)
+
+
+def _answers_of(context: ScorerContext, group: str) -> list[str]:
+    """Return the answers to a group. Raises UserError if there are none."""
+    opened = AnswerDecoder.create(context.subject).opened  # by the template, so that it is no part of the answer
+    records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
+    if len(records) != len(context.prompts[group]):
+        raise UserError("fluency: there are no answers to score; put the step behavior before it")
+    return [record["answer"].removeprefix(opened) for record in records]
 
 
 def answer_losses(

@@ -40,8 +40,8 @@ class ItemValues:
     """One number per prompt, text or question."""
 
     values: Float[Tensor, " n"]
-    unit: Literal["share", "nats", "perplexity"]
-    """share: 0 or 1 per item. nats: averaged. perplexity: mean losses in nats; the score is exp of their mean."""
+    unit: Literal["share", "nats", "perplexity", "tokens"]
+    """share: 0 or 1 per item. nats, tokens: averaged. perplexity: mean losses in nats, scored as exp of their mean."""
 
     def score(self) -> Score:
         """Return the average over items with its 95 % interval, if it has one."""
@@ -151,7 +151,13 @@ Scorer = Callable[..., Measurement]
 """(context, **options) → per-item values, scores, records and tensors of the model as it is edited at that moment."""
 
 scorers: Registry[Scorer] = Registry(
-    "verify", renamed={"accuracy.labelled": "labeled", "refusal": "behavior", "refusal_score": "behavior_score"}
+    "verify",
+    renamed={
+        "tokens_kl": "continuation_kl",
+        "accuracy.labelled": "labeled",
+        "refusal": "behavior",
+        "refusal_score": "behavior_score",
+    },
 )
 
 

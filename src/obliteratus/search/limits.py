@@ -1,0 +1,34 @@
+"""What a plan may cost: limits on the control prompts' rate, on degenerate answers, and on answers' perplexity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from obliteratus.core.results import Score
+from obliteratus.core.settings import Search
+from obliteratus.verify.behavior import GROUPS
+
+Scores = Mapping[str, float]
+
+
+def measure_excess(scores: Scores, base: Mapping[str, Score], search: Search, control_rate: str) -> dict[str, float]:
+    """Return by how much scores exceed each limit that they say anything about, by the limit's name in ``search``.
+
+    A plan is feasible if nothing is above 0. base: scores of the unedited model. control_rate: the name of the score
+    that is the behavior's rate on control prompts.
+    """
+    excess = {"control_margin": scores[control_rate] - base[control_rate].value - search.control_margin}
+    loops = [f"degenerate.{group}" for group in GROUPS if f"degenerate.{group}" in scores]
+    if loops:
+        excess["degenerate_margin"] = max(scores[n] - base[n].value for n in loops) - search.degenerate_margin
+    odd = [scores[name] for name in ("fluency.target", "fluency.control") if name in scores]
+    if odd and "fluency.control" in base:
+        excess["fluency_limit"] = max(odd) / base["fluency.control"].value - search.fluency_limit
+    return excess
+
+
+def count_exceeded(excesses: Iterable[Mapping[str, float]]) -> str:
+    """Return how many plans exceed which limit, as text: ``3 exceed search.control_margin``."""
+    counts = Counter(name for excess in excesses for name, value in excess.items() if not value <= 0)
+    return ", ".join(f"{n} exceed search.{name}" for name, n in counts.items())

@@ -1,0 +1,65 @@
+"""Which scores tables show: the behavior first, then answers, then drift; details only where there is room."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+from tests.support.tiny import run_of, tiny_subject
+
+from obliteratus.cli.terminal import score_table
+from obliteratus.core.results import Score
+from obliteratus.rebirth.model_card import format_score_table
+from obliteratus.verify.score_names import names_to_show
+
+VALUES = {
+    "refusal.target": [0.9, 0.1],
+    "refusal.target/stars": [0.9, 0.1],
+    "kl.first_token.mean": [0.1],
+    "kl.first_token.p99": [0.3],
+    "kl.first_token.answered.mean": [0.1],
+    "kl.continuation.answered.mean": [0.1],
+    "kl.continuation.answered.p95": [0.2],
+    "perplexity": [46.0, 46.5],
+    "degenerate.target": [0.0, 0.0],
+    "unknown.target": [0.0, 0.0],
+    "unknown.control": [0.0, 0.1],
+    "length.control": [40.0, 41.5],
+    "length.control.change": [1.5],
+    "same_language.target": [1.0, 1.0],
+    "same_language.control": [1.0, 0.9],
+    "fluency.ratio": [1.0, 1.5],
+}
+
+
+def test_groups_are_in_their_order() -> None:
+    behavior, answers, drift = names_to_show(VALUES, brief=False)
+    assert behavior == ["refusal.target", "unknown.control"]
+    assert answers[:3] == ["degenerate.target", "fluency.ratio", "length.control"]
+    assert drift[-1] == "perplexity"
+    shown = {*behavior, *answers, *drift}
+    assert set(VALUES) - shown == {"refusal.target/stars", "unknown.target"}
+
+
+def test_brief_tables_leave_details_out() -> None:
+    shown = {name for group in names_to_show(VALUES, brief=True) for name in group}
+    left_out = {"kl.first_token.p99", "kl.continuation.answered.mean", "kl.continuation.answered.p95"}
+    left_out |= {"length.control.change", "same_language.target"}
+    assert set(VALUES) - shown == left_out | {"refusal.target/stars", "unknown.target"}
+    assert names_to_show({"perplexity": [1.0]}, brief=True) == [["perplexity"]]
+
+
+def test_the_terminal_has_room_for_it_and_the_card_has_all() -> None:
+    def score(name: str, value: float) -> Score:
+        units = {"length": "tokens", "kl": "nats", "perplexity": "perplexity", "fluency": "ratio"}
+        return Score(value=value, low=value / 2, high=1.0, n=128, unit=units.get(name.partition(".")[0], "share"))
+
+    after = {name: score(name, values[-1]) for name, values in VALUES.items()}
+    run = run_of(tiny_subject("llama")).model_copy(update={"before": after, "after": after})
+    console = Console(file=StringIO(), width=80)
+    console.print(score_table(run))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "kl.first_token.answered.mean" in text
+    assert "length.control.change" not in text
+    assert "length.control.change" in format_score_table(run)
