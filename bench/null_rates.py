@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -107,9 +107,11 @@ class Source:
         generator = torch.Generator().manual_seed(LABEL_SEED + seed)
         order = torch.randperm(len(self.prompts), generator=generator)
         parts = order[: 2 * (sizes.fit + sizes.held_out)].split([sizes.fit] * 2 + [sizes.held_out] * 2)
-        acts = Activations({g: _make_moments(self.rows[part]) for g, part in zip(GROUPS, parts, strict=False)}, -1)
+        acts = make_activations([self.rows[part] for part in parts[:2]])
         fit, held_out = (
-            PromptSet({g: tuple(self._categorize(int(i), seed) for i in part) for g, part in zip(GROUPS, two)})
+            PromptSet(
+                {g: tuple(self._categorize(int(i), seed) for i in part) for g, part in zip(GROUPS, two, strict=True)}
+            )
             for two in (parts[:2], parts[2:])
         )
         return AnalysisContext(acts, find_directions(acts, DISTILL_STEPS), self.subject, fit, held_out)
@@ -119,8 +121,10 @@ class Source:
         return replace(self.prompts[i], category=CATEGORIES[zlib.crc32(f"{seed} {i}".encode()) % len(CATEGORIES)])
 
 
-def _make_moments(rows: Tensor) -> Moments:
-    return Moments(len(rows), rows.double().mean(0).float(), rows)
+def make_activations(groups: Sequence[Tensor]) -> Activations:
+    """Return activations with these rows of the target and the control, [prompts, streams, width]."""
+    moments = {g: Moments(len(x), x.double().mean(0).float(), x) for g, x in zip(GROUPS, groups, strict=True)}
+    return Activations(moments, -1)
 
 
 def open_sources(name: str, sizes: Sizes) -> Sequence[Callable[[], Source]]:
@@ -131,12 +135,15 @@ def open_sources(name: str, sizes: Sizes) -> Sequence[Callable[[], Source]]:
     if name in ORGANISMS:
         source = Source(open_organism(name), pool)
         return [lambda: source]
-    return [lambda seed=seed: Source(make_random_model(seed), pool) for seed in range(sizes.models)]
+    return [partial(_open_random_model, seed, pool) for seed in range(sizes.models)]
 
 
-def make_random_model(seed: int) -> Subject:
-    """Return a random Llama of four blocks, 32 dimensions and 4 heads, with SmolLM2's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(prepare_base())
+def _open_random_model(seed: int, pool: tuple[Prompt, ...]) -> Source:
+    return Source(make_random_model(seed, AutoTokenizer.from_pretrained(prepare_base())), pool)
+
+
+def make_random_model(seed: int, tokenizer: Any) -> Subject:
+    """Return a random Llama of four blocks, 32 dimensions and 4 heads."""
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -177,7 +184,7 @@ def _transfer_between_strangers(context: AnalysisContext, source: Source, seed: 
     order = torch.randperm(len(source.rows), generator=torch.Generator().manual_seed(2 * LABEL_SEED + seed))
     n = len(context.prompts["target"])
     others = source.rows[order[: 2 * n]]
-    two = Activations({g: _make_moments(x) for g, x in zip(GROUPS, others.split(n), strict=True)}, -1)
+    two = make_activations(others.split(n))
     middle = source.subject.n_layers // 2
     return measure_transfer(context.activations, two, (middle, middle), seed=seed).significant
 

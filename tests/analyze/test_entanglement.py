@@ -89,8 +89,7 @@ def test_random_directions_find_nothing() -> None:
     """Of 12 contexts with a random direction, fewer than one is expected to show a layer."""
     context = leaning(None)
     found = [
-        measure_entanglement(with_random_direction(context, seed), prompts=4, seed=100 * seed)
-        for seed in range(12)
+        measure_entanglement(with_random_direction(context, seed), prompts=4, seed=100 * seed) for seed in range(12)
     ]
     assert sum(bool(one.significant) for one in found) <= 3  # more by chance in one of 450
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from tests.support.contexts import (
     context_of_activations,
     context_of_model,

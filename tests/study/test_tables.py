@@ -95,8 +95,8 @@ def test_metrics_are_those_that_changed() -> None:
 def test_what_is_told() -> None:
     """Results of earlier versions, without differences, go by each part's own interval."""
     assert summarize(make_results(), "perplexity") == (
-        "block 0 matters most, ×31.000 [30.950, 31.050]; 42 of 48 parts show damage only, each by its own 95 % interval "
-        "(1.2 would by chance); 36 of 48 do more damage than each of 4 random controls"
+        "block 0 matters most, ×31.000 [30.950, 31.050]; 42 of 48 parts show damage only, each by its own 95 % "
+        "interval (1.2 would by chance); 36 of 48 do more damage than each of 4 random controls"
     )
     assert "interval" not in summarize(make_refusal_results(), "kl.first_token")  # a KL is never below 0
     assert summarize([make_baseline()], "perplexity") == "no part has been knocked out yet"

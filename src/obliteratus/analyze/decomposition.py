@@ -117,9 +117,9 @@ def decompose_difference(context: AnalysisContext, *, stream: Stream = None, see
     subject, prompts = context.subject, context.held_out
     heads = _project_head_weights(subject, aim)
     position = context.activations.position
-    rows = [_measure_components(subject, prompts[group], aim, heads, position) for group in GROUPS]
+    target, control = (_measure_components(subject, prompts[group], aim, heads, position) for group in GROUPS)
     names = ["embeddings"] + [f"block {block} {part}" for block in range(aim.stream) for part in PARTS]
-    parts, of_heads = contrast_between_groups(*rows, seed).split(len(names))
+    parts, of_heads = contrast_between_groups(target, control, seed).split(len(names))
     return Decomposition(
         stream=aim.stream,
         total=float(parts.value.double().sum()),
@@ -127,7 +127,7 @@ def decompose_difference(context: AnalysisContext, *, stream: Stream = None, see
         parts=parts,
         heads=of_heads,
         head_names=tuple((head.site.layer, i) for head in heads for i in range(len(head.along))),
-        prompts=(len(rows[0]), len(rows[1])),
+        prompts=(len(target), len(control)),
     )
 
 

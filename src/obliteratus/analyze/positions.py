@@ -46,7 +46,12 @@ class Positions:
         values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
         tables = {name: value.reshape(shape).tolist() for name, value in values.items()}
         found = [list(self.locate(i)) for i in self.contrast.significant]
-        about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "level": LEVEL, "prompts": list(self.prompts)}
+        about = {
+            "tokens": list(self.tokens),
+            "limit": self.contrast.limit,
+            "level": LEVEL,
+            "prompts": list(self.prompts),
+        }
         return {**about, "found": found, **tables}
 
     def summary(self) -> str:

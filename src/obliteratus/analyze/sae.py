@@ -131,8 +131,8 @@ class SparseDecomposition:
         listed = ", ".join(f"{a.feature} ({a.coefficient:+.2f}, AUC {a.auc.value:.2f})" for a in self.atoms[:LISTED])
         return (
             f"{where} is sparser in {self.features} features than chance: {k} {'explains' if k == 1 else 'explain'} "
-            f"{float(self.share[k - 1]):.0%} (by chance at most {float(self.by_chance[1, k - 1]):.0%}, {n} prompts, level {self.level:g}); "
-            f"first features {listed}"
+            f"{float(self.share[k - 1]):.0%} (by chance at most {float(self.by_chance[1, k - 1]):.0%}, {n} prompts, "
+            f"level {self.level:g}); first features {listed}"
         )
 
     def draw(self, figure: Figure) -> None:

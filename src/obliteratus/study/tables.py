@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from obliteratus.analyze.samples import LEVEL
 from obliteratus.core.results import Score
 from obliteratus.report.html import Table
-from obliteratus.analyze.samples import LEVEL
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.ranking import (
     RATIOS,
