@@ -57,7 +57,6 @@ def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
         edited = baked(subject.model, layer, d)
         values = [divergence(logits(plain, row), logits(edited, row)) for row in ids]
         assert found.kl[layer].value == pytest.approx(float(torch.stack(values).mean()), rel=1e-3, abs=1e-6)
-        assert found.kl[layer].low <= found.kl[layer].value <= found.kl[layer].high
         assert found.kl[layer].n == 5
 
 

@@ -44,7 +44,8 @@ def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> N
     assert effect(found, "block", 7, -1) == pytest.approx(found.gap.value, rel=1e-4)  # the whole way
     assert effect(found, "head", block, -1, 0) == pytest.approx(effect(found, "attention", block, -1), rel=1e-4)
     assert float(found.share(found.effects)[found.places.index(blocks[-1])]) == pytest.approx(1, rel=1e-4)
-    assert found.gap.low > 1
+    assert found.gap.value > 1
+    assert found.apart
     check_finding(found, ["layer", "token", "share of the gap"])
 
 

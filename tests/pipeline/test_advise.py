@@ -46,7 +46,10 @@ def reached(*answered: tuple[str, int, float], mlp: tuple[float, ...] = (0.3, 0.
         "random": (0.0,) * 4,
     }
     tables = [{part: tuple(map(score, row)) for part, row in table.items()} for table in (left, kl)]
-    return Reach(DEPTHS, tables[0], tables[1], tuple((p, d, score(x)) for p, d, x in answered), ("N",))
+    effective = tuple(d for d, own in zip(DEPTHS, left["both"], strict=True) if own < 0.5)
+    working = frozenset(part for part, row in left.items() if part != "random" and min(row) < 0.99)
+    tried = tuple((p, d, score(x)) for p, d, x in answered)
+    return Reach(DEPTHS, tables[0], tables[1], tried, ("N",), effective, working)
 
 
 def coned(cosine: list[list[float]]) -> Cones:
@@ -137,7 +140,7 @@ def test_a_search_may_look_where_removal_works() -> None:
     assert (spans["weigh.0.low"].low, spans["weigh.0.low"].high) == (0.0, pytest.approx(4 / 7, abs=0.01))
     assert set(spans) == {"weigh.0.low", "weigh.1.attn", "weigh.1.mlp"}
     assert "weigh.1.mlp" not in advised({"reach": reached(mlp=(1.0,) * 4)}).ranges
-    none = replace(reached(), remaining={part: tuple(map(score, (1.0,) * 4)) for part in reached().remaining})
+    none = replace(reached(), effective_depths=(), working=frozenset())
     assert advised({"reach": none}).ranges == {}
 
 

@@ -17,6 +17,7 @@ from obliteratus.analyze.samples import LEVEL
 from obliteratus.core.shapes import Float
 
 RESAMPLES = 1000  # permutations; the 95 % point of a maximum then rests on 50 of them
+LEAST_PAIRS = 6  # with fewer, even the rarest of all sign flips is no rarer than the level
 MOST_PAIRS = 11  # up to here all 2^(pairs − 1) sign flips are tried, which are no more than `RESAMPLES`
 SAME = 1e-9  # relative: two draws that differ by less are equal but for the rounding of fp64
 # A sum of fp32 numbers has a rounding error of up to this share of the largest of them; a smaller difference is none.

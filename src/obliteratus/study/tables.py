@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from obliteratus.analyze.samples import LEVEL
+from obliteratus.analyze.significance import LEAST_PAIRS
 from obliteratus.core.results import Score
 from obliteratus.report.html import Table
 from obliteratus.study.base import KnockoutResult
@@ -30,7 +31,6 @@ WHOLE_MODEL = "whole model"
 NO_SHARES = ("kl.", "perplexity")  # prefixes of scores that are no shares: changes of all others are in points
 LAST_METRIC = "degenerate."  # whether answers are words at all: they mostly are, and the column tells nothing
 NEGLIGIBLE_KL = 1e-6  # nats: a smaller KL is rounding
-LEAST_ITEMS = 6  # with fewer, even the rarest of all sign flips is no rarer than the level
 CHANCE = 0.025  # of 95 % intervals of parts without any effect: they lie beyond no change on the side of damage
 LARGE = 1e5  # from here on a number's digits tell nothing, so it is shown as 1.2e7
 FACTS = ("strategy", "component", "layer", "part", "size", "control", "seconds")
@@ -91,8 +91,8 @@ def find_harmful(parts: Sequence[KnockoutResult], metric: str) -> list[KnockoutR
 
 def _count_together(changed: ChangedParts, metric: str) -> str:
     tested = f"{changed.parts} parts, {changed.items} items, level {LEVEL:g} over all parts"
-    if changed.items < LEAST_ITEMS:
-        tested += f"; fewer than {LEAST_ITEMS} items show nothing"
+    if changed.items < LEAST_PAIRS:
+        tested += f"; fewer than {LEAST_PAIRS} items show nothing"
     counts = [f"{len(changed.worse)} of {changed.parts} parts do damage" if changed.worse else ""]
     counts.append(f"{len(changed.better)} of {changed.parts} parts improve {metric}" if changed.better else "")
     found = " and ".join(filter(None, counts)) or f"no part changes {metric}"
