@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from bench.null_rates import Sizes, Source, make_random_model
 from tests.support.contexts import (
     check_finding,
     context_of_model,
@@ -17,12 +19,13 @@ from tests.support.contexts import (
     with_same_groups,
 )
 from tests.support.refuser import COMMON, asked, shuffled
-from tests.support.tiny import tiny_subject
+from tests.support.tiny import tiny_subject, tiny_tokenizer
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
 from obliteratus.analyze.decomposition import Decomposition, decompose_difference
 from obliteratus.core.errors import UserError
+from obliteratus.core.types import Prompt
 
 KINDS = ("llama_biased", "gemma2", "gpt2", "gpt_neox", "qwen2_moe", "gpt_oss", "falcon_h1", "granitemoe", "nemotron_h")
 
@@ -167,5 +170,27 @@ def test_a_random_direction_has_nothing_of_it() -> None:
     assert all(float(part.value.abs().max()) < 1e-4 for part in (found.parts, found.heads))
 
 
+def count_findings(draws: int, held_out: bool) -> int:
+    """How often meaningless labels find anything in a random model, measured on other prompts or on the same."""
+    letters = torch.randint(97, 123, (64, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = tuple(Prompt(bytes(row).decode()) for row in letters)
+    subject, found = make_random_model(0, tiny_tokenizer()), 0
+    source = Source(subject, texts)
+    for seed in range(draws):
+        context = source.draw(Sizes(pool=64, fit=16, held_out=16, models=1), seed)
+        other = context if held_out else replace(context, held_out=context.prompts)
+        one = decompose_difference(other, stream=subject.n_layers, seed=seed)
+        found += bool(one.parts.significant or one.heads.significant)
+    return found
+
+
+def test_meaningless_labels_are_found_no_more_often_than_the_level() -> None:
+    assert count_findings(200, held_out=True) <= 21  # the binomial's 99.9 % point
+
+
+def test_on_the_prompts_that_the_direction_was_fitted_on_they_would_be() -> None:
+    assert count_findings(40, held_out=False) > 8  # by chance in one of 2000
+
+
 def test_it_is_registered_with_its_cost() -> None:
-    assert str(analyses["decomposition"].cost({})) == "(N_fit,target + N_fit,control) forwards"
+    assert str(analyses["decomposition"].cost({})) == "(N_search,target + N_search,control) forwards"

@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.entanglement import compute_entanglement_ratio, measure_entanglement
+from obliteratus.analyze.entanglement import compare_with_random_labels, measure_entanglement
 from obliteratus.core.settings import Step
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
@@ -38,10 +38,10 @@ def leaning(layer: int | None = 1) -> AnalysisContext:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_layer_that_controls_lean_on_is_found(layer: int) -> None:
-    found = measure_entanglement(leaning(layer), random=16)
+    found = measure_entanglement(leaning(layer), random=19)
     assert found.significant == [layer]
     assert found.kl[layer].value == max(score.value for score in found.kl)
-    assert f"random directions: {layer}" in found.summary()
+    assert f"random labels' directions: {layer} (level 0.05" in found.summary()
     check_finding(found, ["layer", "KL on controls (nats)"])
 
 
@@ -57,7 +57,6 @@ def test_kl_is_that_of_baked_weights_one_prompt_at_a_time(name: str) -> None:
         edited = baked(subject.model, layer, d)
         values = [divergence(logits(plain, row), logits(edited, row)) for row in ids]
         assert found.kl[layer].value == pytest.approx(float(torch.stack(values).mean()), rel=1e-3, abs=1e-6)
-        assert found.kl[layer].low <= found.kl[layer].value <= found.kl[layer].high
         assert found.kl[layer].n == 5
 
 
@@ -89,8 +88,7 @@ def test_random_directions_find_nothing() -> None:
     """Of 12 contexts with a random direction, fewer than one is expected to show a layer."""
     context = leaning(None)
     found = [
-        measure_entanglement(with_random_direction(context, seed), prompts=4, random=4, seed=100 * seed)
-        for seed in range(12)
+        measure_entanglement(with_random_direction(context, seed), prompts=4, seed=100 * seed) for seed in range(12)
     ]
     assert sum(bool(one.significant) for one in found) <= 3  # more by chance in one of 450
 
@@ -112,15 +110,25 @@ def test_identical_groups_have_no_direction_to_remove() -> None:
 
 
 @pytest.mark.parametrize("freedom", [1, 30])
-def test_the_limit_holds_its_level_on_random_numbers(freedom: int) -> None:
+def test_random_numbers_are_found_no_more_often_than_the_level(freedom: int) -> None:
     alarms = 0
-    for seed in range(50):
-        numbers = torch.randn(12, 5, freedom, generator=torch.Generator().manual_seed(seed))
-        ratio, limit = compute_entanglement_ratio(numbers.square().sum(2) * torch.logspace(-3, 0, 12)[:, None])
-        alarms += bool((ratio > limit).any())
-    assert alarms <= 7  # 2.5 expected; more by chance in one of a hundred
+    for seed in range(200):
+        numbers = torch.randn(12, 20, freedom, generator=torch.Generator().manual_seed(seed)).square().sum(2)
+        _, p = compare_with_random_labels(numbers * torch.logspace(-3, 0, 12)[:, None])
+        alarms += bool((p <= 0.05).any())
+    assert 1 <= alarms <= 21  # the binomial's 99.9 % point
+
+
+def test_a_layer_that_stands_out_is_found_and_only_it() -> None:
+    numbers = torch.randn(12, 20, 3, generator=torch.Generator().manual_seed(0)).square().sum(2)
+    numbers[5, 0] = 40 * numbers[5].mean()
+    numbers[7] = 0
+    ratio, p = compare_with_random_labels(numbers)
+    assert (p <= 0.05).nonzero().flatten().tolist() == [5]
+    assert float(ratio[5]) == pytest.approx(float(numbers[5, 0] / numbers[5, 1:].mean()), rel=1e-5)
+    assert (float(ratio[7]), float(p[7])) == (0, 1)
 
 
 def test_it_is_registered_with_its_cost() -> None:
-    cost = analyses["entanglement"].cost({"prompts": 32, "random": 2})
-    assert cost.forwards.evaluate({"N_search,control": 100, "L": 30}) == 32 * (1 + 30 * 3)
+    cost = analyses["entanglement"].cost({"prompts": 32, "random": 19})
+    assert cost.forwards.evaluate({"N_search,control": 100, "L": 30}) == 32 * (1 + 30 * 20)

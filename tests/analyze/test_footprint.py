@@ -1,4 +1,4 @@
-"""The weight footprint: planted writers and planted columns are found, random directions are not."""
+"""The weight footprint: planted writers and planted columns are found, directions of meaningless labels are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from tests.support.contexts import check_finding, context_of_activations, one_population
+from tests.support.contexts import activations_of, check_finding, context_of_activations
 from tests.support.plans import random_basis
 from tests.support.tiny import tiny_subject
 
@@ -33,7 +33,9 @@ def directions(subject: Subject, k: int = 1, seed: int = 0) -> Directions:
 
 
 def run(subject: Subject, found: Directions) -> Footprint:
-    context = context_of_activations(one_population(n=4), found, model=subject)
+    generator = torch.Generator().manual_seed(9)
+    groups = torch.randn(2, 24, subject.n_layers + 1, subject.width, generator=generator)
+    context = context_of_activations(activations_of(*groups), found, model=subject)
     made = analyze(context, [Step(use="footprint", draws=99)])["footprint"]
     assert isinstance(made, Footprint)
     return made

@@ -78,9 +78,9 @@ def test_cosines_are_those_of_float64() -> None:
 
 def test_persistence_by_hand() -> None:
     cosine = torch.tensor([[1, 0.5, 0.2], [0.5, 1, 0.1], [0.2, 0.1, 1]], dtype=torch.float64)
-    found = Geometry(cosine, (0, 1, 2), (), (0, 0, 0), torch.zeros(3).double(), 0.7, 10)
+    found = Geometry(cosine, (0, 1, 2), (), (0, 0, 0), torch.zeros(3).double(), 0.7, 0.05, 10)
     torch.testing.assert_close(found.persistence, torch.tensor([1, 0.3, 0.2]).double())
-    apart = Geometry(cosine, (0, 2), (), (0, 0), torch.zeros(3).double(), 0.7, 10)
+    apart = Geometry(cosine, (0, 2), (), (0, 0), torch.zeros(3).double(), 0.7, 0.05, 10)
     assert apart.to_dict()["persistence"] == [1, None, 0.2]  # no two lie one apart
 
 

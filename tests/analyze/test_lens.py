@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from tests.support.contexts import (
     check_finding,
@@ -16,10 +15,11 @@ from tests.support.refuser import asked, byte
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.lens import apply_logit_lens, compute_random_limit
+from obliteratus.analyze.chance import draw_chance_directions
+from obliteratus.analyze.lens import apply_logit_lens
 from obliteratus.analyze.readout import compute_logit_effects
+from obliteratus.analyze.samples import familywise_p_values, read_sample
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Directions
 from obliteratus.distill import find_directions
 
 
@@ -60,20 +60,19 @@ def test_streams_that_agree_share_their_tokens() -> None:
     assert found.sharing[3] < 0.5
 
 
-def test_random_directions_promote_nothing() -> None:
-    """200 sets of one direction a stream: 10 of them are expected to hold one beyond the limit."""
+def test_chance_is_that_of_random_labels() -> None:
+    """The limits are those of `familywise_p_values` over the directions that random labels give."""
     context = with_token(stream=2)
-    limit = compute_random_limit(context.subject, 4, 4000, 0)
-    sets = torch.stack([random_basis(context.subject.width, 4, 100 + seed) for seed in range(200)])
-    largest = torch.cat([x.abs().amax(1) for x in compute_logit_effects(context.subject, sets.flatten(0, 1))])
-    beyond = (largest > limit).view(200, 4)
-    assert beyond.any(1).sum() <= 18  # 18 or more by chance in one of a hundred
-    for i in (0, int(beyond.any(1).float().argmax())):
-        directions = Directions(sets[i][:, None], torch.ones(4), torch.ones(4), "known")
-        found = apply_logit_lens(replace(context, directions=directions), random=4000)
-        assert found.limit == limit
-        assert found.significant == beyond[i].nonzero().flatten().tolist()
-    assert compute_random_limit(context.subject, 4, 4000, 1) == pytest.approx(limit, rel=0.05)
+    found = apply_logit_lens(context, draws=199, seed=3)
+    sample = read_sample(context.activations, "lens")
+    table = []
+    for stream in (1, 2, 3):  # no direction at stream 0
+        units = torch.cat([context.directions.basis[stream], draw_chance_directions(sample, stream, 199, 3)])
+        table.append(torch.cat([x.abs().amax(1) for x in compute_logit_effects(context.subject, units)]))
+    expected = familywise_p_values(torch.stack(table, 1).double())
+    assert torch.allclose(found.p[1:], expected)
+    assert found.p[0] == 1
+    assert found.significant == (found.p <= 0.05).nonzero().flatten().tolist()
 
 
 def test_no_direction_promotes_nothing() -> None:

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from tests.support.contexts import context_of_activations, prompts_of_categories, tiny_llama
+from tests.support.contexts import (
+    context_of_activations,
+    context_of_model,
+    prompts_of_categories,
+    stars_and_dishes,
+    tiny_llama,
+)
 from tests.support.pages import ParsedPage, check_self_contained
 from tests.support.planted import planted
 
-from obliteratus.analyze import AnalysisContext, Finding, analyze
+from obliteratus.analyze import Finding, analyze
 from obliteratus.analyze.page import findings_page, format_value, number_tables
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Directions
 
 NAMES = ("geometry", "cones", "separability", "uncertainty", "certificate", "fingerprint")
 
@@ -42,11 +46,7 @@ def findings() -> dict[str, Finding]:
     acts, _ = planted(n=40)
     context = context_of_activations(acts, prompts=prompts_of_categories(*("ab" * 20)))
     found = analyze(context, [Step(use=name, draws=19) for name in NAMES])
-    basis = torch.eye(tiny_llama().width)[: tiny_llama().n_layers + 1, None].contiguous()
-    score = torch.ones(len(basis))
-    writes = AnalysisContext(
-        acts, Directions(basis, score, score, ""), context.subject, context.prompts, context.held_out
-    )
+    writes = context_of_model(tiny_llama(), stars_and_dishes(6))
     return {**found, **analyze(writes, [Step(use="footprint", draws=19)])}
 
 

@@ -35,8 +35,8 @@ def test_estimates_are_the_formulas_with_this_model_and_these_prompts() -> None:
     n, layers = {g: (len(fit[g]), len(held[g])) for g in fit.groups}, tiny_subject("llama").n_layers
     passes = estimate_passes(select_analyses(["geometry", "decomposition", "positions", "entanglement"]), values())
     assert passes == {
-        "decomposition": n["target"][0] + n["control"][0],
-        "entanglement": min(16, n["control"][1]) * (1 + 5 * layers),
+        "decomposition": n["target"][1] + n["control"][1],
+        "entanglement": min(8, n["control"][1]) * (1 + 20 * layers),
         "geometry": 0,
         "positions": n["target"][1] + n["control"][1],
     }

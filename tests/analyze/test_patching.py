@@ -22,7 +22,8 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.analyze import AnalysisContext, analyses
-from obliteratus.analyze.patching import Patching, PatchLocation, patch_activations
+from obliteratus.analyze.patching import Patching, PatchLocation, patch_activations, rank_layers
+from obliteratus.analyze.significance import contrast_within_pairs
 
 
 def effect(found: Patching, kind: str, layer: int, position: int, head: int = -1) -> float:
@@ -43,7 +44,8 @@ def test_the_head_and_the_token_that_carry_the_answer_are_found(block: int) -> N
     assert effect(found, "block", 7, -1) == pytest.approx(found.gap.value, rel=1e-4)  # the whole way
     assert effect(found, "head", block, -1, 0) == pytest.approx(effect(found, "attention", block, -1), rel=1e-4)
     assert float(found.share(found.effects)[found.places.index(blocks[-1])]) == pytest.approx(1, rel=1e-4)
-    assert found.gap.low > 1
+    assert found.gap.value > 1
+    assert found.apart
     check_finding(found, ["layer", "token", "share of the gap"])
 
 
@@ -173,3 +175,41 @@ def test_it_is_registered_with_its_cost() -> None:
     cost = analyses["patching"].cost({"pairs": 8, "positions": 3, "heads": 32})
     assert cost.forwards.evaluate({"N_search,target": 50, "L": 30}) == 8 * (2 + 3 * (3 * 30 + 32))
     assert cost.forwards.evaluate({"N_search,target": 5, "L": 30}) == 5 * (2 + 3 * (3 * 30 + 32))
+
+
+# ------------------------------------------------------------------------------------------------ what it claims
+def test_a_budget_below_a_block_of_heads_says_that_none_was_tried() -> None:
+    found = patch_activations(refusing_context(), pairs=6, positions=1, heads=3)
+    assert found.heads == ()
+    words = "no head was tried (4 heads in a block, budget 3; give heads=4 or more)"
+    assert f"heads: {words}" in found.summary()
+    assert found.to_dict()["untried"] == words
+    enough = patch_activations(refusing_context(), pairs=6, positions=1, heads=4)
+    assert "tried" not in enough.summary()
+    assert enough.to_dict()["untried"] == ""
+
+
+def test_layers_are_ranked_whatever_the_signs_of_their_pairs() -> None:
+    """A layer whose effects agree in sign by chance does not come before one with larger effects."""
+    places = [PatchLocation("attention", 0, -1), PatchLocation("attention", 1, -1), PatchLocation("mlp", 2, -1)]
+    effects = torch.tensor([[1.0, 2.0, 9.0], [1.0, -2.0, 9.0]])
+    flipped = effects * torch.tensor([[1.0], [-1.0]])
+    assert rank_layers(places, effects) == rank_layers(places, flipped) == [1, 0]
+
+
+def test_heads_that_are_chosen_by_the_same_pairs_hold_the_level() -> None:
+    """Effects of 20 attentions, and of the four heads of the largest, on eight pairs: one level for all of them.
+
+    Ranked by the mean, with a limit of their own for the heads, the heads alone are found more often.
+    """
+    places = [PatchLocation("attention", layer, -1) for layer in range(20)]
+    together = chosen_by_mean = 0
+    for seed in range(200):
+        heads = torch.randn(8, 20, 4, generator=torch.Generator().manual_seed(seed))
+        effects = heads.sum(2)
+        best = rank_layers(places, effects)[0]
+        together += bool(contrast_within_pairs(torch.cat([effects, heads[:, best]], 1)).significant)
+        largest = int(effects.mean(0).abs().argmax())
+        chosen_by_mean += bool(contrast_within_pairs(heads[:, largest]).significant)
+    assert together <= 21  # the binomial's 99.9 % point
+    assert chosen_by_mean > 30

@@ -28,7 +28,9 @@ from obliteratus.analyze.reach import (
     Reach,
     choose_first_blocks,
     compute_remaining_behavior,
+    find_effective_depths,
     find_typical_first_tokens,
+    find_working_parts,
     measure_reach,
     plan_removal_from,
     rank_by_effect,
@@ -72,7 +74,7 @@ def test_removal_works_from_the_block_that_refuses_and_from_none_above(block: in
 def test_the_part_that_writes_it_is_told_from_the_other() -> None:
     """Attention writes the refusal; no MLP does."""
     found = reached(4)
-    assert found.remaining["attention"][2].high < 0.05
+    assert found.remaining["attention"][2].value < 0.05
     assert abs(found.remaining["mlp"][2].value - 1) < 1e-3
     assert found.works("attention")
     assert not found.works("mlp")
@@ -159,8 +161,12 @@ def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
 
 def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
     score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
-    left = {p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0, 0)}.items()}
-    cost = {p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0, 0)}.items()}
+    left = {
+        p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0.0, 0.0)}.items()
+    }
+    cost = {
+        p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0.0, 0.0)}.items()
+    }
     assert rank_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
 
 
@@ -295,9 +301,24 @@ def test_a_depth_at_which_any_direction_does_as_much_is_not_found() -> None:
     """Of 32 dimensions, removing a random one in every block moves this model's answers."""
     found = reached(2)
     assert found.effective_depths[0] == 0
-    as_random = replace(found, remaining={**found.remaining, "both": found.remaining["random"]})
-    assert as_random.effective_depths == ()
     assert any(s.value < 0.5 for s in found.remaining["random"])
+    noise = 0.05 * torch.randn(4, 12, 3, generator=torch.Generator().manual_seed(0))
+    little, much = 0.1 + noise[0], 0.9 + noise[1]
+    assert find_effective_depths({"both": little, "random": much}, (1, 2, 3)) == (1, 2, 3)
+    assert find_effective_depths({"both": little, "random": 0.1 + noise[2]}, (1, 2, 3)) == ()
+    assert find_effective_depths({"both": 0.6 + noise[0], "random": much}, (1, 2, 3)) == ()
+    assert find_effective_depths({"both": little[:5], "random": much[:5]}, (1, 2, 3)) == ()  # too few prompts
+
+
+def test_parts_that_do_nothing_are_found_working_no_more_often_than_the_level() -> None:
+    found = 0
+    for seed in range(200):
+        noise = 0.1 * torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(seed))
+        left = dict(zip(("both", "attention", "mlp"), 1 + noise, strict=True)) | {"random": torch.zeros(12, 8)}
+        found += bool(find_working_parts(left))
+        left["mlp"][:, 3] -= 1
+        assert "mlp" in find_working_parts(left)
+    assert found <= 21  # the binomial's 99.9 % point
 
 
 @pytest.mark.parametrize("null", ["same", "shuffled"])

@@ -25,12 +25,12 @@ from torch import Tensor
 from obliteratus.analyze import AnalysisContext, analyses
 from obliteratus.analyze.base import subsample
 from obliteratus.analyze.repair import (
-    compute_single_step_p_values,
     compute_written_back,
     judge_repair,
     measure_directions,
     measure_repair,
 )
+from obliteratus.analyze.samples import compute_single_step_p_values
 from obliteratus.analyze.significance import draw_unit_vectors
 
 BACK = 7  # an axis on which block 2 leaves a second trace of the trigger
@@ -190,4 +190,4 @@ def test_depths_are_spread_and_cost_is_told() -> None:
     assert measure_repair(repairing(), depths=3, prompts=2).depths == (0, 3, 6)
     assert LAYERS == 8
     cost = analyses["repair"].cost({"prompts": 16, "depths": 8, "random": 19})
-    assert cost.forwards.evaluate({"N_fit,target": 100, "N_fit,control": 10, "L": 30}) == 26 * (1 + 8 * 20)
+    assert cost.forwards.evaluate({"N_search,target": 100, "N_search,control": 10, "L": 30}) == 26 * (1 + 8 * 20)

@@ -9,10 +9,8 @@ import torch
 
 from obliteratus.analyze.significance import (
     Contrast,
-    compute_ratio_limit,
     contrast_between_groups,
     contrast_within_pairs,
-    estimate_degrees_of_freedom,
 )
 
 
@@ -42,12 +40,34 @@ def test_a_shift_is_found_and_only_it() -> None:
     assert contrast_within_pairs(rows[:20]).significant == [7]
 
 
-def test_limits_of_ratios_are_those_of_tables() -> None:
-    assert compute_ratio_limit(1, 4, 3.0) == pytest.approx(3.490, rel=0.06)  # F of 3 and 12 degrees, 95 %
-    assert compute_ratio_limit(10, 2, 6.0) == pytest.approx(5.724, rel=0.1)  # F of 6 and 12 degrees at 0.95^(1/10)
+@pytest.mark.parametrize("pairs", [6, 8, 12])
+def test_two_families_hold_one_level_together(pairs: int) -> None:
+    """With a limit of its own for each, as many again are found."""
+
+    def draw(g: torch.Generator) -> Contrast:
+        return contrast_within_pairs(torch.randn(pairs, 40, generator=g))
+
+    assert false_alarms(draw) <= 21  # the binomial's 99.9 % point
+    whole = draw(torch.Generator().manual_seed(0))
+    first, others = whole.split(15)
+    assert first.limit == others.limit == whole.limit
+    assert torch.equal(torch.cat([first.t, others.t]), whole.t)
+    rows = torch.randn(pairs, 40, generator=torch.Generator().manual_seed(0))
+    assert min(contrast_within_pairs(part).limit for part in (rows[:, :15], rows[:, 15:])) < whole.limit
 
 
-def test_degrees_of_freedom_are_read_off_the_spread_of_logarithms() -> None:
-    for freedom in (1.0, 4.0, 50.0):
-        draws = torch.distributions.Chi2(torch.tensor(freedom)).sample((200000,))
-        assert estimate_degrees_of_freedom(float(draws.log().var())) == pytest.approx(freedom, rel=0.05)
+def test_fewer_than_six_pairs_show_nothing() -> None:
+    for pairs in range(1, 6):
+        assert contrast_within_pairs(torch.ones(pairs, 3) + 0.01 * torch.rand(pairs, 3)).significant == []
+    assert contrast_within_pairs(torch.ones(6, 3) + 0.01 * torch.rand(6, 3)).significant
+
+
+def test_all_sign_flips_are_tried_where_they_are_few() -> None:
+    """The limit of eight pairs is an order statistic of 128 patterns, computed apart."""
+    rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(4)).double()
+    largest = []
+    for number in range(128):
+        flipped = rows * torch.tensor([1 - 2.0 * (number >> i & 1) for i in range(8)]).double()[:, None]
+        largest.append(float((flipped.mean(0) / (flipped.std(0) / 8**0.5)).abs().max()))
+    expected = sorted(largest, reverse=True)[6]  # at most 5 % of 128 are beyond
+    assert contrast_within_pairs(rows).limit == pytest.approx(expected, rel=1e-6)

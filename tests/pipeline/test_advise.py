@@ -65,7 +65,10 @@ def reached(
     tables = [{part: tuple(map(score, row)) for part, row in table.items()} for table in (left, kl)]
     pairs = zip(answered, loops or (0.0,) * len(answered), strict=True)
     edits = tuple(AnsweredEdit(p, d, score(x), score(share)) for (p, d, x), share in pairs)
-    return Reach(DEPTHS, tables[0], tables[1], edits, ("N",), None if unedited is None else score(unedited))
+    effective = tuple(d for d, own in zip(DEPTHS, left["both"], strict=True) if own < 0.5)
+    working = frozenset(part for part, row in left.items() if part != "random" and min(row) < 0.99)
+    looping = None if unedited is None else score(unedited)
+    return Reach(DEPTHS, tables[0], tables[1], edits, ("N",), effective, working, looping)
 
 
 def coned(cosine: list[list[float]]) -> Cones:
@@ -178,7 +181,7 @@ def test_a_search_may_look_where_removal_works() -> None:
     assert (spans["weigh.0.low"].low, spans["weigh.0.low"].high) == (0.0, pytest.approx(4 / 7, abs=0.01))
     assert set(spans) == {"weigh.0.low", "weigh.1.attn", "weigh.1.mlp"}
     assert "weigh.1.mlp" not in advised({"reach": reached(mlp=(1.0,) * 4)}).ranges
-    none = replace(reached(), remaining={part: tuple(map(score, (1.0,) * 4)) for part in reached().remaining})
+    none = replace(reached(), effective_depths=(), working=frozenset())
     assert advised({"reach": none}).ranges == {}
 
 

@@ -10,9 +10,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.studies import make_baseline, make_part, make_refusal_results, make_results, make_score
+from tests.support.studies import (
+    make_baseline,
+    make_measured,
+    make_part,
+    make_refusal_results,
+    make_results,
+    make_score,
+)
 
 from obliteratus.core.errors import UserError
 from obliteratus.study.base import KnockoutResult
@@ -85,12 +93,39 @@ def test_metrics_are_those_that_changed() -> None:
 
 
 def test_what_is_told() -> None:
+    """Results of earlier versions, without differences, go by each part's own interval."""
     assert summarize(make_results(), "perplexity") == (
-        "block 0 matters most, ×31.000 [30.950, 31.050]; the intervals of 42 of 48 parts show damage only; "
-        "36 of 48 do more damage than each of 4 random controls"
+        "block 0 matters most, ×31.000 [30.950, 31.050]; 42 of 48 parts show damage only, each by its own 95 % "
+        "interval (1.2 would by chance); 36 of 48 do more damage than each of 4 random controls"
     )
-    assert "intervals" not in summarize(make_refusal_results(), "kl.first_token")  # a KL is never below 0
+    assert "interval" not in summarize(make_refusal_results(), "kl.first_token")  # a KL is never below 0
     assert summarize([make_baseline()], "perplexity") == "no part has been knocked out yet"
+
+
+def test_no_part_matters_where_none_does_anything() -> None:
+    idle = [make_part("heads", f"head {i}", 1.01) for i in range(5)]  # half the interval's width is 0.05
+    assert summarize([make_baseline(), *idle], "perplexity") == (
+        "no part changes perplexity beyond chance: of 5 intervals none shows damage only"
+    )
+    silent = [r.model_copy(update={"change": {"kl.first_token": make_score(0.0, 0.0, "nats")}}) for r in idle]
+    assert summarize([make_baseline(), *silent], "kl.first_token") == "no part changes kl.first_token by 1e-06 nats"
+
+
+def test_all_parts_together_are_told() -> None:
+    rows = 0.001 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).double()
+    rows[:, 2] += 0.5
+    assert summarize(make_measured(rows), "perplexity") == (
+        "part 2 matters most, ×1.649 [1.599, 1.699]; 1 of 4 parts do damage beyond chance "
+        "(4 parts, 12 items, level 0.05 over all parts)"
+    )
+    assert summarize(make_measured(-rows), "perplexity") == (
+        "1 of 4 parts improve perplexity beyond chance (4 parts, 12 items, level 0.05 over all parts)"
+    )
+    assert summarize(make_measured(rows[:5]), "perplexity") == (
+        "no part changes perplexity beyond chance "
+        "(4 parts, 5 items, level 0.05 over all parts; fewer than 6 items show nothing)"
+    )
+    assert "differences" not in json.dumps(to_json(make_measured(rows)))
 
 
 # -------------------------------------------------------------------------------------------- for people
@@ -126,7 +161,7 @@ def test_top_keeps_parts_and_controls() -> None:
     [
         (1.0484, "1.048 [0.998, 1.098]"),
         (math.inf, "∞ [∞, ∞]"),
-        (math.nan, "undefined [undefined, undefined]"),
+        (math.nan, "undefined"),
         (1.23e7, "1.23e07 [1.23e07, 1.23e07]"),
     ],
 )

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
 
@@ -69,6 +71,18 @@ def make_results(layers: int = 6, heads: int = 4, infinite: bool = False) -> tup
     found += [make_part("random", f"random {i}, as large as a head", 1.01 + 0.02 * i, i, -1, True) for i in range(4)]
     if infinite:
         found[1] = make_part("layers", "block 0", math.inf)
+    return tuple(found)
+
+
+def make_measured(rows: Tensor, metric: str = "perplexity") -> tuple[KnockoutResult, ...]:
+    """Parts whose items change by the columns: of losses, or of a share. rows [items, parts]."""
+    ratio = metric == "perplexity"
+    found = [make_baseline()]
+    for i, column in enumerate(rows.T):
+        value = float(column.mean().exp() if ratio else column.mean())
+        change, differences = {metric: make_score(value)}, {metric: tuple(column.tolist())}
+        plain = make_part("heads", f"part {i}", 1.0, i)
+        found.append(plain.model_copy(update={"change": change, "differences": differences}))
     return tuple(found)
 
 

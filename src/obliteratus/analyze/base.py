@@ -62,7 +62,9 @@ class Finding(Protocol):
 Analysis = Callable[..., Finding]
 """(context, **options) → finding."""
 
-analyses: Registry[Analysis] = Registry("analyze", renamed={"certificate.standardise": "standardize"})
+analyses: Registry[Analysis] = Registry(
+    "analyze", renamed={"certificate.standardise": "standardize", "lens.random": "draws"}
+)
 
 
 def analyze(context: AnalysisContext, steps: Sequence[Step]) -> dict[str, Finding]:

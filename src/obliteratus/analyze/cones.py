@@ -72,7 +72,7 @@ class Cones:
 
     def summary(self) -> str:
         """Return whether categories have directions of their own, with the effective rank beside chance."""
-        size = f"{len(self.names)} categories, the smallest of {min(self.counts)} prompts"
+        size = f"{len(self.names)} categories, the smallest of {min(self.counts)} prompts, level {self.level:g}"
         rank = f"effective rank {float(self.rank[self.stream]):.2f} at stream {self.stream}, by chance "
         rank += f"{float(self.chance[0, self.stream]):.2f} to {float(self.chance[1, self.stream]):.2f}"
         if not self.significant:
@@ -106,7 +106,8 @@ def measure_cones(
 
     The effective rank is exp of the entropy of the squared singular values' shares (Roy and Vetterli 2007; squares, so
     that shares are of energy) of the categories' unit directions. Few prompts alone push it above 1, so it is compared
-    with ``draws`` random permutations of the categories. Cosines have percentile intervals from resampled prompts and
+    with ``draws`` random permutations of the categories: where these mean nothing, any stream is found in at most a
+    share ``level`` of cases. Cosines have percentile intervals from resampled prompts and
     are corrected for noise, which would lower them (`compute_inner_products`). Different directions do not imply
     different behavior: topics have directions of their own, too. Needs rows.
 

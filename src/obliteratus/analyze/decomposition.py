@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.analyze.base import GROUPS, Aim, AnalysisContext, Stream, analyses, choose_direction
+from obliteratus.analyze.samples import LEVEL
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.analyze.writers import attention_outputs, block_output_modules
 from obliteratus.core.cost import Cost, prompt_count
@@ -38,7 +39,8 @@ class Decomposition:
     parts: Contrast
     """For each of ``names``; the values sum to ``total``."""
     heads: Contrast
-    """For each of ``head_names``: the head's share of its block's attention, without biases."""
+    """For each of ``head_names``: the head's share of its block's attention, without biases. The limit is that of parts
+    and heads together."""
     head_names: tuple[tuple[int, int], ...]
     """(block, head)."""
     prompts: tuple[int, int]
@@ -51,6 +53,7 @@ class Decomposition:
             "stream": self.stream,
             "total": self.total,
             "prompts": list(self.prompts),
+            "level": LEVEL,
             "parts": _tabulate(self.names, self.parts),
             "heads": _tabulate(heads, self.heads),
             "found": [self.names[i] for i in self.parts.significant],
@@ -61,7 +64,8 @@ class Decomposition:
         """Return the difference and its largest components."""
         parts = describe_clearest(self.parts, lambda i: self.names[i])
         heads = describe_clearest(self.heads, lambda i: "block {} head {}".format(*self.head_names[i]))
-        return f"difference at stream {self.stream} {self.total:+.3g}: {parts}; heads: {heads}"
+        tested = f"{self.prompts[0]} and {self.prompts[1]} held-out prompts, level {LEVEL:g} over all parts and heads"
+        return f"difference at stream {self.stream} {self.total:+.3g}: {parts}; heads: {heads} ({tested})"
 
     def draw(self, figure: Figure) -> None:
         """Draw bars of each block's parts, and below them a map of heads."""
@@ -91,7 +95,7 @@ def _tabulate(names: Sequence[str], contrast: Contrast) -> dict[str, Any]:
     return {"limit": contrast.limit, "of": {name: {"value": v, "error": e} for name, v, e in values}}
 
 
-COST = Cost(prompt_count("fit", "target") + prompt_count("fit", "control"))
+COST = Cost(prompt_count("search", "target") + prompt_count("search", "control"))
 
 
 @analyses.register(
@@ -100,28 +104,30 @@ COST = Cost(prompt_count("fit", "target") + prompt_count("fit", "control"))
 def decompose_difference(context: AnalysisContext, *, stream: Stream = None, seed: int = 0) -> Decomposition:
     """Measure what each block's attention, MLP and heads add to the groups' difference along the direction.
 
-    Measured at one token of the fit prompts, from the outputs of everything that adds to the stream, behind its norm
-    where there is one. A head's part comes from the columns of attention's output matrix that read the head. The
-    limits come from permutations of the prompts' labels.
+    Measured at one token of the search prompts, from the outputs of everything that adds to the stream, behind its norm
+    where there is one. A head's part comes from the columns of attention's output matrix that read the head.
+
+    The direction was not fitted on these prompts: along a direction that was, any two sets of prompts differ, whatever
+    their labels. The limit comes from permutations of the search prompts' labels. Where labels mean nothing, anything
+    is found among all parts and heads in at most 5 % of cases.
 
     stream: where the difference is taken; None for the stream with the highest score.
     """
     aim = choose_direction(context, stream, "decomposition")
-    subject, prompts = context.subject, context.prompts
+    subject, prompts = context.subject, context.held_out
     heads = _project_head_weights(subject, aim)
     position = context.activations.position
-    rows = [_measure_components(subject, prompts[group], aim, heads, position) for group in GROUPS]
-    n = 1 + len(PARTS) * aim.stream
-    parts = contrast_between_groups(rows[0][:, :n], rows[1][:, :n], seed)
+    target, control = (_measure_components(subject, prompts[group], aim, heads, position) for group in GROUPS)
     names = ["embeddings"] + [f"block {block} {part}" for block in range(aim.stream) for part in PARTS]
+    parts, of_heads = contrast_between_groups(target, control, seed).split(len(names))
     return Decomposition(
         stream=aim.stream,
         total=float(parts.value.double().sum()),
         names=tuple(names),
         parts=parts,
-        heads=contrast_between_groups(rows[0][:, n:], rows[1][:, n:], seed),
+        heads=of_heads,
         head_names=tuple((head.site.layer, i) for head in heads for i in range(len(head.along))),
-        prompts=(len(rows[0]), len(rows[1])),
+        prompts=(len(target), len(control)),
     )
 
 

@@ -67,7 +67,8 @@ class Fingerprint:
     def summary(self) -> str:
         """Return at how many streams each number differs from permuted labels."""
         parts = [f"{name.replace('_', ' ')} at {len(s)}" for name, s in self.unusual.items() if s]
-        size = f"of {len(self.width)} streams ({self.n[0]} and {self.n[1]} prompts); predicts nothing"
+        tested = f"{self.n[0]} and {self.n[1]} prompts, level {self.level:g} over all"
+        size = f"of {len(self.width)} streams ({tested}); predicts nothing"
         return f"descriptive: differs from permuted labels in {', '.join(parts) or 'nothing, at none'} {size}"
 
     def draw(self, figure: Figure) -> None:
@@ -95,7 +96,8 @@ def measure_fingerprint(
 
     The numbers predict nothing. The audited program took them as signs of how a model was trained; no labeled set of
     models backs that, so no verdict is drawn from them here, and no decision should be. The kurtosis' direction is
-    fitted on the same prompts. Permuted labels are treated alike, so only what lies outside their range says anything.
+    fitted on the same prompts. Permuted labels are treated alike, so only what lies outside their range says anything:
+    where labels mean nothing, any number at any stream does in at most a share ``level`` of cases.
     Needs rows, and four prompts of each group.
     """
     sample = read_sample(context.activations, "fingerprint", least=4)

@@ -11,14 +11,15 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import AnalysisContext, analyses
-from obliteratus.analyze.samples import LEVEL, Level, chance_interval, familywise_p_values
+from obliteratus.analyze.chance import draw_chance_subspaces
+from obliteratus.analyze.samples import LEVEL, Level, Sample, chance_interval, familywise_p_values, read_sample
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Subject
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend
 from obliteratus.summon.sites import read_gain
 from obliteratus.weights.matrices import expand_experts, read_weight
 
-RANDOM = 99  # random subspaces: p = 0.01 at best, and as many products with each matrix
+RANDOM = 99  # random labelings: p = 0.01 at best, and as many products with each matrix
 MAJORITY = 0.8  # of the footprint: what a few columns must hold together to be called few
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00")  # by part, in the order of the sites
 
@@ -32,11 +33,12 @@ class Footprint:
     parts: tuple[str, ...]
     layers: tuple[int, ...]
     share: Float[Tensor, " sites"]
-    """Share of the matrix's Frobenius norm along the directions; √(k / width) by chance."""
+    """Share of the matrix's Frobenius norm along the directions; √(k / width) along evenly drawn ones."""
     share_by_chance: Float[Tensor, "ends sites"]
-    """2.5 % and 97.5 % quantiles over random subspaces."""
+    """2.5 % and 97.5 % quantiles over directions of random labels."""
     share_p: Float[Tensor, " sites"]
-    """The probability that a random subspace's share is as large, corrected for all sites."""
+    """The probability that directions of random labels have as large a share, corrected for all sites and both
+    numbers (share and Gini coefficient)."""
     gini: Float[Tensor, " sites"]
     """Gini coefficient of the columns' squared lengths along the directions: 0 if all are equal, 2/π for Gaussian
     weights, near 1 if a few hold everything."""
@@ -54,13 +56,13 @@ class Footprint:
 
     @property
     def sparse(self) -> tuple[str, ...]:
-        """Sites whose footprint is on fewer columns than a random subspace's."""
+        """Sites whose footprint is on fewer columns than that of random labels."""
         return tuple(s for s, p in zip(self.sites, self.gini_p.tolist(), strict=True) if p <= self.level)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers by site, in the model's order."""
         return {
-            "random_directions": self.draws,
+            "random_labelings": self.draws,
             "level": self.level,
             "found": list(self.significant),
             "sparse": list(self.sparse),
@@ -82,13 +84,18 @@ class Footprint:
         if not n:
             return "no matrix writes into a stream that has a direction"
         if not self.significant:
-            return f"none of {n} matrices writes along the directions more than along {self.draws} random ones"
+            few = f"; {len(self.sparse)} on fewer columns than chance" if self.sparse else ""
+            return f"none of {n} matrices writes along the directions more than along those of {self._tested}{few}"
         top = max(self.significant, key=lambda s: float(self.share[self.sites.index(s)]))
         share = float(self.share[self.sites.index(top)])
         return (
-            f"{len(self.significant)} of {n} matrices write along the directions more than along {self.draws} random "
-            f"ones, most {top} ({share:.1%} of its norm); {len(self.sparse)} on fewer columns than chance"
+            f"{len(self.significant)} of {n} matrices write along the directions more than along those of "
+            f"{self._tested}, most {top} ({share:.1%} of its norm); {len(self.sparse)} on fewer columns than chance"
         )
+
+    @property
+    def _tested(self) -> str:
+        return f"{self.draws} random labelings (level {self.level:g} over all)"
 
     def draw(self, figure: Figure) -> None:
         """Draw the share, and beside it the columns, over layers with a color for each part."""
@@ -99,14 +106,14 @@ class Footprint:
             left.plot(layers, self.share[sites].tolist(), ".", color=color, label=part)
             right.plot(layers, self.columns[sites].tolist(), ".", color=color, label=part)
         low, high = self.share_by_chance.tolist()
-        left.vlines(self.layers, low, high, color=GREY, lw=3, alpha=0.5, label="random, 95 %", zorder=0)
+        left.vlines(self.layers, low, high, color=GREY, lw=3, alpha=0.5, label="random labels, 95 %", zorder=0)
         left.set(xlabel="layer", ylabel="share of the norm along it", ylim=(0, None))
         right.set(xlabel="layer", ylabel=f"share of columns with {MAJORITY:.0%} of it", ylim=(0, 1))
         add_legend(left)
         add_legend(right)
 
 
-@analyses.register("footprint", cite="doi:10.2307/2223319")
+@analyses.register("footprint", cite="doi:10.2307/2223319", needs=("rows",))
 def measure_footprint(
     context: AnalysisContext,
     *,
@@ -118,11 +125,16 @@ def measure_footprint(
 
     W is the weight as it reaches the stream; behind a norm with gain γ that is diag(γ) W. With v = Q W, where Q holds
     the k directions of the stream that W writes into, the share is ‖v‖/‖W‖ (Frobenius), and the Gini coefficient
-    (1921) is that of the columns' ‖v_j‖². Both are compared with ``draws`` random subspaces of the same width and k,
-    one for each stream. A footprint says what a weight can write, not how often its inputs are active. Writers into a
-    stream without directions are left out. Matrices are read one at a time; time: draws × parameters of the writers.
+    (1921) is that of the columns' ‖v_j‖². Both are compared with ``draws`` spans of k differences of means under random
+    labels at the same stream (`draw_chance_directions`). Where labels mean nothing, a difference of means stands out at
+    any matrix, by either number, in at most a share ``level`` of cases; for other directions it is only a comparison.
+
+    A footprint says what a weight can write, not how often its inputs are active. Writers into a stream without
+    directions are left out. Matrices are read one at a time; time: draws × parameters of the writers. Needs rows, and
+    four prompts of each group.
     """
-    subspaces = _draw_subspaces(context.directions.basis, draws, seed)
+    sample = read_sample(context.activations, "footprint", least=4)
+    subspaces = _draw_subspaces(context.directions.basis, sample, draws, seed)
     measured = [
         (name, site, measure_subspace_shares(weight, subspaces[:, site.stream].to(weight)).double())
         for name, site, weight in iterate_writer_matrices(context.subject)
@@ -130,16 +142,17 @@ def measure_footprint(
     ]
     table = torch.stack([values for _, _, values in measured], 2) if measured else torch.zeros(3, draws + 1, 0).double()
     share, gini, columns = table
+    p = familywise_p_values(torch.cat([share, gini], 1))
     return Footprint(
         sites=tuple(name for name, _, _ in measured),
         parts=tuple(site.part for _, site, _ in measured),
         layers=tuple(site.layer for _, site, _ in measured),
         share=share[0],
         share_by_chance=chance_interval(share),
-        share_p=familywise_p_values(share),
+        share_p=p[: len(measured)],
         gini=gini[0],
         gini_by_chance=chance_interval(gini),
-        gini_p=familywise_p_values(gini),
+        gini_p=p[len(measured) :],
         columns=columns[0],
         level=level,
         draws=draws,
@@ -184,10 +197,9 @@ def find_smallest_share(values: Float[Tensor, "draws n"]) -> Float[Tensor, " dra
 
 
 def _draw_subspaces(
-    basis: Float[Tensor, "streams k width"], draws: int, seed: int
+    basis: Float[Tensor, "streams k width"], sample: Sample, draws: int, seed: int
 ) -> Float[Tensor, "all streams k width"]:
-    """Return the directions, then random orthonormal rows that are zero where the directions' rows are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(draws, *basis.mT.shape, generator=generator, dtype=basis.dtype)
-    present = basis.any(2, keepdim=True)
-    return torch.cat([basis[None], torch.linalg.qr(noise)[0].mT * present])
+    """Return the directions, then those of random labels; rows are zero where the directions' rows are zero."""
+    streams, k, _ = basis.shape
+    chance = torch.stack([draw_chance_subspaces(sample, s, k, draws, seed) for s in range(streams)], 1)
+    return torch.cat([basis[None], chance.to(basis) * basis.any(2, keepdim=True)])

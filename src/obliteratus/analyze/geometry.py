@@ -37,6 +37,7 @@ class Geometry:
     chance: Float[Tensor, " lags"]
     """Mean cosine of mean differences ``lag`` streams apart under permuted labels: noise persists in a stream too."""
     alike: float
+    level: float
     n: int
     """Prompts."""
 
@@ -50,6 +51,7 @@ class Geometry:
         return {
             "prompts": self.n,
             "alike": self.alike,
+            "level": self.level,
             "found": list(self.significant),
             "clusters": [list(c) for c in self.clusters],
             "reach": list(self.reach),
@@ -61,12 +63,12 @@ class Geometry:
     def summary(self) -> str:
         """Return the runs of streams that agree, and how many streams a direction lasts."""
         if not self.significant:
-            return f"no stream has a direction beyond chance ({self.n} prompts)"
+            return f"no stream has a direction beyond chance ({self.n} prompts, level {self.level:g})"
         runs = ", ".join(f"{c[0]}–{c[-1]}" if len(c) > 1 else str(c[0]) for c in self.clusters)
         median = sorted(self.reach)[len(self.reach) // 2]
         return (
             f"{len(self.significant)} of {len(self.cosine)} streams have a direction, in runs {runs} (cosines ≥ "
-            f"{self.alike:g}); half of them last {median} streams or more ({self.n} prompts)"
+            f"{self.alike:g}); half of them last {median} streams or more ({self.n} prompts, level {self.level:g})"
         )
 
     def draw(self, figure: Figure) -> None:
@@ -94,7 +96,7 @@ def compare_directions(
     A stream at which a `certify` test of ``level`` finds no difference counts as having no direction: what is there is
     noise, which the residual stream also carries on and which would look persistent. Every pair within a run is alike,
     so that a slow turn is not chained into one run. A direction that changes sign has a cosine of −1 and ends a run.
-    Needs rows.
+    Where labels mean nothing, any stream is said to have a direction in at most a share ``level`` of cases. Needs rows.
     """
     sample = read_sample(context.activations, "geometry", least=4)
     tested = certify_sample(sample, level=level, draws=draws, folds=FOLDS, standardize=True, seed=seed)
@@ -105,7 +107,7 @@ def compare_directions(
     chance = _average_by_lag(permuted, permuted.diagonal().nonzero().flatten().tolist())
     reach = tuple(_count_alike(cosine, significant[i:], alike) for i in range(len(significant)))
     runs = find_similar_runs(cosine, significant, alike)
-    return Geometry(cosine, tuple(significant), runs, reach, chance, alike, len(sample))
+    return Geometry(cosine, tuple(significant), runs, reach, chance, alike, level, len(sample))
 
 
 def find_similar_runs(

@@ -10,13 +10,22 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import AnalysisContext, analyses
+from obliteratus.analyze.chance import draw_chance_directions
 from obliteratus.analyze.readout import compute_logit_effects
-from obliteratus.analyze.significance import draw_unit_vectors
+from obliteratus.analyze.samples import (
+    LEVEL,
+    Draws,
+    Level,
+    Sample,
+    compute_thresholds,
+    familywise_p_values,
+    read_sample,
+)
 from obliteratus.core.shapes import Bool, Float, Int
 from obliteratus.core.types import Subject
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
 
-QUANTILE = 0.95
+DRAWS = 199  # p = 0.005 at best; each costs a product with the unembedding at every stream
 
 
 @dataclass(frozen=True)
@@ -34,44 +43,49 @@ class Lens:
     """Logits of the promoted tokens."""
     low: Float[Tensor, "streams tokens"]
     """Logits of the suppressed tokens."""
-    limit: float
-    """The |logit| that no token reaches in 19 of 20 sets of as many random directions as there are streams."""
+    limit: Float[Tensor, " streams"]
+    """A stream whose largest |logit| exceeds this is significant at the level, corrected for all streams."""
+    p: Float[Tensor, " streams"]
+    """p values of the largest |logit| among directions of random labels, corrected for all streams; 1 for a zero
+    direction."""
+    level: float
     sharing: Float[Tensor, " streams"]
     """Share of a stream's promoted tokens that the stream before promotes too, 0–1; zero at stream 0."""
 
     @property
     def significant(self) -> list[int]:
-        """Streams whose direction moves a token's logit more than random directions move any."""
-        most = torch.maximum(self.high[:, 0], -self.low[:, 0])
-        return [i for i, value in enumerate(most.tolist()) if value > self.limit]
+        """Streams whose direction moves a token's logit more than directions of random labels move any."""
+        return (self.p <= self.level).nonzero().flatten().tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return tokens with their logits by stream, and the limit from random directions."""
+        """Return tokens with their logits by stream, and the limits from directions of random labels."""
         streams = [
             {"promoted": _pair(up, high), "suppressed": _pair(down, low)}
             for up, high, down, low in zip(self.promoted, self.high, self.suppressed, self.low, strict=True)
         ]
-        return {"streams": streams, "limit": self.limit, "found": self.significant, "sharing": self.sharing.tolist()}
+        tested = {"level": self.level, "limit": self.limit.tolist(), "p": self.p.tolist(), "found": self.significant}
+        return {"streams": streams, **tested, "sharing": self.sharing.tolist()}
 
     def summary(self) -> str:
         """Return what the clearest stream promotes and suppresses."""
         if not self.significant:
-            return "no direction promotes or suppresses any token more than random directions do"
+            return f"no direction moves any token more than those of random labels do (level {self.level:g})"
         best = max(self.significant, key=lambda i: max(float(self.high[i, 0]), -float(self.low[i, 0])))
         up, down = (" ".join(map(repr, tokens[best][:5])) for tokens in (self.promoted, self.suppressed))
         count = len(self.significant)
-        return f"{count} streams beyond random directions; stream {best} promotes {up}, suppresses {down}"
+        beyond = f"{count} of {len(self.p)} streams beyond random labels (level {self.level:g} over all)"
+        return f"{beyond}; stream {best} promotes {up}, suppresses {down}"
 
     def draw(self, figure: Figure) -> None:
-        """Draw the highest and lowest logit by stream, between the limits of random directions."""
+        """Draw the highest and lowest logit by stream, between the limits of random labels."""
         label = "logit (standard deviations)"
         axes = figure.add_subplot(xlabel="stream", ylabel=label, title="what the directions promote")
         streams = range(len(self.high))
         axes.plot(streams, self.high[:, 0].tolist(), "o-", color=ORANGE, label="most promoted token")
         axes.plot(streams, self.low[:, 0].tolist(), "o-", color=BLUE, label="most suppressed token")
         for sign in (1, -1):
-            axes.axhline(sign * self.limit, color=GREY, linestyle="--")
-        axes.plot([], [], "--", color=GREY, label="random directions stay within")
+            axes.plot(streams, (sign * self.limit).tolist(), "--", color=GREY)
+        axes.plot([], [], "--", color=GREY, label="random labels stay within")
         axes.legend()
 
 
@@ -79,43 +93,64 @@ def _pair(tokens: tuple[str, ...], values: Tensor) -> list[tuple[str, float]]:
     return list(zip(tokens, values.tolist(), strict=False))
 
 
-@analyses.register("lens", cite="nostalgebraist 2020, interpreting GPT: the logit lens")
+@analyses.register("lens", cite="nostalgebraist 2020, interpreting GPT: the logit lens", needs=("rows",))
 def apply_logit_lens(
     context: AnalysisContext,
     *,
     tokens: Annotated[int, Field(ge=1, le=100)] = 10,
-    random: Annotated[int, Field(ge=100, le=10000)] = 1000,
+    draws: Draws = DRAWS,
+    level: Level = LEVEL,
     seed: int = 0,
 ) -> Lens:
-    """List the tokens that each stream's first direction promotes and suppresses, beside random directions.
+    """List the tokens that each stream's first direction promotes and suppresses, beside those of random labels.
 
     The direction times the final norm's gain goes through the unembedding, which needs no forward pass. A direction is
-    significant where a token's logit is further out than any of ``random`` random directions would put one by chance,
-    over all streams together (5 %). tokens: how many are listed at each end.
+    significant where a token's logit is further out than ``draws`` differences of means under random labels put any
+    (`draw_chance_directions`). Where labels mean nothing, a difference of means is significant at any stream in at most
+    a share ``level`` of cases. tokens: how many are listed at each end. Needs rows, and four prompts of each group.
     """
     subject, rows = context.subject, context.directions.basis[:, 0]
+    sample = read_sample(context.activations, "lens", least=4)
     logits = list(compute_logit_effects(subject, rows))
     high, up = find_extreme_tokens(logits, tokens, largest=True)
     low, down = find_extreme_tokens(logits, tokens, largest=False)
     present = rows.any(1)
+    most = torch.maximum(high[:, 0], -low[:, 0])
+    limit, p = compare_with_chance(subject, sample, most, present, draws, level, seed)
     return Lens(
         promoted=decode_tokens(subject, up, present),
         suppressed=decode_tokens(subject, down, present),
         high=high,
         low=low,
-        limit=compute_random_limit(subject, int(present.sum()), random, seed),
+        limit=limit,
+        p=p,
+        level=level,
         sharing=_compute_sharing(up, present),
     )
 
 
-def compute_random_limit(subject: Subject, streams: int, random: int, seed: int) -> float:
-    """Return the 95 % point of the largest |logit| over ``streams`` random directions.
+def compare_with_chance(
+    subject: Subject,
+    sample: Sample,
+    most: Float[Tensor, " streams"],
+    present: Bool[Tensor, " streams"],
+    draws: int,
+    level: float,
+    seed: int,
+) -> tuple[Float[Tensor, " streams"], Float[Tensor, " streams"]]:
+    """Return `Lens.limit` and `Lens.p` of the directions' largest |logit|; the limit is 0 where there is none."""
+    limit, p = torch.zeros(len(most)).double(), torch.ones(len(most)).double()
+    if present.any():
+        streams = present.nonzero().flatten().tolist()
+        chance = [find_largest_logits(subject, draw_chance_directions(sample, s, draws, seed)) for s in streams]
+        table = torch.stack([torch.cat([most[s][None], x]) for s, x in zip(streams, chance, strict=True)], 1).double()
+        limit[present], p[present] = compute_thresholds(table, level), familywise_p_values(table)
+    return limit, p
 
-    That is the quantile 0.95^(1/streams) of a single direction's largest |logit|.
-    """
-    units = draw_unit_vectors(random, subject.width, seed)
-    largest = torch.cat([part.abs().amax(1) for part in compute_logit_effects(subject, units)])
-    return float(torch.quantile(largest, QUANTILE ** (1 / max(streams, 1))))
+
+def find_largest_logits(subject: Subject, units: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
+    """Return the largest |logit| of each direction."""
+    return torch.cat([part.abs().amax(1) for part in compute_logit_effects(subject, units)])
 
 
 def find_extreme_tokens(logits: list[Tensor], k: int, largest: bool) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses, choose_direction, subsample
 from obliteratus.analyze.patch_values import Patch, run_patched
 from obliteratus.analyze.readout import compute_next_token_log_probs
+from obliteratus.analyze.samples import LEVEL
 from obliteratus.analyze.significance import Contrast, contrast_within_pairs, describe_clearest
 from obliteratus.analyze.writers import attention_outputs, block_output_modules
 from obliteratus.core.cost import Cost, constant, prompt_count, variable
@@ -53,20 +54,23 @@ class Patching:
 
     gap: Score
     """Score of the patched prompt − score of the other, mean over pairs: the effect of replacing everything."""
+    apart: bool
+    """Whether the gap differs from zero beyond chance."""
     unit: str
     """``nats`` or ``stream``."""
     places: tuple[PatchLocation, ...]
     effects: Contrast
     """Mean effect over pairs at each of ``places``; positive is towards the other prompt."""
     heads: tuple[PatchLocation, ...]
-    """The heads of the attention outputs with the largest effects."""
+    """The heads of the attention outputs that move the score most, in whichever direction."""
     head_effects: Contrast
-    """Mean effect over pairs of each of ``heads``."""
+    """Mean effect over pairs of each of ``heads``. The limit is that of places and heads together."""
+    untried: str = ""
+    """Why no head was tried; empty where some were."""
 
     def share(self, effects: Contrast) -> Float[Tensor, " n"]:
-        """Return the effects as shares of the gap; zero where the gap's interval includes zero."""
-        known = self.gap.low > 0 or self.gap.high < 0
-        return effects.value / self.gap.value if known else torch.zeros_like(effects.value)
+        """Return the effects as shares of the gap; zero where there is no gap beyond chance."""
+        return effects.value / self.gap.value if self.apart else torch.zeros_like(effects.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every place with its effect, standard error and share, and the names of those beyond chance."""
@@ -76,7 +80,8 @@ class Patching:
             "places": self._tabulate(self.places, self.effects),
             "heads": self._tabulate(self.heads, self.head_effects),
         }
-        return {"gap": self.gap.model_dump(), "unit": self.unit, "found": found, "found_heads": heads, **tables}
+        about = {"gap": self.gap.model_dump(), "unit": self.unit, "level": LEVEL, "limit": self.effects.limit}
+        return {**about, "found": found, "found_heads": heads, "untried": self.untried, **tables}
 
     def _tabulate(self, places: Sequence[PatchLocation], effects: Contrast) -> list[dict[str, Any]]:
         values = zip(places, effects.value.tolist(), effects.error.tolist(), self.share(effects).tolist(), strict=True)
@@ -85,8 +90,9 @@ class Patching:
     def summary(self) -> str:
         """Return the places and heads with the clearest effects."""
         places = describe_clearest(self.effects, lambda i: str(self.places[i]))
-        heads = describe_clearest(self.head_effects, lambda i: str(self.heads[i]))
-        return f"of a gap of {self.gap.value:.3g} {self.unit}: {places}; heads: {heads}"
+        heads = self.untried or describe_clearest(self.head_effects, lambda i: str(self.heads[i]))
+        tested = f"level {LEVEL:g} over all {len(self.places) + len(self.heads)} places"
+        return f"of a gap of {self.gap.value:.3g} {self.unit}: {places}; heads: {heads} ({self.gap.n} pairs, {tested})"
 
     def draw(self, figure: Figure) -> None:
         """Draw one map for each kind of component: layers across, tokens down, shares of the gap as colors."""
@@ -132,12 +138,14 @@ def patch_activations(
 
     The i-th target prompt is paired with the i-th control prompt of the search split. Outputs recorded on one prompt
     replace those of the other, one component and token at a time. Tokens are counted from the end, so lengths may
-    differ. The limits come from random sign flips of pairs, which needs at least six pairs.
+    differ. The limit comes from sign flips of pairs, which needs at least six pairs: where no patch moves the score
+    more often one way than the other, anything is found among all places and heads in at most 5 % of cases. With
+    ``logits`` that is a statement about the two answers of each pair, whatever groups they come from.
 
     score: ``logits``, the log-odds between the model's first choices for the two prompts, or ``projection`` of the
     last stream on its direction. into: the group that is patched. positions: how many of the last tokens, at most as
-    many as the shortest prompt has. heads: the most heads, tried at every token, from the attention outputs with the
-    largest effects.
+    many as the shortest prompt has. heads: the most heads, tried at every token: all heads of as many attention outputs
+    as this allows, those first that move the score most in either direction.
     """
     setup = PatchingSetup.record(context, score, into, pairs, positions)
     subject = context.subject
@@ -149,24 +157,25 @@ def patch_activations(
         for p in range(1, setup.positions + 1)
     )
     effects = setup.measure_effects(places)
-    head_places = setup.list_heads(_rank_layers(places, effects), heads)
+    head_places = setup.list_heads(rank_layers(places, effects), heads)
     head_effects = setup.measure_effects(head_places) if head_places else torch.zeros(len(effects), 0)
-    return Patching(
-        setup.gap,
-        setup.unit,
-        places,
-        contrast_within_pairs(effects, seed),
-        head_places,
-        contrast_within_pairs(head_effects, seed),
-    )
+    contrast = contrast_within_pairs(torch.cat([effects, head_effects], 1), seed)
+    untried = "" if head_places else setup.explain_untried(heads)
+    first, others = contrast.split(len(places))
+    apart = bool(contrast_within_pairs(setup.gaps[:, None], seed).significant)
+    return Patching(setup.gap, apart, setup.unit, places, first, head_places, others, untried)
 
 
-def _rank_layers(places: Sequence[PatchLocation], effects: Float[Tensor, "pairs places"]) -> list[int]:
-    """Return the layers by the largest mean effect of their attention, largest first."""
+def rank_layers(places: Sequence[PatchLocation], effects: Float[Tensor, "pairs places"]) -> list[int]:
+    """Return the layers by how far patches of their attention move the score (root mean square over pairs).
+
+    The largest comes first. The sign does not count: the heads tested would otherwise be those that chance let agree in
+    sign, and the sign flips that give the limit would not see it.
+    """
     sizes: dict[int, float] = {}
-    for place, value in zip(places, effects.mean(0).tolist(), strict=True):
+    for place, value in zip(places, effects.double().square().mean(0).sqrt().tolist(), strict=True):
         if place.kind == "attention":
-            sizes[place.layer] = max(sizes.get(place.layer, 0.0), abs(value))
+            sizes[place.layer] = max(sizes.get(place.layer, 0.0), value)
     return sorted(sizes, key=lambda layer: -sizes[layer])
 
 
@@ -212,8 +221,13 @@ class PatchingSetup:
 
     @property
     def gap(self) -> Score:
+        """The mean of ``gaps``."""
+        return mean_score(self.gaps, self.unit)
+
+    @property
+    def gaps(self) -> Float[Tensor, " pairs"]:
         """Score of the prompts to patch, before any patch, − score of the source prompts."""
-        return mean_score(self._score(self.patched) - self._score(self.source), self.unit)
+        return self._score(self.patched) - self._score(self.source)
 
     def _score(self, streams: Float[Tensor, "pairs width"]) -> Float[Tensor, " pairs"]:
         if self.along is not None:
@@ -251,11 +265,22 @@ class PatchingSetup:
 
     def list_heads(self, layers: Sequence[int], most: int) -> tuple[PatchLocation, ...]:
         """Return all heads of these layers at every position: whole layers, in order, at most ``most`` heads."""
-        n = int(self.subject.model.config.get_text_config().num_attention_heads)
+        n = self._heads_per_layer
         chosen = [layer for layer in layers if layer in self._attention][: most // n]
         return tuple(
             PatchLocation("head", j, -p, h) for j in chosen for h in range(n) for p in range(1, self.positions + 1)
         )
+
+    def explain_untried(self, most: int) -> str:
+        """Return why a budget of ``most`` heads tries none."""
+        if not self._attention:
+            return "no head was tried (no block has attention with heads of equal size)"
+        n = self._heads_per_layer
+        return f"no head was tried ({n} heads in a block, budget {most}; give heads={n} or more)"
+
+    @property
+    def _heads_per_layer(self) -> int:
+        return int(self.subject.model.config.get_text_config().num_attention_heads)
 
     @cached_property
     def _attention(self) -> dict[int, tuple[str, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obliteratus.analyze.auc import pairwise_auc
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
+from obliteratus.analyze.samples import LEVEL
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.shapes import Float
@@ -45,14 +46,20 @@ class Positions:
         values = {"difference": self.contrast.value, "error": self.contrast.error, "auc": self.auc}
         tables = {name: value.reshape(shape).tolist() for name, value in values.items()}
         found = [list(self.locate(i)) for i in self.contrast.significant]
-        about = {"tokens": list(self.tokens), "limit": self.contrast.limit, "prompts": list(self.prompts)}
+        about = {
+            "tokens": list(self.tokens),
+            "limit": self.contrast.limit,
+            "level": LEVEL,
+            "prompts": list(self.prompts),
+        }
         return {**about, "found": found, **tables}
 
     def summary(self) -> str:
         """Return where the groups differ most clearly."""
         clearest = describe_clearest(self.contrast, lambda i: "token {} stream {}".format(*self.locate(i)))
         positions = {self.locate(i)[0] for i in self.contrast.significant}
-        return f"the groups differ at {len(positions)} of the last {len(self.tokens)} tokens: {clearest}"
+        tested = f"level {LEVEL:g} over all tokens and streams"
+        return f"the groups differ at {len(positions)} of the last {len(self.tokens)} tokens: {clearest} ({tested})"
 
     def draw(self, figure: Figure) -> None:
         """Draw a map of AUC: streams across, tokens down."""
@@ -74,7 +81,8 @@ def measure_positions(
     """Measure how far the groups differ along each stream's first direction, at the last tokens of held-out prompts.
 
     One pass reads all positions. The directions are used as fitted, at their one token. The limit comes from
-    permutations of the prompts' labels. last: how many tokens, at most as many as the shortest prompt has.
+    permutations of the prompts' labels: where these mean nothing, anything is found among all tokens and streams in at
+    most 5 % of cases. last: how many tokens, at most as many as the shortest prompt has.
     """
     subject = context.subject
     ids = {group: render_prompts(subject, context.held_out[group]) for group in GROUPS}

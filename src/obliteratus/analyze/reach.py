@@ -20,6 +20,8 @@ from obliteratus.analyze.answer_check import (
     adds_loops,
 )
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
+from obliteratus.analyze.samples import LEVEL
+from obliteratus.analyze.significance import LEAST_PAIRS, contrast_within_pairs
 from obliteratus.core.cost import Answers, Cost, constant, prompt_count, variable
 from obliteratus.core.errors import NothingMatchedError
 from obliteratus.core.progress import SILENT, progress, report_to
@@ -44,6 +46,7 @@ COLORS = {BOTH: BLUE, "attention": ORANGE, "mlp": GREEN, RANDOM: GREY}
 # 15 MB.
 CACHE_BYTES = 50e6
 HALF = 0.5  # of the behavior
+NEGLIGIBLE_SHARE = 1e-3  # of the behavior: less is rounding of probabilities
 NEGLIGIBLE_KL = 1e-5  # nats: a smaller KL is rounding; plots on a log scale begin here
 # Answers are generated only under edits that leave at most this share of the behavior by first tokens. In 60 trials
 # refusals never fell short of what first tokens say by more than 0.03 (docs/experiments/search.md, "How far the first
@@ -72,19 +75,14 @@ class Reach:
     tokens: tuple[str, ...]
     """First tokens that the model typically gives on target prompts and not on control prompts. Without any, first
     tokens say nothing of the behavior, and all of it remains by them."""
-
+    effective_depths: tuple[int, ...]
+    """Depths from which removal in attention and MLP leaves less than half of the behavior, and less than random
+    removal leaves, both beyond chance over all depths."""
+    working: frozenset[str]
+    """Parts in which removal ends some of the behavior, beyond chance over all parts and depths."""
     unedited_degenerate: Score | None = None
     """Share of the unedited model's answers to the same prompts that are empty or loops; None where no edit had enough
     of them to ask."""
-
-    @property
-    def effective_depths(self) -> tuple[int, ...]:
-        """Depths from which removal in attention and MLP ends more than half of the behavior, and random removal less.
-
-        The intervals do not overlap.
-        """
-        rows = zip(self.depths, self.remaining[BOTH], self.remaining[RANDOM], strict=True)
-        return tuple(d for d, own, random in rows if own.high < HALF and own.high < random.low)
 
     def is_fluent(self, edit: AnsweredEdit) -> bool:
         """Return whether at most 0.05 more of the answers, or two, were degenerate than of the unedited model's."""
@@ -96,8 +94,8 @@ class Reach:
         return tuple(part for part in self.remaining if part != RANDOM)
 
     def works(self, part: str) -> bool:
-        """Return whether removal in this part alone ends any of the behavior, beyond its interval, at some depth."""
-        return any(score.high < 1 for score in self.remaining.get(part, ()))
+        """Return whether removal in this part alone ends any of the behavior, beyond chance, at some depth."""
+        return part in self.working
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remains and what it costs, by part and depth, with intervals."""
@@ -111,12 +109,16 @@ class Reach:
         ]
         found = {"answered": answered, "tokens": list(self.tokens), "found": list(self.effective_depths)}
         found |= {"unedited_degenerate": _dump(self.unedited_degenerate)}
-        return {"depths": list(self.depths), **tables, **found}
+        return {"depths": list(self.depths), "level": LEVEL, **tables, **found}
 
     def summary(self) -> str:
         """Return how deep edits may begin, and what that costs."""
         if not self.effective_depths:
-            return self._add_answers("removing the directions ends the behavior from no depth on")
+            n = self.remaining[BOTH][0].n
+            few = f"; fewer than {LEAST_PAIRS} show nothing" if n < LEAST_PAIRS else ""
+            return self._add_answers(
+                f"removing the directions ends the behavior from no depth on ({n} prompts, level {LEVEL:g}{few})"
+            )
         last = max(self.effective_depths)
         remaining, cost = (table[BOTH][self.depths.index(last)].value for table in (self.remaining, self.kl))
         text = (
@@ -183,6 +185,9 @@ def measure_reach(
     generated under up to as many edits that leave least by first tokens (without typical first tokens, under those that
     reach deepest), so that the best fluent one is known.
 
+    Whether removal works is tested prompt by prompt with sign flips, which takes six prompts: where it does nothing,
+    any depth is called effective, or any part working, in at most 5 % of cases each.
+
     prompts: the most search prompts of each group for first tokens. depths: how many first blocks are tried, evenly
     spaced from ``low`` of the depth on; edits that begin lower cost more and have not been seen to do more. answers,
     tokens: the most target search prompts that are answered, and the length of their answers.
@@ -210,7 +215,31 @@ def measure_reach(
         worth_trying = bool(openings) or (tries > 0 and check.shows_behavior())
         answered = check.find_fluent_edit(ranked, others, tries if worth_trying else 0, advance)
     words = tuple(subject.tokenizer.decode([t]) for t in openings)
-    return Reach(tuple(layers), remaining, cost, answered, words, check.unedited_degenerate)
+    left = {
+        part: torch.stack([compute_remaining_behavior(base, logp[i], size, openings) for logp in edited], 1)
+        for i, part in enumerate((*parts, RANDOM))
+    }
+    found = find_effective_depths(left, layers), find_working_parts(left)
+    return Reach(tuple(layers), remaining, cost, answered, words, *found, check.unedited_degenerate)
+
+
+Left = Mapping[str, Float[Tensor, "prompts depths"]]
+"""Share of the behavior that remains of each target prompt, by part."""
+
+
+def find_effective_depths(left: Left, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the depths at which removal in all parts leaves less than half, and less than random directions do."""
+    own, n = left[BOTH], len(layers)
+    contrast = contrast_within_pairs(torch.cat([HALF - own, left[RANDOM] - own], 1))
+    found = {i for i in contrast.significant if float(contrast.value[i]) > 0}
+    return tuple(layer for i, layer in enumerate(layers) if {i, i + n} <= found)
+
+
+def find_working_parts(left: Left) -> frozenset[str]:
+    """Return the parts in which removal ends more of the behavior than rounding, at any depth."""
+    names = [(part, i) for part, values in left.items() if part != RANDOM for i in range(values.shape[1])]
+    contrast = contrast_within_pairs(torch.stack([1 - left[part][:, i] for part, i in names], 1))
+    return frozenset(names[i][0] for i in contrast.significant if float(contrast.value[i]) > NEGLIGIBLE_SHARE)
 
 
 def _take(prompts: Sequence[Prompt], most: int) -> list[Prompt]:

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.analyze.base import GROUPS, AnalysisContext, Stream, analyses, choose_direction, subsample
-from obliteratus.analyze.samples import LEVEL, Level
-from obliteratus.analyze.significance import draw_unit_vectors
+from obliteratus.analyze.chance import draw_chance_directions
+from obliteratus.analyze.samples import LEVEL, Level, compute_single_step_p_values, read_sample
 from obliteratus.core.cost import Cost, constant, prompt_count, variable
 from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
@@ -24,12 +24,12 @@ from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
-from obliteratus.verify.intervals import RESAMPLES
 
 # Removed and written-back amounts below this share of the groups' difference at the last stream are not reported:
 # any write is a multiple of a tiny amount. On the organism 0.01 of 381 was removed at layer 4, and 43 came back.
 MIN_SHARE = 0.05
-RANDOM = 19  # p is then 1 in 20 at best, which is the level
+RANDOM = 19  # random labelings: p is then 1 in 20 at best, which is the level
+RESAMPLES = 2000  # the 2.5 % quantile then rests on 50 resamples
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Repair:
     """extra as a share of what was removed: 1 if all of it comes back, 0 if later layers write what they always do,
     below 0 if they rely on it; 0 where less than 5 % of the last difference was removed."""
     p: Float[Tensor, " depths"]
-    """The share of directions, this one and the random ones, that have as much written back at any depth."""
+    """The share of directions, this one and those of random labels, that have as much written back at any depth."""
     chance: float
-    """The most that is written back at any depth, of all but a share ``level`` of the random directions."""
+    """The most that is written back at any depth, of all but a share ``level`` of random labels' directions."""
     level: float
 
     @property
@@ -66,7 +66,7 @@ class Repair:
         return [depth for depth, value, p in zip(self.depths, low, possible, strict=True) if p and value > floor]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was removed, what came back with intervals, and what random directions give."""
+        """Return what was removed, what came back with intervals, and what directions of random labels give."""
         depths = [
             {"layer": layer, "taken": float(self.direct[layer + 1]), "left": remaining, "restored": share}
             | {"extra": extra.model_dump(), "p": p}
@@ -80,12 +80,12 @@ class Repair:
     def summary(self) -> str:
         """Return at which depth most comes back."""
         if not self.significant:
-            return "no layer writes the direction back beyond what random directions show"
+            return f"no layer writes the direction back beyond what random labels show (level {self.level:g})"
         best = max(map(self.depths.index, self.significant), key=lambda i: float(self.restored[i]))
         return (
             f"self-repair: with the direction removed up to layer {self.depths[best]}, later layers write back "
             f"{100 * float(self.restored[best]):.0f} % of it ({len(self.significant)} of {len(self.depths)} depths "
-            "show some)"
+            f"show some, level {self.level:g} over all)"
         )
 
     def draw(self, figure: Figure) -> None:
@@ -97,16 +97,16 @@ class Repair:
         bars = [[v - s.low for v, s in zip(values, self.extra, strict=True)]]
         bars += [[s.high - v for v, s in zip(values, self.extra, strict=True)]]
         axes.errorbar(self.depths, values, yerr=bars, fmt="o-", color=ORANGE, label="written back")
-        axes.axhspan(-self.chance, self.chance, color=GREY, alpha=0.3, label="random directions")
+        axes.axhspan(-self.chance, self.chance, color=GREY, alpha=0.3, label="random labels")
         axes.legend()
 
 
 def _cost(options: Mapping[str, Any]) -> Cost:
-    each = sum((prompt_count("fit", group, options["prompts"]) for group in GROUPS), constant(0))
+    each = sum((prompt_count("search", group, options["prompts"]) for group in GROUPS), constant(0))
     return Cost(each * (constant(1) + variable("L", options["depths"]) * (1 + options["random"])))
 
 
-@analyses.register("repair", cite="arXiv:2307.15771", cost=_cost)
+@analyses.register("repair", cite="arXiv:2307.15771", needs=("rows",), cost=_cost)
 def measure_repair(
     context: AnalysisContext,
     *,
@@ -121,16 +121,19 @@ def measure_repair(
 
     Live edits remove the direction from the writers of the embeddings and of layers up to l. What the layers above add
     to the groups' difference along it is compared with what they add in the original model, and with the same for
-    ``random`` random directions. p is the share of all directions, this one counted, that have as much written back at
-    any depth, so at most a share ``level`` of random directions is ever significant.
+    ``random`` differences of means under random labels (`draw_chance_directions`). p is the share of all directions,
+    this one counted, that have as much written back at any depth. Where labels mean nothing, a difference of means is
+    significant in at most a share ``level`` of cases. All is measured on prompts that no direction was fitted on.
 
-    stream: the direction is this stream's first; None for the stream with the highest score. prompts: the most fit
-    prompts of each group. depths: how many l are tried, evenly spaced from layer 0 to the last but one.
+    stream: the direction is this stream's first; None for the stream with the highest score. prompts: the most search
+    prompts of each group. depths: how many l are tried, evenly spaced from layer 0 to the last but one. Needs rows, and
+    four prompts of each group.
     """
     subject, aim = context.subject, choose_direction(context, stream, "repair")
     layers = _space_evenly(subject.n_layers - 1, depths)
-    chosen = subsample(context.prompts, prompts)
-    units = torch.cat([aim.vector[None], draw_unit_vectors(random, subject.width, seed)])
+    chosen = subsample(context.held_out, prompts)
+    sample = read_sample(context.activations, "repair", least=4)
+    units = torch.cat([aim.vector[None], draw_chance_directions(sample, aim.stream, random, seed)])
     measured = measure_directions(subject, chosen, layers, units, context.activations.position)
     back = torch.stack([compute_written_back(one, layers) for one in measured])
     return judge_repair(measured[0], layers, back, level, seed)
@@ -205,15 +208,6 @@ def compute_written_back(measured: Measured, layers: Sequence[int]) -> Float[Ten
     delta = compute_group_differences(measured)
     sign = torch.where(delta[0, torch.tensor(layers) + 1, 0] >= 0, 1.0, -1.0)
     return sign * compute_compensation(delta, layers)[:, 0]
-
-
-def compute_single_step_p_values(back: Float[Tensor, "draws depths"]) -> Float[Tensor, " depths"]:
-    """Return the share of draws whose largest value reaches the first draw's at each depth: p for all depths together.
-
-    The first draw counts. Depths are not standardized as in `familywise_p_values`: of twenty values none is more than
-    4.3 standard deviations from their mean, so one odd random direction at one depth would hide any repair at another.
-    """
-    return (back.max(1).values[:, None] >= back[:1]).double().mean(0)
 
 
 def judge_repair(

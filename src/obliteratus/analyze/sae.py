@@ -79,7 +79,7 @@ class SparseDecomposition:
     by_chance: Float[Tensor, "ends most"]
     """2.5 % and 97.5 % quantiles of the same for mean differences of permuted labels."""
     p: Float[Tensor, " most"]
-    """The probability that these explain as much, corrected for all numbers of atoms."""
+    """The probability that these explain as much, corrected for all numbers of atoms and the atoms' own p."""
     level: float
     draws: int
     prompts: tuple[int, int]
@@ -126,13 +126,13 @@ class SparseDecomposition:
         """Return how few features explain how much of the direction, beside chance."""
         n, where = sum(self.prompts), f"the direction at stream {self.stream}"
         if not self.significant:
-            return f"{where} is no sparser in {self.features} features than chance ({n} prompts)"
+            return f"{where} is no sparser in {self.features} features than chance ({n} prompts, level {self.level:g})"
         k = self.significant[0]
         listed = ", ".join(f"{a.feature} ({a.coefficient:+.2f}, AUC {a.auc.value:.2f})" for a in self.atoms[:LISTED])
         return (
             f"{where} is sparser in {self.features} features than chance: {k} {'explains' if k == 1 else 'explain'} "
-            f"{float(self.share[k - 1]):.0%} (by chance at most {float(self.by_chance[1, k - 1]):.0%}, {n} prompts); "
-            f"first features {listed}"
+            f"{float(self.share[k - 1]):.0%} (by chance at most {float(self.by_chance[1, k - 1]):.0%}, {n} prompts, "
+            f"level {self.level:g}); first features {listed}"
         )
 
     def draw(self, figure: Figure) -> None:
@@ -173,7 +173,8 @@ def decompose_into_features(
     them. Features of a dictionary trained here that are never active are left out, since they learned nothing. For
     chance, ``draws`` mean differences under permuted labels are decomposed the same way. The dictionary never sees the
     labels, so p is exact for a mean difference; for any other direction it is only a comparison. The largest excess
-    over all numbers of atoms counts (`familywise_p_values`).
+    over all numbers of atoms and all atoms' AUC counts (`familywise_p_values`): where labels mean nothing, anything is
+    found in at most a share ``level`` of cases.
 
     Each feature's AUC and rates are measured on the fit prompts, on which it was selected, so they and their intervals
     are optimistic. Its p is not: it compares with the features that permuted labels select, on those labels. A feature
@@ -238,7 +239,7 @@ def _decompose(
     units = torch.cat([aim.vector.double()[None], compute_mean_differences(sample, aim.stream, order[1:])])
     pursuit = matching_pursuit(normalize(units, dim=1), dictionary.units, most)
     aucs = compute_permuted_aucs(dictionary.active, pursuit.atoms, mark_target_rows(order, sample.n))
-    atom_p = familywise_p_values((aucs - 0.5).abs())
+    p, atom_p = familywise_p_values(torch.cat([pursuit.share, (aucs - 0.5).abs()], 1)).split(most)
     return SparseDecomposition(
         stream=aim.stream,
         source=dictionary.source,
@@ -247,7 +248,7 @@ def _decompose(
         atoms=_describe_atoms(aim, dictionary, pursuit.atoms[0], sample.n, atom_p),
         share=pursuit.share[0],
         by_chance=chance_interval(pursuit.share),
-        p=familywise_p_values(pursuit.share),
+        p=p,
         level=level,
         draws=len(order) - 1,
         prompts=(sample.n, len(sample) - sample.n),

@@ -190,6 +190,16 @@ def familywise_p_values(statistics: Float[Tensor, "draws streams"]) -> Float[Ten
     return (largest[:, None] >= z[:1]).double().mean(0)
 
 
+def compute_single_step_p_values(values: Float[Tensor, "draws n"]) -> Float[Tensor, " n"]:
+    """Return the share of draws whose largest value reaches the first draw's of each number: p for all n together.
+
+    The first draw counts. Unlike in `familywise_p_values`, numbers are not standardized: of twenty values none is more
+    than 4.3 standard deviations from their mean, so one odd draw of one number would hide any effect on another. They
+    must have the same unit.
+    """
+    return (values.max(1).values[:, None] >= values[:1]).double().mean(0)
+
+
 def chance_interval(draws: Float[Tensor, "draws streams"]) -> Float[Tensor, "ends streams"]:
     """Return the 2.5 % and 97.5 % quantiles over all draws but the first, which is the data as observed."""
     if draws.shape[1] == 0:

@@ -32,12 +32,13 @@ from obliteratus.analyze.samples import (
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Bool, Float
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure, add_legend, plot_band
-from obliteratus.verify.intervals import RESAMPLES, wilson_rate
+from obliteratus.verify.intervals import wilson_rate
 
 # Of the probe, fitted in the span of its prompts so that its cost does not grow with the width.
 RIDGE = 1.0  # with rows of mean square length 1, 64 dimensions of noise and 160 prompts are not overfitted
 STEPS = 50  # Newton's method takes about eight
 CONVERGED = 1e-10  # change of the log-odds
+RESAMPLES = 2000  # of d′: the 2.5 % quantile then rests on 50 of them
 MIN_VARIANCE = 1e-9  # of p (1 − p): a prompt with a certain label leaves a weight whose inverse must stay finite
 
 
@@ -86,11 +87,11 @@ class Separability:
     def summary(self) -> str:
         """Return how many streams separate the groups, and the scores of the best one."""
         if not self.significant:
-            return f"no stream separates the groups beyond chance ({self.auc[0].n} prompts)"
+            return f"no stream separates the groups beyond chance ({self.auc[0].n} prompts, level {self.level:g})"
         auc, gap, probe = self.auc[self.best], self.d_prime[self.best], self.probe[self.best]
         return (
             f"{len(self.significant)} of {len(self.auc)} streams separate the groups; best {self.best}: "
-            f"AUC {_format(auc)}, d′ {_format(gap)}, probe {_format(probe)} ({auc.n} prompts)"
+            f"AUC {_format(auc)}, d′ {_format(gap)}, probe {_format(probe)} ({auc.n} prompts, level {self.level:g})"
         )
 
     def draw(self, figure: Figure) -> None:
@@ -121,7 +122,8 @@ def measure_separability(
 
     Each fold's prompts are scored by what is fitted on the others: their coordinate along the mean difference, from
     half way between the means, and a logistic probe (`cross_validate_probe`). p comes from ``draws`` permutations of
-    the labels, by the largest d′ of all streams (`familywise_p_values`).
+    the labels, by the largest d′ of all streams (`familywise_p_values`): where labels mean nothing, any stream is found
+    in at most a share ``level`` of cases.
 
     The intervals are DeLong's, a bootstrap's over prompts, and Wilson's, each widened by what permutations show: folds
     share prompts, so held-out values are not independent and vary more than these formulas assume (1.4 times, for 60

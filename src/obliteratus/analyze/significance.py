@@ -1,6 +1,7 @@
 """What chance alone would show, from permutations of what is exchangeable where there is no effect.
 
-Every limit covers many numbers at once: in 1 of 20 data sets without any effect, at least one of them exceeds it.
+Every limit covers many numbers at once: in at most 1 of 20 data sets without any effect (`LEVEL`), at least one of them
+exceeds it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.analyze.samples import LEVEL
 from obliteratus.core.shapes import Float
 
 RESAMPLES = 1000  # permutations; the 95 % point of a maximum then rests on 50 of them
-QUANTILE = 0.95
+LEAST_PAIRS = 6  # with fewer, even the rarest of all sign flips is no rarer than the level
+MOST_PAIRS = 11  # up to here all 2^(pairs − 1) sign flips are tried, which are no more than `RESAMPLES`
+SAME = 1e-9  # relative: two draws that differ by less are equal but for the rounding of fp64
 # A sum of fp32 numbers has a rounding error of up to this share of the largest of them; a smaller difference is none.
 ROUNDING = 1e-6
-SIMULATIONS = 20000  # data sets simulated where nothing can be permuted; the 95 % point then rests on 1000 of them
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Contrast:
     """Differences of means with their standard errors, and the size that the largest of them reaches by chance."""
 
     value: Float[Tensor, " n"]
-    """Differences in their own unit."""
+    """Differences in their own unit; fp64."""
     error: Float[Tensor, " n"]
     """Standard errors in the same unit."""
     limit: float
-    """The largest |value / error| exceeds this in 1 of 20 data sets without any effect."""
+    """The largest |value / error| exceeds this in at most 1 of 20 data sets without any effect."""
 
     @property
     def t(self) -> Float[Tensor, " n"]:
@@ -44,6 +46,11 @@ class Contrast:
         order = self.t.abs().argsort(descending=True, stable=True)
         return [int(i) for i in order if abs(float(self.t[i])) > self.limit]
 
+    def split(self, n: int) -> tuple[Contrast, Contrast]:
+        """Return the first n differences and the others. Their limit stays that of all of them together."""
+        first, others = (Contrast(self.value[i], self.error[i], self.limit) for i in (slice(n), slice(n, None)))
+        return first, others
+
 
 def contrast_between_groups(target: Float[Tensor, "a n"], control: Float[Tensor, "b n"], seed: int = 0) -> Contrast:
     """Return mean(target) − mean(control) for each of n numbers.
@@ -52,7 +59,7 @@ def contrast_between_groups(target: Float[Tensor, "a n"], control: Float[Tensor,
     """
     rows = torch.cat([target, control]).double()
     if not rows.shape[1]:
-        return Contrast(torch.empty(0), torch.empty(0), torch.inf)
+        return NO_CONTRAST
     rows = rows - rows.mean(0)
     a, n = len(target), len(rows)
     labels = _draw_shuffles(n, seed) < a
@@ -80,25 +87,45 @@ def _compute_welch(mask: Tensor, rows: Tensor, floor: float) -> tuple[Tensor, Te
 
 
 def contrast_within_pairs(pairs: Float[Tensor, "pairs n"], seed: int = 0) -> Contrast:
-    """Return the mean over pairs for each of n numbers; the limit comes from random flips of whole pairs' signs.
+    """Return the mean over pairs for each of n numbers; the limit comes from flips of whole pairs' signs.
 
-    With fewer than six pairs there are too few flips for anything to be significant at 1 in 20.
+    Up to `MOST_PAIRS` pairs all flips are tried, so the level is exact; beyond, random ones. With fewer than six pairs
+    there are too few flips for anything to be significant at 1 in 20.
     """
     rows = pairs.double()
     if not rows.shape[1]:
-        return Contrast(torch.empty(0), torch.empty(0), torch.inf)
-    signs = 1.0 - 2.0 * torch.randint(2, (RESAMPLES, len(rows)), generator=torch.Generator().manual_seed(seed)).double()
-    signs = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), signs])
+        return NO_CONTRAST
+    signs = _draw_signs(len(rows), seed)
     floor = ROUNDING * float(rows.abs().max()) + torch.finfo(torch.float64).tiny
     mean = signs @ rows / len(rows)
     spread = (rows.square().mean(0) - mean.square()).clamp(min=0) / max(len(rows) - 1, 1)
     return _make_contrast(mean, (spread + floor**2).sqrt())
 
 
+def _draw_signs(n: int, seed: int) -> Float[Tensor, "draws n"]:
+    """Return signs ±1, all of the first row positive: every pattern that keeps one pair's sign, or random ones.
+
+    To flip all signs changes no |t|.
+    """
+    if n <= MOST_PAIRS:
+        bits = torch.arange(2 ** (n - 1))[:, None] >> torch.arange(n) & 1
+    else:
+        bits = torch.randint(2, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+        bits = torch.cat([torch.zeros_like(bits[:1]), bits])
+    return 1.0 - 2.0 * bits.double()
+
+
 def _make_contrast(value: Tensor, error: Tensor) -> Contrast:
-    """Compare the first draw, which is the data as observed, with all other draws."""
-    largest = (value[1:] / error[1:]).abs().amax(1)
-    return Contrast(value[0].float(), error[0].float(), float(torch.quantile(largest, QUANTILE)))
+    """Return the first draw, which is the data as observed, with the limit that a share `LEVEL` of all draws exceeds.
+
+    The observed draw counts as one of them, so that its chance to be among those is at most the level.
+    """
+    largest = (value / error).abs().amax(1)
+    beyond = int(LEVEL * len(largest))
+    return Contrast(value[0], error[0], (1 + SAME) * float(largest.sort(descending=True).values[beyond]))
+
+
+NO_CONTRAST = Contrast(torch.empty(0), torch.empty(0), torch.inf)
 
 
 def describe_clearest(contrast: Contrast, name: Callable[[int], str], most: int = 3) -> str:
@@ -110,37 +137,8 @@ def describe_clearest(contrast: Contrast, name: Callable[[int], str], most: int 
     return listed + (f" and {len(significant) - most} more" if len(significant) > most else "")
 
 
-def estimate_degrees_of_freedom(spread: float) -> float:
-    """Return the ν, from 0.01 to 10,000, for which the logarithm of a χ² variable has the variance ``spread``.
-
-    That variance is trigamma(ν/2).
-    """
-    low, high = 0.01, 10000.0
-    for _ in range(60):  # halvings of the interval: to the last digit
-        middle = (low * high) ** 0.5
-        too_wide = float(torch.polygamma(1, torch.tensor(middle / 2, dtype=torch.float64))) > spread
-        low, high = (middle, high) if too_wide else (low, middle)
-    return low
-
-
-def compute_ratio_limit(n: int, draws: int, freedom: float, seed: int = 0) -> float:
-    """Return the 95 % point of the largest of n ratios, each of a χ²-like number to the mean of ``draws`` others."""
-    generator = np.random.default_rng(seed)
-    own = generator.gamma(freedom / 2, size=(SIMULATIONS, n))
-    others = generator.gamma(freedom / 2 * draws, size=(SIMULATIONS, n)) / draws
-    tiny = np.finfo(np.float64).tiny
-    return float(np.quantile((own / np.maximum(others, tiny)).max(1), QUANTILE))
-
-
 # ------------------------------------------------------------------------------------------- random directions
 def draw_unit_vectors(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
     """Return unit vectors drawn uniformly from the sphere."""
     noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     return normalize(noise, dim=1)
-
-
-def draw_subspace(k: int, width: int, seed: int) -> Float[Tensor, "k width"]:
-    """Return k orthonormal rows drawn uniformly."""
-    noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed))
-    q: Tensor = torch.linalg.qr(noise)[0]
-    return q.T.contiguous()

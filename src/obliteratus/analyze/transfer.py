@@ -86,11 +86,15 @@ class Transfer:
         """Return the map's held-out R², and the mapped direction's cosine beside its ceiling."""
         where = f"stream {self.streams[0]} (width {self.widths[0]}) to {self.streams[1]} (width {self.widths[1]})"
         if not self.significant:
-            return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self.n} prompts)"
+            return f"no map found from {where}: held-out R² {self.r2:.2f}, p = {self.p:.2g} ({self._tested})"
         return (
             f"{where}: held-out R² {self.r2:.2f} (group alone {self.r2_within:.2f}), the mapped direction's cosine "
-            f"{self.cosine:.2f} of at most {self.ceiling:.2f} ({self.n} prompts)"
+            f"{self.cosine:.2f} of at most {self.ceiling:.2f} ({self._tested})"
         )
+
+    @property
+    def _tested(self) -> str:
+        return f"{self.n} prompts, level {self.level:g}"
 
     def draw(self, figure: Figure) -> None:
         """Draw R² and cosine, each beside chance."""
@@ -125,7 +129,8 @@ def measure_transfer(
     fold's prompts give R². The mapped direction is the mean difference of the other folds. It is compared with the
     second model's own mean difference of the fold, so no prompt is on both sides. p is the share of ``draws`` random
     pairings of prompts with as high an R². A high R² needs shared content, not shared behavior: compare it with what
-    the group alone gives. Raises UserError where the numbers of prompts differ or rows were not kept.
+    the group alone gives. Where the pairing means nothing, a map is found in at most a share ``level`` of cases. Raises
+    UserError where the numbers of prompts differ or rows were not kept.
     """
     first, x, y = pair_streams(one, two, streams)
     plan = split_folds(first.n, len(first) - first.n, folds, seed)

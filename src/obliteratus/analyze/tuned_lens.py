@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.analyze.lens import decode_tokens, find_extreme_tokens
 from obliteratus.analyze.readout import compute_logit_effects, compute_next_token_log_probs
-from obliteratus.analyze.samples import read_rows
-from obliteratus.analyze.significance import ROUNDING
+from obliteratus.analyze.samples import LEVEL, read_rows
+from obliteratus.analyze.significance import ROUNDING, Contrast, contrast_within_pairs
 from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
@@ -40,7 +40,10 @@ class TunedLens:
     constant: Score
     """KL of the mean last stream, whatever the prompt."""
     gain: tuple[Score, ...]
-    """constant − tuned, prompt by prompt: above zero where the stream tells something of the prompt's next token."""
+    """constant − tuned, prompt by prompt: above zero where the stream tells something of the prompt's next token. The
+    intervals hold for each stream by itself."""
+    contrast: Contrast
+    """The same gains with a limit for all streams together."""
     identity: tuple[bool, ...]
     """Whether the stream's map starts from the identity rather than from zero; the better predictor (`RidgeMap`)."""
     promoted: tuple[tuple[str, ...], ...]
@@ -52,8 +55,8 @@ class TunedLens:
 
     @property
     def significant(self) -> list[int]:
-        """Streams that tell something: the gain's interval is above zero, up to rounding."""
-        return [i for i, score in enumerate(self.gain) if score.low > NEGLIGIBLE_KL]
+        """Streams that tell something: the gain is above zero beyond chance over all streams, and beyond rounding."""
+        return sorted(i for i in self.contrast.significant if float(self.contrast.value[i]) > NEGLIGIBLE_KL)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every KL with its interval."""
@@ -62,6 +65,8 @@ class TunedLens:
             "position": self.position,
             **{name: [s.model_dump() for s in part] for name, part in parts},
             "constant": self.constant.model_dump(),
+            "level": LEVEL,
+            "limit": self.contrast.limit,
             "found": self.significant,
             "promoted": [list(tokens) for tokens in self.promoted],
             "fitted": self.fitted,
@@ -70,7 +75,7 @@ class TunedLens:
 
     def summary(self) -> str:
         """Return from which stream on the next token is known."""
-        at = f"at token {self.position} alone"
+        at = f"at token {self.position} alone (level {LEVEL:g} over all streams)"
         if not self.significant:
             return f"{at}: no stream tells more of what follows than the mean does ({self.constant.value:.3g} nats)"
         first, last = self.significant[0], self.tuned[-1]
@@ -162,6 +167,9 @@ def measure_tuned_lens(context: AnalysisContext) -> TunedLens:
     The maps are fitted on the fit prompts' rows at their one position, and scored on the search prompts at the same
     position: the KL from the model's own distribution to the lens's, beside the logit lens and the mean last stream.
     The paper fits at every token of a corpus; these maps hold only for the probed token of prompts like these.
+
+    A stream tells something where its gain over the mean exceeds a limit from sign flips of prompts. Where no stream
+    tells anything, any is found in at most 5 % of cases.
     """
     fit = torch.cat([read_rows(context.activations, group, "tuned_lens") for group in GROUPS])
     held_out = _read_held_out(context)
@@ -185,11 +193,13 @@ def score_lenses(
     constant = divergence(maps[0].target.float().expand(len(held_out), -1))
     tuned = [divergence(ridge_map(held_out[:, i])) for i, ridge_map in enumerate(maps)]
     logit = [divergence(held_out[:, i]) for i in range(len(maps))]
+    gains = [constant - values for values in tuned]
     return TunedLens(
         tuned=tuple(map(_bootstrap, tuned)),
         logit=tuple(map(_bootstrap, logit)),
         constant=_bootstrap(constant),
-        gain=tuple(_bootstrap(constant - values) for values in tuned),
+        gain=tuple(map(_bootstrap, gains)),
+        contrast=contrast_within_pairs(torch.stack(gains, 1)),
         identity=tuple(ridge_map.identity for ridge_map in maps),
         promoted=_list_promoted(context, maps),
         fitted=len(maps[0].rows),

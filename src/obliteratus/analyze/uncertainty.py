@@ -67,7 +67,7 @@ class Uncertainty:
 
     def summary(self) -> str:
         """Return how many streams have a direction that halves agree on, and the most certain one."""
-        n = f"{self.n[0]} and {self.n[1]} prompts"
+        n = f"{self.n[0]} and {self.n[1]} prompts, level {self.level:g}"
         if not self.significant:
             return f"no direction that two halves of the prompts agree on beyond chance ({n})"
         best = min(self.significant, key=lambda s: float(self.angle[s]))
@@ -106,8 +106,8 @@ def measure_uncertainty(
     Angles come from a bootstrap (Efron 1979): prompts are drawn with replacement within each group, and the angle is
     to the mean difference of all prompts, 90° where there is none. They say how much of a direction is noise; near 90°
     they are optimistic, since a resample shares prompts with the whole. The halves share none: their cosine is near 0
-    where there is no difference, and p compares it with ``draws`` permutations of the labels. Needs rows, and four
-    prompts of each group.
+    where there is no difference, and p compares it with ``draws`` permutations of the labels: where these mean nothing,
+    any stream is found in at most a share ``level`` of cases. Needs rows, and four prompts of each group.
     """
     sample = read_sample(context.activations, "uncertainty", least=4)
     order = draw_permutations(len(sample), draws, seed)

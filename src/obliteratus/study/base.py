@@ -67,6 +67,11 @@ class KnockoutResult(FrozenModel):
 
     They are paired, so that the difficulty of a text or prompt cancels. Empty for the baseline.
     """
+    differences: Mapping[str, tuple[float, ...]] = {}
+    """Changes of each text, prompt or question against the baseline by metric, of losses in nats for perplexity.
+
+    They are what all parts are tested on together. Empty for the baseline, and in results of earlier versions.
+    """
     seconds: float = 0.0
     answers: tuple[Mapping[str, Any], ...] = Field((), exclude=True)
     """Judged answers before and after, as ``answers.jsonl`` keeps them."""

@@ -21,6 +21,7 @@ from obliteratus.study.base import Knockout, KnockoutResult, StudyContext, strat
 from obliteratus.study.data import StudyData, load_data
 from obliteratus.study.metrics import Items, Metric, Records
 from obliteratus.study.settings import Study
+from obliteratus.verify import ItemValues
 from obliteratus.verify.answers import pair_answers
 from obliteratus.verify.ladder import hear_judge
 
@@ -29,6 +30,7 @@ CACHE_SHARE = 0.4
 # Knockouts that are measured before their results are written down, which is what a kill can lose. With few prompts
 # there are more, so that they fill a decoding step.
 MIN_BATCH, MAX_BATCH = 4, 16
+DIGITS = 6  # of an item's change: a difference of losses below 1e-6 nats is rounding
 
 
 @dataclass(eq=False)
@@ -93,14 +95,21 @@ class Engine:
             items = {name: item for measured in by_metric for name, item in measured[i][0].items()}
             scores = {name: item.score() for name, item in items.items()}
             change = {name: item.change(baseline[name]) for name, item in items.items()}
+            differences = {name: list_differences(item, baseline[name]) for name, item in items.items()}
             fields = {key: value for key, value in vars(knockout).items() if key != "plan"}
             answers = tuple(self._pair_answers([record for measured in by_metric for record in measured[i][1]]))
-            results.append(KnockoutResult(**fields, scores=scores, change=change, seconds=seconds, answers=answers))
+            fields |= {"scores": scores, "change": change, "differences": differences}
+            results.append(KnockoutResult(**fields, seconds=seconds, answers=answers))
         return results
 
     def _pair_answers(self, records: Records) -> Iterator[Mapping[str, Any]]:
         """Yield the judged answers under a knockout, each beside that of the unedited model."""
         return pair_answers([record for metric in self.metrics for record in metric.unedited[0].records], records)
+
+
+def list_differences(after: ItemValues, before: ItemValues) -> tuple[float, ...]:
+    """Return the change of each item, in the unit of the values, rounded to `DIGITS`."""
+    return tuple(round(x, DIGITS) for x in (after.values.double() - before.values.double()).tolist())
 
 
 def list_knockouts(context: StudyContext, use: str, options: Mapping[str, object]) -> Iterator[Knockout]:

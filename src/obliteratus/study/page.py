@@ -11,7 +11,8 @@ from obliteratus.study.tables import changes_table, comparison_table, ordered_me
 
 LEGEND = (
     "The row of the whole model holds its scores. All other rows hold changes against it with 95 % intervals: ratios "
-    "(×) of perplexity, percentage points of shares, nats of KL. The most damaging part comes first."
+    "(×) of perplexity, percentage points of shares, nats of KL. Each interval is that of one part by itself; the line "
+    "under a metric's title holds for all parts together. The most damaging part comes first."
 )
 
 

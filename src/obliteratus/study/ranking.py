@@ -93,5 +93,10 @@ def rank_results(results: Iterable[KnockoutResult], metric: str) -> list[Knockou
 
 
 def is_clear_damage(change: Score, metric: str) -> bool:
-    """Return whether the whole interval lies on the side of damage."""
+    """Return whether the whole 95 % interval lies on the side of damage; not where there is no interval.
+
+    The interval is that of one part by itself. Of many parts without any effect, 1 in 40 is expected to show damage.
+    """
+    if math.isnan(change.low) and not math.isnan(change.value):
+        return False
     return min(damage_of_change(change.low, metric), damage_of_change(change.high, metric)) > 0

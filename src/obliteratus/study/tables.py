@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from obliteratus.analyze.samples import LEVEL
+from obliteratus.analyze.significance import LEAST_PAIRS
 from obliteratus.core.results import Score
 from obliteratus.report.html import Table
 from obliteratus.study.base import KnockoutResult
@@ -23,11 +25,13 @@ from obliteratus.study.ranking import (
     ordering_metric,
     rank_results,
 )
+from obliteratus.study.significance import NEVER_NEGATIVE, ChangedParts, find_changed_parts
 
 WHOLE_MODEL = "whole model"
 NO_SHARES = ("kl.", "perplexity")  # prefixes of scores that are no shares: changes of all others are in points
 LAST_METRIC = "degenerate."  # whether answers are words at all: they mostly are, and the column tells nothing
-NEVER_NEGATIVE = frozenset({"kl.first_token"})  # their intervals never reach below no change
+NEGLIGIBLE_KL = 1e-6  # nats: a smaller KL is rounding
+CHANCE = 0.025  # of 95 % intervals of parts without any effect: they lie beyond no change on the side of damage
 LARGE = 1e5  # from here on a number's digits tell nothing, so it is shown as 1.2e7
 FACTS = ("strategy", "component", "layer", "part", "size", "control", "seconds")
 LATEX_CHARACTERS = {
@@ -59,19 +63,55 @@ def changes_table(
 
 
 def summarize(results: Sequence[KnockoutResult], metric: str) -> str:
-    """Return one line: the most damaging part, how many parts do clear damage, and how they compare with controls."""
+    """Return one line: the part that does most damage, how many do some, and how they compare with random controls.
+
+    No part is said to matter where none does damage beyond chance over all parts together (`find_changed_parts`).
+    """
     parts = [r for r in rank_results(results, metric) if not r.control and metric in r.change]
     if not parts:
         return "no part has been knocked out yet"
-    sentences = [f"{parts[0].component} matters most, {format_change(parts[0], metric)}"]
-    if metric not in NEVER_NEGATIVE:
-        clear = sum(is_clear_damage(r.change[metric], metric) for r in parts)
-        sentences.append(f"the intervals of {clear} of {len(parts)} parts show damage only")
+    changed = find_changed_parts(results, metric)
+    harmful = find_harmful(parts, metric) if changed is None else changed.worse
+    sentences = [_count_each(harmful, parts, metric) if changed is None else _count_together(changed, metric)]
+    if harmful:
+        sentences.insert(0, f"{harmful[0].component} matters most, {format_change(harmful[0], metric)}")
+        sentences.append(_compare_with_controls(results, parts, metric))
+    return "; ".join(filter(None, sentences))
+
+
+def find_harmful(parts: Sequence[KnockoutResult], metric: str) -> list[KnockoutResult]:
+    """Return the parts that do damage by their own intervals; of a KL, which always rises, those that are no rounding.
+
+    For results that cannot be tested together.
+    """
+    if metric in NEVER_NEGATIVE:
+        return [r for r in parts if damage_of(r, metric) >= NEGLIGIBLE_KL]
+    return [r for r in parts if is_clear_damage(r.change[metric], metric)]
+
+
+def _count_together(changed: ChangedParts, metric: str) -> str:
+    tested = f"{changed.parts} parts, {changed.items} items, level {LEVEL:g} over all parts"
+    if changed.items < LEAST_PAIRS:
+        tested += f"; fewer than {LEAST_PAIRS} items show nothing"
+    counts = [f"{len(changed.worse)} of {changed.parts} parts do damage" if changed.worse else ""]
+    counts.append(f"{len(changed.better)} of {changed.parts} parts improve {metric}" if changed.better else "")
+    found = " and ".join(filter(None, counts)) or f"no part changes {metric}"
+    return f"{found} beyond chance ({tested})"
+
+
+def _count_each(harmful: Sequence[KnockoutResult], parts: Sequence[KnockoutResult], metric: str) -> str:
+    if metric in NEVER_NEGATIVE:
+        return "" if harmful else f"no part changes {metric} by {NEGLIGIBLE_KL:g} nats"
+    if not harmful:
+        return f"no part changes {metric} beyond chance: of {len(parts)} intervals none shows damage only"
+    by_chance = f"{CHANCE * len(parts):.1f} would by chance"
+    return f"{len(harmful)} of {len(parts)} parts show damage only, each by its own 95 % interval ({by_chance})"
+
+
+def _compare_with_controls(results: Sequence[KnockoutResult], parts: Sequence[KnockoutResult], metric: str) -> str:
     controls = [damage_of(r, metric) for r in knockout_results(results) if r.control and metric in r.change]
-    if controls:
-        worse = sum(damage_of(r, metric) > max(controls) for r in parts)
-        sentences.append(f"{worse} of {len(parts)} do more damage than each of {len(controls)} random controls")
-    return "; ".join(sentences)
+    worse = sum(damage_of(r, metric) > max(controls, default=0.0) for r in parts)
+    return f"{worse} of {len(parts)} do more damage than each of {len(controls)} random controls" if controls else ""
 
 
 def comparison_table(studies: Mapping[str, Sequence[KnockoutResult]], metric: str, top: int | None = None) -> Table:
@@ -192,7 +232,7 @@ def to_json(results: Sequence[KnockoutResult], by: str = "") -> dict[str, Any]:
     """Return ``metrics``, the ordering one first, ``baseline``, and ``results`` by damage; infinite is a string."""
     names = ordered_metrics(results, by)
     ordered = [baseline_result(results), *rank_results(results, names[0])]
-    whole, *others = (json.loads(r.model_dump_json()) for r in ordered)
+    whole, *others = (json.loads(r.model_dump_json(exclude={"differences"})) for r in ordered)
     return {"metrics": names, "baseline": whole, "results": others}
 
 
