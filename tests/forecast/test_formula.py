@@ -173,7 +173,7 @@ def test_scorers_of_answers_read_them_as_often_as_they_say(name: str, passes: in
     seen, values = counted(made)
     read = sum(n for title, n in seen.items() if title in ("VERIFY fluency", "VERIFY continuations"))
     assert read == stage_costs(made)["VERIFY"].texts.evaluate(values) == passes
-    assert seen["VERIFY answers"] == 2 * 5 * 4  # nothing more is generated
+    assert seen["VERIFY answers"] == 2 * 9 * 4  # nothing more is generated
 
 
 def test_rdo_does_what_its_formula_says() -> None:
