@@ -265,3 +265,31 @@ def test_no_command_prints_to_stdout_beside_json(model: Path, files: dict[str, P
     result = call("run", model, "--target", files["target"], "--control", files["control"], "--json", "--force")
     json.loads(result.stdout)
     assert re.search("VERIFY", result.stderr)  # notes are there, on the other stream
+
+
+@pytest.mark.parametrize("command", [("run",), ("run", "--method", "informed"), ("search", "--trials", "2")])
+def test_a_model_that_shows_nothing_is_not_edited(
+    model: Path, files: dict[str, Path], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """A tiny random model refuses nothing."""
+    for group, path in files.items():
+        rows = [{"prompt": f"{group} {i}", "split": part} for part in ("fit", "search", "report") for i in range(8)]
+        rows = [{**row, "prompt": f"{row['prompt']} {row['split']}"} for row in rows]
+        path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name, *more = command
+    sources = [x for group, path in files.items() for x in (f"--{group}", path.with_suffix(".jsonl"))]
+    before, out = sorted(tmp_path.iterdir()), tmp_path / "out"
+    said = one_line(call(name, model, *sources, "--quiet", *more, "--out", out))
+    assert "0 of 8 target and 0 of 8 control answers show refusal" in said
+    assert "--force" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_forced_edit_says_so_everywhere(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(model, files, "--out", out, "--save", "plan")
+    assert result.exit_code == 0, result.output
+    reason = json.loads((out / "run.json").read_text())["presence"]["against"]
+    assert "show refusal" in reason
+    for text in (result.stdout, (out / "README.md").read_text()):
+        assert "the edit was forced" in " ".join(text.split())
