@@ -73,10 +73,10 @@ class Draws:
 
 # Options that make a draw cheaper and leave the test as it is. Shares: what an organism's draw costs in passes.
 RUNS: Mapping[str, Draws] = {
-    "sae": Draws({"draws": 99}, 0.25),
+    "sae": Draws({"draws": 99}),
     "decomposition": Draws({}, 0.2),
     "entanglement": Draws({"prompts": 2}, 0.05),
-    "footprint": Draws({"draws": 39}, 0.25),
+    "footprint": Draws({"draws": 39}),
     "lens": Draws({"draws": 99}, 0.25),
     "patching": Draws({"score": "projection", "positions": 1, "heads": 18}, 0.05),
     "positions": Draws({"last": 4}, 0.2),

@@ -161,12 +161,9 @@ def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:
 
 def test_what_leaves_much_or_costs_more_is_not_answered_first() -> None:
     score = lambda x: Score(value=x, low=x, high=x, n=4, unit="")  # noqa: E731
-    left = {
-        p: tuple(map(score, row)) for p, row in {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0.0, 0.0)}.items()
-    }
-    cost = {
-        p: tuple(map(score, row)) for p, row in {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0.0, 0.0)}.items()
-    }
+    shares = {"both": (0.0, 0.05), "mlp": (0.0, 0.3), "random": (0.0, 0.0)}
+    nats = {"both": (0.4, 0.1), "mlp": (0.1, 0.0), "random": (0.0, 0.0)}
+    left, cost = ({p: tuple(map(score, row)) for p, row in table.items()} for table in (shares, nats))
     assert rank_edits((5, 7), left, cost) == [("mlp", 5), ("both", 7), ("both", 5)]
 
 

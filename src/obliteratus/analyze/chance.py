@@ -17,17 +17,20 @@ from obliteratus.core.shapes import Float, Int
 
 
 def draw_chance_directions(sample: Sample, stream: int, draws: int, seed: int) -> Float[Tensor, "draws width"]:
-    """Return unit differences of means at one stream under random labels, of rows minus their own group's mean; fp32.
+    """Return unit differences of means at one stream under random permutations of the labels; fp32.
 
-    A difference between the true groups, which random labels would divide unevenly, is thus in none of them. Where
-    labels mean nothing, a fitted difference of means is one more such draw: exactly if rows are Gaussian, since its
-    weights are orthogonal to those of all others (Langsrud 2005, doi:10.1007/s11222-005-4789-5). The same seed gives
-    the same labels at every stream. Where the rows do not vary, the directions are drawn evenly from the sphere.
+    Where labels mean nothing, the fitted difference of means is one more such draw, for any distribution of the rows.
+    The same seed gives the same labels at every stream. Where the rows do not vary, the directions are drawn evenly
+    from the sphere.
+
+    A true difference is in part of the draws too, which makes it harder to tell from them. To take each row less its
+    own group's mean would avoid that, but holds its level for Gaussian rows only: a footprint was found in 19 of 200
+    draws without any difference, instead of 10.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(draws, len(sample), generator=generator).argsort(1)
     noise = torch.randn(draws, sample.target.shape[2], generator=generator)
-    rows = center_groups(sample, stream)
+    rows = sample.at(stream)
     if not rows.any():
         return normalize(noise, dim=1)
     found = normalize(_draw_weights(order, sample.n) @ rows, dim=1)
@@ -39,12 +42,6 @@ def draw_chance_subspaces(sample: Sample, stream: int, k: int, draws: int, seed:
     vectors = draw_chance_directions(sample, stream, draws * k, seed).view(draws, k, -1)
     q: Tensor = torch.linalg.qr(vectors.mT)[0]
     return q.mT.contiguous()
-
-
-def center_groups(sample: Sample, stream: int) -> Float[Tensor, "rows width"]:
-    """Return one stream's rows minus the mean of their group; fp64."""
-    rows = sample.at(stream)
-    return torch.cat([part - part.mean(0) for part in (rows[: sample.n], rows[sample.n :])])
 
 
 def _draw_weights(order: Int[Tensor, "draws rows"], n: int) -> Float[Tensor, "draws rows"]:
