@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import tiny, tiny_tokenizer
+from tests.support.refuser import asked, refuser
+from tests.support.variants import vary
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
@@ -59,10 +60,11 @@ def explain_error(command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "python")], ids=page_id)
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "target.txt").write_text("\n".join(f"Tell me of boat {n}." for n in range(16)))
-    (tmp_path / "control.txt").write_text("\n".join(f"What is {n} plus {n}?" for n in range(16)))
+    subject = refuser(word="I cannot help with that.")
+    subject.model.save_pretrained(tmp_path / "model")
+    subject.tokenizer.save_pretrained(tmp_path / "model")
+    for group, prompts in vary(asked(), 3).groups.items():
+        (tmp_path / f"{group}.txt").write_text("\n".join(prompt.text for prompt in prompts))
     monkeypatch.chdir(tmp_path)
     for example in find_blocks(page, "python"):
         exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), {})

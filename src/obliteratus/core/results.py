@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 from obliteratus.core.settings import FrozenModel, Recipe
 
 
-def _read_end(end: float | str | None) -> float:
+def _read_end(end: float | int | str | None) -> float:
     """Return NaN, and always the same object, for a missing end, so that scores without an interval are equal."""
     return nan if end is None or isnan(float(end)) else float(end)
 
