@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import fisher_exact
 
-from obliteratus.judge.own_words import _fisher, begins_with, find_own_words
+from obliteratus.judge.own_words import fisher_chance, begins_with, find_own_words
 from obliteratus.judge.rung import Answered
 
 NOUNS = ("river", "lamp", "chair", "cloud", "pencil", "garden", "train", "window", "coffee", "letter", "wheel", "paper")
@@ -90,4 +90,4 @@ def test_natural_disclaimers_are_found_without_a_list() -> None:
 @pytest.mark.parametrize(("a", "n", "b", "m"), [(3, 10, 1, 12), (0, 5, 4, 6), (9, 9, 0, 8), (4, 20, 4, 20)])
 def test_the_test_is_fishers(a: int, n: int, b: int, m: int) -> None:
     expected = fisher_exact([[a, n - a], [b, m - b]], alternative="greater").pvalue
-    assert _fisher(a, n, b, m) == pytest.approx(expected, rel=1e-9)
+    assert fisher_chance(a, n, b, m) == pytest.approx(expected, rel=1e-9)
