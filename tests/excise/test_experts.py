@@ -13,10 +13,12 @@ import torch
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, opened, unedited
 from tests.support.pairwise import pairwise
 from tests.support.plans import PlanMaker, random_basis
+from tests.support.scores import is_sound
 from tests.support.tiny import tiny_subject
 from torch import Tensor, nn
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.results import Score
 from obliteratus.core.settings import Excise, Experts
 from obliteratus.core.types import (
     Activations,
@@ -44,6 +46,7 @@ from obliteratus.pipeline.run import run
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.verify.experts import rank_experts
+from obliteratus.verify.intervals import student_quantile
 from obliteratus.weights.matrices import expand_experts, read_bias, read_weight
 
 NAMES = ["mixtral", "gpt_oss"]  # stacked either way, without biases and with
@@ -65,10 +68,10 @@ def probed(subject: Subject, prompts: PromptSet) -> Activations:
     return collect_activations(subject, prompts, request=ProbeRequest(expert_modules=[s.path for s in stacks(subject)]))
 
 
-def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0) -> RoutingStatistics:
-    """Of 10 prompts. spread: variance of each expert's outputs, summed over their coordinates."""
-    share = torch.tensor(count) / 10
-    return RoutingStatistics(share, share * (1 - share), 10, torch.tensor(count), mean, mean.square().sum(1) + spread)
+def routed(mean: Tensor, count: Sequence[int], spread: float = 0.0, prompts: int = 10) -> RoutingStatistics:
+    """spread: variance of each expert's outputs, summed over their coordinates."""
+    share, square = torch.tensor(count) / prompts, mean.square().sum(1) + spread
+    return RoutingStatistics(share, share * (1 - share), prompts, torch.tensor(count), mean, square)
 
 
 # ------------------------------------------------------------------------------------- router statistics
@@ -221,9 +224,21 @@ def test_the_experts_that_target_prompts_draw_on_come_first() -> None:
     assert select_preferred_experts(groups, 0.01).tolist() == [3]
     ranked = rank_experts(Activations({}, -1, routed={"here": groups}))
     assert [r.expert for r in ranked] == [3, 1, 2, 0]
-    assert ranked[0].excess.low > 0 > ranked[1].excess.low
-    error = ((0.9 * 0.1 + 0.2 * 0.8) / 10) ** 0.5  # Welch
-    assert (ranked[0].excess.value, ranked[0].excess.low) == pytest.approx((0.7, 0.7 - 1.959964 * error))
+    assert ranked[0].excess.value == pytest.approx(0.7)
+    assert not ranked[0].excess.has_interval  # of ten prompts a group
+
+
+def test_the_excess_has_welchs_interval() -> None:
+    counts = {"target": [18, 2], "control": [4, 16]}
+    groups = {group: routed(torch.zeros(2, 3), count, prompts=20) for group, count in counts.items()}
+    first, last = rank_experts(Activations({}, -1, routed={"here": groups}))
+    assert (first.expert, last.expert) == (0, 1)
+    assert first.excess.value == pytest.approx(0.7)
+    parts = [0.9 * 0.1 / 20, 0.2 * 0.8 / 20]
+    freedom = sum(parts) ** 2 / sum(part**2 / 19 for part in parts)
+    half = student_quantile(freedom) * sum(parts) ** 0.5
+    assert (first.excess.low, first.excess.high) == (pytest.approx(0.7 - half), pytest.approx(0.7 + half))
+    assert first.excess.low > 0 > last.excess.high
 
 
 # --------------------------------------------------------------------------------------------- the plan
@@ -365,7 +380,7 @@ def test_a_run_records_the_ranking(many: PromptSet) -> None:
     told = found.passes[0]["experts"]
     assert told == sorted(told, key=lambda one: -one["value"])
     assert told
-    assert all(one["low"] <= one["value"] <= one["high"] for one in told)
+    assert all(is_sound(Score(**{key: one[key] for key in Score.model_fields})) for one in told)
     assert any(e.site.expert is not None for e in plan.edits)
     plain = run(load_recipe("basic", {"verify": changed["verify"]}), opened("mixtral"), many, force=True).run
     assert plain.passes[0]["experts"] == []

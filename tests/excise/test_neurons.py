@@ -134,7 +134,7 @@ def test_a_planted_neuron_is_masked_in_the_first_pass_only(prompts: PromptSet) -
     changes = {"excise.neurons": 0.05, "passes": 2, "distill": [{"use": "mean_diff"}]}
     made = load_recipe("basic", changes | {"verify": [{"use": "behavior", "tokens": 4}]})
     try:
-        plan, _, *_ = run(made, subject, many, Store())
+        plan, _, *_ = run(made, subject, many, Store(), force=True)
     finally:
         module.weight.copy_(kept)
     masks = [c for c in plan.edits if isinstance(c, Mask)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import fisher_exact
 
-from obliteratus.judge.own_words import fisher_chance, begins_with, find_own_words
+from obliteratus.judge.own_words import begins_with, find_own_words, fisher_chance
 from obliteratus.judge.rung import Answered
 
 NOUNS = ("river", "lamp", "chair", "cloud", "pencil", "garden", "train", "window", "coffee", "letter", "wheel", "paper")

@@ -57,7 +57,7 @@ def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptS
         assert not torch.allclose(first_token_log_probs(subject, ids), untouched, atol=1e-2)
 
 
-def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> None:
+def test_shuffled_groups_are_not_edited(subject: Subject, few: PromptSet) -> None:
     """Negative control: the same method on fit groups that differ by chance alone."""
     fit = [p for group in few.groups.values() for p in group if p.split == "fit"]
     random.Random(0).shuffle(fit)
@@ -67,7 +67,9 @@ def test_shuffled_groups_remove_nothing(subject: Subject, few: PromptSet) -> Non
     with pytest.raises(UserError, match="no difference beyond chance"):
         run(advanced(), subject, PromptSet(mixed))
     _, found, *_ = run(advanced(), subject, PromptSet(mixed), force=True)
-    assert found.after["refusal.target"].value >= 0.8
+    assert "no difference beyond chance" in found.presence["against"]
+    assert found.presence["left_out"]["target"] >= 6  # by force, it is fitted on what is refused, whatever its label
+    assert found.after["refusal.target"].value <= 0.1
 
 
 def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) -> None:
@@ -78,7 +80,7 @@ def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) ->
     assert len(found.passes) == 1
     assert "CHECK 2" in store.seconds
     assert "PROBE 2" not in store.seconds
-    assert found.passes[0]["ended"] == "refusal is down"
+    assert found.passes[0]["ended"] == "few enough search prompts show refusal"
     assert found.passes[0]["remaining"]["value"] <= 0.05
     weak = load_recipe("surgical", {"passes": 2, "excise.strength": 0.05, "verify": [{"use": "behavior", "tokens": 4}]})
     both = run(weak, subject, searched(few))[1].passes

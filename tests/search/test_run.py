@@ -95,8 +95,9 @@ def test_no_feasible_trial() -> None:
 def test_nothing_to_search_for() -> None:
     """Groups that are refused alike: no first token tells them apart."""
     same = PromptSet({"target": search_prompts()["control"], "control": search_prompts()["target"]})
+    splits, location = split_prompts(same, 0, force=True), StudyLocation("", "s")
     with pytest.raises(UserError, match="there is nothing to search for"):
-        search(search_recipe(2), search_subject(), split_prompts(same, 0, force=True), Store(), StudyLocation("", "s"))
+        search(search_recipe(2), search_subject(), splits, Store(), location, force=True)
 
 
 def test_objectives_that_no_scorer_gives() -> None:
