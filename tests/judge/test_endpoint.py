@@ -484,8 +484,16 @@ def test_it_runs_inside_a_running_loop() -> None:
         assert asyncio.run(cell()) == RIGHT
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background jobs ignore interrupts, and so would the tests that run in one."""
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, heard)
+
+
 @pytest.mark.parametrize("inside", [False, True])
-def test_an_interrupt_ends_the_call_and_keeps_what_came(inside: bool, tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_call_and_keeps_what_came(inside: bool, tmp_path: Path, interruptible: None) -> None:
     def fault(asked: Asked) -> str:
         if asked.number == 4:  # by then the fifth request is out, and one worker's four verdicts are in
             os.kill(os.getpid(), signal.SIGINT)
