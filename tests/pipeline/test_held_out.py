@@ -58,6 +58,8 @@ def test_a_search_chooses_nothing_on_report_prompts() -> None:
         for part in ("", "report")
     ]
     assert found[0].picked == found[1].picked
+    assert found[0].run.optimism["search"] == found[1].run.optimism["search"]
+    assert found[0].run.optimism["search"].n == 12
     assert [t.scores for t in found[0].trials] == [t.scores for t in found[1].trials]
     assert same(found[0].plan, found[1].plan)
 

@@ -65,11 +65,12 @@ class AnswerCheck:
             advance(1)
             if answered[cell].shown.value == 0:
                 answered[cell] = answered[cell]._replace(degenerate=self.check(*cell).degenerate)
-                if self.is_fluent(answered[cell]):
+                if is_fluent(answered[cell], self.unedited_degenerate):
                     return tuple(answered.values())
             if sum(edit.degenerate is not None for edit in answered.values()) == MOST_LOOPING:
                 break
-        unchecked = [c for c in dict.fromkeys((*answered, *others)) if c not in answered or not answered[c].degenerate]
+        checked = {cell for cell, edit in answered.items() if edit.degenerate is not None}
+        unchecked = [cell for cell in dict.fromkeys((*answered, *others)) if cell not in checked]
         for cell in unchecked[:tries]:
             answered[cell] = self.check(*cell)
             advance(1)
@@ -91,16 +92,17 @@ class AnswerCheck:
             self.unedited_degenerate = self.measure_answers(Plan())[1]
         return AnsweredEdit(part, layer, shown, degenerate)
 
-    def is_fluent(self, edit: AnsweredEdit) -> bool:
-        """Return `Reach.is_fluent`."""
-        return edit.degenerate is not None and not adds_loops(edit.degenerate, self.unedited_degenerate)
-
     def measure_answers(self, plan: Plan) -> tuple[Score, Score]:
         """Return, in longer answers, the behavior's rate on target prompts and the degenerate share of both groups."""
         prompts = PromptSet({group: tuple(members) for group, members in self.checked.items()})
         measured = _measure_behavior(self.context, plan, prompts, CHECKED_TOKENS)
         loops = torch.cat([measured.items[f"degenerate.{g}"].values for g in prompts.groups])
         return measured.scores[self.context.judge.rate_of("target")], ItemValues(loops, "share").score()
+
+
+def is_fluent(edit: AnsweredEdit, unedited: Score | None) -> bool:
+    """Return whether longer answers were checked, and hardly more are degenerate than of the unedited model's."""
+    return edit.degenerate is not None and not adds_loops(edit.degenerate, unedited)
 
 
 def adds_loops(degenerate: Score, unedited: Score | None) -> bool:

@@ -17,7 +17,7 @@ from obliteratus.analyze.answer_check import (
     MOST_LOOPING,
     AnswerCheck,
     AnsweredEdit,
-    adds_loops,
+    is_fluent,
 )
 from obliteratus.analyze.base import GROUPS, AnalysisContext, analyses
 from obliteratus.analyze.samples import LEVEL
@@ -86,7 +86,7 @@ class Reach:
 
     def is_fluent(self, edit: AnsweredEdit) -> bool:
         """Return whether at most 0.05 more of the answers, or two, were degenerate than of the unedited model's."""
-        return edit.degenerate is not None and not adds_loops(edit.degenerate, self.unedited_degenerate)
+        return is_fluent(edit, self.unedited_degenerate)
 
     @property
     def parts(self) -> tuple[str, ...]:

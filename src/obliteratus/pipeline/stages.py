@@ -62,6 +62,8 @@ class Stages:
     """How many fit prompts show the behavior; None where none was answered."""
     force: bool = False
     """Whether to edit a model that does not show the behavior."""
+    chooses: bool = False
+    """Whether anything is chosen on search prompts. What a search or the analyses chose is a recipe that does not."""
 
     def screened(self, recipe: Recipe) -> Stages:
         """Return the stages with the recipe's judge, who knows the model's own words, and the prompts to fit on.
@@ -70,9 +72,9 @@ class Stages:
         none is answered: each token would read all of them. Raises UserError if the recipe names a judge that cannot
         be opened, and if there is nothing to edit, unless by force.
         """
-        judge = build_judge(recipe.judge, self.subject)
+        judge, chooses = build_judge(recipe.judge, self.subject), recipe.uses_search_split
         if self.subject.offloaded is not None:
-            return replace(self, judge=judge)
+            return replace(self, judge=judge, chooses=chooses)
         hears = wants_own_words(recipe.judge, judge, self.subject)
         strengthens, tokens = recipe.excise.strength < 0, behavior_tokens(recipe.verify)
 
@@ -83,16 +85,16 @@ class Stages:
 
         found = self.store.stage("ANSWERS", screen, save_screening, load_screening)
         fit = found.choose(self.splits.fit)
-        judge = replace(judge, own_words=found.own_words)
-        return replace(self, judge=judge, splits=replace(self.splits, fit=fit), presence=found.presence)
+        judge, splits = replace(judge, own_words=found.own_words), replace(self.splits, fit=fit)
+        return replace(self, judge=judge, splits=splits, presence=found.presence, chooses=chooses)
 
     def measure_on_search(self, recipe: Recipe, plan: Plan) -> Score | None:
-        """Return the behavior's rate on search target prompts under the plan, if it was chosen on search prompts.
+        """Return the behavior's rate on search target prompts under the plan, if anything was chosen on search prompts.
 
         Its distance to the rate on report prompts says how far the choice flatters. None with weights on disk.
         """
         few = PromptSet({"target": self.splits.search["target"][:CHECK_PROMPTS]})
-        if not recipe.uses_search_split or not few["target"] or self.subject.offloaded is not None:
+        if not self.chooses or not few["target"] or self.subject.offloaded is not None:
             return None
         step = Step(use="behavior", tokens=behavior_tokens(recipe.verify))
         with applied(self.subject, plan):

@@ -19,7 +19,7 @@ from obliteratus.verify.behavior import shows_already
 # Prompts of each group that are answered, and tokens of an answer: openings are 12 words long, and half of 32 answers
 # against none cannot be chance.
 MAX_PROMPTS, TOKENS = 32, 20
-HEARD = ("target", "control")
+GROUPS = ("target", "control")
 # Openings count as the behavior if at least this share of the target answers begins so, at most that share of the
 # control answers does, and the phrases see almost none of them. Where the phrases see many, they know the wording, and
 # are right about the others: SmolLM2 also begins "I'm sorry for" where it only apologizes.
@@ -28,7 +28,7 @@ LEAST_SHARE, MOST_CONTROL, MOST_SEEN = 0.3, 0.02, 0.1
 
 def listen(subject: Subject, prompts: PromptSet, judge: Judge) -> tuple[OwnPhrase, ...]:
     """Return `hear_own_words` of the answers to up to 32 target and 32 control prompts, evenly spaced."""
-    few = {group: [prompts[group][i] for i in evenly_spaced(len(prompts[group]), MAX_PROMPTS)] for group in HEARD}
+    few = {group: [prompts[group][i] for i in evenly_spaced(len(prompts[group]), MAX_PROMPTS)] for group in GROUPS}
     answers = {group: answer_prompts(subject, members, judge, TOKENS, "OWN WORDS") for group, members in few.items()}
     return hear_own_words(answers["target"], answers["control"], judge)
 
@@ -66,8 +66,7 @@ def find_openings(records: Sequence[Mapping[str, Any]]) -> tuple[OwnPhrase, ...]
     """
     judged = [r for r in records if "verdict" in r]
     target, control = (
-        [Answered(r["prompt"], r["answer"], r["category"]) for r in judged if r["group"] == group]
-        for group in ("target", "control")
+        [Answered(r["prompt"], r["answer"], r["category"]) for r in judged if r["group"] == group] for group in GROUPS
     )
     return find_own_words(target, control) if target and control else ()
 

@@ -21,10 +21,9 @@ from obliteratus.judge.own_words import OwnPhrase, fisher_chance
 from obliteratus.judge.rung import Answered
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import wilson_rate
-from obliteratus.verify.own_words import answer_prompts, hear_own_words
+from obliteratus.verify.own_words import GROUPS, answer_prompts, hear_own_words
 from obliteratus.verify.scoring import Measurement
 
-GROUPS = ("target", "control")
 # Fit prompts of each group that are answered. Arditi et al. fit on 128 of each.
 MOST_ANSWERED = 128
 # Directions from fewer prompts that show the behavior are mostly about those prompts.
@@ -144,12 +143,11 @@ def check_presence(presence: Presence, name: str, force: bool) -> None:
     if presence.against:
         note("forced", f"warning: {presence.against}; the edit goes on by force")
     if any(presence.left_out.values()):
-        note("fit", describe_left_out(presence, name))
+        note("fit", describe_left_out(presence.left_out, name))
 
 
-def describe_left_out(presence: Presence, name: str) -> str:
-    """Return how many prompts are not fitted on, and why."""
-    left = presence.left_out
+def describe_left_out(left: Mapping[str, int], name: str) -> str:
+    """Return how many prompts of each group are not fitted on, and why."""
     return (
         f"left out {left['target']} target prompts that do not show {name} or were not answered, and "
         f"{left['control']} control prompts that show it or were not answered"
