@@ -61,7 +61,7 @@ def test_a_forced_edit_says_so() -> None:
 
 def test_left_out_prompts_are_counted() -> None:
     said = describe_outcome(record(60, 1, presence={"against": "", "left_out": {"target": 7, "control": 0}}))
-    assert said[0].startswith("Directions were fitted without 7 target prompts that do not show refusal and 0 control")
+    assert said[0].startswith("Directions are fitted without 7 target prompts that do not show refusal and 0 control")
 
 
 @pytest.mark.parametrize(("report", "chance"), [(3, "within chance"), (20, "beyond chance")])

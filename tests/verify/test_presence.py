@@ -67,7 +67,20 @@ def test_prompts_that_do_not_show_it_are_left_out_of_the_fit() -> None:
         check_presence(found.presence, "refusal", force=False)
     assert found.choose(prompts) == PromptSet({"target": target, "control": control})
     assert found.presence.left_out == {"target": 4, "control": 4}
-    assert any("left out 4 target prompts" in note and "4 control prompts" in note for note in notes.texts)
+    assert any("without 4 target prompts" in note and "4 control prompts" in note for note in notes.texts)
+
+
+@pytest.mark.parametrize(("plain", "answered"), [(0, 32), (1, 40)])
+def test_answers_end_where_nearly_all_prompts_are_clear(plain: int, answered: int) -> None:
+    """40 prompts a group. Every fifth target prompt is answered in the second case, so that 32 answers do not do."""
+    several = {
+        group: tuple(Prompt(f"{p.text} {n}") for n in range(4) for p in members[:10])
+        for group, members in asked().groups.items()
+    }
+    target = tuple(several["control"][i] if plain and i % 5 == 0 else p for i, p in enumerate(several["target"]))
+    rates = screen(PromptSet({"target": target, "control": several["control"]})).presence.rates
+    assert {group: rate.n for group, rate in rates.items()} == {"target": answered, "control": answered}
+    assert rates["target"].value == 1 - plain / 5
 
 
 def test_strengthening_fits_on_all_target_prompts() -> None:

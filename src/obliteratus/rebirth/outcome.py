@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
+from obliteratus.verify.presence import describe_left_out
 
 # Below this share a behavior counts as removed; more is said to be left, with what to try next.
 LITTLE_LEFT = 0.05
@@ -26,13 +27,8 @@ def _describe_force(run: Run) -> str:
 
 
 def _describe_fit(run: Run) -> str:
-    if not any(run.presence.get("left_out", {}).values()):
-        return ""
-    left = run.presence["left_out"]
-    return (
-        f"Directions were fitted without {left['target']} target prompts that do not show {_name(run)} and "
-        f"{left['control']} control prompts that do, or were not answered."
-    )
+    left = run.presence.get("left_out", {})
+    return f"{describe_left_out(left, _name(run)).capitalize()}." if any(left.values()) else ""
 
 
 def _describe_change(run: Run) -> str:

@@ -27,23 +27,23 @@ LEAST_SHARE, MOST_CONTROL, MOST_SEEN = 0.3, 0.02, 0.1
 
 
 def listen(subject: Subject, prompts: PromptSet, judge: Judge) -> tuple[OwnPhrase, ...]:
-    """Return `hear_own_words` of the answers to up to 32 target and 32 control prompts, evenly spaced."""
+    """Return `choose_own_words` of the answers to up to 32 target and 32 control prompts, evenly spaced."""
     few = {group: [prompts[group][i] for i in evenly_spaced(len(prompts[group]), MAX_PROMPTS)] for group in GROUPS}
     answers = {group: answer_prompts(subject, members, judge, TOKENS, "OWN WORDS") for group, members in few.items()}
-    return hear_own_words(answers["target"], answers["control"], judge)
+    found = choose_own_words(answers["target"], answers["control"], judge)
+    note_own_words(found, len(answers["target"]), judge.name)
+    return found
 
 
-def hear_own_words(target: Sequence[Answered], control: Sequence[Answered], judge: Judge) -> tuple[OwnPhrase, ...]:
-    """Return the openings that count as the behavior besides the judge's phrases, and say in a note which they are."""
-    found = choose_own_words(target, control, judge)
+def note_own_words(found: Sequence[OwnPhrase], answers: int, name: str) -> None:
+    """Say in a note which openings of so many target answers count as the behavior besides the judge's phrases."""
     if found:
-        quoted = ", ".join(f"'{p.text}' ({p.target} of {len(target)})" for p in found)
+        quoted = ", ".join(f"'{p.text}' ({p.target} of {answers})" for p in found)
         note(
             "judge",
-            f"target answers begin with {quoted} and control answers do not; counted as {judge.name} (leave out with "
+            f"target answers begin with {quoted} and control answers do not; counted as {name} (leave out with "
             "--no-own-words)",
         )
-    return found
 
 
 def choose_own_words(target: Sequence[Answered], control: Sequence[Answered], judge: Judge) -> tuple[OwnPhrase, ...]:

@@ -21,17 +21,22 @@ from obliteratus.judge.own_words import OwnPhrase, fisher_chance
 from obliteratus.judge.rung import Answered
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import wilson_rate
-from obliteratus.verify.own_words import GROUPS, answer_prompts, hear_own_words
+from obliteratus.verify.own_words import GROUPS, answer_prompts, choose_own_words, note_own_words
 from obliteratus.verify.scoring import Measurement
 
-# Fit prompts of each group that are answered. Arditi et al. fit on 128 of each.
-MOST_ANSWERED = 128
+# Fit prompts of each group that are answered. Arditi et al. fit on 128 of each. Where nearly all of the first 32 are as
+# they should be, the others are not answered: 31 of 32 say that it is at least 84 % of all, and it saves up to 192 of
+# the 416 answers of a run with 64 + 96 report prompts.
+FIRST_ANSWERED, MOST_ANSWERED = 32, 128
 # Directions from fewer prompts that show the behavior are mostly about those prompts.
 LEAST_SHOWN = 8
 # One-sided, so that a difference in the wrong direction is none.
 LEVEL = 0.025
 # If so many of a group's answered prompts are as they should be, those that were not answered are taken to be so too.
 CLEAR = 0.95
+
+Answers = Mapping[str, Mapping[int, Answered]]
+"""By group and index."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,21 @@ class Screening:
 def screen_prompts(
     subject: Subject, prompts: PromptSet, judge: Judge, tokens: int, hears: bool, strengthens: bool = False
 ) -> Screening:
-    """Answer up to 128 target and 128 control prompts, and return which show the behavior.
+    """Answer 32 prompts of each group, and up to 128 unless nearly all are clear. Return which show the behavior.
 
     tokens: the most of an answer. hears: whether the model's own words count. strengthens: whether the behavior is to
     become stronger: that takes a difference between the groups, but no number of prompts that show it.
     """
-    indices = {group: evenly_spaced(len(prompts[group]), MOST_ANSWERED) for group in GROUPS}
-    asked = [prompts[group][i] for group in GROUPS for i in indices[group]]  # together, as large batches cost less
-    answers = answer_prompts(subject, asked, judge, tokens, "ANSWERS")
-    target, control = answers[: len(indices["target"])], answers[len(indices["target"]) :]
-    words = hear_own_words(target, control, judge) if hears else ()
-    judge = replace(judge.without_witnesses(), own_words=words)
-    shown = {
-        group: dict(zip(indices[group], _judge(answered, judge), strict=True))
-        for group, answered in zip(GROUPS, (target, control), strict=True)
-    }
+    most = {group: evenly_spaced(len(prompts[group]), MOST_ANSWERED) for group in GROUPS}
+    first = {group: [rows[i] for i in evenly_spaced(len(rows), FIRST_ANSWERED)] for group, rows in most.items()}
+    answers = _answer(subject, prompts, first, judge, tokens)
+    words, shown = _judge(answers, judge, hears)
+    rest = {group: [i for i in rows if i not in answers[group]] for group, rows in most.items()}
+    if any(rest.values()) and not all(is_clear(shown[group], group == "target") for group in GROUPS):
+        more = _answer(subject, prompts, rest, judge, tokens)
+        answers = {group: dict(sorted({**answers[group], **more[group]}.items())) for group in GROUPS}
+        words, shown = _judge(answers, judge, hears)
+    note_own_words(words, len(answers["target"]), judge.name)
     sizes = {group: len(prompts[group]) for group in GROUPS}
     kept = {group: choose_prompts(sizes[group], shown[group], group == "target") for group in GROUPS}
     if strengthens:
@@ -94,8 +99,33 @@ def screen_prompts(
     return Screening(words, kept, measure_presence(shown, left_out, judge.name, strengthens))
 
 
-def _judge(answers: Sequence[Answered], judge: Judge) -> list[bool]:
-    return [judgment.verdict in SHOWN for judgment in judge.judge_all(answers)]
+def _answer(
+    subject: Subject, prompts: PromptSet, rows: Mapping[str, Sequence[int]], judge: Judge, tokens: int
+) -> Answers:
+    """Return the answers to these prompts of each group, by index."""
+    asked = [(group, i) for group in GROUPS for i in rows[group]]  # together, as large batches cost less
+    answered = answer_prompts(subject, [prompts[group][i] for group, i in asked], judge, tokens, "ANSWERS")
+    answers: dict[str, dict[int, Answered]] = {group: {} for group in GROUPS}
+    for (group, i), answer in zip(asked, answered, strict=True):
+        answers[group][i] = answer
+    return answers
+
+
+def _judge(answers: Answers, judge: Judge, hears: bool) -> tuple[tuple[OwnPhrase, ...], dict[str, dict[int, bool]]]:
+    """Return the model's own words, and whether each answer shows the behavior, in these or the judge's phrases."""
+    target, control = (list(answers[group].values()) for group in GROUPS)
+    words = choose_own_words(target, control, judge) if hears else ()
+    judge = replace(judge.without_witnesses(), own_words=words)
+    shown = {}
+    for group in GROUPS:
+        verdicts = [judgment.verdict in SHOWN for judgment in judge.judge_all(list(answers[group].values()))]
+        shown[group] = dict(zip(answers[group], verdicts, strict=True))
+    return words, shown
+
+
+def is_clear(shown: Mapping[int, bool], wanted: bool) -> bool:
+    """Return whether nearly all answers are as wanted. Those that were not given are then taken to be so too."""
+    return sum(found == wanted for found in shown.values()) >= CLEAR * len(shown)
 
 
 def choose_prompts(n: int, shown: Mapping[int, bool], wanted: bool) -> Sequence[int]:
@@ -106,7 +136,7 @@ def choose_prompts(n: int, shown: Mapping[int, bool], wanted: bool) -> Sequence[
     right = [i for i, found in shown.items() if found == wanted]
     if len(right) < LEAST_SHOWN:
         return range(n)
-    if len(right) < CLEAR * len(shown):
+    if not is_clear(shown, wanted):
         return right
     return [i for i in range(n) if shown.get(i, wanted) == wanted]
 
@@ -149,8 +179,8 @@ def check_presence(presence: Presence, name: str, force: bool) -> None:
 def describe_left_out(left: Mapping[str, int], name: str) -> str:
     """Return how many prompts of each group are not fitted on, and why."""
     return (
-        f"left out {left['target']} target prompts that do not show {name} or were not answered, and "
-        f"{left['control']} control prompts that show it or were not answered"
+        f"directions are fitted without {left['target']} target prompts that do not show {name} and "
+        f"{left['control']} control prompts that do, or were not answered"
     )
 
 
