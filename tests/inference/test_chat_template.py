@@ -9,7 +9,7 @@ import pytest
 from tests.support.tiny import BOS, TEMPLATE, tiny_subject
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Prompt, Subject
+from obliteratus.core.types import ChatFormat, Prompt, Subject
 from obliteratus.inference.chat_template import context_length, has_template, render_prompts
 
 SUFFIX = "\nassistant:"
@@ -63,7 +63,7 @@ def test_without_a_template_the_text_is_raw(subject: Subject) -> None:
 @pytest.mark.parametrize("thinking", [False, True])
 def test_thinking_is_rendered_in_the_chosen_mode(subject: Subject, thinking: bool) -> None:
     subject.tokenizer.chat_template = THINKING
-    (text,) = texts(replace(subject, thinking=thinking), [Prompt("hi")])
+    (text,) = texts(replace(subject, chat=ChatFormat(thinking)), [Prompt("hi")])
     assert text.endswith("assistant:" if thinking else "<think></think>")
 
 

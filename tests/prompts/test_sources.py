@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.support.notes import Notes
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.core.progress import report_to
+from obliteratus.core.types import Prompt, PromptSet, Turn
 from obliteratus.prompts import load_prompts
 
 ROWS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}]
@@ -46,6 +48,19 @@ GOOD = {
     "goal.jsonl": '{"goal": "one", "x": 1}\n{"goal": "two", "x": 2}\n{"goal": "three"}',
     "a.csv": "id,instruction\n1,one\n2,two\n3,three\n",
     "bom.csv": b"\xef\xbb\xbfprompt\none\ntwo\nthree\n",
+    "UPPER.JSONL": '{"Goal": "one"}\n{"Goal": "two"}\n{"Goal": "three"}',
+    "behavior.csv": "Behavior,Category\none,x\ntwo,x\nthree,y\n",
+    "a.tsv": "id\tprompt\n1\tone\n2\ttwo\n3\tthree\n",
+    "semicolon.csv": "prompt;category\none;x\ntwo;x\nthree;y\n",
+    "tabs.csv": "prompt\tcategory\none\tx\ntwo\tx\nthree\ty\n",
+    "mac.csv": "prompt,n\rone,1\rtwo,2\rthree,3\r",
+    "array.json": json.dumps(ROWS, indent=1),
+    "array.jsonl": json.dumps(ROWS),
+    "strings.json": '["one", "two",\n"three"]',
+    "lines.json": '{"question": "one"}\n{"question": "two"}\n{"question": "three"}\n',
+    "turns.jsonl": "\n".join(json.dumps([{"role": "user", "content": text}]) for text in ("one", "two", "three")),
+    "utf16.txt": "one\ntwo\nthree".encode("utf-16"),
+    "no_suffix": "one\ntwo\nthree",
 }
 
 
@@ -66,6 +81,79 @@ def test_quoted_csv_and_other_columns(tmp_path: Path, control: Path) -> None:
     assert found == (Prompt("a, b\nc", "x", "report", "be brief"), Prompt("d"))
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u0085", "\f", "\x1c", "\v"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+def test_only_line_feeds_end_a_line(sign: str, name: str, tmp_path: Path, control: Path) -> None:
+    text = f"one{sign}two"
+    row = json.dumps({"prompt": text}, ensure_ascii=False)
+    content = {"a.txt": text, "a.jsonl": row, "a.csv": f"prompt\n{text}", "a.json": f"[{row}]"}[name]
+    if name.startswith("a.json") and sign not in "\u2028\u0085":
+        content = content.replace(sign, json.dumps(sign)[1:-1])  # JSON escapes control characters
+    assert texts(load_prompts(written(tmp_path / name, content), control)) == [text]
+
+
+def test_a_long_field(tmp_path: Path, control: Path) -> None:
+    long = "word " * 40_000
+    found = load_prompts(written(tmp_path / "a.csv", f"prompt,n\n{long},1\n"), control)
+    assert texts(found) == [long.strip()]
+
+
+@pytest.mark.parametrize("other", ["input", "context"])
+def test_an_instruction_goes_with_its_input(other: str, tmp_path: Path, control: Path) -> None:
+    rows = [{"instruction": "Translate.", other: "Guten Tag"}, {"instruction": "Count to three.", other: ""}]
+    path = written(tmp_path / "a.json", json.dumps([{**row, "output": "x", "text": "### all"} for row in rows]))
+    assert texts(load_prompts(path, control)) == ["Translate.\n\nGuten Tag", "Count to three."]
+
+
+@pytest.mark.parametrize(
+    ("column", "role", "content", "roles"),
+    [
+        ("messages", "role", "content", ("system", "user", "assistant")),
+        ("conversations", "from", "value", ("system", "human", "gpt")),
+        ("prompt", "role", "content", ("developer", "user", "assistant")),
+    ],
+)
+def test_conversations(
+    column: str, role: str, content: str, roles: tuple[str, str, str], tmp_path: Path, control: Path
+) -> None:
+    """The last user turn is the prompt, behind all before it; what follows is the answer."""
+    system, user, model = roles
+    said = [(system, "Be brief."), (user, "One?"), (model, "Yes."), (user, "Two? "), (model, "No.")]
+    turns = [{role: who, content: text} for who, text in said]
+    found = load_prompts(written(tmp_path / "a.jsonl", json.dumps({column: turns})), control)["target"]
+    history = (Turn("user", "One?"), Turn("assistant", "Yes."))
+    assert found == (Prompt("Two?", system="Be brief.", history=history),)
+
+
+def test_the_same_text_after_other_turns_is_another_prompt(tmp_path: Path, control: Path) -> None:
+    rows = [[{"role": "user", "content": x}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "more"}]
+            for x in "aab"]  # fmt: skip
+    found = load_prompts(written(tmp_path / "a.json", json.dumps(rows)), control)
+    assert (len(found["target"]), found.dropped) == (2, 1)
+
+
+def test_the_column_can_be_chosen(tmp_path: Path, control: Path) -> None:
+    path = written(tmp_path / "a.csv", "prompt,de,n\none,eins,1\n")
+    assert texts(load_prompts(path, control, column={"target": "de"})) == ["eins"]
+    with pytest.raises(UserError, match="there is no column 'fr'; it has prompt, de, n"):
+        load_prompts(path, control, column={"target": "fr"})
+
+
+def test_what_is_left_out_or_ambiguous_is_said(tmp_path: Path, control: Path) -> None:
+    rows = [{"goal": "a", "behavior": "b", "split": "train"}, {"goal": "", "split": "fit"}]
+    notes = Notes()
+    with report_to(notes):
+        found = load_prompts(written(tmp_path / "a.json", json.dumps(rows)), control)
+    assert texts(found) == ["a"]
+    for said in ("in 'goal', not in 'behavior'", "1 of 2 rows have no text", "'train' (1) is none of fit"):
+        assert any(said in note for note in notes.texts), said
+
+
+def test_a_category_may_be_a_number(tmp_path: Path, control: Path) -> None:
+    found = load_prompts(written(tmp_path / "a.json", '[{"prompt": "a", "category": 0}]'), control)
+    assert found["target"][0].category == "0"
+
+
 def test_optional_groups(tmp_path: Path, control: Path) -> None:
     target, keep = written(tmp_path / "t.txt", "t"), written(tmp_path / "k.txt", "k")
     assert set(load_prompts(target, control).groups) == {"target", "control"}
@@ -81,12 +169,32 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "nul.txt": (b"a\0b\n", "this is a binary file; give a text file"),
     "latin.txt": ("caf\u00e9".encode("latin-1"), r"not UTF-8 text \(byte 3\)"),
     "image.txt": (b"\x89PNG\r\n\x1a\n\0\0", "not UTF-8 text"),
-    "utf16.txt": ("one".encode("utf-16"), "not UTF-8 text"),
+    "data.xlsx": (b"PK", r"'\.xlsx' files are not read; give a \.txt"),
     "broken.jsonl": ('{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: this line is not JSON"),
-    "numbers.jsonl": ("1\n2\n", "rows must be objects with a prompt"),
-    "number.jsonl": ('{"prompt": 3}', "a prompt is int, not text: 3"),
-    "columns.jsonl": ('{"foo": "a", "bar": 1}', "none of the columns prompt, .*; it has foo, bar; rename one"),
-    "columns.csv": ("foo,bar\n1,2\n", "none of the columns prompt, .*; it has foo, bar; rename one"),
+    "numbers.jsonl": ("1\n2\n", r":1: rows must be objects with a prompt, or strings, and this is 1"),
+    "number.jsonl": ('"a"\n{"prompt": 3}', r":2: a prompt is int, not text: 3"),
+    "columns.jsonl": (
+        '{"foo": "a", "bar": 1}',
+        "none of the columns prompt, .*; it has foo, bar; choose with --column",
+    ),
+    "columns.csv": ("foo,bar\n1,2\n", "none of the columns prompt, .*; it has foo, bar; choose with --column"),
+    "changes.jsonl": ('{"prompt": "a"}\n{"text": "b"}', r":2: this row has no 'prompt', as the first has; it has text"),
+    "comma.csv": ("prompt\na\nb, c\n", r":3: this row has 2 fields and the header 1; put a text with a comma into"),
+    "short.csv": ("prompt,category\na\n", r":2: this row has 1 fields and the header 2"),
+    "quote.csv": ('prompt\n"a\nb', r":2: this row is not CSV \(unexpected end of data\)"),
+    "twice.csv": ("prompt,prompt\na,b\n", r":1: two columns are called 'prompt'"),
+    "object.json": ('{\n"prompt": "a"\n}', r":1: this line is not JSON .*; write an array of rows"),
+    "cut.json": ('[{"prompt": "a"},\n{"prompt": ', r"cut\.json:2: this line is not JSON"),
+    "deep.json": ("[" * 100_000, "this JSON cannot be read"),
+    "digits.json": (f"[{'1' * 5000}]", "this JSON cannot be read"),
+    "none.json": ("[]", "the prompt file is empty"),
+    "surrogate.json": (r'["\ud800"]', r"item 1: half of a surrogate pair \(U\+D800\) is no character"),
+    "system.json": ('[{"prompt": "a", "system": 1}]', "'system' is int, not text"),
+    "tool.json": ('[[{"role": "tool", "content": "a"}]]', "item 1: a turn has the role 'tool'; only user, human"),
+    "image.json": ('[[{"role": "user", "content": [{"type": "image"}]}]]', r"a part that is no text \(image\)"),
+    "answer.json": ('[[{"role": "assistant", "content": "a"}]]', "the conversation has no user turn"),
+    "turns.json": ('[[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]]', "two user turns follow"),
+    "words.json": ('[["a"]]', "a turn is no object with a role and a content: a"),
     "nothing.jsonl": ('{"prompt": ""}\n{"prompt": null}', "the group 'target' is empty"),
     "fake.parquet": ("not parquet", "the Parquet file cannot be read"),
     "same.txt": ("plain\ncalm\n", "target and control hold the same prompts; give two different files"),

@@ -76,7 +76,8 @@ def collect_reasoning_rows(context: FitContext, prompts: int, tokens: int, place
     """Return prompts with their answers cut off at a token of the reasoning: the stream is read at each row's end."""
     control = context.prompts["control"]
     chosen = [control[i] for i in evenly_spaced(len(control), prompts)]
-    ids = render_prompts(replace(context.subject, thinking=True), chosen, reserve=tokens)
+    thinking = replace(context.subject, chat=replace(context.subject.chat, thinking=True))
+    ids = render_prompts(thinking, chosen, reserve=tokens)
     rows = []
     for prompt, answer in zip(ids, generate(context.subject, ids, tokens, title=f"DISTILL {STEP}"), strict=True):
         start, stop = find_reasoning_span(context.subject, prompt, answer)

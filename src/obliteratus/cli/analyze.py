@@ -9,6 +9,7 @@ import typer
 
 from obliteratus.cli.options import (
     Behavior,
+    Column,
     Control,
     Device,
     Dtype,
@@ -21,6 +22,7 @@ from obliteratus.cli.options import (
     Target,
     Trust,
     check_split_by,
+    parse_columns,
     show_progress,
 )
 
@@ -37,6 +39,7 @@ def analyze(
     model: Model,
     target: Target = None,
     control: Control = None,
+    column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
     *,
@@ -65,7 +68,9 @@ def analyze(
     check_budget(budget)
     names = [name for name in only.split(",") if name]
     settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
-    sources = fill_example_prompts({"target": target, "control": control}, check_judge(settings))
+    sources = fill_example_prompts(
+        {"target": target, "control": control, "column": parse_columns(column)}, check_judge(settings)
+    )
     steps, by = select_analyses(names), check_split_by(split_by)
     check_free(out)
     with show_progress(quiet):

@@ -16,6 +16,7 @@ from obliteratus.cli.options import (
     Base,
     Behavior,
     Bypass,
+    Column,
     Commands,
     Control,
     Device,
@@ -39,15 +40,18 @@ from obliteratus.cli.options import (
     Set,
     SplitBy,
     Target,
+    Template,
     Thinking,
     Trust,
     check_split_by,
     handle_errors,
+    parse_columns,
     show_progress,
     with_judge,
     with_split,
 )
 from obliteratus.cli.study import report, study
+from obliteratus.core.types import ChatFormat
 
 app = typer.Typer(
     cls=Commands,
@@ -74,6 +78,7 @@ def run(
     method: Method = "basic",
     bypass: Bypass = None,
     keep: Keep = None,
+    column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
     judge: JudgedBy = None,
@@ -93,6 +98,7 @@ def run(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
+    template: Template = "",
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Check every claim of the architecture table on this model.")
     ] = False,
@@ -107,8 +113,8 @@ def run(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"thinking": thinking, "self_test": self_test}
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet):
         job = Job.create(model, method, overrides, sources, out, save, base, force)
         result = run_job(job, opening, resume, memory)
@@ -128,6 +134,7 @@ def search(
     pick: Pick = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
+    column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
     judge: JudgedBy = None,
@@ -147,6 +154,7 @@ def search(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     thinking: Thinking = False,
+    template: Template = "",
     memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -158,8 +166,8 @@ def search(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"thinking": thinking}
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    opening |= {"chat": ChatFormat(thinking, template)}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet):
         job = Job.create(model, method, overrides, sources, out, save, base, force)
         job = job.with_search(trials, storage, study, pick)
@@ -215,6 +223,7 @@ def verify(
     target: Target = None,
     control: Control = None,
     keep: Keep = None,
+    column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
     judge: JudgedBy = None,
@@ -232,6 +241,8 @@ def verify(
     quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    thinking: Thinking = False,
+    template: Template = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -240,8 +251,9 @@ def verify(
     from obliteratus.cli.terminal import show_comparison, show_json
 
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
-    sources = {"target": target, "control": control, "keep": keep}
+    sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet):
         comparison = Comparison.create(choices, sources, seed or 0, everything, out, check_split_by(split_by))
         scores = comparison.run(model, against, opening)
@@ -263,6 +275,8 @@ def apply(
     quantize: Quantize = "",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    thinking: Thinking = False,
+    template: Template = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -271,6 +285,7 @@ def apply(
     from obliteratus.cli.terminal import results, show_json
 
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet):
         saved = apply_plan(plan, model, out, save, opening, base)
     if json:

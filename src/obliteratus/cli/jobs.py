@@ -52,8 +52,6 @@ class Job:
     recipe: Recipe
     prompts: PromptSet
     splits: Splits
-    sources: Mapping[str, str]
-    """Group → where its prompts come from."""
     out: Path | None
     form: Form
     location: StudyLocation | None = None
@@ -88,8 +86,7 @@ class Job:
         check_sizes(recipe.distill, RunInputs(counts, lambda: read_width(model), recipe.probe.keep))
         if out is not None:
             check_free(out)
-        named = {group: str(source) for group, source in sources.items() if source is not None}
-        job = cls(model, recipe, prompts, splits, named, out, cast(Form, form), base=base, force=force)
+        job = cls(model, recipe, prompts, splits, out, cast(Form, form), base=base, force=force)
         return job.with_search() if recipe.search else job
 
     @property
@@ -132,7 +129,7 @@ class JobResult:
 
 
 def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
-    """Return the sources of prompts, with the behavior's own examples where neither target nor control is given.
+    """Return the arguments of `load_prompts`, with the behavior's examples where neither target nor control is given.
 
     Raises UserError if either is missing.
     """
@@ -165,7 +162,7 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
             )
         else:
             result = run_on_splits(job.recipe, subject, job.splits, store, job.force)
-        record = result.run.model_copy(update={"prompts": {**result.run.prompts, "sources": dict(job.sources)}})
+        record = result.run.model_copy(update={"prompts": {**result.run.prompts, "sources": dict(job.prompts.sources)}})
         front = result if isinstance(result, SearchResult) else None
         if partial is not None and job.out is not None:
             start = perf_counter()

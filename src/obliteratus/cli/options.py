@@ -48,6 +48,10 @@ NoOwnWords = Annotated[
 JudgeModel = Annotated[str | None, typer.Option(help="Model to ask for at --judge-url.")]
 Bypass = Annotated[str | None, typer.Option(help="Target prompts rewritten so that the model answers them.")]
 Keep = Annotated[str | None, typer.Option(help="Prompts for which the behavior must stay as it is.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of the prompts in files and data sets, or GROUP=COLUMN. Default: the first usual name."),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value of the recipe: path=value, as in excise.strength=0.7.")
 ]
@@ -80,6 +84,7 @@ Base = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to spread the model over devices.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render chat templates in their thinking mode.")]
+Template = Annotated[str, typer.Option(help="Name of the chat template, if the model's tokenizer has several.")]
 
 # Old name → new name, of options and commands.
 RENAMED = {"--quantise": "--quantize", "study-from-yaml": "study --from-yaml"}
@@ -148,6 +153,20 @@ def show_progress(quiet: bool) -> Iterator[None]:
     bars = Bars()
     with bars.live, report_to(bars):
         yield
+
+
+def parse_columns(columns: list[str] | None) -> str | dict[str, str]:
+    """Return the column of all groups, or of each. Raises UserError for a group that there is not, or two columns."""
+    groups = ("target", "control", "bypass", "keep")
+    if not columns:
+        return ""
+    pairs = [column.partition("=") for column in columns]
+    if len(columns) == 1 and pairs[0][0] not in groups:
+        return columns[0]
+    for group, sign, name in pairs:
+        if group not in groups or not name:
+            raise UserError(f"--column {group}{sign}{name}: give one column, or GROUP=COLUMN for {', '.join(groups)}")
+    return {group: name for group, _, name in pairs}
 
 
 def with_split(changes: list[str] | None, seed: int | None, split_by: str | None) -> list[str]:

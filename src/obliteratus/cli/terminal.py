@@ -53,6 +53,7 @@ class Bars(Reporter):
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate())
+        self.noted: set[tuple[str, str]] = set()
         self.live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, transient=True)
 
     @contextmanager
@@ -64,6 +65,9 @@ class Bars(Reporter):
             self.live.remove_task(task)
 
     def note(self, title: str, text: str) -> None:
+        if (title, text) in self.noted:
+            return
+        self.noted.add((title, text))
         self.live.console.print(f"[green]✓[/] {title:<14} [dim]{escape(text)}[/]")
 
 

@@ -15,7 +15,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from obliteratus.core.shapes import Float, Int
 
 Role = Literal["writes", "reads"]
+Speaker = Literal["user", "assistant", "system"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
 NormRule = Literal["none", "columns", "rows", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
@@ -35,9 +37,16 @@ def digest_of(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------ prompts
+class Turn(NamedTuple):
+    """A turn of a conversation."""
+
+    role: Speaker
+    content: str
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn."""
+    """One user turn, and what was said before it."""
 
     text: str
     category: str = ""
@@ -46,6 +55,13 @@ class Prompt:
     """``fit``, ``search`` or ``report`` pins the prompt to that split. If empty, its wording and the seed decide."""
     system: str = ""
     """System turn. If empty, the chat template uses its own default."""
+    history: tuple[Turn, ...] = ()
+    """Turns of user and assistant before this one."""
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """The system turn, and role and text of each turn before this one. Prompts with other contexts differ."""
+        return self.system, *(part for turn in self.history for part in turn)
 
 
 @dataclass(frozen=True)
@@ -55,14 +71,16 @@ class PromptSet:
     groups: Mapping[str, tuple[Prompt, ...]]
     dropped: int = field(default=0, compare=False)
     """Duplicates that were left out of the groups."""
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Group → where its prompts come from; a data set on the hub with its revision."""
 
     def __getitem__(self, group: str) -> tuple[Prompt, ...]:
         return self.groups[group]
 
     @property
     def digest(self) -> str:
-        """Content hash of the texts, categories, splits and system turns of all groups."""
-        return digest_of({g: [[p.text, p.category, p.split, p.system] for p in ps] for g, ps in self.groups.items()})
+        """Content hash of the texts, categories, splits and earlier turns of all groups."""
+        return digest_of({g: [[p.text, p.category, p.split, *p.context] for p in ps] for g, ps in self.groups.items()})
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,25 @@ class Coverage:
         return {**asdict(self), "paths": list(self.paths), "share": self.share}
 
 
+STARTED = datetime.now()
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How prompts are rendered as conversations."""
+
+    thinking: bool = False
+    """Value of the thinking switch for chat templates that have one."""
+    template: str = ""
+    """Name of the template, if the tokenizer has several. Empty stands for ``default``."""
+    now: datetime = STARTED
+    """What templates print that print the date or the time: the time at which the process, or the run, began. Were it
+    the clock, the same prompt would be other tokens a minute later."""
+
+
+DEFAULT_CHAT = ChatFormat()
+
+
 @dataclass(frozen=True)
 class Subject:
     """A loaded model, its tokenizer, and the sites that can be edited in it."""
@@ -218,8 +255,8 @@ class Subject:
     source: Source
     coverage: Coverage
     """What the architecture table knows of the model's matrices."""
-    thinking: bool = False
-    """Value of the thinking switch for chat templates that have one. It is recorded in the run."""
+    chat: ChatFormat = DEFAULT_CHAT
+    """How prompts are rendered. It is recorded in the run."""
     offloaded: Any = None
     """The `weights.offload.OffloadedWeights` if the weights stay on disk, or None if they are in memory."""
 

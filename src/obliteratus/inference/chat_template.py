@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Prompt, Subject
+from obliteratus.core.progress import note
+from obliteratus.core.types import Prompt, Subject, Turn
+from obliteratus.inference.chat_format import find_template, read_traits, render_turns
 
 Ids = list[list[int]]
 
@@ -35,36 +37,54 @@ def context_length(subject: Subject) -> int:
 
 def has_template(subject: Subject) -> bool:
     """Return whether prompts are rendered as chat turns, and not as raw text."""
-    return subject.tokenizer.chat_template is not None
+    return bool(subject.tokenizer.chat_template)
 
 
 def _tokenize(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
     if not has_template(subject):
-        texts = [f"{p.system}\n\n{p.text}" if p.system else p.text for p in prompts]
+        texts = ["\n\n".join(filter(None, (p.system, *(t.content for t in p.history), p.text))) for p in prompts]
         return [list(row) for row in subject.tokenizer(texts)["input_ids"]]
     texts = render_texts(subject, prompts)
     return [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def render_texts(subject: Subject, prompts: Sequence[Prompt]) -> list[str]:
-    """Return each prompt rendered by the chat template, up to where the answer begins. Needs a template."""
-    turns = [_chat_turns(p) for p in prompts]
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-    if "enable_thinking" in subject.tokenizer.chat_template:
-        options["enable_thinking"] = subject.thinking
-    return list(subject.tokenizer.apply_chat_template(turns, **options))
+    """Return each prompt rendered by the chat template, up to where the answer begins. Needs a template.
+
+    A system turn that the template does not take is put before the first user turn. Raises UserError if the template
+    cannot render the turns.
+    """
+    template = find_template(subject.tokenizer, subject.chat)
+    traits = read_traits(subject.tokenizer, template)
+    if not traits.takes_system and any(p.system for p in prompts):
+        note("prompts", "the chat template takes no system turn: it is put before the first user turn")
+    turns = [[turn._asdict() for turn in _list_turns(prompt, traits.takes_system)] for prompt in prompts]
+    options = {traits.switch: subject.chat.thinking} if traits.switch else {}
+    return render_turns(subject.tokenizer, template, turns, subject.chat.now, **options)
 
 
-def _chat_turns(prompt: Prompt) -> list[dict[str, str]]:
-    user = {"role": "user", "content": prompt.text}
-    return [{"role": "system", "content": prompt.system}, user] if prompt.system else [user]
+def _list_turns(prompt: Prompt, takes_system: bool) -> list[Turn]:
+    turns = [*prompt.history, Turn("user", prompt.text)]
+    if not prompt.system:
+        return turns
+    if takes_system:
+        return [Turn("system", prompt.system), *turns]
+    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+    turns[first] = Turn("user", f"{prompt.system}\n\n{turns[first].content}")
+    return turns
+
+
+def find_answer_end(subject: Subject) -> tuple[int, ...]:
+    """Return the tokens by which the chat template ends an answer; empty if it has no such mark, or there is none."""
+    template = find_template(subject.tokenizer, subject.chat)
+    return read_traits(subject.tokenizer, template).end if template else ()
 
 
 def _shorten(subject: Subject, prompt: Prompt, excess: int, limit: int) -> list[int]:
     tokens = subject.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
     while excess < len(tokens):
         text = subject.tokenizer.decode(tokens[: len(tokens) - excess])
-        row = _tokenize(subject, [Prompt(text, system=prompt.system)])[0]
+        row = _tokenize(subject, [replace(prompt, text=text)])[0]
         if len(row) <= limit:
             return row
         excess += len(row) - limit  # cutting can split a token into more tokens, so cut what is still too much

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject
 from obliteratus.inference.batching import make_batches, run_or_halve, token_budget
-from obliteratus.inference.chat_template import Ids
+from obliteratus.inference.chat_template import Ids, find_answer_end
 from obliteratus.inference.kv_cache import FillTarget, GrowingLayer, cache_arguments, fill_rows, growing_cache
 from obliteratus.inference.logits import last_logits
 from obliteratus.inference.memory import free_memory
@@ -114,21 +114,23 @@ def kv_bytes(subject: Subject) -> float:
 
 
 def stop_tokens(subject: Subject) -> set[int]:
-    """Return the token ids that end an answer."""
+    """Return the token ids that end an answer: those of the model, its tokenizer, and the template's end of turn."""
     ends = subject.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return {t for t in [*ends, subject.tokenizer.eos_token_id] if t is not None}
+    mark = find_answer_end(subject)
+    return {t for t in [*ends, subject.tokenizer.eos_token_id, *(mark if len(mark) == 1 else ())] if t is not None}
 
 
 def decode(subject: Subject, batch: DecodingBatch, answers: Ids, max_new: int, done: IsDone | None) -> Iterator[int]:
     """Write all answers to their end. Yield how many tokens each step settled, written or no longer needed."""
-    stops = stop_tokens(subject)
+    stops, mark = stop_tokens(subject), find_answer_end(subject)
     for row in batch.rows:
         answers[row] = []  # rows start again after memory ran out
     for step in range(max_new):
         before = len(batch.live)
         for slot, token in enumerate(batch.tokens[:, 0].tolist()):
             _append(batch, slot, token, answers, stops, done)
+            _cut_mark(batch, slot, answers, mark)
         yield before + (before - len(batch.live)) * (max_new - step - 1)
         if not batch.live or step + 1 == max_new:
             return
@@ -148,6 +150,14 @@ def _append(batch: DecodingBatch, slot: int, token: int, answers: Ids, stops: se
     if done is not None and done(answers[row]):
         batch.live.discard(row)
         batch.decided.add(row)
+
+
+def _cut_mark(batch: DecodingBatch, slot: int, answers: Ids, mark: tuple[int, ...]) -> None:
+    """End an answer at a mark of several tokens, which is no part of it."""
+    row = batch.rows[slot]
+    if len(mark) > 1 and row in batch.live and tuple(answers[row][-len(mark) :]) == mark:
+        del answers[row][-len(mark) :]
+        batch.live.discard(row)
 
 
 def prefill(subject: Subject, prompts: PreparedPrompts, rows: list[int], max_new: int) -> tuple[DecodingBatch, Tensor]:

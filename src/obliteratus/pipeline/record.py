@@ -92,7 +92,7 @@ def describe_prompts(splits: Splits, subject: Subject) -> dict[str, Any]:
         "counts": counts,
         **({"separation": asdict(splits.separation)} if splits.separation else {}),
         "template": has_template(subject),
-        "thinking": subject.thinking,
+        "chat": {**asdict(subject.chat), "now": subject.chat.now.isoformat(timespec="seconds")},
     }
 
 

@@ -94,7 +94,7 @@ def request_key(subject: Subject, prompts: PromptSet, options: Probe, request: P
     the modules to read."""
     ids = {group: render_prompts(subject, members) for group, members in prompts.groups.items()}
     modules = [[*request.output_modules], [*request.input_modules], [*request.expert_modules]]
-    return [prompts.digest, ids, options.model_dump(), subject.thinking, subject.source.digest, modules]
+    return [prompts.digest, ids, options.model_dump(), subject.source.digest, modules]
 
 
 def model_key(subject: Subject) -> list[str]:

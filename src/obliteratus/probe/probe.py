@@ -57,7 +57,7 @@ def collect_activations(
         options.position,
         outputs=sums[ANCHOR_GROUP].mean_outputs() if request.output_modules else {},
         inputs={group: of_group.mean_inputs() for group, of_group in sums.items()},
-        digest=digest_of([prompts.digest, subject.source.digest, options.model_dump(), subject.thinking]),
+        digest=digest_of([prompts.digest, subject.source.digest, options.model_dump(), ids]),
         routed={
             path: {group: of_group.routing[path].statistics() for group, of_group in sums.items()}
             for path in request.expert_modules

@@ -4,8 +4,8 @@ May import core, report, weights, judge, summon and inference.
 """
 
 from obliteratus.prompts.checks import check_enough, check_prompts, check_splits
+from obliteratus.prompts.files import split_lines
 from obliteratus.prompts.load import load_prompts, read_prompts
-from obliteratus.prompts.sources import split_lines
 from obliteratus.prompts.spacing import evenly_spaced
 from obliteratus.prompts.split import split_prompts
 

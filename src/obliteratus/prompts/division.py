@@ -90,7 +90,7 @@ def list_members(prompts: PromptSet, seed: int) -> Members:
         every,
         numpy.repeat(numpy.arange(len(groups)), [len(prompts[group]) for group in groups]),
         numpy.array([SPLITS.index(p.split) if p.split else NONE for p in every], dtype=numpy.int64),
-        [digest_of([seed, p.system, p.text]) for p in every],
+        [digest_of([seed, *p.context, p.text]) for p in every],
     )
 
 

@@ -10,7 +10,7 @@ from obliteratus.core.types import Prompt, PromptSet
 
 
 def drop_duplicates(prompts: PromptSet) -> PromptSet:
-    """Return the prompts without those that equal another of their group in text and system turn, and note how many.
+    """Return the prompts without those that equal another of their group in text and earlier turns, and note how many.
 
     Of two such prompts, one that is pinned to a split remains. Raises UserError if they are pinned to different ones.
     """
@@ -19,18 +19,18 @@ def drop_duplicates(prompts: PromptSet) -> PromptSet:
     if not dropped:
         return prompts
     counts = ", ".join(f"{group} {count}" for group, count in dropped.items())
-    note("prompts", f"duplicates left out: {counts} (same text and system turn)")
-    return PromptSet(groups, prompts.dropped + sum(dropped.values()))
+    note("prompts", f"duplicates left out: {counts} (same text and earlier turns)")
+    return PromptSet(groups, prompts.dropped + sum(dropped.values()), prompts.sources)
 
 
 def _distinct(members: Iterable[Prompt]) -> tuple[Prompt, ...]:
-    found: dict[tuple[str, str], Prompt] = {}
+    found: dict[tuple[str, ...], Prompt] = {}
     for prompt in members:
-        same = found.setdefault((prompt.system, prompt.text), prompt)
+        same = found.setdefault((prompt.text, *prompt.context), prompt)
         if prompt.split and same.split and prompt.split != same.split:
             pins = " and to ".join(sorted((prompt.split, same.split)))
             raise UserError(f"prompts: '{prompt.text[:60]}' is pinned to {pins}; pin it to one split")
-        found[prompt.system, prompt.text] = min(same, prompt, key=_precedence)
+        found[prompt.text, *prompt.context] = min(same, prompt, key=_precedence)
     return tuple(found.values())
 
 

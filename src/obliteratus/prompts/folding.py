@@ -30,6 +30,6 @@ def fold_words(text: str) -> Words:
     return tuple(found) or (" ".join(folded.split()),)
 
 
-def fold_prompt(prompt: Prompt) -> tuple[str, Words]:
-    """Return what near duplicates have in common: the system turn and the folded words."""
-    return prompt.system, fold_words(prompt.text)
+def fold_prompt(prompt: Prompt) -> tuple[tuple[str, ...], Words]:
+    """Return what near duplicates have in common: the turns before, and the folded words."""
+    return prompt.context, fold_words(prompt.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from obliteratus.core.types import Prompt, PromptSet
@@ -11,20 +12,33 @@ from obliteratus.prompts.sources import read_source
 
 
 def load_prompts(
-    target: str | Path, control: str | Path, bypass: str | Path | None = None, keep: str | Path | None = None
+    target: str | Path,
+    control: str | Path,
+    bypass: str | Path | None = None,
+    keep: str | Path | None = None,
+    column: str | Mapping[str, str] = "",
 ) -> PromptSet:
     """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
 
-    A source is a text file (one prompt a line), JSONL, CSV or Parquet (a column named prompt, text, instruction,
-    question, goal or query; optional category, split, system), ``hub:owner/name[:split[:column]]``,
-    ``organism:NAME``, or ``behavior:NAME`` for the examples of a behavior. Raises UserError for a source that is
-    missing, empty, binary or malformed, and for groups that `check_prompts` refuses.
+    A source is a text file (one prompt a line), JSON, JSON lines, CSV, TSV or Parquet,
+    ``hub:owner/name[@revision][:configuration][:split][:column]``, ``organism:NAME``, or ``behavior:NAME`` for the
+    examples of a behavior. A row's prompt is in one of the usual columns (see `columns.COLUMNS`), as text or as a
+    conversation, whose last user turn is asked behind the turns before it; ``category``, ``split`` and ``system`` are
+    optional. column: the column of the prompts, for all groups or by group.
+    Raises UserError for a source that is missing, empty, binary or malformed, and for groups that `check_prompts`
+    refuses.
     """
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
-    groups = {name: read_source(str(source), name) for name, source in sources.items() if source is not None}
-    return check_prompts(PromptSet(groups), {k: str(v) for k, v in sources.items()})
+    columns = dict.fromkeys(sources, column) if isinstance(column, str) else column
+    loaded = {
+        name: read_source(str(source), name, columns.get(name, ""))
+        for name, source in sources.items()
+        if source is not None
+    }
+    origins = {name: found.source for name, found in loaded.items()}
+    return check_prompts(PromptSet({name: found.prompts for name, found in loaded.items()}, sources=origins), origins)
 
 
-def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
+def read_prompts(source: str | Path, column: str = "") -> tuple[Prompt, ...]:
     """Return the prompts of one source without duplicates. Raises UserError as `load_prompts` does."""
-    return drop_duplicates(PromptSet({"prompts": read_source(str(source), "target")}))["prompts"]
+    return drop_duplicates(PromptSet({"prompts": read_source(str(source), "target", column).prompts}))["prompts"]

@@ -192,7 +192,7 @@ WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
 def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subject]:
     """Yield what was saved, loaded from disk as a user would load it."""
     if form == "merged":
-        options: dict[str, Any] = {"dtype": subject.source.dtype, "thinking": subject.thinking}
+        options: dict[str, Any] = {"dtype": subject.source.dtype, "chat": subject.chat}
         if subject.offloaded is None:
             fresh = open_subject(folder, **options, quantize=_quantization_options(subject, folder))
         else:

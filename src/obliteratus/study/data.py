@@ -76,11 +76,13 @@ def load_data(subject: Subject, study: Study) -> StudyData:
 def _load_sources(study: Study) -> tuple[list[str], PromptSet | None, list[Question]]:
     data = study.data
     plain = not data.texts or Path(data.texts).suffix in (".txt", ".md")
-    texts = load_paragraphs(data.texts) if plain else [prompt.text for prompt in read_prompts(data.texts)]
+    texts = load_paragraphs(data.texts) if plain else [prompt.text for prompt in read_prompts(data.texts, data.column)]
     questions = _sample(load_questions(data.labeled), study) if data.labeled else []
     if not (data.target and data.control):
         return texts, None, questions
-    report = split_prompts(load_prompts(data.target, data.control), study.seed, split_by=study.split_by).report
+    report = split_prompts(
+        load_prompts(data.target, data.control, column=data.column), study.seed, split_by=study.split_by
+    ).report
     groups = {group: tuple(_sample(members, study)) for group, members in report.groups.items()}
     return texts, PromptSet(groups), questions
 

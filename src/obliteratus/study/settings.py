@@ -26,6 +26,8 @@ class Data(FrozenModel):
     target: str = ""
     """Prompts for the behavior and KL, as on the command line; only their report part is used."""
     control: str = ""
+    column: str = ""
+    """Column of texts and prompts in files and data sets; empty takes the first usual name."""
     labeled: str = ""
     """Questions for accuracy: JSONL of ``prompt``, ``choices`` (texts) and ``answer`` (index of the right one)."""
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 from obliteratus.core.registry import unknown_name
-from obliteratus.core.types import Source, Subject
+from obliteratus.core.types import DEFAULT_CHAT, ChatFormat, Source, Subject
+from obliteratus.inference.chat_format import SIDE_FILE, add_side_template, check_format
 from obliteratus.summon.coverage import count_coverage
 from obliteratus.summon.digest import compute_digest, make_weight_sampler
 from obliteratus.summon.selftest import self_test as run_self_test
@@ -60,14 +62,15 @@ def open_subject(
     device: str | DeviceMap = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
-    thinking: bool = False,
+    chat: ChatFormat = DEFAULT_CHAT,
     self_test: bool = False,
     quantize: str | Mapping[str, Any] = "",
 ) -> Subject:
     """Load a model and its tokenizer, and find what can be edited in it.
 
     source: a folder with safetensors, a GGUF file, ``organism:NAME`` (``organism:base``), or a hub id.
-    dtype: ``auto`` (as stored) or a name in `DTYPES`. device: see `placement_arguments`. self_test: check the
+    dtype: ``auto`` (as stored) or a name in `DTYPES`. device: see `placement_arguments`. chat: how prompts are
+    rendered. self_test: check the
     architecture table on the loaded model. quantize: pack linear layers on loading, as ``4bit`` (nf4), ``fp4`` or
     ``8bit``, or with options of BitsAndBytesConfig.
 
@@ -81,7 +84,7 @@ def open_subject(
     find_architecture(config)
     check_tensor_parallel(config, origin.name, placement, plain=not (gguf or storage.label))
     options = _loading_options(origin, revision, trust_remote_code)
-    tokenizer = _load_tokenizer(origin, options)
+    tokenizer = _load_tokenizer(origin, options, chat)
     model = _load_model(origin, config, storage, {**options, "dtype": torch_dtype, **placement})
     subject = assemble_subject(
         model,
@@ -89,7 +92,7 @@ def open_subject(
         id=origin.name,
         revision=resolve_commit(origin, revision),
         quantization=gguf or storage.label,
-        thinking=thinking,
+        chat=chat,
         base=origin.name if storage.quantized_on_loading else "",
     )
     if self_test:
@@ -104,7 +107,7 @@ def assemble_subject(
     id: str,
     revision: str = "",
     quantization: str = "",
-    thinking: bool = False,
+    chat: ChatFormat = DEFAULT_CHAT,
     base: str = "",
     offloaded: OffloadedWeights | None = None,
 ) -> Subject:
@@ -133,7 +136,7 @@ def assemble_subject(
         layers=architecture.layers,
         source=Source(id, revision, quantization, dtype, digest, base),
         coverage=coverage,
-        thinking=thinking,
+        chat=chat,
         offloaded=offloaded,
     )
 
@@ -169,7 +172,9 @@ def read_width(source: str | Path) -> int:
 
 
 @parse_header_once()
-def load_config_and_tokenizer(origin: ModelOrigin, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
+def load_config_and_tokenizer(
+    origin: ModelOrigin, options: Mapping[str, Any], chat: ChatFormat = DEFAULT_CHAT
+) -> tuple[PreTrainedConfig, Any]:
     """Return configuration and tokenizer, without the weights. options: arguments of `open_subject`.
 
     Raises UserError if either cannot be loaded, or the architecture is not supported.
@@ -177,7 +182,8 @@ def load_config_and_tokenizer(origin: ModelOrigin, options: Mapping[str, Any]) -
     revision, trust = options.get("revision", ""), bool(options.get("trust_remote_code"))
     config = read_config(origin, revision, trust)
     find_architecture(config)
-    return config, _load_tokenizer(origin, _loading_options(origin, revision, trust))
+    options = {**_loading_options(origin, revision, trust)}
+    return config, _load_tokenizer(origin, options, chat)
 
 
 def resolve_commit(origin: ModelOrigin, revision: str) -> str:
@@ -198,9 +204,25 @@ def _loading_options(origin: ModelOrigin, revision: str, trust_remote_code: bool
     return options
 
 
-def _load_tokenizer(origin: ModelOrigin, options: dict[str, Any]) -> Any:
+def _load_tokenizer(origin: ModelOrigin, options: dict[str, Any], chat: ChatFormat) -> Any:
+    """Return the tokenizer, and say if it has no chat template. Raises UserError if prompts cannot be rendered."""
     with _explain_load_errors(origin, "it has no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(origin.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(origin.path, **options)
+    add_side_template(tokenizer, _find_side_folder(origin, options.get("revision")))
+    check_format(tokenizer, chat, origin.name)
+    if not tokenizer.chat_template:
+        note("SUMMON", f"{origin.name} has no chat template: prompts are given as raw text")
+    return tokenizer
+
+
+def _find_side_folder(origin: ModelOrigin, revision: str | None) -> Path:
+    """Return the folder in which the files lie that are no part of a tokenizer. On the hub they are fetched."""
+    if origin.local:
+        return Path(origin.path)
+    try:
+        return Path(hf_hub_download(origin.path, SIDE_FILE, revision=revision)).parent
+    except (HfHubHTTPError, OSError):  # the model has none, or there is no network to ask
+        return Path(origin.path)
 
 
 def _load_model(

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Subject
+from obliteratus.core.types import DEFAULT_CHAT, ChatFormat, Subject
 from obliteratus.summon.load import assemble_subject, load_config_and_tokenizer, resolve_commit, resolve_loading_dtype
 from obliteratus.summon.sites import choose_model_class, find_architecture, find_end_paths, find_tied_parameters
 from obliteratus.weights.checkpoint import Checkpoint, open_origin
@@ -26,7 +26,7 @@ from obliteratus.weights.sources import ModelOrigin, check_weights, locate
 Options = Mapping[str, Any]
 
 
-def open_offloaded(source: str | Path, *, thinking: bool = False, **options: Any) -> Subject:
+def open_offloaded(source: str | Path, *, chat: ChatFormat = DEFAULT_CHAT, **options: Any) -> Subject:
     """Load a subject like `open_subject`, but leave all weights on disk: each block's are read when it runs.
 
     Anything that runs on a model in memory runs on this one, but every pass reads all weights. `hidden_states` and
@@ -37,7 +37,7 @@ def open_offloaded(source: str | Path, *, thinking: bool = False, **options: Any
     """
     origin = locate(source)
     _check_plain(origin, options)
-    config, tokenizer = load_config_and_tokenizer(origin, options)
+    config, tokenizer = load_config_and_tokenizer(origin, options, chat)
     dtype = resolve_loading_dtype(config, options.get("dtype", "auto"))
     model = _build_empty_model(origin, config, dtype, options)
     revision = options.get("revision", "")
@@ -49,7 +49,7 @@ def open_offloaded(source: str | Path, *, thinking: bool = False, **options: Any
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     commit = resolve_commit(origin, revision)
-    return assemble_subject(model, tokenizer, id=origin.name, revision=commit, thinking=thinking, offloaded=offloaded)
+    return assemble_subject(model, tokenizer, id=origin.name, revision=commit, chat=chat, offloaded=offloaded)
 
 
 def _check_plain(origin: ModelOrigin, options: Options) -> None:
