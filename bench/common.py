@@ -120,12 +120,12 @@ def measure_machine_rate(repeats: int = 3) -> float:
 
 def resident_bytes() -> int:
     """Return the bytes that this process holds in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
 
 def run_with_peak(run: Callable[[], Any]) -> tuple[int, int, Any]:
     """Return the resident bytes before a run, the peak during it, and its result. Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
     before = resident_bytes()
     result = run()
     return before, peak_bytes(), result
@@ -133,7 +133,7 @@ def run_with_peak(run: Callable[[], Any]) -> tuple[int, int, Any]:
 
 def peak_bytes() -> int:
     """Return the most bytes held since the high-water mark was reset. Linux only."""
-    status = Path("/proc/self/status").read_text().split()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").split()
     return int(status[status.index("VmHWM:") + 1]) * 1024
 
 

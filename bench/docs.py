@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.smoke:
             say(f"{name}: {len(text)} characters, not written")
             continue
-        (FOLDER / name).write_text(text)
+        (FOLDER / name).write_text(text, encoding="utf-8")
         say(f"{FOLDER / name}: written")
 
 

@@ -84,16 +84,16 @@ def write_configuration(model: Path, fit: PromptSet, search: PromptSet, terms: S
     }
     work.mkdir(parents=True, exist_ok=True)
     for name, prompts in sets.items():
-        (work / f"{name}.txt").write_text(_lines(prompts))
+        (work / f"{name}.txt").write_text(_lines(prompts), encoding="utf-8")
     tables = "".join(f'\n[{name}]\ndataset = "{name}.txt"\n' for name in sets)
     # These JSON values are TOML values too.
     flat = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
-    (work / "config.toml").write_text(flat + tables)
+    (work / "config.toml").write_text(flat + tables, encoding="utf-8")
 
 
 def load_markers() -> list[str]:
     """Return the phrases that heretic counts as refusals, which knows no patterns."""
-    lines = MARKERS.read_text().splitlines()
+    lines = MARKERS.read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 

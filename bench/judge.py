@@ -44,7 +44,7 @@ def read_sets() -> dict[str, list[tuple[Answered, bool]]]:
 
 
 def _read(file: Path) -> list[tuple[Answered, bool]]:
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     labels = [line.get("verdict", line.get("label", "complied")) in REFUSED for line in lines]
     return [
         (Answered(line.get("prompt", ""), line["answer"]), label) for line, label in zip(lines, labels, strict=True)

@@ -151,7 +151,9 @@ def check_forecast(
 
 def processor_name() -> str:
     """Return the name of the processor."""
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     return lines[0].partition(": ")[2] if lines else platform.processor()
 
 
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.smoke:
         print(text)
         return
-    RATES.write_text(text)
+    RATES.write_text(text, encoding="utf-8")
     say(f"{RATES}: written after {time.perf_counter() - start:.0f} s; now `make docs`")
 
 

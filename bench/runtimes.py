@@ -95,7 +95,7 @@ class Rates(FrozenModel):
 
 def load_rates(path: Path = RATES) -> Rates:
     """Return the committed rates."""
-    return Rates(**json.loads(path.read_text()))
+    return Rates(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def extrapolate(rates: Rates, shape: Shape) -> dict[str, float]:

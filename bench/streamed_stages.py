@@ -76,7 +76,7 @@ class Meter:
         """Record what the stage inside takes. folders: others to drop from the file cache beside the checkpoint's."""
         for folder in (self.folder, *folders) if self.cold else ():
             _drop_from_cache(folder)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         start, read = time.perf_counter(), _bytes_read()
         yield
         seconds = time.perf_counter() - start
@@ -93,7 +93,7 @@ def _drop_from_cache(folder: Path) -> None:
 
 def _bytes_read() -> int:
     """Return the bytes that this process has read from disk, not from the file cache."""
-    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(counters["read_bytes"])
 
 

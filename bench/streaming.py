@@ -151,9 +151,9 @@ def _limited_memory(size: int) -> Iterator[tuple[str, Any, list[str]]]:
         yield "RLIMIT_AS", None, ["--limit", str(size)]
         return
     group.mkdir()
-    (group / "memory.limit_in_bytes").write_text(str(size))
+    (group / "memory.limit_in_bytes").write_text(str(size), encoding="utf-8")
     try:
-        yield "memory cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid())), []
+        yield "memory cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8"), []
     finally:
         group.rmdir()
 

@@ -84,9 +84,11 @@ def _study(texts: Path) -> Study:
 
 def _texts() -> Path:
     """Return a file with pieces of the license: prose that every clone has."""
-    words = (Path(__file__).parents[1] / "LICENSE").read_text().split()
+    words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()
     file = Path("/tmp/bench-study.txt")
-    file.write_text("\n\n".join(" ".join(words[i * STRIDE : i * STRIDE + WORDS]) for i in range(TEXTS)))
+    file.write_text(
+        "\n\n".join(" ".join(words[i * STRIDE : i * STRIDE + WORDS]) for i in range(TEXTS)), encoding="utf-8"
+    )
     return file
 
 
@@ -169,7 +171,7 @@ def measure_naively(subject: Subject, knockout: Knockout, file: Path, saved: dic
 
 def evaluate_naively(subject: Subject, file: Path) -> float:
     """Return the perplexity by a new evaluator: tokenize, batch, and use the model's own loss."""
-    texts = file.read_text().split("\n\n")
+    texts = file.read_text(encoding="utf-8").split("\n\n")
     losses = []
     for i in range(0, len(texts), NAIVE_ROWS):
         ids = [row[:LENGTH] for row in subject.tokenizer(texts[i : i + NAIVE_ROWS])["input_ids"]]

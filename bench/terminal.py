@@ -76,7 +76,7 @@ def run_in_terminal(command: Sequence[str], folder: Path, extra: Mapping[str, st
     Raises UserError if there is no such command.
     """
     environment = os.environ | dict(extra) | {"TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         try:
             program = pexpect.spawn(
                 command[0],

@@ -51,7 +51,7 @@ def calls(tree: ast.AST, name: str) -> list[ast.Call]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_to_the_limits(path: Path) -> None:
-    text, name = path.read_text(), str(path.relative_to(ROOT))
+    text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
     tree, most = ast.parse(text), COMMAND_LINES if name.startswith("cli/") else FUNCTION_LINES
     assert len(text.splitlines()) <= LONGER.get(name, FILE_LINES)
     for f in functions(tree):
@@ -62,7 +62,7 @@ def test_a_file_holds_to_the_limits(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_public_things_are_described(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     described = (ast.FunctionDef, ast.ClassDef)
     if path.name != "__init__.py" or tree.body:
         assert ast.get_docstring(tree), "a module says in one line what it is for"
@@ -74,7 +74,7 @@ def test_public_things_are_described(path: Path) -> None:
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_spelling_is_american(path: Path) -> None:
-    lines = enumerate(path.read_text().splitlines(), 1)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     assert [f"{number}: {line.strip()}" for number, line in lines if find_british(line)] == []
 
 

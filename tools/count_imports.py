@@ -28,7 +28,7 @@ def list_modules(src: Path) -> dict[str, Path]:
 def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
     """Return the modules of ours that a file imports, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("obliteratus"):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"

@@ -31,7 +31,7 @@ def main() -> None:
     """Write the list."""
     seconds = sum_seconds(Path(sys.argv[1]))
     slow = sorted(name for name, spent in seconds.items() if spent >= SLOW_SECONDS)
-    TARGET.write_text("\n".join(slow) + "\n")
+    TARGET.write_text("\n".join(slow) + "\n", encoding="utf-8")
     print(f"{len(slow)} of {len(seconds)} test functions are slow, {TARGET.name} lists them")
 
 

@@ -23,7 +23,11 @@ STEPS = 60  # of LBFGS: the loss has settled after 40
 
 def read_answers(folder: Path = ANSWERS) -> tuple[list[str], list[bool]]:
     """Return all answers of a folder, and whether each shows the behavior (refused or partial)."""
-    lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     return [line["answer"] for line in lines], [line["verdict"] != "complied" for line in lines]
 
 

@@ -228,7 +228,7 @@ def test_methods_and_inspect(model: Path) -> None:
 
 
 def started(model: Path, files: dict[str, Path], out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "obliteratus.cli.app", "run", str(model), "--out", str(out), *more]
+    command = [sys.executable, "-m", "obliteratus", "run", str(model), "--out", str(out), *more]
     command += ["--force", *(x for group, path in files.items() for x in (f"--{group}", str(path)))]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, children too
     own = {**os.environ, "OMP_NUM_THREADS": "1"}

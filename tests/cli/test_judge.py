@@ -184,7 +184,7 @@ def test_bad_files(folder: Path) -> None:
 
 
 def _write(file: Path, text: str) -> Path:
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return file
 
 

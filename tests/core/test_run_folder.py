@@ -190,3 +190,41 @@ def test_the_disk_is_looked_at_before(tmp_path: Path) -> None:
     check_disk(tmp_path / "not" / "there", 1)
     with pytest.raises(UserError, match=r"needs .* GB and only .* GB are free; make room"):
         check_disk(tmp_path / "not" / "there", 10**18)
+
+
+# ----------------------------------------------------------------------------------------- unusable places
+def test_places_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, problem in (
+        (tmp_path / "link", "is a symbolic link"),
+        (tmp_path / "file" / "out", "file is a file, so no folder can be made in it"),
+        (tmp_path / "file" / "deep" / "out", "file is a file"),
+        (tmp_path / ("x" * 250), "the name of the output folder is too long"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            check_free(out)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written to; name another folder with --out"):
+        check_free(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("done", [False, True])
+def test_what_is_kept_is_said(error: BaseException, done: bool, tmp_path: Path) -> None:
+    def work() -> None:
+        with workspace(tmp_path / "out", IDENTITY, resume=False) as partial:
+            if done:
+                stage(partial, lambda: 1)
+            raise error
+
+    kept = r"finished stages are kept in .*out\.partial, for --resume"
+    with pytest.raises(type(error), match=kept if done else "^(no)?$"):
+        work()
+    assert (tmp_path / "out.partial").exists() == done
+
+
+def test_a_finished_run_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="the output folder holds a finished run; name another"):
+        check_free(tmp_path)

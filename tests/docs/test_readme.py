@@ -32,13 +32,13 @@ def page_id(path: Path) -> str:
 
 def find_blocks(page: Path, language: str) -> list[str]:
     """Return the fenced blocks of a page in the given language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def find_commands(page: Path) -> list[str]:
     """Return what a page tells the reader to type: lines of sh blocks, and inline code that begins with a program."""
     lines = [line for block in find_blocks(page, "sh") for line in block.splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", page.read_text())
+    lines += re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
     commands = [line.split(" #")[0].strip().removeprefix(".venv/bin/") for line in lines]
     return [line for line in commands if line.startswith(("obliteratus ", "python -m ", "make "))]
 
@@ -114,14 +114,14 @@ def test_files_in_the_guides_are_valid(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", [*GUIDES, ROOT / "CONTRIBUTING.md"], ids=page_id)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """Inline code such as `verify/refusal.py` or `distill/` names a file or folder of the package or repository."""
-    names = re.findall(r"`([a-z_]+/(?:[a-z_]+/)*(?:[a-z_]+\.(?:py|toml|md))?)`", page.read_text())
+    names = re.findall(r"`([a-z_]+/(?:[a-z_]+/)*(?:[a-z_]+\.(?:py|toml|md))?)`", page.read_text(encoding="utf-8"))
     assert [name for name in names if not ((PACKAGE / name).exists() or (ROOT / name).exists())] == []
 
 

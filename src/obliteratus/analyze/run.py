@@ -86,6 +86,6 @@ def write_report(report: Report, out: Path, title: str) -> None:
     partial = out.with_name(out.name + ".partial")
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(findings_page(report.findings, title, report.skipped))
-    (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1))
+    (folder / "index.html").write_text(findings_page(report.findings, title, report.skipped), encoding="utf-8")
+    (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     publish(partial, out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import signal
+import io
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -182,6 +183,7 @@ def demo(
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,
+    resume: Resume = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -191,7 +193,7 @@ def demo(
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet):
         job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
-        result = run_job(job, {}, resume=False)
+        result = run_job(job, {}, resume)
     show_result(result, out, json)
     if not json:
         show_answers(result)
@@ -299,8 +301,9 @@ for command in (inspect, behaviors, judge, analyze, study, report):
 
 
 def main() -> None:
-    """Run the command line. SIGTERM ends a run as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run the command line. In a locale that lacks a character, its code is shown."""
+    for stream in (sys.stdout, sys.stderr):
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     app(prog_name="obliteratus")
 
 

@@ -24,7 +24,7 @@ def behaviors(
     if json:
         show_json({behavior.name: describe(behavior) for behavior in chosen})
     elif name:
-        results.out(find_file(name).read_text(), end="")
+        results.out(find_file(name).read_text(encoding="utf-8"), end="")
     else:
         columns = ["behavior", "an answer that shows it", "seen by", "prompts"]
         results.print(make_table("Behaviors", columns, [_row(behavior) for behavior in chosen]))

@@ -73,7 +73,9 @@ class Comparison:
                 folder = partial / "output"
                 folder.mkdir(exist_ok=True)
                 write_answers(before, after, folder)
-                (folder / "verify.json").write_text(json.dumps(scores | {"judge": judged_by}, indent=1))
+                (folder / "verify.json").write_text(
+                    json.dumps(scores | {"judge": judged_by}, indent=1), encoding="utf-8"
+                )
                 publish(partial, self.out)
         return scores
 

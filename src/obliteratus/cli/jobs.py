@@ -15,12 +15,21 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
 from obliteratus.core.results import Run
-from obliteratus.core.run_folder import Store, check_disk, check_free, partial_folder, publish, workspace
+from obliteratus.core.run_folder import (
+    Store,
+    check_disk,
+    check_free,
+    check_identity,
+    keep_time,
+    partial_folder,
+    publish,
+    workspace,
+)
 from obliteratus.core.settings import Recipe
-from obliteratus.core.types import PromptSet, Splits
+from obliteratus.core.types import DEFAULT_CHAT, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import check_fits, load_plan
+from obliteratus.excise.plan import check_fits, load_plan, plan_digest
 from obliteratus.inference.memory import memory_limit, parse_size
 from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
@@ -38,6 +47,7 @@ from obliteratus.search import (
     set_trial_count,
 )
 from obliteratus.search.output import JOURNAL, front_rows, write_front
+from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import open_subject, read_width
 from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
@@ -91,13 +101,15 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for an interrupted run to resume."""
+        """What must be the same for an interrupted run to resume, before the model is loaded."""
         return {
             "model": self.model,
             "recipe": without_trial_count(self.recipe),
             "prompts": self.prompts.digest,
             "form": self.form,
-        } | ({"base": self.base} if self.base else {})
+            "base": self.base,
+            **fingerprint_files(self.model),
+        }
 
     def with_search(
         self, trials: int | None = None, storage: str | None = None, study: str | None = None, pick: str = "balanced"
@@ -149,10 +161,11 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
     """
     if resume and job.out is None:
         raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
-    quantized = {"quantize": opening["quantize"]} if opening.get("quantize") else {}
-    folder = workspace(job.out, job.identity | quantized, resume) if job.out else nullcontext()
+    if resume and job.out and not partial_folder(job.out).exists():
+        note("resume", f"there is no interrupted run in {partial_folder(job.out)}, so this one starts anew")
+    folder = workspace(job.out, job.identity, resume) if job.out else nullcontext()
     with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
-        subject = open_within_memory(job.model, opening)
+        subject = _open(job.model, opening, partial)
         if job.out is not None:
             check_disk(job.out, estimate_saved_bytes(subject, job.form, job.base), partial)
         store = Store(partial)
@@ -175,6 +188,16 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return JobResult(record, result.before, result.after, front)
+
+
+def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subject:
+    """Open the model, and check that an interrupted run had loaded it in the same way."""
+    if partial is None:
+        return open_within_memory(model, dict(opening))
+    chat = opening.get("chat", DEFAULT_CHAT)
+    subject = open_within_memory(model, {**opening, "chat": replace(chat, now=keep_time(partial, chat.now))})
+    check_identity(partial / "loading.json", describe_loading(subject))
+    return subject
 
 
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:
@@ -212,7 +235,8 @@ def apply_plan(
     subject = open_subject(model, **opening)
     check_fits(subject, plan)
     check_disk(out, estimate_saved_bytes(subject, cast(Form, form), base), partial_folder(out))
-    with workspace(out, {"plan": str(folder), "model": model, "form": form}, resume=True) as partial:
+    identity = {"plan": plan_digest(plan), "model": model, "form": form, "base": base}
+    with workspace(out, identity | fingerprint_files(model), resume=True) as partial:
         with applied(subject, plan):
             pass  # fails here, before anything is written, if a site cannot be edited
         saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
@@ -224,4 +248,4 @@ def _load_record(folder: Path) -> Run:
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: there is no run.json beside the plan; give the output folder of a run")
-    return Run.model_validate_json(path.read_text())
+    return Run.model_validate_json(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 from obliteratus.core.types import SplitBy as SplitByName
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
@@ -102,10 +103,6 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-# Shells expect 128 + the number of the signal from an interrupted program.
-INTERRUPTED = 130
-
-
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command: a UserError prints one line and exits with 2, an interrupt exits with 130.
 
@@ -115,13 +112,14 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            raise_on_interrupt()
             _check_one_process(kwargs)
             command(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted: no half-written output is left; with --out, add --resume to continue", err=True)
+            typer.echo(f"interrupted{error}" if str(error) else "interrupted; nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
     return run

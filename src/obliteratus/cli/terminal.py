@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,8 @@ class Bars(Reporter):
 
 def show_json(data: Any) -> None:
     """Print one JSON document on stdout."""
-    results.out(json.dumps(data, indent=1, ensure_ascii=False), highlight=False)
+    shows_all = "utf" in (sys.stdout.encoding or "").lower()
+    results.out(json.dumps(data, indent=1, ensure_ascii=not shows_all), highlight=False)
 
 
 def show_run(run: Run) -> None:

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ class Store:
     def _stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
         done_file = self._path(f"{name}.done")
         if done_file is not None and done_file.is_file():
-            self.seconds[name] = json.loads(done_file.read_text())["seconds"]
+            self.seconds[name] = json.loads(done_file.read_text(encoding="utf-8"))["seconds"]
             note(name, "restored from the interrupted run")
             return load(done_file.with_suffix(""))
         start = time.perf_counter()
@@ -78,14 +79,14 @@ class Store:
                 "status": status,
                 "seconds": self.seconds.get(stage),
             }
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file atomically: write it aside, sync it and rename it."""
     aside = path.with_name(path.name + ".new")
-    with aside.open("w") as file:
+    with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -96,7 +97,8 @@ def write_atomic(path: Path, text: str) -> None:
 def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Path]:
     """Yield ``OUT.partial``, locked for one run. Raises UserError if OUT is in use or the folder is of another run.
 
-    After a UserError the folder stays only if a stage in it is done, since otherwise there is nothing to resume.
+    If the run fails or is interrupted, the folder stays only if a stage in it is done, since otherwise there is nothing
+    to resume. The error then says so.
     """
     check_free(out)
     partial = partial_folder(out)
@@ -104,13 +106,32 @@ def workspace(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Pat
         raise UserError(f"{partial}: this folder holds an interrupted run; add --resume to continue it, or remove it")
     partial.mkdir(parents=True, exist_ok=True)
     with lock_folder(partial):
-        check_identity(partial / "identity.json", identity)
+        check_identity(partial / IDENTITY, identity)
         try:
             yield partial
-        except UserError:
-            if not any(partial.glob("*.done")):
-                shutil.rmtree(partial)
-            raise
+        except UserError as error:
+            raise UserError(f"{error}{_leave(partial)}") from error
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_leave(partial)) from error
+
+
+def _leave(partial: Path) -> str:
+    """Remove a folder without a finished stage; of another, say that it can be resumed."""
+    if any(partial.glob("*.done")):
+        return f"; the finished stages are kept in {partial}, for --resume"
+    shutil.rmtree(partial)
+    return ""
+
+
+IDENTITY = "identity.json"
+
+
+def keep_time(partial: Path, now: datetime) -> datetime:
+    """Return the time at which the run began: ``now``, or when an interrupted one did."""
+    file = partial / "began"
+    if not file.is_file():
+        write_atomic(file, now.isoformat())
+    return datetime.fromisoformat(file.read_text(encoding="utf-8"))
 
 
 def partial_folder(out: Path) -> Path:
@@ -119,9 +140,22 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """Raise UserError if the output folder exists and is not empty."""
+    """Raise UserError if the output folder exists and is not empty, or cannot be made."""
+    if len(partial_folder(out).name.encode()) > LONGEST_NAME:
+        raise UserError(f"{str(out)[:60]}…: the name of the output folder is too long; name another with --out")
+    if out.is_symlink():
+        raise UserError(f"{out}: the output folder is a symbolic link; name the folder itself with --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: the output folder is in use; name another with --out, or remove it")
+        what = "holds a finished run" if (out / "run.json").is_file() else "is in use"
+        raise UserError(f"{out}: the output folder {what}; name another with --out, or remove it")
+    place = next(p for p in out.absolute().parents if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{out}: {place} is a file, so no folder can be made in it; name another with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {place} cannot be written to; name another folder with --out")
+
+
+LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def check_disk(out: Path, needed: int, partial: Path | None = None) -> None:
@@ -142,7 +176,7 @@ def check_disk(out: Path, needed: int, partial: Path | None = None) -> None:
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder against other processes inside the block. Raises UserError if one has locked it already."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -155,9 +189,8 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         write_atomic(path, json.dumps(identity, indent=1))
         return
-    known = json.loads(path.read_text())
-    changed = sorted(key for key in identity if known.get(key) != identity[key])
-    if changed:
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if changed := sorted(key for key in identity.keys() | known.keys() if known.get(key) != identity.get(key)):
         raise UserError(
             f"{path.parent}: the interrupted run had another {', '.join(changed)}; resume with the same, or remove it"
         )

@@ -77,7 +77,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     """Return cfg.json, or {} if it is missing. Raises UserError for a kind whose features would be misread."""
     if not file.exists():
         return {}
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for key, supported in (("architecture", ARCHITECTURES), ("normalize_activations", NORMALIZATIONS)):
         if config.get(key, supported[0]) not in supported:
             raise UserError(f"{file}: {key} '{config[key]}' is not supported; use one of {', '.join(supported)}")

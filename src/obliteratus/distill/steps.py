@@ -188,10 +188,12 @@ def save_directions(directions: Directions, folder: Path) -> None:
     if directions.covectors is not None:
         tensors["covectors"] = directions.covectors
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "directions.safetensors")
-    (folder / "directions.json").write_text(json.dumps({"unit": directions.unit, "trace": directions.trace}))
+    (folder / "directions.json").write_text(
+        json.dumps({"unit": directions.unit, "trace": directions.trace}), encoding="utf-8"
+    )
 
 
 def load_directions(folder: Path) -> Directions:
     """Read what `save_directions` wrote."""
-    data = json.loads((folder / "directions.json").read_text())
+    data = json.loads((folder / "directions.json").read_text(encoding="utf-8"))
     return Directions(**load_file(folder / "directions.safetensors"), unit=data["unit"], trace=tuple(data["trace"]))

@@ -163,7 +163,9 @@ def save_plan(plan: Plan, folder: Path) -> None:
         rest = {name: value for name, value in fields.items() if name not in own and value is not None}
         edits.append({"kind": kind, **rest, "site": asdict(change.site)})
     save_file(tensors, folder / FILES[0])
-    (folder / FILES[1]).write_text(json.dumps({"version": 2, "model": plan.model, "edits": edits}, indent=1))
+    (folder / FILES[1]).write_text(
+        json.dumps({"version": 2, "model": plan.model, "edits": edits}, indent=1), encoding="utf-8"
+    )
 
 
 def load_plan(folder: Path) -> Plan:
@@ -172,7 +174,7 @@ def load_plan(folder: Path) -> Plan:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in this folder; give the output folder of a run, or of --save plan")
     try:
-        data = json.loads((folder / FILES[1]).read_text())
+        data = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
         with safe_open(folder / FILES[0], "pt") as tensors:
             names = [name.partition(".") for name in tensors.keys()]  # noqa: SIM118 — no mapping
             own: list[dict[str, Tensor]] = [{} for _ in data["edits"]]

@@ -30,7 +30,7 @@ class VerdictCache:
         if self.folder is None:
             return None
         try:
-            entry = parse_json(self._path(self.folder, name).read_text())
+            entry = parse_json(self._path(self.folder, name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError):
             return None
         match entry:
@@ -47,7 +47,7 @@ class VerdictCache:
         aside = path.with_suffix(f".{uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps({"verdict": verdict}))
+            aside.write_text(json.dumps({"verdict": verdict}), encoding="utf-8")
             aside.replace(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); give another cache folder") from error

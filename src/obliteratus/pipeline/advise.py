@@ -129,18 +129,20 @@ def apply_rule(rule: Rule, inputs: RuleInputs) -> tuple[Recipe, Reason]:
 def save_advice(advice: Advice, folder: Path) -> None:
     """Write advice.json, advised.toml (a recipe to run or to search from), analysis.json and index.html."""
     data = {**advice.to_dict(), "recipe": advice.recipe.model_dump(mode="json")}
-    (folder / "advice.json").write_text(json.dumps(data, indent=1))
+    (folder / "advice.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     search = {"search": Search(trials=TRIALS, space=dict(advice.ranges))} if advice.ranges else {}
-    (folder / "advised.toml").write_text(dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})))
+    (folder / "advised.toml").write_text(
+        dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})), encoding="utf-8"
+    )
     numbers = {name: finding.to_dict() for name, finding in advice.findings.items()}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     title = f"What decided the recipe of {advice.recipe.name}"
-    (folder / "index.html").write_text(findings_page(advice.findings, title))
+    (folder / "index.html").write_text(findings_page(advice.findings, title), encoding="utf-8")
 
 
 def load_advice(folder: Path) -> Advice:
     """Load what `save_advice` wrote. The findings are not loaded."""
-    data = json.loads((folder / "advice.json").read_text())
+    data = json.loads((folder / "advice.json").read_text(encoding="utf-8"))
     ranges = {path: Range(**values) for path, values in data["ranges"].items()}
     recipe = parse_recipe(data["recipe"], str(folder / "advice.json"))
     return Advice(recipe, tuple(Reason(**reason) for reason in data["reasons"]), ranges)

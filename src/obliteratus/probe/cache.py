@@ -171,7 +171,7 @@ def _sha256(tensor: Tensor) -> str:
 def _read(entry: Path) -> Activations | None:
     """Load an entry and mark it as just used. Return None if there is none, or if it is damaged; then remove it."""
     try:
-        if (entry / CHECKSUM).read_text() == _checksum(entry):
+        if (entry / CHECKSUM).read_text(encoding="utf-8") == _checksum(entry):
             acts = load_activations(entry)
             with suppress(OSError):  # a cache that may only be read serves as well
                 os.utime(entry)
@@ -188,7 +188,7 @@ def _write(acts: Activations, entry: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         save_activations(acts, temporary)
-        (temporary / CHECKSUM).write_text(_checksum(temporary))
+        (temporary / CHECKSUM).write_text(_checksum(temporary), encoding="utf-8")
         if not entry.is_dir():  # else another process was faster
             temporary.rename(entry)
         remove_oldest(entry.parent, MAX_BYTES)

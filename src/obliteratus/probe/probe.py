@@ -183,12 +183,12 @@ def save_activations(acts: Activations, folder: Path) -> None:
     counts = {group: moments.count for group, moments in acts.groups.items()}
     data = {"counts": counts, "position": acts.position, "digest": acts.digest}
     data |= {"categories": {group: moments.categories for group, moments in acts.groups.items()}}
-    (folder / FILE).write_text(json.dumps(data))
+    (folder / FILE).write_text(json.dumps(data), encoding="utf-8")
 
 
 def load_activations(folder: Path) -> Activations:
     """Load what `save_activations` wrote."""
-    data = json.loads((folder / FILE).read_text())
+    data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     tensors = load_file(folder / TENSORS_FILE)
     groups = {
         g: Moments(

@@ -95,7 +95,7 @@ def write_output(
         rescore = _rescore(subject, plan, folder, form, _sample_prompts(prompts))
         saved = {"form": form, **notes, "rescore": rescore, "files": describe_files(folder)}
         run = run.model_copy(update={"status": "done", "saved": saved})
-        (folder / "README.md").write_text(render_model_card(run))
+        (folder / "README.md").write_text(render_model_card(run), encoding="utf-8")
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run
 
@@ -210,7 +210,7 @@ def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subjec
 
 def _quantization_options(subject: Subject, folder: Path) -> dict[str, Any]:
     """Return options that quantize full-precision files as the subject is, so that they need no more memory."""
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {} if "quantization_config" in saved else read_quantization_config(subject.model.config)
     return {key: value for key, value in config.items() if key != "quant_method" and not key.startswith("_")}
 

@@ -213,7 +213,7 @@ def _is_alive(worker: str) -> bool:
 def _start_time(pid: int) -> str:
     """Return a process's start in clock ticks since boot, or '' if there is no such process or it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]  # state and starttime, fields 3 and 22 of proc(5)

@@ -101,7 +101,9 @@ def write_report(results: Sequence[KnockoutResult], folder: Path, title: str, by
         "results.json": json.dumps(to_json(results, by), indent=1, ensure_ascii=False, allow_nan=False),
         "table.md": to_markdown(changes_table(results, by=by)),
         "table.tex": to_latex(changes_table(results, PRINTED_ROWS, by), title),
-        "index.html": study_page(results, title, pictures, by, settings.read_text() if settings.is_file() else ""),
+        "index.html": study_page(
+            results, title, pictures, by, settings.read_text(encoding="utf-8") if settings.is_file() else ""
+        ),
     }
     for name, text in texts.items():
         write_atomic(folder / name, text)

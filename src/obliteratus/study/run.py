@@ -45,11 +45,14 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         check_identity(folder / "identity.json", study_identity(study))
-        (folder / "study.toml").write_text(dump_toml(study))
+        (folder / "study.toml").write_text(dump_toml(study), encoding="utf-8")
         done = _load_finished(folder / RESULTS, resume)
         with closing(_create_executor(study, opening, workers, ray)) as executor:
             _drop_unfinished(folder / ANSWERS, done)
-            return (*done, *_measure_rest(folder / RESULTS, executor, done))
+            try:
+                return (*done, *_measure_rest(folder / RESULTS, executor, done))
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(f"; the finished parts are kept in {folder}, for --resume") from error
 
 
 def study_identity(study: Study) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def _measure_rest(path: Path, executor: Executor, done: Sequence[KnockoutResult]
     """Yield what is not done yet; each result is in the file before it is yielded."""
     names = {result.component for result in done}
     batches = executor.batches()
-    with path.open("a") as file, progress("STUDY parts", sum(map(len, batches))) as advance:
+    with path.open("a", encoding="utf-8") as file, progress("STUDY parts", sum(map(len, batches))) as advance:
         advance(max(0, len(names) - 1))
         if not done:
             yield from _append(file, [executor.measure_baseline()])
@@ -79,7 +82,7 @@ def _measure_rest(path: Path, executor: Executor, done: Sequence[KnockoutResult]
 
 def _append(file: TextIO, results: Sequence[KnockoutResult]) -> Sequence[KnockoutResult]:
     """Append results, and to the file of answers beside it those that were judged."""
-    with Path(file.name).with_name(ANSWERS).open("a") as answers:
+    with Path(file.name).with_name(ANSWERS).open("a", encoding="utf-8") as answers:
         for result in results:
             lines = ({"component": result.component, **line} for line in result.answers)
             answers.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -92,7 +95,7 @@ def _drop_unfinished(path: Path, done: Sequence[KnockoutResult]) -> None:
     """Drop answers of parts whose results were not written before the study was interrupted."""
     if path.is_file():
         names = {result.component for result in done}
-        lines = path.read_text().split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["component"] in names))
 
 
@@ -102,7 +105,9 @@ def _load_finished(path: Path, resume: bool) -> list[KnockoutResult]:
         return []
     if not resume:
         raise UserError(f"{path}: this folder holds a study; add --resume to continue it, or name another folder")
-    lines = path.read_text().split("\n")  # a complete line ends in a line feed, so the last one is empty or incomplete
+    lines = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # a complete line ends in a line feed, so the last one is empty or incomplete
     write_atomic(path, "".join(line + "\n" for line in lines[:-1]))
     return [_parse_result(line, f"{path}:{n}") for n, line in enumerate(lines[:-1], 1)]
 

@@ -31,7 +31,7 @@ def load_questions(source: str | Path) -> list[Question]:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such labeled file; give JSONL of prompt, choices, answer")
-    lines = enumerate(path.read_text().splitlines(), 1)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     questions = [_parse_question(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not questions:
         raise UserError(f"{path}: the labeled file is empty; give at least one question a line")

@@ -85,7 +85,7 @@ class Measurement:
         scores = {name: score.model_dump() for name, score in self.scores.items()}
         units = {name: item.unit for name, item in self.items.items()}
         data = {"scores": scores, "records": list(self.records), "units": units}
-        stem.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
+        stem.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
         values = {f"{ITEM_PREFIX}{name}": item.values for name, item in self.items.items()}
         tensors = {name: tensor.contiguous() for name, tensor in {**self.tensors, **values}.items()}
         save_file(tensors, stem.with_suffix(".safetensors"))
@@ -93,7 +93,7 @@ class Measurement:
     @classmethod
     def load(cls, stem: Path) -> Measurement:
         """Read what `save` wrote."""
-        data = json.loads(stem.with_suffix(".json").read_text())
+        data = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         tensors = load_file(stem.with_suffix(".safetensors"))
         scores = {name: Score(**score) for name, score in data["scores"].items()}
         items = {name: ItemValues(tensors.pop(f"{ITEM_PREFIX}{name}"), unit) for name, unit in data["units"].items()}

@@ -100,7 +100,7 @@ def is_in_language_of(prompt: str, answer: str) -> float | None:
 @cache
 def load_hedges() -> tuple[re.Pattern[str], tuple[str, ...]]:
     """Return a pattern for hedging words in folded text, and the languages that it knows."""
-    lists: dict[str, str] = tomllib.loads((files("obliteratus.verify") / "hedges.toml").read_text())
+    lists: dict[str, str] = tomllib.loads((files("obliteratus.verify") / "hedges.toml").read_text(encoding="utf-8"))
     words = "|".join(words.replace("\n", "") for words in lists.values())
     return re.compile(rf"\b(?:{words})\b"), tuple(lists)
 

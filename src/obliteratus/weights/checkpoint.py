@@ -104,7 +104,7 @@ def _read_recorded_hashes(folder: Path) -> Mapping[str, str]:
     if not record.is_file():
         return {}
     try:
-        files = json.loads(record.read_text())["saved"]["files"]
+        files = json.loads(record.read_text(encoding="utf-8"))["saved"]["files"]
         return {name: entry["sha256"] for name, entry in files.items()}
     except (ValueError, LookupError, TypeError):  # another program wrote it, or a version that recorded no hashes
         return {}

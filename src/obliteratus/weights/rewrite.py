@@ -236,7 +236,9 @@ def _matches(file: Path, sum: str) -> bool:
 def _read_record(folder: Path) -> tuple[dict[str, str], str]:
     """Return the recorded SHA-256 by file name, and the identity of what the files were made from."""
     path = _record_path(folder)
-    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"files": {}, "identity": ""}
+    record: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": {}, "identity": ""}
+    )
     return record["files"], record["identity"]
 
 

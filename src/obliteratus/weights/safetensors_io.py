@@ -62,7 +62,7 @@ def write_shard(path: Path, like: Mapping[str, Tensor], pieces: Mapping[str, Pie
 def write_index(folder: Path, files: Mapping[str, str], size: int) -> None:
     """Write the index that says which file each tensor is in. files: by tensor name; size: bytes of all tensors."""
     index = {"metadata": {"total_size": size}, "weight_map": files}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _plan_starts(like: Mapping[str, Tensor]) -> dict[str, int]:

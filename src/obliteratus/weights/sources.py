@@ -101,7 +101,7 @@ def list_weight_files(folder: Path) -> Sequence[Path]:
 
 def _list_shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is not a valid shard index; download it again") from error
     for name in names:

@@ -307,14 +307,14 @@ def test_new_tensors_stay_aligned(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- memory
 def peak(work: Callable[[], Any]) -> int:
     """Bytes by which the process's resident memory rose at most meanwhile."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak: proc(5)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak: proc(5)
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(name))
     return 1024 * int(line.split()[1])
 
 

@@ -224,7 +224,7 @@ def _write_index(files: Checkpoint, edits: TensorEdits, folder: Path) -> None:
     if not edits.added:
         copy_file(source, folder / INDEX)
         return
-    index = json.loads(source.read_text())
+    index = json.loads(source.read_text(encoding="utf-8"))
     index["weight_map"] |= dict.fromkeys(edits.added, last.name)
     if "total_size" in index.get("metadata", {}):
         index["metadata"]["total_size"] += sum(like.nbytes for like in edits.added.values())
@@ -244,7 +244,7 @@ def _write_config(source: Path, changes: Mapping[str, bool], folder: Path) -> No
     if not changes:
         copy_file(source / "config.json", folder / "config.json")
         return
-    _write_json(folder / "config.json", json.loads((source / "config.json").read_text()) | changes)
+    _write_json(folder / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")) | changes)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
