@@ -39,8 +39,8 @@ MAX_ROOT_FILES = 3
 
 
 def package_of(module: str) -> str:
-    """``excise`` of ``obliteratus.excise.live.hooks``; empty for the front door."""
-    return "" if module == "obliteratus.__init__" else module.split(".")[1]
+    """``excise`` of ``obliteratus.excise.live.hooks``; empty for the front doors."""
+    return "" if module in ("obliteratus.__init__", "obliteratus.__main__") else module.split(".")[1]
 
 
 def misplaced(imports: dict[str, set[str]]) -> list[str]:

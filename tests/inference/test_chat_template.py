@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from tests.support.tiny import BOS, TEMPLATE, tiny_subject
 
+from obliteratus.core.chat import ChatFormat
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import ChatFormat, Prompt, Subject
+from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.chat_template import context_length, has_template, render_prompts
 
 SUFFIX = "\nassistant:"

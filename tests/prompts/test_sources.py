@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tests.support.notes import Notes
 
+from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
-from obliteratus.core.types import Prompt, PromptSet, Turn
+from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.prompts import load_prompts
 
 ROWS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}]

@@ -12,7 +12,8 @@ from tests.support.notes import Notes
 from tests.support.templates import TASKS, TEMPLATES, count_shared_templates, make_prompts, split_by_hash
 
 from obliteratus.core.progress import report_to
-from obliteratus.core.types import SPLITS, Prompt, PromptSet, SplitBy, Splits
+from obliteratus.core.separation import SplitBy
+from obliteratus.core.types import SPLITS, Prompt, PromptSet, Splits
 from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.prompts.clusters import THRESHOLD
 from obliteratus.prompts.folding import fold_prompt, fold_words

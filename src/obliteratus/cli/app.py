@@ -52,7 +52,7 @@ from obliteratus.cli.options import (
     with_split,
 )
 from obliteratus.cli.study import report, study
-from obliteratus.core.types import ChatFormat
+from obliteratus.core.chat import ChatFormat
 
 app = typer.Typer(
     cls=Commands,

@@ -13,8 +13,9 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
+from obliteratus.core.separation import SplitBy
 from obliteratus.core.settings import JudgeSettings, Recipe, Step
-from obliteratus.core.types import PromptSet, SplitBy, Subject
+from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.memory import free_memory
 from obliteratus.pipeline.recipe import load_recipe, parse_overrides
 from obliteratus.pipeline.record import describe_judge

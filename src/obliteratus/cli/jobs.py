@@ -11,6 +11,7 @@ from shutil import copytree
 from time import perf_counter
 from typing import Any, cast
 
+from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
@@ -26,7 +27,7 @@ from obliteratus.core.run_folder import (
     workspace,
 )
 from obliteratus.core.settings import Recipe
-from obliteratus.core.types import DEFAULT_CHAT, PromptSet, Splits, Subject
+from obliteratus.core.types import PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan, plan_digest

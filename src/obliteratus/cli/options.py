@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
-from obliteratus.core.types import SplitBy as SplitByName
+from obliteratus.core.separation import SplitBy as SplitByName
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
 Target = Annotated[

@@ -47,8 +47,8 @@ class Run(FrozenModel):
     recipe: Recipe
     source: dict[str, str]
     prompts: dict[str, Any]
-    """Digest, number of prompts by split and group, how far apart the parts are (see `types.Separation`), how they
-    are rendered (see `types.ChatFormat`), and prompt files."""
+    """Digest, number of prompts by split and group, how far apart the parts are (see `separation.Separation`), how they
+    are rendered (see `chat.ChatFormat`), and prompt files."""
     before: dict[str, Score] = Field(default_factory=dict)
     after: dict[str, Score] = Field(default_factory=dict)
     change: dict[str, Score] = Field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Define the nouns of the system: prompts, models, activations, directions and plans.
 
-This module imports nothing of ours but the shape annotations. The conventions for indices and shapes are:
+Of ours this module imports only smaller nouns and the shape annotations. The conventions for indices and shapes are:
 
 * ``layer`` l counts decoder blocks from 0. A model has L = ``n_layers`` blocks.
 * A *stream* index ℓ runs from 0 to L. Stream 0 is the residual stream that enters block 0 (the embeddings), stream ℓ
@@ -15,20 +15,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
+from obliteratus.core.separation import Separation
 from obliteratus.core.shapes import Float, Int
 
 Role = Literal["writes", "reads"]
-Speaker = Literal["user", "assistant", "system"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
 NormRule = Literal["none", "columns", "rows", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
-SplitBy = Literal["wording", "category"]
 
 
 def digest_of(value: object) -> str:
@@ -37,13 +36,6 @@ def digest_of(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------ prompts
-class Turn(NamedTuple):
-    """A turn of a conversation."""
-
-    role: Speaker
-    content: str
-
-
 @dataclass(frozen=True)
 class Prompt:
     """One user turn, and what was said before it."""
@@ -81,38 +73,6 @@ class PromptSet:
     def digest(self) -> str:
         """Content hash of the texts, categories, splits and earlier turns of all groups."""
         return digest_of({g: [[p.text, p.category, p.split, *p.context] for p in ps] for g, ps in self.groups.items()})
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How far apart the parts of a prompt set are. Similarity is the Jaccard index (0–1) of two prompts' word triples:
-    the number of triples in both over the number in either."""
-
-    split_by: SplitBy
-    threshold: float
-    """Prompts at least this similar share much wording. Split by wording, they stay in one part."""
-    clusters: int
-    """Clusters of two prompts or more that stayed in one part each."""
-    clustered: int
-    """Prompts in these clusters."""
-    broken: int
-    """Prompts in clusters that were too large for one part and were therefore divided."""
-    raised: float
-    """Threshold at which the last of them could be divided; equal to ``threshold`` if none was."""
-    pinned: int
-    """Prompts in clusters that the prompt file itself pins to more than one part."""
-    duplicates: int
-    """Prompts that were left out, since their group holds the same text with the same system turn."""
-    near_duplicates: int
-    """Prompts that equal another once case, spaces, punctuation and accents are folded."""
-    measured: int
-    """Report prompts for which the nearest fit or search prompt was looked up."""
-    median: float
-    """Their median similarity to it."""
-    largest: float
-    """The largest."""
-    above: int
-    """Number of them whose similarity reaches the threshold."""
 
 
 @dataclass(frozen=True)
@@ -220,25 +180,6 @@ class Coverage:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and `share` as plain data for JSON."""
         return {**asdict(self), "paths": list(self.paths), "share": self.share}
-
-
-STARTED = datetime.now()
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How prompts are rendered as conversations."""
-
-    thinking: bool = False
-    """Value of the thinking switch for chat templates that have one."""
-    template: str = ""
-    """Name of the template, if the tokenizer has several. Empty stands for ``default``."""
-    now: datetime = STARTED
-    """What templates print that print the date or the time: the time at which the process, or the run, began. Were it
-    the clock, the same prompt would be other tokens a minute later."""
-
-
-DEFAULT_CHAT = ChatFormat()
 
 
 @dataclass(frozen=True)

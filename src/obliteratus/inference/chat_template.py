@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.types import Prompt, Subject, Turn
-from obliteratus.inference.chat_format import find_template, read_traits, render_turns
+from obliteratus.core.types import Prompt, Subject
+from obliteratus.summon.chat_format import find_template, read_traits, render_turns
 
 Ids = list[list[int]]
 

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.types import SPLITS, Prompt, Turn
+from obliteratus.core.types import SPLITS, Prompt
 from obliteratus.prompts.conversations import read_conversation
 from obliteratus.prompts.files import Row
 

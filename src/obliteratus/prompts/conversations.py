@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from obliteratus.core.chat import Speaker, Turn
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Speaker, Turn
 
 # OpenAI and most data sets write role and content, ShareGPT from and value.
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")

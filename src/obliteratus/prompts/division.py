@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy
 
-from obliteratus.core.types import SPLITS, Prompt, PromptSet, SplitBy, digest_of
+from obliteratus.core.separation import SplitBy
+from obliteratus.core.types import SPLITS, Prompt, PromptSet, digest_of
 from obliteratus.prompts.checks import CONTRASTED, ENOUGH
 from obliteratus.prompts.clusters import (
     NEAR_DUPLICATES,

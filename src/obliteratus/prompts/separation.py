@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import median
 
 from obliteratus.core.progress import note
-from obliteratus.core.types import SPLITS, Separation, SplitBy
+from obliteratus.core.separation import Separation, SplitBy
+from obliteratus.core.types import SPLITS
 from obliteratus.prompts.clusters import LEVELS, THRESHOLD, count_near_duplicates
 from obliteratus.prompts.division import Division, Members, count_pins
 from obliteratus.prompts.folding import fold_words

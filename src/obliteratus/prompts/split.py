@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from obliteratus.core.progress import note
-from obliteratus.core.types import PromptSet, SplitBy, Splits
+from obliteratus.core.separation import SplitBy
+from obliteratus.core.types import PromptSet, Splits
 from obliteratus.prompts.checks import check_categories, check_enough, check_prompts, check_splits, describe_shortage
 from obliteratus.prompts.division import divide
 from obliteratus.prompts.separation import measure_separation, note_separation

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from obliteratus.core.separation import SplitBy
 from obliteratus.core.settings import FrozenModel, JudgeSettings, Step
-from obliteratus.core.types import SplitBy
 
 
 class Data(FrozenModel):

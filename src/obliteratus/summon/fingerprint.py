@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.types import Subject, digest_of
-from obliteratus.inference.chat_format import SIDE_FILE, find_template
+from obliteratus.summon.chat_format import SIDE_FILE, find_template
 from obliteratus.weights.sources import INDEX, locate
 
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")

@@ -14,11 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import unknown_name
-from obliteratus.core.types import DEFAULT_CHAT, ChatFormat, Source, Subject
-from obliteratus.inference.chat_format import SIDE_FILE, add_side_template, check_format
+from obliteratus.core.types import Source, Subject
+from obliteratus.summon.chat_format import SIDE_FILE, add_side_template, check_format
 from obliteratus.summon.coverage import count_coverage
 from obliteratus.summon.digest import compute_digest, make_weight_sampler
 from obliteratus.summon.selftest import self_test as run_self_test

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import DEFAULT_CHAT, ChatFormat, Subject
+from obliteratus.core.types import Subject
 from obliteratus.summon.load import assemble_subject, load_config_and_tokenizer, resolve_commit, resolve_loading_dtype
 from obliteratus.summon.sites import choose_model_class, find_architecture, find_end_paths, find_tied_parameters
 from obliteratus.weights.checkpoint import Checkpoint, open_origin

@@ -13,12 +13,13 @@ from tests.support.notes import Notes
 from tests.support.refuser import refuser
 from tests.support.tiny import TEMPLATE, tiny_subject, tiny_tokenizer
 
+from obliteratus.core.chat import ChatFormat, Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
-from obliteratus.core.types import ChatFormat, Prompt, Subject, Turn
-from obliteratus.inference.chat_format import add_side_template, check_format, read_traits
+from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.chat_template import find_answer_end, render_prompts
 from obliteratus.inference.generate import generate, stop_tokens
+from obliteratus.summon.chat_format import add_side_template, check_format, read_traits
 from obliteratus.summon.load import open_subject
 
 THINKING = TEMPLATE.replace("'assistant:'", "'assistant:' if enable_thinking else 'assistant:<think></think>'")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError
 
+from obliteratus.core.chat import ChatFormat, Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
-from obliteratus.core.types import ChatFormat, Turn
 
 Turns = Sequence[Mapping[str, str]]
 
