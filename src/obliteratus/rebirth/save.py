@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from huggingface_hub import split_torch_state_dict_into_shards
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -23,18 +20,29 @@ from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.base_checkpoint import BaseCheckpoint, explain_unbakeable, find_base_checkpoint
 from obliteratus.excise.bake.quantized import RequantizationLosses
-from obliteratus.excise.bake.tensors import bake, bake_in_pieces, find_bias_switches
+from obliteratus.excise.bake.tensors import bake, find_bias_switches
 from obliteratus.excise.bake.write_checkpoint import bake_into_checkpoint
+from obliteratus.excise.bake.write_weights import write_weights
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
+from obliteratus.rebirth.base_card import read_base_card
 from obliteratus.rebirth.model_card import render_model_card
 from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.sites import find_tied_ends
 from obliteratus.weights.bitsandbytes import padded_note_shapes
+from obliteratus.weights.names import list_unpacked
+from obliteratus.weights.portable import (
+    add_older_names,
+    change_config,
+    find_text_key,
+    make_tokenizer_portable,
+    read_json,
+    write_json,
+)
 from obliteratus.weights.quantization import read_quantization_config
 from obliteratus.weights.rewrite import (
     describe_files,
@@ -42,7 +50,8 @@ from obliteratus.weights.rewrite import (
     remove_finished_files,
     remove_unfinished_files,
 )
-from obliteratus.weights.safetensors_io import list_dtypes, write_index, write_shard
+from obliteratus.weights.safetensors_io import list_dtypes
+from obliteratus.weights.side_files import copy_side_files, find_side_folder
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
@@ -91,6 +100,9 @@ def write_output(
             notes = _write_from_memory(subject, plan, folder, form)
         else:
             notes = _write_from_files(base_checkpoint, plan, folder)
+        source = find_side_folder(subject.source.id, subject.source.revision)
+        notes |= _write_side_files(subject, source, folder, form, notes.get("rewritten", {}))
+        notes |= {"base_model": read_base_card(subject.source.id, source)}
         save_plan(plan, folder)
         rescore = _rescore(subject, plan, folder, form, _sample_prompts(prompts))
         saved = {"form": form, **notes, "rescore": rescore, "files": describe_files(folder)}
@@ -127,25 +139,18 @@ def _write_merged(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
     """Write all weights shard by shard; edited matrices are computed one at a time, as they are written."""
     config, losses = copy.deepcopy(subject.model.config), RequantizationLosses()
     edits = bake(subject, plan, losses)
-    for key in find_bias_switches(subject, plan).values():
-        setattr(config, key, True)
+    changes = dict.fromkeys(find_bias_switches(subject, plan).values(), True)
     state: dict[str, Any] = dict(subject.model.state_dict())
     state |= {name: edits[name]() for name in edits.keys() - state.keys()}  # new biases are small
     state |= {name: like for name, like in padded_note_shapes(state).items() if name in edits}
     if ends := find_tied_ends(subject):
         if any(end in edits for end in ends):  # only one of the two is edited, so they are no longer equal
-            config.tie_word_embeddings = False
+            changes["tie_word_embeddings"] = False
         else:
             state.pop(ends[1])
-    split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD)
-    for name, members in split.filename_to_tensors.items():
-        parts = {key: partial(bake_in_pieces, edits[key]) for key in members if key in edits}
-        write_shard(folder / name, {key: state[key] for key in members}, parts)
-    if split.is_sharded:
-        write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
-    config.save_pretrained(folder)
-    _write_generation_config_and_tokenizer(subject, folder)
-    return {"requantized": losses.summary()} if losses.by_path else {}
+    write_weights(subject.model, state, edits, folder, MAX_SHARD)
+    rewritten = _write_config(subject, config, changes, folder)
+    return {"rewritten": rewritten} | ({"requantized": losses.summary()} if losses.by_path else {})
 
 
 def _write_from_files(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -156,9 +161,7 @@ def _write_from_files(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict[st
     if reason:
         note("REBIRTH", f"{reason}: all weights are written from memory instead")
         return {**_write_from_memory(base.subject, plan, folder, "merged"), "from_memory": reason}
-    notes = bake_into_checkpoint(base, plan, folder)
-    _write_generation_config_and_tokenizer(base.subject, folder)
-    return notes
+    return bake_into_checkpoint(base, plan, folder)
 
 
 def _write_from_memory(subject: Subject, plan: Plan, folder: Path, form: Form) -> dict[str, Any]:
@@ -166,13 +169,47 @@ def _write_from_memory(subject: Subject, plan: Plan, folder: Path, form: Form) -
     return WRITERS[form](subject, plan, folder)
 
 
-def _write_generation_config_and_tokenizer(subject: Subject, folder: Path) -> None:
-    subject.model.generation_config.save_pretrained(folder)
+def _write_config(subject: Subject, config: Any, changes: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write the configuration, and return why it is not the model's own file.
+
+    It is the model's own with the edit's changes, or what transformers makes of it in memory if it has no file. How the
+    weights are stored is always as they are in memory.
+    """
+    config.save_pretrained(folder)
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    source = find_side_folder(subject.source.id, subject.source.revision)
+    own = add_older_names(made, config) if source is None else read_json(source / "config.json")
+    for key in STORAGE:
+        own.pop(key, None)
+    own |= {key: made[key] for key in STORAGE if key in made}
+    if "quantization_config" in own:
+        own["quantization_config"]["llm_int8_skip_modules"] = list_unpacked(subject.model)
+    write_json(folder / "config.json", change_config(own, find_text_key(config), changes))
+    return {"config.json": "all weights were written from memory, in the form in which they were loaded"}
+
+
+STORAGE = ("quantization_config", "dtype", "torch_dtype")
+"""Entries of a configuration that say how weights are stored."""
+
+
+def _write_side_files(
+    subject: Subject, source: Path | None, folder: Path, form: Form, rewritten: dict[str, str]
+) -> dict[str, Any]:
+    """Copy the files beside the weights, or write them from memory where there are none, and return why any differs."""
+    if form == "plan":
+        return {}
+    if source is not None:
+        copy_side_files(source, folder)
+        return {"rewritten": {**rewritten, "README.md": "the card of the edited model"}}
     subject.tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder)
+    if form == "merged":
+        subject.model.generation_config.save_pretrained(folder)
+    why = f"written from memory: {subject.source.id} is no folder with files of its own"
+    return {"rewritten": {**rewritten, "tokenizer": why}}
 
 
 def _write_adapter(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:
-    subject.tokenizer.save_pretrained(folder)
     return {"adapter": save_adapter(subject, plan, folder)}
 
 

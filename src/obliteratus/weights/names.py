@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from types import SimpleNamespace
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -19,11 +22,13 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from obliteratus.weights.bitsandbytes import is_codes
 
 Shape = Sequence[int]
+PACKING = "transformers.integrations"  # where quantizers keep their conversions, which no saved model undoes
 
 
 @dataclass(frozen=True)
@@ -99,3 +104,42 @@ class StoredNames:
                 stacks = type(first) is MergeModulelist and first.dim == 0
                 return converter.source_patterns if stacks and joins in ([], [True]) else ()
         return ()
+
+
+def restore_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters under the names, and as the matrices, that the model's files have: what loading renamed or
+    stacked is undone, so that other releases and programs find it."""
+    loaded = vars(model).get("_weight_conversions")
+    if loaded is None:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    kept = [step for step in loaded if not _packs(step)]
+    stand_in = SimpleNamespace(_weight_conversions=kept, config=model.config)
+    return dict(revert_weight_conversion(cast(PreTrainedModel, stand_in), dict(tensors))) if kept else dict(tensors)
+
+
+def _packs(step: Any) -> bool:
+    operations = step.operations if isinstance(step, WeightConverter) else []
+    return any(type(operation).__module__.startswith(PACKING) for operation in operations)
+
+
+def list_unpacked(model: Any) -> list[str]:
+    """Return the modules of a packed model whose matrices are not, by all names that releases have for them.
+
+    Without such a list each release packs what it takes for a linear layer: 4 has routers and experts as such, 5 not.
+    """
+    found = set()
+    for name, value in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        if value.ndim < 2 or is_codes(value) or isinstance(model.get_submodule(path), nn.Embedding):
+            continue
+        keys = list(restore_names(model, {name: value.detach().to("meta")}))
+        if leaf == "weight" or len(keys) > 1:
+            stored = keys[0].rpartition(".")[0] if len(keys) == 1 else _common_path(keys)
+            found |= {stored, path, f"{model.base_model_prefix}.{stored}"}
+    return sorted(found)
+
+
+def _common_path(keys: Sequence[str]) -> str:
+    """Return the module above all of these, such as that of a stack whose experts are stored one by one."""
+    parts = zip(*(key.split(".") for key in keys), strict=False)
+    return ".".join(own[0] for own in takewhile(lambda own: len(set(own)) == 1, parts))

@@ -223,10 +223,13 @@ def remove_finished_files(folder: Path) -> None:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return ``bytes`` and ``sha256`` of each file by name; hashes of finished files come from the record."""
+    """Return ``bytes`` and ``sha256`` of each file by its path; hashes of finished files come from the record."""
     recorded = read_finished_hashes(folder)
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": recorded.get(p.name) or hash_file(p)} for p in paths}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": recorded.get(name) or hash_file(path)}
+        for name, path in paths.items()
+    }
 
 
 def _matches(file: Path, sum: str) -> bool:

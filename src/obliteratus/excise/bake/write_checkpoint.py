@@ -23,19 +23,14 @@ from obliteratus.excise.change import edit_module_weight, fill_donor_means_from,
 from obliteratus.excise.plan import plan_digest
 from obliteratus.weights.checkpoint import Checkpoint
 from obliteratus.weights.matrices import convert_to_stored, has_bias, read_weight
-from obliteratus.weights.rewrite import FinishedFiles, copy_file, rewrite_file, write_atomically
+from obliteratus.weights.portable import change_config, find_text_key, write_json
+from obliteratus.weights.rewrite import FinishedFiles, copy_file, rewrite_file
 from obliteratus.weights.safetensors_io import Pieces
 from obliteratus.weights.sources import INDEX, WHOLE
 
-# Weights in other forms would be those of the unedited model.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-INDICES = ".index.json"
-OURS = ("config.json", "README.md", "run.json", "answers.jsonl", "plan.json", "front.json", "front.png")
-"""Files that are written anew, or that an earlier run left and that are no longer true."""
-
 
 def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Write the edited weights, their index, the other files and last the configuration into ``folder``.
+    """Write the edited weights, their index and the configuration into ``folder``.
 
     Files that an interrupted bake of the same plan into the same checkpoint left there are reused. Call
     `explain_unbakeable` first. Returns what run.json records of it. Raises UserError where a source file was altered
@@ -52,12 +47,13 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
             copies += not own
             advance(1)
     _write_index(files, edits, folder)
-    _copy_other_files(files.folder, folder)
-    _write_config(files.folder, edits.config, folder)
+    _write_config(base, edits.config, folder)
     counts = {"edited": len(edits.tensors.keys() - edits.added.keys()), "added": len(edits.added)}
     record: dict[str, Any] = {
         "onto": {"name": files.name, "files": len(files.shards), "copied": copies, "tensors": counts}
     }
+    changed = ", ".join(sorted(edits.config))
+    record |= {"rewritten": {"config.json": f"the edit needs other values of {changed}"}} if changed else {}
     return record | ({"base": files.name} if base.quantized else {})
 
 
@@ -228,25 +224,14 @@ def _write_index(files: Checkpoint, edits: TensorEdits, folder: Path) -> None:
     index["weight_map"] |= dict.fromkeys(edits.added, last.name)
     if "total_size" in index.get("metadata", {}):
         index["metadata"]["total_size"] += sum(like.nbytes for like in edits.added.values())
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
-def _copy_other_files(source: Path, folder: Path) -> None:
-    """Copy the license, custom code, templates, and whatever a tokenizer keeps beside its own file."""
-    for file in sorted(source.iterdir()):
-        skipped = file.name.startswith(".") or file.name in OURS or file.name.endswith(INDICES)
-        if file.is_file() and not skipped and file.suffix not in WEIGHTS:
-            copy_file(file, folder / file.name)
-
-
-def _write_config(source: Path, changes: Mapping[str, bool], folder: Path) -> None:
+def _write_config(base: BaseCheckpoint, changes: Mapping[str, bool], folder: Path) -> None:
     """Copy the configuration with the edit's entries: keys that transformers does not know survive."""
+    source = base.files.folder / "config.json"
     if not changes:
-        copy_file(source / "config.json", folder / "config.json")
+        copy_file(source, folder / "config.json")
         return
-    _write_json(folder / "config.json", json.loads((source / "config.json").read_text(encoding="utf-8")) | changes)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with write_atomically(path) as out:
-        out.write(f"{json.dumps(data, indent=2, ensure_ascii=False)}\n".encode())
+    data = json.loads(source.read_text(encoding="utf-8"))
+    write_json(folder / "config.json", change_config(data, find_text_key(base.subject.model.config), changes))
