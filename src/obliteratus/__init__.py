@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from obliteratus.probe.probe import collect_activations
     from obliteratus.prompts import load_prompts, split_prompts
     from obliteratus.rebirth.save import save
-    from obliteratus.summon.load import open_subject
+    from obliteratus.summon.load import assemble_subject, open_subject
     from obliteratus.verify import measure
 
 MODULES = {
@@ -30,6 +30,7 @@ MODULES = {
     "Subject": "core.types",
     "UserError": "core.errors",
     "applied": "excise.live.hooks",
+    "assemble_subject": "summon.load",
     "collect_activations": "probe.probe",
     "list_methods": "pipeline.recipe",
     "load_plan": "excise.plan",
@@ -52,6 +53,7 @@ __all__ = [
     "Subject",
     "UserError",
     "applied",
+    "assemble_subject",
     "collect_activations",
     "list_methods",
     "load_plan",

@@ -89,7 +89,7 @@ def test_without_out_nothing_is_written(model: Path, files: dict[str, Path], tmp
     [
         ({"target": None}, "this prompt file does not exist"),
         ({"target": b""}, "is empty"),
-        ({"target": b"\xff\xfe\x00bad"}, "not UTF-8"),
+        ({"target": b"caf\xe9"}, "not UTF-8"),
         ({"target": b"a\0b"}, "binary file"),
         ({"target": "\n".join(CONTROL).encode()}, "same prompts"),
         ({"target": "\n".join([*TARGET, CONTROL[0]]).encode()}, "in target and in control"),

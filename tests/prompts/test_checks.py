@@ -102,7 +102,7 @@ def test_duplicates_are_left_out_and_counted() -> None:
     assert splits.separation is not None
     assert splits.separation.duplicates == 5
     assert splits.digest == split_prompts(prompts, 0).digest
-    assert notes.texts[0] == "prompts: duplicates left out: target 5 (same text and system turn)"
+    assert notes.texts[0] == "prompts: duplicates left out: target 5 (same text and earlier turns)"
 
 
 def test_duplicates_of_files_are_counted_once(tmp_path: Path) -> None:

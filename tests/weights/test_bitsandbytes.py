@@ -33,6 +33,7 @@ from obliteratus.summon.summary import summarize_model
 from obliteratus.weights.bitsandbytes import unpacked_shape
 from obliteratus.weights.matrices import count_inputs, read_weight
 from obliteratus.weights.quantization import choose_storage_format
+from obliteratus.weights.side_files import copy_side_files
 from obliteratus.weights.sources import locate
 
 pytest.importorskip("bitsandbytes")
@@ -203,6 +204,7 @@ def test_merged_packs_once_and_leaves_the_rest_alone(
     with monkeypatch.context() as patch:
         counts = Counts(patch, subject)
         (tmp_path / "merged").mkdir()
+        copy_side_files(folders(name, kind), tmp_path / "merged")
         notes = rebirth.WRITERS["merged"](subject, plan, tmp_path / "merged")
         gc.collect()
     paths = {edits[0].site.path for edits in plan.by_site().values()}

@@ -44,7 +44,6 @@ from obliteratus.cli.options import (
     Template,
     Thinking,
     Trust,
-    check_split_by,
     handle_errors,
     parse_columns,
     show_progress,
@@ -257,7 +256,7 @@ def verify(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet):
-        comparison = Comparison.create(choices, sources, seed or 0, everything, out, check_split_by(split_by))
+        comparison = Comparison.create(choices, sources, seed, everything, out, split_by)
         scores = comparison.run(model, against, opening)
     if json:
         show_json(scores)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.cli.jobs import fill_example_prompts
+from obliteratus.cli.options import check_split_by
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
-from obliteratus.core.separation import SplitBy
 from obliteratus.core.settings import JudgeSettings, Recipe, Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.memory import free_memory
@@ -47,19 +47,21 @@ class Comparison:
         cls,
         choices: list[str],
         sources: Mapping[str, Any],
-        seed: int,
+        seed: int | None,
         everything: bool,
         out: Path | None,
-        split_by: SplitBy = "wording",
+        split_by: str | None = None,
     ) -> Comparison:
         """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
         settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
         prompts = load_prompts(**fill_example_prompts(sources, check_judge(settings)))
         if out is not None:
             check_free(out)
+        if everything and (seed is not None or split_by is not None):
+            raise UserError("--all: takes all prompts, so --seed and --split-by have no effect; leave them out")
         if everything:
             return cls(settings, prompts, prompts, out)
-        splits = split_prompts(prompts, seed, split_by=split_by)
+        splits = split_prompts(prompts, seed or 0, split_by=check_split_by(split_by))
         return cls(settings, splits.report, splits.fit, out)
 
     def run(self, model: str, against: str | None, opening: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantize, Trust, show_progress
+from obliteratus.core.errors import UserError
 
 # A forecast without prompts is made for those of the organism, about 250 of each group.
 DEFAULT_PROMPTS = "organism:astronomy"
@@ -18,9 +19,9 @@ def inspect(
     quantize: Quantize = "",
     trust_remote_code: Trust = False,
     memory: Memory = None,
-    target: Annotated[str, typer.Option(help="Target prompts for the forecast of --memory.")] = DEFAULT_PROMPTS,
-    control: Annotated[str, typer.Option(help="Control prompts for the forecast of --memory.")] = DEFAULT_PROMPTS,
-    method: Annotated[str, typer.Option(help="Method for the forecast of --memory.")] = "advanced",
+    target: Annotated[str | None, typer.Option(help="Target prompts for the forecast of --memory.")] = None,
+    control: Annotated[str | None, typer.Option(help="Control prompts for the forecast of --memory.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method for the forecast of --memory (advanced).")] = None,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     json: Json = False,
 ) -> None:
@@ -33,13 +34,16 @@ def inspect(
     from obliteratus.prompts import load_prompts
     from obliteratus.summon.summary import summarize_model
 
+    if not memory and (target or control or method):
+        raise UserError("--target, --control and --method: only a forecast uses them; add --memory SIZE")
     limit = parse_size(memory) if memory else None
     opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
     with show_progress(quiet=True):
         summary = summarize_model(model, **opening)
         data = forecast_model(summary)
-        prompts = load_prompts(target, control)
-        plan = forecast_run(summary, limit, load_recipe(method), prompts, opening) if limit else None
+        prompts = load_prompts(target or DEFAULT_PROMPTS, control or DEFAULT_PROMPTS)
+        recipe = load_recipe(method or "advanced")
+        plan = forecast_run(summary, limit, recipe, prompts, opening) if limit else None
     if json:
         show_json({**data, **({"plan": plan} if plan else {})})
         return

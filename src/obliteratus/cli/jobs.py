@@ -87,6 +87,7 @@ class Job:
     ) -> Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
         check_form(form, base)
+        _check_saving(out, form, base)
         recipe = load_recipe(method, parse_overrides(overrides))
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
@@ -141,6 +142,13 @@ class JobResult:
     """The result of the search, if the job was one."""
 
 
+def _check_saving(out: Path | None, form: str, base: str) -> None:
+    """Raise UserError for options that need an output folder if there is none."""
+    if out is None and (form != "merged" or base):
+        option = f"--base {base}" if base else f"--save {form}"
+        raise UserError(f"{option}: there is no folder to save to; give --out FOLDER")
+
+
 def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
     """Return the arguments of `load_prompts`, with the behavior's examples where neither target nor control is given.
 
@@ -160,10 +168,7 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
 
     opening: arguments of `open_subject`. memory: the most that the process may hold, such as ``6GB``.
     """
-    if resume and job.out is None:
-        raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
-    if resume and job.out and not partial_folder(job.out).exists():
-        note("resume", f"there is no interrupted run in {partial_folder(job.out)}, so this one starts anew")
+    _announce(job, resume)
     folder = workspace(job.out, job.identity, resume) if job.out else nullcontext()
     with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
         subject = _open(job.model, opening, partial)
@@ -189,6 +194,16 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return JobResult(record, result.before, result.after, front)
+
+
+def _announce(job: Job, resume: bool) -> None:
+    """Say before all work what will not happen. Raises UserError if there is no folder to resume."""
+    if job.out is None and resume:
+        raise UserError("--resume: there is no run folder to resume; give --out FOLDER")
+    if job.out is None:
+        note("save", "no --out: the edited model will be measured and not saved")
+    elif resume and not partial_folder(job.out).exists():
+        note("resume", f"there is no interrupted run in {partial_folder(job.out)}, so this one starts anew")
 
 
 def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subject:

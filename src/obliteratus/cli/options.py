@@ -91,8 +91,29 @@ Template = Annotated[str, typer.Option(help="Name of the chat template, if the m
 RENAMED = {"--quantise": "--quantize", "study-from-yaml": "study --from-yaml"}
 
 
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it
+
+
 class Commands(TyperGroup):
     """The group of all commands. It names the new name of an option or command that was renamed."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command. A usage error is one line, as every other error of the user's."""
+        run: Any = super().main
+        if not options.pop("standalone_mode", True):
+            return run(*args, **options, standalone_mode=False)
+        try:
+            code = run(*args, **options, standalone_mode=False)
+        except UsageError as error:
+            said = " ".join(error.format_message().split()).rstrip(".")
+            command = error.ctx.command_path if error.ctx else "obliteratus"
+            if said:  # without any argument the help was shown
+                typer.echo(f"error: {said}; see {command} --help", err=True)
+            code = 2
+        except typer.Abort:
+            typer.echo("interrupted; nothing was written", err=True)
+            code = INTERRUPTED
+        raise SystemExit(code or 0)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         for arg in args:

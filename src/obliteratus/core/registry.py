@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -106,7 +106,9 @@ class Registry(Generic[F]):
         try:
             made = self[name].options(**options)
         except ValidationError as error:
-            raise UserError(f"{self.kind} step '{name}': {explain_validation_error(error)}") from error
+            raise UserError(
+                f"{self.kind} step '{name}': {explain_validation_error(error, self[name].options)}"
+            ) from error
         return {key: getattr(made, key) for key in type(made).model_fields}
 
 
@@ -124,11 +126,29 @@ def unknown_name(what: str, name: str, known: Any) -> str:
     return f"{what} '{name}' does not exist; {hint}"
 
 
-def explain_validation_error(error: ValidationError) -> str:
-    """Return a pydantic error as one line: the key, what is wrong, and the value."""
+def list_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the part of a model that a path leads to; none if that has keys of any name."""
+    for name in path:
+        field = model.model_fields.get(str(name))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def explain_validation_error(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Return a pydantic error as one line: the key, what is wrong, and the value.
+
+    model: what was validated. A key that it does not have is then shown with the nearest that it has.
+    """
 
     def one(item: Any) -> str:
         where = ".".join(str(x) for x in item["loc"])
+        known = list_keys(model, item["loc"][:-1]) if model and item["type"] == "extra_forbidden" else []
+        if known:
+            return unknown_name("key", where, [".".join(map(str, (*item["loc"][:-1], key))) for key in known])
         if item["type"] == "value_error":  # our own validators already name the values
             return f"{where}: {item['ctx']['error']}"
         given = "" if item["type"] == "missing" else f" (got {item['input']!r})"

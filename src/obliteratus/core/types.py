@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
+from obliteratus.core.errors import UserError
 from obliteratus.core.separation import Separation
 from obliteratus.core.shapes import Float, Int
 
@@ -65,6 +66,14 @@ class PromptSet:
     """Duplicates that were left out of the groups."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Group → where its prompts come from; a data set on the hub with its revision."""
+
+    def __post_init__(self) -> None:
+        """Take texts for prompts. Raises UserError for groups that are neither."""
+        for group, members in self.groups.items():
+            if isinstance(members, str) or not all(isinstance(member, str | Prompt) for member in members):
+                raise UserError(f"prompts: the group '{group}' is no list of texts or prompts: {str(members)[:60]}")
+        plain = {g: tuple(Prompt(p) if isinstance(p, str) else p for p in ps) for g, ps in self.groups.items()}
+        object.__setattr__(self, "groups", plain)
 
     def __getitem__(self, group: str) -> tuple[Prompt, ...]:
         return self.groups[group]
@@ -322,6 +331,8 @@ class Directions:
     orthogonal projection."""
 
     def __post_init__(self) -> None:
+        if self.basis.ndim != 3:
+            raise UserError(f"directions: the basis has shape {[*self.basis.shape]}; it must be [streams, k, width]")
         gram = self.basis.double() @ self.basis.double().mT
         eye = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).double())
         if not torch.allclose(gram, eye, atol=1e-4):  # fp32 rows are orthonormal to about 1e-6
@@ -352,6 +363,10 @@ class Edit:
     """μ, whose component along B is kept. None stands for the origin."""
     covectors: Float[Tensor, "k width"] | None = None
     """A, with A Bᵀ = I. None stands for A = B, an orthogonal projection."""
+
+    def __post_init__(self) -> None:
+        if self.basis.ndim != 2:
+            raise UserError(f"{self.site.path}: the basis has shape {[*self.basis.shape]}; it must be [k, width]")
 
     @property
     def along(self) -> Float[Tensor, "k width"]:

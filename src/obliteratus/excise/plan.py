@@ -149,8 +149,16 @@ def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | N
 KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend, "silence": ZeroOutput}
 
 
-def save_plan(plan: Plan, folder: Path) -> None:
-    """Write plan.safetensors (bases, anchors and other tensors, fp32) and plan.json (all else) into a folder."""
+def save_plan(plan: Plan, folder: str | Path) -> None:
+    """Write plan.safetensors (bases, anchors and other tensors, fp32) and plan.json (all else) into a folder.
+
+    The folder is made if it is missing. Raises UserError if that cannot be.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made ({error.strerror}); name another") from error
     tensors: dict[str, Tensor] = {}
     edits = []
     for i, change in enumerate(plan.edits):
@@ -168,8 +176,9 @@ def save_plan(plan: Plan, folder: Path) -> None:
     )
 
 
-def load_plan(folder: Path) -> Plan:
+def load_plan(folder: str | Path) -> Plan:
     """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself."""
+    folder = Path(folder)
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in this folder; give the output folder of a run, or of --save plan")

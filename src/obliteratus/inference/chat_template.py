@@ -44,9 +44,21 @@ def has_template(subject: Subject) -> bool:
 def _tokenize(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
     if not has_template(subject):
         texts = ["\n\n".join(filter(None, (p.system, *(t.content for t in p.history), p.text))) for p in prompts]
-        return [list(row) for row in subject.tokenizer(texts)["input_ids"]]
-    texts = render_texts(subject, prompts)
-    return [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return encode_texts(subject, texts, add_special_tokens=True)
+    return encode_texts(subject, render_texts(subject, prompts))
+
+
+def encode_texts(subject: Subject, texts: Sequence[str], add_special_tokens: bool = False) -> Ids:
+    """Return the token ids of each text. Raises UserError if the model has no embedding for one of them."""
+    ids = [list(row) for row in subject.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]]
+    rows = subject.model.get_input_embeddings().num_embeddings
+    if (largest := max((max(row, default=0) for row in ids), default=0)) >= rows:
+        token = subject.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{subject.source.id}: its tokenizer gives token {largest} ('{token}'), and its embedding has {rows} rows; "
+            "the tokenizer belongs to another model"
+        )
+    return ids
 
 
 def render_texts(subject: Subject, prompts: Sequence[Prompt]) -> list[str]:

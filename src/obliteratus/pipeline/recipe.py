@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 from obliteratus.core.registry import explain_validation_error, unknown_name
 from obliteratus.core.settings import Recipe
 from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs
+from obliteratus.distill.steps import collect_needs
 from obliteratus.verify import scorers
 from obliteratus.verify.ladder import check_judge
 from obliteratus.weigh import weighers
@@ -93,7 +95,7 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe(**data)
     except ValidationError as error:
-        raise UserError(f"recipe '{where}': {explain_validation_error(error)}") from error
+        raise UserError(f"recipe '{where}': {explain_validation_error(error, Recipe)}") from error
     kinds = (
         (extractors, recipe.distill),
         (weighers, recipe.weigh),
@@ -123,10 +125,20 @@ def _check_space(recipe: Recipe, where: str) -> None:
 def check_runs(recipe: Recipe, groups: Collection[str]) -> None:
     """Raise UserError, before weights are loaded, if the recipe cannot run with these groups of prompts."""
     check_needs(recipe.distill, groups, recipe.probe.keep)
+    _check_optional_groups(recipe, groups)
     check_judge(recipe.judge)
     for step in recipe.analyze:
         if "rows" in analyses[step.use].needs and recipe.probe.keep != "rows":
             raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")
+
+
+def _check_optional_groups(recipe: Recipe, groups: Collection[str]) -> None:
+    """Raise UserError for bypass prompts that no step uses; say of keep prompts that they are only measured."""
+    needs, name = collect_needs(recipe.distill), recipe.name or "the recipe"
+    if "bypass" in groups and "bypass" not in needs:
+        raise UserError(f"--bypass: no step of {name} uses bypass prompts; leave them out, or add bypass_contrast")
+    if "keep" in groups and "keep" not in needs and not recipe.tune:
+        note("keep", f"no step of {name} spares the keep prompts: their rate is only measured")
 
 
 def without_trial_count(recipe: Recipe) -> dict[str, Any]:

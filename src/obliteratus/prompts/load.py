@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.prompts.checks import check_prompts
 from obliteratus.prompts.duplicates import drop_duplicates
@@ -29,6 +30,9 @@ def load_prompts(
     refuses.
     """
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    for group, source in sources.items():
+        if source is not None and not isinstance(source, str | Path):
+            raise UserError(f"{group}: give a file or another source by name; for texts in memory make a PromptSet")
     columns = dict.fromkeys(sources, column) if isinstance(column, str) else column
     loaded = {
         name: read_source(str(source), name, columns.get(name, ""))

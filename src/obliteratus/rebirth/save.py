@@ -51,7 +51,7 @@ from obliteratus.weights.rewrite import (
     remove_unfinished_files,
 )
 from obliteratus.weights.safetensors_io import list_dtypes
-from obliteratus.weights.side_files import copy_side_files, find_side_folder
+from obliteratus.weights.side_files import copy_side_files, find_side_folder, has_tokenizer
 
 Form = Literal["merged", "adapter", "plan"]
 FORMS = ("merged", "adapter", "plan")
@@ -198,15 +198,15 @@ def _write_side_files(
     """Copy the files beside the weights, or write them from memory where there are none, and return why any differs."""
     if form == "plan":
         return {}
-    if source is not None:
-        copy_side_files(source, folder)
-        return {"rewritten": {**rewritten, "README.md": "the card of the edited model"}}
-    subject.tokenizer.save_pretrained(folder)
-    make_tokenizer_portable(folder)
-    if form == "merged":
+    copied = [] if source is None else copy_side_files(source, folder)
+    rewritten = {**rewritten, "README.md": "the card of the edited model"}
+    if not has_tokenizer(copied):
+        subject.tokenizer.save_pretrained(folder)
+        make_tokenizer_portable(folder)
+        rewritten["tokenizer"] = f"written from memory: {subject.source.id} has no files of it"
+    if form == "merged" and source is None:
         subject.model.generation_config.save_pretrained(folder)
-    why = f"written from memory: {subject.source.id} is no folder with files of its own"
-    return {"rewritten": {**rewritten, "tokenizer": why}}
+    return {"rewritten": rewritten}
 
 
 def _write_adapter(subject: Subject, plan: Plan, folder: Path) -> dict[str, Any]:

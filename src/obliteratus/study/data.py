@@ -10,7 +10,7 @@ from typing import TypeVar
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import PromptSet, Subject
-from obliteratus.inference.chat_template import Ids, context_length
+from obliteratus.inference.chat_template import Ids, context_length, encode_texts
 from obliteratus.prompts import evenly_spaced, load_prompts, read_prompts, split_prompts
 from obliteratus.study.base import strategies
 from obliteratus.study.settings import Study
@@ -66,7 +66,7 @@ def load_data(subject: Subject, study: Study) -> StudyData:
     """
     texts, prompts, questions = _load_sources(study)
     limit = min(study.data.length, context_length(subject))
-    rows = [list(row)[:limit] for row in subject.tokenizer(_sample(texts, study))["input_ids"]]
+    rows = [row[:limit] for row in encode_texts(subject, _sample(texts, study), add_special_tokens=True)]
     rows = [row for row in rows if len(row) > 1]  # a single token has no loss
     if not rows:
         raise UserError("study: no text of data.texts has two tokens; give longer ones")

@@ -44,7 +44,7 @@ def parse_study(data: Mapping[str, Any], where: str) -> Study:
     try:
         return Study(**data)
     except ValidationError as error:
-        raise UserError(f"study '{where}': {explain_validation_error(error)}") from error
+        raise UserError(f"study '{where}': {explain_validation_error(error, Study)}") from error
 
 
 def fill_prompts(study: Study) -> Study:

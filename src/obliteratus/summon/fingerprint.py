@@ -14,9 +14,9 @@ from typing import Any
 
 from obliteratus.core.types import Subject, digest_of
 from obliteratus.summon.chat_format import SIDE_FILE, find_template
+from obliteratus.weights.side_files import TOKENIZER_FILES
 from obliteratus.weights.sources import INDEX, locate
 
-TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_FILES = ("chat_template*", SIDE_FILE, "additional_chat_templates/*")
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 # Of larger files this much is hashed, in equal blocks from one end to the other: 2 GB take two seconds, which is less

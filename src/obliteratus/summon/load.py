@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -77,6 +77,11 @@ def open_subject(
 
     Raises UserError for whatever the user can correct, with one line that says what, where and what to do.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"open_subject opens a folder, a file or a hub id, not a {type(source).__name__}; for a model in memory "
+            "use obliteratus.assemble_subject(model, tokenizer, id='a name')"
+        )
     placement, torch_dtype = placement_arguments(device), parse_dtype(dtype)
     origin = locate(source)
     gguf = check_weights(origin)
@@ -262,5 +267,7 @@ def _explain_load_errors(origin: ModelOrigin, problem: str) -> Iterator[None]:
         yield
     except _LOAD_ERRORS as error:
         cause = " ".join(str(error).split())[:300]  # long enough for any cause; some list every file of a repository
+        if "couldn't connect to" in cause or isinstance(error, OfflineModeIsEnabled):
+            cause = "the hub cannot be reached, and the model is not in the cache"
         remedy = "check the folder's files" if origin.local else "check the name, the revision and the network"
         raise UserError(f"{origin.name}: {problem}: {cause.rstrip('.')}; {remedy}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from obliteratus.core.cost import Cost, constant, variable
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
-from obliteratus.inference.chat_template import Ids, has_template, render_prompts
+from obliteratus.inference.chat_template import Ids, encode_texts, has_template, render_prompts
 from obliteratus.verify.questions import Question, load_questions
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
 
@@ -44,7 +44,7 @@ def render_choices(subject: Subject, questions: Sequence[Question]) -> RenderedC
     """Put each choice behind its rendered prompt: as the answer in chat models, behind a space in others."""
     gap = "" if has_template(subject) else " "
     texts = [gap + choice for question in questions for choice in question.choices]
-    tails = [list(row) for row in subject.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    tails = encode_texts(subject, texts)
     prompts = render_prompts(subject, [Prompt(q.prompt) for q in questions], reserve=max(map(len, tails)))
     counts = [len(question.choices) for question in questions]
     starts = list(accumulate(counts, initial=0))

@@ -13,7 +13,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Bool, Float
 from obliteratus.core.types import Subject
-from obliteratus.inference.chat_template import Ids, context_length, render_prompts
+from obliteratus.inference.chat_template import Ids, context_length, encode_texts, render_prompts
 from obliteratus.inference.logits import kl_divergence
 from obliteratus.verify.intervals import mean_score, quantile_score
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
@@ -86,7 +86,7 @@ def perplexity(context: ScorerContext, *, texts: str = "") -> Measurement:
 def text_tokens(subject: Subject, texts: str = "") -> Ids:
     """Return the texts of the perplexity scorer as token rows, cut at the model's context length."""
     limit = context_length(subject)
-    rows = [list(row)[:limit] for row in subject.tokenizer(load_paragraphs(texts))["input_ids"]]
+    rows = [row[:limit] for row in encode_texts(subject, load_paragraphs(texts), add_special_tokens=True)]
     return [row for row in rows if len(row) > 1]  # a single token has no loss
 
 

@@ -16,7 +16,7 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.excise.live.hooks import without_edits
 from obliteratus.inference.answers import AnswerDecoder
-from obliteratus.inference.chat_template import context_length, render_prompts
+from obliteratus.inference.chat_template import context_length, encode_texts, render_prompts
 from obliteratus.inference.generate import stop_tokens
 from obliteratus.inference.teacher_forced import read_answers
 from obliteratus.prompts import evenly_spaced
@@ -89,7 +89,7 @@ def answer_losses(
     """
     end = min(stop_tokens(subject), default=0)
     longest = context_length(subject) // 2
-    rows = subject.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    rows = encode_texts(subject, answers)
     answer_ids = [list(row)[:longest] or [end] for row in rows]
     ids = render_prompts(subject, prompts, reserve=max(map(len, answer_ids)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.excise.live.hooks import without_edits
-from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.chat_template import encode_texts, render_prompts
 from obliteratus.inference.logits import first_token_log_probs
 from obliteratus.judge.reasoning import cut_reasoning
 from obliteratus.judge.rung import Answered
@@ -52,5 +52,5 @@ class ModelRung:
         return Prompt(TURN.format(prompt=answered.prompt, answer=answer, question=self.question))
 
     def _tokens(self, words: Sequence[str]) -> set[int]:
-        rows = self.subject.tokenizer(list(words), add_special_tokens=False)["input_ids"]
+        rows = encode_texts(self.subject, words)
         return {int(row[0]) for row in rows if row}

@@ -164,7 +164,7 @@ scorers: Registry[Scorer] = Registry(
 def measure(
     subject: Subject,
     prompts: PromptSet,
-    steps: Sequence[Step],
+    steps: Sequence[Step | str],
     before: Measurement | None = None,
     base: Subject | None = None,
     known: Measurement = NOTHING,
@@ -172,11 +172,12 @@ def measure(
 ) -> Measurement:
     """Run the scorers on held-out prompts in their order; later ones read what earlier ones measured.
 
+    steps: scorers with their options, or by name alone. Raises UserError for a scorer or an option that does not exist.
     before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
     known: what is known beforehand, so that scorers need no passes of their own for it. judge: None looks for refusals.
     """
     measured, judge = Measurement(), judge or Judge()
-    for step in steps:
+    for step in (Step(use=step) if isinstance(step, str) else step for step in steps):
         options = scorers.check(step.use, step.options)
         context = ScorerContext(subject, prompts, before, known | measured, base, judge=judge)
         measured = measured | scorers[step.use].function(context, **options)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
 
 DeviceMap = Mapping[str, str | int]
 """Module path → torch device, number of a GPU, or ``disk``, as accelerate takes it."""
@@ -54,7 +53,7 @@ def resolve_device_type(device: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device_type = next(k for k, ok in available.items() if ok) if device == "auto" else device.partition(":")[0]
     if device_type not in available:
-        raise UserError(unknown_name("device", device, ["auto", "map", "tp", *available]))
+        raise UserError(f"device '{device}' does not exist; known: auto, map, tp, {', '.join(available)}")
     if not available[device_type]:
         raise UserError(f"device '{device}' is not available here; use device='auto'")
     return device_type

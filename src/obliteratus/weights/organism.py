@@ -204,8 +204,14 @@ def create_folder(final: Path) -> Iterator[Path]:
 
     If another process finishes first, its folder stays and this one is removed.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise UserError(
+            f"{final.parent}: the cache folder cannot be written to ({error.strerror}); name another with "
+            "OBLITERATUS_CACHE"
+        ) from error
     try:
         yield work
         _rename_unless_present(work, final)

@@ -65,13 +65,14 @@ def _add_older_rope(config: Mapping[str, Any]) -> Config:
 
 # Entries of a rotary embedding that transformers 4 has at the top and not in rope_scaling.
 TOP = ("rope_theta", "partial_rotary_factor")
+SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
+"""What ``rope_type`` may be in release 4; without one it is ``default``, which has no scaling."""
 
 
 def _older_rope(rope: Mapping[str, Any]) -> Config:
     top = {key: rope[key] for key in TOP if rope.get(key) is not None}
     rest = {key: value for key, value in rope.items() if key not in TOP}
-    scaled = rest.get("rope_type", "default") != "default"
-    return top | ({"rope_scaling": rest} if scaled else {})
+    return top | ({"rope_scaling": rest} if rest.get("rope_type") in SCALED else {})
 
 
 # ----------------------------------------------------------------------------------------- tokenizer_config.json

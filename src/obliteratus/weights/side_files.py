@@ -5,7 +5,8 @@ Other programs, older releases of transformers among them, read these files as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -63,6 +64,14 @@ def list_side_files(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in inside.parts)
         if path.is_file() and not hidden and inside.parts[0] not in left_out and not path.name.endswith(WEIGHTS):
             yield inside
+
+
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer's files are among these."""
+    return any(fnmatch(name, pattern) for name in names for pattern in TOKENIZER_FILES)
 
 
 def copy_side_files(source: Path, folder: Path) -> list[str]:

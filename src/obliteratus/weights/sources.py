@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections import Counter
@@ -16,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from obliteratus.core.errors import UserError
 
+LONGEST_NAME = 255  # bytes of a file's name, on all usual systems
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
@@ -44,6 +46,8 @@ def locate(source: str | Path) -> ModelOrigin:
     if name.startswith("organism:"):
         return ModelOrigin(name, str(_organism_path(name.removeprefix("organism:"))))
     path = Path(name).expanduser()
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(f"{name[:60]}…: no model has such a name; give a folder, a .gguf file or a hub id (owner/name)")
     if path.is_dir():
         _check_folder(path)
         return ModelOrigin(name, str(path))
