@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from tests.summon.test_load import write_gguf
+from tests.support.gguf_files import write_gguf
 from tests.support.plans import random_plan
 from tests.support.tiny import run_of
 from tests.support.transformers4 import KINDS, PROMPT, SIDE_FILES, make_models, read_logits

@@ -21,6 +21,7 @@ from obliteratus.cli.options import (
     SplitBy,
     Target,
     Trust,
+    Verbose,
     check_split_by,
     parse_columns,
     show_progress,
@@ -53,6 +54,7 @@ def analyze(
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     from obliteratus.analyze.pass_budget import check_budget
@@ -73,7 +75,7 @@ def analyze(
     )
     steps, by = select_analyses(names), check_split_by(split_by)
     check_free(out)
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         splits = split_prompts(load_prompts(**sources), seed or 0, uses_search_split=True, split_by=by)
         subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         judge = build_judge(settings, subject)

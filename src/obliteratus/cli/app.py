@@ -44,6 +44,7 @@ from obliteratus.cli.options import (
     Template,
     Thinking,
     Trust,
+    Verbose,
     handle_errors,
     parse_columns,
     show_progress,
@@ -105,6 +106,7 @@ def run(
     memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
     from obliteratus.cli.jobs import Job, run_job, show_result
@@ -115,7 +117,7 @@ def run(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         job = Job.create(model, method, overrides, sources, out, save, base, force)
         result = run_job(job, opening, resume, memory)
     show_result(result, out, json)
@@ -158,6 +160,7 @@ def search(
     memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
     from obliteratus.cli.jobs import Job, run_job, show_result
@@ -168,7 +171,7 @@ def search(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         job = Job.create(model, method, overrides, sources, out, save, base, force)
         job = job.with_search(trials, storage, study, pick)
         result = run_job(job, opening, resume, memory)
@@ -185,12 +188,13 @@ def demo(
     resume: Resume = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a method on the included model organism, a small chat model that refuses to talk about astronomy."""
     from obliteratus.cli.jobs import Job, run_job, show_answers, show_result
 
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
         result = run_job(job, {}, resume)
     show_result(result, out, json)
@@ -246,6 +250,7 @@ def verify(
     template: Template = "",
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
     from obliteratus.cli.compare import Comparison
@@ -255,7 +260,7 @@ def verify(
     sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         comparison = Comparison.create(choices, sources, seed, everything, out, split_by)
         scores = comparison.run(model, against, opening)
     if json:
@@ -280,6 +285,7 @@ def apply(
     template: Template = "",
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Apply a saved plan to the model it was made for, and save the result."""
     from obliteratus.cli.jobs import apply_plan
@@ -287,7 +293,7 @@ def apply(
 
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
-    with show_progress(quiet):
+    with show_progress(quiet, verbose):
         saved = apply_plan(plan, model, out, save, opening, base)
     if json:
         show_json(saved)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typer.core import TyperGroup
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
+from obliteratus.core.noise import hush_libraries
 from obliteratus.core.separation import SplitBy as SplitByName
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
@@ -61,6 +60,7 @@ Save = Annotated[str, typer.Option(help="What to save: merged, adapter or plan."
 Memory = Annotated[str | None, typer.Option(help="Most memory that the process may use, such as 6GB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages of other libraries too.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the prompt split and of everything random.")]
 Force = Annotated[
     bool,
@@ -154,15 +154,10 @@ def _check_one_process(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def show_progress(quiet: bool) -> Iterator[None]:
-    """Show progress bars and notes on stderr unless ``quiet``, and none of the libraries' own bars and warnings."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for library in ("huggingface_hub", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes")
+def show_progress(quiet: bool, verbose: bool = False) -> Iterator[None]:
+    """Show progress bars and notes on stderr unless ``quiet``; the libraries' own messages only if ``verbose``."""
+    if not verbose:
+        hush_libraries()
     if quiet:
         yield
         return

@@ -19,6 +19,7 @@ from obliteratus.cli.options import (
     Seed,
     SplitBy,
     Trust,
+    Verbose,
     show_progress,
     with_judge,
     with_split,
@@ -83,6 +84,7 @@ def study(
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Knock out parts of a model one at a time and measure what breaks: tables, plots, one page."""
     from obliteratus.core.errors import UserError
@@ -101,7 +103,7 @@ def study(
     saved_to = _choose_folder(loaded, out, resume)
     opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
     title = f"Study {loaded.name} of {loaded.model}"
-    with show_progress(quiet), _open_folder(saved_to) as folder:
+    with show_progress(quiet, verbose), _open_folder(saved_to) as folder:
         results = run_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
         if saved_to is not None:
             write_report(results, folder, title)
@@ -117,26 +119,38 @@ def report(
     top: Top = TOP,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the tables and page of a study again, finished or not, or of several studies side by side."""
+    from obliteratus.cli.terminal import notes as stderr
     from obliteratus.core.run_folder import check_free
-    from obliteratus.study.output import check_metric, load_results, study_title, write_comparison, write_report
+    from obliteratus.study.output import (
+        check_metric,
+        describe_different_data,
+        load_results,
+        study_title,
+        write_comparison,
+        write_report,
+    )
 
-    studies = {name: load_results(folder) for name, folder in _name_folders(folders).items()}
+    named = _name_folders(folders)
+    studies = {name: load_results(folder) for name, folder in named.items()}
     check_metric(studies, by)
     if out is not None:
         check_free(out)
     if len(studies) == 1 and out is None:
         results, folder = next(iter(studies.values())), folders[0]
         title = study_title(folder)
-        with show_progress(quiet):
+        with show_progress(quiet, verbose):
             write_report(results, folder, title, by)
         _show_study(results, title, folder, top, json, by)
         return
     if out is not None:
-        with show_progress(quiet):
+        with show_progress(quiet, verbose):
             write_comparison(studies, out, "Studies side by side")
     _show_comparison(studies, out, top, json, by)
+    if different := describe_different_data(named):
+        stderr.print(f"warning: {different}", markup=False, soft_wrap=True)
 
 
 def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> None:

@@ -1,11 +1,20 @@
 """Define the errors that a user can mend. Every other exception is a bug and shows its traceback."""
 
+import re
+
+# Ends of lines, and what else a terminal does not show as a character.
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class UserError(Exception):
     """An error that the user can mend. The message says what is wrong, where, and what to do.
 
-    The command line prints it in one line and exits with 2. Nothing has been written by then.
+    The command line prints it in one line and exits with 2. Nothing has been written by then. Line feeds and the like
+    in what a message quotes are shown as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(UNSHOWN.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 class NothingMatchedError(UserError):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
@@ -24,6 +26,7 @@ from obliteratus.core.types import (
     Directions,
     Edit,
     Mask,
+    NormRule,
     Plan,
     ProbeRequest,
     Shift,
@@ -190,8 +193,8 @@ def load_plan(folder: str | Path) -> Plan:
             for number, _, name in names:
                 own[int(number)][name] = tensors.get_tensor(f"{number}.{name}")
         edits = tuple(_load_change(item, fields) for item, fields in zip(data["edits"], own, strict=True))
-        plan = Plan(edits, data["model"])
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        plan = Plan(edits, str(data["model"]))
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
     _check_rules(plan, folder)
     return plan
@@ -207,11 +210,30 @@ def plan_digest(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _load_change(item: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
-    start, stop = item["site"]["span"] or (None, None)
-    site = Site(**item["site"] | {"span": None if start is None else (start, stop)})
-    rest = {name: value for name, value in item.items() if name not in ("kind", "site")} | tensors
-    return KINDS[item.get("kind", "edit")](site=site, **rest)
+def _load_change(item: dict[str, Any], tensors: Mapping[str, Any]) -> Change:
+    try:
+        site = SITE.validate_json(json.dumps(item["site"]), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"site: {explain_validation_error(error)}") from error
+    rest = {name: value for name, value in item.items() if name not in ("kind", "site")}
+    for name, value in rest.items():
+        if not OPTIONS[name](value):
+            raise TypeError(f"{name} is {value!r}")
+    fields: dict[str, Any] = {
+        **tensors,
+        **{name: float(value) if name != "norm" else value for name, value in rest.items()},
+    }
+    return KINDS[item.get("kind", "edit")](site=site, **fields)
+
+
+SITE = TypeAdapter(Site)
+MOST = 1e30  # fp32 ends at 3e38, and an edit multiplies
+# The values of changes that are no tensors.
+OPTIONS: dict[str, Callable[[Any], bool]] = {
+    "strength": lambda value: type(value) in (int, float) and abs(value) < MOST,
+    "share": lambda value: type(value) in (int, float) and abs(value) < MOST,
+    "norm": lambda value: value in get_args(NormRule),
+}
 
 
 def _check_rules(plan: Plan, folder: Path) -> None:
@@ -230,7 +252,12 @@ def check_fits(subject: Subject, plan: Plan) -> None:
             f"the plan was made for another model (its digest is {plan.model}, that of {subject.source.id} "
             f"is {subject.source.digest}); apply it to the model it was made for"
         )
+    known = {site.parameter for site in subject.sites}
     for change in plan.edits:
+        if change.site.parameter not in known:
+            raise UserError(
+                f"the plan edits {change.site.parameter}, which the model does not have; run the method again"
+            )
         numbers = [torch.as_tensor(x) for x in vars(change).values() if isinstance(x, float | Tensor)]
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise UserError(f"the plan holds NaN or Inf at {change.site.path}; run the method again")

@@ -80,6 +80,19 @@ def study_title(folder: Path) -> str:
     return f"Study {study.name} of {study.model}"
 
 
+def describe_different_data(folders: Mapping[str, Path]) -> str:
+    """Return in what the data of several studies differ, or '' if all were measured on the same texts and prompts."""
+    known = {name: load_study(path / SETTINGS) for name, path in folders.items() if (path / SETTINGS).is_file()}
+    made = [
+        {**study.data.model_dump(), "seed": study.seed, "split_by": study.split_by, "judge": study.judge.model_dump()}
+        for study in known.values()
+    ]
+    differing = [key for key in (made[0] if made else {}) if any(one[key] != made[0][key] for one in made)]
+    if not differing:
+        return ""
+    return f"The studies differ in {', '.join(differing)}: their changes are of different texts, prompts or verdicts."
+
+
 def check_metric(studies: Mapping[str, Sequence[KnockoutResult]], by: str) -> None:
     """Raise UserError if one of the studies does not have the metric."""
     for name, results in studies.items():

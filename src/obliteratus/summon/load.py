@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat
 from obliteratus.core.errors import UserError
+from obliteratus.core.noise import hushed_stderr
 from obliteratus.core.progress import note
 from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import Source, Subject
@@ -53,6 +54,8 @@ _LOAD_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
+# What parsing a configuration or a tokenizer raises besides, if an entry is of another type than expected.
+FILE_ERRORS = (*_LOAD_ERRORS, AttributeError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 
 @parse_header_once()
@@ -166,7 +169,7 @@ def resolve_loading_dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
 
 def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the configuration alone. Raises UserError if there is none, or none that transformers knows."""
-    with _explain_load_errors(origin, "its configuration cannot be read"):
+    with _explain_load_errors(origin, "its configuration cannot be read", FILE_ERRORS):
         options = _loading_options(origin, revision, trust_remote_code)
         config: PreTrainedConfig = AutoConfig.from_pretrained(origin.path, **options)
     return config
@@ -212,8 +215,9 @@ def _loading_options(origin: ModelOrigin, revision: str, trust_remote_code: bool
 
 def _load_tokenizer(origin: ModelOrigin, options: dict[str, Any], chat: ChatFormat) -> Any:
     """Return the tokenizer, and say if it has no chat template. Raises UserError if prompts cannot be rendered."""
-    with _explain_load_errors(origin, "it has no usable tokenizer"):
+    with _explain_load_errors(origin, "it has no usable tokenizer", FILE_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(origin.path, **options)
+        tokenizer("a")  # some entries are of use only now
     add_side_template(tokenizer, _find_side_folder(origin, options.get("revision")))
     check_format(tokenizer, chat, origin.name)
     if not tokenizer.chat_template:
@@ -246,7 +250,8 @@ def _load_model(
 
 
 def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:
-    with _explain_load_errors(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
+    quiet = hushed_stderr() if origin.local else nullcontext()  # a download's bar is worth seeing
+    with quiet, _explain_load_errors(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
         loaded: Any = model_class.from_pretrained(
             origin.path, use_safetensors=True, output_loading_info=True, **options
         )
@@ -261,11 +266,18 @@ def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, A
 
 
 @contextmanager
-def _explain_load_errors(origin: ModelOrigin, problem: str) -> Iterator[None]:
+def _explain_load_errors(
+    origin: ModelOrigin, problem: str, expected: tuple[type[Exception], ...] = _LOAD_ERRORS
+) -> Iterator[None]:
     """Turn what the libraries raise for bad files, names and networks into a UserError of one line."""
     try:
         yield
-    except _LOAD_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # tokenizers raises Exception itself for a file that it cannot parse
+        if not isinstance(error, expected) and type(error) is not Exception:
+            raise
         cause = " ".join(str(error).split())[:300]  # long enough for any cause; some list every file of a repository
         if "couldn't connect to" in cause or isinstance(error, OfflineModeIsEnabled):
             cause = "the hub cannot be reached, and the model is not in the cache"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from safetensors import SafetensorError, safe_open
 
 from obliteratus.core.errors import UserError
 
@@ -125,12 +126,17 @@ def check_safetensors(file: Path) -> None:
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{file} has a corrupt safetensors header; download it again") from error
-    expected = 8 + length + max(ends, default=0)
     if size != expected:
         fault = "truncated" if size < expected else "corrupt"
         raise UserError(f"{file} is {fault}: {size} bytes, {expected} expected; download it again")
+    try:
+        with safe_open(file, "pt"):
+            pass  # the library checks every entry of the header
+    except SafetensorError as error:
+        raise UserError(f"{file} has a corrupt safetensors header ({str(error)[:120]}); download it again") from error
 
 
 # -------------------------------------------------------------------------------------------- GGUF
@@ -149,6 +155,7 @@ _SCALAR_BYTES = {
     GGUFValueType.INT64: 8,
     GGUFValueType.FLOAT64: 8,
 }
+MAX_DIMENSIONS = 8  # GGML has 4
 ALIGNMENT = 32  # bytes, of the tensor data unless the file says otherwise
 
 
@@ -160,7 +167,7 @@ def check_gguf(file: Path) -> str:
             raise UserError(f"{file} is not a GGUF file; give one, or a folder with safetensors")
         try:
             expected, kind = _parse_gguf_header(stream)
-        except (struct.error, ValueError, KeyError, OverflowError) as error:
+        except (struct.error, ValueError, KeyError, OverflowError, OSError) as error:  # OSError: a place before byte 0
             raise UserError(f"{file} is truncated or corrupt in its header; download it again") from error
     if size < expected:
         raise UserError(f"{file} is truncated: {size} bytes, {expected} expected; download it again")
@@ -181,6 +188,8 @@ def _parse_gguf_header(stream: IO[bytes]) -> tuple[int, str]:
     for _ in range(tensors):
         _read_string(stream)
         (n,) = _read_struct(stream, "I")
+        if n > MAX_DIMENSIONS:
+            raise ValueError(f"a tensor of {n} dimensions")
         count = prod(_read_struct(stream, f"{n}Q"))
         number, offset = _read_struct(stream, "IQ")
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
