@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tiny import tiny, tiny_subject, tiny_tokenizer
+from tests.support.gguf_files import write_gguf
+from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Prompt
+from obliteratus.core.types import Plan, Prompt
+from obliteratus.excise.plan import save_plan
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.weights.organism import create_folder, get_cache_folder
 
@@ -93,13 +95,58 @@ def test_prompts_that_no_step_uses(model: Path, prompts: Any, tmp_path: Path) ->
 
 def test_a_locale_without_utf8(model: Path, prompts: Any, tmp_path: Path) -> None:
     """The whole run, with its card and all notes, where Python's default encoding is ASCII."""
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "obliteratus", "run", str(model), *prompts, "--force", "--json"]
     found = subprocess.run([*command, "--out", str(tmp_path / "out")], env=env, capture_output=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     record = json.loads(found.stdout)
     assert record == json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert "–" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_other_libraries_are_heard_only_if_asked_for(verbose: bool, prompts: Any, tmp_path: Path) -> None:
+    """Converting a GGUF file shows a bar of its own, and bitsandbytes looks for kernels."""
+    model = write_gguf(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-m", "obliteratus", "run", str(model), *prompts, "--force", "--quiet"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    steps = ["--set", 'verify=[{use="behavior", tokens=4}]', *(["--verbose"] if verbose else [])]
+    found = subprocess.run([*command, *steps], env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert ("GGUF" in found.stderr) == verbose
+    assert verbose or not found.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("verify", "{model}", "--thinking"), "--thinking: the chat template has no thinking mode"),
+        (("verify", "{model}", "--template", "x"), "--template x: the tokenizer has no named templates"),
+        (("verify", "{model}", "--out", "{file}/out"), "is a file, so no folder can be made in it"),
+        (("run", "{model}", "--thinking"), "--thinking: the chat template has no thinking mode"),
+        (
+            ("search", "{model}", "--thinking", "--trials", "1", "--force"),
+            "--thinking: the chat template has no thinking mode",
+        ),
+        (("apply", "{plan}", "{model}", "--out", "{file}/out"), "is a file, so no folder can be made in it"),
+        (("apply", "{plan}", "{model}", "--out", "{new}", "--thinking"), "--thinking: the chat template has no"),
+        (("apply", "{plan}", "nobody/nothing", "--out", "{new}"), "the hub cannot be reached, and the model is not in"),
+        (("apply", "{file}", "{model}", "--out", "{new}"), "no plan.safetensors in this folder"),
+    ],
+)
+def test_every_command_refuses_it_before_any_work(
+    command: tuple[str, ...], said: str, model: Path, prompts: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    save_plan(Plan(), tmp_path / "plan")
+    (tmp_path / "plan" / "run.json").write_text(run_of(tiny_subject("llama")).model_dump_json(), encoding="utf-8")
+    places = {name: tmp_path / name for name in ("file", "plan", "new")} | {"model": model}
+    asked = prompts if command[0] != "apply" else ()
+    result = call(*(part.format(**places) for part in command), *asked, "--quiet")
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("after", [0.1, 0.6, 1.5])

@@ -18,6 +18,7 @@ from obliteratus.study.base import KnockoutResult
 from obliteratus.study.data import check_study
 from obliteratus.study.settings import Study
 from obliteratus.study.workers import Executor, Local, Processes, Ray
+from obliteratus.summon.fingerprint import fingerprint_files
 from obliteratus.verify.answers import FILE as ANSWERS
 
 RESULTS = "results.jsonl"
@@ -44,7 +45,7 @@ def run_study(
     check_study(study)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
-        check_identity(folder / "identity.json", study_identity(study))
+        check_identity(folder / "identity.json", study_identity(study) | fingerprint_files(study.model))
         (folder / "study.toml").write_text(dump_toml(study), encoding="utf-8")
         done = _load_finished(folder / RESULTS, resume)
         with closing(_create_executor(study, opening, workers, ray)) as executor:
