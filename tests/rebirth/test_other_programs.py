@@ -58,14 +58,18 @@ CASES = {
     "adapter": Case("adapter"),
 }
 NO_ADAPTER = {("mixture", "adapter")}  # an adapter cannot hold all experts' tensor
-NAMES = [f"{kind}, {case}" for kind in KINDS for case in CASES if (kind, case) not in NO_ADAPTER] + ["llama, gguf"]
+GGUF = {"llama": "llama", "qwen3": "qwen3", "mixture": "qwen3_moe"}
+NAMES = [f"{kind}, {case}" for kind in KINDS for case in CASES if (kind, case) not in NO_ADAPTER] + [
+    f"{kind}, gguf" for kind in GGUF
+]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     make_models(folder)
-    write_gguf(folder / "llama.gguf")
+    for kind, name in GGUF.items():
+        write_gguf(folder / f"{kind}.gguf", name)
     return folder
 
 

@@ -9,7 +9,7 @@ from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.types import Prompt, Subject
-from obliteratus.summon.chat_format import find_template, read_traits, render_turns
+from obliteratus.summon.chat_format import encode, find_template, read_traits, render_turns
 
 Ids = list[list[int]]
 
@@ -50,7 +50,7 @@ def _tokenize(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
 
 def encode_texts(subject: Subject, texts: Sequence[str], add_special_tokens: bool = False) -> Ids:
     """Return the token ids of each text. Raises UserError if the model has no embedding for one of them."""
-    ids = [list(row) for row in subject.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]]
+    ids = encode(subject.tokenizer, texts, add_special_tokens)
     rows = subject.model.get_input_embeddings().num_embeddings
     if (largest := max((max(row, default=0) for row in ids), default=0)) >= rows:
         token = subject.tokenizer.convert_ids_to_tokens(largest)

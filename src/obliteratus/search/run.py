@@ -24,6 +24,7 @@ from obliteratus.search.score import TrialScorer, read_objective
 from obliteratus.search.space import apply_values
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import Trial, rebuild_plan, run_trials, select_front
+from obliteratus.summon.fingerprint import describe_loading
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.behavior import GROUPS
 
@@ -96,6 +97,7 @@ def search(
     scorer = TrialScorer(subject, prompts, recipe, baseline, stages.judge)
     note("SEARCH", f"{stages.judge.name} begins with {scorer.describe_openings()}")
     identity = {"model": subject.source.digest, "prompts": splits.digest, "recipe": without_trial_count(recipe)}
+    identity |= describe_loading(subject)
     study = SearchStudy(open_storage(location.storage), location.name, recipe, identity)
     trials = run_trials(study, recipe, cache, scorer, recipe.search.trials)
     front = measure_front(trials, recipe, cache, scorer, location)

@@ -124,11 +124,22 @@ def _find_end(tokenizer: Any, render: Render) -> tuple[int, ...]:
     except UserError:
         return ()  # the template renders no earlier turns
     between = text.rpartition(ANSWER)[2].partition(SYSTEM)[0].lstrip() if ANSWER in text else ""
-    ids = [int(token) for token in tokenizer(between, add_special_tokens=False)["input_ids"]]
+    (ids,) = encode(tokenizer, [between])
     if ids and ids[0] in tokenizer.added_tokens_decoder:
         return (ids[0],)
     mark = MARK.match(between)
-    return tuple(tokenizer(mark[0], add_special_tokens=False)["input_ids"]) if mark else ()
+    return tuple(encode(tokenizer, [mark[0]])[0]) if mark else ()
+
+
+def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Return the token ids of each text. Raises UserError if the tokenizer cannot represent one."""
+    try:
+        rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # which tokenizers raises itself, where a character has no token
+            raise
+        raise UserError(f"the tokenizer cannot encode a text ({str(error)[:120]}); give the model's own one") from error
+    return [list(map(int, row)) for row in rows]
 
 
 def check_format(tokenizer: Any, chat: ChatFormat, name: str) -> None:

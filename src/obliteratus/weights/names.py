@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -109,12 +110,18 @@ class StoredNames:
 def restore_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return parameters under the names, and as the matrices, that the model's files have: what loading renamed or
     stacked is undone, so that other releases and programs find it."""
-    loaded = vars(model).get("_weight_conversions")
-    if loaded is None:
-        return dict(revert_weight_conversion(model, dict(tensors)))
-    kept = [step for step in loaded if not _packs(step)]
-    stand_in = SimpleNamespace(_weight_conversions=kept, config=model.config)
-    return dict(revert_weight_conversion(cast(PreTrainedModel, stand_in), dict(tensors))) if kept else dict(tensors)
+    stand_in = SimpleNamespace(_weight_conversions=_list_conversions(model), config=model.config)
+    if not stand_in._weight_conversions:
+        return dict(tensors)
+    return dict(revert_weight_conversion(cast(PreTrainedModel, stand_in), dict(tensors)))
+
+
+def _list_conversions(model: Any) -> list[Any]:
+    """Return the conversions that the model was loaded with, else those that its files would need, such as those of a
+    model from a GGUF file. Prefixes are those of the files that were loaded, so that no default has one."""
+    loaded = [step for step in vars(model).get("_weight_conversions") or () if not _packs(step)]
+    usual = get_model_conversion_mapping(model, add_legacy=False)
+    return loaded or [step for step in usual if not isinstance(step, PrefixChange)]
 
 
 def _packs(step: Any) -> bool:
