@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -37,30 +38,38 @@ def fetch_hub_files(source: str) -> HubFiles:
     A configuration may be left out if there is one only, a split if there is one only or ``train``. Raises UserError
     with the configurations and splits that there are.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     name, *parts = source.removeprefix("hub:").split(":")
     name, _, revision = name.partition("@")
     try:
-        try:
-            info = HfApi().dataset_info(name, revision=revision or CONVERTED)
-            layout = lay_out_converted([file.rfilename for file in info.siblings or []])
-        except RevisionNotFoundError:
-            layout = {}
-        if not layout:  # the hub converted nothing, or a revision of the owner's is wanted
-            info = HfApi().dataset_info(name, revision=revision or None)
-            card = vars(info.card_data) if info.card_data else {}
-            layout = lay_out_files([file.rfilename for file in info.siblings or []], card)
+        commit, layout = _look_up(name, revision)
         configuration, split, column = choose_files(source, layout, parts)
         paths = [
-            Path(hf_hub_download(name, file, repo_type="dataset", revision=info.sha))
+            Path(hf_hub_download(name, file, repo_type="dataset", revision=commit))
             for file in layout[configuration][split]
         ]
     except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{source}: the hub cannot be reached ({cause[:160]}); give a local file") from error
-    return HubFiles(f"hub:{name}@{info.sha}:{configuration}:{split}", paths, column)
+    return HubFiles(f"hub:{name}@{commit}:{configuration}:{split}", paths, column)
+
+
+def _look_up(name: str, revision: str) -> tuple[str, Layout]:
+    """Return the commit and the layout: of the hub's conversion, which names configurations and splits alike for all
+    data sets, or of the owner's files where there is none or another revision is asked for."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    if not revision:
+        with suppress(RevisionNotFoundError):
+            info = HfApi().dataset_info(name, revision=CONVERTED)
+            if layout := lay_out_converted([file.rfilename for file in info.siblings or []]):
+                return str(info.sha), layout
+    info = HfApi().dataset_info(name, revision=revision or None)
+    card = vars(info.card_data) if info.card_data else {}
+    return str(info.sha), lay_out_files([file.rfilename for file in info.siblings or []], card)
 
 
 def lay_out_converted(files: Sequence[str]) -> Layout:
