@@ -219,3 +219,14 @@ def test_full_agreement_has_a_width() -> None:
     found = kappa_score([True] * 20 + [False] * 20, [True] * 20 + [False] * 20)
     assert (found.value, found.high) == (1, 1)
     assert 0.8 < found.low < 0.99
+
+
+def test_one_far_item_does_not_send_an_end_beyond_all_items() -> None:
+    """The bootstrap-t alone would: resamples without that item have next to no spread."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([0.01 * torch.rand(47, generator=generator), torch.tensor([2.0])])
+    score = mean_score(values, "nats")
+    assert score.value < score.high <= 2.0
+    assert float(values.min()) <= score.low < score.value
+    ratio = paired_ratio(values, torch.zeros(48))
+    assert ratio.high <= 2.0**3  # e² of the largest

@@ -138,8 +138,19 @@ def _studentize(seed: int, *samples: Float[Tensor, " _"]) -> tuple[float, float,
     tail = (1 - STUDENTIZED_LEVEL) / 2
     t = torch.where(t.isnan(), 0.0, t)  # of a resample without spread it is infinite, unless it has the sample's mean
     low, high = torch.quantile(t, torch.tensor([tail, 1 - tail], dtype=t.dtype), interpolation="nearest").tolist()
-    ends = value - high * error, value - low * error
+    least, most = _find_extremes(rows)
+    ends = max(value - high * error, least), min(value - low * error, most)
     return (value, *ends) if all(map(isfinite, ends)) else (value, nan, nan)
+
+
+def _find_extremes(rows: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the least and the largest that the mean could be if all items were as the most extreme ones.
+
+    Where one item is far from the others, resamples without it have next to no spread, and the interval would end many
+    times beyond any item: at 18 nats for the KL of 48 prompts, in one run of `informed`.
+    """
+    ends = [(float(row.min()), float(row.max())) for row in rows]
+    return ends[0][0] - sum(high for _, high in ends[1:]), ends[0][1] - sum(low for low, _ in ends[1:])
 
 
 def _is_enough(row: Tensor) -> bool:
