@@ -75,7 +75,7 @@ def test_moments_are_enough_for_means_and_not_for_svd() -> None:
         ([Step(use="single")], "put e.g. mean_diff first"),
         ([Step(use="svd", k=30)], "k=30 directions need at least 30 target prompts; got 20"),
         ([Step(use="svd", k=65)], "k: input should be less than or equal to 64"),
-        ([Step(use="svd", K=3)], "'svd': K"),
+        ([Step(use="svd", K=3)], "'svd': key 'K'"),
         ([Step(use="mean_dif")], "did you mean 'mean_diff'"),
     ],
 )

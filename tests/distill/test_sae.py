@@ -264,7 +264,7 @@ def test_a_pretrained_file_that_does_not_fit_is_refused(
         ({"pretrained": "no.safetensors", "stream": 0}, "pretrained SAE 'no.safetensors' cannot be read"),
         ({"pretrained": "no.safetensors"}, "needs stream, the index it was trained on, 0 to 0; got None"),
         ({"pretrained": "no.safetensors", "stream": 4}, "0 to 0; got 4"),
-        ({"training": {"epochs": 3}}, "training.epochs: extra inputs are not permitted"),
+        ({"training": {"epochs": 3}}, "key 'training.epochs' does not exist; did you mean 'training.max_epochs'"),
         ({"streams": []}, "streams"),
         ({"features": 65}, "features: input should be less than or equal to 64"),
     ],

@@ -136,7 +136,7 @@ def test_orthonormal_keeps_order_and_signs() -> None:
         (Step(use="winsorise"), "distill step 'winsorise' is now called 'winsorize'"),
         (Step(use="svd", centred=True), "distill step 'svd': option 'centred' is now called 'centered'"),
         (Step(use="mean_dif"), "did you mean 'mean_diff'"),
-        (Step(use="svd", K=3), "'svd': K"),
+        (Step(use="svd", K=3), "'svd': key 'K'"),
     ],
 )
 def test_names_that_do_not_exist_or_have_changed(step: Step, message: str) -> None:

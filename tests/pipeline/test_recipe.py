@@ -10,6 +10,7 @@ import pytest
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Recipe
 from obliteratus.core.toml import dump_toml
+from obliteratus.distill.steps import collect_needs
 from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe, parse_overrides, parse_recipe
 
 BASE = """
@@ -86,8 +87,14 @@ def test_a_dump_reads_back_with_everything_changed(tmp_path: Path) -> None:
 BAD_SPACES: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({}, r"search\.space: dictionary should have at least 1 item"),
     "no such entry": ({"weigh.3.n": {"low": 0, "high": 2}}, r"search\.space 'weigh\.3\.n': .*no entry '3'"),
-    "no such option": ({"weigh.0.m": {"low": 0, "high": 2}}, r"search\.space 'weigh\.0\.m': .*m: extra inputs"),
-    "no such field": ({"excise.strenght": {"low": 0, "high": 2}}, r"'excise\.strenght': .*extra inputs"),
+    "no such option": (
+        {"weigh.0.m": {"low": 0, "high": 2}},
+        r"search\.space 'weigh\.0\.m': .*key 'm' does not exist; known: n",
+    ),
+    "no such field": (
+        {"excise.strenght": {"low": 0, "high": 2}},
+        r"'excise\.strenght': .*did you mean 'excise\.strength'",
+    ),
     "beyond its range": ({"excise.strength": {"low": 0, "high": 9}}, r"'excise\.strength': .*less than or equal to 4"),
     "no such choice": ({"excise.norm": {"choices": ["none", "column"]}}, r"'excise\.norm': .*\(got 'column'\)"),
     "no such step": ({"weigh.0.use": {"choices": ["al"]}}, r"'weigh\.0\.use': weigh step 'al' does not exist"),
@@ -131,7 +138,12 @@ def test_heretic_has_its_published_space() -> None:
 # ---------------------------------------------------------------------------------------- what can run
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_runs_with_the_groups_that_it_needs(name: str) -> None:
-    check_runs(load_recipe(name), ["target", "control", "bypass", "keep"])
+    recipe = load_recipe(name)
+    bypass = {"bypass"} & collect_needs(recipe.distill)
+    check_runs(recipe, ["target", "control", "keep", *bypass])
+    if not bypass:
+        with pytest.raises(UserError, match="no step of .* uses bypass prompts"):
+            check_runs(recipe, ["target", "control", "bypass"])
 
 
 def test_analyses_are_checked_before_weights_are_loaded() -> None:
@@ -175,7 +187,7 @@ BAD_OVERRIDES = {
     "excise.strength=9": r"excise\.strength: input should be less than or equal to 4 \(got 9\)",
     "excise.strength=high": "excise.strength: input should be a valid number",
     "excise.norm=colums": r"excise\.norm: input should be 'none', 'columns', 'rows' or 'whole' \(got 'colums'\)",
-    "excise.strenght=1": r"excise\.strenght: extra inputs are not permitted",
+    "excise.strenght=1": r"key 'excise\.strenght' does not exist; did you mean 'excise\.strength'",
     "passes=0": "passes: input should be greater than or equal to 1",
     "passes=9": "passes: input should be less than or equal to 8",
     "probe.position=1": "probe.position: input should be less than or equal to -1",
@@ -184,7 +196,7 @@ BAD_OVERRIDES = {
     "weigh.x.n=3": "there is no entry 'x'",
     "about.x=1": "'about' is a single value and has no keys",
     "weigh.0.n=-1": "weigh step 'skip_first': n: input should be greater",
-    "weigh.0.m=1": "weigh step 'skip_first': m: extra inputs",
+    "weigh.0.m=1": "weigh step 'skip_first': key 'm' does not exist; known: n",
     "distill.0.use=mean_dif": "distill step 'mean_dif' does not exist; did you mean 'mean_diff'",
     "weigh.0.use=nee": "weigh step 'nee' does not exist; did you mean 'knee'",
     "verify=[{use='behaviors'}]": "verify step 'behaviors' does not exist; did you mean 'behavior'",
@@ -221,7 +233,7 @@ def test_an_unknown_method_is_told_the_near_one() -> None:
         (b"about = 'x'", "distill: field required"),
         (b"distill = [{use = 'mean_diff'}]", "about: field required"),
         (b"about = 'x'\ndistill = [{k = 3}]", r"distill\.0\.use: field required"),
-        (b"about = 'x'\nfoo = 1\ndistill = [{use = 'mean_diff'}]", "foo: extra inputs are not permitted"),
+        (b"about = 'x'\nfoo = 1\ndistill = [{use = 'mean_diff'}]", "key 'foo' does not exist; known: about"),
     ],
 )
 def test_bad_files(text: bytes, message: str, tmp_path: Path) -> None:

@@ -79,9 +79,12 @@ def test_values_are_replaced_by_path() -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "a key that is none": ({"sample": 3}, "sample: extra inputs are not permitted"),
+    "a key that is none": ({"sample": 3}, "key 'sample' does not exist"),
     "a renamed key": ({"data.labelled": "x.jsonl"}, "'labelled' is now called 'labeled'"),
-    "a key of data that is none": ({"data.sample": 3}, r"data\.sample: extra inputs"),
+    "a key of data that is none": (
+        {"data.sample": 3},
+        r"key 'data\.sample' does not exist; did you mean 'data\.samples'",
+    ),
     "too few": ({"data.samples": 0}, r"data\.samples: .* greater than or equal to 1 \(got 0\)"),
     "no strategy": ({"strategies": []}, "strategies: .*at least 1 item"),
     "a strategy without a name": ({"strategies": [{"size": 2}]}, r"strategies\.0\.use: field required"),

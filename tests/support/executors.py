@@ -86,6 +86,7 @@ def by_adapter(subject: Subject, plan: Plan, folder: Path) -> Tensor:
 
 def by_saving(subject: Subject, plan: Plan, folder: Path) -> Tensor:
     FORMS["merged"](subject, plan, folder)
+    subject.tokenizer.save_pretrained(folder)
     return logits(open_subject(folder, device="cpu").model)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, get_args
 
@@ -211,6 +212,8 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _load_change(item: dict[str, Any], tensors: Mapping[str, Any]) -> Change:
+    if unknown := item["site"].keys() - {field.name for field in fields_of(Site)}:
+        raise ValueError(f"site: there is no {', '.join(sorted(unknown))}")
     try:
         site = SITE.validate_json(json.dumps(item["site"]), strict=True)
     except ValidationError as error:
