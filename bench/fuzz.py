@@ -8,7 +8,6 @@ that caused it is written to the folder that is printed. Exits with 1 if there a
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import shutil
@@ -20,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bench.common import format_rows, make_parser, say
 from bench.mutations import VALUES, Mutate, mutate_bytes, mutate_json, mutate_toml
@@ -57,11 +55,6 @@ class Outcome:
     findings: Counter[str] = field(default_factory=Counter)
     """Place of the exception → cases."""
     seconds: float = 0.0
-
-
-def _from_tests(name: str) -> Any:
-    """Return a module of what tests make their tiny models with."""
-    return importlib.import_module(f"tests.support.{name}")
 
 
 # ------------------------------------------------------------------------------------------------- kinds
@@ -130,12 +123,9 @@ def _paths() -> list[str]:
 
 def _draw_line(data: bytes, draw: random.Random) -> bytes:
     line = draw.choice(data.split(b"\n"))
-    path, _, _ = line.decode().partition("=")
-    return (
-        f"{path}={draw.choice(VALUES)!r}".encode("utf-8", "replace")
-        if draw.random() < 0.4
-        else mutate_bytes(line, draw)
-    )
+    if draw.random() < 0.4:
+        return f"{line.decode().partition('=')[0]}={draw.choice(VALUES)!r}".encode("utf-8", "replace")
+    return mutate_bytes(line, draw)
 
 
 def _use_changes(path: Path) -> object:
@@ -147,6 +137,7 @@ def _use_changes(path: Path) -> object:
 
 def plans() -> Kind:
     """Return a plan for a tiny model; both of its files are changed in turn."""
+    from tests.support.plans import random_plan
     from tests.support.tiny import tiny_subject
 
     from obliteratus.excise.live.hooks import applied
@@ -155,7 +146,7 @@ def plans() -> Kind:
 
     subject = tiny_subject("llama")
     folder = Path(tempfile.mkdtemp(prefix="fuzz-plan-"))
-    save_plan(_from_tests("plans").random_plan(subject, anchored=True), folder)
+    save_plan(random_plan(subject, anchored=True), folder)
 
     def use(path: Path) -> object:
         for name in FILES:
@@ -219,10 +210,11 @@ def safetensors_headers() -> Kind:
 
 def gguf_headers() -> Kind:
     """Return a tiny GGUF file, with changes of the header mostly."""
+    from tests.support.gguf_files import write_gguf
 
     from obliteratus.weights.sources import check_gguf
 
-    file = _from_tests("gguf_files").write_gguf(Path(tempfile.mkdtemp(prefix="fuzz-gguf-")) / "tiny.gguf")
+    file = write_gguf(Path(tempfile.mkdtemp(prefix="fuzz-gguf-")) / "tiny.gguf")
     return Kind({"tiny.gguf": file.read_bytes()}, lambda name: _mutate_start, check_gguf)
 
 

@@ -186,13 +186,11 @@ def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
 
 def choose_cases(only: str, quick: bool, smoke: bool) -> dict[str, Case]:
     """Return what to run by row. Rows of one organism follow each other, since each organism takes memory."""
-    methods = {name: Case(name, {}, ORGANISM_OF.get(name, ASTRONOMY)) for name in list_methods()}
-    if only:
-        cases = {name: (methods | CONTROLS)[name] for name in only.split(",")}
-    elif smoke:
-        cases = {name: (methods | CONTROLS)[name] for name in SMOKE_ROWS}
+    known = {name: Case(name, {}, ORGANISM_OF.get(name, ASTRONOMY)) for name in list_methods()} | CONTROLS
+    if only or smoke:
+        cases = {name: known[name] for name in (only.split(",") if only else SMOKE_ROWS)}
     else:
-        cases = {name: case for name, case in methods.items() if not quick or name not in SLOW} | CONTROLS
+        cases = {name: case for name, case in known.items() if not quick or name not in SLOW}
     return dict(sorted(cases.items(), key=lambda item: item[1].organism))
 
 

@@ -15,7 +15,8 @@ PlanMaker = Callable[..., Plan]
 def random_basis(width: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return k orthonormal rows."""
     noise = torch.randn(width, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(noise)[0].T.contiguous().to(dtype)
+    basis: torch.Tensor = torch.linalg.qr(noise)[0].T.contiguous().to(dtype)
+    return basis
 
 
 def random_plan(

@@ -41,9 +41,10 @@ def inspect(
     with show_progress(quiet=True):
         summary = summarize_model(model, **opening)
         data = forecast_model(summary)
-        prompts = load_prompts(target or DEFAULT_PROMPTS, control or DEFAULT_PROMPTS)
-        recipe = load_recipe(method or "advanced")
-        plan = forecast_run(summary, limit, recipe, prompts, opening) if limit else None
+        plan = None
+        if limit:
+            prompts = load_prompts(target or DEFAULT_PROMPTS, control or DEFAULT_PROMPTS)
+            plan = forecast_run(summary, limit, load_recipe(method or "advanced"), prompts, opening)
     if json:
         show_json({**data, **({"plan": plan} if plan else {})})
         return

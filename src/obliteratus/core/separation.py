@@ -27,7 +27,7 @@ class Separation:
     pinned: int
     """Prompts in clusters that the prompt file itself pins to more than one part."""
     duplicates: int
-    """Prompts that were left out, since their group holds the same text with the same system turn."""
+    """Prompts that were left out, since their group holds the same text with the same earlier turns."""
     near_duplicates: int
     """Prompts that equal another once case, spaces, punctuation and accents are folded."""
     measured: int

@@ -94,7 +94,7 @@ def find_answer_end(subject: Subject) -> tuple[int, ...]:
 
 
 def _shorten(subject: Subject, prompt: Prompt, excess: int, limit: int) -> list[int]:
-    tokens = subject.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    (tokens,) = encode(subject.tokenizer, [prompt.text])
     while excess < len(tokens):
         text = subject.tokenizer.decode(tokens[: len(tokens) - excess])
         row = _tokenize(subject, [replace(prompt, text=text)])[0]

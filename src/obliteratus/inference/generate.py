@@ -130,7 +130,8 @@ def decode(subject: Subject, batch: DecodingBatch, answers: Ids, max_new: int, d
         before = len(batch.live)
         for slot, token in enumerate(batch.tokens[:, 0].tolist()):
             _append(batch, slot, token, answers, stops, done)
-            _cut_mark(batch, slot, answers, mark)
+            if len(mark) > 1:
+                _cut_mark(batch, slot, answers, mark)
         yield before + (before - len(batch.live)) * (max_new - step - 1)
         if not batch.live or step + 1 == max_new:
             return
@@ -155,7 +156,7 @@ def _append(batch: DecodingBatch, slot: int, token: int, answers: Ids, stops: se
 def _cut_mark(batch: DecodingBatch, slot: int, answers: Ids, mark: tuple[int, ...]) -> None:
     """End an answer at a mark of several tokens, which is no part of it."""
     row = batch.rows[slot]
-    if len(mark) > 1 and row in batch.live and tuple(answers[row][-len(mark) :]) == mark:
+    if row in batch.live and tuple(answers[row][-len(mark) :]) == mark:
         del answers[row][-len(mark) :]
         batch.live.discard(row)
 

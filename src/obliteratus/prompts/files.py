@@ -126,11 +126,10 @@ def _read_csv(text: str, path: Path, delimiter: str, is_prompt_column: Callable[
     header = headers[found]
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path}:1: two columns are called '{twice[0]}'; rename one")
-    return [
-        Row(where, dict(zip(header, cells, strict=True)))
-        for where, cells in _read_cells(text, path, found)[1:]
-        if _check_width(cells, header, where, found)
-    ] or _refuse_empty(path)
+    rows = _read_cells(text, path, found)[1:] or _refuse_empty(path)
+    for where, cells in rows:
+        _check_width(cells, header, where, found)
+    return [Row(where, dict(zip(header, cells, strict=True))) for where, cells in rows]
 
 
 def _refuse_empty(path: Path) -> NoReturn:
@@ -163,15 +162,14 @@ def _read_cells(text: str, path: Path, delimiter: str) -> list[tuple[str, list[s
     return rows
 
 
-def _check_width(cells: list[str], header: list[str], where: str, delimiter: str) -> bool:
-    """Return True, or raise UserError if a row is wider or narrower than the header: then a prompt was cut in two."""
+def _check_width(cells: list[str], header: list[str], where: str, delimiter: str) -> None:
+    """Raise UserError if a row is wider or narrower than the header: then a prompt was cut in two."""
     if len(cells) != len(header):
         name = {",": "comma", ";": "semicolon", "\t": "tab"}[delimiter]
         raise UserError(
             f"{where}: this row has {len(cells)} fields and the header {len(header)}; put a text with a {name} into "
             "double quotes"
         )
-    return True
 
 
 def _read_parquet(path: Path) -> list[Any]:

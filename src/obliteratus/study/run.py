@@ -106,9 +106,8 @@ def _load_finished(path: Path, resume: bool) -> list[KnockoutResult]:
         return []
     if not resume:
         raise UserError(f"{path}: this folder holds a study; add --resume to continue it, or name another folder")
-    lines = path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # a complete line ends in a line feed, so the last one is empty or incomplete
+    # A complete line ends in a line feed, so the last one is empty or incomplete.
+    lines = path.read_text(encoding="utf-8").split("\n")
     write_atomic(path, "".join(line + "\n" for line in lines[:-1]))
     return [_parse_result(line, f"{path}:{n}") for n, line in enumerate(lines[:-1], 1)]
 

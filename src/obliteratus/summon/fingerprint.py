@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.types import Subject, digest_of
-from obliteratus.summon.chat_format import SIDE_FILE, find_template
+from obliteratus.summon.chat_format import find_template
 from obliteratus.weights.side_files import TOKENIZER_FILES
 from obliteratus.weights.sources import INDEX, locate
 
-TEMPLATE_FILES = ("chat_template*", SIDE_FILE, "additional_chat_templates/*")
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 # Of larger files this much is hashed, in equal blocks from one end to the other: 2 GB take two seconds, which is less
 # than loading them. Any training or edit changes values in every block.

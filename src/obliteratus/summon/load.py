@@ -191,8 +191,7 @@ def load_config_and_tokenizer(
     revision, trust = options.get("revision", ""), bool(options.get("trust_remote_code"))
     config = read_config(origin, revision, trust)
     find_architecture(config)
-    options = {**_loading_options(origin, revision, trust)}
-    return config, _load_tokenizer(origin, options, chat)
+    return config, _load_tokenizer(origin, _loading_options(origin, revision, trust), chat)
 
 
 def resolve_commit(origin: ModelOrigin, revision: str) -> str:

@@ -95,14 +95,10 @@ def load_paragraphs(texts: str = "") -> list[str]:
 
     Raises UserError if the file is missing or empty.
     """
-    path = Path(texts)
-    if texts and not path.is_file():
+    path = Path(texts) if texts else files("obliteratus.verify") / "texts.txt"
+    if not path.is_file():
         raise UserError(f"{texts}: no such text file for the perplexity scorer")
-    content = (
-        path.read_text(encoding="utf-8")
-        if texts
-        else (files("obliteratus.verify") / "texts.txt").read_text(encoding="utf-8")
-    )
+    content = path.read_text(encoding="utf-8")
     paragraphs = [" ".join(part.split()) for part in content.split("\n\n") if part.strip()]
     if not paragraphs:
         raise UserError(f"{texts}: the text file is empty; give at least one paragraph")

@@ -10,6 +10,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import encode_texts
 
 # A token that begins fewer than one answer in twenty hardly changes the mean log-odds. At four times its share among
 # control prompts it changes them by log 4, which is more than prompts of one group differ by. Published token sets were
@@ -55,11 +56,11 @@ def frequent_openings(
 
 def opening_tokens(subject: Subject, tokens: Sequence[str], step: str) -> list[int]:
     """Return the first token of each text, sorted. Raises UserError for a text without tokens."""
-    ids = [subject.tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in tokens]
-    for text, first in zip(tokens, ids, strict=True):
-        if not first:
+    ids = encode_texts(subject, tokens)
+    for text, row in zip(tokens, ids, strict=True):
+        if not row:
             raise UserError(f"distill step '{step}': tokens holds '{text}', for which the tokenizer returns no token")
-    return sorted({int(first[0]) for first in ids})
+    return sorted({row[0] for row in ids})
 
 
 def openings_to_text(subject: Subject, tokens: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ import torch
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.types import Subject
+from obliteratus.inference.chat_template import encode_texts
 from obliteratus.judge.language import find_language, is_in_one_of
 from obliteratus.judge.reasoning import cut_reasoning
 from obliteratus.judge.text import fold
@@ -74,7 +75,7 @@ def describe_group(subject: Subject, records: Sequence[Mapping[str, Any]], group
     """Return the style of each answer of a group, from the records of the behavior scorer."""
     own = [r for r in records if (r["scorer"], r["group"]) == ("behavior", group)]
     answers = [cut_reasoning(record["answer"]) for record in own]
-    rows = subject.tokenizer(answers, add_special_tokens=False)["input_ids"] if answers else []
+    rows = encode_texts(subject, answers) if answers else []
     return [
         AnswerStyle(float(len(row)), has_hedge(answer), is_in_language_of(record["prompt"], answer))
         if record["verdict"] in READ_TO_THE_END
