@@ -19,7 +19,7 @@ from obliteratus.core.progress import report_to
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.chat_template import find_answer_end, render_prompts
 from obliteratus.inference.generate import generate, stop_tokens
-from obliteratus.summon.chat_format import add_side_template, check_format, read_traits
+from obliteratus.summon.chat_format import add_side_template, check_format, encode, read_traits
 from obliteratus.summon.load import open_subject
 
 THINKING = TEMPLATE.replace("'assistant:'", "'assistant:' if enable_thinking else 'assistant:<think></think>'")
@@ -194,3 +194,8 @@ def test_a_template_without_a_mark_has_no_end(template: str) -> None:
     tokenizer = subject_with(template).tokenizer
     assert read_traits(tokenizer, template).end == ()
     assert read_traits(tokenizer, TEMPLATE).end == (tokenizer.eos_token_id,)
+
+
+def test_no_texts_have_no_tokens() -> None:
+    assert encode(tiny_tokenizer(), []) == []
+    assert encode(tiny_tokenizer(), ["", "a"])[0] == []

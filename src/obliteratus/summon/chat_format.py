@@ -133,6 +133,8 @@ def _find_end(tokenizer: Any, render: Render) -> tuple[int, ...]:
 
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
     """Return the token ids of each text. Raises UserError if the tokenizer cannot represent one."""
+    if not texts:
+        return []  # tokenizers fail on an empty batch
     try:
         rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
     except Exception as error:
