@@ -74,6 +74,34 @@ def test_what_one_category_alone_says_is_its_topic() -> None:
     assert find_own_words(topic, answers(40, rng)) == ()
 
 
+@pytest.mark.parametrize(("forms", "heard"), [(4, False), (20, True)])
+def test_what_prompts_of_one_form_are_answered_with_is_their_form(forms: int, heard: bool) -> None:
+    """Every "tell me a story" is answered with "once upon a time". That says nothing of what the model declines."""
+    rng = random.Random(5)
+    target = [Answered(f"Form {i % forms} of a story.", f"Once upon a time, {sentence(rng)}") for i in range(40)]
+    control = [Answered(f"Kind {i % forms} of a list.", sentence(rng)) for i in range(40)]
+    assert bool(find_own_words(target, control)) == heard
+    same = [Answered(a.prompt, sentence(rng)) for a in target]  # controls of the same forms are answered otherwise
+    assert find_own_words(target, same)
+
+
+def test_words_far_from_the_start_are_no_opening() -> None:
+    rng = random.Random(6)
+    target = [
+        Answered(a.prompt, f"Here and now there is as ever and always, of the many, {a.answer}")
+        for a in answers(30, rng)
+    ]
+    control = [
+        Answered(a.prompt, f"Here and now there is as ever and always, to the few, {a.answer}")
+        for a in answers(30, rng)
+    ]
+    assert find_own_words(target, control) == ()
+    shifted = [
+        [Answered(a.prompt, a.answer.partition("and always, ")[2]) for a in group] for group in (target, control)
+    ]
+    assert find_own_words(*shifted)
+
+
 def test_natural_disclaimers_are_found_without_a_list() -> None:
     lines = [json.loads(line) for line in (Path(__file__).parent / "disclaimers.jsonl").read_text().splitlines()]
     target, control = (
@@ -81,7 +109,7 @@ def test_natural_disclaimers_are_found_without_a_list() -> None:
         for group in ("target", "control")
     )
     found = find_own_words(target, control)
-    assert found[0].text == "sorry for"
+    assert found[0].text == "im sorry"
     labels = [line["label"] == "disclaimed" for line in lines]
     said = [begins_with(a.answer, found) for a in (*target, *control)]
     assert sum(s and label for s, label in zip(said, labels, strict=True)) >= 0.9 * sum(labels)

@@ -17,6 +17,10 @@ from obliteratus.judge.text import fold
 
 OPENING_WORDS = 12
 """Phrases are looked for in so many words from the start of an answer."""
+LATEST_START = 2
+"""Words before a phrase: "I'm" is two. Further on, two groups of answers differ in what they are about."""
+FORM_WORDS = 2
+"""Prompts that begin with the same two words ("tell me") have the same form."""
 LENGTHS = range(2, 7)  # words of a phrase: one word alone says little, and more than six are rarely repeated
 UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, kana and han, in which each letter counts as a word
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
@@ -41,25 +45,29 @@ def find_own_words(target: Sequence[Answered], control: Sequence[Answered]) -> t
     """Return the fewest phrases that mark off target answers from control answers, the most frequent first.
 
     Each covers answers that those before it do not, of more than one category if there are several, and more of them
-    than chance allows (Fisher's exact test, corrected for the number of phrases that were looked at).
+    than chance allows (Fisher's exact test, corrected for the number of phrases that were looked at). How a prompt
+    begins decides how an answer begins ("Tell me a story" and "Once upon a time"). Answers to prompts of a form that
+    only one group has therefore count as one answer, which has the phrase if at least half of them do.
     """
     places = [_index(answers) for answers in (target, control)]
+    units = _count_once(target, control), _count_once(control, target)
     several = len({a.category for a in target}) > 1
     candidates = {
-        phrase: (rows, places[1].get(phrase, frozenset()))
+        phrase: (_find_units(rows, units[0]), _find_units(places[1].get(phrase, frozenset()), units[1]))
         for phrase, rows in places[0].items()
         if len(rows) >= LEAST_SHARE * len(target) and (not several or len({target[i].category for i in rows}) > 1)
     }
-    chosen = _cover(candidates, len(target), len(control))
-    return tuple(OwnPhrase(" ".join(p), len(candidates[p][0]), len(candidates[p][1])) for p in chosen)
+    chosen = _cover(candidates, len(units[0]), len(units[1]))
+    return tuple(OwnPhrase(" ".join(p), *(len(place.get(p, ())) for place in places)) for p in chosen)
 
 
 def begins_with(answer: str, phrases: Sequence[OwnPhrase]) -> bool:
     """Return whether an answer's opening holds one of the phrases."""
     if not phrases:
         return False
-    opening = f" {' '.join(_opening(answer))} "
-    return any(f" {phrase.text} " in opening for phrase in phrases)
+    words = _opening(answer)
+    starts = [f"{' '.join(words[start:])} " for start in range(LATEST_START + 1)]
+    return any(start.startswith(f"{phrase.text} ") for start in starts for phrase in phrases)
 
 
 Rows = frozenset[int]
@@ -82,6 +90,25 @@ def _cover(candidates: Mapping[Words, tuple[Rows, Rows]], n: int, m: int) -> lis
     return chosen
 
 
+def _count_once(answers: Sequence[Answered], others: Sequence[Answered]) -> list[Rows]:
+    """Return the rows that count as one answer: those of a form that the others do not have, else each by itself."""
+    known = {_form_of(other) for other in others}
+    together: defaultdict[Words | int, set[int]] = defaultdict(set)
+    for i, answer in enumerate(answers):
+        form = _form_of(answer)
+        together[i if form in known else form].add(i)
+    return [frozenset(rows) for rows in together.values()]
+
+
+def _form_of(answer: Answered) -> Words:
+    return tuple(WORD.findall(fold(answer.prompt))[:FORM_WORDS])
+
+
+def _find_units(rows: Rows, units: Sequence[Rows]) -> Rows:
+    """Return the units of which at least half of the rows are among these."""
+    return frozenset(i for i, unit in enumerate(units) if 2 * len(rows & unit) >= len(unit))
+
+
 def _index(answers: Sequence[Answered]) -> dict[Words, Rows]:
     """Return by phrase the rows of the answers whose opening holds it."""
     rows: defaultdict[Words, set[int]] = defaultdict(set)
@@ -95,7 +122,7 @@ def _phrases_of(answer: Answered) -> Iterator[Words]:
     """Yield the phrases of an answer's opening. Those made of words of the prompt repeat it, and say nothing."""
     words, asked = _opening(answer.answer), set(WORD.findall(fold(answer.prompt)))
     for length in LENGTHS:
-        for start in range(len(words) - length + 1):
+        for start in range(min(LATEST_START, len(words) - length) + 1):
             phrase = tuple(words[start : start + length])
             if not asked.issuperset(phrase):
                 yield phrase
