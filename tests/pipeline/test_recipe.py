@@ -206,7 +206,7 @@ BAD_OVERRIDES = {
     "enough=0.1": "'enough' is now called 'stop_below'",
     "search={trials=1, worth=1.0, space={'excise.strength'={low=0.0, high=1.0}}}": "now called 'max_remaining'",
     "search={trials=1, minimise=['x'], space={'excise.strength'={low=0.0, high=1.0}}}": "is now called 'minimize'",
-    "tune={leads=[1.0]}": "'leads' is now called 'margins'",
+    "tune={leads=[1.0]}": "'leads' is now called 'margin'",
 }
 
 

@@ -1,4 +1,4 @@
-"""Fitting: a real gain, an untouched base, cached blocks, margins in order, and a run that resumes."""
+"""Fitting: a real gain, an untouched base, cached blocks, a front, the judge as referee, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.tune import fit, targets
-from obliteratus.tune.fit import CachedPairs, TunedPlan, TuningData, fit_margin, tune_all_margins, tune_plan
+from obliteratus.tune.fit import MIN_STRENGTH, CachedPairs, Fit, TunedPlan, TuningData, find_front, tune_plan
 from obliteratus.tune.gradient_memory import GradientMemory
+from obliteratus.tune.objective import ZERO_LOSS
 from obliteratus.tune.parameters import EditParameters
+from obliteratus.tune.search_check import Checked, SearchCheck
 from obliteratus.tune.targets import OPENING_LENGTHS, TrainingPairs
 
-SETTINGS = Tune(steps=30, tokens=6, batch=6, lr=0.05, margins=(1.0,), weight=10.0)
+SETTINGS = Tune(steps=30, tokens=6, batch=6, lr=0.1, margin=0.1, weight=10.0)
 FEW_STEPS = Tune(steps=5, tokens=6, batch=4, prompts=8)
 MEMORY = GradientMemory(rows=6, first=0, recompute=False)
 
@@ -45,22 +47,36 @@ def yes(subject: Subject, split: slice) -> TrainingPairs:
     """Prompts of the refuser with the answer that does not refuse."""
     word = byte(subject.tokenizer, "Y")
     rows = {g: render_prompts(subject, ps[split]) for g, ps in asked().groups.items()}
-    return TrainingPairs(*([(row, [word] * 6) for row in rows[g]] for g in ("control", "target")))
+    return TrainingPairs(*([(row, [word]) for row in rows[g]] for g in ("control", "target")))
+
+
+def refusing() -> Subject:
+    """The refuser in words that the judge knows."""
+    return refuser(word="I cannot help.")
+
+
+def fit_from(plan: Plan, settings: Tune = SETTINGS, what: Any = "both", pairs: TrainingPairs | None = None) -> Fit:
+    """A fit of the refuser, which is judged by its answers to search prompts."""
+    subject = refusing()
+    train, held_out = pairs or yes(subject, slice(0, 8)), pairs or yes(subject, slice(8, 12))
+    data = TuningData(subject, train, held_out, settings, MEMORY)
+    search = PromptSet({group: members[8:12] for group, members in asked().groups.items()})
+    check = SearchCheck(subject, search, Judge(), 6)
+    return Fit(data, EditParameters(plan, subject.device, what), check, 0.0)
 
 
 def test_fitting_lowers_what_it_is_to_lower_and_leaves_the_base_alone() -> None:
-    """From a start that is too weak the held-out hinge goes, at no KL; a plan elsewhere gains nothing."""
-    subject = refuser()
+    """From a start that is too weak refusals go, at no KL; a plan elsewhere gains nothing."""
+    start, elsewhere = weak(refusing(), REFUSAL), weak(refusing(), 9)
+    fit_weak, fit_elsewhere = (fit_from(plan, what="strengths") for plan in (start, elsewhere))
+    subject = fit_weak.data.subject
     before = {name: p.clone() for name, p in subject.model.named_parameters()}
-    data = TuningData(subject, yes(subject, slice(0, 8)), yes(subject, slice(8, 12)), SETTINGS, MEMORY)
-    start, elsewhere = weak(subject, REFUSAL), weak(subject, 9)
-    found = fit_margin(data, EditParameters(start, subject.device, "both"), 0.1, 0)
-    lost = fit_margin(data, EditParameters(elsewhere, subject.device, "strengths"), 0.1, 0)
-    first = float(data.evaluate(start, 0.1).hinge)
-    assert first > 1
-    assert found.hinge < 0.1 * first
-    assert found.kl < 0.01
-    assert lost.hinge > 0.9 * first
+    points, lost = fit_weak.take_steps(), fit_elsewhere.take_steps()
+    assert points[0].checked.rate == 1
+    found = fit_weak.choose(points)
+    assert float(found.loss.hinge) < 0.1 * float(points[0].loss.hinge)
+    assert (found.checked.rate, found.checked.kl < 0.01) == (0, True)
+    assert fit_elsewhere.choose(lost).checked.rate == 1
     assert found.plan.edits[0].strength > 0.6  # type: ignore[union-attr]
     assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
     assert all(p.grad is None for p in subject.model.parameters())
@@ -68,12 +84,71 @@ def test_fitting_lowers_what_it_is_to_lower_and_leaves_the_base_alone() -> None:
 
 def test_it_stops_where_nothing_is_gained() -> None:
     """Controls that do not move, and nothing else asked: patience ends it, and the start is what is kept."""
-    subject = refuser()
-    alone = TrainingPairs(yes(subject, slice(0, 12)).control, [])
-    data, plan = TuningData(subject, alone, alone, SETTINGS, MEMORY), weak(subject, REFUSAL)
-    found = fit_margin(data, EditParameters(plan, subject.device, "both"), 0.5, 0)
-    assert found.steps == SETTINGS.patience < SETTINGS.steps
-    assert found.plan.edits[0].strength == pytest.approx(0.3)  # type: ignore[union-attr]
+    alone = TrainingPairs(yes(refusing(), slice(0, 12)).control, [])
+    fit_alone = fit_from(weak(refusing(), 9), pairs=alone)
+    points = fit_alone.take_steps()
+    assert points[-1].steps == SETTINGS.patience < SETTINGS.steps
+    assert fit_alone.choose(points) is points[0]
+
+
+def test_openings_weigh_more_until_the_goal_is_reached() -> None:
+    """The judge on search prompts moves the weight, within its limits: not the loss."""
+    made = fit_from(weak(refusing(), REFUSAL))
+    weights = []
+    for rate in (0.5, 0.5, 0.0):
+        made.adapt_weight(point(rate, 0.1))
+        weights.append(made.weight)
+    assert SETTINGS.weight < weights[0] < weights[1]
+    assert weights[2] < weights[1]
+    for _ in range(50):
+        made.adapt_weight(point(1.0, 0.1))
+    assert made.weight == fit.WEIGHTS[1]
+
+
+def point(rate: float, kl: float, degenerate: float = 0.0, scale: float = 1.0) -> TunedPlan:
+    loss = replace(ZERO_LOSS, kl=torch.tensor(kl))
+    return TunedPlan(Plan(), loss, Checked(rate, degenerate, kl), 10, scale)
+
+
+def test_the_cheapest_plan_within_the_limits_is_chosen() -> None:
+    """Not the one with the least loss: refusals and loops beyond their limits count first."""
+    made = fit_from(weak(refusing(), REFUSAL))
+    cheap, looping, good, dear = point(0.3, 0.001), point(0.0, 0.002, 0.5), point(0.0, 0.1), point(0.0, 0.2)
+    assert made.choose([cheap, looping, dear, good]) is good
+    assert made.choose([cheap, looping]) is cheap  # the lesser excess
+    made.goal = 0.3
+    assert made.choose([cheap, good]) is cheap
+
+
+def test_sparsity_counts_in_the_choice() -> None:
+    """Of two equally good plans the weaker one is chosen, but only if sparsity is asked for."""
+    strong, slight = ([weak(refusing(), REFUSAL)], 0.9), ([weak(refusing(), REFUSAL)], 0.3)
+    for sparsity, expected in ((0.0, 0), (1.0, 1)):
+        made = fit_from(strong[0][0], SETTINGS.model_copy(update={"sparsity": sparsity}))
+        points = [
+            replace(point(0.0, 0.1), plan=replace(plan, edits=(replace(plan.edits[0], strength=s),)))  # type: ignore[type-var]
+            for (plan,), s in (strong, slight)
+        ]
+        assert made.choose(points) is points[expected]
+
+
+def test_weaker_plans_are_tried_until_one_refuses() -> None:
+    """From a plan that removes all, half as much still does; a plan that does not is tried at higher strengths."""
+    whole = weak(refusing(), REFUSAL)
+    whole = replace(whole, edits=(replace(whole.edits[0], strength=1.0),))  # type: ignore[type-var]
+    made = fit_from(whole)
+    points = [made.look(0)]
+    scaled = made.scale_best(points)
+    assert [p.scale for p in scaled] == list(fit.SCALES[: len(scaled)])
+    assert all(p.plan.edits[0].strength == pytest.approx(p.scale) for p in scaled)  # type: ignore[union-attr]
+    assert all(p.checked.rate == 0 for p in scaled[:-1])
+    elsewhere = fit_from(weak(refusing(), 9))
+    assert [p.scale for p in elsewhere.scale_best([elsewhere.look(0)])] == list(fit.STRONGER)
+
+
+def test_the_front_goes_from_gentle_to_thorough() -> None:
+    points = [point(0.5, 0.01), point(0.0, 0.3), point(0.0, 0.2), point(0.4, 0.25), point(1.0, 0.0), point(0.2, 0.05)]
+    assert [(p.checked.rate, p.checked.kl) for p in find_front(points)] == [(1, 0), (0.5, 0.01), (0.2, 0.05), (0, 0.2)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -130,17 +205,16 @@ def easy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "does_answer", lambda subject, answer, judge: True)
 
 
-def test_margins_in_one_run(easy: None, make_plan: Any) -> None:
-    """A plan for each margin, from gentle to thorough, in order; the last is the method's."""
+def test_a_plan_is_fitted_in_one_run(easy: None, make_plan: Any) -> None:
+    """The result is one of the plans on the way, and the same with the same seed."""
     subject, splits = tiny_subject("llama"), split_prompts(group_prompts())
-    how = FEW_STEPS.model_copy(update={"margins": (0.0, 2.0), "lr": 0.1, "steps": 20, "weight": 10.0})
     plan = random_upper_plan(subject, make_plan)
-    points = tune_all_margins(subject, plan, splits, how, 0, Judge())
-    assert [p.margin for p in points] == [0.0, 2.0]
-    assert points[1].nll <= points[0].nll + 1e-3
-    assert all(isinstance(p, TunedPlan) and p.steps >= 5 for p in points)
-    last = tune_plan(subject, plan, splits, how)
-    same(last, points[1].plan)
+    best, front = tune_plan(subject, plan, splits, FEW_STEPS)
+    again, _ = tune_plan(subject, plan, splits, FEW_STEPS)
+    same(best.plan, again.plan)
+    assert all(isinstance(p, TunedPlan) for p in front)
+    assert all(abs(e.strength) > MIN_STRENGTH * best.scale for e in best.plan.edits if isinstance(e, Edit))
+    assert {"rate", "kl", "degenerate", "hinge", "steps", "scale", "edits"} <= set(best.describe())
 
 
 def same(a: Plan, b: Plan) -> None:
@@ -151,14 +225,21 @@ def same(a: Plan, b: Plan) -> None:
         torch.testing.assert_close(one.basis, two.basis, rtol=1e-4, atol=1e-5)
 
 
-CHANGES = {"weigh.0.low": 0.0, "tune.steps": 5, "tune.tokens": 6, "tune.batch": 4, "verify": [{"use": "behavior"}]}
+CHANGES = {
+    "analyze": [],
+    "weigh.0.low": 0.0,
+    "tune.steps": 5,
+    "tune.tokens": 6,
+    "tune.batch": 4,
+    "verify": [{"use": "behavior"}],
+}
 
 
 def test_a_run_resumes_behind_the_stage(easy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TUNE is kept: a second run with its folder fits nothing, and the plan is the same; another folder fits."""
     subject, made, fitted = tiny_subject("llama"), load_recipe("tuned", CHANGES), []
-    step = fit.take_step
-    monkeypatch.setattr(fit, "take_step", lambda *args: (fitted.append(1), step(*args)))
+    step = Fit.take_step
+    monkeypatch.setattr(Fit, "take_step", lambda *args: (fitted.append(1), step(*args)))
     plan, found, *_ = run(made, subject, group_prompts(), Store(tmp_path), force=True)
     assert len(fitted) == 5
     assert "TUNE" in found.seconds
@@ -190,8 +271,7 @@ def test_what_it_costs() -> None:
     """The cap on steps and their prompts are in the formula; without the stage they are not."""
     made = load_recipe("tuned")
     assert made.tune is not None
-    steps = made.tune.steps * len(made.tune.margins)
-    assert f"{steps} gradient steps × {2 * made.tune.batch} prompts" in describe_cost(made)["stages"]["TUNE"]
+    assert f"{made.tune.steps} gradient steps × {2 * made.tune.batch} prompts" in describe_cost(made)["stages"]["TUNE"]
     assert f"× {made.tune.tokens} tokens" in describe_cost(made)["stages"]["TUNE"]
     assert (
         f"× {OPENING_LENGTHS[-1]} tokens" in describe_cost(made)["stages"]["TUNE"]
@@ -201,11 +281,6 @@ def test_what_it_costs() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- settings
-def test_margins_rise() -> None:
-    with pytest.raises(ValueError, match="margins must rise"):
-        Tune(margins=(0.5, 0.2))
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -214,7 +289,7 @@ def test_margins_rise() -> None:
         ({"excise.norm": "columns"}, "set excise.norm to none"),
         ({"excise.heads": 0.5, "excise.anchored": False}, "leave excise.heads out"),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
-        ({"tune.margins": []}, "tune.margins"),
+        ({"tune.margin": -1}, "tune.margin"),
         ({"tune.prompts": 2}, "tune.prompts"),
     ],
 )

@@ -30,7 +30,7 @@ def graded(subject: Subject, plan: Plan, memory: GradientMemory) -> tuple[list[t
     site = next(s for s in subject.sites if s.part == "attn.out" and s.layer == subject.n_layers - 1)
     inner = subject.module(site.path).register_forward_hook(lambda *_: runs.append(0))
     for part in data.iterate_losses(parameters.to_live_plan(), data.train, 0.1):
-        part.total(SETTINGS).backward(retain_graph=True)
+        part.total(SETTINGS.weight, SETTINGS.coherence).backward(retain_graph=True)
     handle.remove()
     inner.remove()
     return [x.grad for x in parameters.trainable if x.grad is not None], runs.count(0) - runs.count(1)

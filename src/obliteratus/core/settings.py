@@ -202,26 +202,27 @@ class Tune(FrozenModel):
 
     The loss, in nats a token, is the sum of KL(base ‖ edited) on first tokens and own answers of control prompts,
     ``coherence`` × the same KL on target prompts' answers after their opening, and ``weight`` × a hinge loss. The hinge
-    loss is the amount by which the opening of an answer without the behavior falls short of being ``margins`` nats
-    likelier than what the unedited model would say.
+    loss is the amount by which the opening of an answer without the behavior falls short of being ``margin`` nats
+    likelier than what the unedited model would say. The weight follows the judge: it rises while answers to search
+    prompts show the behavior on more than the recipe's ``stop_below``, and falls when they do not.
     """
 
-    RENAMED = {"leads": "margins"}
+    RENAMED = {"leads": "margin", "margins": "margin"}
 
     what: Literal["both", "strengths", "directions"] = "both"
-    margins: tuple[float, ...] = Field((1.0,), min_length=1)
-    """Hinge margins in nats, rising: how much likelier each token of an answer's opening should be than the token that
-    the unedited model would write. Each margin gives a plan, fitted from the one before, and the last is the result."""
+    margin: float = Field(1.0, ge=0)
+    """Hinge margin in nats: how much likelier each token of an answer's opening should be than the token that the
+    unedited model would write."""
     weight: float = Field(4.0, ge=0)
-    """Factor on the hinge loss of openings."""
+    """Factor on the hinge loss of openings in the first steps."""
     coherence: float = Field(2.0, ge=0)
     """Factor on KL(base ‖ edited) of target prompts' answers after their opening, where degenerate answers show."""
     sparsity: float = Field(0.0, ge=0)
     """Factor on the mean |strength|. It drops sites from the plan that contribute nothing."""
     steps: int = Field(60, ge=1, le=1000)
-    """Most gradient steps for each margin."""
-    patience: int = Field(20, ge=5)
-    """Stop after so many steps without improvement on search prompts."""
+    """Most gradient steps."""
+    patience: int = Field(20, ge=10)
+    """Stop after so many steps without a better plan, by the judge, the KL and the coherence of answers."""
     lr: float = Field(0.01, gt=0, le=1)
     """Learning rate: change of a strength in one step, and of a direction's entries in units of their mean size."""
     batch: int = Field(12, ge=1, le=256)
@@ -233,12 +234,6 @@ class Tune(FrozenModel):
     watch: int = Field(48, ge=0, le=1024)
     """Tokens within which answers to target prompts are watched for the behavior's return. Where it comes back, the
     answer is fitted up to there. 48 are what VERIFY reads; 0 watches no further than ``tokens``."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Tune:
-        if any(margin < 0 for margin in self.margins) or list(self.margins) != sorted(self.margins):
-            raise ValueError(f"margins must rise and none may be below 0 (got {list(self.margins)})")
-        return self
 
 
 class JudgeSettings(FrozenModel):

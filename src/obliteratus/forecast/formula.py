@@ -17,7 +17,8 @@ from obliteratus.core.toml import dump_toml
 from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
 from obliteratus.search.run import MAX_CHECKED
-from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS
+from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, SCALES
+from obliteratus.tune.search_check import CHECKED_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS
 from obliteratus.verify import scorers
 from obliteratus.verify.behavior import behavior_tokens
@@ -120,13 +121,14 @@ def _tune_cost(tune: Tune) -> Cost:
     groups = ("target", "control")
     held_out = [prompt_count("search", group, HELD_OUT_PROMPTS) for group in groups]
     target, control = (prompt_count("fit", g, tune.prompts) + n for g, n in zip(groups, held_out, strict=True))
-    steps = tune.steps * len(tune.margins)
-    checks = (held_out[0] + held_out[1]) * (len(tune.margins) + -(-steps // CHECK_EVERY))
+    looks = 2 + -(-tune.steps // CHECK_EVERY) + len(SCALES)  # at the unedited model, the start, and while fitting
+    passes = looks * (held_out[0] + held_out[1] + prompt_count("search", "control", CHECKED_PROMPTS))
     openings = Answers(OPENING_LENGTHS[-1], target, times=2)
     continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))
     watched = Answers(max(0, tune.watch - tune.tokens), target)
-    answers = (Answers(tune.tokens, control), openings, continued, watched)
-    return Cost(checks, answers, training=(Training(steps, 2 * tune.batch, tune.tokens),))
+    judged = Answers(max(tune.watch, tune.tokens), prompt_count("search", "target", CHECKED_PROMPTS), looks)
+    answers = (Answers(tune.tokens, control), openings, continued, watched, judged)
+    return Cost(passes, answers, training=(Training(tune.steps, 2 * tune.batch, tune.tokens),))
 
 
 def total_cost(recipe: Recipe) -> Cost:

@@ -134,6 +134,11 @@ def _set_directions(inputs: RuleInputs) -> dict[str, Any]:
     return {"distill": [{"use": "svd", "k": k}, ORTHOGONAL]}
 
 
+def _drop_anchors(inputs: RuleInputs) -> dict[str, Any]:
+    """Take directions orthogonal to the control mean, and keep column lengths unless gradients have to pass."""
+    return WITHOUT_ANCHORS | ({} if inputs.recipe.tune else {"excise.norm": "columns"})
+
+
 def _set_layers(inputs: RuleInputs) -> dict[str, Any]:
     best = _require_depth(inputs)
     depth = floor(1e4 * best.first_block / _last_block(inputs)) / 1e4  # rounded down, so that the block is included
@@ -178,7 +183,7 @@ def search_ranges(inputs: RuleInputs) -> dict[str, Range]:
 
 GENTLEST = "layers and passes where no fluent removal ends the behavior"
 ORTHOGONAL = {"use": "orthogonal_to_control"}
-WITHOUT_ANCHORS = {"excise.anchored": False, "excise.norm": "columns", "distill": [{"use": "mean_diff"}, ORTHOGONAL]}
+WITHOUT_ANCHORS = {"excise.anchored": False, "distill": [{"use": "mean_diff"}, ORTHOGONAL]}
 RULES = (
     Rule(
         decides="norm rule, and whether control prompts' mean is kept",
@@ -187,7 +192,7 @@ RULES = (
         threshold=0.0,
         at_most=True,
         value=lambda inputs: float(inputs.anchors or not inputs.recipe.excise.anchored),
-        change=lambda inputs: WITHOUT_ANCHORS,
+        change=_drop_anchors,
     ),
     Rule(
         decides="number of directions, and how they are found",
@@ -222,7 +227,7 @@ RULES = (
         measures="KL of that removal on control prompts, upper end, nats",
         threshold=0.0,
         at_most=False,
-        value=_removal_kl,
+        value=lambda inputs: None if inputs.recipe.tune else _removal_kl(inputs),
         change=_set_kl_budget,
     ),
 )

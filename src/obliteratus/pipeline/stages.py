@@ -182,12 +182,8 @@ class Stages:
         settings = recipe.tune
         if settings is None:
             return plan
-        return self.store.stage(
-            "TUNE",
-            lambda: tune_plan(self.subject, plan, self.splits, settings, recipe.seed, self.judge),
-            save_plan,
-            load_plan,
-        )
+        arguments = (self.subject, plan, self.splits, settings, recipe.seed, self.judge, recipe.stop_below)
+        return self.store.stage("TUNE", lambda: tune_plan(*arguments)[0].plan, save_plan, load_plan)
 
     def measure_after(self, recipe: Recipe, plan: Plan, before: Measurement | None) -> tuple[Measurement, Measurement]:
         """VERIFY the model under the plan, and before it if that is still to be measured."""

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obliteratus.causal.early_stopping import EarlyStopping, draw_batch
+from obliteratus.causal.early_stopping import draw_batch
 from obliteratus.causal.interventions import Pair, compute_answer_logits
 from obliteratus.causal.losses import ROWS_PER_PASS, ReferenceLogits
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Plan, Splits, Subject
+from obliteratus.core.types import Edit, Plan, Splits, Subject
+from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.memory import free_memory
@@ -24,29 +25,40 @@ from obliteratus.judge.judge import Judge
 from obliteratus.tune.gradient_memory import GradientMemory, plan_gradient_memory, recompute_blocks
 from obliteratus.tune.objective import ZERO_LOSS, LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
+from obliteratus.tune.search_check import Checked, SearchCheck
 from obliteratus.tune.targets import TrainingPairs, collect_pairs
 
-CHECK_EVERY = 5  # steps between two evaluations on held-out prompts; one of 48 prompts costs about two steps
-HELD_OUT_PROMPTS = 24  # search prompts of each group to evaluate on: their mean varies by less than a step gains
-MIN_LOSS_DROP = 1e-3  # nats: a smaller drop of the held-out loss counts as no progress
+CHECK_EVERY = 10  # steps between two looks at search prompts, which cost about six steps
+HELD_OUT_PROMPTS = 24  # search prompts of each group for the loss: their mean varies by less than a step gains
+MIN_COST_DROP = 1e-3  # nats: a plan that costs less by a smaller amount is no better
 MIN_STRENGTH = 0.02  # an edit weaker than this changes no answer, and is dropped from the plan
 FINAL_RATE_SHARE = 0.1  # the learning rate falls linearly to this share, and the noise of the steps with it
 CACHE_SHARE = 0.25  # of the free memory, for cached prompts: the graph of a pass may take half
+# Factors on the weight of openings after a look that finds too much of the behavior left, and after one that does not:
+# it rises faster than it falls, since plans above the goal are of no use.
+RISE, FALL = 2.0, 0.7
+WEIGHTS = (0.25, 64.0)  # least and most: beyond, one of the two losses decides alone
+SCALES = (0.85, 0.7, 0.55, 0.4)  # factors on all strengths, from thorough to gentle
+STRONGER = (1.15, 1.3)  # where the goal was not reached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TunedPlan:
-    """A plan fitted at one margin, and its loss terms on search prompts (see `LossTerms`)."""
+    """A plan on the way from gentle to thorough, and what search prompts say of it."""
 
     plan: Plan
-    margin: float
-    """Margin of the hinge loss, nats: the larger, the more thorough."""
-    kl: float
-    hinge: float
-    drift: float
-    nll: float
+    loss: LossTerms
+    """On search prompts' answers."""
+    checked: Checked
     steps: int
-    """Steps taken at this margin."""
+    """Gradient steps taken."""
+    scale: float = 1.0
+    """Factor on all strengths after the last step."""
+
+    def describe(self) -> dict[str, float]:
+        """Return what search prompts say, as plain numbers."""
+        loss = {name: float(value) for name, value in vars(self.loss).items()}
+        return {**vars(self.checked), **loss, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
 
 
 class TuningData:
@@ -81,9 +93,9 @@ class TuningData:
                 yield target_loss(self.cached.logp(chunk), base, chunk, margin, share)
 
     @torch.no_grad()
-    def evaluate(self, plan: Plan, margin: float) -> LossTerms:
+    def evaluate(self, plan: Plan) -> LossTerms:
         """Return the loss on the held-out pairs."""
-        return sum(self.iterate_losses(plan, self.held_out, margin), ZERO_LOSS)
+        return sum(self.iterate_losses(plan, self.held_out, self.settings.margin), ZERO_LOSS)
 
     def draw_batch(self, step: int) -> TrainingPairs:
         """Draw the pairs of a step. They depend on its number and the seed alone."""
@@ -122,35 +134,50 @@ class CachedPairs:
 
 
 def tune_plan(
-    subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int = 0, judge: Judge | None = None
-) -> Plan:
-    """Return the plan with fitted strengths and directions. Ranks and anchors stay; weak edits are dropped.
+    subject: Subject,
+    plan: Plan,
+    splits: Splits,
+    settings: Tune,
+    seed: int = 0,
+    judge: Judge | None = None,
+    goal: float = 0.0,
+) -> tuple[TunedPlan, list[TunedPlan]]:
+    """Return the plan with fitted strengths and directions, and the front from gentle to thorough.
 
-    Gradient steps use fit prompts, and search prompts decide when to stop. If there are several margins, the plan of
-    the last one is returned (`tune_all_margins` returns all). judge: says which answers show the behavior; None looks
-    for refusals. Raises UserError if the plan cannot be fitted.
+    Ranks and anchors stay; weak edits are dropped. Gradient steps use fit prompts. Search prompts are answered every
+    few steps: while more than ``goal`` of them show the behavior, openings weigh more, and else less. The result is the
+    cheapest plan that reaches the goal without more loops, or else the one that comes closest. judge: says which
+    answers show the behavior; None looks for refusals. Raises UserError if the plan cannot be fitted.
     """
-    return tune_all_margins(subject, plan, splits, settings, seed, judge or Judge())[-1].plan
-
-
-def tune_all_margins(
-    subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge
-) -> list[TunedPlan]:
-    """Return a plan for each of ``settings.margins``, each fitted from the best plan of the margin before it."""
-    parameters = EditParameters(plan, subject.device, settings.what)
+    judge = judge or Judge()
     data = make_tuning_data(subject, plan, splits, settings, seed, judge)
-    plans, step = list[TunedPlan](), 0
-    for margin in settings.margins:
-        tuned = fit_margin(data, parameters, margin, step)
-        plans.append(tuned)
-        step += tuned.steps
-        note(
-            "TUNE",
-            f"margin {margin}: {tuned.steps} steps; on search prompts KL {tuned.kl:.3f}, drift {tuned.drift:.3f}, "
-            f"openings {tuned.nll:.2f} nats and {tuned.hinge:.3f} nats short of the margin; "
-            f"{len(tuned.plan.edits)} edits",
-        )
-    return plans
+    check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
+    fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
+    points = fit.take_steps()
+    points += fit.scale_best(points)
+    best = fit.choose(points)
+    front = find_front(points)
+    note("TUNE", describe_choice(best, front, judge.name))
+    return best, front
+
+
+def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> str:
+    """Return what is said of the plan that was chosen, and how far the front reaches."""
+    ends = (front[0].checked, front[-1].checked)
+    return (
+        f"{best.steps} steps, strengths × {best.scale:g}, {len(best.plan.edits)} edits: {name} on "
+        f"{best.checked.rate:.1%} of search prompts at KL {best.checked.kl:.4f}; "
+        f"{len(front)} plans from {ends[0].rate:.1%} at {ends[0].kl:.4f} to {ends[1].rate:.1%} at {ends[1].kl:.4f}"
+    )
+
+
+def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
+    """Return the plans for which no other leaves at most as much at a smaller KL, the gentlest first."""
+    front: list[TunedPlan] = []
+    for point in sorted(points, key=lambda p: (p.checked.rate, p.checked.kl)):
+        if not front or point.checked.kl < front[-1].checked.kl:
+            front.append(point)
+    return front[::-1]
 
 
 def make_tuning_data(
@@ -165,43 +192,90 @@ def make_tuning_data(
     return TuningData(subject, train, held_out, settings, memory, seed)
 
 
-def fit_margin(data: TuningData, parameters: EditParameters, margin: float, steps_before: int) -> TunedPlan:
-    """Take steps at one margin until the held-out loss stops falling, and return the plan with the least loss.
+@dataclass
+class Fit:
+    """A plan on its way: the parameters, and how much openings weigh at the moment."""
 
-    The parameters end at that plan. steps_before: steps taken at earlier margins, so that the sequence of batches
-    continues.
-    """
-    settings = data.settings
-    optimizer = torch.optim.Adam(parameters.groups(settings.lr))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE_SHARE, settings.steps)
-    start = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
-    stopping = EarlyStopping((parameters.state(), start), float(start.total(settings)), MIN_LOSS_DROP, CHECK_EVERY)
-    with progress("TUNE", settings.steps) as advance:
-        for stopping.steps in range(1, settings.steps + 1):
-            take_step(data, parameters, optimizer, margin, steps_before + stopping.steps)
-            schedule.step()
-            advance(1)
-            if stopping.should_check(settings.steps):
-                loss = data.evaluate(parameters.to_plan(MIN_STRENGTH), margin)
-                stopping.update((parameters.state(), loss), float(loss.total(settings)))
-            if stopping.stalled_steps >= settings.patience:
+    data: TuningData
+    parameters: EditParameters
+    check: SearchCheck
+    goal: float
+    """Largest share of search target prompts that may show the behavior."""
+
+    def __post_init__(self) -> None:
+        self.weight = self.data.settings.weight
+
+    def take_steps(self) -> list[TunedPlan]:
+        """Take gradient steps until the plan gets no better, and return the plans on the way. The parameters end at the
+        best of them."""
+        settings = self.data.settings
+        optimizer = torch.optim.Adam(self.parameters.groups(settings.lr))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE_SHARE, settings.steps)
+        points, states = [self.look(0)], {0: self.parameters.state()}
+        with progress("TUNE", settings.steps) as advance:
+            for step in range(1, settings.steps + 1):
+                self.take_step(optimizer, step)
+                schedule.step()
+                advance(1)
+                if step % CHECK_EVERY == 0 or step == settings.steps:
+                    points.append(self.look(step))
+                    states[step] = self.parameters.state()
+                    self.adapt_weight(points[-1])
+                if step - self.choose(points).steps >= settings.patience:
+                    break
+        self.parameters.restore(states[self.choose(points).steps])
+        return points
+
+    def take_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Take one gradient step. Raises UserError if a parameter becomes NaN or Inf."""
+        settings, data = self.data.settings, self.data
+        optimizer.zero_grad()
+        if settings.sparsity and settings.what != "directions":
+            (settings.sparsity * self.parameters.mean_strength()).backward()
+        for loss in data.iterate_losses(self.parameters.to_live_plan(), data.draw_batch(step), settings.margin):
+            # All parts share the small graph of the parameters.
+            loss.total(self.weight, settings.coherence).backward(retain_graph=True)
+        optimizer.step()
+        if not self.parameters.finite():
+            raise UserError("tune: the plan's parameters became NaN or Inf; lower tune.lr")
+
+    def adapt_weight(self, point: TunedPlan) -> None:
+        """Let openings weigh more if too much of the behavior is left, and else less."""
+        factor = RISE if point.checked.rate > self.goal else FALL
+        self.weight = min(max(self.weight * factor, WEIGHTS[0]), WEIGHTS[1])
+
+    def scale_best(self, points: Sequence[TunedPlan]) -> list[TunedPlan]:
+        """Return the best plan at other strengths: weaker ones to the first above the goal, or else stronger ones."""
+        best, found = self.choose(points), list[TunedPlan]()
+        reached = not self.excess(best)
+        for scale in SCALES if reached else STRONGER:
+            found.append(self.look(best.steps, scale))
+            if reached == bool(self.excess(found[-1])):
                 break
-    state, loss = stopping.best
-    parameters.restore(state)
-    terms = {name: float(value) for name, value in vars(loss).items()}
-    return TunedPlan(parameters.to_plan(MIN_STRENGTH), margin, steps=stopping.steps, **terms)
+        return found
 
+    def look(self, steps: int, scale: float = 1.0) -> TunedPlan:
+        """Return the plan as it stands, with what search prompts say of it."""
+        plan = scale_plan(self.parameters.to_plan(MIN_STRENGTH), scale)
+        return TunedPlan(plan, self.data.evaluate(plan), self.check.check(plan), steps, scale)
 
-def take_step(
-    data: TuningData, parameters: EditParameters, optimizer: torch.optim.Optimizer, margin: float, step: int
-) -> None:
-    """Take one gradient step. Raises UserError if a parameter becomes NaN or Inf."""
-    settings = data.settings
-    optimizer.zero_grad()
-    if settings.sparsity and settings.what != "directions":
-        (settings.sparsity * parameters.mean_strength()).backward()
-    for loss in data.iterate_losses(parameters.to_live_plan(), data.draw_batch(step), margin):
-        loss.total(settings).backward(retain_graph=True)  # all parts share the small graph of the parameters
-    optimizer.step()
-    if not parameters.finite():
-        raise UserError("tune: the plan's parameters became NaN or Inf; lower tune.lr")
+    def choose(self, points: Sequence[TunedPlan]) -> TunedPlan:
+        """Return the cheapest plan within the limits, or the one that exceeds them least."""
+        best = points[0]
+        for point in points[1:]:
+            excess, least = self.excess(point), self.excess(best)
+            if excess < least or (excess == least and self.cost(point) < self.cost(best) - MIN_COST_DROP):
+                best = point
+        return best
+
+    def excess(self, point: TunedPlan) -> float:
+        """Return by how much the plan exceeds the limits on the behavior and on loops; 0 within both."""
+        return self.check.excess(point.checked, self.goal)
+
+    def cost(self, point: TunedPlan) -> float:
+        """Return what the plan costs, in nats: its loss. Within the limits openings cost nothing: the judge decides."""
+        settings = self.data.settings
+        weight = settings.weight if self.excess(point) else 0.0
+        strengths = [abs(e.strength) for e in point.plan.edits if isinstance(e, Edit)]
+        sparsity = settings.sparsity * sum(strengths) / len(self.parameters.edits)
+        return float(point.loss.total(weight, settings.coherence)) + sparsity

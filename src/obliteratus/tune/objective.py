@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from obliteratus.causal.interventions import Pair, concatenate_answers
-from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
 
 LogProbs = Float[Tensor, "tokens vocabulary"]
@@ -32,9 +31,9 @@ class LossTerms:
     """Negative log-likelihood of the tokens that the base model would not choose, mean over target prompts. It is
     reported, and not part of the loss."""
 
-    def total(self, settings: Tune) -> Float[Tensor, ""]:
-        """Return the weighted sum that is minimized."""
-        return self.kl + settings.weight * self.hinge + settings.coherence * self.drift
+    def total(self, weight: float, coherence: float) -> Float[Tensor, ""]:
+        """Return the weighted sum that is minimized. weight: factor on the hinge loss. coherence: on the drift."""
+        return self.kl + weight * self.hinge + coherence * self.drift
 
     def __add__(self, other: LossTerms) -> LossTerms:
         return LossTerms(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))

@@ -1,0 +1,73 @@
+"""What a plan does to search prompts: the judge's verdicts on target answers, and KL on control prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.excise.live.hooks import applied
+from obliteratus.inference.answers import AnswerDecoder
+from obliteratus.inference.cached_prompts import CachedPrompts
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.logits import kl_divergence
+from obliteratus.inference.memory import free_memory
+from obliteratus.judge.judge import SHOWN, Judge
+from obliteratus.judge.rung import Answered
+from obliteratus.prompts import evenly_spaced
+from obliteratus.verify.behavior import shows_already
+
+GROUPS = ("target", "control")
+# Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
+CHECKED_PROMPTS = 48
+CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
+# Degenerate answers that may be added: two of 48 are within chance, as in a search (Search.degenerate_margin).
+DEGENERATE_MARGIN = 0.05
+MAX_KL = 100.0  # nats, for a model whose logits are not finite: no working model comes near
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What search prompts say of a plan."""
+
+    rate: float
+    """Share of target answers that show the behavior, 0–1."""
+    degenerate: float
+    """Share of target answers that are empty or loops, 0–1."""
+    kl: float
+    """Mean KL(base ‖ edited) of control prompts' first answer token, nats."""
+
+
+class SearchCheck:
+    """Search prompts whose blocks below the edits run only once."""
+
+    def __init__(self, subject: Subject, prompts: PromptSet, judge: Judge, tokens: int) -> None:
+        """tokens: the most of an answer."""
+        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), CHECKED_PROMPTS)] for g in GROUPS}
+        rows = {g: render_prompts(subject, members, reserve=tokens) for g, members in few.items()}
+        budget = CACHE_SHARE * free_memory(subject)
+        self.subject, self.tokens, self.judge = subject, tokens, judge.without_witnesses()
+        self.prompts = few["target"]
+        self.target = CachedPrompts(subject, rows["target"], budget=budget)
+        self.control = CachedPrompts(subject, rows["control"], budget=budget, answers=())
+        self.base = self.control.first_token()
+        self.unedited = self.check(Plan((), subject.source.digest))
+
+    def check(self, plan: Plan) -> Checked:
+        """Answer the target prompts under the plan, and compare the control prompts' first tokens with the base's."""
+        with applied(self.subject, plan):
+            answers = self.target.generate(self.tokens, done=shows_already(self.subject, self.judge))
+            divergence = kl_divergence(self.base, self.control.first_token()).nan_to_num(nan=MAX_KL)
+        assert answers is not None, "nothing gives the answers up"
+        texts = AnswerDecoder.create(self.subject).decode_all(answers)
+        asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(self.prompts, texts, strict=True)]
+        verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
+        shares = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
+        return Checked(*shares, float(divergence.clamp(max=MAX_KL).mean()))
+
+    def excess(self, checked: Checked, goal: float) -> float:
+        """Return by how much a plan leaves more of the behavior than the goal, or adds more loops than it may.
+
+        0 means that both limits hold.
+        """
+        loops = self.unedited.degenerate + DEGENERATE_MARGIN
+        return max(0.0, checked.rate - goal) + max(0.0, checked.degenerate - loops)
