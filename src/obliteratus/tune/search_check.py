@@ -61,8 +61,8 @@ class SearchCheck:
         texts = AnswerDecoder.create(self.subject).decode_all(answers)
         asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(self.prompts, texts, strict=True)]
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
-        shares = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
-        return Checked(*shares, float(divergence.clamp(max=MAX_KL).mean()))
+        rate, degenerate = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
+        return Checked(rate, degenerate, float(divergence.clamp(max=MAX_KL).mean()))
 
     def excess(self, checked: Checked, goal: float) -> float:
         """Return by how much a plan leaves more of the behavior than the goal, or adds more loops than it may.
