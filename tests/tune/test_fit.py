@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.plan import load_plan
 from obliteratus.forecast.formula import describe_cost
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.judge.judge import Judge
@@ -25,7 +27,8 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.tune import fit, targets
-from obliteratus.tune.fit import MIN_STRENGTH, CachedPairs, Fit, TunedPlan, TuningData, find_front, tune_plan
+from obliteratus.tune.fit import MIN_STRENGTH, CachedPairs, Fit, TuningData, tune_plan
+from obliteratus.tune.front import Tuned, TunedPlan, find_front, load_tuned, save_tuned
 from obliteratus.tune.gradient_memory import GradientMemory
 from obliteratus.tune.objective import ZERO_LOSS
 from obliteratus.tune.parameters import EditParameters
@@ -209,12 +212,19 @@ def test_a_plan_is_fitted_in_one_run(easy: None, make_plan: Any) -> None:
     """The result is one of the plans on the way, and the same with the same seed."""
     subject, splits = tiny_subject("llama"), split_prompts(group_prompts())
     plan = random_upper_plan(subject, make_plan)
-    best, front = tune_plan(subject, plan, splits, FEW_STEPS)
-    again, _ = tune_plan(subject, plan, splits, FEW_STEPS)
-    same(best.plan, again.plan)
-    assert all(isinstance(p, TunedPlan) for p in front)
-    assert all(abs(e.strength) > MIN_STRENGTH * best.scale for e in best.plan.edits if isinstance(e, Edit))
-    assert {"rate", "kl", "degenerate", "hinge", "steps", "scale", "edits"} <= set(best.describe())
+    tuned, again = (tune_plan(subject, plan, splits, FEW_STEPS) for _ in range(2))
+    same(tuned.plan, again.plan)
+    assert all(abs(e.strength) > 0.3 * MIN_STRENGTH for e in tuned.plan.edits if isinstance(e, Edit))
+    assert {"rate", "kl", "degenerate", "hinge", "steps", "scale", "edits"} <= set(tuned.front[0].describe())
+
+
+def test_the_front_is_kept(tmp_path: Path) -> None:
+    points = [replace(point(rate, kl), plan=weak(refusing(), REFUSAL)) for rate, kl in ((0.5, 0.1), (0.0, 0.3))]
+    save_tuned(Tuned(points[1].plan, points), tmp_path)
+    same(load_tuned(tmp_path).plan, points[1].plan)
+    same(load_plan(tmp_path / "front" / "1"), points[0].plan)
+    described = json.loads((tmp_path / "front" / "front.json").read_text())
+    assert [(one["number"], one["rate"]) for one in described] == [(1, 0.5), (2, 0.0)]
 
 
 def same(a: Plan, b: Plan) -> None:

@@ -36,7 +36,7 @@ from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
 from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
-from obliteratus.pipeline.stages import ADVICE
+from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
@@ -50,6 +50,7 @@ from obliteratus.search import (
 from obliteratus.search.output import JOURNAL, front_rows, write_front
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import open_subject, read_width
+from obliteratus.tune.front import FRONT
 from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
 from obliteratus.verify.ladder import check_judge, embed_files
@@ -191,6 +192,8 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
                 write_front(front, partial / "output", partial / JOURNAL)
             if record.advice:
                 copytree(partial / ADVICE, partial / "output" / "analysis")
+            if job.recipe.tune:
+                copytree(partial / TUNE / FRONT, partial / "output" / FRONT)
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return JobResult(record, result.before, result.after, front)

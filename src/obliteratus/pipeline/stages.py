@@ -29,6 +29,7 @@ from obliteratus.pipeline.advise import (
 from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 from obliteratus.tune.fit import tune_plan
+from obliteratus.tune.front import load_tuned, save_tuned
 from obliteratus.verify import Measurement, measure, measure_before_and_after
 from obliteratus.verify.behavior import behavior_tokens
 from obliteratus.verify.ladder import build_judge, wants_own_words
@@ -43,7 +44,7 @@ from obliteratus.verify.presence import (
 )
 from obliteratus.weigh import weigh_sites
 
-ADVICE = "ANALYZE"  # name of the stage, and of its folder in the folder of a run
+ADVICE, TUNE = "ANALYZE", "TUNE"  # names of stages, and of their folders in the folder of a run
 # Before a later pass the model answers so many search prompts with so many tokens. This is enough to see a refusal
 # begin, and to tell a rate of 5 % from one of 20 %.
 CHECK_PROMPTS, CHECK_TOKENS = 48, 16
@@ -183,7 +184,7 @@ class Stages:
         if settings is None:
             return plan
         arguments = (self.subject, plan, self.splits, settings, recipe.seed, self.judge, recipe.stop_below)
-        return self.store.stage("TUNE", lambda: tune_plan(*arguments)[0].plan, save_plan, load_plan)
+        return self.store.stage(TUNE, lambda: tune_plan(*arguments), save_tuned, load_tuned).plan
 
     def measure_after(self, recipe: Recipe, plan: Plan, before: Measurement | None) -> tuple[Measurement, Measurement]:
         """VERIFY the model under the plan, and before it if that is still to be measured."""

@@ -22,10 +22,11 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import Judge
+from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.gradient_memory import GradientMemory, plan_gradient_memory, recompute_blocks
 from obliteratus.tune.objective import ZERO_LOSS, LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.search_check import Checked, SearchCheck
+from obliteratus.tune.search_check import SearchCheck
 from obliteratus.tune.targets import TrainingPairs, collect_pairs
 
 CHECK_EVERY = 10  # steps between two looks at search prompts, which cost about six steps
@@ -40,25 +41,6 @@ RISE, FALL = 2.0, 0.7
 WEIGHTS = (0.25, 64.0)  # least and most: beyond, one of the two losses decides alone
 SCALES = (0.85, 0.7, 0.55, 0.4)  # factors on all strengths, from thorough to gentle
 STRONGER = (1.15, 1.3)  # where the goal was not reached
-
-
-@dataclass(frozen=True, eq=False)
-class TunedPlan:
-    """A plan on the way from gentle to thorough, and what search prompts say of it."""
-
-    plan: Plan
-    loss: LossTerms
-    """On search prompts' answers."""
-    checked: Checked
-    steps: int
-    """Gradient steps taken."""
-    scale: float = 1.0
-    """Factor on all strengths after the last step."""
-
-    def describe(self) -> dict[str, float]:
-        """Return what search prompts say, as plain numbers."""
-        loss = {name: float(value) for name, value in vars(self.loss).items()}
-        return {**vars(self.checked), **loss, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
 
 
 class TuningData:
@@ -141,7 +123,7 @@ def tune_plan(
     seed: int = 0,
     judge: Judge | None = None,
     goal: float = 0.0,
-) -> tuple[TunedPlan, list[TunedPlan]]:
+) -> Tuned:
     """Return the plan with fitted strengths and directions, and the front from gentle to thorough.
 
     Ranks and anchors stay; weak edits are dropped. Gradient steps use fit prompts. Search prompts are answered every
@@ -158,7 +140,7 @@ def tune_plan(
     best = fit.choose(points)
     front = find_front(points)
     note("TUNE", describe_choice(best, front, judge.name))
-    return best, front
+    return Tuned(best.plan, front)
 
 
 def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> str:
@@ -169,15 +151,6 @@ def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> s
         f"{best.checked.rate:.1%} of search prompts at KL {best.checked.kl:.4f}; "
         f"{len(front)} plans from {ends[0].rate:.1%} at {ends[0].kl:.4f} to {ends[1].rate:.1%} at {ends[1].kl:.4f}"
     )
-
-
-def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
-    """Return the plans for which no other leaves at most as much at a smaller KL, the gentlest first."""
-    front: list[TunedPlan] = []
-    for point in sorted(points, key=lambda p: (p.checked.rate, p.checked.kl)):
-        if not front or point.checked.kl < front[-1].checked.kl:
-            front.append(point)
-    return front[::-1]
 
 
 def make_tuning_data(

@@ -1,0 +1,68 @@
+"""The plans of a fit, from gentle to thorough, and the files that they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from obliteratus.core.types import Plan
+from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.tune.objective import LossTerms
+from obliteratus.tune.search_check import Checked
+
+FRONT = "front"
+"""Name of the folder with a folder for each plan, and of the JSON file that describes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class TunedPlan:
+    """A plan on the way from gentle to thorough, and what search prompts say of it."""
+
+    plan: Plan
+    loss: LossTerms
+    """On search prompts' answers."""
+    checked: Checked
+    steps: int
+    """Gradient steps taken."""
+    scale: float = 1.0
+    """Factor on all strengths after the last step."""
+
+    def describe(self) -> dict[str, float]:
+        """Return what search prompts say, as plain numbers."""
+        loss = {name: float(value) for name, value in vars(self.loss).items()}
+        return {**vars(self.checked), **loss, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of a fit."""
+
+    plan: Plan
+    front: Sequence[TunedPlan] = ()
+    """The gentlest plan first. Empty if the result was loaded from disk."""
+
+
+def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
+    """Return the plans for which no other leaves at most as much at a smaller KL, the gentlest first."""
+    front: list[TunedPlan] = []
+    for point in sorted(points, key=lambda p: (p.checked.rate, p.checked.kl)):
+        if not front or point.checked.kl < front[-1].checked.kl:
+            front.append(point)
+    return front[::-1]
+
+
+def save_tuned(tuned: Tuned, folder: Path) -> None:
+    """Write the plan, ``front/N`` with each plan of the front, and ``front/front.json`` with what is known of them."""
+    save_plan(tuned.plan, folder)
+    for number, point in enumerate(tuned.front, 1):
+        save_plan(point.plan, folder / FRONT / str(number))
+    described = [{"number": number, **point.describe()} for number, point in enumerate(tuned.front, 1)]
+    (folder / FRONT).mkdir(exist_ok=True)
+    (folder / FRONT / f"{FRONT}.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def load_tuned(folder: Path) -> Tuned:
+    """Load the plan that `save_tuned` wrote. The front is not loaded."""
+    return Tuned(load_plan(folder))
