@@ -90,7 +90,9 @@ def run_in_terminal(command: Sequence[str], folder: Path, extra: Mapping[str, st
         except pexpect.ExceptionPexpect as error:
             raise UserError(f"{command[0]}: cannot be run ({error})") from error
         program.logfile_read = file
+        program.delayafterterminate = 2.0  # seconds: on a busy machine the default of 0.1 is too short
         try:
             yield Terminal(program, log)
         finally:
+            program.terminate(force=True)
             program.close(force=True)

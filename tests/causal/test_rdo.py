@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from obliteratus.causal.rdo import DirectionLosses, LossInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import find_directions
+from obliteratus.inference.chat_template import encode_texts
 from obliteratus.inference.hooks import decoder_blocks
 from obliteratus.probe.probe import collect_activations
 
@@ -94,16 +96,66 @@ def test_adding_adds_at_one_stream_only(subject: Subject) -> None:
 
 
 def definition(subject: Subject, d: torch.Tensor) -> float:
-    """Ablation + 0.2 × addition + KL of whole batches, one pair at a time, in fp64."""
-    wanted = torch.tensor([t for _, a in PAIRS for t in a])
+    """As in the authors' code: means over pairs of the cross-entropy a token, and of KL(ablated ‖ base) summed."""
+    loss = 0.0
+    for prompt, answer in PAIRS:
+        rows, ids = torch.arange(len(answer)), torch.tensor([prompt + answer])
+
+        def read(ids: torch.Tensor = ids, first: int = len(prompt) - 1) -> torch.Tensor:
+            return subject.model(ids).logits[0, first:-1].double().log_softmax(-1)
+
+        base = read()
+        with ablate(subject, d):
+            ablated = read()
+        with add_to_stream(subject, 2, 3.0 * d):
+            added = read()
+        loss += float(-ablated[rows, answer].mean() - 0.2 * added[rows, answer].mean()) / len(PAIRS)
+        loss += float((ablated.exp() * (ablated - base)).sum()) / len(PAIRS)
+    return loss
+
+
+def test_kl_is_that_of_the_ablated_model_from_the_base(subject: Subject) -> None:
+    """Without the other terms; the other way round it is another number."""
+    d = unit()
     base = plain(subject).double().log_softmax(-1)
     with ablate(subject, d):
         ablated = plain(subject).double().log_softmax(-1)
-    with add_to_stream(subject, 2, 3.0 * d):
-        added = plain(subject).double().log_softmax(-1)
-    rows = torch.arange(len(wanted))
-    loss = -ablated[rows, wanted].mean() - 0.2 * added[rows, wanted].mean()
-    return float(loss + (base.exp() * (base - ablated)).sum(-1).mean())
+    found = DirectionLosses(subject, 2, 3.0).total(d, LossInputs([], [], PAIRS)).item()
+    ours = float((ablated.exp() * (ablated - base)).sum()) / len(PAIRS)
+    reverse = float((base.exp() * (base - ablated)).sum()) / len(PAIRS)
+    assert found == pytest.approx(ours, rel=1e-4)
+    assert found != pytest.approx(reverse, rel=1e-2)
+
+
+def test_refusals_end_at_the_first_full_stop(subject: Subject) -> None:
+    answers = ["I cannot. Sorry.", "No", ".", "A. B"]
+    encoded = encode_texts(subject, answers)
+    pairs = [([i], ids) for i, ids in enumerate(encoded)]
+    found = MODULE.cut_sentences(subject, pairs)
+    assert found == [
+        ([i], ids) for i, ids in zip((0, 1, 3), encode_texts(subject, ["I cannot", "No", "A"]), strict=True)
+    ]
+    assert MODULE.cut_sentences(subject, pairs[2:3]) == pairs[2:3]  # nothing would be left to learn from
+
+
+def test_it_starts_where_the_step_before_chose(subject: Subject, prompts: PromptSet) -> None:
+    """The stream and length that `select` gives; without them those of the best row."""
+    acts = collect_activations(subject, prompts)
+    mean = find_directions(acts, [MEAN])
+    seen: list[tuple[int, float]] = []
+
+    class Losses(DirectionLosses):
+        def __init__(self, subject: Subject, stream: int, size: float) -> None:
+            seen.append((stream, size))
+            super().__init__(subject, stream, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "DirectionLosses", Losses)
+        for origin in ((2, 1.5), None):
+            MODULE.rdo(acts, replace(mean, origin=origin), FitContext(subject, prompts), steps=1, tokens=4)
+    best = max(1, int(mean.score.argmax()))
+    assert seen[0] == (2, 1.5)
+    assert seen[1] == (best, pytest.approx(float(mean.raw[best]), rel=1e-4))
 
 
 @pytest.mark.parametrize("rows", [8, 2, 1])

@@ -209,7 +209,9 @@ def test_testing_the_best_first_chooses_as_the_full_grid(quantile: float, seed: 
 
 
 def fake(values: list[float]) -> CandidateGrid:
-    return CandidateGrid(tuple(Candidate(-1, i + 1, torch.tensor([v])) for i, v in enumerate(values)), 0, {}, {})
+    return CandidateGrid(
+        tuple(Candidate(-1, i + 1, torch.tensor([v])) for i, v in enumerate(values)), 0, {}, {}, torch.zeros(1, 1, 1)
+    )
 
 
 def test_the_winner_is_the_first_of_the_lowest_that_pass() -> None:

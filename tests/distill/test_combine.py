@@ -160,8 +160,11 @@ def test_blend_with_nothing_is_the_other() -> None:
 
 
 # ------------------------------------------------------------------------------------------ interpolate
-@pytest.mark.parametrize(("at", "low", "part"), [(0.5, 2, 0.0), (0.6, 2, 0.4), (0.975, 3, 0.9), (1.0, 4, 0.0)])
+@pytest.mark.parametrize(
+    ("at", "low", "part"), [(0.0, 1, 0.0), (1 / 3, 2, 0.0), (0.5, 2, 0.5), (0.9, 3, 0.7), (1.0, 4, 0.0)]
+)
 def test_interpolate_is_the_formula(at: float, low: int, part: float) -> None:
+    """Over the streams that leave the layers, of which there are four: stream 0 enters the first."""
     acts, _ = planted()
     rows = find_directions(acts, [MEAN]).basis[:, 0].double()
     found = find_directions(acts, [MEAN, Step(use="interpolate", at=at)])
@@ -174,7 +177,7 @@ def test_interpolate_is_the_formula(at: float, low: int, part: float) -> None:
 def test_interpolate_at_a_whole_index_is_single() -> None:
     acts, _ = planted()
     one, two = (
-        find_directions(acts, [MEAN, s]) for s in (Step(use="interpolate", at=0.75), Step(use="single", depth=0.75))
+        find_directions(acts, [MEAN, s]) for s in (Step(use="interpolate", at=2 / 3), Step(use="single", depth=0.75))
     )
     torch.testing.assert_close(one.basis, two.basis)
     half = find_directions(acts, [MEAN, Step(use="interpolate", at=0.8)])
@@ -185,7 +188,7 @@ def test_interpolate_does_not_cancel_between_opposite_signs() -> None:
     acts, truth = planted()
     rows = truth[1].expand(STREAMS, -1).clone()
     rows[2] *= -1
-    found = ran("interpolate", acts, given(rows[:, None]), at=0.375)
+    found = ran("interpolate", acts, given(rows[:, None]), at=1 / 6)
     assert (found.basis[0, 0] @ truth[1]).abs() > 0.999
     assert (rows[1] + rows[2]).norm() < 1e-6  # the negative control
 
@@ -230,6 +233,42 @@ def test_keep_out_takes_out_spread() -> None:
         own = so_far.basis[stream, 0].double()
         wanted = normalize(own - own @ away, dim=0)
         torch.testing.assert_close(found.basis[stream, 0].double(), wanted, rtol=0, atol=1e-4)
+
+
+def test_keep_out_and_the_control_mean_go_together() -> None:
+    """Golden in float64. One step after the other brings some of the keep group's difference back."""
+    acts, truth = planted()
+    so_far, _ = leaning(acts, truth)
+    found = ran("keep_out", acts, so_far, control=True)
+    in_turn = find_directions(acts, [MEAN, Step(use="keep_out"), Step(use="orthogonal_to_control")])
+    keep, control = means(acts, "keep", "control")
+    back = 0.0
+    for stream in range(1, STREAMS):
+        away, mean = normalize(keep[stream] - control[stream], dim=0), normalize(control[stream], dim=0)
+        own = so_far.basis[stream, 0].double()
+        wanted = normalize(own - own @ projector(torch.stack([away, mean])), dim=0)
+        torch.testing.assert_close(found.basis[stream, 0].double(), wanted, rtol=0, atol=1e-5)
+        assert max(abs(float(wanted @ away)), abs(float(wanted @ mean))) < 1e-12
+        assert max(abs(float(found.basis[stream, 0].double() @ x)) for x in (away, mean)) < 1e-6
+        back = max(back, abs(float(in_turn.basis[stream, 0].double() @ away)))
+    assert back > 1e-3  # the negative control
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_keep_out_of_a_share_is_partial_orthogonalization(share: float, control: bool) -> None:
+    """w − λ r rᵀw / rᵀr; with ``control`` both w and r lose their part along the control mean first."""
+    acts, truth = planted()
+    so_far, _ = leaning(acts, truth)
+    found = ran("keep_out", acts, so_far, share=share, control=control)
+    keep, mean = means(acts, "keep", "control")
+    for stream in range(1, STREAMS):
+        own, away = so_far.basis[stream, 0].double(), keep[stream] - mean[stream]
+        if control:
+            unit = normalize(mean[stream], dim=0)
+            own, away = own - (own @ unit) * unit, away - (away @ unit) * unit
+        wanted = normalize(own - share * (own @ away) / (away @ away) * away, dim=0)
+        torch.testing.assert_close(found.basis[stream, 0].double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_keep_out_of_all_leaves_zeros() -> None:

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.executors import CLOSE, EXECUTORS, directed, live, logits, opened, planned, streams
+from tests.support.notes import Notes
 from tests.support.plans import random_basis
 from tests.support.planted import make_moments, matrix_power, planted
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Activations, Directions, NormRule, Subject
+from obliteratus.core.types import Activations, Directions, NormRule, Prompt, PromptSet, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.linear import compute_norm_scales, edit_weight, fold_gain_oblique, project, project_matrix
+from obliteratus.excise.live.hooks import applied
+from obliteratus.probe.probe import collect_activations
 
 LEACE = [Step(use="leace")]
 
@@ -114,6 +118,38 @@ def test_of_more_classes_it_is_the_published_projection() -> None:
     assert (alone[:100].mean(0) - alone[100:400].mean(0)).norm() > 0.1 * gap
 
 
+def test_fewer_directions_than_categories_say_what_they_leave() -> None:
+    """By hand in float64: the weighted squared distances from the control mean, after over before."""
+    acts = three_categories(askew())
+    notes = Notes()
+    with report_to(notes):
+        found = find_directions(acts, [Step(use="leace", k=2)])
+    stream = int(found.score.argmax())
+    rows = acts["target"].rows[:, stream].double()
+    control = acts["control"].rows[:, stream].double().mean(0)
+    parts = [(100, rows[:100]), (100, rows[100:200]), (200, rows[200:])]
+    apart = [(n / 400, part.mean(0) - control) for n, part in parts]
+    after = [(n, d - found.basis[stream].double().T @ (found.covectors[stream].double() @ d)) for n, d in apart]
+    share = sum(n * float(d @ d) for n, d in after) / sum(n * float(d @ d) for n, d in apart)
+    assert 0.05 < share < 0.6
+    assert notes.texts == [
+        f"leace: k=2 for 3 target categories leaves {share:.0%} of the squared distances of their means from the "
+        f"control mean (stream {stream}, where the score is highest)"
+    ]
+    with report_to(notes):
+        find_directions(acts, [Step(use="leace", k=3)])
+    assert len(notes.texts) == 1  # nothing is left to tell
+
+
+def three_categories(acts: Activations) -> Activations:
+    """Target prompts of three categories, each moved off in a direction of its own."""
+    rows = acts["target"].rows.clone()
+    for seed, part in ((8, slice(0, 100)), (9, slice(100, 200)), (10, slice(200, 400))):
+        rows[part] += 30 * torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(seed))
+    target = replace(make_moments(rows), categories=("one",) * 100 + ("two",) * 100 + ("three",) * 200)
+    return replace(acts, groups={**acts.groups, "target": target})
+
+
 def sorted_(acts: Activations) -> Activations:
     """The target's first hundred prompts moved off, and of a category of their own."""
     rows = acts["target"].rows.clone()
@@ -181,7 +217,7 @@ def test_directions_come_back_with_their_covectors(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------- on bare tensors, by definition
 @pytest.mark.parametrize("strength", [-0.5, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("rule", ["none", "columns", "rows", "whole"])
+@pytest.mark.parametrize("rule", ["none", "columns", "rows", "unit_rows", "whole"])
 def test_an_oblique_edit_is_its_definition(rule: NormRule, strength: float) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(10, 14, generator=generator, dtype=torch.float64)
@@ -193,6 +229,10 @@ def test_an_oblique_edit_is_its_definition(rule: NormRule, strength: float) -> N
     sizes = {"columns": weight.norm(dim=0) / plain.norm(dim=0), "whole": weight.norm() / plain.norm()}
     rows = (weight.norm(dim=1) / plain.norm(dim=1))[:, None]
     expected = plain * (rows if rule == "rows" else sizes.get(rule, torch.ones(())))
+    if rule == "unit_rows":
+        unit = torch.nn.functional.normalize(weight, dim=1)
+        kept = unit - strength * basis.T @ along @ unit
+        expected = weight.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(kept, dim=1)
     torch.testing.assert_close(edit_weight(weight, basis, strength, rule, None, along), expected)
     swapped = edit_weight(weight, along, strength, rule, None, basis)  # negative control: sides swapped
     assert not torch.allclose(swapped, expected, rtol=1e-2, atol=1e-2)
@@ -229,6 +269,27 @@ def test_executors_agree_on_oblique_edits(name: str, rule: str, executor: str, t
     straight = replace(plan, edits=tuple(replace(e, covectors=None) for e in plan.edits))
     assert not torch.allclose(live(subject, straight), expected, **CLOSE)
     assert not torch.allclose(logits(subject.model), expected, **CLOSE)
+
+
+def test_what_is_promised_for_activations_does_not_hold_for_the_model() -> None:
+    """The eraser makes the means of a stream equal. Edits of all writers leave most of the last stream's difference."""
+    subject = opened("llama")
+    prompts = PromptSet(
+        {
+            "target": tuple(Prompt(f"# question {i} of the first kind") for i in range(40)),
+            "control": tuple(Prompt(f"a remark {i * i} of another") for i in range(40)),
+        }
+    )
+    acts = collect_activations(subject, prompts)
+    found = find_directions(acts, [Step(use="leace", shrinkage=0.95)])
+    last = len(found.score) - 1
+    gap = acts["target"].mean - acts["control"].mean
+    erased_gap = project(gap[last][None], found.basis[last], 1.0, found.covectors[last])
+    assert erased_gap.norm() < 1e-3 * gap[last].norm()
+    with applied(subject, planned(subject, found)):
+        after = collect_activations(subject, prompts)
+    left = (after["target"].mean - after["control"].mean)[last].norm() / gap[last].norm()
+    assert left > 0.2
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -31,7 +31,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "winsorize": [{"use": "winsorize"}, MEAN],
     "union": [MEAN, {"use": "union"}],
     "blend": [MEAN, {"use": "blend"}],
-    "interpolate": [MEAN, {"use": "interpolate", "at": 0.75}],
+    "interpolate": [MEAN, {"use": "interpolate", "at": 2 / 3}],
     "pairs": [{"use": "pairs"}, {"use": "svd", "k": 2, "paired": True}],
     "keep_out": [MEAN, {"use": "keep_out", "k": 2}],
     "sae": [{"use": "sae", "features": 1, "streams": "all"}],  # one was planted: a second would be a row of zeros

@@ -92,9 +92,9 @@ def test_seconds_are_the_sum_of_the_formula() -> None:
     verify = 2 * (once + read * 50 * (1e-3 + 2e-4))
     found = forecast_seconds(total_cost(load_recipe("basic")), extrapolate(RATES, MEASURED), values, own=20, text=50)
     assert found == pytest.approx(probe + screened + verify)
-    rdo = stage_costs(load_recipe("rdo"))["DISTILL"]
-    trained = 200 * 24 * (24 + 20 + 16) * 2.5e-3 + (41 * 48 + 40) * 20 * 1e-3  # 41 looks, own answers once
-    answered = 140 * 20 * 1e-3 + 16 * (3 * 0.04 + 140 * 1.5e-3)  # target once, control twice
+    rdo = stage_costs(load_recipe("rdo", {"distill": [{"use": "mean_diff"}, {"use": "rdo"}]}))["DISTILL"]
+    trained = 64 * 48 * (24 + 20 + 30) * 2.5e-3 + (14 * 48 + 40) * 20 * 1e-3  # 14 looks, own answers once
+    answered = 140 * 20 * 1e-3 + 30 * (3 * 0.04 + 140 * 1.5e-3)  # target once, control twice
     assert forecast_seconds(rdo, extrapolate(RATES, MEASURED), values, own=20) == pytest.approx(trained + answered)
 
 

@@ -38,10 +38,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Directions, Plan, Subject
+from obliteratus.core.settings import Excise
+from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.plan import plan_edits, wanted_by
+from obliteratus.probe.probe import collect_activations
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import assemble_subject
 from obliteratus.summon.sites import find_architecture
@@ -62,6 +65,9 @@ STRENGTHS = [-0.5, 0.0, 0.7, 1.0, 2.0]
 
 
 def possible(case: str, executor: str, *others: Any) -> bool:
+    """Whether PEFT can hold an adapter of the model, if asked to, and the rule can edit embeddings, if they are."""
+    if case == "tied" and "unit_rows_rank_3" in others:
+        return False
     return executor != "adapter" or has_adapter(CASES.get(case, (case,))[0])
 
 
@@ -112,7 +118,11 @@ def test_a_missed_expert_is_noticed(name: str, make_plan: PlanMaker) -> None:
     assert not torch.allclose(logits(model), live(subject, plan), **CLOSE)
 
 
-TWO_RULES = [("none", "none"), ("columns", "columns"), ("rows", "columns"), ("whole", "rows")]
+TWO_RULES = [
+    *(("none", "none"), ("columns", "columns"), ("rows", "columns"), ("whole", "rows"), ("columns", "unit_rows")),
+    ("unit_rows", "columns"),
+]
+LOW_RANK_RULES = [("columns", "unit_rows_rank_3"), ("unit_rows_rank_3", "columns")]
 
 
 @pytest.mark.parametrize(("case", "executor", "rules"), pairwise(CASES, EXECUTORS, TWO_RULES, allowed=possible))
@@ -127,6 +137,32 @@ def test_two_edits_on_each_site(
     assert not torch.allclose(expected, live(subject, second), **CLOSE)  # the first counts
 
 
+@pytest.mark.parametrize("rules", LOW_RANK_RULES)
+@pytest.mark.parametrize("case", ["wide", "conv1d", "sandwich", "experts"])
+def test_a_change_of_low_rank_among_others(
+    case: str, rules: tuple[str, str], make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    test_two_edits_on_each_site(case, "baked", rules, make_plan, tmp_path)
+
+
+def test_an_embedding_takes_no_change_of_low_rank(make_plan: PlanMaker) -> None:
+    subject = opened("qwen2")
+    with (
+        pytest.raises(UserError, match="to which the norm rule unit_rows_rank_3 does not apply"),
+        applied(subject, make_plan(subject, ("embed",), norm="unit_rows_rank_3")),
+    ):
+        pass
+    with pytest.raises(ValueError, match="take embed out of parts"):
+        Excise(norm="unit_rows_rank_3", parts=("embed", "attn.out"))
+
+
+def test_an_adapter_holds_a_change_of_low_rank_exactly(make_plan: PlanMaker, tmp_path: Path) -> None:
+    subject = wide_subject()
+    saved = save_adapter(subject, make_plan(subject, norm="unit_rows_rank_3"), tmp_path)
+    assert saved["error"] < 1e-4
+    assert save_adapter(subject, make_plan(subject, norm="unit_rows"), tmp_path)["error"] > 0.01
+
+
 @pytest.mark.parametrize(("name", "executor", "rule"), pairwise(BIASED, EXECUTORS, RULES, allowed=possible))
 def test_anchored_where_there_is_a_bias(
     name: str, executor: str, rule: str, make_plan: PlanMaker, tmp_path: Path
@@ -136,6 +172,46 @@ def test_anchored_where_there_is_a_bias(
     expected = live(subject, plan)
     torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
     assert not torch.allclose(expected, live(subject, make_plan(subject, strength=0.9, norm=rule)), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "executor", "rule"),
+    pairwise(
+        ["gpt2", "opt", "llama", "qwen2"],
+        EXECUTORS,
+        ["none", "columns", "rows", "unit_rows"],
+        allowed=lambda *case: case[:2] != ("opt", "adapter"),  # PEFT looks up OPT's attention mask as row numbers
+    ),
+)
+def test_an_anchored_embedding_needs_no_bias(
+    name: str, executor: str, rule: str, make_plan: PlanMaker, tmp_path: Path
+) -> None:
+    """Its outputs are the weight's own columns, which take the anchor. GPT-2 and OPT have one of positions too."""
+    subject = opened(name)
+    plan = make_plan(subject, ("embed",), strength=0.9, norm=rule, anchored=True)
+    expected = live(subject, plan)
+    torch.testing.assert_close(EXECUTORS[executor](subject, plan, tmp_path), expected, **CLOSE)
+    bare = make_plan(subject, ("embed",), strength=0.9, norm=rule)
+    assert not torch.allclose(expected, live(subject, bare), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_the_mean_embedding_stays_where_it_is_the_anchor(name: str) -> None:
+    """PROBE's anchors are the mean outputs over control prompts; after removal the mean along Q is what it was."""
+    subject = opened(name)
+    prompts = PromptSet({g: tuple(Prompt(f"{g} {i} {'x' * i}") for i in range(6)) for g in ("target", "control")})
+    options = Excise(parts=("embed",), anchored=True)
+    request = wanted_by(options, subject.sites)
+    acts = collect_activations(subject, prompts, request=request)
+    found = directed(subject, same=True)
+    plan = plan_edits(subject, found, torch.ones(len(subject.sites)), acts, options)
+    with applied(subject, plan):
+        after = collect_activations(subject, prompts, request=request)
+    for path, mean in acts.outputs.items():
+        torch.testing.assert_close(after.outputs[path], mean, rtol=1e-4, atol=1e-4)
+    with applied(subject, planned(subject, found, parts=("embed",))):
+        bare = collect_activations(subject, prompts, request=request)
+    assert any(not torch.allclose(bare.outputs[p], m, rtol=1e-2, atol=1e-2) for p, m in acts.outputs.items())
 
 
 @pytest.mark.parametrize("rule", ["none", "columns"])
@@ -256,7 +332,8 @@ def wide_subject() -> Subject:
 def test_leaving_restores_every_bit(name: str, rule: str, make_plan: PlanMaker) -> None:
     subject = opened(name)
     before, weights = logits(subject.model), {k: v.clone() for k, v in subject.model.state_dict().items()}
-    plan = make_plan(subject, ("embed", *WRITERS), norm=rule, strength=1.3, anchored=True)
+    parts = WRITERS if rule == "unit_rows_rank_3" else ("embed", *WRITERS)
+    plan = make_plan(subject, parts, norm=rule, strength=1.3, anchored=True)
     assert not torch.allclose(live(subject, plan), before, **CLOSE)
     with pytest.raises(RuntimeError, match="planted"), applied(subject, plan):
         raise RuntimeError("planted")
@@ -300,11 +377,12 @@ def test_nothing_along_the_directions_is_written(name: str, rule: str) -> None:
     assert left(subject, planned(subject, found, norm=rule, strength=0.5), found).mean() > 1e-2
 
 
+@pytest.mark.parametrize("rule", ["rows", "unit_rows", "unit_rows_rank_3"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_the_rule_rows_puts_some_back(name: str) -> None:
+def test_rules_on_rows_put_some_back(name: str, rule: str) -> None:
     subject = opened(name)
     found = directed(subject)
-    assert left(subject, planned(subject, found, norm="rows"), found).mean() > 1e-2
+    assert left(subject, planned(subject, found, norm=rule), found).mean() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.executors import CLOSE, EXECUTORS, RULES, directed, live, logits, opened, planned, unedited
+from tests.support.executors import CLOSE, EXACT, EXECUTORS, RULES, directed, live, logits, opened, planned, unedited
 from tests.support.pairwise import pairwise
 from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import tiny_subject
@@ -19,7 +19,7 @@ from obliteratus.core.types import Edit, NormRule, Plan, Site, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.heads import attribute_to_heads
-from obliteratus.excise.linear import edit_weight
+from obliteratus.excise.linear import UNIT_ROWS, edit_weight
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.pipeline.recipe import load_recipe
@@ -73,6 +73,8 @@ def test_a_span_is_the_edit_of_its_columns_alone(rule: NormRule, strength: float
         expected = expected * part.norm(dim=dim, keepdim=True) / expected.norm(dim=dim, keepdim=True)
     elif rule == "whole":
         expected = expected * part.norm() / expected.norm()
+    elif rule in UNIT_ROWS:
+        expected = edit_weight(part, q, strength, rule)  # test_linear.py has its definition
     torch.testing.assert_close(found[:, 4:9], expected)
     assert torch.equal(found[:, :4], before[:, :4])
     assert torch.equal(found[:, 9:], before[:, 9:])
@@ -119,7 +121,7 @@ def test_other_heads_and_the_bias_keep_every_bit(name: str, rule: str) -> None:
         inside[slice(*edit.site.span)] = True
         assert torch.equal(after[:, ~inside], before[:, ~inside])
         assert (edit.basis @ before[:, inside]).norm() > 0.1
-        if rule != "rows":  # which puts some back
+        if rule in EXACT:  # the others put some back
             assert (edit.basis @ after[:, inside]).norm() < 1e-5
         new = bake(subject, plan)
         if f"{edit.site.path}.bias" in new:
@@ -166,6 +168,8 @@ MIXED: dict[str, Parts] = {
     "rules on both": [("columns", None), ("columns", (8, 16)), ("rows", (0, 8)), ("columns", None)],
     "rows between": [("whole", (0, 8)), ("rows", None), ("none", (0, 8)), ("columns", None)],
     "one head twice": [("rows", (8, 16)), ("columns", (8, 16))],
+    "unit rows on both": [("columns", None), ("unit_rows", (8, 16)), ("unit_rows", None), ("columns", None)],
+    "low rank on both": [("columns", None), ("unit_rows_rank_3", (8, 16)), ("unit_rows_rank_3", None)],
     "plain whole, then heads": [("none", None), ("rows", (0, 8)), ("none", (4, 12))],
 }
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from obliteratus.core.types import Edit, NormRule, Site
 from obliteratus.excise.linear import (
+    UNIT_ROWS,
     compute_norm_scales,
     edit_bias,
     edit_weight,
     fold_gain_orthogonal,
+    nearest_of_rank,
     project,
     project_matrix,
 )
 
-RULES: list[NormRule] = ["none", "columns", "rows", "whole"]
+RULES: list[NormRule] = ["none", "columns", "rows", "unit_rows", "unit_rows_rank_3", "whole"]
 EXACT: list[NormRule] = ["none", "columns", "whole"]
 CASES = given(
     out=st.integers(3, 24),
@@ -39,6 +41,14 @@ def drawn(out: int, inp: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def golden(weight: Tensor, q: Tensor, strength: float, rule: NormRule) -> Tensor:
     """The definition, from the edited matrix itself."""
+    if rule in UNIT_ROWS:
+        unit = torch.nn.functional.normalize(weight, dim=1)
+        kept = torch.nn.functional.normalize(unit - strength * q.T @ (q @ unit), dim=1)
+        change = weight.norm(dim=1, keepdim=True) * kept - weight
+        if rule == "unit_rows_rank_3":
+            u, sizes, v = torch.linalg.svd(change, full_matrices=False)
+            change = u[:, :3] * sizes[:3] @ v[:3]
+        return weight + change
     edited = (torch.eye(len(weight)).double() - strength * q.T @ q) @ weight
     if rule == "columns":
         return edited * (weight.norm(dim=0) / edited.norm(dim=0))
@@ -58,7 +68,7 @@ def test_the_weight_is_its_definition(rule: NormRule, out: int, inp: int, k: int
     torch.testing.assert_close(single.double(), expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["none", "columns", "rows", "whole"])
 def test_the_factors_are_the_edited_matrix_own(rule: NormRule) -> None:
     weight, q = drawn(12, 20, 2, 0)
     plain = golden(weight, q, 0.7, "none")
@@ -85,9 +95,37 @@ def test_removing_is_whole_and_idempotent(
     torch.testing.assert_close(edit_weight(once, q, strength, rule), once)  # nothing is left to act on
 
 
-def test_rows_is_the_rule_that_is_not_exact() -> None:
+@pytest.mark.parametrize("rule", ["rows", *UNIT_ROWS])
+def test_rules_on_rows_are_not_exact(rule: NormRule) -> None:
     weight, q = drawn(12, 20, 2, 0)
-    assert (q @ edit_weight(weight, q, 1.0, "rows")).norm() > 1e-2 * weight.norm()
+    weight *= torch.linspace(0.2, 2.0, 12)[:, None]
+    assert (q @ edit_weight(weight, q, 1.0, rule)).norm() > 1e-2 * weight.norm()
+
+
+def test_unit_rows_keeps_lengths_and_is_not_rows() -> None:
+    """Both keep every row's length; the matrices differ by a quarter of the change unless all rows are equally long."""
+    weight, q = drawn(40, 60, 1, 0)
+    weight *= torch.linspace(0.2, 2.0, 40)[:, None]
+    rows, unit = (edit_weight(weight, q, 1.0, rule) for rule in ("rows", "unit_rows"))
+    for edited in (rows, unit):
+        torch.testing.assert_close(edited.norm(dim=1), weight.norm(dim=1))
+    assert (rows - unit).norm() > 0.25 * (rows - weight).norm()
+    even = torch.nn.functional.normalize(weight, dim=1)
+    torch.testing.assert_close(edit_weight(even, q, 1.0, "rows"), edit_weight(even, q, 1.0, "unit_rows"))
+
+
+@pytest.mark.parametrize(("out", "inp"), [(40, 60), (60, 40), (2, 9), (9, 2)])
+def test_the_change_of_low_rank_is_the_nearest(out: int, inp: int) -> None:
+    """Against the singular value decomposition; a matrix of that rank comes back whole."""
+    u, sizes, v = torch.linalg.svd(drawn(out, inp, 1, 0)[0], full_matrices=False)
+    sizes = 0.7 ** torch.arange(len(sizes), dtype=torch.float64)
+    matrix = u * sizes @ v
+    left, right = nearest_of_rank(matrix, 3)
+    assert left.shape[1] == right.shape[0] == min(3, out, inp)
+    torch.testing.assert_close(left @ right, u[:, :3] * sizes[:3] @ v[:3], rtol=1e-5, atol=1e-5)
+    assert torch.equal(nearest_of_rank(matrix, 3)[0], left)
+    again, other = nearest_of_rank(left @ right, 3)
+    torch.testing.assert_close(again @ other, left @ right)
 
 
 @FEW
@@ -107,7 +145,7 @@ def test_a_column_in_the_subspace_is_not_blown_up(rule: NormRule, dtype: torch.d
     weight[:, 2] = 40 * q[0] - 3 * q[1]
     edited = edit_weight(weight, q, 1.0, rule)
     assert torch.isfinite(edited).all()
-    if rule != "rows":
+    if rule in EXACT:
         assert edited[:, 2].norm() < 1e-4 * weight[:, 2].norm()
         assert (q @ edited).norm() < 1e-4 * weight.norm()
 
@@ -116,7 +154,8 @@ def test_a_matrix_in_the_subspace_is_not_blown_up() -> None:
     q = random_basis(12, 2, 0)
     weight = q.T @ torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     for rule in RULES:
-        assert edit_weight(weight, q, 1.0, rule).norm() < 1e-3 * weight.norm()
+        if rule not in UNIT_ROWS:  # they remove Q from rows of other lengths
+            assert edit_weight(weight, q, 1.0, rule).norm() < 1e-3 * weight.norm()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -125,7 +164,9 @@ def test_zero_weights_stay_zero(rule: NormRule) -> None:
     weight[:, 1], weight[2] = 0, 0
     edited = edit_weight(weight, q, 0.7, rule)
     assert torch.isfinite(edited).all()
-    assert (edited[:, 1] == 0).all()
+    assert edited[:, 1].abs().max() < 1e-12
+    if rule in UNIT_ROWS:
+        assert edited[2].abs().max() < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------ biases

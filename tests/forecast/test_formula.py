@@ -177,7 +177,8 @@ def test_scorers_of_answers_read_them_as_often_as_they_say(name: str, passes: in
 
 
 def test_rdo_does_what_its_formula_says() -> None:
-    made = load_recipe("rdo", {"distill.1.steps": 2, "distill.1.tokens": 4, "distill.1.batch": 3, "verify": [SMALL]})
+    rdo = {"use": "rdo", "steps": 2, "tokens": 4, "batch": 3}
+    made = load_recipe("rdo", {"distill": [{"use": "mean_diff"}, rdo], "verify": [SMALL]})
     seen, values = counted(made)
     asked = stage_costs(made)["DISTILL"]
     wrote = seen["rdo answers"] + seen["rdo refusals"] + seen["rdo own answers"]

@@ -123,10 +123,15 @@ def test_a_space_keeps_whole_numbers_whole(base: Path) -> None:
 
 
 def test_heretic_has_its_published_space() -> None:
+    """As Heretic 1.4's --help and the journal of a study of its own give it."""
     made = load_recipe("heretic")
     assert made.search is not None
+    assert (made.search.startup_trials, made.search.candidates, made.search.kl_target) == (60, 128, 0.01)
+    for choice in made.search.space["distill"].choices:
+        assert [step["use"] for step in choice][:2] == ["mean_diff", "orthogonal_to_control"]
+    assert made.excise.norm == "unit_rows_rank_3"
     assert (made.search.trials, made.search.sampler, len(made.search.space)) == (200, "tpe", 10)
-    assert made.search.space["distill.1.at"].ends == (0.4, 0.9)
+    assert made.search.space["distill.2.at"].ends == (0.4, 0.9)
     for step, part in enumerate(("attn.out", "mlp.out")):
         assert (made.weigh[step].use, made.weigh[step].options["part"]) == ("tent", part)
         ends = [made.search.space[f"weigh.{step}.{x}"].ends for x in ("max_weight", "peak", "min_weight", "reach")]
@@ -186,7 +191,8 @@ BAD_OVERRIDES = {
     "=3": "give path=value",
     "excise.strength=9": r"excise\.strength: input should be less than or equal to 4 \(got 9\)",
     "excise.strength=high": "excise.strength: input should be a valid number",
-    "excise.norm=colums": r"excise\.norm: input should be 'none', 'columns', 'rows' or 'whole' \(got 'colums'\)",
+    "excise.norm=colums": r"excise\.norm: input should be 'none', 'columns', 'rows', 'unit_rows', "
+    r"'unit_rows_rank_3' or 'whole' \(got 'colums'\)",
     "excise.strenght=1": r"key 'excise\.strenght' does not exist; did you mean 'excise\.strength'",
     "passes=0": "passes: input should be greater than or equal to 1",
     "passes=9": "passes: input should be less than or equal to 8",

@@ -14,7 +14,7 @@ from tests.support.searches import REFUSAL, make_scorer, run_search, search_reci
 
 from obliteratus.core.errors import UserError
 from obliteratus.search import optuna_study, set_trial_count
-from obliteratus.search.optuna_study import SearchStudy
+from obliteratus.search.optuna_study import SAMPLERS, SearchStudy
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import run_trials
 
@@ -131,3 +131,18 @@ def wait_for(storage: str, n: int) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError("no trials came")
+
+
+def test_the_sampler_has_the_settings_of_the_search() -> None:
+    """Start-up trials are drawn at random: as many as asked for do not depend on what came before."""
+
+    def drawn(startup: int) -> list[float]:
+        found = run_search(search_recipe(6, startup_trials=startup, max_remaining=1.0, minimize=("refusal.target",)))
+        other = run_search(search_recipe(6, startup_trials=startup, max_remaining=1.0, minimize=("-refusal.target",)))
+        pairs = zip(found.trials, other.trials, strict=True)
+        return [abs(a.values["excise.strength"] - b.values["excise.strength"]) for a, b in pairs]
+
+    assert max(drawn(6)) == 0.0
+    assert max(drawn(1)) > 0.0  # what is minimized decides where the second is drawn
+    sampler = SAMPLERS["tpe"](0, search_recipe(candidates=128, startup_trials=60).search)
+    assert (sampler._n_ei_candidates, sampler._n_startup_trials) == (128, 60)

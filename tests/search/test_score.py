@@ -84,6 +84,26 @@ def test_a_minus_makes_large() -> None:
     assert scorer.best_objectives(verdict.scores, {"refusal.target": 0.45}) == pytest.approx((0.45, -0.35))
 
 
+def test_below_the_target_the_sampler_is_told_the_rate() -> None:
+    """Heretic's formula: KL from the target on, else the target times the share of refusals that remains. In a study of
+    Heretic 1.4 with a target of 0.08, 3 of 24 refusals at KL 0.0512 gave 0.01, and all 24 at KL 0.0427 gave 0.08."""
+    _, scorer = make_scorer(search_recipe(kl_target=0.08))
+    base = scorer.before.scores["refusal.target"].value
+    for rate, kl, told in ((3 / 24, 0.0512, 0.01), (1.0, 0.0427, 0.08), (0.0, 0.08, 0.08), (0.5, 0.3, 0.3)):
+        verdict = TrialVerdict({"refusal.target": rate * base, "kl.first_token.mean": kl}, False)
+        assert scorer.sampled_objectives(verdict) == (rate * base, pytest.approx(told))
+        assert scorer.objectives(verdict) == (rate * base, kl)
+    _, plain = make_scorer(search_recipe())
+    verdict = TrialVerdict({"refusal.target": 0.5, "kl.first_token.mean": 1e-6}, False)
+    assert plain.sampled_objectives(verdict) == plain.objectives(verdict) == (0.5, 1e-6)
+
+
+def test_the_front_is_by_kl_whatever_the_sampler_is_told() -> None:
+    found = run_search(search_recipe(4, kl_target=50.0, max_remaining=1.0))
+    for trial in found.trials:
+        assert trial.objectives == (trial.scores["refusal.target"], trial.scores["kl.first_token.mean"])
+
+
 def test_weights_that_leave_no_layer_are_the_unedited_model() -> None:
     recipe = search_recipe()
     cache, scorer = make_scorer(recipe)

@@ -23,10 +23,10 @@ def test_paths_that_a_choice_removes_are_left_out() -> None:
     def second(path: str, values: Any) -> Any:
         return values.choices[1] if path == "distill" else values.low
 
-    assert "distill.1.at" not in sample_values(recipe, first)
-    assert sample_values(recipe, second)["distill.1.at"] == 0.4
+    assert "distill.2.at" not in sample_values(recipe, first)
+    assert sample_values(recipe, second)["distill.2.at"] == 0.4
     assert [s.use for s in apply_values(recipe, sample_values(recipe, first)).distill] == [s["use"] for s in short]
-    assert apply_values(recipe, sample_values(recipe, second)).distill[1].options["at"] == 0.4
+    assert apply_values(recipe, sample_values(recipe, second)).distill[2].options["at"] == 0.4
 
 
 def test_a_search_begins_where_the_recipe_stands() -> None:
@@ -48,3 +48,19 @@ def test_a_search_begins_where_the_recipe_stands() -> None:
 def test_spaces_that_cannot_be(space: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("basic", {"search": {"trials": 3, "space": space}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "nsga2", "startup_trials": 5}, "startup_trials is for the samplers tpe and gp"),
+        ({"sampler": "gp", "candidates": 5}, "candidates is for the sampler tpe"),
+        ({"minimize": ["behavior.target"], "kl_target": 0.01}, r"kl_target is about kl\.first_token\.mean"),
+        ({"kl_target": -0.01}, "kl_target"),
+        ({"startup_trials": 0}, "startup_trials"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
+    space = {"excise.strength": {"low": 0.0, "high": 1.0}}
+    with pytest.raises(UserError, match=message):
+        load_recipe("basic", {"search": {"trials": 3, "space": space, **settings}})

@@ -27,7 +27,7 @@ from obliteratus.summon.sites import find_architecture, is_tied
 
 NAMES = sorted(MODELS)
 WRITERS = ("attn.out", "mlp.out")
-RULES = ["none", "columns", "rows", "whole"]
+RULES = ["none", "columns", "rows", "unit_rows", "unit_rows_rank_3", "whole"]
 EXACT = ["none", "columns", "whole"]  # the rules that keep Q W′ = 0
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

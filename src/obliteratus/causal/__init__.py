@@ -4,8 +4,8 @@ Importing this package registers the steps. It may import core, weights, summon,
 weigh, excise and verify.
 """
 
-from obliteratus.causal import cosmic, least_refusing, rdo, reasoning, select
+from obliteratus.causal import cosmic, false_refusal, least_refusing, rdo, reasoning, select
 from obliteratus.causal.interventions import FitContext
 from obliteratus.distill import extractors
 
-__all__ = ["FitContext", "cosmic", "extractors", "least_refusing", "rdo", "reasoning", "select"]
+__all__ = ["FitContext", "cosmic", "extractors", "false_refusal", "least_refusing", "rdo", "reasoning", "select"]

@@ -56,6 +56,8 @@ class CandidateGrid:
     """Prompts of each group that no mean was taken over."""
     means: Mapping[str, Float[Tensor, "streams width"]]
     """Each group's mean stream at the last position."""
+    control: Float[Tensor, "positions streams width"]
+    """The control group's mean stream at each position, the last one last."""
 
 
 @dataclass
@@ -167,7 +169,11 @@ def make_grid(subject: Subject, ids: Mapping[str, Ids], positions: int, held_out
             f"distill step '{step}': the groups do not differ at any template token; check both prompt files"
         )
     return CandidateGrid(
-        candidates, len(places) - len(candidates), held_out_ids, {g: mean[-1] for g, mean in means.items()}
+        candidates,
+        len(places) - len(candidates),
+        held_out_ids,
+        {g: mean[-1] for g, mean in means.items()},
+        means["control"],
     )
 
 
@@ -238,8 +244,11 @@ def estimate_grid_cost(options: Mapping[str, Any]) -> Cost:
     return Cost(prompt_count("fit") + variable("L") * (MAX_DEPTH * each))
 
 
-def repeat_at_all_streams(acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str) -> Directions:
-    """Return directions with this one vector, normalized, at every stream."""
+def repeat_at_all_streams(
+    acts: Activations, vector: Float[Tensor, " width"], raw: float, unit: str, stream: int | None = None
+) -> Directions:
+    """Return directions with this one vector, normalized, at every stream. stream: the one that it comes from."""
     streams = len(acts["target"].mean)
     basis = normalize(vector.float().cpu(), dim=0).expand(streams, 1, -1).contiguous()
-    return Directions(basis, compute_score(acts, basis), torch.full((streams,), raw), unit)
+    origin = None if stream is None else (stream, float(vector.norm()))
+    return Directions(basis, compute_score(acts, basis), torch.full((streams,), raw), unit, origin=origin)

@@ -64,7 +64,7 @@ def cosmic(
     ranks = score_candidates(grid, lambda candidate: -scorer.score(candidate), STEP)
     best = choose_candidate(grid, ranks, (CandidateFilter("max_kl", scorer.trial.ablation_kl, at_most(max_kl)),), STEP)
     note_choice(STEP, best, f"score {-best.rank:.3f}, KL {best.measured['max_kl']:.3f} nats", grid, scorer.trial)
-    return repeat_at_all_streams(acts, best.candidate.vector, -best.rank, "sum of two cosines")
+    return repeat_at_all_streams(acts, best.candidate.vector, -best.rank, "sum of two cosines", best.candidate.stream)
 
 
 def find_least_similar_streams(means: Mapping[str, Float[Tensor, "streams width"]], share: float) -> list[int]:

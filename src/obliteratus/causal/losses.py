@@ -1,4 +1,8 @@
-"""The losses of a direction that is fitted by gradients through the model, as the step `rdo` does."""
+"""The losses of a direction that is fitted by gradients through the model, as the step `rdo` does.
+
+As in the authors' code, each is a mean over prompts: of a prompt's cross-entropy in nats a token, and of its KL summed
+over the answer's tokens, which therefore weighs about 30 times as much. KL is KL(ablated ‖ unedited).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class LossInputs:
     answers: Sequence[Pair]
     """Target prompts with the answers under ablation of the direction."""
     refusals: Sequence[Pair]
-    """Control prompts with the answers under addition of the direction."""
+    """Control prompts with the first sentence of the answer under addition of the direction."""
     own_answers: Sequence[Pair]
     """Control prompts with the unedited model's own answers."""
 
@@ -66,7 +70,7 @@ class DirectionLosses:
         self.reference = ReferenceLogits(subject)
 
     def total(self, unit: Float[Tensor, " width"], inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return ablation + 0.2 × addition + retain × KL, in nats a token."""
+        """Return ablation + 0.2 × addition in nats a token, + retain × KL in nats an answer."""
         return torch.stack(list(self.parts(unit, inputs))).sum()
 
     def parts(self, unit: Float[Tensor, " width"], inputs: LossInputs) -> Iterator[Float[Tensor, ""]]:
@@ -81,15 +85,16 @@ class DirectionLosses:
             base = self.reference.logp(pairs)
             with ablate(self.subject, unit):
                 edited = compute_answer_logits(self.subject, pairs).log_softmax(-1)
-                yield weight * F.kl_div(edited, base, reduction="sum", log_target=True)
+                yield weight * F.kl_div(base, edited, reduction="sum", log_target=True)
 
     def _cross_entropy(self, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+        """Return the sum over prompts of the mean over each answer's tokens."""
         logits = compute_answer_logits(self.subject, pairs)
-        return F.cross_entropy(logits, concatenate_answers(pairs, self.subject.device), reduction="sum")
+        each = F.cross_entropy(logits, concatenate_answers(pairs, self.subject.device), reduction="none")
+        return torch.stack([part.mean() for part in each.split([len(answer) for _, answer in pairs])]).sum()
 
 
 def _split_passes(pairs: Sequence[Pair], weight: float) -> Iterator[tuple[Sequence[Pair], float]]:
-    """Yield `ROWS_PER_PASS` pairs at a time, with the weight of each token's loss."""
-    tokens = sum(len(answer) for _, answer in pairs)
+    """Yield `ROWS_PER_PASS` pairs at a time, with the weight of each pair's loss."""
     for first in range(0, len(pairs), ROWS_PER_PASS):
-        yield pairs[first : first + ROWS_PER_PASS], weight / tokens
+        yield pairs[first : first + ROWS_PER_PASS], weight / len(pairs)

@@ -1,4 +1,4 @@
-"""Refusal direction optimization (RDO): a direction fitted by gradients through the model, as published."""
+"""Refusal direction optimization (RDO): a direction fitted by gradients through the model, with the published loss."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from obliteratus.core.cost import Answers, Cost, Training, constant, prompt_coun
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Activations, Directions
+from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import compute_score, extractors, mean_difference, require_directions
-from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.chat_template import encode_texts, render_prompts
 from obliteratus.inference.generate import generate
 
 BETAS = (0.9, 0.98)  # the authors' code; with amsgrad, no weight decay
 MIN_IMPROVEMENT = 1e-4  # a held-out loss that fell by less than this has not improved
 CHECK_EVERY = 5  # steps between two evaluations: each costs as much as a step, and four fit into the patience
+MAX_GRADIENT = 10.0  # longest gradient of a step, as in the authors' code
+SENTENCE_END = "."  # of a refusal only what stands before the first one is a target, as in the authors' code
 HELD_OUT_PROMPTS = 16  # of each loss: batches of 8 differ by 0.07, and a step's progress is far less
 MIN_HELD_OUT = 4  # fewer held-out prompts than this tell nothing
 RATE_DIVISOR = 10.0  # divides the rate when the loss stalls, at most twice (both as in the authors' code)
@@ -48,30 +50,36 @@ def rdo(
     so_far: Directions | None,
     context: FitContext,
     *,
-    steps: Annotated[int, Field(ge=1, le=2000)] = 200,
+    steps: Annotated[int, Field(ge=1, le=2000)] = 64,  # the authors' epoch: 1024 prompts in batches of 16
     lr: Annotated[float, Field(gt=0, le=1)] = 0.01,
-    batch: Annotated[int, Field(ge=1, le=64)] = 8,
-    tokens: Annotated[int, Field(ge=2, le=128)] = 16,
+    batch: Annotated[int, Field(ge=1, le=64)] = 16,
+    tokens: Annotated[int, Field(ge=2, le=128)] = 30,
     patience: Annotated[int, Field(ge=1)] = 20,
 ) -> Directions:
     """Fit one direction for the whole model by gradients through it.
 
     Ablating it should end refusals without changing the distribution of answers to control prompts, and adding it
-    should cause refusals. The loss is the cross-entropy of answers + 0.2 × that of refusals + KL, in nats a token.
-    The fit starts from the best row of the step before (svd, mean_diff) and takes at most ``steps`` gradient steps.
-    Every 5 steps the loss is evaluated on 16 held-out prompts of each kind: if it fell by less than 1e-4 the rate is
-    divided by ten, and after ``patience`` steps without improvement the fit stops and keeps the direction of least
-    held-out loss. batch: prompts of each loss a step. tokens: of each answer. raw: the loss reached, in nats (lower is
-    better, unlike elsewhere). Raises UserError if there is no direction to start from.
+    should cause refusals. The loss, as published, is the mean over prompts of the cross-entropy of answers, in nats a
+    token, + 0.2 × that of refusals, up to their first full stop, + KL(ablated ‖ unedited) summed over an answer's
+    tokens. The fit starts from the direction that `select` chose, and adds it at its stream and with its length there,
+    as published; after another step (svd, mean_diff) from that step's best row. It takes at most ``steps`` gradient
+    steps. batch: prompts of each loss a step. tokens: of each answer. raw: the loss reached, in nats (lower is better,
+    unlike elsewhere).
+
+    Three things differ from the authors' code. The loss that decides is that of 16 held-out prompts of each kind, every
+    5 steps, where theirs is that of the batch: if it fell by less than 1e-4 the rate is divided by ten, at most twice,
+    and after ``patience`` steps without improvement the fit stops and keeps the direction of least held-out loss.
+    Prompts that the model does not refuse, or controls that it does, are not left out. Behind a norm, the direction is
+    ablated as it reaches the stream. Raises UserError if there is no direction to start from.
     """
     previous = require_directions(so_far, "rdo")
-    stream = max(1, int(previous.score.argmax()))
+    stream = max(1, int(previous.score.argmax())) if previous.origin is None else previous.origin[0]
     start = previous.basis[stream, 0]
     if not bool(start.any()):
         raise UserError(
             "distill step 'rdo': the step before found no direction to start from; check that the two groups differ"
         )
-    size = float(mean_difference(acts)[stream].norm())
+    size = float(mean_difference(acts)[stream].norm()) if previous.origin is None else previous.origin[1]
     inputs = _collect_inputs(context, start, stream, size, tokens)
     fitted = fit_direction(
         DirectionLosses(context.subject, stream, size), inputs, start, RdoSettings(steps, lr, batch, patience)
@@ -108,9 +116,20 @@ def _collect_inputs(context: FitContext, start: Tensor, stream: int, size: float
     start = start.to(context.subject.device)
     return LossInputs(
         answer(target, ablate(context.subject, start), "rdo answers"),
-        answer(control, add_to_stream(context.subject, stream, size * start), "rdo refusals"),
+        cut_sentences(
+            context.subject, answer(control, add_to_stream(context.subject, stream, size * start), "rdo refusals")
+        ),
         answer(control, nullcontext(), "rdo own answers"),
     )
+
+
+def cut_sentences(subject: Subject, pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs with each answer up to its first full stop, without it; those with nothing before it are left
+    out. If that leaves none, the pairs stay as they are."""
+    texts = subject.tokenizer.batch_decode([answer for _, answer in pairs], skip_special_tokens=True)
+    cut = encode_texts(subject, [text.partition(SENTENCE_END)[0] for text in texts])
+    first = [(prompt, ids) for (prompt, _), ids in zip(pairs, cut, strict=True) if ids]
+    return first or list(pairs)
 
 
 # ------------------------------------------------------------------------------------------------- fit
@@ -144,6 +163,7 @@ def _step(losses: DirectionLosses, d: Tensor, optimizer: torch.optim.Optimizer, 
     with torch.no_grad():
         assert d.grad is not None
         d.grad -= (d.grad @ d) * d  # the component that only changes the length
+        torch.nn.utils.clip_grad_norm_([d], MAX_GRADIENT)
         optimizer.step()
         d /= d.norm()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,12 +64,9 @@ def select(
     probability on target prompts and four times that on controls; the published code lists them by hand for each model.
     The step reads its own activations. Raises UserError if no candidate passes.
     """
-    ids, log_probs = _read_first_tokens(context)
-    refusal = opening_tokens(context.subject, tokens, "select") or typical_openings(
-        *_mean_probabilities(log_probs), "select"
-    )
-    note("select", f"tokens that begin a refusal: {openings_to_text(context.subject, refusal)}")
-    grid = make_grid(context.subject, _select_behaving(ids, log_probs, refusal), positions, held_out, "select")
+    ids, log_probs = read_first_tokens(context, ("target", "control"))
+    refusal = find_refusal_tokens(context, log_probs, tokens, "select")
+    grid = make_grid(context.subject, select_behaving(ids, log_probs, refusal), positions, held_out, "select")
     scorer = RefusalScorer.for_grid(context.subject, grid, refusal)
     ranks = score_candidates(grid, scorer.bypass, "select")
     filters = (
@@ -79,7 +76,9 @@ def select(
     best = choose_candidate(grid, ranks, filters, "select")
     scores = f"bypass {best.rank:.2f}, induce {best.measured['min_induce']:.2f}, KL {best.measured['max_kl']:.3f} nats"
     note_choice("select", best, scores, grid, scorer.trial)
-    return repeat_at_all_streams(acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated")
+    return repeat_at_all_streams(
+        acts, best.candidate.vector, best.rank, "nats, log-odds of refusing when ablated", best.candidate.stream
+    )
 
 
 class RefusalScorer:
@@ -104,19 +103,26 @@ class RefusalScorer:
         return float(log_odds(self.trial.read_first_tokens(self.trial.add(candidate), "control"), self.tokens).mean())
 
 
-def _read_first_tokens(context: FitContext) -> tuple[dict[str, Ids], dict[str, Tensor]]:
-    ids = {group: render_prompts(context.subject, context.prompts[group]) for group in ("target", "control")}
+def read_first_tokens(context: FitContext, groups: Sequence[str]) -> tuple[dict[str, Ids], dict[str, Tensor]]:
+    """Return the groups' templated prompts, and the log-probabilities of their answers' first tokens."""
+    ids = {group: render_prompts(context.subject, context.prompts[group]) for group in groups}
     return ids, {
         g: first_token_log_probs(context.subject, rows, title=f"DISTILL first tokens, {g}") for g, rows in ids.items()
     }
 
 
-def _mean_probabilities(log_probs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return log_probs["target"].exp().mean(0), log_probs["control"].exp().mean(0)
+def find_refusal_tokens(
+    context: FitContext, log_probs: Mapping[str, Tensor], tokens: Sequence[str], step: str
+) -> list[int]:
+    """Return the ids of the first tokens that begin refusals: those given, else those typical of target prompts."""
+    target, control = (log_probs[g].exp().mean(0) for g in ("target", "control"))
+    refusal = opening_tokens(context.subject, tokens, step) or typical_openings(target, control, step)
+    note(step, f"tokens that begin a refusal: {openings_to_text(context.subject, refusal)}")
+    return refusal
 
 
-def _select_behaving(ids: Mapping[str, Ids], log_probs: Mapping[str, Tensor], tokens: list[int]) -> dict[str, Ids]:
-    """Keep the target prompts that the model tends to refuse and the controls that it tends to answer."""
-    odds = {group: log_odds(values, tokens) for group, values in log_probs.items()}
-    behaves = {"target": odds["target"] > 0, "control": odds["control"] < 0}
+def select_behaving(ids: Mapping[str, Ids], log_probs: Mapping[str, Tensor], tokens: list[int]) -> dict[str, Ids]:
+    """Keep the controls that the model tends to answer, and the prompts of other groups that it tends to refuse."""
+    odds = {group: log_odds(log_probs[group], tokens) for group in ids}
+    behaves = {group: values < 0 if group == "control" else values > 0 for group, values in odds.items()}
     return {g: [rows[i] for i in torch.nonzero(behaves[g])[:, 0].tolist()] for g, rows in ids.items()}

@@ -92,7 +92,9 @@ class Excise(FrozenModel):
     strength: float = Field(1.0, ge=-4.0, le=4.0)  # beyond 4 the stream was noise on every model tried
     """1 removes, 0.7 removes partly, 2 reflects, 0 does nothing, and values below 0 amplify."""
     norm: NormRule = "none"
-    """Lengths that the edit keeps: those of the weight's ``columns``, its ``rows``, the ``whole``, or ``none``."""
+    """Lengths that the edit keeps: those of the weight's ``columns``, its ``rows``, the ``whole``, or ``none``.
+    ``unit_rows`` keeps those of rows too, and projects the matrix with rows of length 1, as Heretic does;
+    ``unit_rows_rank_3`` keeps the three largest singular values of that change, as Heretic does by default."""
     anchored: bool = False
     """Whether to keep the control group's mean μ along Q: y ← y − sQQᵀ(y − μ). Baking it needs a bias."""
     heads: float | None = Field(None, gt=0, le=1)
@@ -121,6 +123,8 @@ class Excise(FrozenModel):
             raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
         if self.heads is not None and self.anchored:
             raise ValueError("heads and anchored exclude each other, since an anchor belongs to no head; set only one")
+        if self.norm == "unit_rows_rank_3" and "embed" in self.parts:
+            raise ValueError("norm unit_rows_rank_3 is for attn.out and mlp.out; take embed out of parts")
         if (self.neurons is not None or self.steer) and "mlp.out" not in self.parts:
             raise ValueError("neurons and steer need the part mlp.out, which parts leaves out; add it")
         if self.strength > 1 and reads and writes:
@@ -156,6 +160,9 @@ class Range(FrozenModel):
         return self.choices or (self.low, self.high)
 
 
+KL_TARGETED = "kl.first_token.mean"  # the score that ``search.kl_target`` is about
+
+
 class Search(FrozenModel):
     """Which values of a recipe a search changes, how many trials it makes, and what it minimizes."""
 
@@ -163,6 +170,14 @@ class Search(FrozenModel):
 
     trials: int = Field(ge=1)
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
+    startup_trials: int = Field(10, ge=1, le=10_000)
+    """Trials drawn at random before the sampler learns from them, of ``tpe`` and ``gp``. 10 is Optuna's default."""
+    candidates: int = Field(24, ge=1, le=10_000)
+    """Values that ``tpe`` draws for each trial, to take the most promising one (n_ei_candidates); Optuna's default."""
+    kl_target: float = Field(0.0, ge=0)
+    """Below this first-token KL in nats, a trial has nothing left to gain from a lower one: the sampler is told
+    ``kl_target`` × the share of the behavior that remains on target prompts instead. So trials that do nothing are not
+    what it looks for. 0 tells it the KL itself. The front is by KL in either case."""
     minimize: tuple[str, ...] = Field(("behavior.target", "kl.first_token.mean"), min_length=1)
     """Names of scores, in which ``behavior`` stands for the behavior's name. Several give a Pareto front. A name with a
     minus is maximized: ``-behavior.keep``."""
@@ -190,6 +205,17 @@ class Search(FrozenModel):
     that the choice of another path has removed, as a choice of ``distill`` may drop a step."""
 
     @model_validator(mode="after")
+    def _takes_part(self) -> Search:
+        """Refuse settings that the sampler or the objectives would ignore."""
+        if self.sampler == "nsga2" and self.startup_trials != type(self).model_fields["startup_trials"].default:
+            raise ValueError("startup_trials is for the samplers tpe and gp; leave it out, or take one of them")
+        if self.sampler != "tpe" and self.candidates != type(self).model_fields["candidates"].default:
+            raise ValueError("candidates is for the sampler tpe; leave it out, or set sampler to tpe")
+        if self.kl_target and KL_TARGETED not in self.minimize:
+            raise ValueError(f"kl_target is about {KL_TARGETED}; add that to minimize, or leave kl_target out")
+        return self
+
+    @model_validator(mode="after")
     def _cheap(self) -> Search:
         for path in self.space:
             if path.split(".")[0] not in ("distill", "weigh", "excise"):
@@ -200,11 +226,12 @@ class Search(FrozenModel):
 class Tune(FrozenModel):
     """Fit the strengths and directions of the plan from EXCISE by gradient descent through the model.
 
-    The loss, in nats a token, is the sum of KL(base ‖ edited) on first tokens and own answers of control prompts,
-    ``coherence`` × the same KL on target prompts' answers after their opening, and ``weight`` × a hinge loss. The hinge
-    loss is the amount by which the opening of an answer without the behavior falls short of being ``margin`` nats
-    likelier than what the unedited model would say. The weight follows the judge: it rises while answers to search
-    prompts show the behavior on more than the recipe's ``stop_below``, and falls when they do not.
+    The loss is the sum of KL(base ‖ edited) on first tokens and own answers of control prompts, ``coherence`` × the
+    same KL on target prompts' answers after their opening, both in nats a token, and ``weight`` × a hinge loss in nats
+    a prompt. The hinge loss adds up, over the tokens of the opening of an answer without the behavior that the unedited
+    model would not write, by how much each falls short of being ``margin`` nats likelier than what that model would
+    write. The weight follows the judge: it rises while answers to search prompts show the behavior on more than the
+    recipe's ``stop_below``, and falls when they do not.
     """
 
     RENAMED = {"leads": "margin", "margins": "margin"}
@@ -218,7 +245,7 @@ class Tune(FrozenModel):
     coherence: float = Field(2.0, ge=0)
     """Factor on KL(base ‖ edited) of target prompts' answers after their opening, where degenerate answers show."""
     sparsity: float = Field(0.0, ge=0)
-    """Factor on the mean |strength|. It drops sites from the plan that contribute nothing."""
+    """Factor on the mean |strength| over the edits. It drops sites from the plan that contribute nothing."""
     steps: int = Field(60, ge=1, le=1000)
     """Most gradient steps."""
     patience: int = Field(20, ge=10)

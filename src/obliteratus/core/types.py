@@ -27,7 +27,7 @@ from obliteratus.core.shapes import Float, Int
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
-NormRule = Literal["none", "columns", "rows", "whole"]
+NormRule = Literal["none", "columns", "rows", "unit_rows", "unit_rows_rank_3", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
 
 
@@ -329,6 +329,9 @@ class Directions:
     covectors: Float[Tensor, "streams k width"] | None = None
     """A, with A·basisᵀ = I, for an oblique projection x ← x − s·basisᵀ(A x) as in LEACE. None stands for A = basis, the
     orthogonal projection."""
+    origin: tuple[int, float] | None = None
+    """Of one direction that a step chose for all streams: the stream that it comes from, and the length there of the
+    difference that was normalized. None if each stream has its own."""
 
     def __post_init__(self) -> None:
         if self.basis.ndim != 3:

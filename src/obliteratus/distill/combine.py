@@ -94,12 +94,14 @@ def interpolate(
 ) -> Directions:
     """Use one direction at all layers, interpolated between two streams (k = 1): Heretic's fractional direction index.
 
-    at: depth as a share of L, 0–1. at·L need not be whole: row 0 of the two neighboring streams, with signs made to
-    agree, is interpolated linearly and normalized. `single` does the same at whole indices only.
+    at: a place among the streams that leave the layers, 0–1: 0 is that of the first layer, 1 that of the last. It need
+    not be one of them: at the fractional index i = 1 + at·(L − 1), row 0 of the two neighboring streams, with signs
+    made to agree, is interpolated linearly and normalized. Heretic counts layers from 0, and its direction_index is
+    at·(L − 1). `single` counts streams instead, and takes whole indices only.
     """
     previous = require_directions(previous, "interpolate")
     rows = previous.basis[:, 0]
-    position = at * (len(rows) - 1)
+    position = 1 + at * (len(rows) - 2)
     low = int(position)
     row = _interpolate(rows[low : low + 1], rows[low : low + 2][-1:], position - low)
     basis = row.expand(len(rows), -1)[:, None].contiguous()
@@ -113,21 +115,32 @@ def _check_inputs(options: Mapping[str, Any], inputs: RunInputs) -> None:
 
 @extractors.register("keep_out", needs=("keep",), fits=_check_inputs)
 def keep_out(
-    acts: Activations, previous: Directions | None, *, k: Annotated[int, Field(ge=0, le=64)] = 0
+    acts: Activations,
+    previous: Directions | None,
+    *,
+    k: Annotated[int, Field(ge=0, le=64)] = 0,
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0,
+    control: bool = False,
 ) -> Directions:
     """Remove from each direction what distinguishes the group keep, so that the edit leaves those prompts alone.
 
     Removed are the mean difference of keep and control, and the k directions along which keep prompts vary most about
-    their mean. Rows stay orthonormal; a row that lay in the removed space becomes a row of zeros. Needs the group keep,
-    and its rows if k > 0.
+    their mean. share: of the component along them, how much is removed (λ of arXiv:2410.03415); 1 removes it all, 0.5
+    half of it. control: remove the component along the control mean as well, all of it. Both are removed together: a
+    step `orthogonal_to_control` after this one would bring some of the keep group's difference back. Rows stay
+    orthonormal; a row that lay in the removed space becomes a row of zeros. Needs the group keep, and its rows if
+    k > 0.
     """
     previous = require_directions(previous, "keep_out")
     require_group(acts, "keep", "keep_out")
     removed = normalize(mean_difference(acts, "keep"), dim=1)[:, None]
     if k > 0:
         removed = torch.cat([removed, _principal_directions(acts, k)], 1)
-    removed = orthonormalize(removed)
-    rest = previous.basis - torch.einsum("lkw,ljw,ljv->lkv", previous.basis, removed, removed)
+    means = normalize(acts["control"].mean, dim=1)[:, None] if control else removed[:, :0]
+    kept_out = orthonormalize(torch.cat([means, removed], 1))
+    factor = torch.ones(kept_out.shape[1])
+    factor[means.shape[1] :] = share
+    rest = previous.basis - torch.einsum("lkw,ljw,j,ljv->lkv", previous.basis, kept_out, factor, kept_out)
     return _with_basis(previous, acts, orthonormalize(rest))
 
 

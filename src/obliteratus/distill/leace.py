@@ -1,4 +1,8 @@
-"""Least-squares concept erasure (LEACE): the oblique projection after which no linear probe separates the groups."""
+"""Least-squares concept erasure (LEACE): the oblique projection after which no linear probe separates the groups.
+
+That holds for activations that it is applied to. An edit of weights applies it to what the edited layers write, so the
+stream keeps the difference that other layers write, or that edited ones write anew from what they read.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions
@@ -48,8 +53,10 @@ def leace(
     this is the published eraser of k + 1 classes. Prompts without a category count as one category.
     Σ is the covariance of both groups together, including their difference, as published, shrunk as in `covariance`
     (0 < s ≤ 1). At s = 1, A is B and P is the orthogonal projection.
-    After an edit of strength 1 the groups' means are equal (for k > 1: as far as k directions reach). To keep the mean
-    along them as well, as the published eraser does, set ``excise.anchored``. raw: tr BΣ⁻¹Bᵀ with rows scaled to their
+    Applied to these activations at strength 1, P makes the groups' means equal; with fewer directions than categories
+    the categories' means stay apart, and a note says by how much. The model's own stream is free of the difference only
+    if everything that writes into it is edited along one and the same direction. To keep the mean along the directions
+    as well, as the published eraser does, set ``excise.anchored``. raw: tr BΣ⁻¹Bᵀ with rows scaled to their
     singular values; for k = 1 δᵀΣ⁻¹δ, at most 4 / (1 − s) for groups of equal size. Steps that change directions do not
     accept oblique ones. Needs rows or a sketch; k > 1 needs rows, and raises UserError for fewer than k target
     categories.
@@ -69,6 +76,7 @@ def leace(
         raw[stream] = gram.diagonal() @ sizes.square()
     aligned = align_signs(basis, delta)
     covectors = covectors * (aligned * basis).sum(2, keepdim=True)
+    _note_remaining_gap(acts, aligned, covectors, k)
     return Directions(aligned, compute_score(acts, aligned), raw, "δᵀΣ⁻¹δ", covectors=covectors)
 
 
@@ -76,16 +84,51 @@ def _category_differences(acts: Activations, k: int) -> Float[Tensor, "categorie
     """Return the target group's mean difference from control, or each category's, times √(its share of prompts)."""
     if k == 1:
         return mean_difference(acts)[None]
-    rows, names = require_rows(acts, "target", "leace"), acts["target"].categories
-    categories = list(dict.fromkeys(names))
+    rows, categories = require_rows(acts, "target", "leace"), set(acts["target"].categories)
     if len(categories) < k:
         raise UserError(
             f"distill step 'leace': k={k} directions need as many categories of target prompts; got {len(categories)}; "
             "give prompts a category, or a smaller k"
         )
+    return _weighted_differences(acts, rows)
+
+
+def _weighted_differences(
+    acts: Activations, rows: Float[Tensor, "prompts streams width"]
+) -> Float[Tensor, "categories streams width"]:
+    """Return each target category's mean difference from control, times √(its share of the prompts)."""
+    names = acts["target"].categories
+    categories = list(dict.fromkeys(names))
     means = torch.stack([rows[[n == name for n in names]].double().mean(0) for name in categories]).float()
     share = torch.tensor([names.count(name) / len(names) for name in categories]).sqrt()
     return (means - acts["control"].mean) * share[:, None, None]
+
+
+def measure_remaining_gap(
+    differences: Float[Tensor, "categories streams width"],
+    basis: Float[Tensor, "streams k width"],
+    covectors: Float[Tensor, "streams k width"],
+) -> Float[Tensor, " streams"]:
+    """Return the share (0–1) of the weighted squared distances of the categories' means from the control mean that the
+    projection leaves; 0 where there is no distance."""
+    rest = differences - torch.einsum("clw,lkw,lkv->clv", differences, covectors, basis)
+    left, whole = (x.double().square().sum((0, 2)) for x in (rest, differences))
+    share: Tensor = left / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    return share.float()
+
+
+def _note_remaining_gap(acts: Activations, basis: Tensor, covectors: Tensor, k: int) -> None:
+    """Say how much fewer directions than target categories leave, where every prompt's activations were kept."""
+    rows, categories = acts["target"].rows, set(acts["target"].categories)
+    if rows is None or len(categories) <= k:
+        return
+    stream = int(compute_score(acts, basis).argmax())
+    left = float(measure_remaining_gap(_weighted_differences(acts, rows), basis, covectors)[stream])
+    note(
+        "leace",
+        f"k={k} for {len(categories)} target categories leaves {left:.0%} of the squared distances of their means from "
+        f"the control mean (stream {stream}, where the score is highest)",
+    )
 
 
 def _singular_vectors(

@@ -189,11 +189,13 @@ def save_directions(directions: Directions, folder: Path) -> None:
         tensors["covectors"] = directions.covectors
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "directions.safetensors")
     (folder / "directions.json").write_text(
-        json.dumps({"unit": directions.unit, "trace": directions.trace}), encoding="utf-8"
+        json.dumps({"unit": directions.unit, "trace": directions.trace, "origin": directions.origin}), encoding="utf-8"
     )
 
 
 def load_directions(folder: Path) -> Directions:
     """Read what `save_directions` wrote."""
     data = json.loads((folder / "directions.json").read_text(encoding="utf-8"))
-    return Directions(**load_file(folder / "directions.safetensors"), unit=data["unit"], trace=tuple(data["trace"]))
+    origin = None if data["origin"] is None else (int(data["origin"][0]), float(data["origin"][1]))
+    tensors = load_file(folder / "directions.safetensors")
+    return Directions(**tensors, unit=data["unit"], trace=tuple(data["trace"]), origin=origin)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Blend, Change, Edit, Mask, Shift, Site, ZeroOutput
-from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight
+from obliteratus.excise.linear import edit_bias, edit_reader, edit_weight, kept_of_anchor
 from obliteratus.weights.matrices import execution_device, read_bias, read_weight
 
 Matrix = Float[Tensor, "out in"]
@@ -29,7 +29,10 @@ def _(change: Edit, weight: Matrix) -> Matrix:
     basis, along = change.basis.to(weight), None if change.covectors is None else change.covectors.to(weight)
     if change.site.role == "reads":
         return edit_reader(weight, basis, change.strength, along)
-    return edit_weight(weight, basis, change.strength, change.norm, change.site.span, along)
+    edited = edit_weight(weight, basis, change.strength, change.norm, change.site.span, along)
+    if change.anchor is None or change.site.layout != "embedding":
+        return edited
+    return edited + kept_of_anchor(change.anchor.to(weight), basis, change.strength, along)[:, None]
 
 
 @apply_change.register
@@ -69,7 +72,9 @@ def _(change: Edit, bias: Bias | None, weight: Matrix | None) -> Bias | None:
     site, anchor = change.site, change.anchor
     if site.role == "reads":
         return bias if anchor is None or weight is None else _keep_reader_anchor(change, anchor, bias, weight)
-    if site.span is not None:  # the bias belongs to no single head
+    if (
+        site.span is not None or site.layout == "embedding"
+    ):  # a bias belongs to no single head, and embeddings have none
         return bias
     like = bias if bias is not None else anchor if anchor is not None else change.basis
     basis, along = change.basis.to(like), None if change.covectors is None else change.covectors.to(like)
@@ -145,8 +150,9 @@ def needs_weight(changes: Sequence[Change]) -> bool:
 
 
 def needs_bias(change: Change) -> bool:
-    """Return whether a module without a bias must get one for this change to be baked."""
-    return isinstance(change, Shift) or (isinstance(change, Edit) and change.anchor is not None)
+    """Return whether a module without a bias must get one for this change to be baked. An embedding needs none."""
+    anchored = isinstance(change, Edit) and change.anchor is not None
+    return isinstance(change, Shift) or (anchored and change.site.layout != "embedding")
 
 
 def select_changes(changes: Sequence[Change], site: Site) -> tuple[Change, ...]:

@@ -265,6 +265,16 @@ def check_fits(subject: Subject, plan: Plan) -> None:
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise UserError(f"the plan holds NaN or Inf at {change.site.path}; run the method again")
         _check_site(subject, change)
+        _check_rule(change)
+
+
+def _check_rule(change: Change) -> None:
+    """Raise UserError for a change of low rank of an embedding, whose inputs are no vectors."""
+    if isinstance(change, Edit) and change.norm == "unit_rows_rank_3" and change.site.layout == "embedding":
+        raise UserError(
+            f"{change.site.path} is an embedding, to which the norm rule unit_rows_rank_3 does not apply; run the "
+            "method again"
+        )
 
 
 def _check_site(subject: Subject, change: Change) -> None:

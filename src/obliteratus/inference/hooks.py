@@ -80,6 +80,8 @@ class StreamCapture:
 
     def _pick(self, states: Any) -> Tensor:
         h: Tensor = states[0] if isinstance(states, tuple) else states
+        if h.ndim > 2 and len(h) == 1:
+            h = h.expand(len(self.at), *h.shape[1:])  # a table of positions, looked up once for all rows
         h = h.reshape(len(self.at), -1, h.shape[-1])  # experts work on [rows × tokens, width]
         rows = torch.arange(len(self.at), device=h.device).view(-1, *[1] * (self.at.ndim - 1))
         return h[rows, self.at.to(h.device)].float().cpu()

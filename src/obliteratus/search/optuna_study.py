@@ -23,7 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.settings import Recipe
+from obliteratus.core.settings import Recipe, Search
 from obliteratus.search.space import Suggest, start_values
 from obliteratus.search.storage import StorageUnreachableError
 
@@ -36,20 +36,27 @@ ASKING = "asking: "  # prefix of the study's attributes that name the processes 
 EXCESS = "beyond the limits"  # the constraint: the largest excess over a limit, feasible at 0 and below
 
 
-def _tpe(seed: int) -> BaseSampler:
+def _tpe(seed: int, search: Search) -> BaseSampler:
     # Values of one space are modeled jointly; paths that a choice removes form separate groups.
-    return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+    return TPESampler(
+        seed=seed,
+        n_startup_trials=search.startup_trials,
+        n_ei_candidates=search.candidates,
+        multivariate=True,
+        group=True,
+        constant_liar=True,
+    )
 
 
-def _gp(seed: int) -> BaseSampler:
-    return GPSampler(seed=seed, warn_independent_sampling=False)
+def _gp(seed: int, search: Search) -> BaseSampler:
+    return GPSampler(seed=seed, n_startup_trials=search.startup_trials, warn_independent_sampling=False)
 
 
-def _nsga2(seed: int) -> BaseSampler:
+def _nsga2(seed: int, search: Search) -> BaseSampler:
     return NSGAIISampler(seed=seed, population_size=POPULATION)
 
 
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
+SAMPLERS: dict[str, Callable[[int, Search], BaseSampler]] = {"tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
 
 
 class SearchStudy:
@@ -95,10 +102,10 @@ class SearchStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             # A prime factor, so that trials of different recipe seeds get different sampler seeds.
-            return SAMPLERS[self.search.sampler](self.seed * 100_003 + index)
+            return SAMPLERS[self.search.sampler](self.seed * 100_003 + index, self.search)
 
     def tell(self, trial: optuna.Trial, values: Sequence[float], excess: float, attributes: Mapping[str, Any]) -> None:
-        """Store the result of a trial."""
+        """Store the result of a trial. values: what the sampler is to minimize (`TrialScorer.sampled_objectives`)."""
         trial.set_constraint(EXCESS, excess)
         for key, value in attributes.items():
             trial.set_user_attr(key, value)

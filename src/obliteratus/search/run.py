@@ -98,6 +98,8 @@ def search(
     note("SEARCH", f"{stages.judge.name} begins with {scorer.describe_openings()}")
     identity = {"model": subject.source.digest, "prompts": splits.digest, "recipe": without_trial_count(recipe)}
     identity |= describe_loading(subject)
+    if recipe.search.trials <= recipe.search.startup_trials and recipe.search.sampler != "nsga2":
+        note("SEARCH", f"all {recipe.search.trials} trials are drawn at random: startup_trials is not below trials")
     study = SearchStudy(open_storage(location.storage), location.name, recipe, identity)
     trials = run_trials(study, recipe, cache, scorer, recipe.search.trials)
     front = measure_front(trials, recipe, cache, scorer, location)

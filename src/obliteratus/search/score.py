@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.settings import Recipe, Step
+from obliteratus.core.settings import KL_TARGETED, Recipe, Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
@@ -211,6 +211,20 @@ class TrialScorer:
     def objectives(self, verdict: TrialVerdict) -> tuple[float, ...]:
         """Return the values of ``search.minimize``, in order. Raises UserError for a name that no scorer returns."""
         return tuple(read_objective(name, verdict.scores) for name in self.minimize)
+
+    def sampled_objectives(self, verdict: TrialVerdict) -> tuple[float, ...]:
+        """Return what the sampler is told: the objectives, with a KL below ``search.kl_target`` replaced.
+
+        In its place stands the target times the share of the unedited model's rate that remains on target prompts.
+        """
+        return tuple(
+            self._aim_at_target(value, verdict.scores) if name == KL_TARGETED else value
+            for name, value in zip(self.minimize, self.objectives(verdict), strict=True)
+        )
+
+    def _aim_at_target(self, kl: float, scores: Scores) -> float:
+        rate, target = self.judge.rate_of("target"), self.search.kl_target
+        return target * scores[rate] / self.before.scores[rate].value if kl < target else kl
 
     def measure_excess(self, scores: Scores) -> dict[str, float]:
         """Return by how much each limit of the search is exceeded; nothing above 0 is feasible."""

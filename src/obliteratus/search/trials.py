@@ -39,13 +39,12 @@ class Trial:
 def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
     """Convert Optuna's record of a finished trial."""
     assert recipe.search is not None
-    assert frozen.values is not None, "a finished trial has values"
     space, attributes = recipe.search.space, frozen.user_attrs
     values = {path: decode_values(value, space[path]) for path, value in frozen.params.items()}
     return Trial(
         frozen.number,
         values,
-        tuple(frozen.values),
+        tuple(attributes["objectives"]),
         attributes["scores"],
         attributes["answered"],
         frozen.constraints[EXCESS] <= 0,
@@ -77,11 +76,12 @@ def run_trial(
     verdict = scorer.score(plan, front_objectives(finished_trials(study, recipe)))
     attributes = {
         "scores": dict(verdict.scores),
+        "objectives": scorer.objectives(verdict),  # not what the sampler is told, if there is a kl_target
         "answered": verdict.answered,
         "seconds": round(time.perf_counter() - start, 3),
     }
     excess = max(scorer.measure_excess(verdict.scores).values())
-    study.tell(trial, scorer.objectives(verdict), excess, attributes)
+    study.tell(trial, scorer.sampled_objectives(verdict), excess, attributes)
     return verdict
 
 

@@ -18,18 +18,20 @@ LogProbs = Float[Tensor, "tokens vocabulary"]
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The terms of the loss, in nats a token."""
+    """The terms of the loss. KL and drift are means over tokens, hinge and nll sums over each prompt's answer."""
 
     kl: Float[Tensor, ""]
-    """KL(base ‖ edited) of control prompts: mean over first tokens plus mean over all tokens of their answers."""
+    """KL(base ‖ edited) of control prompts: mean over first tokens plus mean over all tokens of their answers; nats a
+    token."""
     hinge: Float[Tensor, ""]
-    """Mean over target prompts of what their answers fall short of the margin (`margin_shortfall`)."""
+    """Mean over target prompts of what their answers fall short of the margin (`margin_shortfall`), summed over the
+    answer's tokens; nats a prompt."""
     drift: Float[Tensor, ""]
     """KL(base ‖ edited) of target prompts, over the tokens that the base model would also choose, which follow the
-    opening. Degenerate answers show here."""
+    opening; nats a token. Degenerate answers show here."""
     nll: Float[Tensor, ""]
-    """Negative log-likelihood of the tokens that the base model would not choose, mean over target prompts. It is
-    reported, and not part of the loss."""
+    """Negative log-likelihood of the tokens that the base model would not choose, summed over each answer, mean over
+    target prompts; nats a prompt. It is reported, and not part of the loss."""
 
     def total(self, weight: float, coherence: float) -> Float[Tensor, ""]:
         """Return the weighted sum that is minimized. weight: factor on the hinge loss. coherence: on the drift."""

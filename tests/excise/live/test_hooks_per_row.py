@@ -83,11 +83,12 @@ def test_directions_by_row(subject: Subject, make_plan: PlanMaker, parts: tuple[
     check(subject, [make_plan(subject, parts, strength=1.5, k=seed + 1, seed=seed) for seed in range(3)])
 
 
-RULES = ["columns", "rows", "whole"]
+RULES = ["columns", "rows", "unit_rows", "unit_rows_rank_3", "whole"]
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [(n, r) for i, n in enumerate(NAMES) for j, r in enumerate(RULES) if i == 0 or i % 3 == j]
+    ("name", "norm"),
+    [(n, r) for i, n in enumerate(NAMES) for j, r in enumerate(RULES) if i == 0 or i % len(RULES) == j],
 )
 def test_norm_rules_by_row(name: str, norm: str, make_plan: PlanMaker) -> None:
     """One model with all rules, every other model with one of them."""

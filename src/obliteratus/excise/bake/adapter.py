@@ -93,7 +93,10 @@ def _(change: Edit, weight: Float[Tensor, "out in"]) -> Factors:
     basis, along = change.basis.to(weight), change.along.to(weight)
     if change.site.role == "reads":
         return -change.strength * weight @ basis.T, along
-    return -change.strength * basis.T, _keep_span(along @ weight, change.site.span)
+    read = along @ weight
+    if change.anchor is not None and change.site.layout == "embedding":
+        read = read - (along @ change.anchor.to(weight))[:, None]
+    return -change.strength * basis.T, _keep_span(read, change.site.span)
 
 
 @_factorize.register

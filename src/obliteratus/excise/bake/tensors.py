@@ -64,10 +64,13 @@ def find_bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
 
 
 def can_hold_anchors(subject: Subject, sites: Iterable[Site]) -> bool:
-    """Return whether saved weights can hold an anchored edit at these sites: in a bias that exists or can be added."""
+    """Return whether saved weights can hold an anchored edit at these sites: in a bias that exists or can be
+    added, or in an embedding."""
     family = find_architecture(subject.model.config)
 
     def holds(site: Site) -> bool:
+        if site.layout == "embedding":
+            return True
         if has_bias(subject.module(site.path), site):
             return family.routing_sums_to_one or not site.stacked
         return site.part.partition(".")[0] in family.bias_switch

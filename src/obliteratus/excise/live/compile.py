@@ -1,8 +1,8 @@
 """Changes of a plan compiled into what they do to the inputs and outputs of a module while it runs.
 
-Operations cost O(width) a token and copy no weight, with three exceptions: an edit of one head under a norm rule holds
-the difference of that head's columns, a norm rule on a stack of experts holds a factor for each of their inputs, and a
-blend of experts holds the donors' mean matrix.
+Operations cost O(width) a token and copy no weight, with four exceptions: an edit of one head under a norm rule holds
+the difference of that head's columns, a change of low rank its two factors, a norm rule on a stack of experts a factor
+for each of their inputs, and a blend of experts the donors' mean matrix.
 """
 
 from __future__ import annotations
@@ -24,12 +24,21 @@ from obliteratus.excise.change import (
     select_changes,
     zero_outputs,
 )
-from obliteratus.excise.linear import Scales, compute_norm_scales, project_matrix, restore_row_lengths
+from obliteratus.excise.linear import (
+    Scales,
+    compute_norm_scales,
+    factorize_low_rank,
+    kept_of_anchor,
+    project_matrix,
+    project_unit_rows,
+    restore_row_lengths,
+)
 from obliteratus.summon.experts import run_experts
 from obliteratus.weights.matrices import count_inputs, execution_device, expand_experts, read_bias, read_weight
 
 Op = Callable[[Tensor, tuple[Any, ...]], Tensor]
-"""(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head read the arguments."""
+"""(values so far [tokens, width], the module's arguments) → values; fp32. Only edits of one head, changes of low
+rank and blends read the arguments."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,8 @@ def _ignores_weight(change: Change) -> bool:
 def _changes_bias_apart(change: Change) -> bool:
     """Whether the bias must be changed apart from the rest of the output."""
     if isinstance(change, Edit):
-        return change.site.span is None and (change.norm != "none" or change.anchor is not None)
+        whole = change.site.span is None and change.site.layout != "embedding"
+        return whole and (change.norm != "none" or change.anchor is not None)
     return isinstance(change, Shift | Blend)
 
 
@@ -182,8 +192,8 @@ def _compile(
 @_compile.register
 def _(change: Edit, module: nn.Module, weight: Tensor | None, scale: Tensor | None) -> tuple[Op, Tensor | None]:
     basis = change.basis.to(execution_device(module), torch.float32)
-    if change.site.span is not None and weight is not None:
-        return _edit_columns(change, change.site.span, basis, weight, scale), None
+    if weight is not None and (change.site.span is not None or change.norm == "unit_rows_rank_3"):
+        return _edit_columns(change, basis, weight, scale), None
     return _edit_all_columns(change, basis, weight)
 
 
@@ -209,6 +219,11 @@ def _(change: Mask, module: nn.Module, weight: Tensor | None, scale: Tensor | No
 def _edit_all_columns(edit: Edit, basis: Tensor, weight: Tensor | None) -> tuple[Op, Tensor | None]:
     """Return an edit of a whole matrix, and the factors of its inputs."""
     oblique = None if edit.covectors is None else edit.covectors.to(basis)
+    kept = None
+    if edit.anchor is not None and edit.site.layout == "embedding":
+        kept = kept_of_anchor(edit.anchor.to(basis), basis, edit.strength, oblique)
+    if weight is not None and edit.norm == "unit_rows":
+        basis, oblique = project_unit_rows(weight, basis, oblique)
     along = basis if oblique is None else oblique
     scales = (
         Scales()
@@ -222,31 +237,40 @@ def _edit_all_columns(edit: Edit, basis: Tensor, weight: Tensor | None) -> tuple
     def op(y: Tensor, args: tuple[Any, ...]) -> Tensor:
         projected = torch.addmm(y, y @ along.T, basis, alpha=-edit.strength)
         y = restore_row_lengths(y, projected) if keeps_length else projected
-        return y if scales.outputs is None else y * scales.outputs
+        y = y if scales.outputs is None else y * scales.outputs
+        return y if kept is None else y + kept
 
     return op, None if edit.site.layout == "embedding" else scales.inputs
 
 
-def _edit_columns(edit: Edit, span: tuple[int, int], basis: Tensor, weight: Tensor, scale: Tensor | None) -> Op:
-    """Return an edit of one head: y ← y − s(x Vᵀ)B with V = A W of its columns; under a norm rule y ← y + x(W′ − W)ᵀ.
+def _edit_columns(edit: Edit, basis: Tensor, weight: Tensor, scale: Tensor | None) -> Op:
+    """Return an edit that reads the input, of one head or of a change of low rank: y ← y + (x downᵀ)upᵀ.
 
     The input arrives multiplied by the factors of all edits of the whole matrix, while ``weight`` holds those of the
     edits before this one only; these, ``scale``, are divided out.
     """
-    columns = slice(*span)
-    part = weight[:, columns]
-    if edit.norm == "none":
-        down, up = edit.along.to(part) @ part, -edit.strength * basis
-    else:
-        down, up = apply_change(edit, weight)[:, columns] - part, None
+    columns = slice(None) if edit.site.span is None else slice(*edit.site.span)
+    down, up = _factorize(edit, basis, weight[:, columns])
     down = down if scale is None else down / scale[columns]
 
     def op(y: Tensor, args: tuple[Any, ...]) -> Tensor:
         x = args[0][..., columns].float().reshape(len(y), -1)
         written: Tensor = x @ down.T
-        return y + (written if up is None else written @ up)
+        return y + (written if up is None else written @ up.T)
 
     return op
+
+
+def _factorize(edit: Edit, basis: Tensor, part: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return down [r, in] and up [out, r], whose product is the change of these columns; up None stands for I."""
+    if edit.norm == "none":
+        return edit.along.to(part) @ part, -edit.strength * basis.T
+    if edit.norm == "unit_rows_rank_3":
+        oblique = None if edit.covectors is None else edit.covectors.to(part)
+        up, down = factorize_low_rank(part, basis, edit.strength, oblique)
+        return down, up
+    whole = replace(edit, site=replace(edit.site, span=None))
+    return apply_change(whole, part) - part, None
 
 
 def _multiply(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -183,7 +183,8 @@ def _experts_forward(module: nn.Module, site: Site, get_ops: GetOps) -> Forward:
 
 
 def _select_arguments(args: tuple[Any, ...], own: Tensor, tokens: int) -> tuple[Any, ...]:
-    """Return the arguments of some tokens. Only edits of a head read them; ids, which are not by token, are dropped."""
+    """Return the arguments of some tokens, which edits of a head and changes of low rank read. Ids are dropped, as they
+    are not by token."""
     x = args[0]
     by_token = x.is_floating_point() and x.shape[:-1].numel() == tokens
     return (x.reshape(tokens, -1)[own],) if by_token else ()
