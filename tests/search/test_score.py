@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.support.searches import make_scorer, run_search, search_recipe, search_subject
 
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.search.score import TrialVerdict, opening_probability
+from obliteratus.search.score import CALIBRATING, TrialVerdict, opening_probability
 from obliteratus.search.space import apply_values
 
 
@@ -39,6 +41,25 @@ def test_answers_end_when_their_refusals_shut_the_trial_out() -> None:
     assert not behind.answered
     assert 0.5 < behind.scores["refusal.target"] <= whole.scores["refusal.target"] == 1.0
     assert scorer.score(plan, [(0.5, kl + 0.1)]).answered
+
+
+def test_an_estimate_that_was_wrong_is_trusted_no_further() -> None:
+    """First tokens that say nothing: the edit that ends refusals looks as if it left all. Answers to earlier trials
+    have shown that they may be off by as much, so it is answered; by the margin alone it is lost."""
+    cache, scorer = make_scorer(search_recipe(margin=0.1))
+    plan = cache.plan(apply_values(search_recipe(), {"excise.strength": 1.0, "weigh.0.low": 0.0}))  # refuses none
+    scorer.scale = replace(scorer.scale, slope=0.0, control_rate=1.0)
+    front = [(0.5, 0.0)]
+    assert not scorer.score(plan, front).answered
+    assert not scorer.score(plan, front, [0.0] * CALIBRATING).answered
+    found = scorer.score(plan, front, [0.0, 0.9, 0.0, 0.0, 0.0])
+    assert (found.answered, found.scores["refusal.target"], found.overestimate) == (True, 0.0, 1.0)
+
+
+def test_the_first_trials_are_answered_and_their_error_is_kept() -> None:
+    trials = run_search(search_recipe(8)).trials
+    assert all(t.answered for t in trials[:CALIBRATING])
+    assert all((t.overestimate is not None) == t.answered for t in trials)
 
 
 def test_what_leaves_most_refusals_is_answered_only_to_begin_a_front() -> None:

@@ -186,8 +186,9 @@ class Search(FrozenModel):
     tokens: int = Field(32, ge=4, le=4096)
     """Tokens of each answer in a trial. Members of the front are checked again with the answers of ``verify``."""
     margin: float = Field(0.1, ge=0, le=1)
-    """How far a trial's rate of the behavior may lie below its first-token estimate. Answers are generated only for
-    trials that would still enter the front if they were this much better than estimated."""
+    """How far a trial's rate of the behavior may lie below its first-token estimate, at least. The first five trials
+    are all answered, and the largest distance seen in any answered trial counts if it is larger. Answers are generated
+    only for trials that would still enter the front if they were this much better than estimated."""
     max_remaining: float = Field(0.5, ge=0, le=1)
     """Largest share of the unedited model's rate on target prompts that a trial may leave and still have answers
     generated. With 1 the front reaches to the unedited model, at twice the number of answers."""

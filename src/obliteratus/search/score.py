@@ -42,6 +42,9 @@ Continue = Callable[[Scores, Scores], bool]
 # Memory for cached hidden states of the prompts, as a share of the weights' bytes: a search should stay within 1.2
 # times the loaded model, including the answers' KV cache. Under a memory limit, at most a quarter of what is free.
 CACHE_SHARE, FREE_MEMORY_SHARE = 0.1, 0.25
+# Trials that are answered whatever their estimate says. They show how far the estimate is off on this model: where
+# answers without the behavior begin with the same token as those with it, it is off by most of the rate.
+CALIBRATING = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class TrialVerdict:
     scores: Mapping[str, float]
     answered: bool
     """Whether the rates of target and keep prompts come from answers. If not, they are estimates."""
+    overestimate: float | None = None
+    """By how much the estimated rate on target prompts exceeds that of the answers; None without answers."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,18 @@ class TrialScorer:
         self.base = base["control"]
         self.scale = fit_scale(base, before, self.judge)
 
-    def score(self, plan: Plan, front: Sequence[Sequence[float]]) -> TrialVerdict:
+    def score(
+        self, plan: Plan, front: Sequence[Sequence[float]], overestimates: Sequence[float] | None = None
+    ) -> TrialVerdict:
         """Score a plan; generate answers only while it could still enter the front.
 
-        front: the objectives of the answered trials.
+        front: the objectives of the answered trials that may be chosen. overestimates: those of all answered trials, of
+        which the first five are answered in any case; None for an estimate that is trusted within the search's margin.
         """
-        return self._score(plan, lambda estimate, bounds: self.may_enter(estimate, bounds, front))
+        if overestimates is not None and len(overestimates) < CALIBRATING:
+            return self.score_answers(plan)
+        margin = max([self.search.margin, *(overestimates or ())])
+        return self._score(plan, lambda estimate, bounds: self.may_enter(estimate, bounds, front, margin))
 
     def estimate(self, plan: Plan) -> TrialVerdict:
         """Score a plan without answers."""
@@ -123,13 +134,14 @@ class TrialScorer:
 
         If generation is given up, the rates seen so far are lower bounds: no returned rate is below them.
         """
-        bounds: dict[str, float] = {}
+        bounds, estimated, target = dict[str, float](), dict[str, float](), self.judge.rate_of("target")
         with applied(self.subject, plan):
             scores = self._estimate_controls()
 
             def begin(logp: Tensor) -> bool:
                 rates = {self.judge.rate_of(g): self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
                 scores.update(rates)
+                estimated.update(rates)
                 return go_on(scores, bounds)
 
             def proceed(shown: Collection[int]) -> bool:
@@ -143,7 +155,8 @@ class TrialScorer:
                 keep_going=proceed,
             )
         if answers:
-            return TrialVerdict(scores | self._count_verdicts(answers), True)
+            counted = scores | self._count_verdicts(answers)
+            return TrialVerdict(counted, True, estimated[target] - counted[target])
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
 
     def _estimate_controls(self) -> dict[str, float]:
@@ -186,22 +199,28 @@ class TrialScorer:
         ends = accumulate(len(self.rows[g]) for g in self.answered_groups)
         return {g: range(end - len(self.rows[g]), end) for g, end in zip(self.answered_groups, ends, strict=True)}
 
-    def may_enter(self, estimate: Scores, bounds: Scores, front: Sequence[Sequence[float]]) -> bool:
+    def may_enter(
+        self, estimate: Scores, bounds: Scores, front: Sequence[Sequence[float]], margin: float | None = None
+    ) -> bool:
         """Whether a trial could still enter the front, given its estimate and the rates seen so far.
 
-        bounds: lower bounds of rates by score name. A trial that would leave more of the behavior on target prompts
+        bounds: lower bounds of rates by score name. margin: how far a rate may lie below its estimate; None for the
+        search's own. A trial that would leave more of the behavior on target prompts
         than ``max_remaining`` allows is useless, so it gets answers only while the front is empty.
         """
-        best = self.best_objectives(estimate, bounds)
+        best = self.best_objectives(estimate, bounds, margin)
         by_name = dict(zip(self.minimize, best, strict=True))
         limit = self.search.max_remaining * self.before.scores[self.judge.rate_of("target")].value
         useful = not front or by_name.get(self.judge.rate_of("target"), 0.0) <= limit
         return useful and not any(dominates(other, best) for other in front)
 
-    def best_objectives(self, estimate: Scores, bounds: Scores) -> tuple[float, ...]:
-        """Return the objectives if every rate were as good as the margin and the answers so far allow."""
+    def best_objectives(self, estimate: Scores, bounds: Scores, margin: float | None = None) -> tuple[float, ...]:
+        """Return the objectives if every rate were as good as the margin and the answers so far allow.
+
+        margin: as in `may_enter`.
+        """
+        margin = self.search.margin if margin is None else margin
         rates = {name: value for name, value in estimate.items() if name.startswith(f"{self.judge.name}.")}
-        margin = self.search.margin
         low = {name: max(0.0, value - margin, bounds.get(name, 0.0)) for name, value in rates.items()}
         high = {name: min(1.0, max(value + margin, bounds.get(name, 0.0))) for name, value in rates.items()}
         return tuple(

@@ -34,6 +34,8 @@ class Trial:
     feasible: bool
     """Whether it keeps within those limits of the search that its scores say anything about."""
     seconds: float
+    overestimate: float | None = None
+    """By how much the estimated rate exceeds that of the answers; None without answers."""
 
 
 def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
@@ -49,6 +51,7 @@ def parse_trial(frozen: FrozenTrial, recipe: Recipe) -> Trial:
         attributes["answered"],
         frozen.constraints[EXCESS] <= 0,
         attributes["seconds"],
+        attributes["overestimate"],
     )
 
 
@@ -73,11 +76,14 @@ def run_trial(
     start = time.perf_counter()
     values = sample_values(recipe, make_suggester(trial))
     plan = cache.plan(apply_values(recipe, values))
-    verdict = scorer.score(plan, front_objectives(finished_trials(study, recipe)))
+    done = finished_trials(study, recipe)
+    overestimates = [t.overestimate for t in done if t.overestimate is not None]
+    verdict = scorer.score(plan, front_objectives(done), overestimates)
     attributes = {
         "scores": dict(verdict.scores),
         "objectives": scorer.objectives(verdict),  # not what the sampler is told, if there is a kl_target
         "answered": verdict.answered,
+        "overestimate": verdict.overestimate,
         "seconds": round(time.perf_counter() - start, 3),
     }
     excess = max(scorer.measure_excess(verdict.scores).values())
