@@ -139,7 +139,7 @@ def measure_method(recipe: Recipe, subject: Subject, prompts: PromptSet, known: 
     """Return one method's row, or why it was refused. A method with a search runs as one."""
     store = SharedBaseline(known)
     try:
-        check_runs(recipe, prompts.groups)
+        recipe = check_runs(recipe, prompts.groups)
         if recipe.search is None:
             _, peak, result = run_with_peak(lambda: run(recipe, subject, prompts, store, force=True))
             return make_row(result.before, result.after, store.seconds, peak, len(result.run.passes))

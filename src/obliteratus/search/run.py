@@ -87,7 +87,7 @@ def search(
     the user can mend; finished trials stay in the study.
     """
     assert recipe.search is not None, "give a recipe from add_default_search"
-    check_runs(recipe, splits.fit.groups)
+    recipe = check_runs(recipe, splits.fit.groups)
     stages = Stages(subject, splits, store, force=force).screened(recipe)
     before = stages.measure("VERIFY before", splits.report, recipe.verify)
     groups = splits.search.groups
