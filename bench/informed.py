@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from bench.common import format_rows, make_parser, open_organism, say
-from bench.methods import COLUMNS, Row, SharedBaseline, format_scores, make_row, measure_method, shorten, shorten_steps
+from bench.methods import COLUMNS, Row, SharedBaseline, format_scores, make_row, measure_method, shorten_steps
+from bench.organisms import shorten
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.common import make_parser, say
-from bench.methods import format_table, measure_method, shorten, shorten_steps
+from bench.methods import format_table, measure_method, shorten_steps
+from bench.organisms import shorten
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject

@@ -105,7 +105,7 @@ def test_steps_that_ask_the_model_say_what_and_others_nothing() -> None:
 def test_an_option_of_excise_can_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `kl_budget` and its like need: one entry in a table."""
     monkeypatch.setitem(costs.EXCISE_COSTS, "heads", Cost(6 * prompt_count("search", "control", 48)))
-    assert str(stage_costs(load_recipe("surgical"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
+    assert str(stage_costs(load_recipe("lean"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
     assert "EXCISE" not in stage_costs(load_recipe("basic"))
 
 
@@ -140,7 +140,7 @@ def counted(made: Recipe) -> tuple[Counter[str], dict[str, int | float]]:
     return counting.seen, {**values, "N_report,target": 4, "N_search,target": 0}
 
 
-@pytest.mark.parametrize(("name", "passes"), [("basic", 1), ("advanced", 1), ("surgical", 2), ("spectral_cascade", 3)])
+@pytest.mark.parametrize(("name", "passes"), [("basic", 1), ("advanced", 1), ("lean", 2), ("spectral_cascade", 3)])
 def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
     made = load_recipe(name, {"passes": passes, "excise.strength": 0.05, "verify": [SMALL, {"use": "perplexity"}]})
     seen, values = counted(made)

@@ -45,7 +45,7 @@ def find_outlying_neurons(share: Float[Tensor, " in"], most: float) -> Tensor:
 def make_masks(
     subject: Subject, edits: Sequence[Edit], acts: Activations, most: float, where_possible: bool = False
 ) -> list[Change]:
-    """Return a mask for each edited MLP with neurons that stand out, at most the share ``most`` of its neurons (or one).
+    """Return a mask for each edited MLP with neurons that stand out, at most this share of its neurons (or one).
 
     Neurons are scored on the model's unedited weights: after a removal the same score is rounding error, and choosing
     by it would mask neurons at random. If only experts are edited, there is nothing to mask: that is noted where

@@ -28,6 +28,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.writers import can_hold_anchors
 from obliteratus.rebirth import save as rebirth
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject
