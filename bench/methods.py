@@ -191,10 +191,10 @@ def run_case(name: str, case: Case, quick: bool, smoke: bool) -> Row:
 
 
 def run_random(name: str, quick: bool, smoke: bool) -> Row:
-    """Return the row of random directions in the layers of `advanced`, on an organism."""
+    """Return the row of random directions in the layers of `two_directions`, on an organism."""
     say(f"random on {name} …")
     organism = load_organism(name, quick, smoke)
-    recipe = load_case(Case("advanced", {}, name), organism.behavior, quick, smoke)
+    recipe = load_case(Case("two_directions", {}, name), organism.behavior, quick, smoke)
     row = measure_random_direction(recipe, organism.subject, organism.prompts, organism.known)
     return row | describe_organism(name, organism.behavior)
 

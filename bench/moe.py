@@ -37,7 +37,7 @@ SMOKE_CASES = ("each expert its own direction", "half, blended by 0.3", "and rou
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table or the document."""
     parser = make_parser(__doc__, "use fewer and shorter answers")
-    parser.add_argument("--method", default="advanced", help="the method whose edits are compared")
+    parser.add_argument("--method", default="two_directions", help="the method whose edits are compared")
     parser.add_argument("--model", default="organism:astronomy-moe", help="a mixture of experts")
     options = parser.parse_args(argv)
     subject = open_subject(options.model)

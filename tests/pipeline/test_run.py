@@ -39,7 +39,7 @@ def few() -> PromptSet:
 
 
 def advanced() -> Recipe:
-    return load_recipe("advanced", {"verify": [{"use": "behavior", "tokens": 8}, {"use": "first_token_kl"}]})
+    return load_recipe("two_directions", {"verify": [{"use": "behavior", "tokens": 8}, {"use": "first_token_kl"}]})
 
 
 def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptSet) -> None:

@@ -74,6 +74,17 @@ def _find_eigenvectors(
     return s[:k].square().float(), rows[spanned].float()
 
 
+def eigenvalues(acts: Activations, stream: int, k: int, shrinkage: float) -> Float[Tensor, " k"]:
+    """Return the k largest λ at one stream, in descending order. They are 1 where target prompts vary as control does.
+
+    Raises UserError if PROBE kept neither rows nor a sketch.
+    """
+    target, control = (group_scatter(acts, group, stream, "generalized_eigen") for group in ("target", "control"))
+    row = acts["target"].count ** 0.5 * mean_difference(acts)[stream]
+    values, _ = _find_eigenvectors(target.with_row(row).rows, SampleCovariance(control, shrinkage), k)
+    return values / acts["target"].count
+
+
 def oblique_covectors(covariance: SampleCovariance, rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
     """Return A = (BΣ⁻¹Bᵀ)⁻¹BΣ⁻¹ for orthonormal rows B."""
     whitened = torch.stack([covariance.solve(row) for row in rows]).double()
