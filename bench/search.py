@@ -2,7 +2,7 @@
 
     python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--tuned] [--quick | --smoke] [--json]
 
-Compares the seconds of a trial, ours with the method `leace_search`, and reports the set-up before the first trial. Then
+Compares the seconds of a trial, ours with the method `leace_search`, and reports the set-up before the first. Then
 the member of each front with the fewest refusals is measured by VERIFY on report prompts that neither program saw.
 --tuned adds the method `tuned`, which makes no trials; its seconds are those of all its stages but VERIFY.
 --quick makes 2 trials with 16 prompts and 16 tokens and exports nothing, so its ratio is one of few, short trials.

@@ -104,9 +104,7 @@ class TestContract:
 
 def test_a_step_that_is_left_out_does_nothing() -> None:
     acts, _ = planted()
-    left_out = find_directions(
-        acts, [Step(**MEAN) if isinstance(MEAN, dict) else MEAN, Step(use="union", when="never")]
-    )
+    left_out = find_directions(acts, [Step(**MEAN), Step(use="union", when="never")])
     assert torch.equal(left_out.basis, found("mean_diff").basis)
     assert left_out.trace == ("mean_diff",)
     check_needs([Step(use="blend", when="never")], ["target", "control"], keep="moments")
