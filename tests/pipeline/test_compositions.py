@@ -37,7 +37,6 @@ SURGICAL: dict[str, dict[str, Any]] = {
     "outliers clamped": {"distill.0.when": "never"},
     "SAE features": {"distill.2.when": "never"},
     "clear of the control mean": {"distill.3.when": "never"},
-    "layers": {"weigh.0": {"use": "all"}},
     "norm preservation": {"excise.norm": "none"},
     "head surgery": {"excise.heads": None},
     "directions of experts": {"excise.experts": None},
