@@ -34,7 +34,15 @@ from obliteratus.pipeline.advise import (
     save_advice,
 )
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.rules import AXIS_SHARE, BEHAVIOR_ENDED, GENTLEST, KL_FACTOR, RULES, category_spectrum
+from obliteratus.pipeline.rules import (
+    AXIS_SHARE,
+    BEHAVIOR_ENDED,
+    EIGENVALUE_RATIO,
+    GENTLEST,
+    KL_FACTOR,
+    RULES,
+    category_spectrum,
+)
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.model_card import make_reason_rows, render_model_card
 
@@ -128,7 +136,7 @@ def test_several_generalized_eigenvectors_are_used_where_prompts_differ_in_sever
     assert step.options["shrinkage"] == recipe.distill[0].options["shrinkage"]
     value = because(made, "generalized eigenvectors").value
     assert value is not None
-    assert value > AXIS_SHARE
+    assert value > EIGENVALUE_RATIO
     assert advise(recipe, shifted(1), {}).recipe.distill == recipe.distill
     known = advise(recipe, shifted(2), {"cones": coned([[1.0, 0.99], [0.99, 1.0]])})
     assert known.recipe.distill[0].use == "leace"

@@ -27,6 +27,10 @@ BEHAVIOR_ENDED = 0.02
 # Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
 # topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
 AXIS_SHARE = 0.2
+# Excess of a generalized eigenvalue over 1, relative to the first one's, that makes a direction of its own. One topic had
+# 0.065 to 0.086 (astronomy, weather-late); two orthogonal shifts of equally many prompts have 1, two with a cosine of ⅓
+# have ½.
+EIGENVALUE_RATIO = 0.5
 # Generalized eigenvalues are compared up to this number. More than four kinds of a behavior were never seen apart.
 MOST_DIRECTIONS = 4
 # With fewer target prompts, the eigenvalues beyond the first are those of chance.
@@ -169,7 +173,7 @@ def _second_eigenvalue(inputs: RuleInputs) -> float | None:
 
 def _set_eigenvectors(inputs: RuleInputs) -> dict[str, Any]:
     """Use one generalized eigenvector for each eigenvalue that is large enough, with the shrinkage of the recipe."""
-    k = sum(ratio >= AXIS_SHARE for ratio in eigenvalue_ratios(inputs))
+    k = sum(ratio >= EIGENVALUE_RATIO for ratio in eigenvalue_ratios(inputs))
     step = {"use": "generalized_eigen", "k": k, "shrinkage": inputs.recipe.distill[0].options["shrinkage"]}
     return {"distill": [step]}
 
@@ -242,7 +246,7 @@ RULES = (
         decides="generalized eigenvectors instead of the mean difference",
         needs="",
         measures="second generalized eigenvalue's excess over 1, relative to the first one's, without categories",
-        threshold=AXIS_SHARE,
+        threshold=EIGENVALUE_RATIO,
         at_most=False,
         value=_second_eigenvalue,
         change=_set_eigenvectors,
