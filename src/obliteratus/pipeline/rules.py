@@ -27,7 +27,7 @@ BEHAVIOR_ENDED = 0.02
 # Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
 # topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
 AXIS_SHARE = 0.2
-# Excess of a generalized eigenvalue over 1, relative to the first one's, that makes a direction of its own. One topic had
+# Excess of a generalized eigenvalue over 1, relative to the first one, that makes a direction of its own. One topic had
 # 0.065 to 0.086 (astronomy, weather-late); two orthogonal shifts of equally many prompts have 1, two with a cosine of ⅓
 # have ½.
 EIGENVALUE_RATIO = 0.5
