@@ -210,7 +210,8 @@ def format_table(rows: dict[str, Row], several: bool = False) -> str:
 
     several: whether each method ran on each organism, which then has a column, as has its role.
     """
-    columns = [*_heads(several), *COLUMNS, "seconds", "peak MB", "passes", "parts"]
+    scores = [name.replace("refusal", "behavior") for name in COLUMNS] if several else COLUMNS
+    columns = [*_heads(several), *scores, "seconds", "peak MB", "passes", "parts"]
     lines = []
     for name, row in rows.items():
         heads = [name.partition(" on ")[0], row["organism"], row["role"]] if several else [name]
