@@ -49,7 +49,7 @@ def _list_edits(edits: Sequence[Edit], subject: Subject) -> list[str]:
 
 def _share_of_heads(edits: Sequence[Edit], subject: Subject) -> float:
     """Return the mean share of heads that are edited, over the edited attention outputs."""
-    heads = subject.model.config.get_text_config().num_attention_heads
+    heads = int(subject.model.config.get_text_config().num_attention_heads)
     spans = {(e.site.path, e.site.span) for e in edits if e.site.span is not None}
     return len(spans) / max(1, heads * len({path for path, _ in spans}))
 

@@ -88,4 +88,5 @@ def eigenvalues(acts: Activations, stream: int, k: int, shrinkage: float) -> Flo
 def oblique_covectors(covariance: SampleCovariance, rows: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
     """Return A = (BΣ⁻¹Bᵀ)⁻¹BΣ⁻¹ for orthonormal rows B."""
     whitened = torch.stack([covariance.solve(row) for row in rows]).double()
-    return torch.linalg.solve(whitened @ rows.double().T, whitened).float()
+    covectors: Tensor = torch.linalg.solve(whitened @ rows.double().T, whitened).float()
+    return covectors
