@@ -1,4 +1,4 @@
-"""`informed` beside `advanced` and `basic` on three organisms whose truth is known.
+"""`informed` beside `two_directions` and `basic` on three organisms whose truth is known.
 
     python -m bench.informed [--quick | --smoke] [--json] [--only NAME]
 
@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 from bench.common import format_rows, make_parser, open_organism, say
-from bench.methods import COLUMNS, Row, SharedBaseline, format_scores, make_row, measure_method, shorten, shorten_steps
+from bench.methods import COLUMNS, Row, SharedBaseline, format_scores, make_row, measure_method, shorten_steps
+from bench.organisms import shorten
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts
 
-METHODS = ("basic", "advanced", "informed")
+METHODS = ("basic", "two_directions", "informed")
 TRUTH = {
     "astronomy": "one topic: one direction",
     "gardening-railways": "two refusals: two directions",
@@ -62,10 +63,10 @@ def measure_methods(
 
 def format_table(rows_of: dict[str, dict[str, Row]]) -> str:
     """Return a row for each organism and method as a Markdown table, followed by the decisions of `informed`."""
-    columns = ["organism", "method", *COLUMNS, "seconds", "of advanced", "passes"]
+    columns = ["organism", "method", *COLUMNS, "seconds", "of two_directions", "passes"]
     lines = []
     for organism, rows in rows_of.items():
-        advanced = sum(rows["advanced"]["seconds"].values())
+        advanced = sum(rows["two_directions"]["seconds"].values())
         for name, row in rows.items():
             seconds = sum(row["seconds"].values())
             lines.append(

@@ -1,11 +1,12 @@
-"""Every method on the organism: what it removes and what that costs, beside control rows.
+"""Every method on organisms: what it removes, what that costs and which of its parts acted, beside control rows.
 
-    python -m bench.methods [--quick | --smoke] [--json] [--only NAME,NAME]
+    python -m bench.methods [--quick | --smoke] [--json] [--only NAME,NAME] [--organisms NAME [NAME …]]
 
-A row is a method or a control: a random direction, `inverted` at strength 1, and `basic` where one of two refusals is
-to be kept. A method that has no effect on the astronomy organism runs on one that it is made for (`ORGANISM_OF`).
-Methods that search run as searches. --quick uses every second report prompt, answers of 24 tokens and 8 trials, and
-leaves out the methods that take minutes (`SLOW`). --smoke runs few rows on few prompts.
+Without --organisms all run on astronomy, and a method that has no effect there on one that it is made for
+(`ORGANISM_OF`). A row is a method or a control: a random direction, `reflected` at strength 1, and `basic` where one of
+two refusals is to be kept. With --organisms (`bench.organisms` says how they are called) every method runs on each, and
+a random direction beside them. Methods that search run as searches. --quick uses every second report prompt, answers of
+24 tokens and 8 trials, and leaves out the methods that take minutes (`SLOW`). --smoke runs few rows on few prompts.
 """
 
 from __future__ import annotations
@@ -13,23 +14,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bench.common import (
-    SMOKE_PROMPTS,
-    SPLITS,
-    format_rows,
-    make_parser,
-    open_organism,
-    run_with_peak,
-    say,
-    take_prompts,
-)
+from bench.common import SMOKE_PROMPTS, SPLITS, format_rows, make_parser, run_with_peak, say
+from bench.organisms import ASTRONOMY, TWO_TOPICS, find_role, load_organism
+from bench.parts import list_parts
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import Store
@@ -38,11 +31,11 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill.steps import orthonormalize
 from obliteratus.excise.plan import plan_edits
 from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe
-from obliteratus.pipeline.run import run
+from obliteratus.pipeline.run import RunResult, run
 from obliteratus.pipeline.stages import Stages
-from obliteratus.prompts import load_prompts, split_prompts
+from obliteratus.prompts import split_prompts
 from obliteratus.rebirth.model_card import format_score
-from obliteratus.search import StudyLocation, search
+from obliteratus.search import SearchResult, StudyLocation, search
 from obliteratus.verify import Measurement
 from obliteratus.weigh import weigh_sites
 
@@ -50,7 +43,6 @@ T = TypeVar("T")
 Overrides = dict[str, Any]
 Row = dict[str, Any]
 SHARED = ("ANSWERS", "VERIFY before")  # stages of the unedited model, the same for every method
-ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
 ORGANISM_OF = {"calibrated": TWO_TOPICS, "reinforce": f"{ASTRONOMY}@0.65"}  # with 0.65 half of the topic is refused
 SLOW = ("rdo", "failspy")
 KEEP_SCORE = "refusal.keep"
@@ -82,19 +74,10 @@ class Case(NamedTuple):
 
 
 CONTROLS = {
-    "inverted at strength 1": Case("inverted", {"excise.strength": 1.0}, ASTRONOMY),
+    "reflected at strength 1": Case("reflected", {"excise.strength": 1.0}, ASTRONOMY),
     "basic on two topics": Case("basic", {}, TWO_TOPICS),
 }
 SMOKE_ROWS = ("basic", "heretic", "basic on two topics")
-
-
-@dataclass
-class Organism:
-    """A model organism with its prompts, and the baseline that all its rows share."""
-
-    subject: Subject
-    prompts: PromptSet
-    known: dict[str, Measurement] = field(default_factory=dict)
 
 
 class SharedBaseline(Store):
@@ -114,22 +97,6 @@ class SharedBaseline(Store):
         return baseline
 
 
-def halve_report_prompts(prompts: PromptSet) -> PromptSet:
-    """Return the prompts with only every second report prompt."""
-    groups = {}
-    for name, members in prompts.groups.items():
-        report = [p for p in members if p.split == "report"]
-        groups[name] = (*(p for p in members if p.split != "report"), *report[::2])
-    return PromptSet(groups)
-
-
-def shorten(prompts: PromptSet, quick: bool, smoke: bool) -> PromptSet:
-    """Return the prompts of a --quick or --smoke run."""
-    if smoke:
-        return take_prompts(prompts, SMOKE_PROMPTS)
-    return halve_report_prompts(prompts) if quick else prompts
-
-
 def shorten_steps(quick: bool, smoke: bool) -> Overrides:
     """Return the scorers of a --quick or --smoke run."""
     return {"verify": SMOKE_STEPS if smoke else SHORT_STEPS} if quick or smoke else {}
@@ -139,17 +106,27 @@ def measure_method(recipe: Recipe, subject: Subject, prompts: PromptSet, known: 
     """Return one method's row, or why it was refused. A method with a search runs as one."""
     store = SharedBaseline(known)
     try:
-        check_runs(recipe, prompts.groups)
+        recipe = check_runs(recipe, prompts.groups)
         if recipe.search is None:
             _, peak, result = run_with_peak(lambda: run(recipe, subject, prompts, store, force=True))
-            return make_row(result.before, result.after, store.seconds, peak, len(result.run.passes))
+            return make_row(result.before, result.after, store.seconds, peak, len(result.run.passes)) | _parts_of(
+                result, subject
+            )
         splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, force=True)
         location = StudyLocation("", "bench")
         _, peak, result = run_with_peak(lambda: search(recipe, subject, splits, store, location, force=True))
     except UserError as error:
         return {"refused": str(error)}
     seconds = {**store.seconds, "SEARCH": sum(trial.seconds for trial in result.trials)}
-    return make_row(result.before, result.after, seconds, peak, 1) | {"trials": len(result.trials)}
+    return (
+        make_row(result.before, result.after, seconds, peak, 1)
+        | {"trials": len(result.trials)}
+        | _parts_of(result, subject)
+    )
+
+
+def _parts_of(result: RunResult | SearchResult, subject: Subject) -> Row:
+    return {"parts": list_parts(result.plan, result.run, subject)}
 
 
 def make_row(before: Measurement, after: Measurement, seconds: Mapping[str, float], peak: int, passes: int) -> Row:
@@ -176,51 +153,86 @@ def measure_random_direction(recipe: Recipe, subject: Subject, prompts: PromptSe
     return make_row(before, after, stages.store.seconds, peak, 1)
 
 
-@cache
-def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
-    """Return the organism, opened once. The topic that the second one should keep is the group keep."""
-    source = f"organism:{name.partition('@')[0]}"
-    prompts = load_prompts(source, source, keep=source if name == TWO_TOPICS else None)
-    return Organism(open_organism(name), shorten(prompts, quick, smoke))
-
-
-def choose_cases(only: str, quick: bool, smoke: bool) -> dict[str, Case]:
+def choose_cases(only: str, organisms: Sequence[str], quick: bool, smoke: bool) -> dict[str, Case]:
     """Return what to run by row. Rows of one organism follow each other, since each organism takes memory."""
     known = {name: Case(name, {}, ORGANISM_OF.get(name, ASTRONOMY)) for name in list_methods()} | CONTROLS
     if only or smoke:
         cases = {name: known[name] for name in (only.split(",") if only else SMOKE_ROWS)}
     else:
         cases = {name: case for name, case in known.items() if not quick or name not in SLOW}
+    if organisms:
+        methods = {name: case for name, case in cases.items() if name not in CONTROLS}
+        return {name_row(n, o): case._replace(organism=o) for o in organisms for n, case in methods.items()}
     return dict(sorted(cases.items(), key=lambda item: item[1].organism))
 
 
-def load_case(case: Case, quick: bool, smoke: bool) -> Recipe:
+def name_row(name: str, organism: str) -> str:
+    """Return the name of a row where methods run on several organisms."""
+    return f"{name} on {organism}"
+
+
+def load_case(case: Case, behavior: str, quick: bool, smoke: bool) -> Recipe:
     """Return the recipe of a row, shortened if asked for."""
-    recipe = load_recipe(case.method, shorten_steps(quick, smoke) | case.changes)
+    changes = shorten_steps(quick, smoke) | {"judge.behavior": behavior} | case.changes
+    recipe = load_recipe(case.method, changes)
     if recipe.search is None or not (quick or smoke):
         return recipe
     shorter = {"search.trials": SMOKE_TRIALS, **SMOKE_SEARCH} if smoke else {"search.trials": QUICK_TRIALS}
-    return load_recipe(case.method, shorten_steps(quick, smoke) | case.changes | shorter)
+    return load_recipe(case.method, changes | shorter)
+
+
+def run_case(name: str, case: Case, quick: bool, smoke: bool) -> Row:
+    """Return the row of a method or control."""
+    say(f"{name} …")
+    organism = load_organism(case.organism, quick, smoke)
+    recipe = load_case(case, organism.behavior, quick, smoke)
+    row = measure_method(recipe, organism.subject, organism.prompts, organism.known)
+    return row | describe_organism(case.organism, organism.behavior)
+
+
+def run_random(name: str, quick: bool, smoke: bool) -> Row:
+    """Return the row of random directions in the layers of `two_directions`, on an organism."""
+    say(f"random on {name} …")
+    organism = load_organism(name, quick, smoke)
+    recipe = load_case(Case("two_directions", {}, name), organism.behavior, quick, smoke)
+    row = measure_random_direction(recipe, organism.subject, organism.prompts, organism.known)
+    return row | describe_organism(name, organism.behavior)
+
+
+def describe_organism(name: str, behavior: str) -> Row:
+    """Return what a row says of its organism."""
+    return {"organism": name, "role": find_role(name), "behavior": behavior}
 
 
 # ------------------------------------------------------------------------------------------ output
-def format_table(rows: dict[str, Row]) -> str:
-    """Return the rows as a Markdown table, followed by the seconds of stages and by other organisms' rows."""
-    columns = ["method", *COLUMNS, "seconds", "peak MB", "passes"]
+def format_table(rows: dict[str, Row], several: bool = False) -> str:
+    """Return the rows as a Markdown table, followed by the seconds of stages and by other organisms' rows.
+
+    several: whether each method ran on each organism, which then has a column, as has its role.
+    """
+    scores = [name.replace("refusal", "behavior") for name in COLUMNS] if several else COLUMNS
+    columns = [*_heads(several), *scores, "seconds", "peak MB", "passes", "parts"]
     lines = []
     for name, row in rows.items():
+        heads = [name.partition(" on ")[0], row["organism"], row["role"]] if several else [name]
         if "refused" in row:
-            lines.append([name, row["refused"], *[""] * (len(columns) - 2)])
+            lines.append([*heads, row["refused"], *[""] * (len(columns) - len(heads) - 1)])
             continue
-        scores = format_scores(row)
         seconds, peak = sum(row["seconds"].values()), row["peak_bytes"] / 1e6
-        lines.append([name, *scores, f"{seconds:.0f}", f"{peak:.0f}", str(row["passes"])])
-    return "\n".join([format_rows(columns, lines), "", *format_stages(rows), "", *format_other_organisms(rows)])
+        spent = [f"{seconds:.0f}", f"{peak:.0f}", str(row["passes"])]
+        lines.append([*heads, *format_scores(row), *spent, ", ".join(row.get("parts", []))])
+    others = [] if several else format_other_organisms(rows)
+    return "\n".join([format_rows(columns, lines), "", *format_stages(rows), "", *others])
+
+
+def _heads(several: bool) -> list[str]:
+    return ["method", "organism", "role"] if several else ["method"]
 
 
 def format_scores(row: Row) -> list[str]:
-    """Return the scores after the edit in the order of `COLUMNS`."""
-    return [format_score(Score(**row["after"][c]) if c in row["after"] else None) for c in COLUMNS]
+    """Return the scores after the edit in the order of `COLUMNS`, those of the row's behavior instead of refusal."""
+    names = [c.replace("refusal", row.get("behavior", "refusal")) for c in COLUMNS]
+    return [format_score(Score(**row["after"][c]) if c in row["after"] else None) for c in names]
 
 
 def format_stages(rows: dict[str, Row]) -> list[str]:
@@ -252,23 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table or the document."""
     parser = make_parser(__doc__, "use fewer and shorter answers, and leave out slow methods")
     parser.add_argument("--only", default="", help="rows (methods or controls) separated by commas")
+    parser.add_argument("--organisms", nargs="+", default=[], help="run every method on each of these")
     options = parser.parse_args(argv)
-    quick, smoke = options.quick or options.smoke, options.smoke
-    rows = {}
-    for name, case in choose_cases(options.only, quick, smoke).items():
-        say(f"{name} …")
-        organism = load_organism(case.organism, quick, smoke)
-        recipe = load_case(case, quick, smoke)
-        rows[name] = measure_method(recipe, organism.subject, organism.prompts, organism.known)
-        rows[name]["organism"] = case.organism
-    say("random …")
-    organism, recipe = load_organism(ASTRONOMY, quick, smoke), load_recipe("advanced", shorten_steps(quick, smoke))
-    rows["random"] = measure_random_direction(recipe, organism.subject, organism.prompts, organism.known)
-    print(
-        json.dumps({"methods": rows, "shortened": _shortened(quick, smoke)}, indent=1)
-        if options.json
-        else format_table(rows)
-    )
+    quick, smoke, several = options.quick or options.smoke, options.smoke, bool(options.organisms)
+    cases = choose_cases(options.only, options.organisms, quick, smoke)
+    rows = {name: run_case(name, case, quick, smoke) for name, case in cases.items()}
+    for organism in options.organisms or [ASTRONOMY]:
+        rows[name_row("random", organism) if several else "random"] = run_random(organism, quick, smoke)
+    document = {"methods": rows, "shortened": _shortened(quick, smoke)}
+    print(json.dumps(document, indent=1) if options.json else format_table(rows, several))
 
 
 def _shortened(quick: bool, smoke: bool) -> Row:

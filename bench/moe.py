@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.common import make_parser, say
-from bench.methods import format_table, measure_method, shorten, shorten_steps
+from bench.methods import format_table, measure_method, shorten_steps
+from bench.organisms import shorten
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.prompts import load_prompts
 from obliteratus.summon.load import open_subject
@@ -36,7 +37,7 @@ SMOKE_CASES = ("each expert its own direction", "half, blended by 0.3", "and rou
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table or the document."""
     parser = make_parser(__doc__, "use fewer and shorter answers")
-    parser.add_argument("--method", default="advanced", help="the method whose edits are compared")
+    parser.add_argument("--method", default="two_directions", help="the method whose edits are compared")
     parser.add_argument("--model", default="organism:astronomy-moe", help="a mixture of experts")
     options = parser.parse_args(argv)
     subject = open_subject(options.model)

@@ -2,7 +2,7 @@
 
     python -m bench.search [--trials 24] [--prompts 48] [--tokens 32] [--seed 0] [--tuned] [--quick | --smoke] [--json]
 
-Compares the seconds of a trial, ours with the method `optimized`, and reports the set-up before the first trial. Then
+Compares the seconds of a trial, ours with the method `leace_search`, and reports the set-up before the first. Then
 the member of each front with the fewest refusals is measured by VERIFY on report prompts that neither program saw.
 --tuned adds the method `tuned`, which makes no trials; its seconds are those of all its stages but VERIFY.
 --quick makes 2 trials with 16 prompts and 16 tokens and exports nothing, so its ratio is one of few, short trials.
@@ -104,12 +104,12 @@ def compare(
 ) -> dict[str, Any]:
     """Run both programs one after the other and return the document; without ``heretic`` only ours.
 
-    changes: overrides of the method `optimized`. judged: prompts of each group that a trial is judged on.
+    changes: overrides of the method `leace_search`. judged: prompts of each group that a trial is judged on.
     """
     splits = split_prompts(prompts, settings.seed)
     base = measure(open_subject("organism:astronomy"), splits.report, STEPS)
     say(f"ours, {settings.trials} trials …")
-    setup, result, scores = search_ours(load_recipe("optimized", changes), splits, base)
+    setup, result, scores = search_ours(load_recipe("leace_search", changes), splits, base)
     front = [(x, y) for x, y in front_objectives(result.trials)]
     document: dict[str, Any] = {
         "seconds": {"ours": mean(t.seconds for t in result.trials), "ours_set_up": setup},

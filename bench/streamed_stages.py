@@ -118,7 +118,7 @@ def take_fit_and_report(recipe: Recipe, prompts: int) -> tuple[PromptSet, Prompt
 
 def forecast(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """Return the forecast of each stage. The file cache holds the checkpoint or not, as in the run."""
-    recipe = load_recipe("advanced")
+    recipe = load_recipe("two_directions")
     fit, report = take_fit_and_report(recipe, options.prompts)
     with meter.stage("FORECAST"):
         subject = open_offloaded(options.folder)
@@ -129,7 +129,7 @@ def forecast(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
 
 def run_stages(meter: Meter, options: argparse.Namespace) -> dict[str, Any]:
     """Run all stages. The results of PROBE and DISTILL are written to OUT.pt."""
-    recipe, result = load_recipe("advanced"), dict[str, Any]()
+    recipe, result = load_recipe("two_directions"), dict[str, Any]()
     fit, report = take_fit_and_report(recipe, options.prompts)
     with meter.stage("SUMMON"):
         subject = (open_subject if options.loaded else open_offloaded)(options.folder)

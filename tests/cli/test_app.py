@@ -147,7 +147,7 @@ def test_a_renamed_option_or_command_names_the_new_one(words: list[str], new: st
         (["--set", "distill=[{use='sae', stream=1, pretrained='WIDER'}]"], "is 48 wide and this model's stream is 32"),
         (["--set", "excise.parts=['mlp.up']"], "names no part"),
         (["--set", "excise.norm=['rows', 'columns']"], "excise.norm"),
-        (["--method", "inverted", "--set", "passes=2"], "turns the first one's reflection back"),
+        (["--method", "reflected", "--set", "passes=2"], "turns the first one's reflection back"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_read(

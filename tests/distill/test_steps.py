@@ -91,7 +91,8 @@ class TestContract:
         assert (strong > 2 * weak).all()
 
     def test_the_trace_names_all_steps(self, name: str) -> None:
-        assert found(name).trace == tuple(s.use for s in steps(name))
+        nested = {"union": "union svd", "blend": "blend bypass_contrast"}
+        assert found(name).trace == tuple(nested.get(s.use, s.use) for s in steps(name))
 
     def test_a_second_run_gives_the_same_and_changes_no_input(self, name: str) -> None:
         acts, _ = planted()
@@ -99,6 +100,16 @@ class TestContract:
         assert torch.equal(find_directions(acts, steps(name)).basis, found(name).basis)
         assert torch.equal(acts["target"].rows, before[0])
         assert torch.equal(acts["control"].mean, before[1])
+
+
+def test_a_step_that_is_left_out_does_nothing() -> None:
+    acts, _ = planted()
+    left_out = find_directions(acts, [Step(**MEAN), Step(use="union", when="never")])
+    assert torch.equal(left_out.basis, found("mean_diff").basis)
+    assert left_out.trace == ("mean_diff",)
+    check_needs([Step(use="blend", when="never")], ["target", "control"], keep="moments")
+    with pytest.raises(UserError, match="bypass"):  # negative control
+        check_needs([Step(use="blend")], ["target", "control"], keep="moments")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ONE_AT_ALL])

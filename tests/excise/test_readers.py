@@ -171,8 +171,8 @@ def test_norm_rules_are_not_for_readers(tmp_path: Path) -> None:
 
 def test_reflecting_both_sides_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(UserError, match="a change of basis that undoes itself"):
-        load_recipe("inverted", {"excise.parts": ["attn.out", "mlp.out", "attn.in"]})
-    assert load_recipe("inverted", {"excise.parts": ["mlp.out"]}).excise.strength == 2
+        load_recipe("reflected", {"excise.parts": ["attn.out", "mlp.out", "attn.in"]})
+    assert load_recipe("reflected", {"excise.parts": ["mlp.out"]}).excise.strength == 2
 
 
 def test_reflecting_both_sides_does_undo_itself() -> None:

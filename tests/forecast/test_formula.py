@@ -84,7 +84,7 @@ def test_the_formulas_of_two_methods() -> None:
     verify = f"2·N_report × 48 tokens + ({read}) texts"
     assert format_formula(load_recipe("basic")) == f"N_fit forwards + {screened} + {verify}"
     several = f"≤ 3·N_fit forwards + {screened} + 2·min(N_search,target, 48) × 16 tokens"
-    assert format_formula(load_recipe("aggressive")) == f"{several} + {verify}"
+    assert format_formula(load_recipe("whitened")) == f"{several} + {verify}"
 
 
 def test_the_first_tokens_are_free_only_after_the_answers() -> None:
@@ -105,7 +105,7 @@ def test_steps_that_ask_the_model_say_what_and_others_nothing() -> None:
 def test_an_option_of_excise_can_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `kl_budget` and its like need: one entry in a table."""
     monkeypatch.setitem(costs.EXCISE_COSTS, "heads", Cost(6 * prompt_count("search", "control", 48)))
-    assert str(stage_costs(load_recipe("surgical"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
+    assert str(stage_costs(load_recipe("lean"))["EXCISE"]) == "12·min(N_search,control, 48) forwards"  # two passes
     assert "EXCISE" not in stage_costs(load_recipe("basic"))
 
 
@@ -140,7 +140,9 @@ def counted(made: Recipe) -> tuple[Counter[str], dict[str, int | float]]:
     return counting.seen, {**values, "N_report,target": 4, "N_search,target": 0}
 
 
-@pytest.mark.parametrize(("name", "passes"), [("basic", 1), ("advanced", 1), ("surgical", 2), ("spectral_cascade", 3)])
+@pytest.mark.parametrize(
+    ("name", "passes"), [("basic", 1), ("two_directions", 1), ("lean", 2), ("spectral_cascade", 3)]
+)
 def test_a_run_does_what_its_formula_says(name: str, passes: int) -> None:
     made = load_recipe(name, {"passes": passes, "excise.strength": 0.05, "verify": [SMALL, {"use": "perplexity"}]})
     seen, values = counted(made)
@@ -192,8 +194,8 @@ def test_the_classes_follow_the_work() -> None:
     assert relative_effort(load_recipe("basic")) == 1.0
     by_passes = [cost_class(load_recipe("basic", {"passes": n})) for n in (1, 2, 8)]
     assert by_passes == ["low", "moderate", "moderate"]
-    assert cost_class(load_recipe("optimized")) == "high"
-    assert [cost_class(load_recipe(n)) for n in ("rdo", "heretic", "advanced")] == ["high", "high", "low"]
+    assert cost_class(load_recipe("leace_search")) == "high"
+    assert [cost_class(load_recipe(n)) for n in ("rdo", "heretic", "two_directions")] == ["high", "high", "low"]
     for name in list_methods():
         work, limits = relative_effort(load_recipe(name)), list(CLASSES.values())
         assert cost_class(load_recipe(name)) == ["low", "moderate", "high"][sum(work > limit for limit in limits)]

@@ -28,7 +28,7 @@ def many(prompts: PromptSet) -> PromptSet:
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_bytes_are_those_that_are_read(name: str, tmp_path: Path, many: PromptSet, tight: None) -> None:
     folder = stored(tmp_path, name, max_position_embeddings=128)
-    made = load_recipe("advanced")
+    made = load_recipe("two_directions")
     found = forecast_run(summarize_model(str(folder)), 1e12, made, many, {})
     assert list(found["stages"]) == ["PROBE × 1", "VERIFY", "SAVE", "SCORE × 2"]
     away = open_offloaded(folder)
@@ -49,8 +49,8 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_fits_is_loaded(tmp_path: Path, many: PromptSet) -> None:
     made = summarize_model(str(stored(tmp_path, "llama")))
-    found = forecast_run(made, 1e12, load_recipe("advanced"), many, {})
+    found = forecast_run(made, 1e12, load_recipe("two_directions"), many, {})
     assert found["weights"] == "in memory"
     assert found["peak"] == pytest.approx(bytes_in_memory(made), rel=0.2)
     with pytest.raises(UserError, match="with the weights left on disk"):
-        forecast_run(made, bytes_offloaded(made) / 10, load_recipe("advanced"), many, {})
+        forecast_run(made, bytes_offloaded(made) / 10, load_recipe("two_directions"), many, {})

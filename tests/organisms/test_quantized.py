@@ -53,7 +53,7 @@ def alike(one: Score, other: Score) -> bool:
     return inside or abs(one.value - other.value) <= ONE
 
 
-@pytest.mark.parametrize(("quantize", "method"), [("4bit", "advanced"), ("8bit", "leace")])
+@pytest.mark.parametrize(("quantize", "method"), [("4bit", "two_directions"), ("8bit", "leace")])
 def test_verdicts_are_those_of_fp32_before_after_and_saved(
     quantize: str, method: str, prompts: PromptSet, exact_model: tuple[Subject, dict[str, Any]], tmp_path: Path
 ) -> None:

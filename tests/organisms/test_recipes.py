@@ -104,7 +104,7 @@ def test_informed_decides_what_is_true_of_the_organism(name: str, k: int) -> Non
     )
     assert found.before["refusal.target"].value >= 0.75
     assert found.after["refusal.target"].value <= 2 / N
-    assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `advanced` costs 0.2 (README)
+    assert found.after["kl.first_token.mean"].value <= 0.1  # nats; `two_directions` costs 0.2 (README)
     assert found.recipe.distill[0].options.get("k", 1) == k
     assert min(e.site.layer for e in plan.edits) >= 18  # of 30; weather-late's adapter begins at 20
     decided = {r["decides"]: r["changes"] for r in found.advice["reasons"]}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.contexts import refusing_context
+from tests.support.planted import make_moments
 from tests.support.refuser import LAYERS, asked, refuser, shuffled
 from tests.support.tiny import tiny_subject
 
@@ -33,7 +34,15 @@ from obliteratus.pipeline.advise import (
     save_advice,
 )
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.pipeline.rules import AXIS_SHARE, BEHAVIOR_ENDED, GENTLEST, KL_FACTOR, RULES, category_spectrum
+from obliteratus.pipeline.rules import (
+    AXIS_SHARE,
+    BEHAVIOR_ENDED,
+    EIGENVALUE_RATIO,
+    GENTLEST,
+    KL_FACTOR,
+    RULES,
+    category_spectrum,
+)
 from obliteratus.pipeline.run import run
 from obliteratus.rebirth.model_card import make_reason_rows, render_model_card
 
@@ -108,6 +117,31 @@ def test_another_edit_is_another_recipe() -> None:
     made = advised({"reach": reached(("attention", 2, BEHAVIOR_ENDED + 0.01), ("both", 4, 0.0))})
     assert made.recipe.weigh[0].options["low"] == pytest.approx(4 / 7, abs=1e-4)
     assert [made.recipe.weigh[1].options[part] for part in ("attn", "mlp")] == [1.0, 1.0]
+
+
+def shifted(ways: int) -> Activations:
+    """Sixty prompts a group; target prompts are shifted in this many orthogonal ways by turns."""
+    rows = torch.randn(2, 60, 9, 48, generator=torch.Generator().manual_seed(0))
+    for way in range(ways):
+        rows[0, way::ways, 1:, way] += 12
+    return Activations({g: make_moments(x) for g, x in zip(("target", "control"), rows, strict=True)}, -1)
+
+
+def test_several_generalized_eigenvectors_are_used_where_prompts_differ_in_several_ways() -> None:
+    """Without categories. One way only, categories, or a recipe without covectors leave the extraction as it is."""
+    recipe = load_recipe("informed")
+    made = advise(recipe, shifted(2), {})
+    (step,) = made.recipe.distill
+    assert (step.use, step.options["k"]) == ("generalized_eigen", 2)
+    assert step.options["shrinkage"] == recipe.distill[0].options["shrinkage"]
+    value = because(made, "generalized eigenvectors").value
+    assert value is not None
+    assert value > EIGENVALUE_RATIO
+    assert advise(recipe, shifted(1), {}).recipe.distill == recipe.distill
+    known = advise(recipe, shifted(2), {"cones": coned([[1.0, 0.99], [0.99, 1.0]])})
+    assert known.recipe.distill[0].use == "leace"
+    assert because(known, "generalized eigenvectors").value is None
+    assert advise(recipe, shifted(2), {}, anchors=False).recipe.distill[0].use == "mean_diff"
 
 
 def test_where_nothing_was_answered_the_recipe_stays() -> None:

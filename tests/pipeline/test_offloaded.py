@@ -250,7 +250,7 @@ def test_scorers_that_need_answers_are_replaced(tmp_path: Path) -> None:
 def test_a_run_is_that_of_memory(tmp_path: Path, many: PromptSet) -> None:
     folder = stored(tmp_path / "model", "llama", max_position_embeddings=128)
     loaded, away = both(folder)
-    made = load_recipe("advanced").model_copy(update={"verify": STEPS})
+    made = load_recipe("two_directions").model_copy(update={"verify": STEPS})
     (plan, told, *_), (theirs, known, *_) = run(made, away, many, force=True), run(made, loaded, many, force=True)
     assert plan.edits
     assert len(plan.edits) == len(theirs.edits)
@@ -276,7 +276,7 @@ def many(prompts: PromptSet) -> PromptSet:
 
 def test_a_run_that_was_interrupted_reads_nothing_again(tmp_path: Path, many: PromptSet) -> None:
     away = open_offloaded(stored(tmp_path / "model", "llama", max_position_embeddings=128))
-    made, kept = load_recipe("advanced").model_copy(update={"verify": STEPS}), tmp_path / "kept"
+    made, kept = load_recipe("two_directions").model_copy(update={"verify": STEPS}), tmp_path / "kept"
     kept.mkdir()
     plan, told, *_ = run(made, away, many, Store(kept), force=True)
     before = away.offloaded.bytes_read
@@ -296,7 +296,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def call(*words: str) -> Any:
         return CliRunner().invoke(app, [*words, *sources, "--memory", "1TB", "--json"])
 
-    done = call("run", str(folder), "--method", "advanced", "--force", "--out", str(tmp_path / "out"))
+    done = call("run", str(folder), "--method", "two_directions", "--force", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {"refusal_score.target", "kl.first_token.mean"} <= found["after"].keys()

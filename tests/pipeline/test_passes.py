@@ -36,7 +36,7 @@ def prompts(search: int = 3) -> PromptSet:
 
 def made(passes: int, search: int, store: Store | None = None, **changed: Any) -> tuple[Plan, Run]:
     overrides = {"passes": passes, "verify": SHORT, "excise.strength": 0.3, **changed}
-    result = run(load_recipe("surgical", overrides), tiny_subject("llama"), prompts(search), store, force=True)
+    result = run(load_recipe("lean", overrides), tiny_subject("llama"), prompts(search), store, force=True)
     return result.plan, result.run
 
 

@@ -39,7 +39,7 @@ def few() -> PromptSet:
 
 
 def advanced() -> Recipe:
-    return load_recipe("advanced", {"verify": [{"use": "behavior", "tokens": 8}, {"use": "first_token_kl"}]})
+    return load_recipe("two_directions", {"verify": [{"use": "behavior", "tokens": 8}, {"use": "first_token_kl"}]})
 
 
 def test_advanced_removes_refusal_and_little_else(subject: Subject, few: PromptSet) -> None:
@@ -74,7 +74,7 @@ def test_shuffled_groups_are_not_edited(subject: Subject, few: PromptSet) -> Non
 
 def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) -> None:
     """Three passes are asked for. One is enough for a strong edit; one that does nothing goes on to the next."""
-    strong = load_recipe("surgical", {"passes": 3, "verify": [{"use": "behavior", "tokens": 4}]})
+    strong = load_recipe("lean", {"passes": 3, "verify": [{"use": "behavior", "tokens": 4}]})
     store = Store()
     _, found, *_ = run(strong, subject, searched(few), store)
     assert len(found.passes) == 1
@@ -82,7 +82,7 @@ def test_a_pass_that_is_not_needed_is_saved(subject: Subject, few: PromptSet) ->
     assert "PROBE 2" not in store.seconds
     assert found.passes[0]["ended"] == "few enough search prompts show refusal"
     assert found.passes[0]["remaining"]["value"] <= 0.05
-    weak = load_recipe("surgical", {"passes": 2, "excise.strength": 0.05, "verify": [{"use": "behavior", "tokens": 4}]})
+    weak = load_recipe("lean", {"passes": 2, "excise.strength": 0.05, "verify": [{"use": "behavior", "tokens": 4}]})
     both = run(weak, subject, searched(few))[1].passes
     assert len(both) == 2
     assert both[0]["remaining"]["value"] > 0.05

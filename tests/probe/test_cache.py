@@ -96,7 +96,7 @@ def test_a_second_probe_runs_nothing_and_is_equal_bit_for_bit(name: str, keep: A
 def test_the_second_run_probes_nothing_and_says_so(tmp_path: Path) -> None:
     """Through the pipeline: same plan, bit for bit; a later pass, under the first one's plan, is always probed."""
     verify = [{"use": "behavior", "tokens": 4}]
-    recipe = load_recipe("surgical", {"passes": 2, "verify": verify, "excise.strength": 0.3})
+    recipe = load_recipe("lean", {"passes": 2, "verify": verify, "excise.strength": 0.3})
     splits = ["fit"] * 8 + ["report"] * 4
     texts = {"target": "Tell me of boat {}.", "control": "What is {} plus one?"}
     prompts = PromptSet(

@@ -129,7 +129,7 @@ def search(
     model: Model,
     target: Target = None,
     control: Control = None,
-    method: Method = "optimized",
+    method: Method = "leace_search",
     trials: Trials = None,
     storage: Storage = None,
     study: Annotated[str | None, typer.Option(help="Optuna study name.")] = None,
@@ -181,7 +181,7 @@ def search(
 @app.command()
 @handle_errors
 def demo(
-    method: Method = "advanced",
+    method: Method = "lean",
     out: Out = None,
     save: Save = "merged",
     set_: Set = None,

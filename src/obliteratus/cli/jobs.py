@@ -94,7 +94,7 @@ class Job:
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
         splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
-        check_runs(recipe, prompts.groups)
+        recipe = check_runs(recipe, prompts.groups)
         counts = {group: len(members) for group, members in splits.fit.groups.items()}
         check_sizes(recipe.distill, RunInputs(counts, lambda: read_width(model), recipe.probe.keep))
         if out is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,15 +28,23 @@ class FrozenModel(BaseModel):
 
 
 class Step(BaseModel):
-    """Name of a registered step. All other keys are options of the step."""
+    """Name of a registered step. All keys but those declared here are options of the step."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     use: str
+    when: Literal["always", "possible", "never"] = "always"
+    """``possible`` leaves the step out, with a note, where the prompts lack a group that it needs; ``never`` always.
+    Only distill and weigh steps can be left out. A search may try both."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """All keys but ``use``."""
+        """The options of the step."""
         return dict(self.model_extra or {})
+
+
+def active_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps that are not left out."""
+    return tuple(step for step in steps if step.when != "never")
 
 
 class Probe(FrozenModel):
@@ -102,12 +110,15 @@ class Excise(FrozenModel):
     attention is then left alone. None edits all heads. Other parts are edited as a whole."""
     experts: Experts | None = None
     """How to edit routed experts one by one. None edits them alike, through their weighted sum."""
-    neurons: float | None = Field(None, gt=0, le=0.2)  # more than a fifth of an MLP is no longer a few neurons
-    """Largest share of each layer's MLP neurons to mask: those that write most of the groups' difference, scored on the
-    unedited model. Only the first pass masks neurons."""
+    neurons: float | None = Field(None, ge=0, le=0.2)  # more than a fifth of an MLP is no longer a few neurons
+    """Largest share of each layer's MLP neurons to mask (at least one): those that write most of the groups'
+    difference, scored on the unedited model. 0 masks none. Only the first pass masks neurons."""
     steer: float = Field(0.0, ge=-4.0, le=4.0)
     """Add −steer times the groups' difference along Q at every token, at the edited layer with the best score. Values
     below 0 add the behavior. Only the first pass steers, and baking it needs a bias."""
+    where_possible: tuple[Literal["neurons", "steer"], ...] = ()
+    """Which of these settings are left out, with a note, on a model that cannot have them, instead of refused.
+    ``experts`` always is."""
     kl_budget: float | None = Field(None, gt=0)
     """Weaken the plan until the mean KL of first answer tokens on search control prompts is at most this (nats)."""
 
@@ -125,7 +136,7 @@ class Excise(FrozenModel):
             raise ValueError("heads and anchored exclude each other, since an anchor belongs to no head; set only one")
         if self.norm == "unit_rows_rank_3" and "embed" in self.parts:
             raise ValueError("norm unit_rows_rank_3 is for attn.out and mlp.out; take embed out of parts")
-        if (self.neurons is not None or self.steer) and "mlp.out" not in self.parts:
+        if (self.neurons or self.steer) and "mlp.out" not in self.parts:
             raise ValueError("neurons and steer need the part mlp.out, which parts leaves out; add it")
         if self.strength > 1 and reads and writes:
             raise ValueError(
@@ -330,6 +341,12 @@ class Recipe(FrozenModel):
     def uses_search_split(self) -> bool:
         """Whether anything is chosen on search prompts, so that none of their groups may be empty."""
         return bool(self.analyze or self.search or self.tune or self.excise.kl_budget or "router" in self.excise.parts)
+
+    @model_validator(mode="after")
+    def _needs_all(self) -> Recipe:
+        if left_out := [step.use for step in (*self.verify, *self.analyze) if step.when != "always"]:
+            raise ValueError(f"only distill and weigh steps can be left out by 'when'; take it out of '{left_out[0]}'")
+        return self
 
     @model_validator(mode="after")
     def _one_pass(self) -> Recipe:

@@ -4,7 +4,7 @@ Each step is one function over tensors; importing this package registers all of 
 It may import core, and never transformers: steps that run the model live in causal.
 """
 
-from obliteratus.distill import combine, leace, means, sae, svd, whiten, winsorize
+from obliteratus.distill import combine, eigen, leace, means, sae, svd, whiten, winsorize
 from obliteratus.distill.steps import (
     check_needs,
     check_sizes,
@@ -18,6 +18,7 @@ __all__ = [
     "check_needs",
     "check_sizes",
     "combine",
+    "eigen",
     "extractors",
     "find_directions",
     "leace",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
@@ -62,6 +63,8 @@ def union(acts: Activations, previous: Directions | None, *, other: Other = SVD)
     """
     previous = require_directions(previous, "union")
     basis = orthonormalize(torch.cat([previous.basis, find_directions(acts, [other]).basis], 1))
+    if not basis[:, previous.basis.shape[1] :].any():
+        note("union", f"{other.use} adds no direction")
     return _with_basis(previous, acts, basis)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import Registry, RunInputs
-from obliteratus.core.settings import Step
+from obliteratus.core.settings import Step, active_steps
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Moments
 
@@ -32,11 +32,11 @@ NEGLIGIBLE_DIFFERENCE = 1e-5
 
 # ------------------------------------------------------------------------------------------- running steps
 def find_directions(acts: Activations, steps: Sequence[Step], context: object = None) -> Directions:
-    """Run the steps in order and return the directions of the last one. Raises UserError if a step cannot run.
+    """Run the steps in order, but those left out, and return the last one's directions. Raises UserError if one cannot.
 
     context: the `FitContext` (model and fit prompts), for steps that run the model ("model" among their needs).
     """
-    directions: Directions | None = None
+    directions, steps = None, active_steps(steps)
     for step in steps:
         entry, options = extractors[step.use], extractors.check(step.use, step.options)
         if MODEL in entry.needs and context is None:
@@ -48,7 +48,13 @@ def find_directions(acts: Activations, steps: Sequence[Step], context: object = 
             directions = result
     if directions is None:
         raise UserError("recipe: distill has no step that finds directions; give at least one, e.g. mean_diff")
-    return replace(directions, trace=tuple(step.use for step in steps))
+    return replace(directions, trace=tuple(map(name_step, steps)))
+
+
+def name_step(step: Step) -> str:
+    """Return a step's name, followed by those of the steps in its options, such as ``union sae``."""
+    options = extractors.check(step.use, step.options).values()
+    return " ".join([step.use, *(name_step(option) for option in options if isinstance(option, Step))])
 
 
 KEEP_MODES = {"rows": ("rows",), "spread": ("rows", "sketch")}
@@ -81,8 +87,8 @@ def collect_needs(steps: Sequence[Step]) -> set[str]:
 
 
 def _flatten(steps: Sequence[Step]) -> Iterator[Step]:
-    """Yield the steps and those nested in their options."""
-    for step in steps:
+    """Yield the steps that are not left out, and those nested in their options."""
+    for step in active_steps(steps):
         yield step
         options = extractors.check(step.use, step.options).values()
         yield from _flatten([option for option in options if isinstance(option, Step)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError
+from obliteratus.core.progress import note
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Change, Edit, Mask, Subject
@@ -34,21 +35,27 @@ def attribute_to_neurons(
 
 
 def find_outlying_neurons(share: Float[Tensor, " in"], most: float) -> Tensor:
-    """Return the indices of neurons that stand out, at most this share of all, ascending. Integers [n], n may be 0."""
-    cap = int(most * len(share))
+    """Return the indices of neurons that stand out, at most this share of all (or one), ascending. Integers [n ≥ 0]."""
+    cap = max(1, int(most * len(share)))
     z = (share - share.mean()) / share.std().clamp(min=1e-30)
     order = z.argsort(descending=True, stable=True)[:cap]
     return order[z[order] > OUTLIER_DEVIATIONS].sort().values
 
 
-def make_masks(subject: Subject, edits: Sequence[Edit], acts: Activations, most: float) -> list[Change]:
-    """Return a mask for each edited MLP with neurons that stand out, at most the share ``most`` of its neurons.
+def make_masks(
+    subject: Subject, edits: Sequence[Edit], acts: Activations, most: float, where_possible: bool = False
+) -> list[Change]:
+    """Return a mask for each edited MLP with neurons that stand out, at most this share of its neurons (or one).
 
     Neurons are scored on the model's unedited weights: after a removal the same score is rounding error, and choosing
-    by it would mask neurons at random. Raises NothingMatchedError if only experts are edited.
+    by it would mask neurons at random. If only experts are edited, there is nothing to mask: that is noted where
+    neurons are wanted only ``where_possible``, and raises NothingMatchedError elsewhere.
     """
     masks: list[Change] = []
     if all(edit.site.stacked for edit in edits if edit.site.part in expand_part("mlp.out")):
+        if where_possible:
+            note("neurons", "only experts are edited, which share no neurons: none is masked")
+            return masks
         raise NothingMatchedError("excise.neurons: only experts are edited, which share no neurons; leave neurons out")
     for edit in edits:
         if edit.site.stacked or edit.site.part not in expand_part("mlp.out"):

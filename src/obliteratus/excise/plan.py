@@ -39,7 +39,7 @@ from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
 from obliteratus.excise.linear import center_rows, fold_gain_reader
 from obliteratus.excise.neurons import make_masks
-from obliteratus.excise.steer import make_shift
+from obliteratus.excise.steer import make_shift, make_shift_where_possible
 from obliteratus.excise.writers import fold_gain
 from obliteratus.summon.sites import read_gain, read_norm_bias
 from obliteratus.weights.matrices import count_inputs, count_outputs, expand_experts, has_bias
@@ -75,15 +75,27 @@ def plan_edits(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
             "weight; widen the recipe's weigh steps, or check that the two groups differ"
         )
-    added: list[Change] = [] if options.neurons is None else make_masks(subject, site_edits, acts, options.neurons)
-    if options.steer:
-        added.append(make_shift(site_edits, directions, acts, options.steer))
+    added = _add_beside(subject, site_edits, directions, acts, options)
     changes: tuple[Change, ...] = site_edits
     if options.heads is not None:
         changes = split_by_head(subject, site_edits, options.heads)
     if options.experts is not None:
         changes = split_by_expert(changes, acts, options.experts)
     return Plan((*changes, *added), subject.source.digest)
+
+
+def _add_beside(
+    subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, options: Excise
+) -> list[Change]:
+    """Return the masks of neurons and the shift that are wanted beside the edits."""
+    added: list[Change] = []
+    if options.neurons:
+        added += make_masks(subject, edits, acts, options.neurons, "neurons" in options.where_possible)
+    if options.steer and "steer" in options.where_possible:
+        added += make_shift_where_possible(subject, edits, directions, acts, options.steer)
+    elif options.steer:
+        added.append(make_shift(edits, directions, acts, options.steer))
+    return added
 
 
 def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
@@ -93,7 +105,7 @@ def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
     edits of single experts the routing in every stack.
     """
     anchored = {p for part in options.parts for p in expand_part(part)} if options.anchored else set()
-    masked = set(expand_part("mlp.out")) if options.neurons is not None else set()
+    masked = set(expand_part("mlp.out")) if options.neurons else set()
     return ProbeRequest(
         output_modules=[s.path for s in sites if s.role == "writes" and s.part in anchored],
         input_modules=[s.path for s in sites if s.part in masked and not s.stacked],

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note
 from obliteratus.core.settings import expand_part
-from obliteratus.core.types import Activations, Directions, Edit, Shift
+from obliteratus.core.types import Activations, Directions, Edit, Shift, Subject
+from obliteratus.excise.writers import can_hold_anchors
+
+
+def make_shift_where_possible(
+    subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float
+) -> list[Shift]:
+    """Return the shift of `make_shift` at the best layer whose saved weights can hold it, or none, and say so."""
+    edited = [e for e in edits if e.site.part in expand_part("mlp.out")]
+    able = [e for e in edited if e.site.gain is None and can_hold_anchors(subject, [e.site])]
+    if not able:
+        note("steer", "no edited MLP of this model can hold a constant in a bias: nothing is added to the stream")
+        return []
+    return [make_shift(able, directions, acts, amount)]
 
 
 def make_shift(edits: Sequence[Edit], directions: Directions, acts: Activations, amount: float) -> Shift:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 
 from torch import Tensor
 
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Site, Subject
 from obliteratus.excise.linear import fold_gain_oblique, fold_gain_orthogonal
-from obliteratus.summon.sites import read_gain
+from obliteratus.summon.sites import find_architecture, read_gain
+from obliteratus.weights.matrices import has_bias
 
 Rows = Float[Tensor, "k width"]
 
@@ -27,6 +28,21 @@ def fold_gain(subject: Subject, site: Site, basis: Rows, covectors: Rows | None 
         return fold_gain_orthogonal(basis, gain.to(basis)), None
     along, rescaled = fold_gain_oblique(covectors, basis, gain.to(basis))
     return rescaled, along
+
+
+def can_hold_anchors(subject: Subject, sites: Iterable[Site]) -> bool:
+    """Return whether saved weights can hold an anchored edit at these sites: in a bias that exists or can be added, or
+    in an embedding."""
+    family = find_architecture(subject.model.config)
+
+    def holds(site: Site) -> bool:
+        if site.layout == "embedding":
+            return True
+        if has_bias(subject.module(site.path), site):
+            return family.routing_sums_to_one or not site.stacked
+        return site.part.partition(".")[0] in family.bias_switch
+
+    return all(map(holds, sites))
 
 
 def remove_from_writers(

@@ -12,7 +12,7 @@ from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, prompt_count
 from obliteratus.core.registry import Registry
-from obliteratus.core.settings import Recipe, Search, Step, Tune
+from obliteratus.core.settings import Recipe, Search, Step, Tune, active_steps
 from obliteratus.core.toml import dump_toml
 from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
@@ -83,7 +83,7 @@ def _screening_cost(recipe: Recipe) -> Cost:
 
 def _add_steps(registry: Registry[Any], steps: Sequence[Step]) -> Cost:
     total, earlier = FREE, set()
-    for step in steps:
+    for step in active_steps(steps):
         cost = registry[step.use].cost(registry.check(step.use, step.options))
         if cost.free_after not in earlier:
             total += cost

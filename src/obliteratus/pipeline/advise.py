@@ -16,7 +16,7 @@ from obliteratus.core.settings import Excise, Range, Recipe, Search, Step, expan
 from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Activations, Splits, Subject
 from obliteratus.distill import find_directions
-from obliteratus.excise.bake.tensors import can_hold_anchors
+from obliteratus.excise.writers import can_hold_anchors
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import parse_recipe, replace_values
 from obliteratus.pipeline.rules import GENTLEST, RULES, Rule, RuleInputs, search_ranges

@@ -8,7 +8,7 @@ from typing import Any
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.settings import Recipe
+from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.types import Subject
 from obliteratus.distill.steps import collect_needs
 from obliteratus.inference.memory import MEMORY_LIMIT
@@ -26,6 +26,7 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
     """
     if subject.offloaded is None:
         return recipe
+    recipe = recipe.model_copy(update={"distill": tuple(map(_leave_out_expensive, recipe.distill))})
     stages = {"search": recipe.search, "tune": recipe.tune, "analyze": recipe.analyze}
     expensive = [f"'{name}'" for name, value in stages.items() if value]
     expensive += ["distill steps that run the model"] if "model" in collect_needs(recipe.distill) else []
@@ -35,6 +36,14 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
             "allow the whole model with a larger --memory, or choose a method without it, such as basic or advanced"
         )
     return recipe.model_copy(update={"verify": streamable_steps(recipe.verify)})
+
+
+def _leave_out_expensive(step: Step) -> Step:
+    """Return a step that runs the model as left out, with a note, if the recipe wants it only where possible."""
+    if step.when != "possible" or "model" not in collect_needs([step]):
+        return step
+    note(step.use, "the weights stay on disk: this step, which would run the model many times, is left out")
+    return step.model_copy(update={"when": "never"})
 
 
 def open_within_memory(model: str, opening: dict[str, Any]) -> Subject:

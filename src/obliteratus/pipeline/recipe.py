@@ -16,7 +16,7 @@ from obliteratus.causal import extractors
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import explain_validation_error, unknown_name
-from obliteratus.core.settings import Recipe
+from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs
 from obliteratus.distill.steps import collect_needs
@@ -122,14 +122,35 @@ def _check_space(recipe: Recipe, where: str) -> None:
                 raise UserError(f"recipe '{where}': search.space '{path}': {error}") from error
 
 
-def check_runs(recipe: Recipe, groups: Collection[str]) -> None:
-    """Raise UserError, before weights are loaded, if the recipe cannot run with these groups of prompts."""
+def check_runs(recipe: Recipe, groups: Collection[str]) -> Recipe:
+    """Return the recipe as it runs with these groups of prompts: a step that is used where possible may be left out.
+
+    Raises UserError, before weights are loaded, if the recipe cannot run with them.
+    """
+    recipe = leave_out_impossible(recipe, groups)
     check_needs(recipe.distill, groups, recipe.probe.keep)
     _check_optional_groups(recipe, groups)
     check_judge(recipe.judge)
     for step in recipe.analyze:
         if "rows" in analyses[step.use].needs and recipe.probe.keep != "rows":
             raise UserError(f"analysis '{step.use}' needs every prompt's activations; set probe.keep = \"rows\"")
+    return recipe
+
+
+OPTIONAL_GROUPS = ("bypass", "keep")
+
+
+def leave_out_impossible(recipe: Recipe, groups: Collection[str]) -> Recipe:
+    """Return the recipe without the steps ``when = "possible"`` whose group of prompts is missing, and say so once."""
+
+    def settle(step: Step) -> Step:
+        missing = (collect_needs([step]) & {*OPTIONAL_GROUPS}) - {*groups}
+        if step.when != "possible" or not missing:
+            return step
+        note(step.use, f"there are no {min(missing)} prompts: this step of {recipe.name or 'the recipe'} is left out")
+        return step.model_copy(update={"when": "never"})
+
+    return recipe.model_copy(update={"distill": tuple(map(settle, recipe.distill))})
 
 
 def _check_optional_groups(recipe: Recipe, groups: Collection[str]) -> None:

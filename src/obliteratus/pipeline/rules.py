@@ -18,6 +18,8 @@ from obliteratus.analyze.reach import Reach
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Range, Recipe
 from obliteratus.core.types import Activations
+from obliteratus.distill.eigen import eigenvalues
+from obliteratus.distill.steps import mean_difference, relative_length
 
 # Less than one of 48 search prompts. First tokens cannot replace the answers here: on weather-late they said that 4 %
 # of the behavior was left where 31 % of the prompts were still refused.
@@ -25,6 +27,14 @@ BEHAVIOR_ENDED = 0.02
 # Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
 # topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
 AXIS_SHARE = 0.2
+# Excess of a generalized eigenvalue over 1, relative to the first one, that makes a direction of its own. One topic had
+# 0.065 to 0.086 (astronomy, weather-late); two orthogonal shifts of equally many prompts have 1, two with a cosine of ⅓
+# have ½.
+EIGENVALUE_RATIO = 0.5
+# Generalized eigenvalues are compared up to this number. More than four kinds of a behavior were never seen apart.
+MOST_DIRECTIONS = 4
+# With fewer target prompts, the eigenvalues beyond the first are those of chance.
+LEAST_FOR_EIGENVALUES = 50
 # Factor on the upper end of the KL that the chosen edit was measured to cost, since a later pass may cost as much.
 KL_FACTOR = 2.0
 # Smallest KL budget in nats. Random directions taken from block 16 on cost 0.004.
@@ -139,6 +149,35 @@ def _drop_anchors(inputs: RuleInputs) -> dict[str, Any]:
     return WITHOUT_ANCHORS | ({} if inputs.recipe.tune else {"excise.norm": "columns"})
 
 
+def eigenvalue_ratios(inputs: RuleInputs) -> list[float]:
+    """Return each generalized eigenvalue's excess over 1, relative to the first one's, largest first; none if unknown.
+
+    They are those of the stream whose mean difference scores best. Known where PROBE kept the prompts' spread, enough
+    prompts were given, and the recipe has an oblique step to replace.
+    """
+    first, target = inputs.recipe.distill[0], inputs.acts["target"]
+    spread = target.rows is not None or target.sketch is not None
+    if first.use != "leace" or not spread or target.count < LEAST_FOR_EIGENVALUES:
+        return []
+    length = relative_length(inputs.acts, mean_difference(inputs.acts).norm(dim=1))
+    excess = eigenvalues(inputs.acts, int(length.argmax()), MOST_DIRECTIONS, first.options["shrinkage"]) - 1
+    ratios: list[float] = (excess / excess[0].clamp(min=1e-6)).tolist()
+    return ratios
+
+
+def _second_eigenvalue(inputs: RuleInputs) -> float | None:
+    """Return the second ratio, where the categories do not tell the number of directions."""
+    ratios = [] if "cones" in inputs.findings else eigenvalue_ratios(inputs)
+    return ratios[1] if len(ratios) > 1 else None
+
+
+def _set_eigenvectors(inputs: RuleInputs) -> dict[str, Any]:
+    """Use one generalized eigenvector for each eigenvalue that is large enough, with the shrinkage of the recipe."""
+    k = sum(ratio >= EIGENVALUE_RATIO for ratio in eigenvalue_ratios(inputs))
+    step = {"use": "generalized_eigen", "k": k, "shrinkage": inputs.recipe.distill[0].options["shrinkage"]}
+    return {"distill": [step]}
+
+
 def _set_layers(inputs: RuleInputs) -> dict[str, Any]:
     best = _require_depth(inputs)
     depth = floor(1e4 * best.first_block / _last_block(inputs)) / 1e4  # rounded down, so that the block is included
@@ -202,6 +241,15 @@ RULES = (
         at_most=False,
         value=_second_axis,
         change=_set_directions,
+    ),
+    Rule(
+        decides="generalized eigenvectors instead of the mean difference",
+        needs="",
+        measures="second generalized eigenvalue's excess over 1, relative to the first one's, without categories",
+        threshold=EIGENVALUE_RATIO,
+        at_most=False,
+        value=_second_eigenvalue,
+        change=_set_eigenvectors,
     ),
     Rule(
         decides="layers, attention and MLP",

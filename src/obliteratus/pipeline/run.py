@@ -39,7 +39,7 @@ def run(
     store: keeps finished stages, so that an interrupted run can resume. force: edit a model that does not show the
     behavior. Raises UserError for what the user can mend.
     """
-    check_runs(recipe, prompts.groups)
+    recipe = check_runs(recipe, prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; run it with obliteratus search, or run what one found")
     splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)

@@ -165,7 +165,7 @@ class Stages:
 
     def excise(self, number: int, recipe: Recipe, done: Plan, acts: Activations, directions: Directions) -> Plan:
         """EXCISE: plan the edits of one pass, and weaken them if they exceed the limit on routers or the KL budget."""
-        options = recipe.excise if number == 1 else _without_first_pass_only(recipe.excise)
+        options = recipe.excise if number == 1 else _without_first_pass_only(recipe.excise, acts)
         controls = self.splits.search["control"]
 
         def plan() -> Plan:
@@ -220,9 +220,12 @@ class Stages:
         return {name: self.store.seconds[key] for name, key in names.items() if key in self.store.seconds}
 
 
-def _without_first_pass_only(options: Excise) -> Excise:
-    """Masks and steering are scored on the unedited model, and experts are blended once: a later pass does neither."""
-    experts = None if options.experts is None else options.experts.model_copy(update={"blend": 0.0})
+def _without_first_pass_only(options: Excise, acts: Activations) -> Excise:
+    """Masks and steering are scored on the unedited model, and experts are blended once: a later pass does neither.
+
+    That a model has no experts is said in the first pass.
+    """
+    experts = options.experts.model_copy(update={"blend": 0.0}) if options.experts and acts.routed else None
     return options.model_copy(update={"neurons": None, "steer": 0.0, "experts": experts})
 
 

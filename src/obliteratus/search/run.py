@@ -86,8 +86,8 @@ def search(
     and a number counts members from 1. force: edit a model that does not show the behavior. Raises UserError for what
     the user can mend; finished trials stay in the study.
     """
+    recipe = check_runs(recipe, splits.fit.groups)
     assert recipe.search is not None, "give a recipe from add_default_search"
-    check_runs(recipe, splits.fit.groups)
     stages = Stages(subject, splits, store, force=force).screened(recipe)
     before = stages.measure("VERIFY before", splits.report, recipe.verify)
     groups = splits.search.groups

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError
 from obliteratus.core.registry import Registry
-from obliteratus.core.settings import Step
+from obliteratus.core.settings import Step, active_steps
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, Site
 
@@ -30,8 +30,11 @@ weighers: Registry[Weigher] = Registry("weigh")
 def weigh_sites(
     directions: Directions, sites: Sequence[Site], acts: Activations, steps: Sequence[Step]
 ) -> Float[Tensor, " sites"]:
-    """Return the product of all steps' factors. Raises NothingMatchedError if every site has factor 0."""
-    factors = torch.ones(len(sites))
+    """Return the product of the factors of all steps that are not left out.
+
+    Raises NothingMatchedError if every site has factor 0.
+    """
+    factors, steps = torch.ones(len(sites)), active_steps(steps)
     for step in steps:
         options = weighers.check(step.use, step.options)
         factors = factors * weighers[step.use].function(directions, sites, acts, **options)

@@ -26,8 +26,9 @@ from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenize
 from obliteratus.cli.jobs import apply_plan
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
-from obliteratus.excise.bake.tensors import bake, can_hold_anchors
+from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.live.hooks import applied
+from obliteratus.excise.writers import can_hold_anchors
 from obliteratus.rebirth import save as rebirth
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import open_subject

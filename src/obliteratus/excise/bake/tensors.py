@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -61,21 +61,6 @@ def find_bias_switches(subject: Subject, plan: Plan) -> dict[str, str]:
         if not biased:
             switches[half] = family.bias_switch[half]
     return switches
-
-
-def can_hold_anchors(subject: Subject, sites: Iterable[Site]) -> bool:
-    """Return whether saved weights can hold an anchored edit at these sites: in a bias that exists or can be
-    added, or in an embedding."""
-    family = find_architecture(subject.model.config)
-
-    def holds(site: Site) -> bool:
-        if site.layout == "embedding":
-            return True
-        if has_bias(subject.module(site.path), site):
-            return family.routing_sums_to_one or not site.stacked
-        return site.part.partition(".")[0] in family.bias_switch
-
-    return all(map(holds, sites))
 
 
 def _zero_biases(subject: Subject, halves: Mapping[str, str]) -> dict[str, Lazy]:

@@ -1,0 +1,66 @@
+"""Which organisms constants may be chosen on, and opening any of them by name with its prompts.
+
+A name is that of an organism (`astronomy`, `astronomy@0.65`), or a model and a behavior that comes with prompts of its
+own (`base:disclaimer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+from bench.common import SMOKE_PROMPTS, open_organism, take_prompts
+from obliteratus.core.types import PromptSet, Subject
+from obliteratus.judge.behavior import load_behavior
+from obliteratus.prompts import load_prompts
+from obliteratus.verify import Measurement
+
+ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
+CHOOSING = frozenset({ASTRONOMY, "weather-late", "astronomy-moe"})
+"""Organisms that settings were chosen on. Figures of all others are reported."""
+Role = Literal["choosing", "reported"]
+
+
+@dataclass
+class Organism:
+    """A model organism with its prompts, and the baseline that all its rows share."""
+
+    subject: Subject
+    prompts: PromptSet
+    behavior: str = "refusal"
+    known: dict[str, Measurement] = field(default_factory=dict)
+
+
+def find_role(name: str) -> Role:
+    """Return whether settings were chosen on the organism, of which a share of the adapter is a variant."""
+    return "choosing" if name.partition("@")[0] in CHOOSING else "reported"
+
+
+@cache
+def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
+    """Return the organism, opened once. The topic that the one with two of them should keep is the group keep."""
+    model, _, behavior = name.partition(":")
+    if behavior:
+        head = load_behavior(behavior).head
+        prompts = load_prompts(head.target, head.control)
+    else:
+        source = f"organism:{model.partition('@')[0]}"
+        prompts = load_prompts(source, source, keep=source if name == TWO_TOPICS else None)
+    return Organism(open_organism(model), shorten(prompts, quick, smoke), behavior or "refusal")
+
+
+def halve_report_prompts(prompts: PromptSet) -> PromptSet:
+    """Return the prompts with only every second report prompt."""
+    groups = {}
+    for name, members in prompts.groups.items():
+        report = [p for p in members if p.split == "report"]
+        groups[name] = (*(p for p in members if p.split != "report"), *report[::2])
+    return PromptSet(groups)
+
+
+def shorten(prompts: PromptSet, quick: bool, smoke: bool) -> PromptSet:
+    """Return the prompts of a --quick or --smoke run."""
+    if smoke:
+        return take_prompts(prompts, SMOKE_PROMPTS)
+    return halve_report_prompts(prompts) if quick else prompts
