@@ -13,7 +13,13 @@ from obliteratus.analyze import analyses
 from obliteratus.core.types import Prompt
 
 SIZES = Sizes(pool=96, fit=26, held_out=16, models=1)
-LONG = {"reach", "repair", "transfer"}  # 200 draws take minutes; docs/experiments/null-rates.md has their rates
+LONG = {
+    "cones",
+    "entanglement",
+    "reach",
+    "repair",
+    "transfer",
+}  # 200 draws take up to minutes; docs/experiments/null-rates.md has their rates
 
 
 @cache
