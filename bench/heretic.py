@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         best = min(study.front, key=lambda t: (t.refusals, t.kl))
         say(f"exporting trial {best.number} …")
         export_trial(study, best.number, edited)
-        result = to_document(study, base, {best.number: measure_with_verify(edited, report, base)})
+        result = to_document(study, base, {best.number: measure_with_verify(edited, report, base, model)})
     print(json.dumps(result, indent=1) if options.json else format_result(result))
 
 

@@ -44,6 +44,7 @@ from obliteratus.summon.summary import summarize_model
 from obliteratus.verify import measure_before_and_after
 from obliteratus.verify.before_and_after import streamable_steps
 from obliteratus.weigh import weigh_sites
+from obliteratus.weights.side_files import copy_side_files
 
 
 def limit_memory(limit: int) -> None:
@@ -158,6 +159,7 @@ def save_and_rescore(meter: Meter, subject: Subject, plan: Plan, report: PromptS
     out.mkdir(parents=True)
     with meter.stage("SAVE"):
         bake_into_checkpoint(BaseCheckpoint(subject, files, find_tied_ends(subject)), plan, out)
+        copy_side_files(Path(subject.source.id), out)
     ids = render_prompts(subject, report["control"][:SCORED])
     with meter.stage("SCORE live"), applied(subject, plan):
         live = first_token_log_probs(subject, ids)
