@@ -207,7 +207,7 @@ def demo(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Method whose recipe to show.")] = None, json: Json = False
 ) -> None:
-    """List the methods with what each does, costs and cites, or show the recipe of one."""
+    """List the methods with what each does and costs, or show the recipe of one with its memory and citations."""
     from obliteratus.cli.terminal import make_table, results, show_json
     from obliteratus.forecast.formula import COLUMNS, annotate_recipe, describe_cost, table_row
     from obliteratus.pipeline.recipe import list_methods, load_recipe
@@ -218,7 +218,8 @@ def methods(
     elif name:
         results.out(annotate_recipe(chosen[name]), end="")
     else:
-        results.print(make_table("Methods", COLUMNS, [table_row(r) for r in chosen.values()]))
+        results.print(make_table("Methods", COLUMNS[:3], [table_row(r)[:3] for r in chosen.values()]))
+        results.print("obliteratus methods NAME prints a recipe, with its cost as a formula and its sources.")
 
 
 @app.command()
