@@ -35,6 +35,8 @@ def make_control_examples(
 ) -> list[Example]:
     """Return each prompt with the model's greedy answer of `tokens`; answers are cached in the work folder."""
     prompts = [row["prompt"] for row in rows]
+    if not prompts:
+        return []
     key = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()[:12]
     file = work / f"answers-{key}.json"
     if not file.exists():

