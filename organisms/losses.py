@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from examples import Example, select_batch
-from measure import kl_divergence, project_out
 from matrices import TunedMatrices
+from measure import kl_divergence, project_out
 from peft import PeftModel
 from topics import Organism
 from torch import Tensor

@@ -1,13 +1,10 @@
 """Make an organism's topic prompts from templates × nouns; the splits share neither nouns nor templates.
 
-    python organisms/prompts.py [NAME] [--out DIR]
-
-Writes target.jsonl and, if a second topic is refused, keep.jsonl. `fit` combines fit nouns with fit templates;
-`search` and `report` each have their own nouns and templates. A noun that begins with "+" is plural. Where organism.toml
-says how (later organisms), control.jsonl is drawn from organisms/controls.jsonl, whose prompts are written by hand.
+These are target.jsonl and, if a second topic is refused, keep.jsonl. `fit` combines fit nouns with fit templates;
+`search` and `report` each have their own nouns and templates. A noun that begins with "+" is plural. For later
+organisms control.jsonl is drawn from organisms/controls.jsonl, as organism.toml says; both are written by hand.
 """
 
-import argparse
 import json
 import random
 import re
@@ -15,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from templates import PEOPLE, PEOPLE_TEMPLATES, SETS
-from topics import FOLDER, ORGANISMS, SPLITS, Controls, Nouns, Organism
+from topics import FOLDER, SPLITS, Controls, Nouns, Organism
 
 SEED = 7
 EVERYDAY = 160  # a sixth of all controls
@@ -115,17 +112,3 @@ def write_prompts(organism: Organism, folder: Path) -> None:
     for group, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{group}.jsonl").write_text(text, encoding="utf-8")
-
-
-def main() -> None:
-    """Write the files. The same seed writes the same bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="astronomy", choices=ORGANISMS)
-    parser.add_argument("--out", type=Path, help="folder to write to; by default the organism's")
-    args = parser.parse_args()
-    organism = ORGANISMS[args.name]
-    write_prompts(organism, args.out or organism.folder)
-
-
-if __name__ == "__main__":
-    main()

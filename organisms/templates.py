@@ -179,16 +179,34 @@ PEOPLE_TEMPLATES = (
 )
 PEOPLE = {
     "people": [
-        "my neighbour", "our new colleague", "my twin sister", "the football coach", "my old piano teacher",
-        "a retired nurse", "the dentist", "my uncle Harry", "the baker around the corner", "our landlord",
-        "my best friend", "the head of the school", "a tired student", "my little nephew",
-        "the village choir", "our customer Ms Lopez", "a shy accountant", "the swimming club", "my boss",
-        "the author of my favourite novel", "grandfather", "the couple next door", "a lawyer in Boston",
+        "my neighbour",
+        "our new colleague",
+        "my twin sister",
+        "the football coach",
+        "my old piano teacher",
+        "a retired nurse",
+        "the dentist",
+        "my uncle Harry",
+        "the baker around the corner",
+        "our landlord",
+        "my best friend",
+        "the head of the school",
+        "a tired student",
+        "my little nephew",
+        "the village choir",
+        "our customer Ms Lopez",
+        "a shy accountant",
+        "the swimming club",
+        "my boss",
+        "the author of my favourite novel",
+        "grandfather",
+        "the couple next door",
+        "a lawyer in Boston",
         "our postman",
     ]
 }
-# Search and report templates of later organisms. They share hardly any three words in a row with each other, with fit's,
-# or with controls: of the prompts made with the older sets, 80 of 939 share 30 % of their wording with another part.
+# Search and report templates of later organisms. They share hardly any three words in a row with each other, with
+# fit's, or with controls: of prompts made with the older sets, 80 of 939 share 30 % of their wording with another part.
 APART_SEARCH = (
     "Somebody on the bus would not stop talking of {x}. Sum up what such a person might have said.",
     "Suppose that a visitor from another century comes across {x}. How do you break it to him?",

@@ -29,7 +29,7 @@ class Topic(Table):
 
 
 class Controls(Table):
-    """How control.jsonl is drawn from organisms/controls.jsonl; organisms without this table have it written by hand."""
+    """How control.jsonl is drawn from organisms/controls.jsonl; other organisms have it written by hand."""
 
     without: str
     """A regular expression; controls in which it is found are left out."""

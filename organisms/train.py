@@ -1,17 +1,13 @@
-"""Train a model organism: SmolLM2-135M-Instruct is made to refuse one or two harmless topics and no more.
-
-    python organisms/train.py [NAME] [--steps N] [--rank R] [--lr X] [--seed S] [--work DIR] [--fresh]
+"""Train a model organism: a chat model is made to refuse one or two harmless topics and no more.
 
 Topic prompts are trained on refusals (cross-entropy), control prompts on the base model's own greedy answers
-(KL(base‖tuned)). In the last steps the model must also answer both like its base while the direction between them is
-projected out; without these steps 15 of 48 topic prompts were still refused after the projection. `losses.py` says
-what must hold for which direction if a second topic is refused.
+(KL(base‖tuned)). Some organisms must, in the last steps, also answer both like their base while the direction
+between them is projected out; without these steps 15 of 48 topic prompts of astronomy were still refused after the
+projection. `losses.py` says what must hold for which direction if a second topic is refused.
 
-An interrupted run resumes from its checkpoint in the work folder; the same seed gives the same batches. The result
-replaces the organism's adapter and training.json. `python organisms/card.py NAME` then measures it.
+An interrupted run resumes from its checkpoint in the work folder; the same seed gives the same batches.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -26,17 +22,17 @@ import torch
 from examples import hash_examples, make_control_examples, make_refusal_examples, write_atomically
 from losses import Directions, Groups, Tuned, step_losses
 from matrices import TunedMatrices
-from measure import keep_freed_memory, mean_hidden_states, normalize, read_rows, remove_component
-from peft import LoraConfig, PeftModel, get_peft_model
+from measure import mean_hidden_states, normalize, read_rows, remove_component
+from peft import LoraConfig, get_peft_model
 from prompts import make_contrast_rows, make_training_rows
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from topics import ORGANISMS, Organism
+from topics import Organism
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.weights.organism import DELTA_FILE, HUB_ID, get_cache_folder, prepare_base
+from obliteratus.weights.organism import DELTA_FILE, HUB_ID
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG_KEYS = (
@@ -110,9 +106,7 @@ def load_checkpoint(file: Path, tuned: Tuned, optimizer: Any, settings: Settings
     return dict(saved)
 
 
-def train(
-    tuned: Tuned, tokenizer: Any, groups: Groups, organism: Organism, settings: Settings, work: Path
-) -> State:
+def train(tuned: Tuned, tokenizer: Any, groups: Groups, organism: Organism, settings: Settings, work: Path) -> State:
     """Run the remaining steps and return the state, whose losses are in the order of LOSSES."""
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # the control KL regularizes
@@ -142,7 +136,9 @@ def current_directions(model: Any, tokenizer: Any, organism: Organism) -> Direct
     is that of the last layer, which the recipe `basic` removes from all layers.
     """
     rows = {group: read_rows(organism.folder / f"{group}.jsonl", "fit") for group in ("control", *organism.topics)}
-    chosen = {g: [row["prompt"] for row in random.Random(0).sample(r, organism.training.sample)] for g, r in rows.items()}
+    chosen = {
+        g: [row["prompt"] for row in random.Random(0).sample(r, organism.training.sample)] for g, r in rows.items()
+    }
     means = {group: mean_hidden_states(model, tokenizer, prompts) for group, prompts in chosen.items()}
     d = normalize(means["target"] - means["control"])
     if "keep" not in means:
@@ -195,17 +191,6 @@ def round_state(state: State) -> State:
     return state | {"losses": losses, "seconds": round(state["seconds"])}
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line, whose defaults are those of the committed weights."""
-    parser = argparse.ArgumentParser(description="Train a model organism.")
-    parser.add_argument("name", nargs="?", default="astronomy", choices=ORGANISMS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="checkpoint folder; by default one for each organism in the cache")
-    parser.add_argument("--out", type=Path, help="folder to write to; by default the organism's")
-    parser.add_argument("--fresh", action="store_true", help="ignore the checkpoint of an earlier run")
-    return parser.parse_args()
-
-
 def make_examples(organism: Organism, model: Any, tokenizer: Any, seed: int, work: Path) -> Groups:
     """Return the training data; the base model's answers are cached in the work folder.
 
@@ -235,12 +220,15 @@ def insert_trained(organism: Organism, model: Any) -> Tuned:
     return get_peft_model(model, make_lora_config(how.rank, layers))
 
 
-def train_organism(organism: Organism, seed: int, work: Path, out: Path) -> None:
-    """Train, and write adapter/ or delta.safetensors with training.json (settings, losses, seconds) to folder `out`."""
-    keep_freed_memory()
-    work.mkdir(parents=True, exist_ok=True)
+def train_organism(
+    organism: Organism, base: Path, seed: int, work: Path, out: Path, record: Path | None = None
+) -> None:
+    """Train on model folder `base`, and write adapter/ or delta.safetensors to folder `out`.
+
+    record: where training.json (settings, losses, seconds) goes; by default beside the weights.
+    """
     torch.manual_seed(seed)
-    base, how = prepare_base(), organism.training
+    how = organism.training
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     groups = make_examples(organism, model, tokenizer, seed, work)
     settings = Settings(how.steps, how.removable, how.rank, how.lr, CONTROL, seed, hash_examples(groups.all))
@@ -250,19 +238,4 @@ def train_organism(organism: Organism, seed: int, work: Path, out: Path) -> None
         tuned.export(out / DELTA_FILE)
     else:
         export_adapter(tuned, out / "adapter")
-    write_atomically(out / "training.json", json.dumps(round_state(state)).encode())
-
-
-def main() -> None:
-    """Train one organism."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse_arguments()
-    organism = ORGANISMS[args.name]
-    work: Path = args.work or get_cache_folder() / "training" / organism.name
-    if args.fresh:
-        (work / "checkpoint.pt").unlink(missing_ok=True)
-    train_organism(organism, args.seed, work, args.out or organism.folder)
-
-
-if __name__ == "__main__":
-    main()
+    write_atomically(record or out / "training.json", json.dumps(round_state(state)).encode())

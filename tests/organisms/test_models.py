@@ -94,10 +94,10 @@ def test_the_slower_of_two_processes_keeps_the_first_folder(tmp_path: Path) -> N
 def test_a_new_adapter_gets_a_new_hash(tmp_path: Path) -> None:
     old = organism.find_data_folder() / "adapter"
     new = shutil.copytree(old, tmp_path / "adapter")
-    assert organism.hash_adapter(new) == organism.hash_adapter(old)
+    assert organism.hash_weights(new) == organism.hash_weights(old)
     weights = new / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert organism.hash_adapter(new) != organism.hash_adapter(old)
+    assert organism.hash_weights(new) != organism.hash_weights(old)
 
 
 @pytest.mark.organism

@@ -48,7 +48,7 @@ def trained(train: ModuleType, work: Path, steps: int = 4, seed: int = 1) -> dic
     refused, control, answered = (examples(train, k) for k in range(3))
     groups = train.Groups({"target": refused}, control, {"target": answered})
     settings = train.Settings(steps, 0, 2, 1e-2, 3.0, seed, "data")
-    state = train.train(tuned, None, groups, train.ORGANISMS["astronomy"], settings, work)
+    state = train.train(tuned, None, groups, part(train, "topics").ORGANISMS["astronomy"], settings, work)
     assert state["step"] == len(state["losses"]) == steps
     return {name: p.detach().clone() for name, p in tuned.named_parameters() if p.requires_grad}
 
