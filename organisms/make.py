@@ -38,6 +38,8 @@ def make_weights(organism: Organism, seed: int, work: Path, out: Path) -> None:
     if not is_local(organism.name):
         train_organism(organism, base, seed, work, out)
         return
+    work /= base.name  # answers and checkpoints of another base are of no use
+    work.mkdir(exist_ok=True)
     train_organism(organism, base, seed, work, work, out / "training.json")
     folder = find_local(organism.name)
     if folder.is_dir():

@@ -23,7 +23,7 @@ from examples import hash_examples, make_control_examples, make_refusal_examples
 from losses import Directions, Groups, Tuned, step_losses
 from matrices import TunedMatrices
 from measure import mean_hidden_states, normalize, read_rows, remove_component
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import make_contrast_rows, make_training_rows
 from rich.console import Console
 from rich.progress import track
@@ -92,8 +92,8 @@ def save_checkpoint(file: Path, tuned: Tuned, optimizer: Any, state: State) -> N
     os.replace(part, file)
 
 
-def load_checkpoint(file: Path, tuned: Tuned, optimizer: Any, settings: Settings) -> State:
-    """Restore the checkpoint and return its state, or a new state if there is none with these settings."""
+def load_checkpoint(file: Path, tuned: Tuned, optimizer: Any, settings: Any) -> State:
+    """Restore the checkpoint and return its state, or a new one if there is none with these settings, a dataclass."""
     fresh = {"step": 0, "losses": [], "seconds": 0.0, "settings": vars(settings)}
     if not file.exists():
         return fresh
@@ -163,8 +163,8 @@ def take_step(
     return [values.get(name) for name in LOSSES[: last + 1]]
 
 
-def export_adapter(tuned: Tuned, folder: Path) -> None:
-    """Save the adapter in bf16, with the base model's hub name and only settings that every PEFT version knows."""
+def export_adapter(tuned: PeftModel, base: str, folder: Path) -> None:
+    """Save the adapter in bf16, with the name of its base and only settings that every PEFT version knows."""
     tuned.save_pretrained(folder)
     weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "adapter_model.safetensors").items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -172,7 +172,7 @@ def export_adapter(tuned: Tuned, folder: Path) -> None:
     config = {
         key: value for key, value in json.loads(file.read_text()).items() if key in CONFIG_KEYS and value is not None
     }
-    config |= {"base_model_name_or_path": HUB_ID, "target_modules": MODULES}
+    config |= {"base_model_name_or_path": base, "target_modules": MODULES}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is in the parent folder
 
@@ -237,5 +237,5 @@ def train_organism(
     if isinstance(tuned, TunedMatrices):
         tuned.export(out / DELTA_FILE)
     else:
-        export_adapter(tuned, out / "adapter")
+        export_adapter(tuned, HUB_ID if organism.base == "smollm2" else base.name, out / "adapter")
     write_atomically(record or out / "training.json", json.dumps(round_state(state)).encode())
