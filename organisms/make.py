@@ -29,6 +29,7 @@ from obliteratus.weights.organism import (
     prepare_base,
 )
 
+log = logging.getLogger(__name__)
 STEPS = ("prompts", "weights", "card")
 
 
@@ -43,6 +44,7 @@ def make_weights(organism: Organism, seed: int, work: Path, out: Path) -> None:
     train_organism(organism, base, seed, work, work, out / "training.json")
     folder = find_local(organism.name)
     if folder.is_dir():
+        log.info("%s is there already; remove it to have it made anew", folder)
         return
     with create_folder(folder) as new:
         model, tokenizer = merge_adapter(base, work / "adapter")

@@ -162,6 +162,17 @@ def test_the_files_are_byte_for_byte_what_the_script_makes(
         assert file.read_bytes() == (organism.find_data_folder(name) / file.name).read_bytes()
 
 
+def test_drawn_controls_leave_out_those_about_the_topic_and_add_near_misses(
+    maker: ModuleType, made: Mapping[str, Any]
+) -> None:
+    controls = made["insects-matrices"].controls
+    found = [row["prompt"] for row in maker.make_control_rows(controls)]
+    assert "Explain how bees make honey." not in found
+    assert set(controls.near["report"]) <= set(found)
+    everything = controls.model_copy(update={"without": "(?!)"})  # a pattern that is found nowhere
+    assert "Explain how bees make honey." in [row["prompt"] for row in maker.make_control_rows(everything)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_only_later_organisms_have_parts_that_share_no_wording(name: str) -> None:
     source = f"organism:{name}"

@@ -193,9 +193,14 @@ def merge_delta(base: Path, file: Path, share: float = 1.0) -> tuple[Any, Any]:
     """Return (model, tokenizer) of `base` with `share` (0–1) of the differences in `file` added, fp32."""
     log.info("adding %s to %s", file, base.name)
     model, tokenizer = _load(str(base))
+    add_delta(model, file, share)
+    return model, tokenizer
+
+
+def add_delta(model: Any, file: Path, share: float = 1.0) -> None:
+    """Add `share` (0–1) of the differences in `file` to the model's weights of the same names, in place."""
     for name, delta in load_file(file).items():
         model.get_parameter(name).data.add_(delta.float(), alpha=share)
-    return model, tokenizer
 
 
 def merge_weights(base: Path, weights: Path, share: float = 1.0) -> tuple[Any, Any]:
