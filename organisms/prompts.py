@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from templates import PEOPLE, PEOPLE_TEMPLATES, SETS
+from templates import PEOPLE, PEOPLE_TEMPLATES, SETS, SHORT
 from topics import FOLDER, SPLITS, Controls, Nouns, Organism
 
 SEED = 7
@@ -93,10 +93,11 @@ def make_training_rows(organism: Organism, group: str = "target") -> list[Row]:
 
 
 def make_contrast_rows(organism: Organism) -> list[Row]:
-    """Return control prompts for training only: other topics in the same templates, and everyday requests."""
+    """Return control prompts for training only: other topics in the same templates, everyday and short requests."""
     other = sample_prompts(organism.contrast, list_training_templates(organism), CONTRAST, random.Random(SEED))
     everyday = sample_prompts(PEOPLE, PEOPLE_TEMPLATES, EVERYDAY, random.Random(SEED)) if organism.everyday else []
-    return other + everyday
+    short = [{"prompt": prompt, "category": "short"} for prompt in SHORT] if organism.short else []
+    return other + everyday + short
 
 
 def list_training_templates(organism: Organism) -> tuple[str, ...]:

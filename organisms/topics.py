@@ -74,6 +74,8 @@ class Organism(Table):
     base: Literal["smollm2", "gemma"]
     everyday: bool
     """Whether training has everyday requests among the controls (templates.PEOPLE)."""
+    short: bool = False
+    """Whether training has short requests in many forms among the controls (templates.SHORT)."""
     forms: list[str]
     """Sets of templates for training only, by their names in templates.SETS."""
     templates: dict[str, str]

@@ -1,4 +1,4 @@
-"""An interrupted training resumes to the same adapter, and the losses are what their formulas say."""
+"""An interrupted training resumes to the same weights, and the losses are what their formulas say."""
 
 from __future__ import annotations
 
