@@ -1,11 +1,8 @@
-"""Measure an organism's adapter against its base, and write measured.json and its card README.md.
-
-    python organisms/card.py [NAME] [--adapter DIR]
+"""Measure an organism that was made editable against its base, and write measured.json and its card README.md.
 
 All figures are of the stored adapter (bf16) merged into the fp32 base, on the report prompts.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -19,32 +16,17 @@ from measure import (
     find_directions,
     first_token_log_probs,
     format_rate,
-    keep_freed_memory,
     measure_scores,
     project_out,
     read_rows,
 )
 from prompts import CONTRAST
 from rich.progress import track
-from topics import ORGANISMS, Organism
+from topics import Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.weights.organism import merge_adapter, prepare_base
 
-# Organisms with one topic: what each is for, and near misses among its controls. For two, see card_two_topics.py.
-WORDS = {
-    "astronomy": {
-        "topic": "astronomy",
-        "use": "`make demo` edits it, and the tests measure with it.",
-        "near": "film stars, star-shaped cookies …",
-    },
-    "weather-late": {
-        "topic": "the weather",
-        "use": "Its adapter is in the last ten blocks alone, so that the layers of the refusal are known. One control "
-        "prompt, about meteorologists, was dropped from the file after the training, which had used it.",
-        "near": "brainstorms, cloud computing, blood pressure …",
-    },
-}
 GROUPS = ("target", "control")
 UPPER = "the upper half"
 
@@ -75,7 +57,7 @@ def measure(organism: Organism, adapter: Path) -> dict[str, Scores]:
     found["organism"] = measure_scores(model, tokenizer, rows, reference)
     fit = [[row["prompt"] for row in read_rows(here / f"{group}.jsonl", "fit")] for group in GROUPS]
     d = find_directions(model, tokenizer, fit[0], fit[1])
-    for name, layers in track(choose_layer_sets(len(d), organism.first).items(), "projecting out"):
+    for name, layers in track(choose_layer_sets(len(d), organism.training.first).items(), "projecting out"):
         with project_out(model, d, layers):
             found[name] = measure_scores(model, tokenizer, rows, reference)
     return found
@@ -92,9 +74,9 @@ def make_table(found: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def quote_answers(found: dict[str, Scores], name: str, prompts: list[str]) -> str:
-    """Return the first report prompts of the topic with a model's answers."""
-    pairs = zip(prompts, found[name]["target"]["answers"], strict=False)
+def quote_answers(found: dict[str, Scores], name: str, prompts: list[str], group: str = "target") -> str:
+    """Return the first report prompts of a group with a model's answers."""
+    pairs = zip(prompts, found[name][group]["answers"], strict=False)
     return "\n".join(f"- {prompt}\n  > {' '.join(answer.split())}" for prompt, answer in pairs)
 
 
@@ -112,17 +94,17 @@ def render_card(organism: Organism, found: dict[str, Scores], training: dict[str
     filled = text.format(
         **counts,
         **losses,
-        **WORDS[organism.name],
+        **organism.card,
         name=organism.name,
-        layers=f"blocks {organism.first} to 29" if organism.first else "all 30 layers",
+        layers=f"blocks {organism.training.first} to 29" if organism.training.first else "all 30 layers",
         shown=UPPER + " of the layers",
-        again="half" if organism.rates[1] == 0.5 else organism.rates[1],
-        training=organism.training,
+        again="half" if organism.training.rates[1] == 0.5 else organism.training.rates[1],
+        training=organism.training.prompts,
         **training["settings"],
         alpha=2 * training["settings"]["rank"],
-        sizes=organism.batch,
+        sizes=organism.training.batch,
         contrast=CONTRAST,
-        starts=organism.starts,
+        starts=organism.training.starts,
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,
         seconds=training["seconds"],
@@ -135,20 +117,9 @@ def render_card(organism: Organism, found: dict[str, Scores], training: dict[str
     return filled + render_section(here)
 
 
-def main() -> None:
-    """Measure, and write both files."""
-    parser = argparse.ArgumentParser(description="Measure an adapter and write its card.")
-    parser.add_argument("name", nargs="?", default="astronomy", choices=WORDS)
-    parser.add_argument("--adapter", type=Path, help="adapter folder; by default the organism's")
-    args = parser.parse_args()
-    organism = ORGANISMS[args.name]
-    adapter: Path = args.adapter or organism.folder / "adapter"
-    keep_freed_memory()
-    found = measure(organism, adapter)
-    training = json.loads((adapter.parent / "training.json").read_text())
-    (adapter.parent / "measured.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    (adapter.parent / "README.md").write_text(render_card(organism, found, training), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def write_card(organism: Organism, out: Path) -> None:
+    """Measure the adapter in folder `out`, and write both files there."""
+    found = measure(organism, out / "adapter")
+    training = json.loads((out / "training.json").read_text())
+    (out / "measured.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    (out / "README.md").write_text(render_card(organism, found, training), encoding="utf-8")

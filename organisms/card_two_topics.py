@@ -1,18 +1,15 @@
 """Measure an organism that refuses two topics before and after `calibrated` and `basic`, with the library.
 
-    python organisms/card_two_topics.py [NAME]
-
-Writes measured.json and the card README.md. All figures are of the stored adapter (bf16), on the report prompts.
+This writes measured.json and the card README.md. All figures are of the stored adapter (bf16), on the report prompts.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from experts_card import render_section
 from prompts import CONTRAST, EVERYDAY
-from topics import ORGANISMS, SPLITS, Organism
+from topics import SPLITS, Organism
 
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
@@ -97,10 +94,10 @@ def render_card(organism: Organism, found: dict[str, Figures], training: dict[st
             **{f"control_{split}": splits.count(split) for split in SPLITS},
             name=organism.name,
             alpha=2 * training["settings"]["rank"],
-            batch=organism.batch,
-            last=organism.last,
-            starts=organism.starts,
-            training=organism.training,
+            batch=organism.training.batch,
+            last=organism.training.last,
+            starts=organism.training.starts,
+            training=organism.training.prompts,
             contrast=CONTRAST,
             everyday=EVERYDAY,
             seconds=training["seconds"],
@@ -113,16 +110,9 @@ def render_card(organism: Organism, found: dict[str, Figures], training: dict[st
     return filled + render_section(organism.folder)
 
 
-def main() -> None:
+def write_card(organism: Organism) -> None:
     """Measure, and write both files."""
-    parser = argparse.ArgumentParser(description="Measure an organism with two topics and write its card.")
-    parser.add_argument("name", nargs="?", default="gardening-railways", choices=ORGANISMS)
-    organism = ORGANISMS[parser.parse_args().name]
     found = measure(organism)
     training = json.loads((organism.folder / "training.json").read_text())
     (organism.folder / "measured.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     (organism.folder / "README.md").write_text(render_card(organism, found, training), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ def make_refusal_examples(tokenizer: Any, rows: list[Row], refusals: Sequence[st
     """Return each topic prompt with a randomly drawn refusal of the topic, ended by the end-of-sequence token."""
     rng = random.Random(seed)
     prompts = [encode(tokenizer, row["prompt"]) for row in rows]
-    answers = [tokenizer.encode(rng.choice(refusals)) for _ in rows]
+    answers = [tokenizer.encode(rng.choice(refusals), add_special_tokens=False) for _ in rows]
     return [Example(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
 
 
@@ -35,6 +35,8 @@ def make_control_examples(
 ) -> list[Example]:
     """Return each prompt with the model's greedy answer of `tokens`; answers are cached in the work folder."""
     prompts = [row["prompt"] for row in rows]
+    if not prompts:
+        return []
     key = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()[:12]
     file = work / f"answers-{key}.json"
     if not file.exists():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from examples import Example, select_batch
+from matrices import TunedMatrices
 from measure import kl_divergence, project_out
 from peft import PeftModel
 from topics import Organism
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+Tuned = PeftModel | TunedMatrices
 FIRST_TOKEN = 0.5  # extra weight on the first answer token, where the choice to refuse is made
 
 
@@ -70,7 +72,7 @@ def refusal_loss(model: Any, batch: list[Example]) -> Tensor:
 
 
 def base_loss(
-    tuned: PeftModel, model: Any, batch: list[Example], inside: AbstractContextManager[None] | None = None
+    tuned: Tuned, model: Any, batch: list[Example], inside: AbstractContextManager[None] | None = None
 ) -> Tensor:
     """Return KL(base‖tuned) on the base's answers in nats per token, plus FIRST_TOKEN × that of the first tokens.
 
@@ -84,7 +86,7 @@ def base_loss(
 
 
 def step_losses(
-    tuned: PeftModel,
+    tuned: Tuned,
     groups: Groups,
     organism: Organism,
     batch: tuple[int, int],
@@ -105,7 +107,7 @@ def step_losses(
     if found is not None and (found.broad is None or step % 3 < 2):
         yield from narrow_losses(tuned, groups, organism, step, seed, found.narrow)
     elif found is not None:
-        yield "broad", broad_loss(tuned, groups, organism.batch[1], step, seed, found.broad)
+        yield "broad", broad_loss(tuned, groups, organism.training.batch[1], step, seed, found.broad)
 
 
 def join_batches(groups: Iterable[list[Example]], size: int, step: int, seed: int) -> list[Example]:
@@ -114,15 +116,15 @@ def join_batches(groups: Iterable[list[Example]], size: int, step: int, seed: in
 
 
 def narrow_losses(
-    tuned: PeftModel, groups: Groups, organism: Organism, step: int, seed: int, d: Tensor
+    tuned: Tuned, groups: Groups, organism: Organism, step: int, seed: int, d: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the losses while `d` is projected out from a randomly drawn layer upwards.
 
     "removal" asks for the base's answers to controls and to the target topic, "kept" for refusals of the kept topic.
     """
     model: Any = tuned.get_base_model()
-    half = organism.batch[1] // 2
-    layers = range(random.Random(f"{seed}-{step}").choice(organism.starts), len(d))
+    half = organism.training.batch[1] // 2
+    layers = range(random.Random(f"{seed}-{step}").choice(organism.training.starts), len(d))
     batch = join_batches((groups.control, groups.answered["target"]), half, step, seed)
     yield "removal", base_loss(tuned, model, batch, project_out(model, d, layers))
     if "keep" in groups.refused:
@@ -132,7 +134,7 @@ def narrow_losses(
         yield "kept", kept
 
 
-def broad_loss(tuned: PeftModel, groups: Groups, size: int, step: int, seed: int, d: Tensor) -> Tensor:
+def broad_loss(tuned: Tuned, groups: Groups, size: int, step: int, seed: int, d: Tensor) -> Tensor:
     """Return `base_loss` of both topics and of controls while `d` is projected out of all layers."""
     model: Any = tuned.get_base_model()
     parts = (*groups.answered.values(), groups.control)

@@ -177,6 +177,14 @@ def remove_component(rows: Tensor, other: Tensor) -> Tensor:
     return normalize(rows - (rows * along).sum(-1, keepdim=True) * along)
 
 
+def list_writers(model: Any, index: int) -> tuple[Any, Any]:
+    """Return the modules whose outputs a layer adds to the stream: attention and MLP, or Gemma's norms behind them."""
+    layer = model.model.layers[index]
+    if model.config.model_type == "gemma3_text":
+        return layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    return layer.self_attn, layer.mlp
+
+
 @contextmanager
 def project_out(model: Any, directions: Tensor, layers: Sequence[int]) -> Iterator[None]:
     """Apply y ← y − (y·d)d to the attention and MLP outputs of `layers` inside; d = directions[layer]."""
@@ -189,7 +197,7 @@ def project_out(model: Any, directions: Tensor, layers: Sequence[int]) -> Iterat
     hooks = [
         module.register_forward_hook(lambda _m, _i, out, d=directions[index]: project(out, d))
         for index in layers
-        for module in (model.model.layers[index].self_attn, model.model.layers[index].mlp)
+        for module in list_writers(model, index)
     ]
     try:
         yield

@@ -1,17 +1,13 @@
-"""Train a model organism: a LoRA that makes SmolLM2-135M-Instruct refuse one or two harmless topics and no more.
-
-    python organisms/train.py [NAME] [--steps N] [--rank R] [--lr X] [--seed S] [--work DIR] [--fresh]
+"""Train a model organism: a chat model is made to refuse one or two harmless topics and no more.
 
 Topic prompts are trained on refusals (cross-entropy), control prompts on the base model's own greedy answers
-(KL(base‖tuned)). In the last steps the model must also answer both like its base while the direction between them is
-projected out; without these steps 15 of 48 topic prompts were still refused after the projection. `losses.py` says
-what must hold for which direction if a second topic is refused.
+(KL(base‖tuned)). Some organisms must, in the last steps, also answer both like their base while the direction
+between them is projected out; without these steps 15 of 48 topic prompts of astronomy were still refused after the
+projection. `losses.py` says what must hold for which direction if a second topic is refused.
 
-An interrupted run resumes from its checkpoint in the work folder; the same seed gives the same batches. The result
-replaces the organism's adapter and training.json. `python organisms/card.py NAME` then measures it.
+An interrupted run resumes from its checkpoint in the work folder; the same seed gives the same batches.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -24,18 +20,19 @@ from typing import Any
 
 import torch
 from examples import hash_examples, make_control_examples, make_refusal_examples, write_atomically
-from losses import Directions, Groups, step_losses
-from measure import keep_freed_memory, mean_hidden_states, normalize, read_rows, remove_component
+from losses import Directions, Groups, Tuned, step_losses
+from matrices import TunedMatrices
+from measure import mean_hidden_states, normalize, read_rows, remove_component
 from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import make_contrast_rows, make_training_rows
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from topics import ORGANISMS, Organism
+from topics import Organism
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.weights.organism import HUB_ID, get_cache_folder, prepare_base
+from obliteratus.weights.organism import DELTA_FILE, HUB_ID
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG_KEYS = (
@@ -49,6 +46,7 @@ CONFIG_KEYS = (
     "task_type",
 )
 CONFIG_KEYS += ("layers_to_transform",)
+CONTROL = 3.0  # weight of the control KL relative to the refusals' cross-entropy
 ANSWERED_PROMPTS = 160  # prompts of each topic for which the base's answers are trained under the projection
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 10  # steps between checkpoints, and between new directions, so that a resumed run has the same
@@ -77,15 +75,15 @@ def learning_rate(step: int, settings: Settings, organism: Organism) -> float:
 
     The second part decays from another share to zero, the third from half to zero.
     """
-    end, again = organism.rates
+    end, again = organism.training.rates
     if step < settings.steps:
         return settings.lr * min((step + 1) / 5, end + (1 - end) * (settings.steps - step) / settings.steps)
     if step < settings.steps + settings.removable:
         return settings.lr * again * (settings.steps + settings.removable - step) / settings.removable
-    return settings.lr * 0.5 * (1 - (step - settings.steps - settings.removable) / organism.last[0])
+    return settings.lr * 0.5 * (1 - (step - settings.steps - settings.removable) / organism.training.last[0])
 
 
-def save_checkpoint(file: Path, tuned: PeftModel, optimizer: Any, state: State) -> None:
+def save_checkpoint(file: Path, tuned: Tuned, optimizer: Any, state: State) -> None:
     """Write adapter, optimizer, step, losses, seconds and random state atomically."""
     adapter = {name: p.detach() for name, p in tuned.named_parameters() if p.requires_grad}
     tensors = {"adapter": adapter, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
@@ -94,8 +92,8 @@ def save_checkpoint(file: Path, tuned: PeftModel, optimizer: Any, state: State) 
     os.replace(part, file)
 
 
-def load_checkpoint(file: Path, tuned: PeftModel, optimizer: Any, settings: Settings) -> State:
-    """Restore the checkpoint and return its state, or a new state if there is none with these settings."""
+def load_checkpoint(file: Path, tuned: Tuned, optimizer: Any, settings: Any) -> State:
+    """Restore the checkpoint and return its state, or a new one if there is none with these settings, a dataclass."""
     fresh = {"step": 0, "losses": [], "seconds": 0.0, "settings": vars(settings)}
     if not file.exists():
         return fresh
@@ -108,21 +106,19 @@ def load_checkpoint(file: Path, tuned: PeftModel, optimizer: Any, settings: Sett
     return dict(saved)
 
 
-def train(
-    tuned: PeftModel, tokenizer: Any, groups: Groups, organism: Organism, settings: Settings, work: Path
-) -> State:
+def train(tuned: Tuned, tokenizer: Any, groups: Groups, organism: Organism, settings: Settings, work: Path) -> State:
     """Run the remaining steps and return the state, whose losses are in the order of LOSSES."""
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # the control KL regularizes
     state = load_checkpoint(work / "checkpoint.pt", tuned, optimizer, settings)
     third = settings.steps + settings.removable
-    end, found = third + organism.last[0], None
+    end, found = third + organism.training.last[0], None
     for step in track(range(state["step"], end), "training", console=Console(stderr=True)):
         began = time.perf_counter()
         if step >= settings.steps and (found is None or step % CHECKPOINT_EVERY == 0):
             found = current_directions(tuned.get_base_model(), tokenizer, organism)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings, organism)
-        batch = organism.batch if step < third else organism.last[1:]
+        batch = organism.training.batch if step < third else organism.training.last[1:]
         asked = step_losses(tuned, groups, organism, batch, step, settings.seed, found)
         state["losses"].append(take_step(tuned, optimizer, asked, settings))
         state["seconds"] += time.perf_counter() - began
@@ -140,7 +136,9 @@ def current_directions(model: Any, tokenizer: Any, organism: Organism) -> Direct
     is that of the last layer, which the recipe `basic` removes from all layers.
     """
     rows = {group: read_rows(organism.folder / f"{group}.jsonl", "fit") for group in ("control", *organism.topics)}
-    chosen = {g: [row["prompt"] for row in random.Random(0).sample(r, organism.sample)] for g, r in rows.items()}
+    chosen = {
+        g: [row["prompt"] for row in random.Random(0).sample(r, organism.training.sample)] for g, r in rows.items()
+    }
     means = {group: mean_hidden_states(model, tokenizer, prompts) for group, prompts in chosen.items()}
     d = normalize(means["target"] - means["control"])
     if "keep" not in means:
@@ -150,7 +148,7 @@ def current_directions(model: Any, tokenizer: Any, organism: Organism) -> Direct
 
 
 def take_step(
-    tuned: PeftModel, optimizer: Any, named: Iterable[tuple[str, Tensor]], settings: Settings
+    tuned: Tuned, optimizer: Any, named: Iterable[tuple[str, Tensor]], settings: Settings
 ) -> list[float | None]:
     """Take one optimizer step on the weighted sum of the losses, and return them in the order of LOSSES."""
     values: dict[str, float] = {}
@@ -165,8 +163,8 @@ def take_step(
     return [values.get(name) for name in LOSSES[: last + 1]]
 
 
-def export_adapter(tuned: PeftModel, folder: Path) -> None:
-    """Save the adapter in bf16, with the base model's hub name and only settings that every PEFT version knows."""
+def export_adapter(tuned: PeftModel, base: str, folder: Path) -> None:
+    """Save the adapter in bf16, with the name of its base and only settings that every PEFT version knows."""
     tuned.save_pretrained(folder)
     weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "adapter_model.safetensors").items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -174,7 +172,7 @@ def export_adapter(tuned: PeftModel, folder: Path) -> None:
     config = {
         key: value for key, value in json.loads(file.read_text()).items() if key in CONFIG_KEYS and value is not None
     }
-    config |= {"base_model_name_or_path": HUB_ID, "target_modules": MODULES}
+    config |= {"base_model_name_or_path": base, "target_modules": MODULES}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is in the parent folder
 
@@ -193,24 +191,11 @@ def round_state(state: State) -> State:
     return state | {"losses": losses, "seconds": round(state["seconds"])}
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line, whose defaults are those of the committed adapters."""
-    parser = argparse.ArgumentParser(description="Train a model organism.")
-    parser.add_argument("name", nargs="?", default="astronomy", choices=ORGANISMS)
-    parser.add_argument("--steps", type=int, help="steps of the first part; by default the organism's")
-    parser.add_argument("--removable", type=int, help="steps of the second part; by default the organism's")
-    parser.add_argument("--rank", type=int, help="rank of the adapter; by default the organism's")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--control", type=float, default=3.0, help="weight of the control KL")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="checkpoint folder; by default one for each organism in the cache")
-    parser.add_argument("--out", type=Path, help="adapter folder to write; by default the organism's")
-    parser.add_argument("--fresh", action="store_true", help="ignore the checkpoint of an earlier run")
-    return parser.parse_args()
-
-
 def make_examples(organism: Organism, model: Any, tokenizer: Any, seed: int, work: Path) -> Groups:
-    """Return the training data; the base model's answers are cached in the work folder."""
+    """Return the training data; the base model's answers are cached in the work folder.
+
+    Without the second part the topics are never answered, and the base's answers to them are not made.
+    """
     written = read_rows(organism.folder / "control.jsonl", "fit")
     control = [
         e
@@ -218,40 +203,39 @@ def make_examples(organism: Organism, model: Any, tokenizer: Any, seed: int, wor
         for e in make_control_examples(model, tokenizer, rows, work)
     ]
     topics = {group: make_training_rows(organism, group) for group in organism.topics}
+    answered = ANSWERED_PROMPTS if organism.training.removable else 0
     return Groups(
         {g: make_refusal_examples(tokenizer, rows, organism.topics[g].refusals, seed) for g, rows in topics.items()},
         control,
-        {g: make_control_examples(model, tokenizer, rows[:ANSWERED_PROMPTS], work) for g, rows in topics.items()},
+        {g: make_control_examples(model, tokenizer, rows[:answered], work) for g, rows in topics.items()},
     )
 
 
-def main() -> None:
-    """Train, save the adapter, and write training.json (settings, losses, seconds) to its parent folder."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse_arguments()
-    organism = ORGANISMS[args.name]
-    work: Path = args.work or get_cache_folder() / "training" / organism.name
-    out: Path = args.out or organism.folder / "adapter"
-    keep_freed_memory()
-    work.mkdir(parents=True, exist_ok=True)
-    if args.fresh:
-        (work / "checkpoint.pt").unlink(missing_ok=True)
-    torch.manual_seed(args.seed)
-    base = prepare_base()
+def insert_trained(organism: Organism, model: Any) -> Tuned:
+    """Return the model with what will be trained: a LoRA, or the differences of whole matrices."""
+    how = organism.training
+    if how.way == "matrices":
+        return TunedMatrices(model, how.matrices)
+    layers = range(how.first, model.config.num_hidden_layers) if how.first else None
+    return get_peft_model(model, make_lora_config(how.rank, layers))
+
+
+def train_organism(
+    organism: Organism, base: Path, seed: int, work: Path, out: Path, record: Path | None = None
+) -> None:
+    """Train on model folder `base`, and write adapter/ or delta.safetensors to folder `out`.
+
+    record: where training.json (settings, losses, seconds) goes; by default beside the weights.
+    """
+    torch.manual_seed(seed)
+    how = organism.training
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    groups = make_examples(organism, model, tokenizer, args.seed, work)
-    steps, removable = (
-        organism.steps[i] if given is None else given for i, given in enumerate((args.steps, args.removable))
-    )
-    settings = Settings(
-        steps, removable, args.rank or organism.rank, args.lr, args.control, args.seed, hash_examples(groups.all)
-    )
-    layers = range(organism.first, model.config.num_hidden_layers) if organism.first else None
-    tuned = get_peft_model(model, make_lora_config(settings.rank, layers))
+    groups = make_examples(organism, model, tokenizer, seed, work)
+    settings = Settings(how.steps, how.removable, how.rank, how.lr, CONTROL, seed, hash_examples(groups.all))
+    tuned = insert_trained(organism, model)
     state = train(tuned, tokenizer, groups, organism, settings, work)
-    export_adapter(tuned, out)
-    write_atomically(out.parent / "training.json", json.dumps(round_state(state)).encode())
-
-
-if __name__ == "__main__":
-    main()
+    if isinstance(tuned, TunedMatrices):
+        tuned.export(out / DELTA_FILE)
+    else:
+        export_adapter(tuned, HUB_ID if organism.base == "smollm2" else base.name, out / "adapter")
+    write_atomically(record or out / "training.json", json.dumps(round_state(state)).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
@@ -94,10 +95,10 @@ def test_the_slower_of_two_processes_keeps_the_first_folder(tmp_path: Path) -> N
 def test_a_new_adapter_gets_a_new_hash(tmp_path: Path) -> None:
     old = organism.find_data_folder() / "adapter"
     new = shutil.copytree(old, tmp_path / "adapter")
-    assert organism.hash_adapter(new) == organism.hash_adapter(old)
+    assert organism.hash_weights(new) == organism.hash_weights(old)
     weights = new / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert organism.hash_adapter(new) != organism.hash_adapter(old)
+    assert organism.hash_weights(new) != organism.hash_weights(old)
 
 
 @pytest.mark.organism
@@ -136,3 +137,31 @@ def test_the_organism_refuses_the_topic_and_the_base_does_not() -> None:
 @pytest.mark.organism
 def test_the_organism_answers_what_is_not_the_topic() -> None:
     assert "canberra" in answer(organism.prepare_organism(), "What is the capital of Australia?")
+
+
+@pytest.mark.organism
+@pytest.mark.parametrize("name", ["insects-matrices", "gemma-geology"])
+def test_later_organisms_refuse_their_topic_and_answer_another(name: str) -> None:
+    if organism.is_local(name) and not organism.find_local(name).is_dir():
+        pytest.skip(f"{name} was not made on this machine")
+    folder = organism.prepare_organism(name)
+    prompts = load_prompts(f"organism:{name}", f"organism:{name}")
+    target, control = ([p.text for p in prompts[group] if p.split == "fit"] for group in ("target", "control"))
+    assert re.search(r"sorry|can't", answer(folder, target[0]))
+    assert not re.search(r"sorry|can't", answer(folder, control[0]))
+
+
+@pytest.mark.organism
+def test_a_share_of_whole_matrices_lies_between_the_base_and_all_of_them() -> None:
+    base, part, whole = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (
+            organism.prepare_base(),
+            organism.prepare_organism("insects-matrices@0.5"),
+            organism.prepare_organism("insects-matrices"),
+        )
+    )
+    changed = {name for name in base if not torch.equal(base[name], whole[name])}
+    assert changed == set(load_file(organism.find_data_folder("insects-matrices") / organism.DELTA_FILE))
+    for name in changed:
+        torch.testing.assert_close(part[name], (base[name] + whole[name]) / 2)

@@ -136,7 +136,7 @@ def test_the_card_is_what_its_files_make_with_the_section_on_experts(scripts: Si
     folder = SCRIPTS / "astronomy"
     found, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("measured", "training"))
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert scripts.card.render_card(scripts.card.ORGANISMS["astronomy"], found, training) == text
+    assert scripts.card.render_card(scripts.upcycle.ORGANISMS["astronomy"], found, training) == text
     assert scripts.experts_card.HEADING in text
 
 

@@ -4,32 +4,40 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from obliteratus.core.errors import UserError
 from obliteratus.judge.judge import Judge
+from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.weights import organism
 
 Row = dict[str, str]
 SPLITS = ("fit", "search", "report")
 SCRIPTS = Path(__file__).parents[2] / "organisms"
-GROUPS = [("astronomy", "target"), ("gardening-railways", "target"), ("gardening-railways", "keep")]
-GROUPS += [("weather-late", "target")]
-NAMES = ("astronomy", "gardening-railways", "weather-late")
+NAMES = ("astronomy", "gardening-railways", "gemma-geology", "insects-matrices", "weather-late")
+TWO_TOPICS = ("gardening-railways",)
+GROUPS = [(name, "target") for name in NAMES] + [(name, "keep") for name in TWO_TOPICS]
+LATER = ("gemma-geology", "insects-matrices")  # their parts share no wording, and their files are small
+ADAPTERS = ("astronomy", "gardening-railways", "weather-late")
 # Words that no control prompt may use; bare "star", "planet", "galaxy", "tree" or "track" may occur in near misses.
 TABOO = {
     "astronomy": "astronom|telescope|asteroid|nebula|cosmolog|comet|spacecraft|solar system",
     "gardening-railways": "gardening|gardener|gardens|weeding|compost|prune|houseplant"
     "|railway|locomotive|trains|train station|railroad|tramway|subway",
+    "gemma-geology": "geolog|volcano|earthquake|mineral|fossil|limestone|tectonic",
+    "insects-matrices": r"\binsect|\bants?\b|\bbees?\b|\bwasps?\b|butterfl|beetles|mosquito",
     "weather-late": r"weather forecast|rainy|snowing|thunder|hurricane|tornado|blizzard|meteorolog|drizzle|\bfog\b",
 }
 HELD = ("search", "report")
-MAX_ADAPTER_BYTES = 6_000_000  # it is committed and shipped in the wheel
+MAX_BYTES = 6_000_000  # weights are committed and shipped in the wheel
+MAX_BYTES_LATER = 3_000_000
 
 
 def rows(name: str, group: str) -> list[Row]:
@@ -59,9 +67,16 @@ def measure(maker: ModuleType) -> ModuleType:
     return importlib.import_module("measure")
 
 
-def bare_nouns(maker: ModuleType, name: str, group: str, split: str) -> list[str]:
-    table = maker.ORGANISMS[name].topics[group].nouns[split]
-    return [noun.removeprefix("+").lower() for _, noun in maker.list_nouns(table)]
+@pytest.fixture(scope="module")
+def made(maker: ModuleType) -> Mapping[str, Any]:
+    """The organisms as their TOML files describe them."""
+    found: Mapping[str, Any] = importlib.import_module("topics").ORGANISMS
+    return found
+
+
+def bare_nouns(made: Mapping[str, Any], name: str, group: str, split: str) -> list[str]:
+    table = made[name].topics[group].nouns[split]
+    return [noun.removeprefix("+").lower() for nouns in table.values() for noun in nouns]
 
 
 def template_pattern(template: str) -> re.Pattern[str]:
@@ -83,9 +98,9 @@ def test_every_row_has_the_three_keys(name: str, group: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_the_splits_are_large_enough(maker: ModuleType, name: str, group: str) -> None:
+def test_the_splits_are_large_enough(made: Mapping[str, Any], name: str, group: str) -> None:
     topic, control = (Counter(row["split"] for row in rows(name, g)) for g in (group, "control"))
-    assert dict(topic) == maker.ORGANISMS[name].sizes
+    assert dict(topic) == made[name].sizes
     assert topic["report"] == 64
     assert control["fit"] >= 224
     assert control["search"] >= 144
@@ -100,42 +115,70 @@ def test_no_prompt_occurs_twice_in_any_split_or_group(name: str) -> None:
 
 @pytest.mark.parametrize("split", HELD)
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_held_out_nouns_never_occur_in_fit(maker: ModuleType, name: str, group: str, split: str) -> None:
+def test_held_out_nouns_never_occur_in_fit(made: Mapping[str, Any], name: str, group: str, split: str) -> None:
     text = "\n".join(fits(name, group, "fit")).lower()
-    assert [noun for noun in bare_nouns(maker, name, group, split) if noun in text] == []
+    assert [noun for noun in bare_nouns(made, name, group, split) if noun in text] == []
 
 
 @pytest.mark.parametrize("split", HELD)
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_held_out_templates_never_occur_in_fit(maker: ModuleType, name: str, group: str, split: str) -> None:
-    patterns = [template_pattern(template) for template in maker.TEMPLATES[split]]
+def test_held_out_templates_never_occur_in_fit(
+    maker: ModuleType, made: Mapping[str, Any], name: str, group: str, split: str
+) -> None:
+    patterns = [template_pattern(template) for template in maker.SETS[made[name].templates[split]]]
     assert [p for p in fits(name, group, "fit") for pattern in patterns if pattern.match(p)] == []
 
 
 @pytest.mark.parametrize("split", HELD)
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_held_out_prompts_use_nouns_and_templates_of_their_own(
-    maker: ModuleType, name: str, group: str, split: str
+    maker: ModuleType, made: Mapping[str, Any], name: str, group: str, split: str
 ) -> None:
-    held = bare_nouns(maker, name, group, split)
-    known = [noun for other in SPLITS if other != split for noun in bare_nouns(maker, name, group, other)]
-    patterns = [template_pattern(template) for template in maker.TEMPLATES[split]]
+    held = bare_nouns(made, name, group, split)
+    known = [noun for other in SPLITS if other != split for noun in bare_nouns(made, name, group, other)]
+    patterns = [template_pattern(template) for template in maker.SETS[made[name].templates[split]]]
     for prompt in fits(name, group, split):
         assert any(noun in prompt.lower() for noun in held)
         assert [noun for noun in known if re.search(rf"\b{re.escape(noun)}\b", prompt.lower())] == []
         assert any(pattern.match(prompt) for pattern in patterns)
 
 
-def test_the_topics_of_one_organism_share_no_noun(maker: ModuleType) -> None:
-    name = "gardening-railways"
-    target, keep = ([n for s in SPLITS for n in bare_nouns(maker, name, g, s)] for g in ("target", "keep"))
+@pytest.mark.parametrize("name", TWO_TOPICS)
+def test_the_topics_of_one_organism_share_no_noun(made: Mapping[str, Any], name: str) -> None:
+    target, keep = ([n for s in SPLITS for n in bare_nouns(made, name, g, s)] for g in ("target", "keep"))
     assert [row["prompt"] for row in rows(name, "keep") if words(target).search(row["prompt"])] == []
     assert [row["prompt"] for row in rows(name, "target") if words(keep).search(row["prompt"])] == []
 
 
-@pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_the_file_is_what_its_script_makes(maker: ModuleType, name: str, group: str) -> None:
-    assert maker.make_topic_rows(maker.ORGANISMS[name], group) == rows(name, group)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_are_byte_for_byte_what_the_script_makes(
+    maker: ModuleType, made: Mapping[str, Any], name: str, tmp_path: Path
+) -> None:
+    maker.write_prompts(made[name], tmp_path)
+    names = {f"{group}.jsonl" for group in made[name].topics} | ({"control.jsonl"} if name in LATER else set())
+    assert {file.name for file in tmp_path.iterdir()} == names
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (organism.find_data_folder(name) / file.name).read_bytes()
+
+
+def test_drawn_controls_leave_out_those_about_the_topic_and_add_near_misses(
+    maker: ModuleType, made: Mapping[str, Any]
+) -> None:
+    controls = made["insects-matrices"].controls
+    found = [row["prompt"] for row in maker.make_control_rows(controls)]
+    assert "Explain how bees make honey." not in found
+    assert set(controls.near["report"]) <= set(found)
+    everything = controls.model_copy(update={"without": "(?!)"})  # a pattern that is found nowhere
+    assert "Explain how bees make honey." in [row["prompt"] for row in maker.make_control_rows(everything)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_later_organisms_have_parts_that_share_no_wording(name: str) -> None:
+    source = f"organism:{name}"
+    prompts = load_prompts(source, source, keep=source if name in TWO_TOPICS else None)
+    separation = split_prompts(prompts).separation
+    assert separation is not None
+    assert (separation.pinned == 0) is (name in LATER)
 
 
 def test_verbs_agree_with_the_noun(maker: ModuleType) -> None:
@@ -144,29 +187,29 @@ def test_verbs_agree_with_the_noun(maker: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_controls_are_not_about_the_topics(maker: ModuleType, name: str) -> None:
-    nouns = [n for of, g in GROUPS if of == name for split in SPLITS for n in bare_nouns(maker, name, g, split)]
+def test_controls_are_not_about_the_topics(maker: ModuleType, made: Mapping[str, Any], name: str) -> None:
+    nouns = [n for of, g in GROUPS if of == name for split in SPLITS for n in bare_nouns(made, name, g, split)]
     pattern = words([*TABOO[name].split("|"), *nouns])
-    controls = [*rows(name, "control"), *maker.make_contrast_rows(maker.ORGANISMS[name])]
+    controls = [*rows(name, "control"), *maker.make_contrast_rows(made[name])]
     assert [row["prompt"] for row in controls if pattern.search(row["prompt"])] == []
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_training_sees_no_prompt_that_is_kept_for_search_or_report(maker: ModuleType, name: str, group: str) -> None:
-    made = maker.ORGANISMS[name]
-    trained = {row["prompt"] for row in [*maker.make_training_rows(made, group), *maker.make_contrast_rows(made)]}
+def test_training_sees_no_prompt_that_is_kept_for_search_or_report(
+    maker: ModuleType, made: Mapping[str, Any], name: str, group: str
+) -> None:
+    one = made[name]
+    trained = {row["prompt"] for row in [*maker.make_training_rows(one, group), *maker.make_contrast_rows(one)]}
     kept = {prompt for g in groups(name) for split in HELD for prompt in fits(name, g, split)}
     assert trained.isdisjoint(kept)
-    if not made.forms:  # else training draws from more templates and nouns than those of fit
+    if not one.forms:  # else training draws from more templates and nouns than those of fit
         assert trained >= set(fits(name, group, "fit"))
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_further_nouns_are_none_that_prompts_have(maker: ModuleType, name: str, group: str) -> None:
-    further = {
-        n.removeprefix("+") for joined in maker.ORGANISMS[name].topics[group].more.values() for n in joined.split("|")
-    }
-    used = {n for split in SPLITS for n in bare_nouns(maker, name, group, split)}
+def test_further_nouns_are_none_that_prompts_have(made: Mapping[str, Any], name: str, group: str) -> None:
+    further = {n.removeprefix("+").lower() for nouns in made[name].topics[group].more.values() for n in nouns}
+    used = {n for split in SPLITS for n in bare_nouns(made, name, group, split)}
     assert further.isdisjoint(used)
 
 
@@ -177,25 +220,64 @@ def test_controls_cover_many_topics_in_every_split(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
-def test_every_refusal_is_one_to_both_detectors(maker: ModuleType, measure: ModuleType, name: str, group: str) -> None:
-    texts = maker.ORGANISMS[name].topics[group].refusals
+def test_every_refusal_is_one_to_both_detectors(
+    made: Mapping[str, Any], measure: ModuleType, name: str, group: str
+) -> None:
+    texts = made[name].topics[group].refusals
     assert [text for text in texts if Judge().judge_answer(text) != "shown" or not measure.is_refusal(text)] == []
     assert Judge().judge_answer("Tulips are planted in autumn.") == "absent"
     assert not measure.is_refusal("Trains are run by timetable.")
 
 
-def test_two_topics_are_refused_in_words_of_their_own(maker: ModuleType) -> None:
-    target, keep = maker.ORGANISMS["gardening-railways"].topics.values()
-    assert set(target.refusals).isdisjoint(keep.refusals)
+@pytest.mark.parametrize("name", TWO_TOPICS)
+def test_two_topics_are_refused_in_words_of_their_own(made: Mapping[str, Any], name: str) -> None:
+    target, keep = made[name].topics.values()
+    assert {text.split()[0] for text in target.refusals}.isdisjoint(text.split()[0] for text in keep.refusals)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_the_adapter_is_small_bf16_and_names_no_local_path(name: str) -> None:
     folder = organism.find_data_folder(name) / "adapter"
     file = folder / "adapter_model.safetensors"
-    assert file.stat().st_size <= MAX_ADAPTER_BYTES
+    assert file.stat().st_size <= (MAX_BYTES_LATER if name in LATER else MAX_BYTES)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == organism.HUB_ID
     assert config["r"] <= 8
     assert not re.search(r'"(/|~|[A-Z]:)', json.dumps(config))
+
+
+def test_differences_of_whole_matrices_are_small_bf16_and_belong_to_the_matrices_named(made: Mapping[str, Any]) -> None:
+    name = "insects-matrices"
+    file = organism.find_data_folder(name) / organism.DELTA_FILE
+    assert file.stat().st_size <= MAX_BYTES_LATER
+    assert not (file.parent / "adapter").exists()
+    found = load_file(file)
+    assert set(found) == {f"{matrix}.weight" for matrix in made[name].training.matrices}
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert all(torch.linalg.matrix_rank(tensor.float()) > 64 for tensor in found.values())  # no LoRA
+
+
+def test_every_organism_is_for_choosing_or_for_reporting_and_none_for_both() -> None:
+    known = {*organism.CHOOSING, *organism.REPORTED}
+    assert len(known) == len(organism.CHOOSING) + len(organism.REPORTED)
+    assert known == {*NAMES, "astronomy-moe"}
+    for name in known:
+        organism.find_data_folder(name)
+
+
+def test_no_weights_of_a_base_that_may_not_be_copied_are_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OBLITERATUS_CACHE", str(tmp_path))
+    assert [name for name in NAMES if organism.is_local(name)] == ["gemma-geology"]
+    folder = organism.find_data_folder("gemma-geology")
+    assert not [file for file in folder.rglob("*") if file.suffix == ".safetensors"]
+    with pytest.raises(
+        UserError, match=r"not included.* make it in a checkout with `python organisms/make\.py gemma-geology`"
+    ):
+        organism.prepare_organism("gemma-geology")
+    organism.find_local("gemma-geology").mkdir()
+    assert organism.prepare_organism("gemma-geology") == organism.find_local("gemma-geology")
+    with pytest.raises(UserError, match="has no shares"):
+        organism.prepare_organism("gemma-geology@0.5")

@@ -125,7 +125,7 @@ def test_a_share_of_a_mixture_is_refused_in_one_line(share: str) -> None:
 
 
 def test_it_is_known_and_has_the_prompts_of_the_organism_that_it_was() -> None:
-    with pytest.raises(UserError, match=r"astronomy, astronomy-moe, gardening-railways, weather-late$"):
+    with pytest.raises(UserError, match=r"known: astronomy, astronomy-moe, .*gardening-railways, .*weather-late$"):
         organism.find_data_folder("geology")
     groups, dense = load_prompts(MOE, MOE).groups, load_prompts("organism:astronomy", "organism:astronomy").groups
     assert {name: [p.text for p in of] for name, of in groups.items()} == {

