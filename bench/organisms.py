@@ -15,10 +15,9 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.prompts import load_prompts
 from obliteratus.verify import Measurement
+from obliteratus.weights.organism import CHOOSING
 
 ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
-CHOOSING = frozenset({ASTRONOMY, "weather-late", "astronomy-moe"})
-"""Organisms that settings were chosen on. Figures of all others are reported."""
 Role = Literal["choosing", "reported"]
 
 
