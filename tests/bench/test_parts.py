@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from bench.methods import choose_cases, format_table
-from bench.organisms import CHOOSING, find_role
+from bench.organisms import find_role
 from bench.parts import list_parts
 from tests.pipeline.test_compositions import opened, plan_of
 from tests.support.tiny import run_of
@@ -14,6 +14,7 @@ from tests.support.tiny import run_of
 from obliteratus.core.results import Run
 from obliteratus.core.types import Subject
 from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.weights.organism import CHOOSING
 
 
 def parts_of(method: str, name: str, **changed: Any) -> list[str]:
