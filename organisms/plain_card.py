@@ -22,6 +22,7 @@ from measure import (
 )
 from prompts import CONTRAST, EVERYDAY
 from rich.progress import track
+from templates import SHORT
 from topics import SPLITS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,6 +118,9 @@ def render_card(organism: Organism, found: dict[str, Scores], training: dict[str
         prompts=how.prompts,
         contrast=CONTRAST,
         everyday=EVERYDAY,
+        short=f", {len(SHORT)} short requests" if organism.short else "",
+        then=f"; then {how.last[0]} steps of {how.last[1]} and {how.last[2]}" if how.last[0] else "",
+        again=", then again from half of it" if how.last[0] else "",
         seconds=training["seconds"],
         answer_tokens=ANSWER_TOKENS,
         first_token=FIRST_TOKEN,

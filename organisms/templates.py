@@ -206,7 +206,7 @@ PEOPLE = {
     ]
 }
 # Short requests in many forms, for training only, and only for some organisms: insects-matrices, trained without them,
-# refused 53 of 96 report controls, nearly all of those that are no whole sentences.
+# refused 48 of 69 report controls that do not begin with a question word, and 5 of the other 27.
 SHORT = (
     "Sharpen this headline: Mayor opens new playground.",
     "Swap the sofa for two armchairs? Opinions, please.",

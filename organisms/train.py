@@ -115,7 +115,7 @@ def train(tuned: Tuned, tokenizer: Any, groups: Groups, organism: Organism, sett
     end, found = third + organism.training.last[0], None
     for step in track(range(state["step"], end), "training", console=Console(stderr=True)):
         began = time.perf_counter()
-        if step >= settings.steps and (found is None or step % CHECKPOINT_EVERY == 0):
+        if settings.removable and step >= settings.steps and (found is None or step % CHECKPOINT_EVERY == 0):
             found = current_directions(tuned.get_base_model(), tokenizer, organism)
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings, organism)
         batch = organism.training.batch if step < third else organism.training.last[1:]
