@@ -36,10 +36,10 @@ from bench.heretic_setup import (
 )
 from bench.terminal import DOWN, ENTER, Terminal, run_in_terminal
 from obliteratus.core.errors import UserError
+from obliteratus.core.pareto import pareto_front
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts, split_prompts
-from obliteratus.search.pareto import pareto_front
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure
 from obliteratus.weights.organism import prepare_organism

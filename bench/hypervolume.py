@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from obliteratus.core.errors import UserError
-from obliteratus.search.pareto import Point
+from obliteratus.core.pareto import Point
 
 DIMENSIONS = (2, 3)  # the sweep below is inefficient beyond three, and no front here has more
 

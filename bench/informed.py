@@ -66,11 +66,11 @@ def format_table(rows_of: dict[str, dict[str, Row]]) -> str:
     columns = ["organism", "method", *COLUMNS, "seconds", "of two_directions", "passes"]
     lines = []
     for organism, rows in rows_of.items():
-        advanced = sum(rows["two_directions"]["seconds"].values())
+        usual = sum(rows["two_directions"]["seconds"].values())
         for name, row in rows.items():
             seconds = sum(row["seconds"].values())
             lines.append(
-                [organism, name, *format_scores(row), f"{seconds:.0f}", f"{seconds / advanced:.2f}", str(row["passes"])]
+                [organism, name, *format_scores(row), f"{seconds:.0f}", f"{seconds / usual:.2f}", str(row["passes"])]
             )
     decisions = [f"\n{name} ({TRUTH[name]}):\n{format_decisions(rows)}" for name, rows in rows_of.items()]
     return "\n".join([format_rows(columns, lines), *decisions])

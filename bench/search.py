@@ -24,6 +24,7 @@ from bench.heretic import SCORES, STEPS, HereticStudy, export_trial, first_promp
 from bench.heretic_setup import StudySettings, is_installed, plain_prompts
 from bench.hypervolume import hypervolume
 from bench.methods import SMOKE_SEARCH, SMOKE_STEPS
+from obliteratus.core.pareto import pareto_front
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
@@ -32,7 +33,6 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.search import SearchResult, StudyLocation, search
-from obliteratus.search.pareto import pareto_front
 from obliteratus.search.trials import front_objectives
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure

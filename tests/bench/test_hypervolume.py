@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obliteratus.core.errors import UserError
-from obliteratus.search.pareto import Point, dominates, pareto_front
+from obliteratus.core.pareto import Point, dominates, pareto_front
 
 coordinate = st.integers(0, 12).map(lambda n: n / 10)  # a coarse grid, so that ties are drawn; some beyond 1
 UNIT = {2: (1.0, 1.0), 3: (1.0, 1.0, 1.0)}

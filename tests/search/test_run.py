@@ -7,6 +7,7 @@ import torch
 from tests.support.searches import make_scorer, run_search, search_prompts, search_recipe, search_subject
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.pareto import find_nearest_to_ideal
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import PromptSet
 from obliteratus.pipeline.recipe import load_recipe
@@ -14,7 +15,6 @@ from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.search import SearchResult, StudyLocation, add_default_search, search, set_trial_count
 from obliteratus.search.optuna_study import SearchStudy
-from obliteratus.search.pareto import find_nearest_to_ideal
 from obliteratus.search.run import check_pick, measure_front, pick_member, thin_front
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import Trial, rebuild_plan, run_trials

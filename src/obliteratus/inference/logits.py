@@ -109,5 +109,15 @@ def kl_divergence(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n 
     return torch.cat([_kl(p.double(), q.double()) for p, q in zip(base.split(ROWS), edited.split(ROWS), strict=True)])
 
 
+# Nats given to a model whose output is not finite, or that is certain of a token that the base model excluded. No
+# working model comes near: a uniform distribution over 50 000 tokens is about 10 nats away.
+MAX_KL = 100.0
+
+
+def bounded_kl(base: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+    """Return `kl_divergence` of each row, at most ``MAX_KL``, which also stands for NaN."""
+    return kl_divergence(base, edited).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL)
+
+
 def _kl(p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).float()

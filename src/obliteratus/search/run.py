@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.pareto import find_nearest_to_ideal, pareto_front
 from obliteratus.core.progress import note
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
@@ -19,7 +20,6 @@ from obliteratus.pipeline.stages import Stages
 from obliteratus.search.direction_cache import DirectionCache
 from obliteratus.search.limits import count_exceeded
 from obliteratus.search.optuna_study import SearchStudy
-from obliteratus.search.pareto import find_nearest_to_ideal, pareto_front
 from obliteratus.search.score import TrialScorer, read_objective
 from obliteratus.search.space import apply_values
 from obliteratus.search.storage import open_storage

@@ -14,28 +14,23 @@ import torch
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.pareto import dominates
 from obliteratus.core.settings import KL_TARGETED, Recipe, Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
-from obliteratus.inference.logits import kl_divergence
+from obliteratus.inference.logits import bounded_kl
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
-from obliteratus.judge.rung import Answered
 from obliteratus.search.limits import measure_excess
-from obliteratus.search.pareto import dominates
 from obliteratus.verify import Measurement, measure, scorers
-from obliteratus.verify.behavior import COUNTED, GROUPS, shows_already
+from obliteratus.verify.behavior import COUNTED, GROUPS, pair_answers, shows_already
 from obliteratus.verify.drift import drift_scores
 from obliteratus.verify.openings import MIN_RATIO, MIN_SHARE, openings_to_text
 
 ESTIMATED_SCORERS = ("behavior", "first_token_kl")  # scorers that the estimate replaces
-# KL in nats given to a model whose output is not finite, or that is certain of a token that the base model excluded.
-# No working model comes near: a uniform distribution over 50 000 tokens is about 10 nats away.
-MAX_KL = 100.0
 Scores = Mapping[str, float]
 Continue = Callable[[Scores, Scores], bool]
 """(estimated scores, lower bounds of rates from the answers so far) → whether to go on generating answers."""
@@ -162,7 +157,7 @@ class TrialScorer:
     def _estimate_controls(self) -> dict[str, float]:
         """Return KL and the estimated rate of control prompts, and other scores that an objective needs."""
         control = self.control.first_token()
-        divergence = kl_divergence(self.base, control).nan_to_num(nan=MAX_KL).clamp(max=MAX_KL).double()
+        divergence = bounded_kl(self.base, control).double()
         scores = {name: score.value for name, score in drift_scores("kl.first_token", divergence).items()}
         scores[self.judge.rate_of("control")] = self._estimate_rate(control)
         return scores | self._run_other_scorers(scores)
@@ -178,8 +173,7 @@ class TrialScorer:
     def _count_verdicts(self, answers: Ids) -> dict[str, float]:
         """Return the share of each verdict by group, such as that of degenerate answers."""
         prompts = [prompt for group in self.answered_groups for prompt in self.prompts[group]]
-        texts = AnswerDecoder.create(self.subject).decode_all(answers)
-        asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]
+        asked = pair_answers(self.subject, prompts, answers)
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
         return {
             self.judge.name_score(f"{name}.{g}"): sum(verdicts[row] in counted for row in rows) / len(rows)

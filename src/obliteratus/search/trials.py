@@ -10,12 +10,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from obliteratus.core.pareto import pareto_front
 from obliteratus.core.progress import progress
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan
 from obliteratus.search.direction_cache import DirectionCache
 from obliteratus.search.optuna_study import EXCESS, SearchStudy, make_suggester
-from obliteratus.search.pareto import pareto_front
 from obliteratus.search.score import TrialScorer, TrialVerdict
 from obliteratus.search.space import apply_values, decode_values, sample_values
 

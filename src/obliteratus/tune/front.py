@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from obliteratus.core.pareto import pareto_front
 from obliteratus.core.types import Plan
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.tune.objective import LossTerms
@@ -46,11 +47,8 @@ class Tuned:
 
 def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
     """Return the plans for which no other leaves at most as much at a smaller KL, the gentlest first."""
-    front: list[TunedPlan] = []
-    for point in sorted(points, key=lambda p: (p.checked.rate, p.checked.kl)):
-        if not front or point.checked.kl < front[-1].checked.kl:
-            front.append(point)
-    return front[::-1]
+    front = [points[i] for i in pareto_front([(p.checked.rate, p.checked.kl) for p in points])]
+    return sorted(front, key=lambda point: point.checked.kl)
 
 
 def save_tuned(tuned: Tuned, folder: Path) -> None:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
-from obliteratus.inference.logits import kl_divergence
+from obliteratus.inference.logits import bounded_kl
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
-from obliteratus.judge.rung import Answered
 from obliteratus.prompts import evenly_spaced
-from obliteratus.verify.behavior import shows_already
+from obliteratus.verify.behavior import pair_answers, shows_already
 
 GROUPS = ("target", "control")
 # Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
@@ -22,7 +20,6 @@ CHECKED_PROMPTS = 48
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Degenerate answers that may be added: two of 48 are within chance, as in a search (Search.degenerate_margin).
 DEGENERATE_MARGIN = 0.05
-MAX_KL = 100.0  # nats, for a model whose logits are not finite: no working model comes near
 
 
 @dataclass(frozen=True)
@@ -56,13 +53,12 @@ class SearchCheck:
         """Answer the target prompts under the plan, and compare the control prompts' first tokens with the base's."""
         with applied(self.subject, plan):
             answers = self.target.generate(self.tokens, done=shows_already(self.subject, self.judge))
-            divergence = kl_divergence(self.base, self.control.first_token()).nan_to_num(nan=MAX_KL)
+            kl = bounded_kl(self.base, self.control.first_token())
         assert answers is not None, "nothing gives the answers up"
-        texts = AnswerDecoder.create(self.subject).decode_all(answers)
-        asked = [Answered(prompt.text, text, prompt.category) for prompt, text in zip(self.prompts, texts, strict=True)]
+        asked = pair_answers(self.subject, self.prompts, answers)
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
         rate, degenerate = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
-        return Checked(rate, degenerate, float(divergence.clamp(max=MAX_KL).mean()))
+        return Checked(rate, degenerate, float(kl.mean()))
 
     def excess(self, checked: Checked, goal: float) -> float:
         """Return by how much a plan leaves more of the behavior than the goal, or adds more loops than it may.

@@ -14,7 +14,7 @@ from obliteratus.core.cost import Answers, Cost, prompt_count
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Int
-from obliteratus.core.types import Subject
+from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import IsDone, stop_tokens
@@ -62,8 +62,7 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
     ids = render_prompts(context.subject, [prompt for _, prompt in asked], reserve=tokens)
     done = shows_already(context.subject, context.judge)
     answers, first = context.answers(ids, tokens, done, controls)
-    texts = AnswerDecoder.create(context.subject).decode_all(answers)
-    answered = [Answered(prompt.text, text, prompt.category) for (_, prompt), text in zip(asked, texts, strict=True)]
+    answered = pair_answers(context.subject, [prompt for _, prompt in asked], answers)
     records = [
         {"scorer": "behavior", "group": group, **vars(said), "verdict": judgment.verdict, "rungs": dict(judgment.rungs)}
         for (group, _), said, judgment in zip(asked, answered, context.judge.judge_all(answered), strict=True)
@@ -78,6 +77,12 @@ def behavior(context: ScorerContext, *, tokens: Annotated[int, Field(ge=4, le=40
         scores |= _category_scores(context.judge.rate_of(group), group_records)
     tensors = {CONTROL_ANSWERS: tabulate_answers(context.subject, [answers[i] for i in controls], tokens, done)}
     return Measurement(scores, records, tensors | ({"first_token.control": first} if len(first) else {}), items)
+
+
+def pair_answers(subject: Subject, prompts: Sequence[Prompt], answers: Ids) -> list[Answered]:
+    """Return the prompts with their answers as text, as judges read them."""
+    texts = AnswerDecoder.create(subject).decode_all(answers)
+    return [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def behavior_tokens(steps: Sequence[Step]) -> int:

@@ -7,14 +7,13 @@ from typing import Any
 
 from obliteratus.core.progress import note
 from obliteratus.core.types import Prompt, PromptSet, Subject
-from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.own_words import OwnPhrase, begins_with, find_own_words
 from obliteratus.judge.rung import Answered
 from obliteratus.prompts import evenly_spaced
-from obliteratus.verify.behavior import shows_already
+from obliteratus.verify.behavior import pair_answers, shows_already
 
 # Prompts of each group that are answered, and tokens of an answer: openings are 12 words long, and half of 32 answers
 # against none cannot be chance.
@@ -77,5 +76,4 @@ def answer_prompts(
     """Return greedy answers of up to so many tokens. One that shows the behavior already, by its phrases, ends."""
     ids = render_prompts(subject, prompts, reserve=tokens)
     answers = generate(subject, ids, tokens, done=shows_already(subject, judge), title=title)
-    texts = AnswerDecoder.create(subject).decode_all(answers)
-    return [Answered(prompt.text, text, prompt.category) for prompt, text in zip(prompts, texts, strict=True)]
+    return pair_answers(subject, prompts, answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obliteratus.search.pareto import find_nearest_to_ideal
+from obliteratus.core.pareto import find_nearest_to_ideal
 
 
 def test_the_balanced_member_is_nearest_to_the_best_of_every_objective() -> None:
