@@ -25,6 +25,7 @@ ORDER = (
     ("pipeline",),
     ("rebirth", "search", "study"),
     ("forecast",),
+    ("serve",),
     ("cli",),
 )
 LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}

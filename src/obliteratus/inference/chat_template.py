@@ -22,7 +22,7 @@ def render_prompts(subject: Subject, prompts: Sequence[Prompt], reserve: int = 0
     answer. A prompt that does not fit into the context is cut at the end of its user text, never in the template.
     Raises UserError if the template and the system turn alone do not fit.
     """
-    ids = _tokenize(subject, prompts)
+    ids = tokenize_prompts(subject, prompts)
     limit = context_length(subject) - reserve
     for i, row in enumerate(ids):
         if len(row) > limit:
@@ -41,7 +41,8 @@ def has_template(subject: Subject) -> bool:
     return bool(subject.tokenizer.chat_template)
 
 
-def _tokenize(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
+def tokenize_prompts(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
+    """Return the token ids of each prompt as `render_prompts` does, however long they are."""
     if not has_template(subject):
         texts = ["\n\n".join(filter(None, (p.system, *(t.content for t in p.history), p.text))) for p in prompts]
         return encode_texts(subject, texts, add_special_tokens=True)
@@ -97,7 +98,7 @@ def _shorten(subject: Subject, prompt: Prompt, excess: int, limit: int) -> list[
     (tokens,) = encode(subject.tokenizer, [prompt.text])
     while excess < len(tokens):
         text = subject.tokenizer.decode(tokens[: len(tokens) - excess])
-        row = _tokenize(subject, [replace(prompt, text=text)])[0]
+        row = tokenize_prompts(subject, [replace(prompt, text=text)])[0]
         if len(row) <= limit:
             return row
         excess += len(row) - limit  # cutting can split a token into more tokens, so cut what is still too much

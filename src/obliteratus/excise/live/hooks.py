@@ -26,6 +26,8 @@ from obliteratus.summon.experts import Forward, ReplacedForward, replace_forward
 Removable = RemovableHandle | ReplacedForward
 GetOps = Callable[[], LiveOps]
 """Returns a module's operations, which may be compiled only when it first runs."""
+CompiledPlan = list[Callable[[], list[Removable]]]
+"""For each edited matrix, what attaches its hooks."""
 
 
 @contextmanager
@@ -34,16 +36,35 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
 
     Raises UserError if the plan was made for another model or edits what this one does not have.
     """
+    with attached(compile_plan(subject, plan)):
+        yield
+
+
+def compile_plan(subject: Subject, plan: Plan) -> CompiledPlan:
+    """Return the plan in a form that `attached` can apply again and again, at the cost of registering its hooks.
+
+    The weights must stay as they are, since a norm rule has read them. Raises UserError as `applied`.
+    """
     if plan.edits:
         check_fits(subject, plan)
+    compiled: CompiledPlan = []
+    for changes in plan.by_site().values():
+        site = changes[0].site
+        module = subject.module(site.path)
+        get_ops = partial(compile_changes, module, changes)
+        lazy = needs_stored_weight(subject, changes)
+        attach = partial(_attach_lazily, get_ops=get_ops) if lazy else partial(_attach, live=get_ops())
+        compiled.append(partial(attach, module, site))
+    return compiled
+
+
+@contextmanager
+def attached(compiled: CompiledPlan) -> Iterator[None]:
+    """Inside, the model runs under a compiled plan; afterwards it is unchanged, bit for bit."""
     handles: list[Removable] = []
     try:
-        for changes in plan.by_site().values():
-            site = changes[0].site
-            module = subject.module(site.path)
-            get_ops = partial(compile_changes, module, changes)
-            lazy = needs_stored_weight(subject, changes)
-            handles += _attach_lazily(module, site, get_ops) if lazy else _attach(module, site, get_ops())
+        for attach in compiled:
+            handles += attach()
         yield
     finally:
         for handle in handles:
