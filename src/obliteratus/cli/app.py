@@ -52,6 +52,7 @@ from obliteratus.cli.options import (
     with_split,
 )
 from obliteratus.cli.study import report, study
+from obliteratus.cli.ui import ui
 from obliteratus.core.chat import ChatFormat
 
 app = typer.Typer(
@@ -302,7 +303,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, behaviors, judge, analyze, study, report):
+for command in (inspect, behaviors, judge, analyze, study, report, ui):
     app.command()(handle_errors(command))
 
 

@@ -1,4 +1,4 @@
-"""Jobs for one worker. At most one of them runs, so at most one model is in memory, and everybody sees the same jobs."""
+"""Jobs for one worker. One at a time runs, so one model at a time is in memory, and everybody sees the same jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Condition
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hush_libraries
@@ -43,6 +43,13 @@ class Bar:
         return (now - self.started) * (1 - self.share) / self.share if self.share else None
 
 
+class Written(NamedTuple):
+    """An answer as it is so far."""
+
+    text: str = ""
+    complete: bool = False
+
+
 @dataclass(frozen=True)
 class JobState:
     """What is known of a job at one moment."""
@@ -55,8 +62,8 @@ class JobState:
     bars: tuple[Bar, ...] = ()
     """The outermost first."""
     notes: tuple[str, ...] = ()
-    text: str = ""
-    """What it has written so far, for answers."""
+    written: tuple[Written, ...] = ()
+    """What it has written so far, for answers: one entry for each."""
     message: str = ""
     """One line for people once it is finished: what was made, what is wrong, or what is kept."""
     begun: float | None = None
@@ -86,10 +93,10 @@ class Job(Reporter):
         if self.queue.is_stopped(self.number):
             raise KeyboardInterrupt
 
-    def say(self, text: str) -> None:
+    def say(self, written: tuple[Written, ...]) -> None:
         """Show what has been written so far."""
         self.check_stop()
-        self.queue.change(self.number, text=text)
+        self.queue.change(self.number, written=written)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -50,14 +50,16 @@ class RunRequest(BaseModel):
         return {"target": self.target or None, "control": self.control or None}
 
 
-def find_model(workspace: Workspace, allowed: Collection[str], name: str) -> str:
+def find_model(workspace: Workspace, named: Mapping[str, str], name: str) -> str:
     """Return the source that ``open_subject`` is given for what was chosen or typed.
 
-    allowed: sources that were named when the program was started. Besides them there are organisms, folders in the
-    workspace and names on the hub. Raises UserError for any other folder or file.
+    named: models that were named when the program was started, with their sources. Besides them there are organisms,
+    folders in the workspace and names on the hub. Raises UserError for any other folder or file.
     """
     name = name.strip()
-    if name in allowed or ORGANISM.fullmatch(name):
+    if name in named:
+        return named[name]
+    if ORGANISM.fullmatch(name) or name in named.values():
         return name
     if name in workspace.list_models():
         return str(workspace.path("models", name))
@@ -66,8 +68,8 @@ def find_model(workspace: Workspace, allowed: Collection[str], name: str) -> str
     if HUB_ID.fullmatch(name) and not Path(name).exists():
         return name
     raise UserError(
-        f"{name[:60] or 'no model'}: choose a model of the list, or type organism:NAME, owner/name on the hub, or the name "
-        "of a folder in the workspace's models/; other folders are named when the program is started: obliteratus ui FOLDER"
+        f"{name[:60] or 'no model'}: choose a model of the list, or type organism:NAME, owner/name on the hub or a "
+        "folder in the workspace's models/; other folders are named when the program is started: obliteratus ui FOLDER"
     )
 
 

@@ -104,7 +104,7 @@ def matches(offered: str, token: str) -> bool:
 
 
 def make_cookie(token: str) -> str:
-    """Return the header that keeps the token in the browser until that is closed. No script and no other site has it."""
+    """Return the header that keeps the token in the browser until that is closed. Scripts do not see it."""
     cookie: SimpleCookie = SimpleCookie({COOKIE: token})
     cookie[COOKIE].update({"httponly": True, "samesite": "Strict", "path": "/"})
     return cookie[COOKIE].OutputString()

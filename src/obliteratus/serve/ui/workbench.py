@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
@@ -18,15 +19,27 @@ from obliteratus.core.types import Plan
 from obliteratus.excise.plan import load_plan
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.rebirth.save import Form, check_form, save
-from obliteratus.serve.dial import Dial
-from obliteratus.serve.ui.job_queue import Job, JobQueue
+from obliteratus.serve.dial import Answer, Dial
+from obliteratus.serve.ui.job_queue import Job, JobQueue, Written
 from obliteratus.serve.ui.requests import RunRequest, check_names, find_model, load_request, save_request
 from obliteratus.serve.ui.workspace import FrontMember, Workspace
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.summon.load import open_subject
+from obliteratus.weights.organism import find_local, is_local, list_organisms
 
 RunMethod = Callable[[RunRequest, Path, bool, bool], None]
 """Runs a request: (request, output folder, whether to resume, whether only to check it). The command line's own."""
+
+SETTLE = 0.15  # seconds: a dial that is dragged reports every step, and only where it comes to rest is answered
+
+
+class Asked(NamedTuple):
+    """A conversation that is to be answered."""
+
+    turns: Sequence[Turn]
+    """The last is the user's."""
+    strength: float
+    """Of the edit; 0 for the unedited model."""
 
 
 @dataclass
@@ -60,15 +73,35 @@ class Workbench:
 
     workspace: Workspace
     run_method: RunMethod
-    models: Sequence[str] = ()
-    """Sources named when the program was started."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Models named when the program was started: what the page calls each → its source."""
     opening: dict[str, Any] = field(default_factory=dict)
     queue: JobQueue = field(default_factory=JobQueue)
 
     def __post_init__(self) -> None:
         self.held = HeldModel(self.opening)
         self._answering: dict[str, int] = {}
+        self._turns: dict[str, int] = {}
         self._lock = Lock()
+
+    # ------------------------------------------------------------------------------------- choices
+    @property
+    def organisms(self) -> list[str]:
+        """Names of the model organisms that can be opened here."""
+        return [name for name in sorted(list_organisms()) if not is_local(name) or find_local(name).is_dir()]
+
+    def list_models(self) -> list[str]:
+        """Return the models to choose from: those named at the start, those of the workspace, and organisms."""
+        return [*self.models, *self.workspace.list_models(), *(f"organism:{name}" for name in self.organisms)]
+
+    def list_voices(self) -> list[str]:
+        """Return what can be talked to: finished runs, then models."""
+        return [*self.workspace.list_runs(), *self.list_models()]
+
+    def has_recipe(self, name: str, number: int) -> bool:
+        """Return whether a member of a front has a recipe and no plan, so that it must be run to be talked to."""
+        members = self.workspace.list_front(name) if name in self.workspace.list_runs() else []
+        return any(member.number == number and member.plan is None for member in members)
 
     # ---------------------------------------------------------------------------------------- runs
     def start_run(self, request: RunRequest, name: str = "") -> int:
@@ -94,6 +127,14 @@ class Workbench:
         find_model(self.workspace, self.models, request.model)
         return self._queue_run(name, request, resume=True)
 
+    def discard_run(self, name: str) -> None:
+        """Remove what an interrupted run has left. Raises UserError if there is none of that name, or it runs again."""
+        if name not in self.workspace.list_interrupted():
+            raise UserError(f"{name or 'no name'}: choose an interrupted run")
+        if any(not state.finished and state.kind == "run" for state in self.queue.states()):
+            raise UserError(f"{name}: wait until no run is going on, or stop it")
+        self.workspace.discard(name)
+
     def run_member(self, name: str, number: int) -> int:
         """Run the recipe of a member of a search's front, so that there is a plan to talk to. Returns its job."""
         member = self._member(name, number)
@@ -118,7 +159,7 @@ class Workbench:
 
     def _describe_rest(self, name: str) -> str:
         if partial_folder(self.workspace.path("runs", name)).exists():
-            return f"{name} was stopped. Its finished stages are kept: Results, Interrupted runs resumes or discards it."
+            return f"{name} was stopped. Its finished stages are kept: resume or discard it in Results."
         return f"{name} was stopped. No stage was finished, so nothing is kept."
 
     def read_run(self, name: str) -> Run:
@@ -132,23 +173,22 @@ class Workbench:
             raise UserError(f"runs/{name}/run.json cannot be read ({type(error).__name__}); run it again") from error
 
     # -------------------------------------------------------------------------------------- answers
-    def start_answer(
-        self, session: str, name: str, member: int, turns: Sequence[Turn], strength: float, limits: AnswerLimits
-    ) -> int:
-        """Put an answer into the queue, and stop the one that this session is being given. Returns its job.
+    def start_answers(self, session: str, name: str, member: int, asked: Sequence[Asked], limits: AnswerLimits) -> int:
+        """Put answers into the queue, and stop those that this session is being given. Returns their job.
 
         name: a finished run, or a model, which has no plan. member: of the run's front; 0 for the run's own plan.
+        asked: what to answer, and at which strength; all are written at the same time, token by token in turn.
         """
         source, plan = self._find_voice(name, member)
         self.stop_answer(session)
 
         def work(job: Job) -> str:
-            answer = self.held.get(source, plan).stream(turns, strength, limits)
-            for _ in answer:
-                job.say(answer.text)
-            notes = [f"the {answer.left_out} oldest turns no longer fit"] if answer.left_out else []
-            notes += [f"cut off at {limits.tokens} tokens"] if answer.ended == "limit" else []
-            return "; ".join(notes)
+            dial = self.held.get(source, plan)
+            answers = [dial.stream(one.turns, one.strength, limits) for one in asked]
+            for _ in zip_longest(*answers):
+                job.say(tuple(Written(answer.text, bool(answer.ended)) for answer in answers))
+            job.say(tuple(Written(answer.text, True) for answer in answers))
+            return _describe_limits(answers, limits)
 
         number = self.queue.submit(f"Answer from {name}", "answer", work)
         self._answering[session] = number
@@ -170,7 +210,7 @@ class Workbench:
         if not member:
             return self.workspace.path("runs", name)
         if (plan := self._member(name, member).plan) is None:
-            raise UserError(f"{name}, member {member}: there is only its recipe; Results, Run this member makes its plan")
+            raise UserError(f"{name}, member {member}: it has only a recipe; run that in Results to have a plan")
         return plan
 
     def _member(self, name: str, number: int) -> FrontMember:
@@ -178,6 +218,12 @@ class Workbench:
             if member.number == number:
                 return member
         raise UserError(f"{name}: its front has no member {number}")
+
+    def is_last_turn(self, session: str) -> bool:
+        """Wait a moment; return whether the session has not turned its dial again in it, so that this turn counts."""
+        turn = self._turns[session] = self._turns.get(session, 0) + 1
+        time.sleep(SETTLE)
+        return self._turns[session] == turn
 
     # -------------------------------------------------------------------------------------- exports
     def start_export(self, name: str, member: int, form: str) -> int:
@@ -208,6 +254,14 @@ def describe_member(run: Run, member: int, dial: Dial) -> Run:
     update: dict[str, Any] = {"before": {}, "after": {}, "change": {}, "optimism": {}, "passes": (), "saved": {}}
     update["coverage"] = summarize_plan_coverage(dial.subject, dial.plan)
     return run.model_copy(update={**update, "search": {**run.search, "member": member}})
+
+
+def _describe_limits(answers: Sequence[Answer], limits: AnswerLimits) -> str:
+    """Return what was left out of the answers or before them, or '' for nothing."""
+    forgotten = max(answer.left_out for answer in answers)
+    notes = [f"the {forgotten} oldest turns no longer fit"] if forgotten else []
+    notes += [f"cut off at {limits.tokens} tokens"] if any(answer.ended == "limit" for answer in answers) else []
+    return "; ".join(notes)
 
 
 def _method_name(method: str) -> str:

@@ -45,7 +45,9 @@ class Workspace:
             for name in FOLDERS:
                 (root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{root}: the workspace cannot be made ({error.strerror}); give another --workspace") from error
+            raise UserError(
+                f"{root}: the workspace cannot be made ({error.strerror}); give another --workspace"
+            ) from error
         return cls(root)
 
     def path(self, folder: str, name: str) -> Path:
@@ -70,11 +72,14 @@ class Workspace:
         return text.replace(f"{self.root}/", "").replace(str(self.root), "the workspace")
 
     # ------------------------------------------------------------------------------------- prompts
-    def keep_prompts(self, upload: Path, name: str) -> str:
-        """Move an uploaded file into ``prompts/`` if it is one of prompts, and return its name there.
+    def keep_prompts(self, upload: Path, name: str) -> tuple[str, int]:
+        """Move an uploaded file into ``prompts/`` if it is one of prompts; return its name there, and how many it has.
 
-        Raises UserError if it is too large, or no readable prompt file. It is removed then.
+        upload: a file in ``.uploads/``. Raises UserError if it is too large, or no readable prompt file. It is removed
+        then.
         """
+        if not upload.resolve().is_relative_to(self.root / ".uploads"):
+            raise UserError(f"{name[:40]}: this file was not uploaded; upload it")
         try:
             if upload.stat().st_size > MAX_UPLOAD:
                 raise UserError(f"{name[:40]}: the file is larger than {MAX_UPLOAD // 10**6} MB; give fewer prompts")
@@ -82,11 +87,11 @@ class Workspace:
                 raise UserError(f"{name[:40]}: give one of {', '.join(UPLOADS)}")
             place = self._free_place(_plain_name(name))
             try:
-                read_prompts(upload)
+                count = len(read_prompts(upload))
             except UserError as error:
                 raise UserError(str(error).replace(str(upload), name[:40])) from error
             shutil.copyfile(upload, place)
-            return place.name
+            return place.name, count
         finally:
             upload.unlink(missing_ok=True)
 
@@ -118,8 +123,16 @@ class Workspace:
 
     def list_runs(self) -> list[str]:
         """Return the names of the finished runs, the newest first."""
-        found = [path for path in (self.root / "runs").iterdir() if (path / "run.json").is_file() and self.holds(path)]
+        return self._list_saved("runs")
+
+    def _list_saved(self, folder: str) -> list[str]:
+        saved = [path for path in (self.root / folder).iterdir() if path.suffix not in (".partial", ".saving")]
+        found = [path for path in saved if (path / "run.json").is_file() and self.holds(path)]
         return [path.name for path in sorted(found, key=lambda path: -(path / "run.json").stat().st_mtime)]
+
+    def list_exports(self) -> list[str]:
+        """Return the names of what was saved in another form, the newest first."""
+        return self._list_saved("exports")
 
     def list_interrupted(self) -> list[str]:
         """Return the names of the runs that can be resumed."""
@@ -137,7 +150,7 @@ class Workspace:
         self.request_file(name).unlink(missing_ok=True)
 
     def list_front(self, name: str) -> list[FrontMember]:
-        """Return the members of a run's front, from gentle to thorough as they are numbered; none if it has no front."""
+        """Return the members of a run's front, from gentle to thorough as they are numbered; none without one."""
         front = self.path("runs", name) / "front"
         numbers = {int(path.stem) for path in front.glob("*") if path.stem.isdecimal()}
         return [_read_member(front, number) for number in sorted(numbers)]
