@@ -75,8 +75,7 @@ def hold(conversation: Conversation, quiet: bool = False) -> None:
     """Read lines and answer them until the input ends or ``/quit``."""
     from obliteratus.cli.chat_screen import open_screen
 
-    _end_on_terminate()
-    with open_screen() as screen:
+    with _ended_by_terminate(), open_screen() as screen:
         talk = Talk(conversation, screen)
         if screen.interactive and not quiet:
             talk.greet()
@@ -84,21 +83,27 @@ def hold(conversation: Conversation, quiet: bool = False) -> None:
             try:
                 talk.take(screen.read(talk.prompt))
             except EOFError:
-                break
+                talk.done = True
             except KeyboardInterrupt:
                 if not screen.interactive:
                     raise
-                screen.say("\nCtrl-D or /quit leaves.")
+                screen.say("\nCtrl-D or /quit leaves the chat.")
 
 
-def _end_on_terminate() -> None:
-    """Let SIGTERM end the chat and not only an answer. Where it is ignored it stays ignored."""
+@contextmanager
+def _ended_by_terminate() -> Iterator[None]:
+    """Let SIGTERM end the chat, and not only an answer as Ctrl-C does. Where it is ignored it stays ignored."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
 
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
@@ -125,7 +130,7 @@ class Talk:
         say = self.screen.say
         say(f"{name_model(subject)}, {subject.source.dtype} on {subject.device.type}: {self.conversation.setting}")
         self._tell_of_unscaled()
-        say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.\n")
+        say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def take(self, line: str) -> None:
         """Answer a question or obey a command. What the user can mend is one line, and the conversation goes on."""
@@ -136,7 +141,7 @@ class Talk:
             elif line.strip():
                 self._show(self.conversation.ask(line.strip()))
         except UserError as error:
-            self.screen.say(f"error: {error}")
+            self.screen.complain(f"error: {error}")
 
     def _find_command(self, name: str) -> Callable[[Talk, str], None]:
         if name not in COMMANDS:
@@ -207,7 +212,7 @@ class Talk:
     def help(self, argument: str) -> None:
         """List the commands."""
         for name, (usage, text, _) in COMMANDS.items():
-            self.screen.say(f"{f'/{name} {usage}':<20} {text}")
+            self.screen.say(f"{f'/{name} {usage}':<16} {text}")
 
     def leave(self, argument: str) -> None:
         """End the chat."""
@@ -243,7 +248,9 @@ class Talk:
                 f"the first {answer.left_out} turns no longer fit into the model's context and were left out"
             )
         if answer.ended == "limit":
-            self.screen.say("the answer reached its limit: --tokens, or the end of the model's context")
+            self.screen.say(f"cut off after {self.conversation.limits.tokens} tokens; --tokens N allows more")
+        elif answer.ended == "context":
+            self.screen.say("cut off, since the model's context is full")
         elif not answer.ended:
             self.screen.say("stopped" if answer.text else "stopped before it began: the question is taken back")
 
@@ -270,12 +277,12 @@ def _takes_system(conversation: Conversation) -> bool:
 
 
 COMMANDS: dict[str, tuple[str, str, Callable[[Talk, str], None]]] = {
-    "strength": ("0.6", "how strongly the plan is applied: 0 not at all, 1 as made; -1 to 2", Talk.set_strength),
-    "base": ("", "the unedited model's answer to the last question, beside this one", Talk.compare),
-    "retry": ("", "answer the last question again, at the strength chosen now", Talk.retry),
-    "plan": ("NAME", "another plan, by its name or folder; without a name, list them", Talk.choose_plan),
-    "system": ("TEXT", "what the model is told first; without text, nothing", Talk.set_system),
-    "save": ("FILE.md", "write the conversation down, with the strength of each answer", Talk.save),
+    "strength": ("0.6", "how strongly to edit: 0 not at all, 1 the plan; -1 to 2", Talk.set_strength),
+    "base": ("", "the unedited model's answer to it, side by side", Talk.compare),
+    "retry": ("", "answer the last question again, with what is set now", Talk.retry),
+    "plan": ("NAME", "another plan, by name or folder; alone: list them", Talk.choose_plan),
+    "system": ("TEXT", "what the model is told first; alone: nothing", Talk.set_system),
+    "save": ("FILE.md", "write the conversation to a file", Talk.save),
     "help": ("", "this list", Talk.help),
     "quit": ("", "leave, as Ctrl-D does", Talk.leave),
 }

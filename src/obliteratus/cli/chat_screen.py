@@ -36,6 +36,10 @@ class Pipe:
         """Show a line about the chat itself."""
         sys.stderr.write(f"{text}\n")
 
+    def complain(self, text: str) -> None:
+        """Show a line about what went wrong."""
+        self.say(text)
+
     def show(self, pieces: Iterable[str]) -> None:
         """Show an answer while it is written. A blank line separates it from the one before."""
         sys.stdout.write("\n" if self.answered else "")
@@ -69,20 +73,35 @@ class Screen(Pipe):
         """Columns that text may take; the last one stays free, since some terminals break lines behind it."""
         return max(20, shutil.get_terminal_size().columns - 1)
 
+    @property
+    def styled(self) -> bool:
+        """Whether to set bold and dim: not in a dumb terminal, and not under NO_COLOR."""
+        return results.color_system is not None and not results.no_color
+
     def read(self, prompt: str) -> str:
         """Return the next line. Raises EOFError for Ctrl-D."""
-        return input(_paint(prompt))
+        sys.stdout.write("\n")
+        try:
+            # Readline must not count what it does not show.
+            return input(f"\001\033[1m\002{prompt}\001\033[0m\002" if self.styled else prompt)
+        except EOFError:
+            sys.stdout.write("\n")
+            raise
 
     def say(self, text: str) -> None:
         """Show a line about the chat itself, dimmed."""
-        notes.print(text, style="dim", markup=False)
+        notes.print(text, style="dim" if self.styled else "", markup=False)
+
+    def complain(self, text: str) -> None:
+        """Show a line about what went wrong."""
+        notes.print(text, markup=False)
 
     def show(self, pieces: Iterable[str]) -> None:
         """Show an answer while it is written."""
         try:
             self.write(flow(pieces, self.width))
         finally:
-            sys.stdout.write("\n\n")
+            sys.stdout.write("\n")
             sys.stdout.flush()
 
     def show_beside(self, left: tuple[str, Iterable[str]], right: tuple[str, Iterable[str]]) -> None:
@@ -93,18 +112,8 @@ class Screen(Pipe):
                 self.show(pieces)
             return
         titles = place_side_by_side([left[0]], [right[0]], self.width)
-        results.print("\n".join(titles), style="bold", markup=False)
-        try:
-            self.write(f"{line}\n" for line in place_side_by_side(left[1], right[1], self.width))
-        finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
-
-def _paint(prompt: str) -> str:
-    """Return the prompt in bold where the terminal has colors. Readline must not count what it does not show."""
-    plain = results.color_system is None or results.no_color
-    return prompt if plain else f"\001\033[1m\002{prompt}\001\033[0m\002"
+        results.print("\n".join(titles), style="bold" if self.styled else "", markup=False)
+        self.write(f"{line}\n" for line in place_side_by_side(left[1], right[1], self.width))
 
 
 @contextmanager
