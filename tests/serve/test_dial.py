@@ -58,7 +58,7 @@ def test_strength_zero_is_the_unedited_model_bit_for_bit_though_masks_have_no_st
     row = tokenize_prompts(subject, [to_prompt(ASKED)])[0]
     logits = ConversationCache(subject).next_logits(row)
     for strength, same in ((0.0, True), (0.1, False)):
-        setting = dial._setting(strength)
+        setting = dial.prepare(strength)
         with hooks.attached(setting.hooks):
             assert torch.equal(setting.cache.next_logits(row), logits) == same
 
@@ -99,11 +99,11 @@ def test_an_answer_tells_how_it_ended(subject: Subject) -> None:
 
 def test_turning_the_dial_compiles_once_and_forgets_old_settings(subject: Subject) -> None:
     dial = Dial(subject, random_plan(subject))
-    kept = dial._setting(0.5)
-    assert dial._setting(0.5) is kept
+    kept = dial.prepare(0.5)
+    assert dial.prepare(0.5) is kept
     gone = weakref.ref(kept.cache)
     for strength in (0.6, 0.7):
-        dial._setting(strength)
+        dial.prepare(strength)
     del kept
     gc.collect()
     assert gone() is None

@@ -11,6 +11,7 @@ import typer
 
 from obliteratus.cli.analyze import analyze
 from obliteratus.cli.behaviors import behaviors
+from obliteratus.cli.chat import chat
 from obliteratus.cli.inspect import inspect
 from obliteratus.cli.judge import judge
 from obliteratus.cli.options import (
@@ -303,7 +304,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, behaviors, judge, analyze, study, report, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, ui):
     app.command()(handle_errors(command))
 
 

@@ -32,9 +32,9 @@ class Answer(Iterator[str]):
     def __init__(self, left_out: int = 0) -> None:
         self.text = ""
         """What has been written so far."""
-        self.ended: Literal["", "end", "limit"] = ""
-        """``end`` if the model ended it, ``limit`` if it reached its number of tokens; empty until then, and if it was
-        stopped."""
+        self.ended: Literal["", "end", "limit", "context"] = ""
+        """``end`` if the model ended it, ``limit`` if it reached its number of tokens, ``context`` if it filled the
+        model's context; empty until then, and if it was stopped."""
         self.left_out = left_out
         """How many of the oldest turns the model did not see, since its context is too short for them."""
         self.pieces: Iterator[str] = iter(())
@@ -50,7 +50,7 @@ class Answer(Iterator[str]):
 
 
 @dataclass
-class _Setting:
+class Setting:
     """The plan at one strength, and what the model remembers of the conversation under it."""
 
     hooks: CompiledPlan
@@ -73,7 +73,7 @@ class Dial:
         if self.plan.edits:
             check_fits(self.subject, self.plan)
         self.decoder = AnswerDecoder.create(self.subject)
-        self.settings: OrderedDict[float, _Setting] = OrderedDict()
+        self.settings: OrderedDict[float, Setting] = OrderedDict()
 
     def stream(self, turns: Sequence[Turn], strength: float = 1.0, limits: AnswerLimits = AnswerLimits()) -> Answer:  # noqa: B008 — it is immutable
         """Return the answer to the last turn, which is written while it is iterated over.
@@ -86,7 +86,7 @@ class Dial:
         check_strength(strength)
         ids, left_out = self._fit(list(turns), limits)
         answer = Answer(left_out)
-        setting = self._setting(strength if self.plan.edits else 0.0)
+        setting = self.prepare(strength if self.plan.edits else 0.0)
         answer.pieces = stream_text(self.decoder, self._write(ids, setting, limits, answer))
         return answer
 
@@ -105,28 +105,29 @@ class Dial:
             f"{context} are free for them; shorten it"
         )
 
-    def _setting(self, strength: float) -> _Setting:
-        """Return the plan at this strength, compiled now unless it is one of the last two used."""
+    def prepare(self, strength: float) -> Setting:
+        """Return the plan at this strength, compiled now unless it was one of the last two. `stream` does it too."""
         setting = self.settings.pop(strength, None)
         if setting is None:
             plan = scale_plan(self.plan, strength) if strength else Plan()
-            setting = _Setting(compile_plan(self.subject, plan), ConversationCache(self.subject))
+            setting = Setting(compile_plan(self.subject, plan), ConversationCache(self.subject))
         self.settings[strength] = setting
         while len(self.settings) > KEPT_SETTINGS:
             self.settings.popitem(last=False)
         return setting
 
-    def _write(self, ids: list[int], setting: _Setting, limits: AnswerLimits, answer: Answer) -> Iterator[int]:
+    def _write(self, ids: list[int], setting: Setting, limits: AnswerLimits, answer: Answer) -> Iterator[int]:
         """Yield the tokens of an answer, without what ends it."""
         end = find_answer_end(self.subject)
         mark = end if len(end) > 1 else ()
         yield from cut_mark(self._sample(ids, setting, limits, answer), mark)
         answer.ended = answer.ended or "end"
 
-    def _sample(self, ids: list[int], setting: _Setting, limits: AnswerLimits, answer: Answer) -> Iterator[int]:
+    def _sample(self, ids: list[int], setting: Setting, limits: AnswerLimits, answer: Answer) -> Iterator[int]:
         stops, generator = stop_tokens(self.subject), torch.Generator().manual_seed(limits.seed)
         row = list(ids)
-        for _ in range(min(limits.tokens, context_length(self.subject) - len(ids))):
+        free = context_length(self.subject) - len(ids)
+        for _ in range(min(limits.tokens, free)):
             with attached(setting.hooks):
                 logits = setting.cache.next_logits(row)
             token = draw_token(logits, limits, generator)
@@ -134,7 +135,7 @@ class Dial:
                 return
             yield token
             row.append(token)
-        answer.ended = "limit"
+        answer.ended = "limit" if limits.tokens <= free else "context"
 
 
 def check_strength(strength: float) -> float:
