@@ -24,7 +24,7 @@ ORDER = (
     ("tune", "analyze"),
     ("pipeline",),
     ("rebirth", "search", "study"),
-    ("forecast",),
+    ("forecast", "compare"),
     ("cli",),
 )
 LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}

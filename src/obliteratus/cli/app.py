@@ -51,6 +51,7 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.core.chat import ChatFormat
 
@@ -302,7 +303,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (inspect, behaviors, judge, analyze, study, report):
+for command in (inspect, behaviors, judge, analyze, study, report, compare):
     app.command()(handle_errors(command))
 
 
