@@ -52,6 +52,7 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
 from obliteratus.core.chat import ChatFormat
@@ -304,7 +305,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
     app.command()(handle_errors(command))
 
 
