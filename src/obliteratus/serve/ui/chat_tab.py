@@ -10,20 +10,20 @@ import gradio as gr
 from obliteratus.core.errors import UserError
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.serve.dial import STRONGEST, WEAKEST
-from obliteratus.serve.ui.conversation import Conversation, Voice, converse
 from obliteratus.serve.ui.pages import show_message
+from obliteratus.serve.ui.paired_chat import PairedChat, Voice, converse
 from obliteratus.serve.ui.results_tab import build_member, offer_members
 from obliteratus.serve.ui.workbench import Workbench
 
 STEP = 0.1  # of the dial
 TOKENS = 256  # of an answer: a minute of a small model on two cores
 Shown = tuple[Any, ...]
-"""Conversation, both columns, and what is said below them."""
+"""PairedChat, both columns, and what is said below them."""
 
 
 def build(bench: Workbench) -> dict[Any, Any]:
     """Add the tab's components and what they do; return its lists, and what each offers at the moment."""
-    state = gr.State(Conversation())
+    state = gr.State(PairedChat())
     with gr.Row(equal_height=True):
         voice = gr.Dropdown([], value=None, label="Talk to a run, or to a model as it is", elem_id="voice")
         member = build_member("chat-member")
@@ -76,7 +76,7 @@ def _column(label: str, side: str) -> Any:
 
 
 def _asker(bench: Workbench) -> Any:
-    def ask(request: gr.Request, state: Conversation, text: str | None, *settings: Any) -> Iterator[Shown]:
+    def ask(request: gr.Request, state: PairedChat, text: str | None, *settings: Any) -> Iterator[Shown]:
         if not text or not text.strip():
             yield text, *show(state)
             return
@@ -88,7 +88,7 @@ def _asker(bench: Workbench) -> Any:
 
 
 def _turner(bench: Workbench) -> Any:
-    def turn(request: gr.Request, state: Conversation, *settings: Any) -> Iterator[Shown]:
+    def turn(request: gr.Request, state: PairedChat, *settings: Any) -> Iterator[Shown]:
         reopened = state.reopen()
         if reopened.open and bench.is_last_turn(str(request.session_hash)):
             for shown in _follow(bench, request, reopened, settings, fallback=state):
@@ -98,7 +98,7 @@ def _turner(bench: Workbench) -> Any:
 
 
 def _stopper(bench: Workbench) -> Any:
-    def stop(request: gr.Request, state: Conversation) -> Shown:
+    def stop(request: gr.Request, state: PairedChat) -> Shown:
         bench.stop_answer(str(request.session_hash))
         return show(state.settle(), "Stopped.")
 
@@ -108,14 +108,14 @@ def _stopper(bench: Workbench) -> Any:
 def _clearer(bench: Workbench) -> Any:
     def clear(request: gr.Request) -> Shown:
         bench.stop_answer(str(request.session_hash))
-        return show(Conversation())
+        return show(PairedChat())
 
     return clear
 
 
 def _follow(
-    bench: Workbench, request: gr.Request, asked: Conversation, settings: tuple[Any, ...], fallback: Conversation
-) -> Iterator[tuple[Conversation, str, str]]:
+    bench: Workbench, request: gr.Request, asked: PairedChat, settings: tuple[Any, ...], fallback: PairedChat
+) -> Iterator[tuple[PairedChat, str, str]]:
     """Yield the conversation, what is done and what is wrong. fallback: the conversation if nothing can be asked."""
     name, member, strength, system, tokens = settings  # a field that nobody touched is None
     try:
@@ -124,10 +124,10 @@ def _follow(
         voice = Voice(name, member or 0, float(strength), system or "", AnswerLimits(int(tokens or TOKENS)))
         yield from converse(bench, str(request.session_hash), asked, voice)
     except UserError as error:
-        yield fallback.settle(), "", bench.workspace.hide_root(str(error))
+        yield fallback.settle(), "", bench.hide_places(str(error))
 
 
-def show(conversation: Conversation, doing: str = "", wrong: str = "") -> Shown:
+def show(chat: PairedChat, doing: str = "", wrong: str = "") -> Shown:
     """Return what the components show of a conversation."""
-    columns = [[turn._asdict() for turn in turns] for turns in (conversation.base, conversation.edited)]
-    return conversation, *columns, show_message(wrong) if wrong else show_message(doing, "about")
+    columns = [[turn._asdict() for turn in turns] for turns in (chat.base, chat.edited)]
+    return chat, *columns, show_message(wrong) if wrong else show_message(doing, "about")

@@ -117,7 +117,7 @@ class Job(Reporter):
 
     def note(self, title: str, text: str) -> None:
         """Show that something was finished."""
-        said, notes = f"{title}: {text}", self.state.notes
+        said, notes = self.queue.clean(f"{title}: {text}"), self.state.notes
         if said not in notes:
             self.queue.change(self.number, notes=(*notes, said)[-KEPT_NOTES:])
 
@@ -129,7 +129,9 @@ Work = Callable[[Job], str]
 class JobQueue:
     """Jobs in their order, one worker, and their states, which any thread may read."""
 
-    def __init__(self) -> None:
+    def __init__(self, clean: Callable[[str], str] = str) -> None:
+        """clean: takes out of notes and messages what is not for every reader, such as where folders are."""
+        self.clean = clean
         self._changed = Condition()
         self._states: dict[int, JobState] = {}
         self._futures: dict[int, Future[str]] = {}
@@ -207,7 +209,7 @@ class JobQueue:
         begun = self.state(number).begun
         seconds = None if begun is None else time.monotonic() - begun
         status, message = _describe_end(future, self.state(number).title)
-        self.change(number, status=status, message=message, seconds=seconds, bars=())
+        self.change(number, status=status, message=self.clean(message), seconds=seconds, bars=())
 
     def _forget_oldest(self) -> None:
         ended = [number for number, state in self._states.items() if state.finished]

@@ -125,5 +125,5 @@ def attempt(bench: Workbench, act: Callable[[], object], done: str = "It is in t
     try:
         act()
     except UserError as error:
-        return show_message(bench.workspace.hide_root(str(error)))
+        return show_message(bench.hide_places(str(error)))
     return show_message(done, "done")

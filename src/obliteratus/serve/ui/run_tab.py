@@ -106,7 +106,7 @@ def keep_upload(bench: Workbench, path: str) -> tuple[Any, str]:
     try:
         name, count = bench.workspace.keep_prompts(Path(path), Path(path).name)
     except UserError as error:
-        return gr.skip(), show_message(bench.workspace.hide_root(str(error)))
+        return gr.skip(), show_message(bench.hide_places(str(error)))
     files = bench.workspace.list_prompts()
     return gr.update(choices=files, value=name), show_message(f"{name}: {count} prompts", "done")
 
@@ -129,7 +129,7 @@ def start_run(bench: Workbench, *values: Any) -> str:
         )
         number = bench.start_run(request, (name or "").strip())
     except UserError as error:
-        return show_message(bench.workspace.hide_root(str(error)))
+        return show_message(bench.hide_places(str(error)))
     ahead = sum(not state.finished for state in bench.queue.states() if state.number < number)
     return show_message(
         f"It waits for {ahead} other job{'s' if ahead > 1 else ''}." if ahead else "It has begun.", "done"

@@ -19,6 +19,7 @@ from obliteratus.serve.ui.workspace import Workspace, list_files
 
 COOKIE = "obliteratus_token"
 SHORTEST_TOKEN = 16  # characters: 64 bits even as hexadecimal digits
+LAST_PORT = 65535
 BLOCK = 1 << 20  # bytes of a file that are held at once while it is sent
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 # No address but this server's. Gradio's own pages hold scripts and styles inside, and workers and pictures as blobs.
@@ -54,14 +55,16 @@ def choose_token(host: str, token: str) -> str:
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens there. Raises UserError if it cannot."""
+    if not 0 <= port <= LAST_PORT:  # the system would take the rest of a division
+        raise UserError(f"--port {port}: give one from 0 to {LAST_PORT}; 0 takes a free one")
     try:
         family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family[0], socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(family[4])
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else "there is no such port"
-        raise UserError(f"{host}:{port}: cannot listen there ({why}); give another --host or --port") from error
+    except OSError as error:
+        why = f"cannot listen there ({error.strerror})"
+        raise UserError(f"{host}:{port}: {why}; give another --host or --port") from error
     return made
 
 

@@ -76,13 +76,18 @@ class Workbench:
     models: Mapping[str, str] = field(default_factory=dict)
     """Models named when the program was started: what the page calls each → its source."""
     opening: dict[str, Any] = field(default_factory=dict)
-    queue: JobQueue = field(default_factory=JobQueue)
 
     def __post_init__(self) -> None:
-        self.held = HeldModel(self.opening)
+        self.queue, self.held = JobQueue(self.hide_places), HeldModel(self.opening)
         self._answering: dict[str, int] = {}
         self._turns: dict[str, int] = {}
         self._lock = Lock()
+
+    def hide_places(self, text: str) -> str:
+        """Return a text for the page, in which folders are called by their names alone."""
+        for name, source in self.models.items():
+            text = text.replace(source, name)
+        return self.workspace.hide_root(text)
 
     # ------------------------------------------------------------------------------------- choices
     @property
@@ -151,8 +156,6 @@ class Workbench:
                 self.run_method(request, self.workspace.path("runs", name), resume, False)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(self._describe_rest(name)) from error
-            except UserError as error:
-                raise UserError(self.workspace.hide_root(str(error))) from error
             return f"{name} is done: see Results, or talk to it in Chat."
 
         return self.queue.submit(f"{'Resume' if resume else 'Run'} {name}", "run", work)
@@ -235,10 +238,7 @@ class Workbench:
         def work(job: Job) -> str:
             dial, out = self.held.get(source, plan), self.workspace.path("exports", export)
             record = describe_member(run, member, dial) if member else run
-            try:
-                save(dial.subject, dial.plan, record, out, cast(Form, form))
-            except UserError as error:
-                raise UserError(self.workspace.hide_root(str(error))) from error
+            save(dial.subject, dial.plan, record, out, cast(Form, form))
             return f"exports/{export} is saved, reloaded and scored again."
 
         return self.queue.submit(f"Export {export}", "export", work)

@@ -15,7 +15,7 @@ SIDES: tuple[Side, ...] = ("base", "edited")
 
 
 @dataclass(frozen=True)
-class Conversation:
+class PairedChat:
     """The turns of both sides. Each side sees its own answers alone."""
 
     base: tuple[Turn, ...] = ()
@@ -27,28 +27,28 @@ class Conversation:
         """Return the turns of a side."""
         return self.base if side == "base" else self.edited
 
-    def ask(self, text: str) -> Conversation:
+    def ask(self, text: str) -> PairedChat:
         """Return the conversation with a new question to both sides, and without one that has no answer."""
         settled = self.settle()
         question = Turn("user", text)
-        return Conversation((*settled.base, question), (*settled.edited, question), SIDES)
+        return PairedChat((*settled.base, question), (*settled.edited, question), SIDES)
 
-    def reopen(self) -> Conversation:
+    def reopen(self) -> PairedChat:
         """Return the conversation with the edited side's last answer open, to be given again at another strength."""
         asked = replace(self, edited=_without_answer(self.edited))
         asked = replace(asked, base=_without_answer(self.base)) if "base" in self.open else asked
         sides: tuple[Side, ...] = SIDES if "base" in self.open else ("edited",)
         return replace(asked, open=sides if asked.edited else ())
 
-    def answer(self, side: Side, text: str, complete: bool) -> Conversation:
+    def answer(self, side: Side, text: str, complete: bool) -> PairedChat:
         """Return the conversation with the answer of a side as it is so far."""
         turns = (*_without_answer(self.turns(side)), *([Turn("assistant", text)] if text else []))
         left = tuple(s for s in self.open if not (complete and s == side))
-        return Conversation(turns, self.edited, left) if side == "base" else Conversation(self.base, turns, left)
+        return PairedChat(turns, self.edited, left) if side == "base" else PairedChat(self.base, turns, left)
 
-    def settle(self) -> Conversation:
+    def settle(self) -> PairedChat:
         """Return the conversation as it stands: answers so far stay, and a question without any is left out."""
-        return Conversation(_without_question(self.base), _without_question(self.edited))
+        return PairedChat(_without_question(self.base), _without_question(self.edited))
 
 
 def _without_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -71,27 +71,25 @@ class Voice(NamedTuple):
     limits: AnswerLimits = AnswerLimits()
 
 
-def converse(
-    bench: Workbench, session: str, conversation: Conversation, voice: Voice
-) -> Iterator[tuple[Conversation, str, str]]:
+def converse(bench: Workbench, session: str, chat: PairedChat, voice: Voice) -> Iterator[tuple[PairedChat, str, str]]:
     """Yield the conversation, what is being done, and what is wrong, while its open sides are answered side by side.
 
     It ends early, without a word, if the session stops the answers or asks for others.
     """
-    sides = conversation.open
+    sides = chat.open
     system = [Turn("system", voice.system)] if voice.system.strip() else []
     strengths = {"base": 0.0, "edited": voice.strength}
-    asked = [Asked([*system, *conversation.turns(side)], strengths[side]) for side in sides]
+    asked = [Asked([*system, *chat.turns(side)], strengths[side]) for side in sides]
     number = bench.start_answers(session, voice.name, voice.member, asked, voice.limits)
     for state in bench.queue.follow(number):
         if state.status == "stopped":
             return
         for side, written in zip(sides, state.written, strict=False):  # nothing is written at first
-            conversation = conversation.answer(side, written.text, written.complete)
+            chat = chat.answer(side, written.text, written.complete)
         if state.status == "failed":
-            yield conversation.settle(), "", state.message
+            yield chat.settle(), "", state.message
             return
-        yield conversation, _describe(bench, state.status, state.message), ""
+        yield chat, _describe(bench, state.status, state.message), ""
 
 
 def _describe(bench: Workbench, status: str, message: str) -> str:
