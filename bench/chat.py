@@ -1,6 +1,7 @@
 """The dial's first token over the unedited model's, in pairs of answers to the same question in a new conversation.
 
-turned: at a strength that was not used before, so that the plan is compiled within it. set: at one that is compiled.
+turned: at a strength that was not used before, so that the plan is compiled within it. set: at one that is compiled, as
+after /strength.
 token: each later token. second_turn: the first token of a second turn, over the same without the first turn's cache.
 The plans edit attention and MLP outputs of all layers along random directions, under norm rules of different costs:
 with none nothing is read from the weights, with unit_rows every edited matrix is multiplied once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Mask, Plan, Subject
 from obliteratus.excise.kl_budget import scale_plan
-from obliteratus.excise.live import hooks
+from obliteratus.excise.live import compile, hooks
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import tokenize_prompts
@@ -108,6 +109,26 @@ def test_turning_the_dial_compiles_once_and_forgets_old_settings(subject: Subjec
     gc.collect()
     assert gone() is None
     assert list(dial.settings) == [0.6, 0.7]
+
+
+class WeightReadError(Exception):
+    """A weight was read."""
+
+
+@pytest.mark.parametrize(("norm", "reads"), [*((norm, False) for norm in NORMS), ("unit_rows_rank_3", True)])
+def test_a_norm_rule_reads_the_weights_once_for_all_strengths(
+    subject: Subject, norm: str, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the rule whose factors are another decomposition at each strength."""
+
+    def fail(*_: object) -> None:
+        raise WeightReadError
+
+    dial = Dial(subject, random_plan(subject, norm=norm))
+    dial.prepare(1.0)
+    monkeypatch.setattr(compile, "read_weight", fail)
+    with pytest.raises(WeightReadError) if reads else nullcontext():
+        dial.prepare(0.5)
 
 
 @pytest.mark.parametrize("strength", [-1.1, 2.1, float("nan"), float("inf")])

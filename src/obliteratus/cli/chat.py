@@ -278,7 +278,7 @@ def _takes_system(conversation: Conversation) -> bool:
 
 COMMANDS: dict[str, tuple[str, str, Callable[[Talk, str], None]]] = {
     "strength": ("0.6", "how strongly to edit: 0 not at all, 1 the plan; -1 to 2", Talk.set_strength),
-    "base": ("", "the unedited model's answer to it, side by side", Talk.compare),
+    "base": ("", "the last answer, side by side with the unedited model's", Talk.compare),
     "retry": ("", "answer the last question again, with what is set now", Talk.retry),
     "plan": ("NAME", "another plan, by name or folder; alone: list them", Talk.choose_plan),
     "system": ("TEXT", "what the model is told first; alone: nothing", Talk.set_system),

@@ -79,12 +79,14 @@ class Conversation:
             self.plans[name] = plan
         self.active = name
         self.dial = Dial(self.subject, self.plans.get(name, Plan()))
+        self.dial.prepare(self.strength)
 
     def set_strength(self, strength: float) -> None:
         """Set the strength of the answers to come. Raises UserError outside −1 … 2, and if there is no plan."""
         if not self.active:
             raise UserError("there is no plan whose strength could be set; /plan FOLDER loads one")
         self.strength = check_strength(strength)
+        self.dial.prepare(strength)  # so that the next answer begins at once
 
     @property
     def unscaled(self) -> int:

@@ -13,6 +13,7 @@ from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Plan, Prompt, Subject
 from obliteratus.excise.kl_budget import scale_plan
+from obliteratus.excise.live.compile import NormReadings
 from obliteratus.excise.live.hooks import CompiledPlan, attached, compile_plan
 from obliteratus.excise.plan import check_fits
 from obliteratus.inference.answers import AnswerDecoder
@@ -74,6 +75,7 @@ class Dial:
             check_fits(self.subject, self.plan)
         self.decoder = AnswerDecoder.create(self.subject)
         self.settings: OrderedDict[float, Setting] = OrderedDict()
+        self.readings: NormReadings = {}
 
     def stream(self, turns: Sequence[Turn], strength: float = 1.0, limits: AnswerLimits = AnswerLimits()) -> Answer:  # noqa: B008 — it is immutable
         """Return the answer to the last turn, which is written while it is iterated over.
@@ -86,7 +88,7 @@ class Dial:
         check_strength(strength)
         ids, left_out = self._fit(list(turns), limits)
         answer = Answer(left_out)
-        setting = self.prepare(strength if self.plan.edits else 0.0)
+        setting = self.prepare(strength)
         answer.pieces = stream_text(self.decoder, self._write(ids, setting, limits, answer))
         return answer
 
@@ -107,10 +109,11 @@ class Dial:
 
     def prepare(self, strength: float) -> Setting:
         """Return the plan at this strength, compiled now unless it was one of the last two. `stream` does it too."""
+        strength = strength if self.plan.edits else 0.0
         setting = self.settings.pop(strength, None)
         if setting is None:
             plan = scale_plan(self.plan, strength) if strength else Plan()
-            setting = Setting(compile_plan(self.subject, plan), ConversationCache(self.subject))
+            setting = Setting(compile_plan(self.subject, plan, self.readings), ConversationCache(self.subject))
         self.settings[strength] = setting
         while len(self.settings) > KEPT_SETTINGS:
             self.settings.popitem(last=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from obliteratus.excise.change import (
     zero_outputs,
 )
 from obliteratus.excise.linear import (
+    MatrixProjections,
     Scales,
     compute_norm_scales,
     factorize_low_rank,
@@ -56,6 +57,19 @@ class LiveOps:
     """Added to the output after its operations."""
     experts: tuple[LiveOps | None, ...] = ()
     """Operations of each expert of a stack whose experts are changed differently; then all else is empty."""
+
+
+@dataclass(frozen=True)
+class NormReading:
+    """What an edit of a whole matrix under a norm rule reads of its weight, whatever its strength."""
+
+    basis: Tensor
+    oblique: Tensor | None
+    projections: MatrixProjections
+
+
+NormReadings = dict[tuple[str, int | None], NormReading]
+"""Parameter and expert of each matrix → what the one edit of it under a norm rule has read of it."""
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -104,12 +118,16 @@ def needs_stored_weight(subject: Subject, changes: Sequence[Change]) -> bool:
     return subject.offloaded is not None and needs and changes[0].site.layout != "embedding"
 
 
-def compile_changes(module: nn.Module, changes: Sequence[Change]) -> LiveOps:
-    """Return the operations of all changes of one site, in their order."""
-    return _compile_stack(module, changes) if changes[0].site.stacked else _compile_matrix(module, changes)
+def compile_changes(module: nn.Module, changes: Sequence[Change], readings: NormReadings | None = None) -> LiveOps:
+    """Return the operations of all changes of one site, in their order.
+
+    readings: of the same changes at other strengths, which spare a pass over the weight; what is missing is added.
+    """
+    compile_all = _compile_stack if changes[0].site.stacked else _compile_matrix
+    return compile_all(module, changes, readings)
 
 
-def _compile_stack(module: nn.Module, changes: Sequence[Change]) -> LiveOps:
+def _compile_stack(module: nn.Module, changes: Sequence[Change], readings: NormReadings | None = None) -> LiveOps:
     """Experts that all lose the same lose it in their weighted sum, biases included; others are changed one by one."""
     alike = all(_ignores_weight(change) and change.site.expert is None for change in changes)
     if changes[0].site.role == "reads" and alike:
@@ -119,7 +137,7 @@ def _compile_stack(module: nn.Module, changes: Sequence[Change]) -> LiveOps:
     sites = expand_experts(module, replace(changes[0].site, expert=None))
     changes = fill_donor_means(module, changes)
     by_expert = (select_changes(changes, site) for site in sites)
-    return LiveOps(experts=tuple(_compile_matrix(module, own) if own else None for own in by_expert))
+    return LiveOps(experts=tuple(_compile_matrix(module, own, readings) if own else None for own in by_expert))
 
 
 def _change_sum(change: Change, device: torch.device) -> Op:
@@ -132,11 +150,14 @@ def _change_sum(change: Change, device: torch.device) -> Op:
     return lambda y, args: y + vector
 
 
-def _compile_matrix(module: nn.Module, changes: Sequence[Change]) -> LiveOps:
+def _compile_matrix(module: nn.Module, changes: Sequence[Change], readings: NormReadings | None = None) -> LiveOps:
     """Compile the changes of one matrix. Its weight is read only for a norm rule or an edit of one head."""
     site = changes[0].site
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
         return LiveOps(input_ops=tuple(_project(c, execution_device(module)) for c in reversed(changes)))
+    if readings is not None and len(changes) == 1 and _has_reading(changes[0]):
+        op, factor = _compile_from_reading(module, changes[0], readings)
+        return _with_bias(module, changes, (op,), factor)
     weight = None if all(_ignores_weight(c) for c in changes) else read_weight(module, site).float()
     ops: list[Op] = []
     scale = None
@@ -146,9 +167,26 @@ def _compile_matrix(module: nn.Module, changes: Sequence[Change]) -> LiveOps:
         scale = _multiply(scale, factor)
         if weight is not None and change is not changes[-1]:
             weight = apply_change(change, weight)
+    return _with_bias(module, changes, tuple(ops), scale)
+
+
+def _with_bias(module: nn.Module, changes: Sequence[Change], ops: tuple[Op, ...], scale: Tensor | None) -> LiveOps:
     if not any(_changes_bias_apart(c) for c in changes):
-        return LiveOps(tuple(ops), (), scale)
-    return LiveOps(tuple(ops), (), scale, read_bias(module, site), edit_module_bias(module, changes))
+        return LiveOps(ops, (), scale)
+    return LiveOps(ops, (), scale, read_bias(module, changes[0].site), edit_module_bias(module, changes))
+
+
+def _has_reading(change: Change) -> TypeGuard[Edit]:
+    """Whether all that the change needs of the weight can be kept from one strength to the next."""
+    return isinstance(change, Edit) and change.site.span is None and change.norm not in ("none", "unit_rows_rank_3")
+
+
+def _compile_from_reading(module: nn.Module, edit: Edit, readings: NormReadings) -> tuple[Op, Tensor | None]:
+    key = (edit.site.parameter, edit.site.expert)
+    if key not in readings:
+        basis = edit.basis.to(execution_device(module), torch.float32)
+        readings[key] = _read_for_norm(edit, basis, read_weight(module, edit.site).float())
+    return _edit_all_columns(edit, readings[key].basis, readings[key])
 
 
 def _ignores_weight(change: Change) -> bool:
@@ -194,7 +232,7 @@ def _(change: Edit, module: nn.Module, weight: Tensor | None, scale: Tensor | No
     basis = change.basis.to(execution_device(module), torch.float32)
     if weight is not None and (change.site.span is not None or change.norm == "unit_rows_rank_3"):
         return _edit_columns(change, basis, weight, scale), None
-    return _edit_all_columns(change, basis, weight)
+    return _edit_all_columns(change, basis, None if weight is None else _read_for_norm(change, basis, weight))
 
 
 @_compile.register
@@ -216,20 +254,25 @@ def _(change: Mask, module: nn.Module, weight: Tensor | None, scale: Tensor | No
     return None, ones.index_fill(0, change.neurons.to(ones.device), 0.0)
 
 
-def _edit_all_columns(edit: Edit, basis: Tensor, weight: Tensor | None) -> tuple[Op, Tensor | None]:
-    """Return an edit of a whole matrix, and the factors of its inputs."""
+def _read_for_norm(edit: Edit, basis: Tensor, weight: Tensor) -> NormReading:
+    """Return what an edit of a whole matrix needs of its weight."""
+    oblique = None if edit.covectors is None else edit.covectors.to(basis)
+    if edit.norm == "unit_rows":
+        basis, oblique = project_unit_rows(weight, basis, oblique)
+    return NormReading(basis, oblique, project_matrix(weight, basis, oblique))
+
+
+def _edit_all_columns(edit: Edit, basis: Tensor, reading: NormReading | None) -> tuple[Op, Tensor | None]:
+    """Return an edit of a whole matrix, and the factors of its inputs. reading: where a norm rule needs one."""
     oblique = None if edit.covectors is None else edit.covectors.to(basis)
     kept = None
     if edit.anchor is not None and edit.site.layout == "embedding":
         kept = kept_of_anchor(edit.anchor.to(basis), basis, edit.strength, oblique)
-    if weight is not None and edit.norm == "unit_rows":
-        basis, oblique = project_unit_rows(weight, basis, oblique)
+    scales = Scales()
+    if reading is not None:
+        basis, oblique = reading.basis, reading.oblique
+        scales = compute_norm_scales(reading.projections, basis, edit.strength, edit.norm)
     along = basis if oblique is None else oblique
-    scales = (
-        Scales()
-        if weight is None
-        else compute_norm_scales(project_matrix(weight, basis, oblique), basis, edit.strength, edit.norm)
-    )
     # An embedding's output is one column of W, so the rule `columns` keeps the output's own length. Its
     # inputs say nothing: OPT's positions take an attention mask, not row numbers.
     keeps_length = edit.site.layout == "embedding" and edit.norm == "columns"

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from obliteratus.core.types import Plan, Site, Subject
 from obliteratus.excise.live.compile import (
     LiveOps,
+    NormReadings,
     compile_changes,
     edit_input,
     edit_output,
@@ -40,10 +41,11 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
         yield
 
 
-def compile_plan(subject: Subject, plan: Plan) -> CompiledPlan:
+def compile_plan(subject: Subject, plan: Plan, readings: NormReadings | None = None) -> CompiledPlan:
     """Return the plan in a form that `attached` can apply again and again, at the cost of registering its hooks.
 
-    The weights must stay as they are, since a norm rule has read them. Raises UserError as `applied`.
+    The weights must stay as they are, since a norm rule has read them. readings: what it has read for the same plan at
+    other strengths, and where to keep what it reads now. Raises UserError as `applied`.
     """
     if plan.edits:
         check_fits(subject, plan)
@@ -51,7 +53,7 @@ def compile_plan(subject: Subject, plan: Plan) -> CompiledPlan:
     for changes in plan.by_site().values():
         site = changes[0].site
         module = subject.module(site.path)
-        get_ops = partial(compile_changes, module, changes)
+        get_ops = partial(compile_changes, module, changes, readings)
         lazy = needs_stored_weight(subject, changes)
         attach = partial(_attach_lazily, get_ops=get_ops) if lazy else partial(_attach, live=get_ops())
         compiled.append(partial(attach, module, site))
