@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from obliteratus.report.hide import hide_private
 from obliteratus.report.html import draw_svg, render_page
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.plots import Picture
+from obliteratus.study.ranking import knockout_results
 from obliteratus.study.tables import changes_table, comparison_table, ordered_metrics, shared_metrics, summarize
 
 LEGEND = (
     "The row of the whole model holds its scores. All other rows hold changes against it with 95 % intervals: ratios "
     "(×) of perplexity, percentage points of shares, nats of KL. Each interval is that of one part by itself; the line "
-    "under a metric's title holds for all parts together. The most damaging part comes first."
+    "under a metric's title holds for all parts together. The part whose loss changes most for the worse comes first."
 )
 
 
@@ -37,14 +39,22 @@ def study_page(
     columns, rows = changes_table(results, by=by)
     return render_page(
         "study",
-        title=title,
+        title=hide_private(title),
+        headline=describe_study(results, names),
         lines={name: summarize(results, name) for name in names},
         pictures={name: pictures.get(name, {}) for name in names},
         legend=LEGEND,
         columns=columns,
         rows=rows,
-        settings=settings,
+        settings=hide_private(settings),
     )
+
+
+def describe_study(results: Sequence[KnockoutResult], names: Sequence[str]) -> str:
+    """Return how many parts were knocked out, and what the first metric says of them."""
+    parts = sum(not r.control for r in knockout_results(results))
+    first = f" By {names[0]}: {summarize(results, names[0])}." if names else ""
+    return f"{parts} parts were knocked out one at a time.{first}"
 
 
 def comparison_page(
@@ -54,7 +64,7 @@ def comparison_page(
     names = shared_metrics(studies)
     return render_page(
         "studies",
-        title=title,
+        title=hide_private(title),
         lines=dict.fromkeys(names, f"{len(studies)} studies"),
         pictures={name: pictures.get(name, {}) for name in names},
         legend=LEGEND,
