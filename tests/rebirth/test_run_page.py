@@ -126,3 +126,15 @@ def test_blocks_of_the_plan(folder: Path) -> None:
         ({"attn.out": "attention", "mlp.out": "MLP"}[e.site.part], e.site.layer) for e in plan.edits
     }
     assert not found["amplifies"]
+
+
+def test_report_writes_it_again(folder: Path) -> None:
+    page = folder / "index.html"
+    text = page.read_text()
+    page.unlink()
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert page.read_text() == text
+    refused = CliRunner().invoke(app, ["report", str(folder), "--out", "x"])
+    assert refused.exit_code == 2
+    assert "the page of a run belongs to its folder" in refused.stderr
