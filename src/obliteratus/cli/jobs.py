@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from shutil import copytree
 from time import perf_counter
@@ -222,6 +223,13 @@ def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subje
     subject = open_within_memory(model, {**opening, "chat": replace(chat, now=keep_time(partial, chat.now))})
     check_identity(partial / "loading.json", describe_loading(subject))
     return subject
+
+
+def name_demo_folder(place: Path, resume: bool) -> Path:
+    """Return the first of obliteratus-demo, obliteratus-demo-2 … that is free; to resume, the one that was left."""
+    names = ("obliteratus-demo" + (f"-{i}" if i > 1 else "") for i in count(1))
+    folders = (place / name for name in names)
+    return next(f for f in folders if not f.exists() and (resume or not partial_folder(f).exists()))
 
 
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:

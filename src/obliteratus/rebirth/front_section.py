@@ -38,7 +38,10 @@ def describe_search(folder: Path, behavior: str) -> dict[str, Any]:
         "plot": plot_front(record, names, said) if len(names) > 1 else plot_history(record, 0, said[0]),
         "columns": ["", "trial", *said, "values"],
         "rows": [_row(number, member, names, record["picked"]) for number, member in enumerate(record["front"], 1)],
-        "histories": {f"{name}, trial by trial": plot_history(record, i, name) for i, name in enumerate(said)},
+        "histories": {
+            f"{name}, trial by trial, with the best so far as a line": plot_history(record, i, name)
+            for i, name in enumerate(said)
+        },
         "importances": {
             describe_score(name.removeprefix("-"), behavior): [
                 (path, share, f"{100 * share:.0f} %") for path, share in shares.items()

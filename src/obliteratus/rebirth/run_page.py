@@ -156,7 +156,8 @@ def first_token_rows(folder: Path) -> list[list[str]]:
     return [[f"{line['kl']:.3f}", line["prompt"], _describe_moved(line["moved"])] for line in found]
 
 
-def _describe_moved(moved: Sequence[tuple[str, float, float]]) -> str:
+def _describe_moved(moved: Sequence[Any]) -> str:
+    """Return the tokens with their probabilities before and after, from lists of three."""
     return ", ".join(f"“{token}” {100 * before:.0f} → {100 * after:.0f} %" for token, before, after in moved)
 
 
