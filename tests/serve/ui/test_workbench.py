@@ -42,7 +42,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
 
 def request_for(bench: Workbench, **changes: Any) -> RunRequest:
     prompts = {group: str(bench.workspace.path("prompts", f"{group}.txt")) for group in ("target", "control")}
-    usual: dict[str, Any] = {"model": "refuser", "method": "basic", "form": "plan", **prompts}
+    usual: dict[str, Any] = {"model": "refuser", "method": "lean", "form": "plan", **prompts}
     return RunRequest(**{**usual, **changes})
 
 

@@ -86,7 +86,7 @@ def show_files(kind: str, name: str, folder: Path) -> str:
     return _render("files", name=name, links=links, archive=f"download/{kind}/{quote(name)}.zip")
 
 
-def format_bytes(n: float) -> str:
+def format_bytes(n: float | int) -> str:
     """Return a number of bytes with its unit, such as ``538 MB``."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
