@@ -200,7 +200,7 @@ def test_pages_tell_no_places_and_quote_what_they_show(bench: Workbench, run: st
     assert place not in strip
     page = folder / "index.html"
     shown = show_run(bench.read_run(run), folder)
-    assert 'sandbox="allow-scripts"' in shown
+    assert 'sandbox="allow-scripts" src="page/done"' in shown
     kept = page.read_text()
     page.unlink()
     lines = (folder / "answers.jsonl").read_text()

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from obliteratus.core.errors import UserError
+from obliteratus.serve.ui.pages import PAGE
 from obliteratus.serve.ui.server import Gate, choose_token, find_download, open_socket, zip_folder
 from obliteratus.serve.ui.workbench import Workbench
 from obliteratus.serve.ui.workspace import MAX_UPLOAD
 
+# A run's page may run its own script, which sorts and filters, and nothing of it reaches this server or the tabs.
+ISOLATED = "sandbox allow-scripts"
 ENDS_WITHIN = 2  # seconds that open pages have to hear that the server ends
 
 
@@ -101,5 +104,13 @@ def _add_downloads(app: Any, bench: Workbench) -> None:
         headers = {"content-disposition": f'attachment; filename="{path.name}.zip"'}
         return StreamingResponse(zip_folder(path), media_type="application/zip", headers=headers)
 
+    def show_page(name: str) -> Any:
+        try:
+            path = find_download(bench.workspace, "runs", name, PAGE)
+        except UserError as error:
+            return PlainTextResponse(f"{error}\n", status_code=404)
+        return FileResponse(path, media_type="text/html", headers={"content-security-policy": ISOLATED})
+
+    app.get("/page/{name}")(show_page)
     app.get("/download/{kind}/{name}")(download)
     app.get("/download/{kind}/{name}/{file:path}")(download)

@@ -61,18 +61,20 @@ def build(bench: Workbench) -> dict[Any, Any]:
 
 def _column(label: str, side: str) -> Any:
     """Return one side. Answers are shown as they are written: what a model writes is no markup of this page."""
-    return gr.Chatbot(
-        label=label,
-        elem_id=f"chat-{side}",
-        height=420,
-        render_markdown=False,
-        layout="bubble",
-        buttons=["copy"],
-        feedback_options=None,
-        placeholder=" ",
-        allow_file_downloads=False,
-        min_width=280,
-    )
+    with gr.Column(min_width=280):
+        gr.HTML(f'<div class="side">{label}</div>', padding=False)  # Gradio's own label covers the first line
+        return gr.Chatbot(
+            label=label,
+            show_label=False,
+            elem_id=f"chat-{side}",
+            height=420,
+            render_markdown=False,
+            layout="bubble",
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder=" ",
+            allow_file_downloads=False,
+        )
 
 
 def _asker(bench: Workbench) -> Any:

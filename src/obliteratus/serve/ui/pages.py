@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 else:
     Environment = Any  # jinja2 is imported when a page is rendered; tests check annotations at run time
 
-SHOWN_ENDED = 3  # finished jobs in the strip, the newest first
-SHOWN_NOTES = 6  # of the job that runs: what was finished last
+PAGE = "index.html"
+SHOWN_ENDED = 1  # finished jobs in the strip: the newest; results are listed below
+SHOWN_NOTES = 4  # of the job that runs: what was finished last
 SHOWN_ANSWERS = 200  # of a run that has no page of its own
 
 
@@ -63,9 +64,8 @@ def show_message(text: str, kind: str = "error") -> str:
 
 def show_run(run: Run, folder: Path) -> str:
     """Return the run's own page in a frame, or its scores and answers if it has none."""
-    page = folder / "index.html"
-    if page.is_file():
-        return _render("frame", page=page.read_text(encoding="utf-8"))
+    if (folder / PAGE).is_file():
+        return _render("frame", address=f"page/{quote(folder.name)}")
     lines = read_pairs(folder)
     rows = [row for group in make_score_rows(run, brief=True) for row in group]
     shown = lines[:SHOWN_ANSWERS]

@@ -156,14 +156,14 @@ class Workbench:
                 self.run_method(request, self.workspace.path("runs", name), resume, False)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(self._describe_rest(name)) from error
-            return f"{name} is done: see Results, or talk to it in Chat."
+            return "See it in Results, or talk to it in Chat."
 
         return self.queue.submit(f"{'Resume' if resume else 'Run'} {name}", "run", work)
 
     def _describe_rest(self, name: str) -> str:
         if partial_folder(self.workspace.path("runs", name)).exists():
-            return f"{name} was stopped. Its finished stages are kept: resume or discard it in Results."
-        return f"{name} was stopped. No stage was finished, so nothing is kept."
+            return "Its finished stages are kept: resume or discard it in Results."
+        return "No stage was finished, so nothing is kept."
 
     def read_run(self, name: str) -> Run:
         """Return the record of a finished run. Raises UserError if there is none of that name."""
