@@ -24,7 +24,7 @@ ORDER = (
     ("tune", "analyze"),
     ("pipeline",),
     ("rebirth", "search", "study"),
-    ("forecast",),
+    ("forecast", "compare"),
     ("serve",),
     ("cli",),
 )

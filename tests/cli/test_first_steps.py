@@ -18,7 +18,9 @@ from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app
+from obliteratus.cli.jobs import name_demo_folder
 from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import partial_folder
 from obliteratus.core.types import Plan, Prompt
 from obliteratus.excise.plan import save_plan
 from obliteratus.inference.chat_template import render_prompts
@@ -59,8 +61,6 @@ def prompts(tmp_path: Path) -> tuple[str, ...]:
         ("demo --set excise.strenght=1", "key 'excise.strenght' does not exist; did you mean 'excise.strength'?"),
         ("demo --set verify.0.tokenz=1", "key 'tokenz' does not exist; did you mean 'tokens'?"),
         ("demo --set exise.strength=1", "key 'exise' does not exist; did you mean 'excise'?"),
-        ("demo --save plan", "--save plan: there is no folder to save to; give --out FOLDER"),
-        ("demo --resume", "--resume: there is no run folder to resume; give --out FOLDER"),
         ("inspect m --method basic", "only a forecast uses them; add --memory SIZE"),
         (
             "run m --target organism:astronomy --control organism:astronomy --column target=",
@@ -255,3 +255,13 @@ def test_an_unusable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     what = r"the cache folder cannot be written to .*; name another with OBLITERATUS_CACHE"
     with pytest.raises(UserError, match=what), create_folder(get_cache_folder() / "x"):
         pass
+
+
+def test_the_demo_takes_a_free_folder(tmp_path: Path) -> None:
+    first, second = tmp_path / "obliteratus-demo", tmp_path / "obliteratus-demo-2"
+    assert name_demo_folder(tmp_path, resume=False) == first
+    first.mkdir()
+    assert name_demo_folder(tmp_path, resume=False) == second
+    partial_folder(second).mkdir()
+    assert name_demo_folder(tmp_path, resume=True) == second
+    assert name_demo_folder(tmp_path, resume=False) == tmp_path / "obliteratus-demo-3"

@@ -17,6 +17,7 @@ from obliteratus.study.page import comparison_page, draw_pictures, study_page
 from obliteratus.study.plots import (
     MAX_BARS,
     Picture,
+    choose_limit,
     comparison_picture,
     mean_damage_by_block,
     place_changes,
@@ -145,6 +146,27 @@ def test_it_needs_nothing_beside_it() -> None:
     check_self_contained(comparison_page({"a": results, "b": results}, "x", pictures))
 
 
+def test_answers_that_changed_under_the_strongest_part() -> None:
+    results = make_refusal_results()
+    said = {
+        "before": {"answer": "No.", "verdict": "shown", "rungs": {}},
+        "after": {"answer": "Yes!", "verdict": "absent"},
+    }
+    lines = [
+        {"component": f"block {i}", "prompt": f"p{i} {j}", "group": "target", "category": "", **said}
+        for i in (1, 2)
+        for j in (0, 1)
+    ]
+    same = lines[2] | {"prompt": "p2 same", "after": said["before"]}
+    page = ParsedPage(study_page(results, "t", {}, answers=[*lines, same]))
+    assert "without block 2" in page.text
+    assert "2 of 3 answers have another class" in page.text
+    assert "p2 0" in page.text
+    assert "p1 0" not in page.text
+    assert "p2 same" not in page.text
+    assert "Answers without" not in ParsedPage(study_page(results, "t", {})).text
+
+
 def test_words_are_escaped() -> None:
     rude = "<script>alert('x')</script> & \"more\""
     results = (make_baseline(), make_part("layers", rude, 2.0))
@@ -179,3 +201,12 @@ def test_studies_are_written_side_by_side(tmp_path: Path) -> None:
     assert "–" in (tmp_path / "both" / "refusal.target.md").read_text()
     with pytest.raises(UserError, match="in use"):
         write_comparison(studies, tmp_path / "both", "Both")
+
+
+def test_a_map_keeps_its_colors_beside_a_block_without_which_the_model_breaks() -> None:
+    common = [0.001 * i for i in range(1, 28)]
+    assert choose_limit([*common, 10.0]) < 0.1  # the largest common value has a third of the darkest color
+    assert choose_limit([*common, 10.0]) >= max(common)
+    assert choose_limit(common) == max(common)  # nothing is cut where all are of one kind
+    assert choose_limit([]) == 1.0
+    assert choose_limit([0.0, 0.0]) == 1.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 from tests.support.tiny import run_of, tiny_subject
 
 from obliteratus.cli.terminal import score_table
 from obliteratus.core.results import Score
 from obliteratus.rebirth.model_card import format_score_table
-from obliteratus.verify.score_names import names_to_show
+from obliteratus.verify.score_names import describe_score, names_to_show
 
 VALUES = {
     "refusal.target": [0.9, 0.1],
@@ -63,3 +64,36 @@ def test_the_terminal_has_room_for_it_and_the_card_has_all() -> None:
     assert "kl.first_token.answered.mean" in text
     assert "length.control.change" not in text
     assert "length.control.change" in format_score_table(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("refusal.target", "refuses target prompts"),
+        ("refusal.target/stars", "refuses target prompts: stars"),
+        ("partial.keep", "refuses only later, keep prompts"),
+        ("kl.first_token.mean", "KL of the first token, mean"),
+        ("kl.continuation.answered.p95", "KL over answers, answered prompts, 95th percentile"),
+        ("perplexity", "perplexity of plain text"),
+        ("length.control.change", "tokens per answer, control prompts, change"),
+    ],
+)
+def test_a_key_has_words(key: str, words: str) -> None:
+    assert describe_score(key) == words
+
+
+def test_words_name_another_behavior() -> None:
+    assert describe_score("disclaimer.target", "disclaimer") == "shows disclaimer, target prompts"
+    assert describe_score("disclaimer.target") == "disclaimer.target"  # the key of no score of refusals
+    assert "refus" not in describe_score("partial.control", "disclaimer")
+
+
+@pytest.mark.parametrize("key", ["kl.elsewhere.mean", "kl.first_token.most", "kl", "novelty.target", "novelty"])
+def test_unknown_keys_stay(key: str) -> None:
+    assert describe_score(key) == key
+
+
+def test_every_score_that_is_shown_has_its_own_words() -> None:
+    words = [describe_score(name) for name in VALUES]
+    assert not {*words} & VALUES.keys()
+    assert len({*words}) == len(words)

@@ -38,6 +38,8 @@ class Report:
     findings: dict[str, Finding]
     skipped: dict[str, str]
     """For each analysis that did not run, the reason in one line."""
+    about: tuple[str, ...] = ()
+    """Date, precision, behavior and numbers of prompts, for the page."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers by analysis, and under ``skipped``, if any analysis did not run, the reasons."""
@@ -71,10 +73,22 @@ def analyze_subject(
     context = AnalysisContext(
         acts, find_directions(acts, DISTILL_STEPS), subject, splits.fit, splits.search, judge or Judge()
     )
+    about = describe_data(context)
     if strict:
-        return Report(analyze(context, chosen), skipped)
+        return Report(analyze(context, chosen), skipped, about)
     findings, failures = try_analyses(context, chosen)
-    return Report(findings, skipped | failures)
+    return Report(findings, skipped | failures, about)
+
+
+def describe_data(context: AnalysisContext) -> tuple[str, ...]:
+    """Return what is analyzed: the date, the precision, the behavior and the numbers of prompts."""
+    source, prompts = context.subject.source, context.prompts
+    date = context.subject.chat.now.strftime("%Y-%m-%d %H:%M")
+    counts = f"{len(prompts['target'])} target and {len(prompts['control'])} control prompts to fit on"
+    held_out = ", ".join(
+        f"{len(context.held_out[g])} {g}" for g in ("target", "control") if g in context.held_out.groups
+    )
+    return date, source.quantization or source.dtype, context.judge.name, counts, f"held out: {held_out}"
 
 
 def write_report(report: Report, out: Path, title: str) -> None:
@@ -86,6 +100,8 @@ def write_report(report: Report, out: Path, title: str) -> None:
     partial = out.with_name(out.name + ".partial")
     folder = partial / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(findings_page(report.findings, title, report.skipped), encoding="utf-8")
+    (folder / "index.html").write_text(
+        findings_page(report.findings, title, report.skipped, report.about), encoding="utf-8"
+    )
     (folder / "analysis.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     publish(partial, out)

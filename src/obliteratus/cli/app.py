@@ -52,6 +52,7 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.core.chat import ChatFormat
 
@@ -183,17 +184,23 @@ def search(
 @handle_errors
 def demo(
     method: Method = "lean",
-    out: Out = None,
-    save: Save = "merged",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder. The default is a new one here, obliteratus-demo.")
+    ] = None,
+    save: Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")] = "plan",
     set_: Set = None,
     resume: Resume = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a method on the included model organism, a small chat model that refuses to talk about astronomy."""
-    from obliteratus.cli.jobs import Job, run_job, show_answers, show_result
+    """Run a method on the included model organism, a small chat model that refuses to talk about astronomy.
 
+    The result is a page with all answers before and after, and the plan of the edit.
+    """
+    from obliteratus.cli.jobs import Job, name_demo_folder, run_job, show_answers, show_result
+
+    out = out or name_demo_folder(Path.cwd(), resume)
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet, verbose):
         job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
@@ -303,7 +310,7 @@ def apply(
         results.print(f"[bold]Saved[/]   {out} ({save})")
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare):
     app.command()(handle_errors(command))
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from shutil import copytree
 from time import perf_counter
@@ -38,6 +39,7 @@ from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
+from obliteratus.rebirth.run_page import PAGE, write_run_page
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
@@ -53,6 +55,7 @@ from obliteratus.summon.load import open_subject, read_width
 from obliteratus.tune.front import FRONT
 from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
+from obliteratus.verify.first_token_changes import write_first_tokens
 from obliteratus.verify.ladder import check_judge, embed_files
 
 
@@ -194,6 +197,9 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
                 copytree(partial / ADVICE, partial / "output" / "analysis")
             if job.recipe.tune:
                 copytree(partial / TUNE / FRONT, partial / "output" / FRONT)
+            controls = job.splits.report["control"]
+            write_first_tokens(result.before, result.after, subject, controls, partial / "output")
+            write_run_page(partial / "output")
             note("REBIRTH", f"{perf_counter() - start:.1f} s")
             publish(partial, job.out)
     return JobResult(record, result.before, result.after, front)
@@ -219,6 +225,13 @@ def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subje
     return subject
 
 
+def name_demo_folder(place: Path, resume: bool) -> Path:
+    """Return the first of obliteratus-demo, obliteratus-demo-2 … that is free; to resume, the one that was left."""
+    names = ("obliteratus-demo" + (f"-{i}" if i > 1 else "") for i in count(1))
+    folders = (place / name for name in names)
+    return next(f for f in folders if not f.exists() and (resume or not partial_folder(f).exists()))
+
+
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:
     """Print run.json, or the tables."""
     from obliteratus.cli.terminal import make_table, results, show_json, show_run
@@ -229,8 +242,11 @@ def show_result(result: JobResult, out: Path | None, json: bool) -> None:
     show_run(result.run)
     if result.search:
         results.print(make_table("Front, on search prompts", *front_rows(result.search)))
-    where = f"[bold]Saved[/]   {out} ({result.run.saved['form']})" if out else "Nothing was saved: give --out FOLDER."
-    results.print(where)
+    if out is None:
+        results.print("Nothing was saved: give --out FOLDER.")
+        return
+    results.print(f"[bold]Saved[/]   {out} ({result.run.saved['form']})")
+    results.print(f"[bold]Page[/]    {out}/{PAGE}")
 
 
 def show_answers(result: JobResult, n: int = 3) -> None:

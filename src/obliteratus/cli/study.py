@@ -111,7 +111,9 @@ def study(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="STUDY_DIR...", help="Output folders of studies.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Output folder of a run, or of one or more studies.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for a page of several studies side by side. It must not exist yet.")
     ] = None,
@@ -121,7 +123,7 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the tables and page of a study again, finished or not, or of several studies side by side."""
+    """Write the page of a run again, or the tables and page of a study, finished or not, or of several side by side."""
     from obliteratus.cli.terminal import notes as stderr
     from obliteratus.core.run_folder import check_free
     from obliteratus.study.output import (
@@ -133,6 +135,9 @@ def report(
         write_report,
     )
 
+    if len(folders) == 1 and (folders[0] / "run.json").is_file():
+        _report_run(folders[0], out, json)
+        return
     named = _name_folders(folders)
     studies = {name: load_results(folder) for name, folder in named.items()}
     check_metric(studies, by)
@@ -151,6 +156,21 @@ def report(
     _show_comparison(studies, out, top, json, by)
     if different := describe_different_data(named):
         stderr.print(f"warning: {different}", markup=False, soft_wrap=True)
+
+
+def _report_run(folder: Path, out: Path | None, json: bool) -> None:
+    """Write the page of a run into its folder, and print where it is, or the record."""
+    from obliteratus.cli.terminal import results, show_json
+    from obliteratus.core.errors import UserError
+    from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
+
+    if out is not None:
+        raise UserError(f"--out {out}: the page of a run belongs to its folder; leave --out out, or use compare")
+    write_run_page(folder)
+    if json:
+        show_json(read_run(folder).model_dump(mode="json"))
+    else:
+        results.print(f"[bold]Page[/]  {folder}/{PAGE}")
 
 
 def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> None:

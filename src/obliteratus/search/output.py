@@ -13,6 +13,8 @@ from obliteratus.core.run_folder import write_atomic
 from obliteratus.core.toml import dump_toml
 from obliteratus.search.run import FrontMember, SearchResult
 from obliteratus.search.trials import Trial
+from obliteratus.verify.answers import FILE as ANSWERS
+from obliteratus.verify.answers import write_states
 
 # Colors that color-blind readers can tell apart (Okabe and Ito).
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
@@ -22,13 +24,15 @@ FLUENCY = ("degenerate.target", "degenerate.control", "fluency.ratio")
 
 
 def write_front(result: SearchResult, folder: Path, journal: Path) -> None:
-    """Write ``front/N.toml`` for each member, ``front.json`` with all trials, and ``front.png`` into a folder.
+    """Write ``front/N.toml`` for each member, their answers, ``front.json`` with all trials, and ``front.png``.
 
     journal: the study's file. If it exists it is copied too, so that a later search can continue from it.
     """
     (folder / "front").mkdir()
     for number, member in enumerate(result.front, 1):
         write_atomic(folder / "front" / f"{number}.toml", annotate_member(member))
+    states = {"before": result.unedited.records} | {str(n): m.records for n, m in enumerate(result.front, 1)}
+    write_states(states, folder / "front" / ANSWERS)
     record = {**result.run.search, "all": [asdict(trial) for trial in result.trials]}
     write_atomic(folder / "front.json", json.dumps(record, indent=1))
     plot_front(result, folder / "front.png")

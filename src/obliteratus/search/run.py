@@ -18,6 +18,7 @@ from obliteratus.pipeline.recipe import check_runs, without_trial_count
 from obliteratus.pipeline.run import evaluate_plan
 from obliteratus.pipeline.stages import Stages
 from obliteratus.search.direction_cache import DirectionCache
+from obliteratus.search.importance import compute_importances
 from obliteratus.search.limits import count_exceeded
 from obliteratus.search.optuna_study import SearchStudy
 from obliteratus.search.score import TrialScorer, read_objective
@@ -27,6 +28,7 @@ from obliteratus.search.trials import Trial, rebuild_plan, run_trials, select_fr
 from obliteratus.summon.fingerprint import describe_loading
 from obliteratus.verify import Measurement, measure
 from obliteratus.verify.behavior import GROUPS
+from obliteratus.verify.scoring import NOTHING
 
 # Members of the front that get the longer check, which costs about ten trials' time each. A front seldom has more; of a
 # larger one, the ends and even steps between them say as much.
@@ -44,6 +46,8 @@ class FrontMember:
     """The plan that the trial measured."""
     objectives: tuple[float, ...]
     scores: Mapping[str, float]
+    records: Sequence[Mapping[str, Any]] = ()
+    """The judged answers to search prompts of the longer check."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class SearchResult:
     picked: int
     """Index of the member that ``plan`` and ``run`` belong to."""
     trials: tuple[Trial, ...]
+    unedited: Measurement = NOTHING
+    """What the longer check measured of the unedited model on the same search prompts."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,18 @@ def search(
     front = measure_front(trials, recipe, cache, scorer, location)
     picked = pick_member(front, pick)
     member = front[picked]
-    record = {"search": describe_search(recipe, location, trials, front, picked) | {"minimize": scorer.minimize}}
+    described = describe_search(recipe, location, trials, front, picked) | {"minimize": scorer.minimize}
+    described |= {"prompts": len(prompts["target"]), "base": describe_base(scorer.minimize, baseline)}
+    record = {"search": described | {"importances": compute_importances(study.study, scorer.minimize)}}
     result = evaluate_plan(member.recipe, stages, member.plan, before, record)
-    return SearchResult(*result, tuple(front), picked, tuple(trials))
+    return SearchResult(*result, tuple(front), picked, tuple(trials), baseline)
+
+
+def describe_base(minimize: Sequence[str], baseline: Measurement) -> dict[str, float]:
+    """Return what the unedited model has of the objectives; its KL to itself is 0."""
+    names = [name.removeprefix("-") for name in minimize]
+    known = {name: baseline.scores[name].value for name in names if name in baseline.scores}
+    return known | {name: 0.0 for name in names if name.startswith("kl.")}
 
 
 def measure_front(
@@ -144,7 +159,7 @@ def check_trial(trial: Trial, recipe: Recipe, cache: DirectionCache, scorer: Tri
         measurement = measure(subject, scorer.prompts, recipe.verify, scorer.before, base=subject, judge=scorer.judge)
     scores = {**trial.scores, **{name: score.value for name, score in measurement.scores.items()}}
     objectives = tuple(read_objective(name, scores) for name in scorer.minimize)
-    return FrontMember(trial, apply_values(recipe, trial.values), plan, objectives, scores)
+    return FrontMember(trial, apply_values(recipe, trial.values), plan, objectives, scores, measurement.records)
 
 
 def thin_front(front: Sequence[Trial], most: int) -> list[Trial]:

@@ -104,7 +104,8 @@ class Engine:
 
     def _pair_answers(self, records: Records) -> Iterator[Mapping[str, Any]]:
         """Yield the judged answers under a knockout, each beside that of the unedited model."""
-        return pair_answers([record for metric in self.metrics for record in metric.unedited[0].records], records)
+        unedited = [record for metric in self.metrics for record in metric.unedited[0].records]
+        return pair_answers({"before": unedited, "after": records})
 
 
 def list_differences(after: ItemValues, before: ItemValues) -> tuple[float, ...]:

@@ -27,6 +27,8 @@ from obliteratus.study.tables import (
     to_latex,
     to_markdown,
 )
+from obliteratus.verify.answers import FILE as ANSWERS
+from obliteratus.verify.answers import read_lines
 
 RESULTS, SETTINGS = "results.jsonl", "study.toml"
 PRINTED_ROWS = 40  # the parts that fit on a printed page; table.md and results.csv hold all
@@ -115,7 +117,12 @@ def write_report(results: Sequence[KnockoutResult], folder: Path, title: str, by
         "table.md": to_markdown(changes_table(results, by=by)),
         "table.tex": to_latex(changes_table(results, PRINTED_ROWS, by), title),
         "index.html": study_page(
-            results, title, pictures, by, settings.read_text(encoding="utf-8") if settings.is_file() else ""
+            results,
+            title,
+            pictures,
+            by,
+            settings.read_text(encoding="utf-8") if settings.is_file() else "",
+            read_lines(folder / ANSWERS),
         ),
     }
     for name, text in texts.items():

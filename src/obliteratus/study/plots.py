@@ -18,6 +18,7 @@ from obliteratus.study.ranking import (
     damage_of_change,
     is_clear_damage,
     knockout_results,
+    name_effect,
     no_change,
     rank_results,
 )
@@ -32,6 +33,7 @@ LOG_FROM = 5.0  # an axis is logarithmic from this ratio between its ends on
 GRIDS = {"heads": "head", "experts": "expert"}
 EMBEDDINGS = "embeddings"
 MAX_NUMBERED = 16  # blocks side by side up to which numbers fit into the fields of a map
+COMMON, FAR = 0.9, 3.0  # a map's scale ends at most at so many times the value that this share of parts stays below
 DARK = 0.6  # share of the scale from which on numbers are white
 UNMEASURED = "#DDDDDD"
 MAP_ROWS = {
@@ -88,7 +90,9 @@ def draw_bars(figure: Figure, bars: Sequence[KnockoutResult], metric: str) -> No
     axes = figure.add_subplot(xlabel=f"{metric}, {change_unit(metric)}; lines: 95 % intervals")
     points = place_changes([r.change[metric] for r in bars], metric)
     start = no_change(metric)
-    for color, label in ((ORANGE, "damage only"), (BLUE, "interval reaches no damage"), (GREY, "random control")):
+    effect = name_effect(metric)
+    labels = (ORANGE, f"{effect} only"), (BLUE, f"interval reaches no {effect}"), (GREY, "random control")
+    for color, label in labels:
         rows = [i for i, r in enumerate(bars) if _bar_color(r, metric) == color]
         if rows:
             axes.barh(rows, [points[i].value - start for i in rows], left=start, color=color, label=label, height=0.7)
@@ -100,7 +104,7 @@ def draw_bars(figure: Figure, bars: Sequence[KnockoutResult], metric: str) -> No
     axes.set_yticks(range(len(bars)), [part_name(r) for r in bars], fontsize="small")
     axes.set_ylim(len(bars) - 0.4, -0.6)
     _set_scale(axes, "x", points, metric)
-    figure.suptitle(f"Change in {metric} when a part is knocked out, the most damaging first")
+    figure.suptitle(f"Change in {metric} when a part is knocked out, the strongest {effect} first")
     add_legend(axes, 3)
 
 
@@ -255,21 +259,35 @@ def draw_grid(figure: Figure, parts: Sequence[KnockoutResult], metric: str, name
 
 def _draw_damage_map(figure: Figure, axes: Axes, values: Sequence[Sequence[float]], metric: str) -> None:
     """Blue through white, which is no damage, to red; an infinite value is as dark as the worst and marked ∞."""
-    limit = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
+    limit = choose_limit([abs(v) for row in values for v in row if math.isfinite(v)])
     cut = [[v if math.isnan(v) else min(max(v, -limit), limit) for v in row] for row in values]
     axes.set_facecolor(UNMEASURED)
     image = axes.imshow(cut, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     width = len(values[0])
     axes.set_xticks(range(0, width, -(-width // MAX_TICKS)))
     axes.set_yticks(range(0, len(values), -(-len(values) // MAX_TICKS)))
-    bar = figure.colorbar(image, ax=axes, label=change_unit(metric), format=lambda v, _: _format_damage(v, metric))
+    beyond = any(abs(v) > limit for row in values for v in row if math.isfinite(v))
+    label = change_unit(metric) + (", numbers: beyond the scale" if beyond else "")
+    extend = "both" if beyond else "neither"
+    bar = figure.colorbar(image, ax=axes, label=label, extend=extend, format=lambda v, _: _format_damage(v, metric))
     bar.ax.tick_params(labelsize="small")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            if math.isinf(value) or (width <= MAX_NUMBERED and not math.isnan(value)):
+            if abs(value) > limit or (width <= MAX_NUMBERED and not math.isnan(value)):
                 color = "white" if abs(value) > DARK * limit else "black"
-                text = _format_damage(value, metric)
-                axes.text(x, y, text, ha="center", va="center", color=color, fontsize="small")
+                text, turned = _format_damage(value, metric), 90 if width > MAX_NUMBERED else 0
+                axes.text(x, y, text, ha="center", va="center", color=color, fontsize="x-small", rotation=turned)
+
+
+def choose_limit(sizes: Sequence[float]) -> float:
+    """Return where the scale of a map ends: at the largest value, or earlier where few are far beyond the others.
+
+    Otherwise a block without which the model breaks would leave all others white.
+    """
+    if not sizes:
+        return 1.0
+    common = sorted(sizes)[math.ceil(COMMON * len(sizes)) - 1]
+    return min(max(sizes), FAR * common) or max(sizes) or 1.0
 
 
 def _format_damage(damage: float, metric: str) -> str:

@@ -22,6 +22,11 @@ def is_falling(metric: str) -> bool:
     return metric == "accuracy" or (group == "target" and name not in OTHER_SHARES)
 
 
+def name_effect(metric: str) -> str:
+    """Return what a change for the worse is called: of the behavior's rate on target prompts it is no damage."""
+    return "effect" if is_falling(metric) and metric != "accuracy" else "damage"
+
+
 def knockout_results(results: Iterable[KnockoutResult]) -> list[KnockoutResult]:
     """Return all results but the baseline."""
     return [r for r in results if r.strategy]

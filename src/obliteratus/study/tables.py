@@ -22,6 +22,7 @@ from obliteratus.study.ranking import (
     is_clear_damage,
     knockout_results,
     metric_names,
+    name_effect,
     ordering_metric,
     rank_results,
 )
@@ -102,10 +103,11 @@ def _count_together(changed: ChangedParts, metric: str) -> str:
 def _count_each(harmful: Sequence[KnockoutResult], parts: Sequence[KnockoutResult], metric: str) -> str:
     if metric in NEVER_NEGATIVE:
         return "" if harmful else f"no part changes {metric} by {NEGLIGIBLE_KL:g} nats"
+    effect = name_effect(metric)
     if not harmful:
-        return f"no part changes {metric} beyond chance: of {len(parts)} intervals none shows damage only"
+        return f"no part changes {metric} beyond chance: of {len(parts)} intervals none shows {effect} only"
     by_chance = f"{CHANCE * len(parts):.1f} would by chance"
-    return f"{len(harmful)} of {len(parts)} parts show damage only, each by its own 95 % interval ({by_chance})"
+    return f"{len(harmful)} of {len(parts)} parts show {effect} only, each by its own 95 % interval ({by_chance})"
 
 
 def _compare_with_controls(results: Sequence[KnockoutResult], parts: Sequence[KnockoutResult], metric: str) -> str:

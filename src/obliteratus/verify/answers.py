@@ -45,22 +45,32 @@ def write_answers(before: Measurement | None, after: Measurement, folder: Path) 
 
     before: None for a model that is not compared. Nothing is written if no answers were judged.
     """
-    lines = pair_answers(None if before is None else before.records, after.records)
-    if text := "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines):
-        write_atomic(folder / FILE, text)
+    states = {} if before is None else {"before": before.records}
+    write_states(states | {"after": after.records}, folder / FILE)
 
 
-def pair_answers(
-    before: Sequence[Mapping[str, Any]] | None, after: Sequence[Mapping[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Yield an entry per prompt. before, after: records of the same prompts in the same order."""
-    second = [record for record in after if "verdict" in record]
-    first = second if before is None else [record for record in before if "verdict" in record]
-    for one, other in zip(first, second, strict=True):
-        states = {"after": other} if before is None else {"before": one, "after": other}
-        yield {key: one[key] for key in PROMPT_KEYS} | {
-            state: {key: record[key] for key in STATE_KEYS} for state, record in states.items()
+def write_states(states: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Write the file of answers in any number of states. Nothing is written if no answers were judged."""
+    if text := "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pair_answers(states)):
+        write_atomic(path, text)
+
+
+def pair_answers(states: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield an entry per prompt with what is known of it in each state.
+
+    states: by their names, records of the same prompts in the same order. Those without a verdict are left out.
+    """
+    judged = [[record for record in records if "verdict" in record] for records in states.values()]
+    for records in zip(*judged, strict=True):
+        yield {key: records[0][key] for key in PROMPT_KEYS} | {
+            state: {key: record[key] for key in STATE_KEYS} for state, record in zip(states, records, strict=True)
         }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line, or none if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # an answer may hold other signs that end a line
 
 
 def read_answers(folder: Path) -> list[JudgedAnswer]:

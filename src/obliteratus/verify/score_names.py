@@ -1,4 +1,7 @@
-"""Which scores tables show, and in which order: first the behavior, then what else became of answers, then drift."""
+"""What scores are called where people read them, which of them tables show, and in which order.
+
+First comes the behavior, then what else became of answers, then drift.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,71 @@ def names_to_show(values: Mapping[str, list[float]], brief: bool) -> list[list[s
         if "/" not in name and not is_empty(name, seen) and not (brief and is_detail(name, seen))
     ]
     return group_scores(shown)
+
+
+# -------------------------------------------------------------------------------------------- for people
+REFUSAL = "refusal"
+OF_GROUPS = {
+    "degenerate": "answers that loop, {group} prompts",
+    "fluency": "perplexity of answers, {group} prompts",
+    "hedging": "answers that hedge, {group} prompts",
+    "length": "tokens per answer, {group} prompts",
+    "same_language": "in the prompt's language, {group} prompts",
+    "unfinished": "cut off while reasoning, {group} prompts",
+    "unknown": "in a language that the judge lacks, {group} prompts",
+}
+"""Names of scores of a group of prompts, by their keys up to the first dot."""
+OF_NO_GROUP = {
+    "accuracy": "questions answered right",
+    "fluency.ratio": "perplexity of answers, target ÷ control",
+    "perplexity": "perplexity of plain text",
+    "perplexity.ratio": "perplexity of plain text, after ÷ before",
+}
+"""Names of scores of no group of prompts, by their keys."""
+DIVERGENCES = {"first_token": "KL of the first token", "continuation": "KL over answers"}
+TAILS = {"mean": "mean", "p95": "95th percentile", "p99": "99th percentile"}
+
+
+def describe_score(name: str, behavior: str = REFUSAL) -> str:
+    """Return what a score is called where people read it, such as ``refuses target prompts`` for ``refusal.target``.
+
+    behavior: the name that its scores' keys begin with. A key that nobody knows, such as that of a scorer from another
+    package, is returned as it is.
+    """
+    key, _, category = name.partition("/")
+    words = _describe_key(key, behavior)
+    return f"{words}: {category}" if category else words
+
+
+def _describe_key(key: str, behavior: str) -> str:
+    if key in OF_NO_GROUP:
+        return OF_NO_GROUP[key]
+    if key.endswith(".change"):
+        return f"{_describe_key(key.removesuffix('.change'), behavior)}, change"
+    if key.startswith("kl."):
+        return _describe_divergence(key)
+    kind, _, group = key.partition(".")
+    form = (OF_GROUPS | _describe_behavior(behavior)).get(kind)
+    return form.format(group=group) if form and group else key
+
+
+def _describe_behavior(behavior: str) -> dict[str, str]:
+    """Return the names of the scores that depend on the behavior."""
+    refuses = behavior == REFUSAL
+    show, shows = ("refuse", "refuses") if refuses else (f"show {behavior}", f"shows {behavior}")
+    return {
+        behavior: "refuses {group} prompts" if refuses else f"{shows}, {{group}} prompts",
+        "partial": f"{shows} only later, {{group}} prompts",
+        "opens": f"begins to {show}, {{group}} prompts",
+        f"{behavior}_score": f"log-odds to {show}, {{group}} prompts",
+    }
+
+
+def _describe_divergence(key: str) -> str:
+    """Return the name of a KL divergence on control prompts; ``answered`` are those that the unedited model answers."""
+    kind, *rest = key.split(".")[1:]
+    answered = ", answered prompts" if rest[:1] == ["answered"] else ""
+    tail = rest[1:] if answered else rest
+    if kind not in DIVERGENCES or len(tail) != 1 or tail[0] not in TAILS:
+        return DIVERGENCES.get(kind, key) if not rest else key
+    return f"{DIVERGENCES[kind]}{answered}, {TAILS[tail[0]]}"
