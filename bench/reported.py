@@ -3,8 +3,8 @@
     python -m bench.reported [ORGANISM] [--methods informed,tuned] [--seeds 0 1 2] [--trials 24] [--prompts 48]
                              [--tokens 32] [--smoke] [--json]
 
-Heretic's study comes first, and the members of its front with the fewest refusals are exported (`EXPORTED`). VERIFY then
-measures all on report prompts that none of them saw. Each method runs once with each seed; its seconds are those of all
+Heretic's study comes first, and the members of its front with the fewest refusals are exported (`EXPORTED`). VERIFY
+then measures all on report prompts that none of them saw. Each method runs once with each seed; its seconds are those of all
 stages but VERIFY, and Heretic's those of its set-up and trials. --trials 0 leaves Heretic out, as does a behavior that
 the model shows by nature (`base:disclaimer`), which Heretic's phrases do not describe. --smoke leaves it out as well.
 """
@@ -64,7 +64,8 @@ def make_row(program: str, seed: int, after: Measurement, behavior: str, seconds
     """Return what the document holds of a result."""
     names = (f"{behavior}.target", f"{behavior}.control", "degenerate.target")
     names += ("kl.first_token.mean", "kl.first_token.answered.mean", "perplexity.ratio", "fluency.ratio")
-    scores = {name.replace(behavior, "behavior"): after.scores[name].model_dump() for name in names if name in after.scores}
+    found = {name: after.scores[name] for name in names if name in after.scores}
+    scores = {name.replace(behavior, "behavior"): score.model_dump() for name, score in found.items()}
     return {"program": program, "seed": seed, "scores": scores, "seconds": seconds}
 
 
