@@ -28,7 +28,7 @@ def describe_directions(directions: Any) -> str:
     return f"{k} in each of {streams} streams of width {width}, by {steps}; {where}"
 
 
-def describe_plan(changes: Sequence[Any], edit: type) -> str:
+def describe_plan(changes: Sequence[Any], edit: type[Any]) -> str:
     """Return how many changes a plan has, in which blocks and parts, and how strong they are. edit: the type of
     those that have a strength."""
     if not changes:
