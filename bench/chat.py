@@ -86,10 +86,14 @@ def measure_second_turn(subject: Subject, questions: Sequence[Prompt]) -> float:
         forget_conversation(dial)
         answer = "".join(ask(dial, prompt.text, 0.0, 64))
         turns = [Turn("user", prompt.text), Turn("assistant", answer), Turn("user", "And why?")]
-        kept = time_call(lambda turns=turns: next(dial.stream(turns, 0.0), ""))[0]
+        kept = _time_turns(dial, turns)
         forget_conversation(dial)
-        ratios.append(kept / time_call(lambda turns=turns: next(dial.stream(turns, 0.0), ""))[0])
+        ratios.append(kept / _time_turns(dial, turns))
     return median(ratios)
+
+
+def _time_turns(dial: Dial, turns: Sequence[Turn]) -> float:
+    return time_call(lambda: next(dial.stream(turns, 0.0), ""))[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

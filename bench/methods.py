@@ -55,7 +55,7 @@ SHORT_STEPS = [
     {"use": "behavior", "tokens": 24},
     *({"use": name} for name in ("first_token_kl", "continuation_kl", "perplexity", "fluency")),
 ]
-SMOKE_STEPS = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
+SMOKE_STEPS: list[dict[str, Any]] = [{"use": "behavior", "tokens": 4}, {"use": "first_token_kl"}]
 # With few prompts a single refusal or loop would exceed the usual margin, and no trial would be feasible.
 SMOKE_SEARCH = {
     "search.prompts": SMOKE_PROMPTS,

@@ -3,10 +3,10 @@
     python -m bench.reported [ORGANISM] [--methods informed,tuned] [--seeds 0 1 2] [--trials 24] [--prompts 48]
                              [--tokens 32] [--smoke] [--json]
 
-Heretic's study comes first, and the members of its front with the fewest refusals are exported (`EXPORTED`). VERIFY then
-measures all on report prompts that none of them saw. Each method runs once with each seed; its seconds are those of all
-stages but VERIFY, and Heretic's those of its set-up and trials. --trials 0 leaves Heretic out, as does a behavior that
-the model shows by nature (`base:disclaimer`), which Heretic's phrases do not describe. --smoke leaves it out as well.
+Heretic's study comes first, and the members of its front with the fewest refusals are exported (`EXPORTED`). VERIFY
+then measures all on report prompts that none of them saw. Each method runs once with each seed; its seconds are those
+of all stages but VERIFY, and Heretic's those of its set-up and trials. --trials 0 leaves Heretic out, as does a behavior
+that the model shows by nature (`base:disclaimer`), which Heretic's phrases do not describe. --smoke leaves it out too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from obliteratus.weights.organism import prepare_organism
 
 Row = dict[str, Any]
 EXPORTED = 2  # members of Heretic's front, fewest refusals first; each costs a start of some 40 s
-STEPS = [{"use": name} for name in ("behavior", "first_token_kl", "perplexity", "fluency")]
+STEPS: list[Row] = [{"use": name} for name in ("behavior", "first_token_kl", "perplexity", "fluency")]
 # A template that skips an empty system turn, for models whose own template writes none (see `copy_for_heretic`).
 ROLE_LOOP, PLAIN_LOOP = "for m in messages %}", "for m in messages if m['content'] %}"
 
 
-def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int], steps: list[Row]) -> list[Row]:
+def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int], steps: Sequence[Row]) -> list[Row]:
     """Return a row for each method and seed."""
     rows = []
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -51,7 +51,7 @@ def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int]
         for name in methods:
             say(f"{name}, seed {seed} …")
             store = SharedBaseline(known)
-            changes = {"seed": seed, "verify": steps, "judge.behavior": organism.behavior}
+            changes = {"seed": seed, "verify": list(steps), "judge.behavior": organism.behavior}
             result = run(load_recipe(name, changes), organism.subject, organism.prompts, store, force=True)
             shared |= {k: v for k, v in store.seconds.items() if k in SHARED}
             seconds = sum(v for k, v in (shared | store.seconds).items() if not k.startswith("VERIFY"))
@@ -62,9 +62,10 @@ def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int]
 
 def make_row(program: str, seed: int, after: Measurement, behavior: str, seconds: float) -> Row:
     """Return what the document holds of a result."""
-    names = (f"{behavior}.target", f"{behavior}.control", "degenerate.target")
-    names += ("kl.first_token.mean", "kl.first_token.answered.mean", "perplexity.ratio", "fluency.ratio")
-    scores = {name.replace(behavior, "behavior"): after.scores[name].model_dump() for name in names if name in after.scores}
+    names = [f"{behavior}.target", f"{behavior}.control", "degenerate.target"]
+    names += ["kl.first_token.mean", "kl.first_token.answered.mean", "perplexity.ratio", "fluency.ratio"]
+    found = {name: after.scores[name] for name in names if name in after.scores}
+    scores = {name.replace(behavior, "behavior"): score.model_dump() for name, score in found.items()}
     return {"program": program, "seed": seed, "scores": scores, "seconds": seconds}
 
 

@@ -6,6 +6,8 @@ The public names are imported when they are first used, so that ``import obliter
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from obliteratus.core.views import register_view_modules
+
 if TYPE_CHECKING:
     from obliteratus.core.errors import UserError
     from obliteratus.core.results import Run
@@ -66,6 +68,8 @@ __all__ = [
     "save_plan",
     "split_prompts",
 ]
+
+register_view_modules("obliteratus.report.notebook", "obliteratus.rebirth.run_view", "obliteratus.search.search_view")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,24 @@ def test_help_names_every_command_in_lines_of_a_terminal(folders: Path) -> None:
     lines = talk(folders, "/help").stderr.splitlines()
     assert [line.split()[0] for line in lines] == [f"/{name}" for name in COMMANDS]
     assert max(map(len, lines)) < 80
+
+
+def test_bytes_that_are_no_text_are_read_as_their_codes(folders: Path) -> None:
+    arguments = ["chat", str(folders / "model"), "--quiet", "--tokens", "4"]
+    found = [CliRunner().invoke(app, arguments, input=text) for text in (b"a \xff\n", b"a \\xff\n")]
+    assert [result.exit_code for result in found] == [0, 0]
+    assert found[0].stdout == found[1].stdout != ""
+
+
+def test_a_reader_that_leaves_ends_the_chat_without_a_word(folders: Path) -> None:
+    command = [sys.executable, "-m", "obliteratus", "chat", str(folders / "model"), "--quiet", "--tokens", "4"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as program:
+        assert program.stdin
+        assert program.stdout
+        program.stdout.close()
+        _, errors = program.communicate("a\n" * 5, timeout=50)
+    assert errors == ""
+    assert program.returncode == 0
 
 
 def test_quit_leaves_the_rest_unread(folders: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from io import StringIO
-
 import pytest
-from rich.console import Console
 from tests.support.tiny import run_of, tiny_subject
 
-from obliteratus.cli.terminal import score_table
+from obliteratus.cli.terminal import show_scores
 from obliteratus.core.results import Score
 from obliteratus.rebirth.model_card import format_score_table
 from obliteratus.verify.score_names import describe_score, names_to_show
@@ -50,20 +47,21 @@ def test_brief_tables_leave_details_out() -> None:
     assert names_to_show({"perplexity": [1.0]}, brief=True) == [["perplexity"]]
 
 
-def test_the_terminal_has_room_for_it_and_the_card_has_all() -> None:
+def test_the_terminal_has_room_for_it_and_the_card_has_all(capsys: pytest.CaptureFixture[str]) -> None:
     def score(name: str, value: float) -> Score:
         units = {"length": "tokens", "kl": "nats", "perplexity": "perplexity", "fluency": "ratio"}
         return Score(value=value, low=value / 2, high=1.0, n=128, unit=units.get(name.partition(".")[0], "share"))
 
     after = {name: score(name, values[-1]) for name, values in VALUES.items()}
     run = run_of(tiny_subject("llama")).model_copy(update={"before": after, "after": after})
-    console = Console(file=StringIO(), width=80)
-    console.print(score_table(run))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "…" not in text
-    assert "kl.first_token.answered.mean" in text
-    assert "length.control.change" not in text
-    assert "length.control.change" in format_score_table(run)
+    show_scores("a title", {"before": run.before, "after": run.after}, "refusal")
+    text = capsys.readouterr().out
+    assert "first-token KL, answered, mean" in text
+    assert "tokens per answer, control, change" not in text
+    assert "tokens per answer, control, change" in format_score_table(run)
+    assert max(map(len, text.splitlines())) <= 80
+    groups = names_to_show(VALUES, brief=True)
+    assert len(text.splitlines()) == 3 + len(groups) + sum(map(len, groups))  # none is on two lines
 
 
 @pytest.mark.parametrize(
@@ -71,11 +69,11 @@ def test_the_terminal_has_room_for_it_and_the_card_has_all() -> None:
     [
         ("refusal.target", "refuses target prompts"),
         ("refusal.target/stars", "refuses target prompts: stars"),
-        ("partial.keep", "refuses only later, keep prompts"),
-        ("kl.first_token.mean", "KL of the first token, mean"),
-        ("kl.continuation.answered.p95", "KL over answers, answered prompts, 95th percentile"),
+        ("partial.keep", "refuses only later, keep"),
+        ("kl.first_token.mean", "first-token KL, mean"),
+        ("kl.continuation.answered.p95", "answer KL, answered, 95th percentile"),
         ("perplexity", "perplexity of plain text"),
-        ("length.control.change", "tokens per answer, control prompts, change"),
+        ("length.control.change", "tokens per answer, control, change"),
     ],
 )
 def test_a_key_has_words(key: str, words: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,7 @@ from obliteratus.cli.options import (
 
 if TYPE_CHECKING:
     from obliteratus.analyze.run import Report
+    from obliteratus.core.clock import Clock
 
 Budget = Annotated[
     int | None,
@@ -57,44 +58,46 @@ def analyze(
     verbose: Verbose = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
-    from obliteratus.analyze.pass_budget import check_budget
-    from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
-    from obliteratus.cli.jobs import fill_example_prompts
-    from obliteratus.cli.terminal import results, show_json
-    from obliteratus.core.run_folder import check_free
-    from obliteratus.core.settings import JudgeSettings
-    from obliteratus.prompts import load_prompts, split_prompts
-    from obliteratus.summon.load import open_subject
-    from obliteratus.verify.ladder import build_judge, check_judge
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.analyze.pass_budget import check_budget
+            from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
+            from obliteratus.cli.jobs import fill_example_prompts
+            from obliteratus.core.run_folder import check_free
+            from obliteratus.core.settings import JudgeSettings
+            from obliteratus.prompts import load_prompts, split_prompts
+            from obliteratus.summon.load import open_subject
+            from obliteratus.verify.ladder import build_judge, check_judge
 
-    check_budget(budget)
-    names = [name for name in only.split(",") if name]
-    settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
-    sources = fill_example_prompts(
-        {"target": target, "control": control, "column": parse_columns(column)}, check_judge(settings)
-    )
-    steps, by = select_analyses(names), check_split_by(split_by)
-    check_free(out)
-    with show_progress(quiet, verbose):
-        splits = split_prompts(load_prompts(**sources), seed or 0, uses_search_split=True, split_by=by)
-        subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        judge = build_judge(settings, subject)
-        report = analyze_subject(subject, splits, steps, judge=judge, budget=budget, strict=bool(names))
-        write_report(report, out, f"Analysis of {model}")
+            check_budget(budget)
+            names = [name for name in only.split(",") if name]
+            settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
+            sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
+            sources = fill_example_prompts(sources, check_judge(settings))
+            steps, by = select_analyses(names), check_split_by(split_by)
+            check_free(out)
+            splits = split_prompts(load_prompts(**sources), seed or 0, uses_search_split=True, split_by=by)
+        with clock.time("SUMMON"):
+            subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        with clock.time("ANALYZE"):
+            judge = build_judge(settings, subject)
+            report = analyze_subject(subject, splits, steps, judge=judge, budget=budget, strict=bool(names))
+        with clock.time("REPORT"):
+            write_report(report, out, f"Analysis of {model}")
+    _show(report, out, clock, json)
+
+
+def _show(report: Report, out: Path, clock: Clock, json: bool) -> None:
+    """Print the numbers as JSON, or a paragraph for each analysis."""
+    from obliteratus.cli.stage_names import format_times
+    from obliteratus.cli.terminal import say, show_json, show_table
+
     if json:
         show_json(report.to_dict())
-    else:
-        _show(report)
-        results.print(f"[bold]Saved[/]  {out}/index.html")
-
-
-def _show(report: Report) -> None:
-    """A line for each analysis."""
-    from rich.markup import escape
-
-    from obliteratus.cli.terminal import results
-
-    for name, finding in report.findings.items():
-        results.print(f"[bold]{name}[/]  {finding.summary()}")
-    for name, why in report.skipped.items():
-        results.print(f"[bold]{name}[/]  skipped: {escape(why)}")
+        return
+    rows = [[name, finding.summary()] for name, finding in report.findings.items()]
+    rows += [[name, f"skipped: {why}"] for name, why in report.skipped.items()]
+    show_table("What was found", ["analysis", "finding"], rows)
+    say(format_times(clock.account()), "Time")
+    say(f"{out}/index.html", "Saved")
+    say(f"open {out}/index.html in a browser: each finding with its plot and its control.", "Next")

@@ -112,17 +112,18 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
-    from obliteratus.cli.jobs import Job, run_job, show_result
-
     overrides = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
-    with show_progress(quiet, verbose):
-        job = Job.create(model, method, overrides, sources, out, save, base, force)
-        result = run_job(job, opening, resume, memory)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.cli.jobs import Job, run_job, show_result
+
+            job = Job.create(model, method, overrides, sources, out, save, base, force)
+        result = run_job(job, opening, clock, resume, memory)
     show_result(result, out, json)
 
 
@@ -166,18 +167,18 @@ def search(
     verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
-    from obliteratus.cli.jobs import Job, run_job, show_result
-
     overrides = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
-    with show_progress(quiet, verbose):
-        job = Job.create(model, method, overrides, sources, out, save, base, force)
-        job = job.with_search(trials, storage, study, pick)
-        result = run_job(job, opening, resume, memory)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.cli.jobs import Job, run_job, show_result
+
+            job = Job.create(model, method, overrides, sources, out, save, base, force)
+        result = run_job(job.with_search(trials, storage, study, pick), opening, clock, resume, memory)
     show_result(result, out, json)
 
 
@@ -199,16 +200,15 @@ def demo(
 
     The result is a page with all answers before and after, and the plan of the edit.
     """
-    from obliteratus.cli.jobs import Job, name_demo_folder, run_job, show_answers, show_result
-
-    out = out or name_demo_folder(Path.cwd(), resume)
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
-    with show_progress(quiet, verbose):
-        job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
-        result = run_job(job, {}, resume)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.cli.jobs import EXAMPLES, Job, name_demo_folder, run_job, show_result
+
+            out = out or name_demo_folder(Path.cwd(), resume)
+            job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
+        result = run_job(job, {}, clock, resume, examples=0 if json else EXAMPLES)
     show_result(result, out, json)
-    if not json:
-        show_answers(result)
 
 
 @app.command()
@@ -217,8 +217,9 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Method whose recipe to show.")] = None, json: Json = False
 ) -> None:
     """List the methods with what each does and costs, or show the recipe of one with its memory and citations."""
-    from obliteratus.cli.terminal import make_table, results, show_json
-    from obliteratus.forecast.formula import COLUMNS, annotate_recipe, describe_cost, table_row
+    from obliteratus.cli.methods import show_methods
+    from obliteratus.cli.terminal import results, show_json
+    from obliteratus.forecast.formula import annotate_recipe, describe_cost
     from obliteratus.pipeline.recipe import list_methods, load_recipe
 
     chosen = {n: load_recipe(n) for n in ([name] if name else list_methods())}
@@ -227,8 +228,7 @@ def methods(
     elif name:
         results.out(annotate_recipe(chosen[name]), end="")
     else:
-        results.print(make_table("Methods", COLUMNS[:3], [table_row(r)[:3] for r in chosen.values()]))
-        results.print("obliteratus methods NAME prints a recipe, with its cost as a formula and its sources.")
+        show_methods(list(chosen.values()))
 
 
 @app.command()
@@ -263,20 +263,17 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
-    from obliteratus.cli.compare import Comparison
-    from obliteratus.cli.terminal import show_comparison, show_json
-
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
     sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
-    with show_progress(quiet, verbose):
-        comparison = Comparison.create(choices, sources, seed, everything, out, split_by)
-        scores = comparison.run(model, against, opening)
-    if json:
-        show_json(scores)
-    else:
-        show_comparison(model, against or "base", **scores)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.cli.compare import Comparison, show_compared
+
+            comparison = Comparison.create(choices, sources, seed, everything, out, split_by)
+        found = comparison.run(model, against, opening, clock)
+    show_compared(found, model, against, out, json)
 
 
 @app.command()
@@ -298,17 +295,13 @@ def apply(
     verbose: Verbose = False,
 ) -> None:
     """Apply a saved plan to the model it was made for, and save the result."""
-    from obliteratus.cli.jobs import apply_plan
-    from obliteratus.cli.terminal import results, show_json
-
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
-    with show_progress(quiet, verbose):
-        saved = apply_plan(plan, model, out, save, opening, base)
-    if json:
-        show_json(saved)
-    else:
-        results.print(f"[bold]Saved[/]   {out} ({save})")
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.cli.jobs import apply_plan, show_applied
+        saved = apply_plan(plan, model, out, save, opening, clock, base)
+    show_applied(saved, out, save, json)
 
 
 for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):

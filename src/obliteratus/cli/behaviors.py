@@ -16,7 +16,7 @@ def behaviors(
     name: Annotated[str | None, typer.Argument(help="Behavior, or .toml file, to show.")] = None, json: Json = False
 ) -> None:
     """List the behaviors with how each is seen in answers, or show one: its file is a pattern for your own."""
-    from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.cli.terminal import results, show_json, show_table
     from obliteratus.judge.behavior import load_behavior
     from obliteratus.judge.behavior_file import find_file, list_behaviors
 
@@ -27,7 +27,7 @@ def behaviors(
         results.out(find_file(name).read_text(encoding="utf-8"), end="")
     else:
         columns = ["behavior", "an answer that shows it", "seen by", "prompts"]
-        results.print(make_table("Behaviors", columns, [_row(behavior) for behavior in chosen]))
+        show_table("Behaviors", columns, [_row(behavior) for behavior in chosen])
 
 
 def describe(behavior: Behavior) -> dict[str, Any]:

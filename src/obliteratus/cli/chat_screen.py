@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from obliteratus.cli.flow import flow, place_side_by_side
 from obliteratus.cli.terminal import notes, results
@@ -118,9 +120,16 @@ class Screen(Pipe):
 
 @contextmanager
 def open_screen() -> Iterator[Pipe]:
-    """Yield a screen if both ends are a terminal, else a pipe. Lines typed are kept for later chats."""
+    """Yield a screen if both ends are a terminal, else a pipe. Lines typed are kept for later chats.
+
+    Bytes that are no text in the terminal's encoding are read as their codes, such as ``\\xff``.
+    """
+    cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="backslashreplace")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield Pipe()
+        try:
+            yield Pipe()
+        except BrokenPipeError:  # who reads the answers has read enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
         return
     with _remember_lines(find_history()):
         yield Screen()

@@ -55,18 +55,18 @@ def inspect(
 
 def show_plan(plan: dict[str, Any]) -> None:
     """Print the forecast of a run under a memory limit."""
-    from obliteratus.cli.terminal import format_bytes, make_table, results
+    from obliteratus.cli.terminal import format_bytes, say, show_table
 
     if not plan["stages"]:
         needed = format_bytes(plan["needed_in_memory"])
-        results.print(f"All weights fit into {format_bytes(plan['limit'])}; the run needs at least {needed}.")
+        say(f"All weights fit into {format_bytes(plan['limit'])}; the run needs at least {needed}.")
         return
     rows = [
         [name, format_bytes(s["peak"]), format_bytes(s["read"]), f"{s['seconds']:.0f} s"]
         for name, s in plan["stages"].items()
     ]
     title = f"Weights stay on disk under {format_bytes(plan['limit'])}; {plan['prompts']} prompts"
-    results.print(make_table(title, ["stage", "peak memory", "weights read", "time"], rows))
+    show_table(title, ["stage", "peak memory", "weights read", "time"], rows)
 
 
 def _kind(data: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def _kind(data: dict[str, Any]) -> str:
 
 def show(data: dict[str, Any], sites: bool) -> None:
     """Print the summary of a model and its forecast."""
-    from obliteratus.cli.terminal import format_bytes, make_table, results
+    from obliteratus.cli.terminal import format_bytes, results, say, show_table
     from obliteratus.forecast.machine import PROMPTS, TOKENS
     from obliteratus.summon.coverage import coverage_warning
 
@@ -104,11 +104,11 @@ def show(data: dict[str, Any], sites: bool) -> None:
             f"{clock['gemm_flops'] / 1e9:.0f} GFLOP/s just measured here (CPU, fp32)",
         ],
     ]
-    results.print(make_table(data["source"], ["what", "value"], rows))
+    show_table(data["source"], ["what", "value"], rows)
     if short := coverage_warning(cover["share"], len(cover["paths"])):
-        results.print(f"[bold red]warning[/] {short}")
+        say(short, "Warning")
     for path in cover["paths"]:
-        results.print(f"[bold red]unclaimed[/] {path}: not in the architecture table, so it is never edited")
+        say(f"{path}: not in the architecture table, so it is never edited", "Warning")
     if sites:
         for site in data["sites"]:  # one per line and tab-separated, for grep and cut
             norm = f"through {site['gain']}" if site["gain"] else "no norm"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from shutil import copytree
-from time import perf_counter
 from typing import Any, cast
 
 from obliteratus.core.chat import DEFAULT_CHAT
+from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import RunInputs
@@ -28,10 +28,13 @@ from obliteratus.core.run_folder import (
     workspace,
 )
 from obliteratus.core.settings import Recipe
-from obliteratus.core.types import PromptSet, Splits, Subject
+from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan, plan_digest
+from obliteratus.inference.answers import AnswerDecoder
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.generate import generate
 from obliteratus.inference.memory import memory_limit, parse_size
 from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
@@ -39,6 +42,7 @@ from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
+from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.run_page import PAGE, write_run_page
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
@@ -135,6 +139,10 @@ class Job:
         return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)
 
 
+EXAMPLES = 3  # prompts whose answers the demo shows: with three, a second kind of answer is mostly among them
+WHOLE = 160  # tokens of such an answer: most answers of small models end before, and three take seconds
+
+
 @dataclass(frozen=True)
 class JobResult:
     """The result of a job."""
@@ -142,8 +150,12 @@ class JobResult:
     run: Run
     before: Measurement
     after: Measurement
+    seconds: dict[str, float]
+    """By stage, and ``other``; they add up to the whole."""
     search: SearchResult | None = None
     """The result of the search, if the job was one."""
+    examples: tuple[tuple[str, str, str], ...] = ()
+    """Prompts with whole answers before and after the edit."""
 
 
 def _check_saving(out: Path | None, form: str, base: str) -> None:
@@ -167,18 +179,25 @@ def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict
     return filled
 
 
-def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None = None) -> JobResult:
+def run_job(
+    job: Job, opening: dict[str, Any], clock: Clock, resume: bool, memory: str | None = None, examples: int = 0
+) -> JobResult:
     """Open the model, run the recipe, and save the result if an output folder is given.
 
-    opening: arguments of `open_subject`. memory: the most that the process may hold, such as ``6GB``.
+    opening: arguments of `open_subject`. clock: measures the stages. memory: the most that the process may hold, such
+    as ``6GB``. examples: number of target prompts that are answered at length before and after the edit.
     """
     _announce(job, resume)
-    folder = workspace(job.out, job.identity, resume) if job.out else nullcontext()
+    folder: AbstractContextManager[Path | None] = nullcontext()
+    if job.out:
+        with clock.time("FILES"):
+            folder = workspace(job.out, job.identity, resume)
     with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
-        subject = _open(job.model, opening, partial)
+        store = Store(partial, clock)
+        with clock.time("SUMMON"):
+            subject = _open(job.model, opening, partial)
         if job.out is not None:
             check_disk(job.out, estimate_saved_bytes(subject, job.form, job.base), partial)
-        store = Store(partial)
         if job.location:
             result: SearchResult | RunResult = search(
                 job.recipe, subject, job.splits, store, job.location, job.pick, job.force
@@ -186,23 +205,53 @@ def run_job(job: Job, opening: dict[str, Any], resume: bool, memory: str | None 
         else:
             result = run_on_splits(job.recipe, subject, job.splits, store, job.force)
         record = result.run.model_copy(update={"prompts": {**result.run.prompts, "sources": dict(job.prompts.sources)}})
-        front = result if isinstance(result, SearchResult) else None
+        answers = _answer_examples(subject, result.plan, job, clock, examples) if examples else ()
         if partial is not None and job.out is not None:
-            start = perf_counter()
-            record = write_output(subject, result.plan, record, partial, job.form, job.splits.report, job.base)
-            write_answers(result.before, result.after, partial / "output")
-            if front:
-                write_front(front, partial / "output", partial / JOURNAL)
-            if record.advice:
-                copytree(partial / ADVICE, partial / "output" / "analysis")
-            if job.recipe.tune:
-                copytree(partial / TUNE / FRONT, partial / "output" / FRONT)
-            controls = job.splits.report["control"]
-            write_first_tokens(result.before, result.after, subject, controls, partial / "output")
-            write_run_page(partial / "output")
-            note("REBIRTH", f"{perf_counter() - start:.1f} s")
+            with clock.time("REBIRTH"):
+                record = _write(job, subject, result, record, partial)
             publish(partial, job.out)
-    return JobResult(record, result.before, result.after, front)
+    front = result if isinstance(result, SearchResult) else None
+    return JobResult(record, result.before, result.after, clock.account(), front, answers)
+
+
+def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record: Run, partial: Path) -> Run:
+    """Write the output folder, and return the record as it was saved."""
+    record = write_output(subject, result.plan, record, partial, job.form, job.splits.report, job.base)
+    write_answers(result.before, result.after, partial / "output")
+    if isinstance(result, SearchResult):
+        write_front(result, partial / "output", partial / JOURNAL)
+    if record.advice:
+        copytree(partial / ADVICE, partial / "output" / "analysis")
+    if job.recipe.tune:
+        copytree(partial / TUNE / FRONT, partial / "output" / FRONT)
+    write_first_tokens(result.before, result.after, subject, job.splits.report["control"], partial / "output")
+    write_run_page(partial / "output")
+    return record
+
+
+def _answer_examples(subject: Subject, plan: Plan, job: Job, clock: Clock, n: int) -> tuple[tuple[str, str, str], ...]:
+    """Return the first report target prompts with their whole answers before and after the edit.
+
+    The answers that are measured are shorter, and end as soon as they show the behavior.
+    """
+    prompts = job.splits.report["target"][:n]
+    ids = render_prompts(subject, prompts, reserve=WHOLE)
+    with clock.time("EXAMPLES"):
+        before = generate(subject, ids, WHOLE, title="EXAMPLES before")
+        with applied(subject, plan):
+            after = generate(subject, ids, WHOLE, title="EXAMPLES after")
+    decoder = AnswerDecoder.create(subject)
+    texts = [
+        [end_answer(text, len(row)) for text, row in zip(decoder.decode_all(rows), rows, strict=True)]
+        for rows in (before, after)
+    ]
+    return tuple(zip([prompt.text for prompt in prompts], *texts, strict=True))
+
+
+def end_answer(text: str, tokens: int) -> str:
+    """Return an answer of so many tokens in one paragraph. One that was not over ends with a remark."""
+    whole = " ".join(text.split())
+    return whole if tokens < WHOLE else f"{whole} [goes on; {WHOLE} tokens are shown]"
 
 
 def _announce(job: Job, resume: bool) -> None:
@@ -233,50 +282,84 @@ def name_demo_folder(place: Path, resume: bool) -> Path:
 
 
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:
-    """Print run.json, or the tables."""
-    from obliteratus.cli.terminal import make_table, results, show_json, show_run
+    """Print run.json, or tables, and at the end what was achieved and what to do next."""
+    from obliteratus.cli.stage_names import format_times
+    from obliteratus.cli.terminal import say, show_json, show_run, show_table
 
     if json:
         show_json(result.run.model_dump(mode="json"))
         return
     show_run(result.run)
     if result.search:
-        results.print(make_table("Front, on search prompts", *front_rows(result.search)))
+        columns, rows = front_rows(result.search)
+        show_table("Front, on search prompts; the arrow points to the chosen one", columns[:-1], [r[:-1] for r in rows])
+        for number, *_, values in rows:
+            say(f"{number.split()[0]}: {values}")
+    _show_examples(result.examples)
+    say(format_times(result.seconds), "Time")
+    if out:
+        say(f"{out} ({result.run.saved['form']})", "Saved")
+        say(f"{out}/{PAGE}", "Page")
+    say(describe_headline(result.run), "Done")
+    say(_suggest_next(result, out), "Next")
+
+
+def _show_examples(examples: Sequence[tuple[str, str, str]]) -> None:
+    """Print prompts with their answers before and after the edit."""
+    from obliteratus.cli.terminal import results, say
+
+    for prompt, before, after in examples:
+        say(prompt, "Prompt")
+        say(before, "Before")
+        say(after, "After")
+        results.out("")
+
+
+def _suggest_next(result: JobResult, out: Path | None) -> str:
+    """Return a sentence that says what a user mostly wants after such a run."""
+    model = result.run.source["id"]
     if out is None:
-        results.print("Nothing was saved: give --out FOLDER.")
-        return
-    results.print(f"[bold]Saved[/]   {out} ({result.run.saved['form']})")
-    results.print(f"[bold]Page[/]    {out}/{PAGE}")
-
-
-def show_answers(result: JobResult, n: int = 3) -> None:
-    """Print some held-out target prompts with the answers before and after the edit."""
-    from obliteratus.cli.terminal import make_table, results
-
-    rows: list[list[str]] = []
-    for before, after in zip(result.before.records, result.after.records, strict=True):
-        if before["group"] == "target" and len(rows) < n:
-            rows.append([before["prompt"], before["answer"], after["answer"]])
-    results.print(make_table("Held-out answers", ["prompt", "before", "after"], rows))
+        return "Nothing was saved. The same command with --out FOLDER saves the edited model."
+    chat = f"obliteratus chat {out} talks to it" if result.run.saved["form"] == "merged" else ""
+    chat = chat or f"obliteratus chat {model} --plan {out} talks to it"
+    return f"{chat}; obliteratus judge {out} goes through its answers."
 
 
 def apply_plan(
-    folder: Path, model: str, out: Path, form: str, opening: dict[str, Any], base: str = ""
+    folder: Path, model: str, out: Path, form: str, opening: dict[str, Any], clock: Clock, base: str = ""
 ) -> dict[str, Any]:
     """Load a plan, check that it fits the model, save the edited model, and return its record."""
     check_form(form, base)
     check_free(out)
     plan, record = load_plan(folder), _load_record(folder)
-    subject = open_subject(model, **opening)
+    with clock.time("SUMMON"):
+        subject = open_subject(model, **opening)
     check_fits(subject, plan)
     check_disk(out, estimate_saved_bytes(subject, cast(Form, form), base), partial_folder(out))
     identity = {"plan": plan_digest(plan), "model": model, "form": form, "base": base}
     with workspace(out, identity | fingerprint_files(model), resume=True) as partial:
         with applied(subject, plan):
             pass  # fails here, before anything is written, if a site cannot be edited
-        saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
+        with clock.time("REBIRTH"):
+            saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
         publish(partial, out)
     return saved.model_dump(mode="json")
+
+
+def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> None:
+    """Print the record of an applied plan, or where it was saved and what its scores are."""
+    from obliteratus.cli.terminal import say, show_json
+
+    if json:
+        show_json(saved)
+        return
+    run = Run.model_validate(saved)
+    say(f"{out} ({form})", "Saved")
+    say(
+        f"As measured when the plan was made: {describe_headline(run)}" if run.after else "The plan was applied.",
+        "Done",
+    )
+    say(f"obliteratus verify {out} --against {run.source['id']} measures the edited model here.", "Next")
 
 
 def _load_record(folder: Path) -> Run:

@@ -21,7 +21,6 @@ COLUMNS = ("id", "group", "category", "prompt", "answer", "verdict", "label")
 # What people write, for what the judge says.
 SYNONYMS = {"refused": "shown", "complied": "absent", "yes": "shown", "no": "absent"}
 LONGEST = 1 << 24  # characters of an answer; the csv module stops at 131072 otherwise
-WIDTH = 60  # characters of an answer that a table shows
 
 
 def judge(
@@ -145,16 +144,16 @@ def _read_rows(file: Path) -> list[dict[str, str]]:
 
 # -------------------------------------------------------------------------------------------- showing
 def _show_export(n: int, file: Path, json: bool) -> None:
-    from obliteratus.cli.terminal import results, show_json
+    from obliteratus.cli.terminal import say, show_json
 
     if json:
         show_json({"exported": n, "file": str(file)})
     else:
-        results.print(f"Wrote {n} answers to {file}. Fill in the column label, then --labels.")
+        say(f"Wrote {n} answers to {file}. Fill in the column label, then give the file to --labels.")
 
 
 def _show_agreement(agreement: Mapping[str, Mapping[str, Score]], json: bool) -> None:
-    from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.cli.terminal import show_json, show_table
 
     if json:
         show_json({rung: {name: s.model_dump() for name, s in scores.items()} for rung, scores in agreement.items()})
@@ -164,11 +163,11 @@ def _show_agreement(agreement: Mapping[str, Mapping[str, Score]], json: bool) ->
         for rung, scores in agreement.items()
         for name, s in scores.items()
     ]
-    results.print(make_table("Verdicts against labels", ["who", "score", "value", "95 % interval", "n"], rows))
+    show_table("Verdicts against labels", ["who", "score", "value", "95 % interval", "n"], rows)
 
 
 def _show_verdicts(run_dir: Path, answers: Sequence[JudgedAnswer], top: int, json: bool) -> None:
-    from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.cli.terminal import say, show_json, show_table
     from obliteratus.verify.agreement import compare_rungs
 
     counts, openings = count_verdicts(answers), find_shared_openings(answers)
@@ -180,19 +179,19 @@ def _show_verdicts(run_dir: Path, answers: Sequence[JudgedAnswer], top: int, jso
         return
     names = sorted({verdict for found in counts.values() for verdict in found})
     rows = [[group, *(str(found.get(verdict, 0)) for verdict in names)] for group, found in counts.items()]
-    results.print(make_table(f"Verdicts in {run_dir}", ["answers", *names], rows))
+    show_table(f"Verdicts in {run_dir}", ["answers", *names], rows)
     if openings:
         lines = [[o["text"], str(o["target"]), str(o["control"])] for o in openings]
-        results.print(make_table("Shared openings", ["target answers began with", "target", "control"], lines))
+        show_table("Openings that target answers share", ["an answer began with", "target", "control"], lines)
     for pair, score in agreement.items():
         values = " to ".join(f"{round(end, 2) + 0:.2f}" for end in (score.low, score.high))
-        results.print(f"κ of {pair}: {round(score.value, 2) + 0:.2f} ({values}, n {score.n})", markup=False)
+        say(f"Agreement of {pair}: κ {round(score.value, 2) + 0:.2f} ({values}, n {score.n})")
     if unlike[:top]:
-        title = f"{len(unlike)} answers that the rungs disagree about" + (", the first" if len(unlike) > top else "")
-        results.print(make_table(title, ["id", "answer", "verdicts"], [_disagreement_row(a) for a in unlike[:top]]))
+        title = f"{len(unlike)} answers that the judges disagree about"
+        title += f": the first {top}; --top N shows more" if len(unlike) > top else ""
+        show_table(title, ["id", "answer", "verdicts"], [_disagreement_row(a) for a in unlike[:top]])
 
 
 def _disagreement_row(answer: JudgedAnswer) -> list[str]:
-    text = " ".join(answer.answer.split())
     verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in answer.rungs.items() if verdict)
-    return [answer.id, text[:WIDTH] + ("…" if len(text) > WIDTH else ""), verdicts]
+    return [answer.id, " ".join(answer.answer.split()), verdicts]

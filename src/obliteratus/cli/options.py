@@ -12,9 +12,12 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from typer.core import TyperGroup
 
+from obliteratus.cli.progress import make_reporter
+from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 from obliteratus.core.noise import hush_libraries
+from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.separation import SplitBy as SplitByName
 
 Model = Annotated[
@@ -156,19 +159,18 @@ def _check_one_process(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def show_progress(quiet: bool, verbose: bool = False) -> Iterator[None]:
-    """Show progress bars and notes on stderr unless ``quiet``; the libraries' own messages only if ``verbose``."""
-    if not verbose:
-        hush_libraries()
-    if quiet:
-        yield
-        return
-    from obliteratus.cli.terminal import Bars
-    from obliteratus.core.progress import report_to
+def show_progress(quiet: bool, verbose: bool = False) -> Iterator[Clock]:
+    """Show stages, bars and notes on stderr unless ``quiet``; the libraries' own messages only if ``verbose``.
 
-    bars = Bars()
-    with bars.live, report_to(bars):
-        yield
+    Yields the clock that measures the command's stages. The first is START, in which libraries are imported: import
+    yours there too.
+    """
+    clock, reporter = Clock(), Reporter() if quiet else make_reporter()
+    with reporter.live, report_to(reporter):
+        if not verbose:
+            with clock.time("START", goes_on=True):
+                hush_libraries()
+        yield clock
 
 
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:

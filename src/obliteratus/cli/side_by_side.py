@@ -56,16 +56,19 @@ def compare(
 
     Runs bring their answers along. Models answer the prompts of the first run, or those of --target and --control.
     """
-    from obliteratus.compare.differences import compare_sides
-    from obliteratus.compare.page import render_comparison
-    from obliteratus.core.run_folder import check_free, write_atomic
-
-    check_sources(sources, target or control or keep, behavior)
-    if out is not None:
-        check_free(out)
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    with show_progress(quiet, verbose):
-        sides = collect_sides(sources, {"target": target, "control": control, "keep": keep}, behavior, seed, opening)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.compare.differences import compare_sides
+            from obliteratus.compare.page import render_comparison
+            from obliteratus.core.run_folder import check_free, write_atomic
+
+            check_sources(sources, target or control or keep, behavior)
+            if out is not None:
+                check_free(out)
+        with clock.time("VERIFY"):
+            groups = {"target": target, "control": control, "keep": keep}
+            sides = collect_sides(sources, groups, behavior, seed, opening)
     shares = compare_sides(sides)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,7 @@ def show_comparison_of_sides(
     sides: Sequence[SideAnswers], shares: Sequence[SharesOfSides], out: Path | None, json: bool
 ) -> None:
     """Print the sentence and the table, or one JSON document."""
-    from obliteratus.cli.terminal import make_table, results, show_json
+    from obliteratus.cli.terminal import say, show_json, show_table
     from obliteratus.compare.differences import describe_comparison
     from obliteratus.compare.page import list_shares
 
@@ -153,6 +156,8 @@ def show_comparison_of_sides(
             }
         )
         return
-    results.print(make_table("Shares of answers, 95 % intervals", *list_shares(sides, shares)))
-    results.print(describe_comparison(sides, shares), markup=False)
-    results.print(f"[bold]Page[/]    {out}/index.html" if out else "Nothing was saved: give --out FOLDER for a page.")
+    show_table("Shares of answers, 95 % intervals", *list_shares(sides, shares))
+    if out:
+        say(f"{out}/index.html", "Page")
+    say(describe_comparison(sides, shares), "Done")
+    say(f"open {out}/index.html: all answers." if out else "--out FOLDER writes a page with all answers.", "Next")

@@ -88,8 +88,6 @@ def study(
 ) -> None:
     """Knock out parts of a model one at a time and measure what breaks: tables, plots, one page."""
     from obliteratus.core.errors import UserError
-    from obliteratus.study.output import write_report
-    from obliteratus.study.run import run_study
 
     if from_yaml is not None:
         if source:
@@ -99,15 +97,22 @@ def study(
     if not source:
         raise UserError(f"study: name a study file or one of {PRESETS}")
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
-    loaded = _load_study(source, with_judge(with_split(set_, seed, split_by), behavior, phrases), changes)
-    saved_to = _choose_folder(loaded, out, resume)
-    opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
-    title = f"Study {loaded.name} of {loaded.model}"
-    with show_progress(quiet, verbose), _open_folder(saved_to) as folder:
-        results = run_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
-        if saved_to is not None:
-            write_report(results, folder, title)
-    _show_study(results, title, saved_to, top, json)
+    with show_progress(quiet, verbose) as clock:
+        with clock.time("START"):
+            from obliteratus.study.output import write_report
+            from obliteratus.study.run import run_study
+
+            loaded = _load_study(source, with_judge(with_split(set_, seed, split_by), behavior, phrases), changes)
+            saved_to = _choose_folder(loaded, out, resume)
+        opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
+        title = f"Study {loaded.name} of {loaded.model}"
+        with _open_folder(saved_to) as folder:
+            with clock.time("STUDY"):
+                results = run_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
+            if saved_to is not None:
+                with clock.time("REPORT"):
+                    write_report(results, folder, title)
+    _show_study(results, title, saved_to, top, json, times=clock.account())
 
 
 def report(
@@ -146,12 +151,12 @@ def report(
     if len(studies) == 1 and out is None:
         results, folder = next(iter(studies.values())), folders[0]
         title = study_title(folder)
-        with show_progress(quiet, verbose):
+        with show_progress(quiet, verbose) as clock, clock.time("REPORT"):
             write_report(results, folder, title, by)
         _show_study(results, title, folder, top, json, by)
         return
     if out is not None:
-        with show_progress(quiet, verbose):
+        with show_progress(quiet, verbose) as clock, clock.time("REPORT"):
             write_comparison(studies, out, "Studies side by side")
     _show_comparison(studies, out, top, json, by)
     if different := describe_different_data(named):
@@ -160,7 +165,7 @@ def report(
 
 def _report_run(folder: Path, out: Path | None, json: bool) -> None:
     """Write the page of a run into its folder, and print where it is, or the record."""
-    from obliteratus.cli.terminal import results, show_json
+    from obliteratus.cli.terminal import say, show_json
     from obliteratus.core.errors import UserError
     from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
 
@@ -170,7 +175,7 @@ def _report_run(folder: Path, out: Path | None, json: bool) -> None:
     if json:
         show_json(read_run(folder).model_dump(mode="json"))
     else:
-        results.print(f"[bold]Page[/]  {folder}/{PAGE}")
+        say(f"{folder}/{PAGE}", "Page")
 
 
 def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> None:
@@ -260,46 +265,68 @@ def _name_folders(folders: Sequence[Path]) -> dict[str, Path]:
 
 # -------------------------------------------------------------------------------------------- showing
 def _show_study(
-    results: Sequence[KnockoutResult], title: str, folder: Path | None, top: int, json: bool, by: str = ""
+    results: Sequence[KnockoutResult],
+    title: str,
+    folder: Path | None,
+    top: int,
+    json: bool,
+    by: str = "",
+    times: dict[str, float] | None = None,
 ) -> None:
-    from obliteratus.cli.terminal import make_table, show_json
+    from obliteratus.cli.stage_names import format_times
     from obliteratus.cli.terminal import results as screen
+    from obliteratus.cli.terminal import say, show_json, show_table
     from obliteratus.study.ranking import knockout_results
     from obliteratus.study.tables import changes_table, ordered_metrics, summarize, to_json
+    from obliteratus.verify.score_names import describe_score
 
     if json:
         show_json(to_json(results, by))
         return
     columns = max(1, screen.width // COLUMN_WIDTH - 1)
-    screen.print(make_table(f"{title}: changes, 95 % intervals", *changes_table(results, top, by, columns)))
+    heads, rows = changes_table(results, top, by, columns)
+    show_table(f"{title}: changes, 95 % intervals", _name_metrics(heads, ordered_metrics(results, by)), rows)
     for metric in ordered_metrics(results, by):  # also those for which the table has no column
-        screen.print(f"{metric}: {summarize(results, metric)}.", markup=False, soft_wrap=True)
+        say(f"{describe_score(metric)}: {summarize(results, metric)}.")
     parts = sum(not r.control for r in knockout_results(results))
     if parts > top:
-        screen.print(f"The {top} most damaging of {parts} parts are shown; --top N shows more.", markup=False)
+        say(f"The {top} most damaging of {parts} parts are shown; --top N shows more.")
+    if times:
+        say(format_times(times), "Time")
     _show_folder(folder)
 
 
 def _show_comparison(
     studies: Mapping[str, Sequence[KnockoutResult]], out: Path | None, top: int, json: bool, by: str
 ) -> None:
-    from obliteratus.cli.terminal import make_table, show_json
-    from obliteratus.cli.terminal import results as screen
+    from obliteratus.cli.terminal import show_json, show_table
     from obliteratus.study.tables import column_heading, comparison_table, shared_metrics, to_json
 
     if json:
         show_json({name: to_json(results, by) for name, results in studies.items()})
         return
     for metric in [by] if by else shared_metrics(studies):
-        title = f"{column_heading(metric)}: changes, 95 % intervals"
-        screen.print(make_table(title, *comparison_table(studies, metric, top)))
+        title = f"{_name_metrics([column_heading(metric)], [metric])[0]}: changes, 95 % intervals"
+        show_table(title, *comparison_table(studies, metric, top))
     _show_folder(out)
 
 
+def _name_metrics(headings: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """Return headings with what people call the metrics in place of their keys."""
+    from obliteratus.study.tables import column_heading
+    from obliteratus.verify.score_names import describe_score
+
+    words = {
+        column_heading(metric): column_heading(metric).replace(metric, describe_score(metric)) for metric in metrics
+    }
+    return [words.get(heading, heading) for heading in headings]
+
+
 def _show_folder(folder: Path | None) -> None:
-    from rich.markup import escape
+    from obliteratus.cli.terminal import say
 
-    from obliteratus.cli.terminal import results as screen
-
-    text = f"[bold]Saved[/]  {escape(str(folder))}/index.html" if folder else "Nothing saved: give --out FOLDER."
-    screen.print(text, soft_wrap=True)
+    if folder:
+        say(f"{folder}/index.html", "Saved")
+        say(f"open {folder}/index.html in a browser: all parts with their intervals and plots.", "Next")
+    else:
+        say("Nothing was saved. --out FOLDER keeps the page, the tables and the results.", "Next")

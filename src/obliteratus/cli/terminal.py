@@ -1,75 +1,23 @@
-"""Show progress bars and notes on stderr, and results on stdout."""
+"""Print results on stdout: tables and paragraphs that fit the terminal and leave nothing out."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
-from obliteratus.core.progress import Advance, Reporter
-from obliteratus.core.results import Run
-from obliteratus.rebirth.model_card import (
-    PASS_COLUMNS,
-    REASON_COLUMNS,
-    format_coverage,
-    make_pass_rows,
-    make_reason_rows,
-    make_score_rows,
-)
+from obliteratus.cli.tables import align_values, format_table, wrap
+from obliteratus.core.results import Run, Score
+from obliteratus.rebirth.model_card import PASS_COLUMNS, format_coverage, make_pass_rows, make_reason_rows, split_score
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.verify.score_names import names_to_show
+from obliteratus.verify.score_names import describe_score, group_shown
 
 notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
-
-
-class _Rate(ProgressColumn):
-    """Column with the measured units per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s", style="dim")
-
-
-class Bars(Reporter):
-    """Reporter that shows bars and notes on stderr. A bar disappears when its work is done, and a note stays."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate())
-        self.noted: set[tuple[str, str]] = set()
-        self.live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, transient=True)
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Advance]:
-        task = self.live.add_task(title, total=total)
-        try:
-            yield lambda done: self.live.advance(task, done)
-        finally:
-            self.live.remove_task(task)
-
-    def note(self, title: str, text: str) -> None:
-        if (title, text) in self.noted:
-            return
-        self.noted.add((title, text))
-        self.live.console.print(f"[green]✓[/] {title:<14} [dim]{escape(text)}[/]")
+LABEL = 8  # characters of a label and the space behind it: `Edited  `
 
 
 def show_json(data: Any) -> None:
@@ -78,50 +26,68 @@ def show_json(data: Any) -> None:
     results.out(json.dumps(data, indent=1, ensure_ascii=not shows_all), highlight=False)
 
 
+def say(text: str, label: str = "", indent: bool = False) -> None:
+    """Print a paragraph, with a label in front of its first line and the others below it.
+
+    indent: leaves the room of a label where there is none.
+    """
+    width = LABEL if label or indent else 0
+    for number, line in enumerate(wrap(text, results.width - width)):
+        results.out(f"{label if not number else '':<{width}}", style="bold", end="")
+        results.out(line)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of one group of rows."""
+    show_groups(title, columns, [rows])
+
+
+def show_groups(title: str, columns: Sequence[str], groups: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Print a table, with an empty line between groups of rows and behind the table."""
+    shows_all = "utf" in (sys.stdout.encoding or "").lower()
+    for line in wrap(title, results.width):
+        results.out(line, style="bold")
+    for line in format_table(columns, groups, results.width, "─" if shows_all else "-"):
+        results.out(line)
+    results.out("")
+
+
+def show_scores(title: str, sides: Mapping[str, Mapping[str, Score]], behavior: str) -> None:
+    """Print scores with a column for each state of a model, or for each model. Details are left out.
+
+    sides: scores by their keys, by the heading of the column.
+    """
+    groups = group_shown(list(sides.values()), brief=True)
+    names = [name for group in groups for name in group]
+    columns = [align_values([split_score(side.get(name)) for name in names]) for side in sides.values()]
+    sizes = [next(str(side[name].n) for side in list(sides.values())[::-1] if name in side) for name in names]
+    cells = zip([describe_score(name, behavior) for name in names], *columns, sizes, strict=True)
+    rows = dict(zip(names, map(list, cells), strict=True))
+    show_groups(title, ["score", *sides, "n"], [[rows[name] for name in group] for group in groups])
+
+
 def show_run(run: Run) -> None:
-    """Print the scores before and after, the decisions, passes, coverage and times of a run."""
-    results.print(score_table(run))
+    """Print the scores before and after, the decisions and passes, what there is to say of them, and the coverage."""
+    method, behavior = run.recipe.name or "recipe", str(run.judge.get("behavior", "refusal"))
+    title = f"{method} on {run.source['id']}: held-out prompts, 95 % intervals, KL in nats"
+    show_scores(title, {"before": run.before, "after": run.after}, behavior)
     if run.advice:
-        results.print(make_table("Decisions, and the measurements behind them", REASON_COLUMNS, make_reason_rows(run)))
-    if run.recipe.passes > 1:
-        results.print(make_table("Passes, with the rate left on search prompts", PASS_COLUMNS, make_pass_rows(run)))
+        _show_decisions(run)
+    if len(run.passes) > 1:
+        show_table("Passes, with the rate left on search prompts", PASS_COLUMNS, make_pass_rows(run))
     for sentence in describe_outcome(run):
-        results.print(sentence, markup=False)
-    results.print(f"[bold]Edited[/]  {format_coverage(run)}")
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run.seconds.items())
-    results.print(f"[bold]Time[/]    {seconds}")
+        say(sentence)
+    say(format_coverage(run).replace("**", ""), "Edited")
 
 
-def score_table(run: Run) -> Table:
-    """Return the table of scores in groups, without details: `run.json` has all of them."""
-    title = f"{run.recipe.name or 'recipe'} on {run.source['id']}, held-out prompts, 95 % intervals"
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
-    for name in ("score", "before", "after", "n"):
-        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for group in make_score_rows(run, brief=True):
-        for row in group:
-            table.add_row(*row)
-        table.add_section()
-    return table
-
-
-def make_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """Return a plain table."""
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))  # answers and names may hold what looks like markup
-    return table
-
-
-def show_comparison(title: str, against: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Print the scores of two models side by side."""
-    sides = {against: before, "model": after} if before else {"model": after}
-    values = {n: [side[n]["value"] for side in sides.values() if n in side] for n in {**before, **after}}
-    shown = [name for group in names_to_show(values, brief=True) for name in group]
-    rows = [[name, *(str(side.get(name, {}).get("text", "–")) for side in sides.values())] for name in shown]
-    results.print(make_table(title, ["score", *sides], rows))
+def _show_decisions(run: Run) -> None:
+    """Print the decisions that changed the recipe with what they rest on, and the names of the others."""
+    rows = make_reason_rows(run)
+    changed = [[what, f"{measured}: {value} ({limit})", to] for what, measured, value, limit, to in rows if to]
+    if changed:
+        show_table("What measurements changed in the recipe", ["decision", "because", "set to"], changed)
+    if kept := [f"{what} ({value}; {limit} would change it)" for what, _, value, limit, to in rows if not to]:
+        say(f"As the recipe had it: {'; '.join(kept)}.")
 
 
 def format_bytes(n: float | int) -> str:

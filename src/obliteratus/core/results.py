@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from obliteratus.core.settings import FrozenModel, Recipe
+from obliteratus.core.views import Plottable
 
 
 def _read_end(end: float | int | str | None) -> float:
@@ -39,7 +40,7 @@ class Score(FrozenModel):
         return not isnan(self.low) and not isnan(self.high)
 
 
-class Run(FrozenModel):
+class Run(Plottable, FrozenModel):
     """Record of a run, written to ``run.json``. Reports, model cards and ``--json`` read only this."""
 
     version: int = 1
@@ -71,3 +72,10 @@ class Run(FrozenModel):
     saved: dict[str, Any] = Field(default_factory=dict)
     """Saved form, files with their SHA-256, and the result of scoring the reloaded model."""
     versions: dict[str, str] = Field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return the method, the model, and the behavior's rate on target prompts before and after."""
+        what = f"{self.recipe.name or 'a recipe'} on {self.source.get('id', 'a model')}"
+        rate = f"{self.judge.get('behavior', 'refusal')}.target"
+        rates = [f"{100 * scores[rate].value:.1f}%" for scores in (self.before, self.after) if rate in scores]
+        return f"{what}, {rate} {' → '.join(rates)}" if rates else what

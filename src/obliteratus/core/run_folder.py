@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 
@@ -26,11 +27,16 @@ T = TypeVar("T")
 class Store:
     """Results of stages, kept in memory and, if there is a folder, on disk."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, clock: Clock | None = None) -> None:
+        """clock: measures the stages; it may have measured others before."""
         self.folder = folder
-        self.seconds: dict[str, float] = {}
-        """Seconds that each stage took."""
+        self.clock = clock or Clock()
         self._values: dict[str, Any] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage took, those of an interrupted run included."""
+        return self.clock.seconds
 
     def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
         """Return the result of a stage: the one in memory, the one of an interrupted run, or that of ``make()``.
@@ -50,22 +56,20 @@ class Store:
             self.seconds[name] = json.loads(done_file.read_text(encoding="utf-8"))["seconds"]
             note(name, "restored from the interrupted run")
             return load(done_file.with_suffix(""))
-        start = time.perf_counter()
         self._log(name, "begun")
-        value = make()
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        with self.clock.time(name):
+            value = make()
+            if done_file is not None:
+                self._save(value, save, done_file.with_suffix(""))
         if done_file is not None:
-            self._save(value, save, done_file, self.seconds[name])
+            write_atomic(done_file, json.dumps({"seconds": self.seconds[name]}))
         self._log(name, "done")
-        note(name, f"{self.seconds[name]:.1f} s")
         return value
 
-    def _save(self, value: T, save: Callable[[T, Path], None], done_file: Path, seconds: float) -> None:
-        folder = done_file.with_suffix("")
+    def _save(self, value: T, save: Callable[[T, Path], None], folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half of it
         folder.mkdir()
         save(value, folder)
-        write_atomic(done_file, json.dumps({"seconds": seconds}))
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name.replace(" ", "-")

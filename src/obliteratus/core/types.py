@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from obliteratus.core import lines
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.separation import Separation
 from obliteratus.core.shapes import Float, Int
+from obliteratus.core.views import Plottable, Viewable
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
@@ -191,8 +193,8 @@ class Coverage:
         return {**asdict(self), "paths": list(self.paths), "share": self.share}
 
 
-@dataclass(frozen=True)
-class Subject:
+@dataclass(frozen=True, repr=False)
+class Subject(Viewable):
     """A loaded model, its tokenizer, and the sites that can be edited in it."""
 
     model: Any  # transformers.PreTrainedModel: its own annotations are too loose to help
@@ -221,6 +223,8 @@ class Subject:
         table = self.model.get_input_embeddings()
         device: torch.device = table._hf_hook.execution_device if table.weight.is_meta else table.weight.device
         return torch.device(device)
+
+    describe = lines.describe_subject
 
 
 # -------------------------------------------------------------------------------------- activations
@@ -294,8 +298,8 @@ class ProbeRequest:
     """Stacks of experts whose routing is wanted, together with the output of each chosen expert."""
 
 
-@dataclass(frozen=True)
-class Activations:
+@dataclass(frozen=True, repr=False)
+class Activations(Plottable):
     """Residual streams at one position of every prompt, by group, with any module statistics that were requested."""
 
     groups: Mapping[str, Moments]
@@ -312,9 +316,11 @@ class Activations:
     def __getitem__(self, group: str) -> Moments:
         return self.groups[group]
 
+    describe = lines.describe_activations
 
-@dataclass(frozen=True)
-class Directions:
+
+@dataclass(frozen=True, repr=False)
+class Directions(Plottable):
     """Orthonormal rows for each stream index. A stream in which nothing was found has rows of zeros and score 0."""
 
     basis: Float[Tensor, "streams k width"]
@@ -344,6 +350,8 @@ class Directions:
             self.covectors.double() @ self.basis.double().mT, eye, atol=1e-3
         ):  # covectors grow with the spread of the groups, and so does their rounding
             raise ValueError("covectors must give 1 on their own direction and 0 on the others")
+
+    describe = lines.describe_directions
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -419,8 +427,8 @@ class ZeroOutput:
 Change = Edit | Mask | Shift | Blend | ZeroOutput
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Plottable):
     """All changes to make to a model. Executors accept nothing else, and apply the changes of one site in order."""
 
     edits: tuple[Change, ...] = ()
@@ -436,3 +444,7 @@ class Plan:
         """Group the changes by `Site.parameter`, in their order."""
         names = dict.fromkeys(e.site.parameter for e in self.edits)
         return {name: tuple(e for e in self.edits if e.site.parameter == name) for name in names}
+
+    def describe(self) -> str:
+        """Return it in a few words."""
+        return lines.describe_plan(self.edits, Edit)

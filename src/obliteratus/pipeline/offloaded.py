@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from time import perf_counter
 from typing import Any
 
 from obliteratus.core.errors import UserError
@@ -51,13 +50,6 @@ def open_within_memory(model: str, opening: dict[str, Any]) -> Subject:
 
     Raises UserError if not even one block fits, or if the model cannot run block by block.
     """
-    start = perf_counter()
-    subject = _open(model, opening)
-    note("SUMMON", f"{perf_counter() - start:.1f} s")
-    return subject
-
-
-def _open(model: str, opening: dict[str, Any]) -> Subject:
     limit = MEMORY_LIMIT.get()
     if limit < math.inf:
         made = summarize_model(model, dtype=opening.get("dtype", "auto"), quantize=opening.get("quantize", ""))

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.verify.score_names import names_to_show
+from obliteratus.verify.score_names import describe_score, group_shown
 
 LOADING = {
     "merged": (
@@ -104,42 +104,36 @@ REASON_COLUMNS = ["decision", "measured", "value", "threshold", "set"]
 
 
 def make_reason_rows(run: Run) -> list[list[str]]:
-    """Return a row for each decision: what was measured, its value and threshold, and the options that it set."""
+    """Return a row for each decision: what was measured, its value and threshold, and the options that it set or ''."""
     rows = []
     for reason in run.advice.get("reasons", []):
         value = "not measured" if reason["value"] is None else f"{reason['value']:.3g}"
         limit = f"{'≤' if reason['at_most'] else '≥'} {reason['threshold']:g}"
         changes = "; ".join(f"{path} = {format_toml(value)}" for path, value in reason["changes"].items())
-        rows.append([reason["decides"], reason["measures"], value, limit, changes or "unchanged"])
+        rows.append([reason["decides"], reason["measures"], value, limit, changes])
     return rows
 
 
 def _reason_table(run: Run) -> str:
-    return f"\n{_markdown_table(REASON_COLUMNS, make_reason_rows(run))}\n" if run.advice else ""
+    rows = [[*row[:-1], row[-1] or "unchanged"] for row in make_reason_rows(run)]
+    return f"\n{_markdown_table(REASON_COLUMNS, rows)}\n" if run.advice else ""
 
 
 def _pass_table(run: Run) -> str:
     return f"\n{_markdown_table(PASS_COLUMNS, make_pass_rows(run))}\n" if len(run.passes) > 1 else ""
 
 
-def make_score_rows(run: Run, brief: bool = False) -> list[list[list[str]]]:
-    """Return name, before, after and n of the scores that tables show, in groups. brief: leaves details out."""
-    values: dict[str, list[float]] = {}
-    for scores in (run.before, run.after):
-        for name, score in scores.items():
-            values.setdefault(name, []).append(score.value)
-    return [[_score_row(run, name) for name in group] for group in names_to_show(values, brief)]
+def format_score_table(run: Run) -> str:
+    """Return the scores before and after as a Markdown table."""
+    names = [name for group in group_shown([run.before, run.after], brief=False) for name in group]
+    return _markdown_table(["score", "before", "after", "n"], [_score_row(run, name) for name in names])
 
 
 def _score_row(run: Run, name: str) -> list[str]:
     before, after = run.before.get(name), run.after.get(name)
     n = next(score.n for score in (after, before) if score)
-    return [name, format_score(before), format_score(after), str(n)]
-
-
-def format_score_table(run: Run) -> str:
-    """Return the scores before and after as a Markdown table."""
-    return _markdown_table(["score", "before", "after", "n"], [row for group in make_score_rows(run) for row in group])
+    words = describe_score(name, str(run.judge.get("behavior", "refusal")))
+    return [words, format_score(before), format_score(after), str(n)]
 
 
 def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
@@ -148,9 +142,20 @@ def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def format_score(score: Score | None) -> str:
-    """Return a value with its interval if it has one, with as many digits as its unit needs; "–" for None."""
+    """Return a value with its interval if it has one, such as ``96.9% (89.3–99.1%)``; "–" for None."""
+    value, interval = split_score(score)
+    return f"{value} {interval}" if interval else value
+
+
+NO_DECIMALS = 1000  # from here on, decimals of a perplexity or a ratio say nothing
+
+
+def split_score(score: Score | None) -> tuple[str, str]:
+    """Return a value, with as many digits as its unit needs, and its interval or ''; "–" for None."""
     if score is None:
-        return "–"
-    form = ".1%" if score.unit == "share" else ".1f" if score.unit in ("perplexity", "tokens") else ".3f"
-    value, low, high = (f"{x:{form}}" for x in (score.value, score.low, score.high))
-    return f"{value} ({low}–{high})" if score.has_interval else value
+        return "–", ""
+    digits = 1 if score.unit in ("share", "perplexity", "tokens") else 3
+    digits = 0 if abs(score.value) >= NO_DECIMALS else digits
+    factor, unit = (100, "%") if score.unit == "share" else (1, "")
+    value, low, high = (f"{factor * x:.{digits}f}" for x in (score.value, score.low, score.high))
+    return value + unit, f"({low}–{high}{unit})" if score.has_interval else ""

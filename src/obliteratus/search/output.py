@@ -15,6 +15,7 @@ from obliteratus.search.run import FrontMember, SearchResult
 from obliteratus.search.trials import Trial
 from obliteratus.verify.answers import FILE as ANSWERS
 from obliteratus.verify.answers import write_states
+from obliteratus.verify.score_names import describe_score
 
 # Colors that color-blind readers can tell apart (Okabe and Ito).
 ANSWERED, ESTIMATED, FRONT = "#0072B2", "#BBBBBB", "#D55E00"
@@ -56,7 +57,7 @@ def front_rows(result: SearchResult) -> tuple[list[str], list[list[str]]]:
     objectives = [name.removeprefix("-") for name in result.run.search["minimize"]]
     fluency = [n for n in FLUENCY if n not in objectives and all(n in m.scores for m in result.front)]
     names = [*objectives, *fluency]
-    headings = [name.replace(".", ".\n") for name in names]  # so that the table fits 80 columns
+    headings = [describe_score(name, str(result.run.judge["behavior"])) for name in names]
     rows = [_row(i, m, names, i == result.picked) for i, m in enumerate(result.front)]
     return ["", "trial", *headings, "values"], rows
 
@@ -64,7 +65,7 @@ def front_rows(result: SearchResult) -> tuple[list[str], list[list[str]]]:
 def _row(i: int, member: FrontMember, names: Sequence[str], chosen: bool) -> list[str]:
     scores = [f"{member.scores[name]:.3f}" for name in names]
     values = ", ".join(f"{path}={_short(value)}" for path, value in member.trial.values.items())
-    return [f"{'→' if chosen else ''}{i + 1}", str(member.trial.number), *scores, values]
+    return [f"{i + 1}{' ←' if chosen else ''}", str(member.trial.number), *scores, values]
 
 
 def _short(value: Any) -> str:
@@ -72,11 +73,17 @@ def _short(value: Any) -> str:
 
 
 def plot_front(result: SearchResult, file: Path) -> None:
-    """Plot all trials and the checked front over the first two objectives; a single objective over trial numbers."""
+    """Write the front as an image."""
     from matplotlib.figure import Figure  # imported here because it takes half a second to load
 
-    names = [*result.run.search["minimize"], "trial"]
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")  # inches: about the width of a column of a paper
+    draw_front(result, figure)
+    figure.savefig(file)
+
+
+def draw_front(result: SearchResult, figure: Any) -> None:
+    """Draw all trials and the checked front over the first two objectives; a single objective over trial numbers."""
+    names = [*result.run.search["minimize"], "trial"]
     axes = figure.add_subplot(xlabel=names[0], ylabel=names[1], title=result.run.search["study"])
     for answered, color in ((False, ESTIMATED), (True, ANSWERED)):
         points = [_point(t) for t in result.trials if t.answered == answered]
@@ -86,7 +93,6 @@ def plot_front(result: SearchResult, file: Path) -> None:
     axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=FRONT, label="front, checked")
     axes.plot(*line[result.picked], "o", ms=11, mfc="none", color=FRONT, label="chosen")
     axes.legend()
-    figure.savefig(file)
 
 
 def _point(trial: Trial) -> tuple[float, float]:

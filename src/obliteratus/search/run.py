@@ -13,6 +13,7 @@ from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
+from obliteratus.core.views import Plottable
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import check_runs, without_trial_count
 from obliteratus.pipeline.run import evaluate_plan
@@ -50,8 +51,8 @@ class FrontMember:
     """The judged answers to search prompts of the longer check."""
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Plottable):
     """The result of a search."""
 
     plan: Plan
@@ -65,6 +66,11 @@ class SearchResult:
     trials: tuple[Trial, ...]
     unedited: Measurement = NOTHING
     """What the longer check measured of the unedited model on the same search prompts."""
+
+    def describe(self) -> str:
+        """Return how many trials there were, how many are on the front, and which one was chosen."""
+        chosen = f"member {self.picked + 1} is chosen (trial {self.front[self.picked].trial.number})"
+        return f"{len(self.trials)} trials, {len(self.front)} on the front; {chosen}; {self.run.describe()}"
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,13 @@ def search(
     groups = splits.search.groups
     prompts = PromptSet({g: groups[g][: recipe.search.prompts] for g in GROUPS if g in groups})
     baseline = stages.measure("VERIFY search", prompts, recipe.verify)
-    cache = DirectionCache(stages, recipe)
-    scorer = TrialScorer(subject, prompts, recipe, baseline, stages.judge)
-    note("SEARCH", f"{stages.judge.name} begins with {scorer.describe_openings()}")
-    identity = {"model": subject.source.digest, "prompts": splits.digest, "recipe": without_trial_count(recipe)}
-    identity |= describe_loading(subject)
-    if recipe.search.trials <= recipe.search.startup_trials and recipe.search.sampler != "nsga2":
-        note("SEARCH", f"all {recipe.search.trials} trials are drawn at random: startup_trials is not below trials")
-    study = SearchStudy(open_storage(location.storage), location.name, recipe, identity)
-    trials = run_trials(study, recipe, cache, scorer, recipe.search.trials)
-    front = measure_front(trials, recipe, cache, scorer, location)
+    with store.clock.time("SEARCH"):
+        cache = DirectionCache(stages, recipe)
+        scorer = TrialScorer(subject, prompts, recipe, baseline, stages.judge)
+        study = _open_study(recipe, stages, scorer, location)
+        trials = run_trials(study, recipe, cache, scorer, recipe.search.trials)
+    with store.clock.time("FRONT"):
+        front = measure_front(trials, recipe, cache, scorer, location)
     picked = pick_member(front, pick)
     member = front[picked]
     described = describe_search(recipe, location, trials, front, picked) | {"minimize": scorer.minimize}
@@ -123,6 +126,17 @@ def describe_base(minimize: Sequence[str], baseline: Measurement) -> dict[str, f
     names = [name.removeprefix("-") for name in minimize]
     known = {name: baseline.scores[name].value for name in names if name in baseline.scores}
     return known | {name: 0.0 for name in names if name.startswith("kl.")}
+
+
+def _open_study(recipe: Recipe, stages: Stages, scorer: TrialScorer, location: StudyLocation) -> SearchStudy:
+    """Open or create the study, and say what its trials rest on."""
+    assert recipe.search is not None
+    note("SEARCH", f"{stages.judge.name} begins with {scorer.describe_openings()}")
+    if recipe.search.trials <= recipe.search.startup_trials and recipe.search.sampler != "nsga2":
+        note("SEARCH", f"all {recipe.search.trials} trials are drawn at random: startup_trials is not below trials")
+    identity = {"model": stages.subject.source.digest, "prompts": stages.splits.digest}
+    identity |= {"recipe": without_trial_count(recipe)} | describe_loading(stages.subject)
+    return SearchStudy(open_storage(location.storage), location.name, recipe, identity)
 
 
 def measure_front(

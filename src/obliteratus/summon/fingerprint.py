@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from obliteratus.core.progress import progress
 from obliteratus.core.types import Subject, digest_of
 from obliteratus.summon.chat_format import find_template
 from obliteratus.weights.side_files import TOKENIZER_FILES
@@ -53,13 +54,15 @@ def _hash_files(files: Iterable[Path]) -> str:
     found = sorted(set(files))
     hashed = hashlib.blake2b(digest_size=8)
     share = MOST_HASHED // max(len(found), 1)
-    for file in found:
-        size = file.stat().st_size
-        hashed.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for start in _block_starts(size, share):
-                stream.seek(start)
-                hashed.update(stream.read(BLOCK))
+    blocks = {file: list(_block_starts(file.stat().st_size, share)) for file in found}
+    with progress("FILES hashed, MB", sum(map(len, blocks.values()))) as advance:
+        for file, starts in blocks.items():
+            hashed.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as stream:
+                for start in starts:
+                    stream.seek(start)
+                    hashed.update(stream.read(BLOCK))
+                    advance(1)
     return hashed.hexdigest()
 
 

@@ -23,6 +23,7 @@ from obliteratus.core.types import Source, Subject
 from obliteratus.summon.chat_format import SIDE_FILE, add_side_template, check_format
 from obliteratus.summon.coverage import count_coverage
 from obliteratus.summon.digest import compute_digest, make_weight_sampler
+from obliteratus.summon.loading_progress import weights_progress
 from obliteratus.summon.selftest import self_test as run_self_test
 from obliteratus.summon.sites import choose_model_class, find_architecture, find_sites, list_blocks, stream_width
 from obliteratus.weights.bitsandbytes import keep_portable_layout
@@ -250,7 +251,8 @@ def _load_model(
 
 def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:
     quiet = hushed_stderr() if origin.local else nullcontext()  # a download's bar is worth seeing
-    with quiet, _explain_load_errors(origin, "its weights cannot be loaded (only safetensors and GGUF are read)"):
+    unreadable = "its weights cannot be loaded (only safetensors and GGUF are read)"
+    with quiet, _explain_load_errors(origin, unreadable), weights_progress("SUMMON weights"):
         loaded: Any = model_class.from_pretrained(
             origin.path, use_safetensors=True, output_loading_info=True, **options
         )

@@ -145,11 +145,13 @@ def tune_plan(
 
 def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> str:
     """Return what is said of the plan that was chosen, and how far the front reaches."""
-    ends = (front[0].checked, front[-1].checked)
+    first, last = front[0].checked, front[-1].checked
+    others = (
+        f"; {len(front)} plans are saved, from {first.rate:.1%} at {first.kl:.4f} to {last.rate:.1%} at {last.kl:.4f}"
+    )
     return (
-        f"{best.steps} steps, strengths × {best.scale:g}, {len(best.plan.edits)} edits: {name} on "
-        f"{best.checked.rate:.1%} of search prompts at KL {best.checked.kl:.4f}; "
-        f"{len(front)} plans from {ends[0].rate:.1%} at {ends[0].kl:.4f} to {ends[1].rate:.1%} at {ends[1].kl:.4f}"
+        f"the plan after {best.steps} steps, with strengths × {best.scale:g}, leaves {name} on "
+        f"{best.checked.rate:.1%} of search prompts at KL {best.checked.kl:.4f}{others if len(front) > 1 else ''}"
     )
 
 

@@ -56,7 +56,7 @@ def collect_pairs(
     control = [pair for pair in zip(controls, answers, strict=True) if pair[1]]
     target = find_answering_pairs(subject, ids["target"], plan, tokens, judge)
     target = mend_relapses(subject, target, plan, watch, judge)
-    note("TUNE", f"answers to {len(target)} of {len(ids['target'])} target prompts without {judge.name}")
+    note("TUNE", f"{len(target)} of {len(ids['target'])} target prompts have an answer without {judge.name} to fit to")
     return TrainingPairs(control, target)
 
 

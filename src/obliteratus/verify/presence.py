@@ -172,8 +172,6 @@ def check_presence(presence: Presence, name: str, force: bool) -> None:
         raise UserError(f"{presence.against}. Give prompts on which the model shows it, another --behavior, or --force")
     if presence.against:
         note("forced", f"warning: {presence.against}; the edit goes on by force")
-    if any(presence.left_out.values()):
-        note("fit", describe_left_out(presence.left_out, name))
 
 
 def describe_left_out(left: Mapping[str, int], name: str) -> str:

@@ -5,8 +5,9 @@ First comes the behavior, then what else became of answers, then drift.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from obliteratus.core.results import Score
 from obliteratus.verify.behavior import is_rare
 
 ANSWERS = ("degenerate", "fluency", "length", "hedging", "same_language")
@@ -54,26 +55,33 @@ def names_to_show(values: Mapping[str, list[float]], brief: bool) -> list[list[s
     return group_scores(shown)
 
 
+def group_shown(states: Sequence[Mapping[str, Score]], brief: bool) -> list[list[str]]:
+    """Return `names_to_show` of the scores that were measured in any state of a model."""
+    names = dict.fromkeys(name for scores in states for name in scores)
+    return names_to_show({n: [scores[n].value for scores in states if n in scores] for n in names}, brief)
+
+
 # -------------------------------------------------------------------------------------------- for people
 REFUSAL = "refusal"
+# At most 31 characters for each score of refusals, so that a line of a table with two intervals fits 80.
 OF_GROUPS = {
-    "degenerate": "answers that loop, {group} prompts",
-    "fluency": "perplexity of answers, {group} prompts",
-    "hedging": "answers that hedge, {group} prompts",
-    "length": "tokens per answer, {group} prompts",
-    "same_language": "in the prompt's language, {group} prompts",
-    "unfinished": "cut off while reasoning, {group} prompts",
-    "unknown": "in a language that the judge lacks, {group} prompts",
+    "degenerate": "answers that loop, {group}",
+    "fluency": "perplexity of answers, {group}",
+    "hedging": "answers that hedge, {group}",
+    "length": "tokens per answer, {group}",
+    "same_language": "in prompt's language, {group}",
+    "unfinished": "cut off in reasoning, {group}",
+    "unknown": "unknown language, {group}",
 }
 """Names of scores of a group of prompts, by their keys up to the first dot."""
 OF_NO_GROUP = {
     "accuracy": "questions answered right",
-    "fluency.ratio": "perplexity of answers, target ÷ control",
+    "fluency.ratio": "perplexity, target ÷ control",
     "perplexity": "perplexity of plain text",
-    "perplexity.ratio": "perplexity of plain text, after ÷ before",
+    "perplexity.ratio": "perplexity, after ÷ before",
 }
 """Names of scores of no group of prompts, by their keys."""
-DIVERGENCES = {"first_token": "KL of the first token", "continuation": "KL over answers"}
+DIVERGENCES = {"first_token": "first-token KL", "continuation": "answer KL"}
 TAILS = {"mean": "mean", "p95": "95th percentile", "p99": "99th percentile"}
 
 
@@ -106,16 +114,16 @@ def _describe_behavior(behavior: str) -> dict[str, str]:
     show, shows = ("refuse", "refuses") if refuses else (f"show {behavior}", f"shows {behavior}")
     return {
         behavior: "refuses {group} prompts" if refuses else f"{shows}, {{group}} prompts",
-        "partial": f"{shows} only later, {{group}} prompts",
-        "opens": f"begins to {show}, {{group}} prompts",
-        f"{behavior}_score": f"log-odds to {show}, {{group}} prompts",
+        "partial": f"{shows} only later, {{group}}",
+        "opens": f"begins to {show}, {{group}}",
+        f"{behavior}_score": f"log-odds to {show}, {{group}}",
     }
 
 
 def _describe_divergence(key: str) -> str:
     """Return the name of a KL divergence on control prompts; ``answered`` are those that the unedited model answers."""
     kind, *rest = key.split(".")[1:]
-    answered = ", answered prompts" if rest[:1] == ["answered"] else ""
+    answered = ", answered" if rest[:1] == ["answered"] else ""
     tail = rest[1:] if answered else rest
     if kind not in DIVERGENCES or len(tail) != 1 or tail[0] not in TAILS:
         return DIVERGENCES.get(kind, key) if not rest else key

@@ -39,13 +39,13 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
     files, edits = base.files, edit_tensors(base, plan)
     finished = FinishedFiles(folder, _identify(files, plan))
     copies = 0
-    with progress("REBIRTH writing", len(files.shards)) as advance:
+    with progress("REBIRTH writes files, MB", sum(map(_megabytes, files.shards))) as advance:
         for file in files.shards:
             own, added = _edits_of_file(files, edits, file)
             write = partial(rewrite_file, file, edits=own, added=added) if own else partial(copy_file, file)
             finished.write(file.name, partial(write, expected_hash=files.recorded_hash(file)))
             copies += not own
-            advance(1)
+            advance(_megabytes(file))
     _write_index(files, edits, folder)
     _write_config(base, edits.config, folder)
     counts = {"edited": len(edits.tensors.keys() - edits.added.keys()), "added": len(edits.added)}
@@ -55,6 +55,10 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
     changed = ", ".join(sorted(edits.config))
     record |= {"rewritten": {"config.json": f"the edit needs other values of {changed}"}} if changed else {}
     return record | ({"base": files.name} if base.quantized else {})
+
+
+def _megabytes(file: Path) -> int:
+    return -(-file.stat().st_size // 10**6)
 
 
 def _identify(files: Checkpoint, plan: Plan) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from obliteratus.core.progress import progress
 from obliteratus.excise.bake.tensors import Lazy, bake_in_pieces
 from obliteratus.weights.names import restore_names
 from obliteratus.weights.safetensors_io import Pieces, write_index, write_shard
@@ -33,18 +34,20 @@ def write_weights(
     def restore(name: str) -> Mapping[str, Tensor]:
         return restore_names(model, {name: edits[name]() if name in edits else state[name]})
 
-    for file, keys in split.filename_to_tensors.items():
-        plain, parts = dict[str, Tensor](), dict[str, Pieces]()
-        for key in keys:
-            name, like = stored[key]
-            whole = len(shapes[name]) == 1
-            plain[key] = state[name] if whole else like
-            if not whole:
-                parts[key] = partial(_take, restore, name, key)
-            elif name in edits:
-                parts[key] = partial(bake_in_pieces, edits[name])
-        write_shard(folder / file, plain, parts)
-        restore.cache_clear()
+    with progress("REBIRTH writes tensors", len(stored)) as advance:
+        for file, keys in split.filename_to_tensors.items():
+            plain, parts = dict[str, Tensor](), dict[str, Pieces]()
+            for key in keys:
+                name, like = stored[key]
+                whole = len(shapes[name]) == 1
+                plain[key] = state[name] if whole else like
+                if not whole:
+                    parts[key] = partial(_take, restore, name, key)
+                elif name in edits:
+                    parts[key] = partial(bake_in_pieces, edits[name])
+            write_shard(folder / file, plain, parts)
+            restore.cache_clear()
+            advance(len(keys))
     if split.is_sharded:
         write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
 

@@ -156,8 +156,8 @@ def _compile_matrix(module: nn.Module, changes: Sequence[Change], readings: Norm
     if site.role == "reads":  # the last edit's input is the first to be changed: W P₁P₂ x
         return LiveOps(input_ops=tuple(_project(c, execution_device(module)) for c in reversed(changes)))
     if readings is not None and len(changes) == 1 and _has_reading(changes[0]):
-        op, factor = _compile_from_reading(module, changes[0], readings)
-        return _with_bias(module, changes, (op,), factor)
+        edit, factor = _compile_from_reading(module, changes[0], readings)
+        return _with_bias(module, changes, (edit,), factor)
     weight = None if all(_ignores_weight(c) for c in changes) else read_weight(module, site).float()
     ops: list[Op] = []
     scale = None

@@ -49,7 +49,7 @@ def build(bench: Workbench) -> dict[Any, Any]:
         system = gr.Textbox(label="System turn", lines=2, elem_id="system")
         tokens = gr.Number(value=TOKENS, precision=0, label="Most tokens of an answer", elem_id="tokens")
     shown, settings = [state, base, edited, said], [voice, member, dial, system, tokens]
-    events = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+    events: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
     ask = _asker(bench)
     gr.on([send.click, text.submit], ask, [state, text, *settings], [text, *shown], **events)
     dial.input(_turner(bench), [state, *settings], shown, **events)

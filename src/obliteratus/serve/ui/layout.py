@@ -25,7 +25,8 @@ THEME = gr.themes.Base(
 
 def build(bench: Workbench) -> gr.Blocks:
     """Return the page of a workbench. It keeps no state but a tab's own conversation."""
-    with gr.Blocks(title="OBLITERATUS", analytics_enabled=False, fill_width=True) as page:
+    page = gr.Blocks(title="OBLITERATUS", analytics_enabled=False, fill_width=True)
+    with page:
         gr.HTML('<h1 class="brand">OBLITERATUS</h1>', padding=False)
         with gr.Row(elem_id="strip"):
             jobs = gr.HTML(lambda: show_jobs(bench.queue.states()), elem_id="jobs", padding=False, scale=5)

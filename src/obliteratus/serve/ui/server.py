@@ -109,7 +109,7 @@ def matches(offered: str, token: str) -> bool:
 def make_cookie(token: str) -> str:
     """Return the header that keeps the token in the browser until that is closed. Scripts do not see it."""
     cookie: SimpleCookie = SimpleCookie({COOKIE: token})
-    cookie[COOKIE].update({"httponly": True, "samesite": "Strict", "path": "/"})
+    cookie[COOKIE].update({"httponly": "true", "samesite": "Strict", "path": "/"})
     return cookie[COOKIE].OutputString()
 
 
@@ -157,7 +157,8 @@ class _Chunks:
 def zip_folder(folder: Path) -> Iterator[bytes]:
     """Yield a ZIP file of all files below a folder, uncompressed, without holding more than a block of them."""
     chunks = _Chunks()
-    with ZipFile(chunks, "w", ZIP_STORED) as archive:  # type: ignore[call-overload] — a file that cannot seek will do
+    sink: Any = chunks  # a file that cannot seek will do
+    with ZipFile(sink, "w", ZIP_STORED) as archive:
         for path in list_files(folder):
             entry = ZipInfo.from_file(path, Path(folder.name) / path.relative_to(folder))
             with path.open("rb") as file, archive.open(entry, "w", force_zip64=True) as target:
