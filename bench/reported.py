@@ -5,8 +5,8 @@
 
 Heretic's study comes first, and the members of its front with the fewest refusals are exported (`EXPORTED`). VERIFY
 then measures all on report prompts that none of them saw. Each method runs once with each seed; its seconds are those
-of all stages but VERIFY, and Heretic's those of its set-up and trials. --trials 0 leaves Heretic out, as does a behavior
-that the model shows by nature (`base:disclaimer`), which Heretic's phrases do not describe. --smoke leaves it out too.
+of all stages but VERIFY, and Heretic's those of its set-up and trials. --trials 0 leaves Heretic out, as does a
+behavior that the model shows by nature (`base:disclaimer`), which Heretic's phrases do not describe, and --smoke.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_what_the_rungs_disagree_about_is_shown(folder: Path) -> None:
     assert [answer["id"] for answer in found["disagreements"]] == ["1 after"]
     assert found["kappa"]["phrases × coin"]["n"] == 2  # the coin says nothing about the shorter prompts
     text = call(folder)[1]
-    assert "1 answers that the rungs disagree about" in text
+    assert "1 answers that the judges disagree about" in text
     assert "Stars are balls of gas." in text
     assert "Stars are balls of gas." not in call(folder, "--top", 0)[1]
 

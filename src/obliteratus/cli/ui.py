@@ -69,11 +69,12 @@ def announce(address: str) -> None:
 def make_runner(opening: dict[str, str]) -> RunMethod:
     """Return what runs a request. opening: arguments of `open_subject`, which never include trust in remote code."""
     from obliteratus.cli.jobs import run_job
+    from obliteratus.core.clock import Clock
 
     def run(request: RunRequest, out: Path, resume: bool, only_check: bool) -> None:
         job = make_job(request, out)
         if not only_check:
-            run_job(job, {**opening}, resume)
+            run_job(job, {**opening}, Clock(), resume)
 
     return run
 

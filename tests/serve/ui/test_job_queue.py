@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.serve.ui.job_queue import KEPT_JOBS, Bar, Job, JobQueue, JobState, Written
@@ -48,7 +49,9 @@ def test_progress_and_notes_of_the_library_are_seen(queue: JobQueue) -> None:
     reached, go = threading.Event(), threading.Event()
 
     def work(job: Job) -> str:
-        with progress("outer", 10) as advance, progress("inner", 4) as inner:
+        with Clock().time("VERIFY"):
+            pass
+        with Clock().time("PROBE"), progress("outer", 10) as advance, progress("inner", 4) as inner:
             advance(3)
             inner(4)
             note("PROBE", "kept in /home/me/out")
@@ -61,9 +64,10 @@ def test_progress_and_notes_of_the_library_are_seen(queue: JobQueue) -> None:
     assert reached.wait(SOON)
     state = queue.state(number)
     assert [(bar.title, bar.share) for bar in state.bars] == [("outer", 0.3), ("inner", 1.0)]
-    assert state.notes == ("PROBE: kept in out",)  # once, and without the place
+    assert state.stages == ("PROBE",)
+    assert state.notes == ("VERIFY: 0.0 s", "PROBE: kept in out")  # once, and without the place
     go.set()
-    assert wait(queue, number).bars == ()
+    assert wait(queue, number).bars == wait(queue, number).stages == ()
 
 
 def test_a_running_job_stops_at_its_next_report(queue: JobQueue) -> None:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hush_libraries
-from obliteratus.core.progress import Advance, Reporter, report_to
+from obliteratus.core.progress import Advance, Done, Reporter, report_to
 
 log = logging.getLogger(__name__)
 Status = Literal["waiting", "running", "done", "failed", "stopped"]
@@ -59,8 +59,10 @@ class JobState:
     kind: str
     """``run``, ``export`` or ``answer``."""
     status: Status = "waiting"
+    stages: tuple[str, ...] = ()
+    """Stages that run, the outermost first."""
     bars: tuple[Bar, ...] = ()
-    """The outermost first."""
+    """Pieces of work that run, the outermost first."""
     notes: tuple[str, ...] = ()
     written: tuple[Written, ...] = ()
     """What it has written so far, for answers: one entry for each."""
@@ -115,8 +117,19 @@ class Job(Reporter):
         self.queue.change(self.number, bars=tuple(bars))
         self.check_stop()
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Done]:
+        """Show a stage inside the block, and how long it took once it is finished."""
+        self.check_stop()
+        place = len(self.state.stages)
+        self.queue.change(self.number, stages=(*self.state.stages, name))
+        try:
+            yield lambda seconds: self.note(name, f"{seconds:.1f} s")
+        finally:
+            self.queue.change(self.number, stages=self.state.stages[:place])
+
     def note(self, title: str, text: str) -> None:
-        """Show that something was finished."""
+        """Show what the library has to say of a stage, a step or an option."""
         said, notes = self.queue.clean(f"{title}: {text}"), self.state.notes
         if said not in notes:
             self.queue.change(self.number, notes=(*notes, said)[-KEPT_NOTES:])
@@ -209,7 +222,7 @@ class JobQueue:
         begun = self.state(number).begun
         seconds = None if begun is None else time.monotonic() - begun
         status, message = _describe_end(future, self.state(number).title)
-        self.change(number, status=status, message=self.clean(message), seconds=seconds, bars=())
+        self.change(number, status=status, message=self.clean(message), seconds=seconds, bars=(), stages=())
 
     def _forget_oldest(self) -> None:
         ended = [number for number, state in self._states.items() if state.finished]

@@ -44,6 +44,7 @@ def describe_job(state: JobState, now: float) -> Mapping[str, Any]:
         "state": state,
         "ran": "" if ran is None else format_seconds(ran),
         "bar": bar,
+        "doing": ": ".join([*state.stages[-1:], *([bar.title] if bar else [])]),
         "percent": round(100 * bar.share) if bar else 0,
         "left": "" if left is None else f"{format_seconds(left)} left",
         "notes": state.notes[-SHOWN_NOTES:] if state.status == "running" else (),
