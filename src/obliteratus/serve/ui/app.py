@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from obliteratus.core.errors import UserError
-from obliteratus.serve.ui.pages import PAGE
+from obliteratus.serve.ui.pages import read_page
 from obliteratus.serve.ui.server import Gate, choose_token, find_download, open_socket, zip_folder
 from obliteratus.serve.ui.workbench import Workbench
 from obliteratus.serve.ui.workspace import MAX_UPLOAD
@@ -91,14 +91,14 @@ def build_app(bench: Workbench, token: str = "") -> Any:
 
 
 def _add_downloads(app: Any, bench: Workbench) -> None:
-    from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+    from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
 
     def download(kind: str, name: str, file: str = "") -> Any:
         whole = not file and name.endswith(".zip")
         try:
             path = find_download(bench.workspace, kind, name.removesuffix(".zip") if whole else name, file)
         except UserError as error:
-            return PlainTextResponse(f"{error}\n", status_code=404)
+            return PlainTextResponse(bench.hide_places(f"{error}\n"), status_code=404)
         if not whole:
             return FileResponse(path, filename=path.name, content_disposition_type="attachment")
         headers = {"content-disposition": f'attachment; filename="{path.name}.zip"'}
@@ -106,10 +106,10 @@ def _add_downloads(app: Any, bench: Workbench) -> None:
 
     def show_page(name: str) -> Any:
         try:
-            path = find_download(bench.workspace, "runs", name, PAGE)
+            page = read_page(find_download(bench.workspace, "runs", name))
         except UserError as error:
-            return PlainTextResponse(f"{error}\n", status_code=404)
-        return FileResponse(path, media_type="text/html", headers={"content-security-policy": ISOLATED})
+            return PlainTextResponse(bench.hide_places(f"{error}\n"), status_code=404)
+        return HTMLResponse(page, headers={"content-security-policy": ISOLATED})
 
     app.get("/page/{name}")(show_page)
     app.get("/download/{kind}/{name}")(download)

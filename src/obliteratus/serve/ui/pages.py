@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from obliteratus.core.results import Run
-from obliteratus.rebirth.model_card import make_score_rows
-from obliteratus.rebirth.outcome import describe_outcome
+from obliteratus.rebirth.run_page import PAGE, render_run_page
 from obliteratus.serve.ui.job_queue import JobState
 from obliteratus.serve.ui.workspace import list_files
 
@@ -21,10 +18,8 @@ if TYPE_CHECKING:
 else:
     Environment = Any  # jinja2 is imported when a page is rendered; tests check annotations at run time
 
-PAGE = "index.html"
 SHOWN_ENDED = 1  # finished jobs in the strip: the newest; results are listed below
 SHOWN_NOTES = 4  # of the job that runs: what was finished last
-SHOWN_ANSWERS = 200  # of a run that has no page of its own
 
 
 def show_jobs(states: Sequence[JobState]) -> str:
@@ -63,21 +58,15 @@ def show_message(text: str, kind: str = "error") -> str:
     return _render("message", text=text, kind=kind) if text else ""
 
 
-def show_run(run: Run, folder: Path) -> str:
-    """Return the run's own page in a frame, or its scores and answers if it has none."""
-    if (folder / PAGE).is_file():
-        return _render("frame", address=f"page/{quote(folder.name)}")
-    lines = read_pairs(folder)
-    rows = [row for group in make_score_rows(run, brief=True) for row in group]
-    shown = lines[:SHOWN_ANSWERS]
-    return _render("run", run=run, outcome=describe_outcome(run), rows=rows, lines=shown, total=len(lines))
+def show_run(name: str) -> str:
+    """Return the page of a run in a frame. It has an address of its own, so that the links inside it work."""
+    return _render("frame", address=f"page/{quote(name)}")
 
 
-def read_pairs(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's answers, before and after side by side; none if it kept no answers."""
-    file = folder / "answers.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    return [json.loads(line) for line in lines if line]
+def read_page(folder: Path) -> str:
+    """Return the page of a run: the one that was saved with it, or one made now. Raises UserError without a record."""
+    file = folder / PAGE
+    return file.read_text(encoding="utf-8") if file.is_file() else render_run_page(folder)
 
 
 def show_files(kind: str, name: str, folder: Path) -> str:

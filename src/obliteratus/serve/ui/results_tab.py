@@ -57,8 +57,8 @@ def show_result(bench: Workbench, name: str | None) -> tuple[str, str]:
     if not name:
         return show_message(NO_RUN, "about"), ""
     try:
-        folder = bench.workspace.path("runs", name)
-        return show_run(bench.read_run(name), folder), show_files("runs", name, folder)
+        bench.read_run(name)
+        return show_run(name), show_files("runs", name, bench.workspace.path("runs", name))
     except UserError as error:
         return show_message(str(error)), ""
 
