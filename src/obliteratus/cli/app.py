@@ -54,6 +54,7 @@ from obliteratus.cli.options import (
 )
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
+from obliteratus.cli.ui import ui
 from obliteratus.core.chat import ChatFormat
 
 app = typer.Typer(
@@ -303,7 +304,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
     app.command()(handle_errors(command))
 
 

@@ -63,7 +63,7 @@ def find_data_folder(name: str = "astronomy") -> Path:
 
     Raises UserError for an unknown name.
     """
-    organisms = _list_organisms()
+    organisms = list_organisms()
     if name not in organisms:
         known = ", ".join(sorted(organisms)) or "none found"
         raise UserError(f"no model organism is called {name!r}; known: {known}")
@@ -228,7 +228,7 @@ def _hash(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:HASH_CHARS]
 
 
-def _list_organisms() -> dict[str, Path]:
+def list_organisms() -> dict[str, Path]:
     """Return organism folders by name: a wheel has them inside the package, a checkout beside `src`.
 
     A mixture of experts has the name of the organism whose folder holds its experts, with the suffix MOE.
@@ -311,7 +311,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log.info("base model: %s", prepare_base())
-    for name in sorted(_list_organisms()):
+    for name in sorted(list_organisms()):
         if is_local(name) and not find_local(name).is_dir():
             log.info("organism %s is left out, because it has to be trained: python organisms/make.py %s", name, name)
         else:
