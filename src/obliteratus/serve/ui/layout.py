@@ -11,7 +11,7 @@ from obliteratus.serve.ui import chat_tab, results_tab, run_tab
 from obliteratus.serve.ui.pages import show_jobs
 from obliteratus.serve.ui.workbench import Workbench
 
-REFRESH = 1.0  # seconds between two looks at the jobs; a glance needs no more, and each costs 2 ms
+REFRESH = 1.0  # seconds between two looks at the jobs, each of which takes 0.3 ms without what Gradio adds
 STYLE = Path(__file__).with_name("style.css")
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 THEME = gr.themes.Base(

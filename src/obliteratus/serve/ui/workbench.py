@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
@@ -90,9 +91,9 @@ class Workbench:
         return self.workspace.hide_root(text)
 
     # ------------------------------------------------------------------------------------- choices
-    @property
+    @cached_property
     def organisms(self) -> list[str]:
-        """Names of the model organisms that can be opened here."""
+        """Names of the model organisms that could be opened when the program was started."""
         return [name for name in sorted(list_organisms()) if not is_local(name) or find_local(name).is_dir()]
 
     def list_models(self) -> list[str]:
