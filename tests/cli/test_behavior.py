@@ -71,8 +71,8 @@ def test_a_run_by_the_behaviors_name(folder: Path, tmp_path: Path, command: str)
     }  # the run can be done again without it
     assert record["prompts"]["sources"]["target"] == str(folder / "target.jsonl")
     card = (out / "README.md").read_text()
-    assert "grumble.target" in card
-    assert "refusal.target" not in card
+    assert "shows grumble, target prompts" in card
+    assert "refuses target prompts" not in card
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert {a["before"]["verdict"] for a in answers if a["group"] == "target"} == {"shown"}
     assert answers[0]["before"]["rungs"] == {"phrases": "shown"}

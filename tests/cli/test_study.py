@@ -34,7 +34,7 @@ def test_a_report_is_made_again(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "block 0" in done.stdout
     assert "×∞" in done.stdout
-    assert "perplexity: block 0 matters most" in done.stdout
+    assert "perplexity of plain text: block 0 matters most" in done.stdout
     assert "The 3 most damaging of 48 parts" in done.stdout
     assert f"{one}/index.html" in done.stdout
     assert (one / "index.html").is_file()
@@ -49,21 +49,24 @@ def test_its_json_is_one_document(tmp_path: Path) -> None:
 
 def test_a_report_is_ordered_by_a_metric(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", make_refusal_results())
-    first = {by: call("report", one, "--by", by).stdout.splitlines()[5] for by in ("refusal.target", "kl.first_token")}
-    assert "block 2" in first["refusal.target"]
-    assert "block 5" in first["kl.first_token"]
+
+    def first_part(by: str) -> str:
+        return call("report", one, "--by", by).stdout.partition("whole model")[2].splitlines()[1]
+
+    assert "block 2" in first_part("refusal.target")
+    assert "block 5" in first_part("kl.first_token")
 
 
 def test_a_narrow_terminal_still_tells_of_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = folder(tmp_path / "one", make_refusal_results())
     monkeypatch.setattr(terminal.results, "width", 80)
     done = call("report", one)
-    head = done.stdout.splitlines()[2]
-    assert "refusal.target" in head
+    head = done.stdout.partition("──")[0]
+    assert "refuses target prompts, %" in " ".join(head.split())
     assert "perplexity" not in head
     monkeypatch.setattr(terminal.results, "width", 200)
-    assert "perplexity" in call("report", one).stdout.splitlines()[2]
-    assert "perplexity: block 0 matters most" in done.stdout
+    assert "perplexity" in call("report", one).stdout.partition("──")[0]
+    assert "perplexity of plain text: block 0 matters most" in done.stdout
     assert "perplexity" in (one / "table.md").read_text()
 
 

@@ -22,6 +22,7 @@ from obliteratus.search.output import front_rows
 from obliteratus.search.run import measure_front
 from obliteratus.search.storage import open_storage
 from obliteratus.search.trials import run_trials, select_front
+from obliteratus.verify.score_names import describe_score
 
 RATE = "refusal.control"
 
@@ -114,11 +115,8 @@ def test_the_front_lists_whether_answers_are_fluent() -> None:
     steps = (*recipe.verify, {"use": "fluency"})
     recipe = Recipe.model_validate({**recipe.model_dump(), "verify": steps})
     columns, rows = front_rows(run_search(recipe))
-    names = [column.replace("\n", "") for column in columns]
-    assert names[2:-1] == [
-        *("refusal.target", "kl.first_token.mean"),
-        *("degenerate.target", "degenerate.control", "fluency.ratio"),
-    ]
+    names = ("refusal.target", "kl.first_token.mean", "degenerate.target", "degenerate.control", "fluency.ratio")
+    assert columns[2:-1] == [describe_score(name) for name in names]
     assert all(len(row) == len(columns) for row in rows)
 
 
