@@ -10,6 +10,7 @@ import gradio as gr
 from obliteratus.core.errors import UserError
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.serve.dial import STRONGEST, WEAKEST
+from obliteratus.serve.ui.events import AT_ONCE, STREAMED
 from obliteratus.serve.ui.pages import show_message
 from obliteratus.serve.ui.paired_chat import PairedChat, Voice, converse
 from obliteratus.serve.ui.results_tab import build_member, offer_members
@@ -49,13 +50,12 @@ def build(bench: Workbench) -> dict[Any, Any]:
         system = gr.Textbox(label="System turn", lines=2, elem_id="system")
         tokens = gr.Number(value=TOKENS, precision=0, label="Most tokens of an answer", elem_id="tokens")
     shown, settings = [state, base, edited, said], [voice, member, dial, system, tokens]
-    events: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
     ask = _asker(bench)
-    gr.on([send.click, text.submit], ask, [state, text, *settings], [text, *shown], **events)
-    dial.input(_turner(bench), [state, *settings], shown, **events)
-    stop.click(_stopper(bench), state, shown, **events)
-    gr.on([clear.click, voice.input, member.input], _clearer(bench), None, shown, **events)
-    voice.change(lambda name: offer_members(bench, name), voice, member, show_progress="hidden")
+    gr.on([send.click, text.submit], ask, [state, text, *settings], [text, *shown], **STREAMED)
+    dial.input(_turner(bench), [state, *settings], shown, **STREAMED)
+    stop.click(_stopper(bench), state, shown, **AT_ONCE)
+    gr.on([clear.click, voice.input, member.input], _clearer(bench), None, shown, **AT_ONCE)
+    voice.change(lambda name: offer_members(bench, name), voice, member, **AT_ONCE)
     return {voice: bench.list_voices}
 
 

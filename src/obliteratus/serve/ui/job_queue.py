@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Condition
@@ -233,12 +233,12 @@ class JobQueue:
 
 def _describe_end(future: Future[str], title: str) -> tuple[Status, str]:
     """Return how a job ended, and the line that says so."""
-    if future.cancelled():
+    if future.cancelled():  # the library's spelling of "canceled"
         return "stopped", "Stopped before it began."
     error = future.exception()
     if error is None:
         return "done", future.result()
-    if isinstance(error, KeyboardInterrupt | CancelledError):
+    if isinstance(error, KeyboardInterrupt):
         return "stopped", str(error).strip() or "Stopped."
     if isinstance(error, UserError):
         return "failed", str(error)

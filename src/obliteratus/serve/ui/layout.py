@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from obliteratus.serve.ui import chat_tab, results_tab, run_tab
+from obliteratus.serve.ui.events import AT_ONCE
 from obliteratus.serve.ui.pages import show_jobs
 from obliteratus.serve.ui.workbench import Workbench
 
@@ -38,7 +39,7 @@ def build(bench: Workbench) -> gr.Blocks:
                 results = results_tab.build(bench)
             with gr.Tab("Chat", elem_id="chat-tab"):
                 talk = chat_tab.build(bench)
-        stop.click(lambda: stop_current(bench), outputs=jobs, show_progress="hidden")
+        stop.click(lambda: stop_current(bench), outputs=jobs, **AT_ONCE)
         _keep_current(bench, page, (jobs, stop), {**results, **talk})
     return page
 
@@ -62,7 +63,7 @@ def _keep_current(bench: Workbench, page: gr.Blocks, strip: tuple[Any, Any], lis
         return [show_jobs(states), busy, offered, *updates]
 
     for happens in (page.load, timer.tick):
-        happens(refresh, [seen, *lists], [*strip, seen, *lists], show_progress="hidden")
+        happens(refresh, [seen, *lists], [*strip, seen, *lists], **AT_ONCE)
 
 
 def update_list(offered: list[str], before: list[str] | None, chosen: Any, keep: bool) -> Any:

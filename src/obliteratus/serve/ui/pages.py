@@ -52,7 +52,7 @@ def _describe_work(state: JobState) -> str:
     return title if title.startswith(stage) else f"{stage}: {title}".removesuffix(": ")
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float | int) -> str:
     """Return seconds as minutes and seconds, such as ``1:05``; with hours from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

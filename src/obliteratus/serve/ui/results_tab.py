@@ -9,6 +9,7 @@ import gradio as gr
 
 from obliteratus.core.errors import UserError
 from obliteratus.rebirth.save import FORMS
+from obliteratus.serve.ui.events import AT_ONCE
 from obliteratus.serve.ui.pages import show_files, show_message, show_run
 from obliteratus.serve.ui.workbench import Workbench
 
@@ -30,7 +31,7 @@ def build(bench: Workbench) -> dict[Any, Any]:
         lambda name: (*show_result(bench, name), offer_members(bench, name)),
         run,
         [page, files, member],
-        show_progress="hidden",
+        **AT_ONCE,
     )
     return {run: space.list_runs, exports: space.list_exports, interrupted: space.list_interrupted}
 
@@ -76,21 +77,21 @@ def _build_export(bench: Workbench, run: Any, member: Any) -> Any:
         lambda name, number, kind: attempt(bench, lambda: bench.start_export(name or "", number, kind)),
         [run, member, form],
         said,
-        show_progress="hidden",
+        **AT_ONCE,
     )
     make.click(
         lambda name, number: attempt(bench, lambda: bench.run_member(name or "", number)),
         [run, member],
         said,
-        show_progress="hidden",
+        **AT_ONCE,
     )
     member.change(
         lambda name, number: gr.update(visible=bench.has_recipe(name or "", number)),
         [run, member],
         make,
-        show_progress="hidden",
+        **AT_ONCE,
     )
-    exports.change(lambda name: show_export(bench, name), exports, files, show_progress="hidden")
+    exports.change(lambda name: show_export(bench, name), exports, files, **AT_ONCE)
     return exports
 
 
@@ -108,14 +109,12 @@ def _build_interrupted(bench: Workbench) -> Any:
         resume = gr.Button("Resume", elem_id="resume")
         discard = gr.Button("Discard", elem_id="discard", variant="stop")
     said = gr.HTML(elem_id="interrupted-said", padding=False)
-    resume.click(
-        lambda name: attempt(bench, lambda: bench.resume_run(name or "")), interrupted, said, show_progress="hidden"
-    )
+    resume.click(lambda name: attempt(bench, lambda: bench.resume_run(name or "")), interrupted, said, **AT_ONCE)
     discard.click(
         lambda name: attempt(bench, lambda: bench.discard_run(name or ""), "It is removed."),
         interrupted,
         said,
-        show_progress="hidden",
+        **AT_ONCE,
     )
     return interrupted
 

@@ -13,6 +13,7 @@ from obliteratus.judge.behavior import load_behavior
 from obliteratus.judge.behavior_file import list_behaviors
 from obliteratus.pipeline.recipe import list_methods, load_recipe
 from obliteratus.rebirth.save import FORMS
+from obliteratus.serve.ui.events import AT_ONCE
 from obliteratus.serve.ui.pages import show_message
 from obliteratus.serve.ui.requests import RunRequest, check_changes, find_prompts
 from obliteratus.serve.ui.workbench import Workbench
@@ -33,9 +34,9 @@ def build(bench: Workbench) -> None:
             start = gr.Button("Start", variant="primary", elem_id="start")
             said = gr.HTML(elem_id="run-said", padding=False)
             more = _more_options()
-    method.change(describe_method, method, about, show_progress="hidden")
+    method.change(describe_method, method, about, **AT_ONCE)
     inputs = [model, *prompts, method, *more]
-    start.click(lambda *values: start_run(bench, *values), inputs, said, show_progress="hidden")
+    start.click(lambda *values: start_run(bench, *values), inputs, said, **AT_ONCE)
 
 
 def _choose_model(bench: Workbench) -> Any:
@@ -59,12 +60,12 @@ def _choose_prompts(bench: Workbench, model: Any) -> list[Any]:
         said = gr.HTML(elem_id="upload-said", padding=False)
         target = _choose_file(bench, "target", "Prompts that show the behavior", said)
         control = _choose_file(bench, "control", "Prompts the model answers normally", said)
-    model.change(lambda name: _same_organism(bench, name), model, organism, show_progress="hidden")
+    model.change(lambda name: _same_organism(bench, name), model, organism, **AT_ONCE)
     kind.change(
         lambda k: (gr.update(visible=k == OF_ORGANISM), gr.update(visible=k == UPLOADED)),
         kind,
         [organism, own],
-        show_progress="hidden",
+        **AT_ONCE,
     )
     return [behavior, kind, organism, target, control]
 
@@ -75,7 +76,7 @@ def _choose_file(bench: Workbench, group: str, label: str, said: Any) -> Any:
         chosen = gr.Dropdown(files, value=None, label=label, elem_id=f"{group}-file", scale=3, min_width=180)
         upload = gr.UploadButton("Upload", elem_id=f"{group}-upload", scale=1, min_width=90, size="sm")
     keep: Callable[[str], Any] = lambda path: keep_upload(bench, path)  # noqa: E731 — a name for its type
-    upload.upload(keep, upload, [chosen, said], show_progress="hidden")
+    upload.upload(keep, upload, [chosen, said], **AT_ONCE)
     return chosen
 
 
