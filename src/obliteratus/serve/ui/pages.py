@@ -39,11 +39,17 @@ def describe_job(state: JobState, now: float) -> Mapping[str, Any]:
         "state": state,
         "ran": "" if ran is None else format_seconds(ran),
         "bar": bar,
-        "doing": ": ".join([*state.stages[-1:], *([bar.title] if bar else [])]),
+        "doing": _describe_work(state),
         "percent": round(100 * bar.share) if bar else 0,
         "left": "" if left is None else f"{format_seconds(left)} left",
         "notes": state.notes[-SHOWN_NOTES:] if state.status == "running" else (),
     }
+
+
+def _describe_work(state: JobState) -> str:
+    """Return the innermost stage and piece of work; bars are often called like their stage."""
+    stage, title = "".join(state.stages[-1:]), state.bars[-1].title if state.bars else ""
+    return title if title.startswith(stage) else f"{stage}: {title}".removesuffix(": ")
 
 
 def format_seconds(seconds: float) -> str:
