@@ -21,6 +21,7 @@ from obliteratus.verify.presence import (
     Screening,
     check_presence,
     choose_prompts,
+    describe_left_out,
     load_screening,
     measure_presence,
     save_screening,
@@ -62,12 +63,13 @@ def test_prompts_that_do_not_show_it_are_left_out_of_the_fit() -> None:
     plain = tuple(Prompt(f"{p.text} Please") for p in control[:4])
     marked = tuple(Prompt(f"{p.text} Please") for p in target[:4])
     prompts = PromptSet({"target": (*target, *plain), "control": (*control, *marked)})
-    found, notes = screen(prompts), Notes()
-    with report_to(notes):
-        check_presence(found.presence, "refusal", force=False)
+    found = screen(prompts)
+    check_presence(found.presence, "refusal", force=False)
     assert found.choose(prompts) == PromptSet({"target": target, "control": control})
     assert found.presence.left_out == {"target": 4, "control": 4}
-    assert any("without 4 target prompts" in note and "4 control prompts" in note for note in notes.texts)
+    said = describe_left_out(found.presence.left_out, "refusal")  # at the end of a run, and on its card and page
+    assert "without 4 target prompts" in said
+    assert "4 control prompts" in said
 
 
 @pytest.mark.parametrize(("plain", "answered"), [(0, 32), (1, 40)])
