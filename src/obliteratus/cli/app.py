@@ -79,7 +79,7 @@ def run(
     model: Model,
     target: Target = None,
     control: Control = None,
-    method: Method = "basic",
+    method: Method = "leace",
     bypass: Bypass = None,
     keep: Keep = None,
     column: Column = None,

@@ -32,7 +32,7 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
     if expensive:
         raise UserError(
             f"method '{recipe.name}': {expensive[0]} would read all weights from disk hundreds of times; "
-            "allow the whole model with a larger --memory, or choose a method without it, such as basic or advanced"
+            "allow the whole model with a larger --memory, or choose a method without it, such as leace"
         )
     return recipe.model_copy(update={"verify": streamable_steps(recipe.verify)})
 
