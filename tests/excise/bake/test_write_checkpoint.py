@@ -24,6 +24,7 @@ from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenizer
 
 from obliteratus.cli.jobs import apply_plan
+from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject
 from obliteratus.excise.bake.tensors import bake
@@ -529,7 +530,7 @@ def test_apply_takes_the_same_path(make_plan: PlanMaker, tmp_path: Path) -> None
     subject = open_subject(folder)
     save(subject, make_plan(subject), run_of(subject), tmp_path / "plan", "plan")
     save(subject, make_plan(subject), run_of(subject), tmp_path / "merged")
-    document: Mapping[str, Any] = apply_plan(tmp_path / "plan", str(folder), tmp_path / "out", "merged", {})
+    document: Mapping[str, Any] = apply_plan(tmp_path / "plan", str(folder), tmp_path / "out", "merged", {}, Clock())
     assert document["saved"]["onto"]["name"] == str(folder)
     assert weights_of(tmp_path / "out") == {**weights_of(tmp_path / "merged")}
 
