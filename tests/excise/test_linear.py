@@ -79,8 +79,12 @@ def test_the_weight_is_its_definition(rule: NormRule, out: int, inp: int, k: int
     weight, q = drawn(out, inp, k, seed)
     expected = golden(weight, q, strength, rule)
     torch.testing.assert_close(edit_weight(weight, q, strength, rule), expected, rtol=1e-5, atol=1e-6)
-    single = edit_weight(weight.float(), q.float(), strength, rule)
-    torch.testing.assert_close(single.double(), expected, rtol=1e-2, atol=1e-3)
+    single = edit_weight(weight.float(), q.float(), strength, rule).double()
+    # In fp32 a squared length is off by some 1e-7 of what it was, so what keeps less than a fiftieth of its length is
+    # restored less exactly.
+    plain = golden(weight, q, strength, "none")
+    well = (expected.abs() <= 50 * plain.abs()) | torch.tensor(rule in UNIT_ROWS)
+    torch.testing.assert_close(single[well], expected[well], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["none", "columns", "rows", "whole"])
