@@ -43,7 +43,7 @@ from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.headline import describe_headline
-from obliteratus.rebirth.run_page import PAGE, write_run_page
+from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
 from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
@@ -331,7 +331,7 @@ def apply_plan(
     """Load a plan, check that it fits the model, save the edited model, and return its record."""
     check_form(form, base)
     check_free(out)
-    plan, record = load_plan(folder), _load_record(folder)
+    plan, record = load_plan(folder), read_run(folder)
     with clock.time("SUMMON"):
         subject = open_subject(model, **opening)
     check_fits(subject, plan)
@@ -360,10 +360,3 @@ def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> Non
         "Done",
     )
     say(f"obliteratus verify {out} --against {run.source['id']} measures the edited model here.", "Next")
-
-
-def _load_record(folder: Path) -> Run:
-    path = folder / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: there is no run.json beside the plan; give the output folder of a run")
-    return Run.model_validate_json(path.read_text(encoding="utf-8"))

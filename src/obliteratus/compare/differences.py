@@ -9,13 +9,12 @@ import torch
 
 from obliteratus.compare.sides import SideAnswers
 from obliteratus.core.results import Score
-from obliteratus.judge.judge import SHOWN, Verdict
+from obliteratus.judge.judge import Verdict
+from obliteratus.verify.behavior import COUNTED, is_rare
 from obliteratus.verify.intervals import paired_share_change, wilson_rate
 
-COUNTED: dict[str, tuple[Verdict, ...]] = {"behavior": SHOWN, "degenerate": ("degenerate",), "partial": ("partial",)}
-"""Verdicts that each share counts; the first is called by the behavior's name."""
-RARE = ("partial",)
-"""Shares that are left out if no side has any."""
+KINDS = ("behavior", "degenerate", "partial")
+"""The shares of `COUNTED` that are compared. Rare ones are left out if no side has any."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ def compare_sides(sides: Sequence[SideAnswers]) -> list[SharesOfSides]:
 
 def _list_shares(sides: Sequence[SideAnswers]) -> Iterator[tuple[str, str, tuple[Verdict, ...]]]:
     groups = dict.fromkeys(group for group, _ in sides[0].answers)
-    for kind, counted in COUNTED.items():
+    for kind in KINDS:
         for group in groups:
-            yield f"{sides[0].behavior if kind == 'behavior' else kind}.{group}", group, counted
+            yield f"{sides[0].behavior if kind == 'behavior' else kind}.{group}", group, COUNTED[kind]
 
 
 def _compare(
@@ -46,7 +45,7 @@ def _compare(
 ) -> Iterator[SharesOfSides]:
     keys = [key for key in sides[0].answers if key[0] == group]
     hits = [torch.tensor([float(s.answers[key]["verdict"] in counted) for key in keys]) for s in sides]
-    if name.partition(".")[0] in RARE and not any(bool(h.any()) for h in hits):
+    if is_rare(name) and not any(bool(h.any()) for h in hits):
         return
     rates = tuple(wilson_rate(int(h.sum()), len(h)) for h in hits)
     yield SharesOfSides(name, rates, tuple(paired_share_change(h, hits[0]) for h in hits[1:]))

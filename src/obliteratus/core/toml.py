@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from typing import Any
 
@@ -38,3 +39,8 @@ def format_toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(format_toml, value)) + "]"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def format_short(value: Any) -> str:
+    """Return a drawn value for a table: floats with three digits, lists as JSON, and anything else as text."""
+    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from obliteratus.core.toml import format_short
 from obliteratus.report.answer_cards import Card, make_cards
 from obliteratus.report.scatter import LARGE, Plot, Point, make_plot
 from obliteratus.verify.answers import read_lines
@@ -91,7 +93,8 @@ def plot_front(record: Record, names: Sequence[str], said: Sequence[str]) -> Plo
 def plot_history(record: Record, index: int, name: str) -> Plot:
     """Return one objective trial by trial, with a line through the best so far."""
     points = [_trial_point(trial, float(trial["number"]), trial["objectives"][index]) for trial in record["all"]]
-    line = [Point(p.x, min(q.y for q in points[: i + 1]), "front", "") for i, p in enumerate(points)]
+    best = accumulate((p.y for p in points), min)
+    line = [Point(p.x, y, "front", "") for p, y in zip(points, best, strict=True)]
     return make_plot(points, ("trial", name), f"{name}, trial by trial", line)
 
 
@@ -113,12 +116,8 @@ def _member_point(number: int, member: Record, names: Sequence[str], record: Rec
 # ------------------------------------------------------------------------------------------ tables and answers
 def _row(number: int, member: Record, names: Sequence[str], picked: int) -> list[str]:
     scores = [f"{member['scores'][name]:.3f}" for name in names]
-    values = ", ".join(f"{path}={_format(value)}" for path, value in member["values"].items())
+    values = ", ".join(f"{path}={format_short(value)}" for path, value in member["values"].items())
     return [f"{'→ ' if number == picked else ''}{number}", str(member["trial"]), *scores, values]
-
-
-def _format(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _read_cards(folder: Path, behavior: str) -> list[Card]:

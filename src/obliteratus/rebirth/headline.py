@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from obliteratus.core.results import Run, Score
-
-REFUSAL = "refusal"
+from obliteratus.verify.score_names import REFUSAL
 
 
 def describe_headline(run: Run) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from obliteratus.core.results import Run, Score
+from obliteratus.core.results import Run
+from obliteratus.rebirth.headline import count
 from obliteratus.verify.presence import describe_left_out
 
 # Below this share a behavior counts as removed; more is said to be left, with what to try next.
@@ -36,16 +37,12 @@ def _describe_change(run: Run) -> str:
     before, after, change = run.before.get(rate), run.after.get(rate), run.change.get(rate)
     if before is None or after is None or change is None:
         return ""
-    counts = f"{_count(before)} report prompts before and {_count(after)} after the edit"
+    counts = f"{count(before)} report prompts before and {count(after)} after the edit"
     if change.low <= 0 <= change.high:
         return f"No change of {_name(run)} beyond chance: {counts}.{_suggest(run)}"
     if change.value > 0 or after.value <= LITTLE_LEFT:
         return ""
     return f"Left: {_name(run)} on {counts}.{_suggest(run)}"
-
-
-def _count(score: Score) -> str:
-    return f"{round(score.value * score.n)} of {score.n}"
 
 
 def _suggest(run: Run) -> str:

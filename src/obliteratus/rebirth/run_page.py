@@ -23,13 +23,13 @@ from obliteratus.rebirth.model_card import (
     make_reason_rows,
 )
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.report.answer_cards import REFUSAL, make_cards
+from obliteratus.report.answer_cards import make_cards
 from obliteratus.report.hide import hide_private
 from obliteratus.report.html import render_page
 from obliteratus.verify.answers import FILE as ANSWERS
 from obliteratus.verify.answers import read_lines
 from obliteratus.verify.first_token_changes import read_first_tokens
-from obliteratus.verify.score_names import describe_score, names_to_show
+from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 
 PAGE, ANALYSIS = "index.html", "analysis/index.html"
 SECTIONS = {
@@ -70,7 +70,7 @@ def render_run_page(folder: Path) -> str:
         "cards": make_cards(read_lines(folder / ANSWERS), behavior),
         "judged": describe_judge(run),
         "first_tokens": first_token_rows(folder),
-        "coverage": f"{format_coverage(run)}".replace("**", ""),
+        "coverage": format_coverage(run).replace("**", ""),
         "reasons": make_reason_rows(run),
         "analysis": ANALYSIS if (folder / ANALYSIS).is_file() else "",
         "pass_columns": PASS_COLUMNS,
@@ -136,11 +136,7 @@ def score_rows(run: Run, behavior: str) -> list[list[str]]:
 
 
 def _shown_names(run: Run, brief: bool) -> list[str]:
-    values: dict[str, list[float]] = {}
-    for scores in (run.before, run.after):
-        for name, score in scores.items():
-            values.setdefault(name, []).append(score.value)
-    return [name for group in names_to_show(values, brief) for name in group]
+    return [name for group in group_shown([run.before, run.after], brief) for name in group]
 
 
 def describe_judge(run: Run) -> str:

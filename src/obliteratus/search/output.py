@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.core.run_folder import write_atomic
-from obliteratus.core.toml import dump_toml
+from obliteratus.core.toml import dump_toml, format_short
 from obliteratus.search.run import FrontMember, SearchResult
 from obliteratus.search.trials import Trial
 from obliteratus.verify.answers import FILE as ANSWERS
@@ -64,12 +64,8 @@ def front_rows(result: SearchResult) -> tuple[list[str], list[list[str]]]:
 
 def _row(i: int, member: FrontMember, names: Sequence[str], chosen: bool) -> list[str]:
     scores = [f"{member.scores[name]:.3f}" for name in names]
-    values = ", ".join(f"{path}={_short(value)}" for path, value in member.trial.values.items())
+    values = ", ".join(f"{path}={format_short(value)}" for path, value in member.trial.values.items())
     return [f"{i + 1}{' ←' if chosen else ''}", str(member.trial.number), *scores, values]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def plot_front(result: SearchResult, file: Path) -> None:
