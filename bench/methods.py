@@ -48,7 +48,8 @@ SLOW = ("rdo", "failspy")
 KEEP_SCORE = "refusal.keep"
 COLUMNS = (
     *("refusal.target", "refusal.control", "degenerate.target", "degenerate.control", "fluency.ratio"),
-    *("kl.first_token.mean", "kl.first_token.p95", "kl.continuation.mean", "perplexity.ratio"),
+    *("kl.first_token.answered.mean", "kl.first_token.mean", "kl.first_token.p95"),
+    *("kl.continuation.mean", "perplexity.ratio"),
 )
 QUICK_TRIALS, SMOKE_TRIALS = 8, 2
 SHORT_STEPS = [
@@ -187,7 +188,9 @@ def run_case(name: str, case: Case, quick: bool, smoke: bool) -> Row:
     organism = load_organism(case.organism, quick, smoke)
     recipe = load_case(case, organism.behavior, quick, smoke)
     row = measure_method(recipe, organism.subject, organism.prompts, organism.known)
-    return row | describe_organism(case.organism, organism.behavior)
+    row |= describe_organism(case.organism, organism.behavior)
+    say(format_line(row))
+    return row
 
 
 def run_random(name: str, quick: bool, smoke: bool) -> Row:
@@ -233,6 +236,14 @@ def format_scores(row: Row) -> list[str]:
     """Return the scores after the edit in the order of `COLUMNS`, those of the row's behavior instead of refusal."""
     names = [c.replace("refusal", row.get("behavior", "refusal")) for c in COLUMNS]
     return [format_score(Score(**row["after"][c]) if c in row["after"] else None) for c in names]
+
+
+def format_line(row: Row) -> str:
+    """Return a row as a line of text, which is shown when its method has run."""
+    if "refused" in row:
+        return str(row["refused"])
+    scores = [f"{c} {s}" for c, s in zip(COLUMNS, format_scores(row), strict=True)]
+    return f"{', '.join(scores)}; {sum(row['seconds'].values()):.0f} s; {', '.join(row.get('parts', []))}"
 
 
 def format_stages(rows: dict[str, Row]) -> list[str]:

@@ -7,7 +7,7 @@ import random
 import pytest
 from rich.cells import cell_len
 
-from obliteratus.cli.tables import LEAST, align_values, format_table, wrap
+from obliteratus.cli.tables import LEAST, align_values, format_table, wrap, wrap_prose
 
 WORDS = [
     "a",
@@ -85,3 +85,19 @@ def test_wide_characters_count_as_two() -> None:
     assert all(cell_len(line) <= 10 for line in wrap("星" * 30, 10))
     assert wrap("", 10) == [""]
     assert LEAST < 80
+
+
+def test_only_paths_are_wider_than_a_paragraph() -> None:
+    path = f"/tmp/{'a' * 30}/index.html"
+    assert wrap_prose(f"See {path} in a browser: {'星' * 7} end", 12) == [
+        "See",
+        path,
+        "in a",
+        "browser:",
+        "星" * 6,
+        "星 end",
+    ]
+    assert wrap_prose(f"{path} {path}", 12) == [path, path]
+    assert wrap_prose("and/or two", 12) == ["and/or two"]
+    assert wrap_prose("b" * 14, 12) == ["b" * 12, "bb"]
+    assert wrap_prose("", 12) == [""]

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from obliteratus.cli.app import app
 from obliteratus.cli.progress import Lines
 from obliteratus.cli.stage_names import STAGES, describe_stage, format_seconds, format_times
+from obliteratus.cli.tables import PATH
 from obliteratus.core.clock import Clock
 from obliteratus.core.progress import note, progress, report_to
 
@@ -86,7 +87,7 @@ def call(arguments: list[str]) -> Printed:
 @pytest.mark.parametrize("name", [*COMMANDS, *AFTER])
 def test_it_fits_80_columns_and_nothing_is_cut(name: str, printed: dict[str, Printed]) -> None:
     for line in printed[name].lines:
-        assert cell_len(line) <= 80, line
+        assert cell_len(line) <= 80 or PATH.fullmatch(line.split()[-1]), line
         assert "…" not in line, line
 
 

@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from obliteratus.cli.stage_names import describe_stage, format_seconds
-from obliteratus.cli.tables import wrap
+from obliteratus.cli.tables import wrap_prose
 from obliteratus.core.progress import Advance, Done, Reporter
 
 NAME, TIME = 21, 13  # characters of a stage's name, and of its time: `VERIFY search prompts`, `59 min 59 s`
@@ -63,7 +63,7 @@ class Lines(Reporter):
             return
         self._noted.add((title, text))
         warns = text.startswith("warning:")
-        body = wrap(f"{title}: {text}", self.console.width - 2)
+        body = wrap_prose(f"{title}: {text}", self.console.width - 2)
         for mark, line in zip(["! " if warns else "· ", *["  "] * len(body)], body, strict=False):
             self._say(mark + line, "yellow" if warns else "dim")
 

@@ -13,6 +13,7 @@ GAP = "  "  # between two columns
 LEAST = 12  # columns of text are not made narrower than this, unless their longest word is shorter
 NUMBER = re.compile(r"[×≥≤+−-]?\s*(?:\d[\d.,]*(?:e[+-]?\d+)?|∞)\s*(?:%|[A-Za-z]{1,3})?(?:\s+[(\[].*[)\]])?|–|")
 """What a cell of a column of numbers looks like: it may end with a unit and an interval."""
+PATH = re.compile(r"\S*/\S*")
 _measure = Console(width=80, color_system=None)
 
 
@@ -20,6 +21,21 @@ def wrap(text: str, width: int) -> list[str]:
     """Return the lines of a text, broken at spaces where it can be. Wide characters count as two."""
     lines = Text(text).wrap(_measure, max(1, width), overflow="fold")
     return [line.plain.rstrip() for line in lines] or [""]
+
+
+def wrap_prose(text: str, width: int) -> list[str]:
+    """Return the lines of a paragraph like `wrap`, with paths whole, to be copied or opened, even if one is wider."""
+    lines: list[str] = []
+    ends = 0
+    for path in PATH.finditer(text):
+        if cell_len(path[0]) > width:
+            lines += [*_wrap_part(text[ends : path.start()], width), path[0]]
+            ends = path.end()
+    return [*lines, *_wrap_part(text[ends:], width)] or [""]
+
+
+def _wrap_part(text: str, width: int) -> list[str]:
+    return wrap(text.strip(), width) if text.strip() else []
 
 
 def format_table(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from obliteratus.cli.tables import align_values, format_table, wrap
+from obliteratus.cli.tables import align_values, format_table, wrap, wrap_prose
 from obliteratus.core.results import Run, Score
 from obliteratus.rebirth.model_card import PASS_COLUMNS, format_coverage, make_pass_rows, make_reason_rows, split_score
 from obliteratus.rebirth.outcome import describe_outcome
@@ -32,7 +32,7 @@ def say(text: str, label: str = "", indent: bool = False) -> None:
     indent: leaves the room of a label where there is none.
     """
     width = LABEL if label or indent else 0
-    for number, line in enumerate(wrap(text, results.width - width)):
+    for number, line in enumerate(wrap_prose(text, results.width - width)):
         results.out(f"{label if not number else '':<{width}}", style="bold", end="")
         results.out(line)
 
