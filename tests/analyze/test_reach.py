@@ -36,9 +36,10 @@ from obliteratus.analyze.reach import (
     rank_by_effect,
     rank_edits,
 )
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Edit, Plan, ProbeRequest, PromptSet
+from obliteratus.core.types import Edit, Plan, PromptSet
 from obliteratus.distill import find_directions
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations
@@ -138,9 +139,12 @@ def test_anchors_and_oblique_directions_are_used_where_they_are() -> None:
     paths = [s.path for s in subject.sites if s.role == "writes" and s.part in ("attn.out", "mlp.out")]
     anchored = replace(plain, activations=collect_activations(subject, asked(), request=ProbeRequest(paths)))
     oblique = replace(anchored, directions=find_directions(anchored.activations, [Step(use="leace")]))
-    cost = [measure_reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique)]
-    assert len({round(c, 9) for c in cost}) == 3
+    contrasted = collect_activations(subject, asked(), request=ProbeRequest(contrast_modules=paths))
+    least = replace(plain, activations=contrasted)
+    cost = [measure_reach(g, **ALL).kl["both"][0].value for g in (plain, anchored, oblique, least)]
+    assert len({round(c, 9) for c in cost}) == 4
     assert cost[1] < cost[0]
+    assert cost[3] < cost[0]
 
 
 def test_the_cheapest_edits_are_answered_up_to_one_that_ends_refusals() -> None:

@@ -85,11 +85,14 @@ def test_prompts_that_no_step_uses(model: Path, prompts: Any, tmp_path: Path) ->
     more.write_text("\n".join(f"{n} stones and {n * n} pebbles lie {'abc'[n % 3] * 4}" for n in range(16)))
     refused = call("run", model, *prompts, "--bypass", more, "--force", "--quiet")
     assert refused.exit_code == 2
-    assert "--bypass: no step of leace uses bypass prompts; leave them out, or add bypass_contrast" in refused.stderr
+    assert (
+        "--bypass: no step of least_change uses bypass prompts; leave them out, or add bypass_contrast"
+        in refused.stderr
+    )
     result = call("run", model, *prompts, "--keep", more, "--force")
     assert result.exit_code == 0, result.output
     said = " ".join(result.stderr.split())
-    assert "no step of leace spares the keep prompts" in said
+    assert "no step of least_change spares the keep prompts" in said
     assert "no --out: the edited model will be measured and not saved" in said
 
 

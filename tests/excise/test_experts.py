@@ -18,6 +18,7 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor, nn
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Excise, Experts
 from obliteratus.core.types import (
@@ -25,7 +26,6 @@ from obliteratus.core.types import (
     Blend,
     Edit,
     Plan,
-    ProbeRequest,
     Prompt,
     PromptSet,
     RoutingStatistics,

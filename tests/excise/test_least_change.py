@@ -7,8 +7,9 @@ import torch
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import WriterContrast
 from obliteratus.core.settings import Excise, Probe
-from obliteratus.core.types import Edit, PromptSet, WriterContrast
+from obliteratus.core.types import Edit, PromptSet
 from obliteratus.distill.means import mean_diff
 from obliteratus.excise.least_change import choose_covectors
 from obliteratus.excise.live.hooks import applied

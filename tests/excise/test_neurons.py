@@ -12,9 +12,10 @@ from tests.support.plans import random_basis
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Excise
-from obliteratus.core.types import Activations, Mask, Plan, ProbeRequest, PromptSet, Site, Subject
+from obliteratus.core.types import Activations, Mask, Plan, PromptSet, Site, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.neurons import attribute_to_neurons, find_outlying_neurons
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan

@@ -21,7 +21,8 @@ from tests.support.pairwise import pairwise
 from tests.support.tiny import KINDS
 from torch import Tensor
 
-from obliteratus.core.types import ProbeRequest, Subject
+from obliteratus.core.probing import ProbeRequest
+from obliteratus.core.types import Subject
 from obliteratus.inference.hooks import decoder_blocks
 
 

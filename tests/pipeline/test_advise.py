@@ -22,7 +22,7 @@ from obliteratus.analyze.reach import Reach
 from obliteratus.core.results import Run, Score
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe, Step
-from obliteratus.core.types import Activations, Moments, Prompt, PromptSet
+from obliteratus.core.types import Activations, Edit, Moments, Prompt, PromptSet
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.pipeline.advise import (
     Advice,
@@ -88,15 +88,15 @@ def coned(cosine: list[list[float]]) -> Cones:
     return Cones(names, (9,) * n, 8, table, zero, torch.zeros(2, 9), zero, 0.05)
 
 
-def advised(found: Mapping[str, Finding], anchors: bool = True) -> Advice:
-    return advise(load_recipe("informed"), ACTS, found, anchors=anchors)
+def advised(found: Mapping[str, Finding], recipe: Recipe | None = None, anchors: bool = True) -> Advice:
+    return advise(recipe or load_recipe("informed"), ACTS, found, anchors=anchors)
+
+
+ANCHORED = {"excise.anchored": True, "excise.least_change": False}
 
 
 def because(advice: Advice, decides: str) -> Reason:
     return next(reason for reason in advice.reasons if decides in reason.decides)
-
-
-ANCHORED = ("llama", "gpt2")  # have biases, or a switch for them in attention and MLP
 
 
 # ------------------------------------------------------------------------------------------------------- decisions
@@ -141,7 +141,8 @@ def test_several_generalized_eigenvectors_are_used_where_prompts_differ_in_sever
     known = advise(recipe, shifted(2), {"cones": coned([[1.0, 0.99], [0.99, 1.0]])})
     assert known.recipe.distill[0].use == "leace"
     assert because(known, "generalized eigenvectors").value is None
-    assert advise(recipe, shifted(2), {}, anchors=False).recipe.distill[0].use == "mean_diff"
+    anchored = load_recipe("informed", ANCHORED)
+    assert advise(anchored, shifted(2), {}, anchors=False).recipe.distill[0].use == "mean_diff"
 
 
 def test_where_nothing_was_answered_the_recipe_stays() -> None:
@@ -191,17 +192,18 @@ def test_many_categories_of_two_kinds_are_two_directions() -> None:
 
 
 def test_weights_without_room_for_an_anchor_get_a_norm_rule() -> None:
-    made = advised({"cones": coned([[1, 0], [0, 1]])}, anchors=False)
+    anchored = load_recipe("informed", ANCHORED)
+    made = advised({"cones": coned([[1, 0], [0, 1]])}, anchored, anchors=False)
     assert not made.recipe.excise.anchored
     assert made.recipe.excise.norm == "columns"
     assert [step.use for step in made.recipe.distill] == ["svd", "orthogonal_to_control"]
     assert because(made, "norm rule").value == 0
-    plain = fit_recipe_to_weights(load_recipe("informed"), anchors=False)
-    assert plain.excise == made.recipe.excise
-    assert fit_recipe_to_weights(load_recipe("informed"), anchors=True) == load_recipe("informed")
+    assert fit_recipe_to_weights(anchored, anchors=False).excise == made.recipe.excise
+    assert fit_recipe_to_weights(anchored, anchors=True) == anchored
     assert because(made, "norm rule").changes
-    assert advised({}).recipe.excise.anchored
-    assert not because(advised({}), "norm rule").changes
+    assert advised({}, anchored).recipe.excise.anchored
+    for recipe, anchors in ((anchored, True), (load_recipe("informed"), False)):  # the second needs no anchors
+        assert not because(advised({}, recipe, anchors), "norm rule").changes
 
 
 def test_what_was_not_measured_decides_nothing_and_says_so() -> None:
@@ -297,9 +299,10 @@ def test_activations_are_probed_once_for_analysis_and_first_pass() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma2", "mixtral", "granitemoehybrid", "qwen3_next"])
 def test_it_runs_on_every_kind_of_model_and_what_it_gives_can_be_saved(name: str) -> None:
-    """Where biases can hold anchors, and where not."""
+    """Whether or not they have biases: an edit of least change needs none."""
     subject = tiny_subject(name)
     plan, found, *_ = run(informed(**{"analyze.1.depths": 2}), subject, grouped(asked()), force=True)
-    assert (found.advice["reasons"][0]["value"] == 1.0) == found.recipe.excise.anchored == (name in ANCHORED)
+    assert found.recipe.excise.least_change
+    assert all(isinstance(edit, Edit) and edit.anchor is None for edit in plan.edits)
     for make in bake(subject, plan).values():
         assert torch.isfinite(make()).all()

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe, Step
-from obliteratus.core.types import Plan, ProbeRequest, PromptSet, Subject
+from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference import spill

@@ -22,10 +22,11 @@ from tests.support.tiny import tiny_subject
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import report_to
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, ProbeRequest, Prompt, PromptSet, Splits, Subject
+from obliteratus.core.types import Activations, Prompt, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run

@@ -9,7 +9,8 @@ import torch
 from tests.support.activations import assert_same
 from tests.support.tiny import tiny_subject
 
-from obliteratus.core.types import ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.core.probing import ProbeRequest
+from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe import contrasts
 from obliteratus.probe.contrasts import sample_outputs, solve_second_moment

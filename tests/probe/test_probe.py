@@ -10,8 +10,9 @@ from tests.support.activations import assert_same
 from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 

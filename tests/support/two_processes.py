@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Edit, Mask, Plan, ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.core.probing import ProbeRequest
+from obliteratus.core.types import Edit, Mask, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.inference.chat_template import render_prompts

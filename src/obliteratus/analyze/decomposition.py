@@ -14,8 +14,9 @@ from obliteratus.analyze.samples import LEVEL
 from obliteratus.analyze.significance import Contrast, contrast_between_groups, describe_clearest
 from obliteratus.analyze.writers import attention_outputs, block_output_modules
 from obliteratus.core.cost import Cost, prompt_count
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import ProbeRequest, Prompt, Site, Subject
+from obliteratus.core.types import Prompt, Site, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import BatchStates, read_hidden_states
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure

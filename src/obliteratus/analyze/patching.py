@@ -18,9 +18,10 @@ from obliteratus.analyze.samples import LEVEL
 from obliteratus.analyze.significance import Contrast, contrast_within_pairs, describe_clearest
 from obliteratus.analyze.writers import attention_outputs, block_output_modules
 from obliteratus.core.cost import Cost, constant, prompt_count, variable
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import ProbeRequest, Subject
+from obliteratus.core.types import Subject
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 from obliteratus.report.curves import Figure

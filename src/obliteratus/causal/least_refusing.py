@@ -12,10 +12,11 @@ from torch import Tensor
 from obliteratus.causal.candidates import repeat_at_all_streams, split_for_candidates
 from obliteratus.causal.interventions import FitContext, ablate, compute_answer_logits
 from obliteratus.core.cost import Answers, Cost, prompt_count, variable
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import SILENT, note, progress, report_to
 from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Activations, Directions, ProbeRequest, Subject
+from obliteratus.core.types import Activations, Directions, Subject
 from obliteratus.distill.steps import extractors
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate

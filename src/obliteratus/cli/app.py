@@ -79,7 +79,7 @@ def run(
     model: Model,
     target: Target = None,
     control: Control = None,
-    method: Method = "leace",
+    method: Method = "least_change",
     bypass: Bypass = None,
     keep: Keep = None,
     column: Column = None,

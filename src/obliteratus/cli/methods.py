@@ -8,7 +8,7 @@ from obliteratus.cli.terminal import say, show_groups
 from obliteratus.core.settings import Recipe
 from obliteratus.forecast.formula import COLUMNS, table_row
 
-START = ("leace", "informed", "tuned")
+START = ("least_change", "informed", "tuned")
 """The methods to try first, in this order: each costs more than the one before it and leaves less."""
 
 

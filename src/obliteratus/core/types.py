@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from obliteratus.core import lines
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import WriterContrast
 from obliteratus.core.separation import Separation
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.views import Plottable, Viewable
@@ -286,32 +287,6 @@ class RoutingStatistics:
         return torch.where(n > 1, spread / (n - 1), torch.inf)
 
 
-@dataclass(frozen=True)
-class ProbeRequest:
-    """Modules, by path, that a pass over prompts reads besides the residual stream."""
-
-    output_modules: Sequence[str] = ()
-    """Modules whose outputs are wanted; PROBE keeps their mean over the control group (the anchors)."""
-    input_modules: Sequence[str] = ()
-    """Modules whose inputs are wanted; PROBE keeps their mean over each group."""
-    expert_modules: Sequence[str] = ()
-    """Stacks of experts whose routing is wanted, together with the output of each chosen expert."""
-    contrast_modules: Sequence[str] = ()
-    """Writers whose contrast between the groups is wanted (`WriterContrast`)."""
-
-
-@dataclass(frozen=True)
-class WriterContrast:
-    """How the groups differ in what one writer writes, and how to read that with the least effect elsewhere."""
-
-    difference: Float[Tensor, "categories width"]
-    """D: the mean output on each category of target prompts, less that on control prompts."""
-    whitened: Float[Tensor, "categories width"]
-    """D M⁻¹, with M the second moment of outputs at all positions of control prompts (`probe.contrasts`)."""
-    share: Float[Tensor, " categories"]
-    """Share of the target prompts that each category has."""
-
-
 @dataclass(frozen=True, repr=False)
 class Activations(Plottable):
     """Residual streams at one position of every prompt, by group, with any module statistics that were requested."""
@@ -389,8 +364,7 @@ class Edit:
     anchor: Float[Tensor, " width"] | None = None
     """μ, whose component along B is kept. None stands for the origin."""
     covectors: Float[Tensor, "k width"] | None = None
-    """A. None stands for A = B, an orthogonal projection. A Bᵀ = I makes the edit an oblique projection; covectors of
-    least change remove another share of what lies along B."""
+    """A, with A Bᵀ = I in an oblique projection. None stands for A = B, an orthogonal one."""
 
     def __post_init__(self) -> None:
         if self.basis.ndim != 2:

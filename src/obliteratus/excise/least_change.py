@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from obliteratus.core.probing import WriterContrast
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import WriterContrast
 
 # Differences of categories that are smaller than this share of the largest, in units of the spread of the outputs, are
 # left to the others: reading them alone would take large covectors.

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
@@ -29,7 +30,6 @@ from obliteratus.core.types import (
     Mask,
     NormRule,
     Plan,
-    ProbeRequest,
     Shift,
     Site,
     Subject,

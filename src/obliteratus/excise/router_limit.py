@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import Change, Plan, ProbeRequest, Prompt, Subject
+from obliteratus.core.types import Change, Plan, Prompt, Subject
 from obliteratus.excise.kl_budget import CHECK_PROMPTS, find_largest_factor, scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids, render_prompts

@@ -10,12 +10,13 @@ from typing import Any
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
-from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, prompt_count
+from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constant, prompt_count
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Recipe, Search, Step, Tune, active_steps
 from obliteratus.core.toml import dump_toml
 from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
+from obliteratus.probe.contrasts import PROMPTS
 from obliteratus.search.run import MAX_CHECKED
 from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, SCALES
 from obliteratus.tune.search_check import CHECKED_PROMPTS
@@ -62,7 +63,7 @@ def stage_costs(recipe: Recipe) -> dict[str, Cost]:
     on_search = Answers(tokens, prompt_count("search", "target", CHECK_PROMPTS))
     costs = {
         "ANSWERS": _screening_cost(recipe),
-        "PROBE": Cost(prompt_count("fit")) * recipe.passes,
+        "PROBE": _probe_cost(recipe) * recipe.passes,
         "ANALYZE": _add_steps(analyses, recipe.analyze),
         "DISTILL": _add_steps(extractors, recipe.distill) * recipe.passes,
         "EXCISE": _excise_cost(recipe) * recipe.passes,
@@ -148,6 +149,12 @@ def count_tokens(cost: Cost) -> float:
     count = OWN * cost.forwards.evaluate(REFERENCE) + TEXT * cost.texts.evaluate(REFERENCE)
     count += sum((OWN + a.tokens) * a.times * a.prompts.evaluate(REFERENCE) for a in cost.answers)
     return count + sum(2 * t.steps * t.prompts * (SHARED + OWN + t.tokens) for t in cost.training)
+
+
+def _probe_cost(recipe: Recipe) -> Cost:
+    """Return the cost of PROBE: all fit prompts, and some control prompts again for contrasts."""
+    again = prompt_count("fit", "control", PROMPTS) if recipe.excise.least_change else constant(0)
+    return Cost(prompt_count("fit") + again)
 
 
 def relative_effort(recipe: Recipe) -> float:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import ProbeRequest, Subject
+from obliteratus.core.types import Subject
 from obliteratus.inference.batching import (
     BATCH_TOKENS,
     make_batches,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.types import ProbeRequest, Subject
+from obliteratus.core.types import Subject
 
 
 class DoneError(Exception):

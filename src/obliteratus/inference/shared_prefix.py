@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import ProbeRequest, Subject
+from obliteratus.core.types import Subject
 from obliteratus.inference.batching import pad_rows
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.hooks import StreamCapture

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
-from obliteratus.core.types import Activations, ProbeRequest, PromptSet, Subject, digest_of
+from obliteratus.core.types import Activations, PromptSet, Subject, digest_of
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import STREAM_ONLY
 from obliteratus.probe.probe import (

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from obliteratus.core.probing import ProbeRequest, WriterContrast
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import ProbeRequest, Prompt, Subject, WriterContrast
+from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 
@@ -24,6 +25,7 @@ MOST_LAST = 512
 LAST_SHARE = 0.3  # of the second moment: the position that the first answer token is read from
 # Share of the mean second moment that is added to each dimension, so that too few outputs do not hide any.
 FLOOR = 0.02
+LEAST_FLOOR = 1e-12  # of a writer that writes nothing on control prompts
 
 
 def contrast_outputs(
@@ -76,7 +78,7 @@ def solve_second_moment(
     """
     weights = (LAST_SHARE / max(len(last), 1), (1 - LAST_SHARE) / max(len(others), 1))
     scaled = torch.cat([x.double() * w**0.5 for x, w in zip((last, others), weights, strict=True)])
-    floor = FLOOR * float(scaled.square().sum()) / scaled.shape[1]
+    floor = max(FLOOR * float(scaled.square().sum()) / scaled.shape[1], LEAST_FLOOR)
     scaled, rows = scaled * (1 - FLOOR) ** 0.5, rows.double()
     gram = scaled @ scaled.T + floor * torch.eye(len(scaled), dtype=scaled.dtype)
     inside = torch.linalg.solve(gram, scaled @ rows.T)  # Woodbury's identity

@@ -13,19 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.probing import ProbeRequest, WriterContrast
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
     Activations,
     Moments,
-    ProbeRequest,
     Prompt,
     PromptSet,
     RoutingStatistics,
     Sketch,
     Subject,
-    WriterContrast,
     digest_of,
 )
 from obliteratus.inference.chat_template import render_prompts
@@ -208,7 +207,7 @@ def save_activations(acts: Activations, folder: Path) -> None:
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
     tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
     for path, contrast in acts.contrasts.items():
-        tensors |= {f"contrast/{path}/{name}": tensor for name, tensor in vars(contrast).items()}
+        tensors |= {f"contrast/{path}/{name}": tensor.clone() for name, tensor in vars(contrast).items()}
     for path, groups in acts.routed.items():
         for group, statistics in groups.items():
             fields = vars(statistics).items()

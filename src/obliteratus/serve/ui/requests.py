@@ -31,7 +31,7 @@ class RunRequest(BaseModel):
     """Source of the prompts, as of ``--target``; empty for the behavior's own examples."""
     control: str = ""
     behavior: str = "refusal"
-    method: str = "leace"
+    method: str = "least_change"
     """Name of a method, or the path of a recipe in a front."""
     changes: tuple[str, ...] = ()
     """As of ``--set``: path=value."""
