@@ -21,6 +21,7 @@ from obliteratus.cli.options import (
     Column,
     Commands,
     Control,
+    Deterministic,
     Device,
     Dtype,
     Force,
@@ -52,6 +53,8 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.push import push
+from obliteratus.cli.reproduce import reproduce
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
@@ -107,6 +110,7 @@ def run(
         bool, typer.Option("--self-test", help="Check every claim of the architecture table on this model.")
     ] = False,
     memory: Memory = None,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -120,10 +124,11 @@ def run(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import Job, run_job, show_result
+            from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, overrides, sources, out, save, base, force)
-        result = run_job(job, opening, clock, resume, memory)
+        with fix_bits(deterministic):
+            result = run_job(job, opening, clock, resume, memory)
     show_result(result, out, json)
 
 
@@ -162,6 +167,7 @@ def search(
     thinking: Thinking = False,
     template: Template = "",
     memory: Memory = None,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -175,10 +181,11 @@ def search(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import Job, run_job, show_result
+            from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, overrides, sources, out, save, base, force)
-        result = run_job(job.with_search(trials, storage, study, pick), opening, clock, resume, memory)
+        with fix_bits(deterministic):
+            result = run_job(job.with_search(trials, storage, study, pick), opening, clock, resume, memory)
     show_result(result, out, json)
 
 
@@ -192,6 +199,7 @@ def demo(
     save: Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")] = "plan",
     set_: Set = None,
     resume: Resume = False,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -203,11 +211,12 @@ def demo(
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import EXAMPLES, Job, name_demo_folder, run_job, show_result
+            from obliteratus.cli.jobs import EXAMPLES, Job, fix_bits, name_free_folder, run_job, show_result
 
-            out = out or name_demo_folder(Path.cwd(), resume)
+            out = out or name_free_folder(Path.cwd(), "obliteratus-demo", resume)
             job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
-        result = run_job(job, {}, clock, resume, examples=0 if json else EXAMPLES)
+        with fix_bits(deterministic):
+            result = run_job(job, {}, clock, resume, examples=0 if json else EXAMPLES)
     show_result(result, out, json)
 
 
@@ -304,7 +313,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui, reproduce, push):
     app.command()(handle_errors(command))
 
 

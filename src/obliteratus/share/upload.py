@@ -1,0 +1,97 @@
+"""Put the selected files into a repository of the hub, in one commit, and send nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from obliteratus.core.errors import UserError
+from obliteratus.core.progress import note, progress
+from obliteratus.share.hub import explain_hub_errors
+from obliteratus.share.selection import Selection, Upload
+
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded."""
+
+    repo: str
+    url: str
+    """Of the repository."""
+    commit: str
+    private: bool
+    created: bool
+    """Whether the repository was made for it."""
+
+
+def check_name(repo: str) -> None:
+    """Raise UserError unless a repository may be called so."""
+    owner, slash, name = repo.partition("/")
+    if not (owner and slash and name) or "/" in name:
+        raise UserError(f"{repo}: this is no name of a repository; give owner/name")
+    with explain_hub_errors(repo):
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo)
+
+
+def push_files(selection: Selection, repo: str, public: bool, allow: Callable[[str], None]) -> Pushed:
+    """Upload the files, and return where they are.
+
+    Files whose content is on the hub already, such as those of an interrupted push, are not sent again, and the
+    repository shows them only once all are there. public: of a repository that is made. allow: is called with a
+    question before one is made, and raises unless it may be. Raises UserError if the hub refuses, fails or is out of
+    reach.
+    """
+    with explain_hub_errors(repo):
+        token = get_token()
+        if not token:
+            raise UserError(f"{repo}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+        api = HfApi(token=token)
+        private = find_repo(api, repo)
+        if created := private is None:
+            allow(f"{repo} does not exist. Make it as a {'public' if public else 'private'} repository?")
+            api.create_repo(repo, private=not public, exist_ok=True)
+            private = not public
+        elif private == public:
+            note("push", f"{repo} exists and is {'private' if private else 'public'}; it stays so")
+        commit = send_files(api, repo, selection)
+    return Pushed(repo, f"{api.endpoint}/{repo}", commit, bool(private), created)
+
+
+def find_repo(api: HfApi, repo: str) -> bool | None:
+    """Return whether the repository is private, or None if there is none.
+
+    A token that the hub refuses raises, although the client then speaks of a missing repository too.
+    """
+    try:
+        return bool(api.repo_info(repo).private)
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code == 404:
+            return None
+        raise
+
+
+def send_files(api: HfApi, repo: str, selection: Selection) -> str:
+    """Send large files one by one, then commit all, and return the commit."""
+    operations = [CommitOperationAdd(upload.name, upload.path) for upload in selection.uploads]
+    with progress("PUSH sent, MB", sum(map(_count, selection.uploads))) as advance:
+        for upload, operation in zip(selection.uploads, operations, strict=True):
+            api.preupload_lfs_files(repo, [operation], free_memory=False)
+            advance(_count(upload))
+        made = api.create_commit(repo, operations, commit_message=_describe(selection))
+    return str(made.oid)
+
+
+def _count(upload: Upload) -> int:
+    return -(-upload.bytes // MB)
+
+
+def _describe(selection: Selection) -> str:
+    run = selection.run
+    return f"{run.recipe.name or 'A recipe'} on {run.source['id']}, by OBLITERATUS {run.versions['obliteratus']}"
