@@ -252,7 +252,7 @@ def describe_request(job: Job, subject: Subject, opening: Mapping[str, Any], mem
         memory=memory or "",
         thinking=chat.thinking,
         template=chat.template,
-        now=chat.now.isoformat(),
+        now=chat.now,
         **given,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +76,7 @@ def reproduce(
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
             from obliteratus.cli.jobs import fix_bits, name_free_folder, run_job
+            from obliteratus.inference.determinism import without_probe_cache
             from obliteratus.share.recorded import find_recorded
 
             recorded = find_recorded(source)
@@ -90,7 +90,7 @@ def reproduce(
             return
         fixed = recorded.file.deterministic
         threads, room = (fixed.threads, fixed.memory) if fixed else (0, 0)
-        with fix_bits(deterministic or fixed is not None, threads, room):
+        with without_probe_cache(), fix_bits(deterministic or fixed is not None, threads, room):
             done = run_job(repeat.job, repeat.opening, clock, resume, memory or recorded.file.request.memory or None)
     found = conclude(recorded, repeat, done)
     show_reproduction(found, place, json)
@@ -133,15 +133,13 @@ def prepare(recorded: Recorded, given: Given) -> Repeat:
     """Return the run to repeat. Raises UserError for what is missing, and what the user has to allow."""
     from obliteratus.cli.jobs import Job
     from obliteratus.core.chat import ChatFormat
-    from obliteratus.share.recorded import choose_model, choose_sources
+    from obliteratus.share.recorded import choose_model, choose_sources, is_shared
 
     asked, file = recorded.file.request, recorded.file
     recipe = restore_recipe(recorded, given)
     model = choose_model(recorded, given.model)
     sources: dict[str, Any] = dict(choose_sources(recorded, given.groups))
-    sources["column"] = {
-        g: one.column for g, one in file.prompts.items() if not (given.groups.get(g) or _is_shared(sources[g]))
-    }
+    sources["column"] = {g: one.column for g, one in file.prompts.items() if not is_shared(sources[g])}
     job = Job.from_recipe(model, recipe, sources, given.out, given.form, force=asked.force)
     if recipe.search is not None:
         job = job.with_search(pick=asked.pick)
@@ -149,16 +147,10 @@ def prepare(recorded: Recorded, given: Given) -> Repeat:
         raise UserError(
             f"{recorded.name}: the run ran Python code of the model; add --trust-remote-code if you trust it"
         )
-    chat = ChatFormat(asked.thinking, asked.template, datetime.fromisoformat(asked.now))
+    chat = ChatFormat(asked.thinking, asked.template, asked.now)
     opening = {"dtype": asked.dtype, "device": asked.device, "quantize": asked.quantize, "chat": chat}
     opening |= {"trust_remote_code": given.trust, "revision": file.model.revision if not given.model else ""}
     return Repeat(job, opening)
-
-
-def _is_shared(source: str) -> bool:
-    from obliteratus.share.recorded import PROMPTS
-
-    return Path(source).parent.name == PROMPTS and Path(source).suffix == ".jsonl"
 
 
 def restore_recipe(recorded: Recorded, given: Given) -> Recipe:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -16,9 +16,10 @@ from obliteratus.core.progress import note
 from obliteratus.core.types import Subject
 from obliteratus.inference.memory import FREE_MEMORY, free_memory
 
-# Environment while a run is deterministic. cuBLAS gives the same sums only with a workspace of fixed size, and
-# activations from the user's cache would hide that a pass computes something else.
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OBLITERATUS_PROBE_CACHE": "off"}
+# cuBLAS gives the same sums only with a workspace of fixed size.
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+# Activations from the user's cache would hide that a pass computes something else.
+NO_CACHE = {"OBLITERATUS_PROBE_CACHE": "off"}
 MISSING = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -46,7 +47,7 @@ def deterministic(threads: int = 0, memory: int = 0) -> Iterator[Determinism]:
     fixed = Determinism(threads or torch.get_num_threads(), memory)
     token = DETERMINISM.set(fixed)
     try:
-        with _environment(), _settings(fixed.threads), _listen(fixed):
+        with _environment(CUBLAS | NO_CACHE), _settings(fixed.threads), _listen(fixed):
             yield fixed
     finally:
         DETERMINISM.reset(token)
@@ -82,10 +83,15 @@ def choose_memory(free: int) -> int:
     return 1 << max(0, free.bit_length() - 2)
 
 
+def without_probe_cache() -> AbstractContextManager[None]:
+    """Return a context in which PROBE computes all activations anew."""
+    return _environment(NO_CACHE)
+
+
 @contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

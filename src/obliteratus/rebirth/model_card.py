@@ -86,7 +86,7 @@ def _describe_measuring(run: Run) -> str:
     )
     return (
         f"On {counts} prompts that were held out: nothing was fitted or chosen on them. Answers are greedy; {judge} "
-        f"decided whether one shows {behavior}. Intervals are 95 % intervals, where the sample allows any, and KL is in "
+        f"decided whether one shows {behavior}. Intervals are 95 % intervals, where the sample allows any; KL is in "
         f"nats.{forced} A rate on these prompts says little about prompts of another kind."
     )
 
@@ -101,8 +101,8 @@ def _describe_license(run: Run) -> str:
     name = known.get("license_name") or known.get("license")
     if not name:
         return (
-            "The base model's license still applies. Its files do not say which it is: look it up before you use this or "
-            "pass it on."
+            "The base model's license still applies. Its files do not say which it is: look it up before you use or "
+            "share this."
         )
     link = f", {known['license_link']}" if known.get("license_link") else ""
     return f"The base model's license, {name}{link}, still applies: to this model and to whatever is made of it."

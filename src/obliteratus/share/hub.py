@@ -51,26 +51,32 @@ def explain_hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {explain_failure(cause if wrapped and cause else error)}") from error
 
 
+MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
+    (LocalTokenNotFoundError, "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the hub; unset it"),
+    (RevisionNotFoundError, "the repository has no such revision ({line}); check the name"),
+    (RemoteEntryNotFoundError, "the repository has no such file ({line}); check the name"),
+    (HFValidationError, "this is no name of a repository ({line}); give owner/name"),
+    (
+        json.JSONDecodeError,
+        "the hub's answer is no JSON, so something else answers at its address; check HF_ENDPOINT",
+    ),
+)
+"""What an error means that is neither a status nor a connection that fails; the first that fits."""
+
+
 def explain_failure(error: BaseException) -> str:
     """Return what went wrong and what to do, in one line."""
     line = _first_line(error)
-    match error:
-        case LocalTokenNotFoundError():
-            return "there is no token; log in with `hf auth login`, or set HF_TOKEN"
-        case OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE forbids to ask the hub; unset it"
-        case RevisionNotFoundError() | RemoteEntryNotFoundError():
-            return f"the repository has no such revision or file ({line}); check the name"
-        case HfHubHTTPError():
-            return explain_status(error)
-        case httpx2.HTTPError() | ConnectionError() | TimeoutError() | LocalEntryNotFoundError():
-            return f"the hub cannot be reached ({line}){AGAIN}"
-        case HFValidationError():
-            return f"this is no name of a repository ({line}); give owner/name"
-        case json.JSONDecodeError():
-            return "the hub's answer is no JSON, so something else answers at its address; check HF_ENDPOINT"
-        case ValueError():
-            return f"the hub and its client do not agree ({line})"
+    for kind, meaning in MEANINGS:
+        if isinstance(error, kind):
+            return meaning.replace("{line}", line)
+    if isinstance(error, HfHubHTTPError):
+        return explain_status(error)
+    if isinstance(error, OUT_OF_REACH):
+        return f"the hub cannot be reached ({line}){AGAIN}"
+    if isinstance(error, ValueError):
+        return f"the hub and its client do not agree ({line})"
     return f"sending failed ({line}){AGAIN}"
 
 

@@ -18,6 +18,8 @@ from obliteratus.weights.sources import ModelOrigin, locate
 
 PATTERNS = (*(pattern for patterns in KINDS.values() for pattern in patterns), "*.py")
 """Weights, configuration, tokenizer, chat templates, and code that comes with a model."""
+GGUF = "model.gguf"
+"""What the only file of a model is called, whatever its name is."""
 CHUNK = 2**22  # bytes that are read at once: few enough for the cache, and enough for a disk to read at its rate
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -40,7 +42,7 @@ def sum_model_files(source: str, revision: str = "") -> dict[str, FileSum]:
     with progress("FILES summed, MB", sum(file.stat().st_size for file in files) // 10**6) as advance:
         sums = {}
         for file in files:
-            sums[file.relative_to(folder or file).as_posix()] = sum_file(file)
+            sums[GGUF if origin.gguf else file.relative_to(folder or file).as_posix()] = sum_file(file)
             advance(file.stat().st_size // 10**6)
     return sums
 

@@ -128,3 +128,9 @@ def _find_source(recorded: Recorded, group: str) -> str:
     if is_hidden(known) or not (":" in known or Path(known).is_file()):
         raise UserError(f"{recorded.name}: the {group} prompts {known} are not here; give them with --{group}")
     return known
+
+
+def is_shared(source: str) -> bool:
+    """Return whether a source is a file of prompts that was shared beside a run, with columns of its own."""
+    path = Path(source)
+    return path.parent.name == PROMPTS and path.suffix == ".jsonl"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Request(FrozenModel):
     trust_remote_code: bool = False
     thinking: bool = False
     template: str = ""
-    now: str
+    now: datetime
     """Date and time that chat templates print."""
 
 

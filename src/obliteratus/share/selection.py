@@ -76,7 +76,7 @@ def select_files(folder: Path, staging: Path, repo: str, prompts: bool = False, 
     uploads, shown = [], clean_run(run)
     for name in (name for name in names if name not in left_out and name not in (CARD, RECORD)):
         path = _copy_without_paths(folder, name, staging, private, shown)
-        if found := private.find_text(path):
+        if found := private.find(path):
             _refuse_needed(folder / name, found)
             left_out[name] = found
         else:
