@@ -46,6 +46,12 @@ def check(made: TinyRun, *options: object) -> Result:
     return reproduce(made.out, "--check", *options)
 
 
+def places(made: TinyRun) -> list[object]:
+    """Options that say where everything is."""
+    groups = [x for group in ("target", "control") for x in (f"--{group}", made.place / f"{group}.txt")]
+    return ["--model", made.model, *groups]
+
+
 def change(made: TinyRun, edit: Callable[[dict[str, Any]], None]) -> None:
     """Change the file of a run."""
     data = json.loads((made.out / FILE).read_text())
@@ -117,7 +123,7 @@ def test_scores_that_differ_beyond_their_tolerance_are_shown(moved: TinyRun, tmp
 
     change(moved, edit)
     (moved.out / "plan.safetensors").unlink()
-    result = reproduce(moved.out, "--out", tmp_path / "again")
+    result = reproduce(moved.out, "--out", tmp_path / "again", *places(moved))
     assert result.exit_code == 3, result.output
     said = " ".join(result.stdout.split())
     assert "only the digest of the earlier plan is known" in said
@@ -203,8 +209,7 @@ def test_a_file_alone_says_what_is_missing(made: TinyRun, tmp_path: Path) -> Non
     alone = shutil.copy(made.out / FILE, tmp_path / "alone.json")
     assert "give it with --model" in one_line(reproduce(alone, "--check"))
     assert "give them with --target" in one_line(reproduce(alone, "--check", "--model", made.model))
-    groups = [x for group in ("target", "control") for x in (f"--{group}", made.place / f"{group}.txt")]
-    result = reproduce(alone, "--check", "--model", made.model, *groups)
+    result = reproduce(alone, "--check", *places(made))
     assert result.exit_code == 0, result.output
 
 

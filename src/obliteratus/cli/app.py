@@ -116,7 +116,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
-    overrides = with_judge(
+    changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
@@ -126,9 +126,8 @@ def run(
         with clock.time("START"):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, overrides, sources, out, save, base, force)
-        with fix_bits(deterministic):
-            result = run_job(job, opening, clock, resume, memory)
+            job = Job.create(model, method, changes, sources, out, save, base, force)
+        result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 
@@ -173,7 +172,7 @@ def search(
     verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
-    overrides = with_judge(
+    changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
@@ -183,9 +182,9 @@ def search(
         with clock.time("START"):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, overrides, sources, out, save, base, force)
-        with fix_bits(deterministic):
-            result = run_job(job.with_search(trials, storage, study, pick), opening, clock, resume, memory)
+            job = Job.create(model, method, changes, sources, out, save, base, force)
+        job = job.with_search(trials, storage, study, pick)
+        result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 
@@ -215,8 +214,8 @@ def demo(
 
             out = out or name_free_folder(Path.cwd(), "obliteratus-demo", resume)
             job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
-        with fix_bits(deterministic):
-            result = run_job(job, {}, clock, resume, examples=0 if json else EXAMPLES)
+        examples = 0 if json else EXAMPLES
+        result = run_job(job, {}, clock, resume, examples=examples, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any, cast
 
+from obliteratus.cli.recording import write_reproduction
 from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -55,7 +56,6 @@ from obliteratus.search import (
     set_trial_count,
 )
 from obliteratus.search.output import JOURNAL, front_rows, write_front
-from obliteratus.share.reproduce_file import ReproduceFile, Request, make_reproduce_file, write_reproduce_file
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import open_subject, read_width
 from obliteratus.tune.front import FRONT
@@ -157,9 +157,12 @@ class Job:
         return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)
 
 
+NOTHING_FIXED: AbstractContextManager[object] = nullcontext()
+
+
 def fix_bits(asked: bool, threads: int = 0, memory: int = 0) -> AbstractContextManager[object]:
     """Return the context of `deterministic` if it is asked for, or one that does nothing."""
-    return deterministic(threads, memory) if asked else nullcontext()
+    return deterministic(threads, memory) if asked else NOTHING_FIXED
 
 
 EXAMPLES = 3  # prompts whose answers the demo shows: with three, a second kind of answer is mostly among them
@@ -203,19 +206,26 @@ def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict
 
 
 def run_job(
-    job: Job, opening: dict[str, Any], clock: Clock, resume: bool, memory: str | None = None, examples: int = 0
+    job: Job,
+    opening: dict[str, Any],
+    clock: Clock,
+    resume: bool,
+    memory: str | None = None,
+    examples: int = 0,
+    fixed: AbstractContextManager[object] = NOTHING_FIXED,
 ) -> JobResult:
     """Open the model, run the recipe, and save the result if an output folder is given.
 
     opening: arguments of `open_subject`. clock: measures the stages. memory: the most that the process may hold, such
-    as ``6GB``. examples: number of target prompts that are answered at length before and after the edit.
+    as ``6GB``. examples: number of target prompts that are answered at length before and after the edit. fixed: the
+    context to do all this in; see `fix_bits`.
     """
     _announce(job, resume)
     folder: AbstractContextManager[Path | None] = nullcontext()
     if job.out:
         with clock.time("FILES"):
             folder = workspace(job.out, job.identity, resume)
-    with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
+    with fixed, memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
         store = Store(partial, clock)
         with clock.time("SUMMON"):
             subject = _open(job.model, opening, partial)
@@ -228,8 +238,7 @@ def run_job(
         if partial is not None and job.out is not None:
             with clock.time("REBIRTH"):
                 record = _write(job, subject, result, record, partial)
-                request = describe_request(job, subject, opening, memory)
-                write_reproduce_file(_record(job, subject, record, request, partial / "output"), partial / "output")
+                write_reproduction(job, subject, record, opening, memory or "", partial / "output")
             publish(partial, job.out)
     front = result if isinstance(result, SearchResult) else None
     return JobResult(record, result.before, result.after, clock.account(), front, answers)
@@ -239,28 +248,6 @@ def _search_or_run(job: Job, subject: Subject, store: Store) -> SearchResult | R
     if job.location:
         return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
     return run_on_splits(job.recipe, subject, job.splits, store, job.force)
-
-
-def describe_request(job: Job, subject: Subject, opening: Mapping[str, Any], memory: str | None) -> Request:
-    """Return what was asked for beside model, prompts and recipe, for reproduce.json."""
-    given = {key: opening[key] for key in ("dtype", "quantize", "device", "trust_remote_code") if key in opening}
-    chat = subject.chat
-    return Request(
-        form=job.form,
-        pick=job.pick,
-        force=job.force,
-        memory=memory or "",
-        thinking=chat.thinking,
-        template=chat.template,
-        now=chat.now,
-        **given,
-    )
-
-
-def _record(job: Job, subject: Subject, record: Run, request: Request, folder: Path) -> ReproduceFile:
-    """Return reproduce.json of a run whose output is in the folder."""
-    plan = load_plan(folder)
-    return make_reproduce_file(subject, job.prompts, job.columns, job.recipe, request, record, plan)
 
 
 def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record: Run, partial: Path) -> Run:

@@ -90,8 +90,10 @@ def reproduce(
             return
         fixed = recorded.file.deterministic
         threads, room = (fixed.threads, fixed.memory) if fixed else (0, 0)
-        with without_probe_cache(), fix_bits(deterministic or fixed is not None, threads, room):
-            done = run_job(repeat.job, repeat.opening, clock, resume, memory or recorded.file.request.memory or None)
+        bits = fix_bits(deterministic or fixed is not None, threads, room)
+        limit = memory or recorded.file.request.memory or None
+        with without_probe_cache():
+            done = run_job(repeat.job, repeat.opening, clock, resume, limit, fixed=bits)
     found = conclude(recorded, repeat, done)
     show_reproduction(found, place, json)
     if not found.is_met:

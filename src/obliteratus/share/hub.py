@@ -32,8 +32,8 @@ STATUS = {
 
 
 OUT_OF_REACH = (httpx2.HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
-# The client raises RuntimeError around whatever goes wrong while a file is sent, and ValueError where what the hub
-# answers is not as it should be.
+# The client raises RuntimeError around whatever goes wrong while a file is sent, LocalEntryNotFoundError around what
+# goes wrong while files are looked up, and ValueError where what the hub answers is not as it should be.
 FAILURES = (HfHubHTTPError, *OUT_OF_REACH, LocalTokenNotFoundError, RuntimeError, ValueError)
 
 
@@ -47,7 +47,7 @@ def explain_hub_errors(name: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         cause = error.__cause__
-        wrapped = type(error) is RuntimeError and isinstance(cause, FAILURES)
+        wrapped = type(error) in (RuntimeError, LocalEntryNotFoundError) and isinstance(cause, FAILURES)
         raise UserError(f"{name}: {explain_failure(cause if wrapped and cause else error)}") from error
 
 

@@ -82,7 +82,10 @@ def select_files(folder: Path, staging: Path, repo: str, prompts: bool = False, 
         else:
             uploads.append(Upload(name, path))
     uploads += _write_prompts(folder, run, staging) if prompts else []
-    return Selection((*_write_records(shown, uploads, repo, staging), *uploads), left_out, shown)
+    records = _write_records(shown, uploads, repo, staging)
+    for record in records:
+        _refuse_needed(folder / record.name, private.find(record.path))
+    return Selection((*records, *uploads), left_out, shown)
 
 
 def _list_names(folder: Path) -> Iterator[str]:
@@ -98,7 +101,7 @@ def _explain_left_out(name: str, run: Run, texts: bool) -> str:
 
 
 def _refuse_needed(path: Path, found: str) -> None:
-    if any(fnmatch(path.name, pattern) for pattern in NEEDED):
+    if found and any(fnmatch(path.name, pattern) for pattern in NEEDED):
         raise UserError(
             f"{path}: this file {found}, and the result cannot be used without it; take that out of the file"
         )
@@ -111,7 +114,7 @@ def _copy_without_paths(folder: Path, name: str, staging: Path, private: Private
     if path.name.endswith("config.json"):
         data = json.loads(path.read_text(encoding="utf-8"))
         if changed := _hide_paths(data, run.saved.get("base_model", {}).get("base_model", "")):
-            return _stage(staging, name, json.dumps(changed, indent=2, ensure_ascii=False).encode() + b"\n")
+            path = _stage(staging, name, json.dumps(changed, indent=2, ensure_ascii=False).encode() + b"\n")
     cleaned = private.remove_paths(path)
     return path if cleaned is None else _stage(staging, name, cleaned)
 
