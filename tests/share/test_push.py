@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
-from tests.support.fake_hub import FakeHub, Repo, fake_hub
+from tests.support.fake_hub import TOKEN, FakeHub, Repo, fake_hub
 from tests.support.shared_runs import TinyRun, call, find_private, make_run, one_line
 
 REPO = "ann/edited"
@@ -170,6 +174,25 @@ def test_a_hub_out_of_reach(made: TinyRun, hub: FakeHub, monkeypatch: pytest.Mon
     assert "HF_HUB_OFFLINE" in one_line(push(made.out, "--yes"))
 
 
+def test_the_program_itself_with_another_endpoint(made: TinyRun, hub: FakeHub, tmp_path: Path) -> None:
+    """The hub's client as users set it up: HF_ENDPOINT and HF_TOKEN, in a process of its own."""
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "obliteratus", "push", str(made.out), REPO, "--yes", "--quiet"]
+
+    def start(status: int) -> subprocess.CompletedProcess[str]:
+        hub.fault = lambda method, path: status
+        return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+
+    failed = start(500)
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.startswith(f"error: {REPO}: the hub fails (500)")
+    assert len(failed.stderr.splitlines()) == 1
+    sent = start(0)
+    assert sent.returncode == 0, sent.stderr
+    assert f"{hub.url}/{REPO} (private, made for it)" in sent.stdout
+    assert "model.safetensors" in hub.repos[REPO].files
+
+
 def test_without_a_token_or_with_a_wrong_one(made: TinyRun, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "w" * 20)
     line = one_line(push(made.out, "--yes"))
@@ -216,8 +239,6 @@ def test_paths_are_taken_out_of_configurations(made: TinyRun, hub: FakeHub, copy
 
 
 def test_the_record_has_the_sums_of_what_was_uploaded(made: TinyRun, hub: FakeHub, copy: Path) -> None:
-    import hashlib
-
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "_name_or_path": "/data/secret/llama"}))
     assert push(copy, "--yes").exit_code == 0

@@ -29,14 +29,14 @@ def _name(files: list[str]) -> str:
 
 
 def check_model(then: ModelRecord, source: str, now: Mapping[str, FileSum], made_as: str) -> str:
-    """Return what may differ in an organism's files, which each machine makes by itself; '' if nothing does.
+    """Return what differs in an organism's files, which each machine makes by itself; '' if nothing does.
 
     source: where the model is now. now: the sums of its files. made_as: as in `ModelRecord`. Raises UserError if the
     model is another one.
     """
     found = compare_files(then.files, now)
     if found and made_as and made_as == then.made_as:
-        return f"the organism was made on this machine, and its files differ in their last bits ({found})"
+        return f"model: an organism is made on each machine, and the sums of its files are others here ({found})"
     if found:
         raise UserError(
             f"{source}: the model is not the one that was edited ({found}); give that with --model, or --anyway"
@@ -46,7 +46,7 @@ def check_model(then: ModelRecord, source: str, now: Mapping[str, FileSum], made
 
 def check_prompts(then: Mapping[str, PromptsRecord], now: PromptSet) -> None:
     """Raise UserError for the first group whose prompts are not those of the run."""
-    for group in then.keys() | now.groups.keys():
+    for group in dict.fromkeys([*then, *now.groups]):
         if problem := compare_group(then.get(group), now.groups.get(group)):
             source = now.sources.get(group) or (then[group].source if group in then else group)
             raise UserError(f"{source}: {problem}; give the prompts of the run with --{group}, or --anyway")
