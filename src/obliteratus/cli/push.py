@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -55,9 +56,18 @@ def push(
                 selection = select_files(run_dir, Path(staging), repo, with_prompts, with_answers)
                 sizes = {upload.name: upload.bytes for upload in selection.uploads}
             if not dry_run:
-                with clock.time("PUSH"):
+                with clock.time("PUSH"), keep_on_interrupt():
                     pushed = push_files(selection, repo, public, make_permission(yes))
         show_pushed(selection, sizes, repo, pushed, json)
+
+
+@contextmanager
+def keep_on_interrupt() -> Iterator[None]:
+    """Let an interrupt say what becomes of what was sent."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("; the hub keeps the files that arrived, and the same command goes on") from error
 
 
 def make_permission(yes: bool) -> Callable[[str], None]:

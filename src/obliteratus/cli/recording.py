@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obliteratus.core.results import Run
+from obliteratus.core.run_folder import write_atomic
 from obliteratus.core.types import Subject
 from obliteratus.excise.plan import load_plan
+from obliteratus.rebirth.model_card import render_model_card
 from obliteratus.share.reproduce_file import Request, make_reproduce_file, write_reproduce_file
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ OPTIONS = ("dtype", "quantize", "device", "trust_remote_code")
 def write_reproduction(
     job: Job, subject: Subject, record: Run, opening: Mapping[str, Any], memory: str, folder: Path
 ) -> None:
-    """Write reproduce.json into the output folder of a job, where its plan is already.
+    """Write reproduce.json into the output folder of a job, where its plan is already, and let the card name it.
 
     record: of the run, as it was saved. opening: arguments of `open_subject`.
     """
@@ -29,6 +31,7 @@ def write_reproduction(
     plan = load_plan(folder)
     made = make_reproduce_file(subject, job.prompts, job.columns, job.recipe, request, record, plan)
     write_reproduce_file(made, folder)
+    write_atomic(folder / "README.md", render_model_card(record, reproducible=True))
 
 
 def describe_request(job: Job, subject: Subject, opening: Mapping[str, Any], memory: str) -> Request:

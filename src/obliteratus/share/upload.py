@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
@@ -35,8 +36,6 @@ def check_name(repo: str) -> None:
     if not (owner and slash and name) or "/" in name:
         raise UserError(f"{repo}: this is no name of a repository; give owner/name")
     with explain_hub_errors(repo):
-        from huggingface_hub.utils import validate_repo_id
-
         validate_repo_id(repo)
 
 
@@ -48,20 +47,23 @@ def push_files(selection: Selection, repo: str, public: bool, allow: Callable[[s
     question before one is made, and raises unless it may be. Raises UserError if the hub refuses, fails or is out of
     reach.
     """
+    disable_progress_bars()  # the client's own would stand in the middle of ours
     with explain_hub_errors(repo):
         token = get_token()
         if not token:
-            raise UserError(f"{repo}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+            raise LocalTokenNotFoundError
         api = HfApi(token=token)
         private = find_repo(api, repo)
-        if created := private is None:
-            allow(f"{repo} does not exist. Make it as a {'public' if public else 'private'} repository?")
+    created = private is None
+    if created:
+        allow(f"{repo} does not exist. Make it as a {'public' if public else 'private'} repository?")
+    elif private == public:
+        note("push", f"{repo} exists and is {'private' if private else 'public'}; it stays so")
+    with explain_hub_errors(repo):
+        if created:
             api.create_repo(repo, private=not public, exist_ok=True)
-            private = not public
-        elif private == public:
-            note("push", f"{repo} exists and is {'private' if private else 'public'}; it stays so")
         commit = send_files(api, repo, selection)
-    return Pushed(repo, f"{api.endpoint}/{repo}", commit, bool(private), created)
+    return Pushed(repo, f"{api.endpoint}/{repo}", commit, not public if private is None else private, created)
 
 
 def find_repo(api: HfApi, repo: str) -> bool | None:
