@@ -10,12 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
 from tests.support.fake_hub import TOKEN, FakeHub, Repo, fake_hub
 from tests.support.shared_runs import TinyRun, call, find_private, make_run, one_line
+from typer.testing import CliRunner
+
+from obliteratus.cli.app import app
 
 REPO = "ann/edited"
 
@@ -105,6 +109,18 @@ def test_no_repository_is_made_unasked(made: TinyRun, hub: FakeHub) -> None:
     assert f"{REPO} does not exist" in line
     assert "--yes" in line
     assert hub.repos == {}
+
+
+@pytest.mark.parametrize(("answer", "made_there"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_the_terminal_is_asked_before_a_repository_is_made(
+    made: TinyRun, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, answer: str, made_there: bool
+) -> None:
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr("obliteratus.cli.push.sys", SimpleNamespace(stdin=terminal, stderr=terminal))
+    result = CliRunner().invoke(app, ["push", str(made.out), REPO, "--quiet"], input=answer)
+    assert "Make it as a private repository? [y/N]" in result.stderr
+    assert (result.exit_code == 0) == made_there
+    assert set(hub.repos) == ({REPO} if made_there else set())
 
 
 @pytest.mark.parametrize(("options", "private"), [(["--yes"], True), (["--yes", "--public"], False)])

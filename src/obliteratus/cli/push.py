@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,20 +45,23 @@ def push(
 
     Prompts and answers stay here unless they are asked for. A push that was interrupted goes on where it stopped.
     """
-    pushed = None
     with TemporaryDirectory(prefix="obliteratus-push-") as staging:
-        with show_progress(quiet, verbose) as clock:
-            with clock.time("START"):
-                from obliteratus.share.selection import select_files
-                from obliteratus.share.upload import check_name, push_files
+        with show_progress(quiet, verbose) as clock, clock.time("START"):
+            from obliteratus.share.selection import select_files
+            from obliteratus.share.upload import check_name, find_repository, push_files
 
-                check_name(repo)
-                selection = select_files(run_dir, Path(staging), repo, with_prompts, with_answers)
-                sizes = {upload.name: upload.bytes for upload in selection.uploads}
-            if not dry_run:
-                with clock.time("PUSH"), keep_on_interrupt():
-                    pushed = push_files(selection, repo, public, make_permission(yes))
-        show_pushed(selection, sizes, repo, pushed, json)
+            check_name(repo)
+            selection = select_files(run_dir, Path(staging), repo, with_prompts, with_answers)
+            sizes = {upload.name: upload.bytes for upload in selection.uploads}
+            place = None if dry_run else find_repository(repo)
+        if place is None:
+            show_pushed(selection, sizes, repo, None, json)
+            return
+        if place.private is None and not yes:  # asked where no progress is shown
+            ask(f"{repo} does not exist. Make it as a {'public' if public else 'private'} repository?")
+        with show_progress(quiet, verbose) as clock, clock.time("PUSH"), keep_on_interrupt():
+            pushed = push_files(place, selection, public)
+    show_pushed(selection, sizes, repo, pushed, json)
 
 
 @contextmanager
@@ -70,21 +73,15 @@ def keep_on_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt("; the hub keeps the files that arrived, and the same command goes on") from error
 
 
-def make_permission(yes: bool) -> Callable[[str], None]:
-    """Return a function that asks a question on the terminal, and raises UserError unless the answer is yes.
+def ask(question: str) -> None:
+    """Ask a question on the terminal, and raise UserError unless the answer is yes.
 
     Where nobody can answer it raises too, and says what to pass.
     """
-
-    def allow(question: str) -> None:
-        if yes:
-            return
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UserError(f"{question.partition('. ')[0]}; add --yes to make it, --public if it is to be public")
-        if not typer.confirm(question, err=True):
-            raise UserError(f"{question.partition(' ')[0]}: nothing was made or sent")
-
-    return allow
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{question.partition('. ')[0]}; add --yes to make it, --public if it is to be public")
+    if not typer.confirm(question, err=True):
+        raise UserError(f"{question.partition(' ')[0]}: nothing was made or sent, as you wish")
 
 
 def show_pushed(selection: Selection, sizes: dict[str, int], repo: str, pushed: Pushed | None, json: bool) -> None:

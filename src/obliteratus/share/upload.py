@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -39,34 +38,46 @@ def check_name(repo: str) -> None:
         validate_repo_id(repo)
 
 
-def push_files(selection: Selection, repo: str, public: bool, allow: Callable[[str], None]) -> Pushed:
-    """Upload the files, and return where they are.
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the hub, which may not be there yet."""
 
-    Files whose content is on the hub already, such as those of an interrupted push, are not sent again, and the
-    repository shows them only once all are there. public: of a repository that is made. allow: is called with a
-    question before one is made, and raises unless it may be. Raises UserError if the hub refuses, fails or is out of
-    reach.
-    """
-    disable_progress_bars()  # the client's own would stand in the middle of ours
+    name: str
+    api: HfApi
+    private: bool | None
+    """None if there is no such repository."""
+
+
+def find_repository(repo: str) -> Repository:
+    """Look the repository up. Raises UserError without a token, and if the hub refuses, fails or is out of reach."""
     with explain_hub_errors(repo):
         token = get_token()
         if not token:
             raise LocalTokenNotFoundError
         api = HfApi(token=token)
-        private = find_repo(api, repo)
-    created = private is None
-    if created:
-        allow(f"{repo} does not exist. Make it as a {'public' if public else 'private'} repository?")
-    elif private == public:
-        note("push", f"{repo} exists and is {'private' if private else 'public'}; it stays so")
+        return Repository(repo, api, find_visibility(api, repo))
+
+
+def push_files(place: Repository, selection: Selection, public: bool) -> Pushed:
+    """Upload the files, and return where they are. A repository that is not there is made first.
+
+    Files whose content is on the hub already, such as those of an interrupted push, are not sent again, and the
+    repository shows them only once all are there. public: of a repository that is made. Raises UserError if the hub
+    refuses, fails or is out of reach.
+    """
+    disable_progress_bars()  # the client's own would stand in the middle of ours
+    repo, created = place.name, place.private is None
+    if place.private == public:
+        note("push", f"{repo} exists and is {'private' if place.private else 'public'}; it stays so")
     with explain_hub_errors(repo):
         if created:
-            api.create_repo(repo, private=not public, exist_ok=True)
-        commit = send_files(api, repo, selection)
-    return Pushed(repo, f"{api.endpoint}/{repo}", commit, not public if private is None else private, created)
+            place.api.create_repo(repo, private=not public, exist_ok=True)
+        commit = send_files(place.api, repo, selection)
+    private = not public if place.private is None else place.private
+    return Pushed(repo, f"{place.api.endpoint}/{repo}", commit, private, created)
 
 
-def find_repo(api: HfApi, repo: str) -> bool | None:
+def find_visibility(api: HfApi, repo: str) -> bool | None:
     """Return whether the repository is private, or None if there is none.
 
     A token that the hub refuses raises, although the client then speaks of a missing repository too.
