@@ -11,7 +11,6 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any, cast
 
-from obliteratus.cli.recording import write_reproduction
 from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -56,6 +55,7 @@ from obliteratus.search import (
     set_trial_count,
 )
 from obliteratus.search.output import JOURNAL, front_rows, write_front
+from obliteratus.share.recording import describe_request, write_reproduction
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import open_subject, read_width
 from obliteratus.tune.front import FRONT
@@ -238,16 +238,18 @@ def run_job(
         if partial is not None and job.out is not None:
             with clock.time("REBIRTH"):
                 record = _write(job, subject, result, record, partial)
-                write_reproduction(job, subject, record, opening, memory or "", partial / "output")
+                request = describe_request(subject, opening, (job.form, job.pick, job.force, memory))
+                parts = (job.prompts, job.columns, job.recipe)
+                write_reproduction(subject, *parts, request, record, partial / "output")
             publish(partial, job.out)
     front = result if isinstance(result, SearchResult) else None
     return JobResult(record, result.before, result.after, clock.account(), front, answers)
 
 
 def _search_or_run(job: Job, subject: Subject, store: Store) -> SearchResult | RunResult:
-    if job.location:
-        return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
-    return run_on_splits(job.recipe, subject, job.splits, store, job.force)
+    if not job.location:
+        return run_on_splits(job.recipe, subject, job.splits, store, job.force)
+    return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
 
 
 def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record: Run, partial: Path) -> Run:

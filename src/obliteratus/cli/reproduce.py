@@ -91,7 +91,7 @@ def reproduce(
         fixed = recorded.file.deterministic
         threads, room = (fixed.threads, fixed.memory) if fixed else (0, 0)
         bits = fix_bits(deterministic or fixed is not None, threads, room)
-        limit = memory or recorded.file.request.memory or None
+        limit = memory or recorded.file.request.memory
         with without_probe_cache():
             done = run_job(repeat.job, repeat.opening, clock, resume, limit, fixed=bits)
     found = conclude(recorded, repeat, done)

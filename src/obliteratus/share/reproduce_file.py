@@ -68,7 +68,7 @@ class Request(FrozenModel):
     dtype: str = "auto"
     quantize: str = ""
     device: str = "auto"
-    memory: str = ""
+    memory: str | None = None
     trust_remote_code: bool = False
     thinking: bool = False
     template: str = ""
