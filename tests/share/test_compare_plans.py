@@ -108,4 +108,4 @@ def test_what_differs_in_kind_is_never_within(make_plan: PlanMaker) -> None:
     other = compare_plans(plan, Plan(plan.edits, "another"))
     assert "another order" in turned.structure
     assert "another model" in other.structure
-    assert not any(one.is_within(10) for one in (fewer, ruled, turned, other))
+    assert not any(one.is_within(10.0) for one in (fewer, ruled, turned, other))
