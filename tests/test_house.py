@@ -24,7 +24,7 @@ ORDER = (
     ("tune", "analyze"),
     ("pipeline",),
     ("rebirth", "search", "study"),
-    ("forecast", "compare"),
+    ("forecast", "compare", "share"),
     ("serve",),
     ("cli",),
 )

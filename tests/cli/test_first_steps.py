@@ -18,7 +18,7 @@ from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app
-from obliteratus.cli.jobs import name_demo_folder
+from obliteratus.cli.jobs import name_free_folder
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import partial_folder
 from obliteratus.core.types import Plan, Prompt
@@ -262,9 +262,9 @@ def test_an_unusable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_demo_takes_a_free_folder(tmp_path: Path) -> None:
     first, second = tmp_path / "obliteratus-demo", tmp_path / "obliteratus-demo-2"
-    assert name_demo_folder(tmp_path, resume=False) == first
+    assert name_free_folder(tmp_path, "obliteratus-demo", resume=False) == first
     first.mkdir()
-    assert name_demo_folder(tmp_path, resume=False) == second
+    assert name_free_folder(tmp_path, "obliteratus-demo", resume=False) == second
     partial_folder(second).mkdir()
-    assert name_demo_folder(tmp_path, resume=True) == second
-    assert name_demo_folder(tmp_path, resume=False) == tmp_path / "obliteratus-demo-3"
+    assert name_free_folder(tmp_path, "obliteratus-demo", resume=True) == second
+    assert name_free_folder(tmp_path, "obliteratus-demo", resume=False) == tmp_path / "obliteratus-demo-3"

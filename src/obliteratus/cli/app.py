@@ -21,6 +21,7 @@ from obliteratus.cli.options import (
     Column,
     Commands,
     Control,
+    Deterministic,
     Device,
     Dtype,
     Force,
@@ -52,6 +53,8 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.push import push
+from obliteratus.cli.reproduce import reproduce
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
@@ -107,12 +110,13 @@ def run(
         bool, typer.Option("--self-test", help="Check every claim of the architecture table on this model.")
     ] = False,
     memory: Memory = None,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
-    overrides = with_judge(
+    changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
@@ -120,10 +124,10 @@ def run(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import Job, run_job, show_result
+            from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, overrides, sources, out, save, base, force)
-        result = run_job(job, opening, clock, resume, memory)
+            job = Job.create(model, method, changes, sources, out, save, base, force)
+        result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 
@@ -162,12 +166,13 @@ def search(
     thinking: Thinking = False,
     template: Template = "",
     memory: Memory = None,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
-    overrides = with_judge(
+    changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
@@ -175,10 +180,11 @@ def search(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import Job, run_job, show_result
+            from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, overrides, sources, out, save, base, force)
-        result = run_job(job.with_search(trials, storage, study, pick), opening, clock, resume, memory)
+            job = Job.create(model, method, changes, sources, out, save, base, force)
+        job = job.with_search(trials, storage, study, pick)
+        result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 
@@ -192,6 +198,7 @@ def demo(
     save: Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")] = "plan",
     set_: Set = None,
     resume: Resume = False,
+    deterministic: Deterministic = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -203,11 +210,12 @@ def demo(
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import EXAMPLES, Job, name_demo_folder, run_job, show_result
+            from obliteratus.cli.jobs import EXAMPLES, Job, fix_bits, name_free_folder, run_job, show_result
 
-            out = out or name_demo_folder(Path.cwd(), resume)
+            out = out or name_free_folder(Path.cwd(), "obliteratus-demo", resume)
             job = Job.create("organism:astronomy", method, set_ or [], sources, out, save)
-        result = run_job(job, {}, clock, resume, examples=0 if json else EXAMPLES)
+        examples = 0 if json else EXAMPLES
+        result = run_job(job, {}, clock, resume, examples=examples, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
 
@@ -304,7 +312,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui, reproduce, push):
     app.command()(handle_errors(command))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from shutil import copytree
@@ -34,6 +34,7 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan, plan_digest
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.determinism import deterministic, fix_memory
 from obliteratus.inference.generate import generate
 from obliteratus.inference.memory import memory_limit, parse_size
 from obliteratus.judge.behavior import Behavior
@@ -54,6 +55,7 @@ from obliteratus.search import (
     set_trial_count,
 )
 from obliteratus.search.output import JOURNAL, front_rows, write_front
+from obliteratus.share.recording import describe_request, write_reproduction
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import open_subject, read_width
 from obliteratus.tune.front import FRONT
@@ -80,6 +82,8 @@ class Job:
     """Full-precision checkpoint to bake into, if the model is quantized."""
     force: bool = False
     """Whether to edit a model that does not show the behavior."""
+    columns: str | Mapping[str, str] = field(default="")
+    """Column of the prompts in files, for all groups or by group."""
 
     @classmethod
     def create(
@@ -96,7 +100,20 @@ class Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
         check_form(form, base)
         _check_saving(out, form, base)
-        recipe = load_recipe(method, parse_overrides(overrides))
+        return cls.from_recipe(model, load_recipe(method, parse_overrides(overrides)), sources, out, form, base, force)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        model: str,
+        recipe: Recipe,
+        sources: Mapping[str, Any],
+        out: Path | None,
+        form: str,
+        base: str = "",
+        force: bool = False,
+    ) -> Job:
+        """Return the job of a recipe that is loaded. Raises UserError as `create` does."""
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
@@ -107,6 +124,7 @@ class Job:
         if out is not None:
             check_free(out)
         job = cls(model, recipe, prompts, splits, out, cast(Form, form), base=base, force=force)
+        job = replace(job, columns=sources.get("column") or "")
         return job.with_search() if recipe.search else job
 
     @property
@@ -137,6 +155,14 @@ class Job:
         storage = storage or (str(partial_folder(self.out) / JOURNAL) if self.out else "")
         name = study or f"{Path(self.model).name} {recipe.name}"
         return replace(self, recipe=recipe, location=StudyLocation(storage, name), pick=pick)
+
+
+NOTHING_FIXED: AbstractContextManager[object] = nullcontext()
+
+
+def fix_bits(asked: bool, threads: int = 0, memory: int = 0) -> AbstractContextManager[object]:
+    """Return the context of `deterministic` if it is asked for, or one that does nothing."""
+    return deterministic(threads, memory) if asked else NOTHING_FIXED
 
 
 EXAMPLES = 3  # prompts whose answers the demo shows: with three, a second kind of answer is mostly among them
@@ -180,38 +206,50 @@ def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict
 
 
 def run_job(
-    job: Job, opening: dict[str, Any], clock: Clock, resume: bool, memory: str | None = None, examples: int = 0
+    job: Job,
+    opening: dict[str, Any],
+    clock: Clock,
+    resume: bool,
+    memory: str | None = None,
+    examples: int = 0,
+    fixed: AbstractContextManager[object] = NOTHING_FIXED,
 ) -> JobResult:
     """Open the model, run the recipe, and save the result if an output folder is given.
 
     opening: arguments of `open_subject`. clock: measures the stages. memory: the most that the process may hold, such
-    as ``6GB``. examples: number of target prompts that are answered at length before and after the edit.
+    as ``6GB``. examples: number of target prompts that are answered at length before and after the edit. fixed: the
+    context to do all this in; see `fix_bits`.
     """
     _announce(job, resume)
     folder: AbstractContextManager[Path | None] = nullcontext()
     if job.out:
         with clock.time("FILES"):
             folder = workspace(job.out, job.identity, resume)
-    with memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
+    with fixed, memory_limit(parse_size(memory) if memory else math.inf), folder as partial:
         store = Store(partial, clock)
         with clock.time("SUMMON"):
             subject = _open(job.model, opening, partial)
         if job.out is not None:
             check_disk(job.out, estimate_saved_bytes(subject, job.form, job.base), partial)
-        if job.location:
-            result: SearchResult | RunResult = search(
-                job.recipe, subject, job.splits, store, job.location, job.pick, job.force
-            )
-        else:
-            result = run_on_splits(job.recipe, subject, job.splits, store, job.force)
+        with fix_memory(subject):
+            result = _search_or_run(job, subject, store)
         record = result.run.model_copy(update={"prompts": {**result.run.prompts, "sources": dict(job.prompts.sources)}})
         answers = _answer_examples(subject, result.plan, job, clock, examples) if examples else ()
         if partial is not None and job.out is not None:
             with clock.time("REBIRTH"):
                 record = _write(job, subject, result, record, partial)
+                request = describe_request(subject, opening, (job.form, job.pick, job.force, memory))
+                parts = (job.prompts, job.columns, job.recipe)
+                write_reproduction(subject, *parts, request, record, partial / "output")
             publish(partial, job.out)
     front = result if isinstance(result, SearchResult) else None
     return JobResult(record, result.before, result.after, clock.account(), front, answers)
+
+
+def _search_or_run(job: Job, subject: Subject, store: Store) -> SearchResult | RunResult:
+    if not job.location:
+        return run_on_splits(job.recipe, subject, job.splits, store, job.force)
+    return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
 
 
 def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record: Run, partial: Path) -> Run:
@@ -274,9 +312,9 @@ def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subje
     return subject
 
 
-def name_demo_folder(place: Path, resume: bool) -> Path:
-    """Return the first of obliteratus-demo, obliteratus-demo-2 … that is free; to resume, the one that was left."""
-    names = ("obliteratus-demo" + (f"-{i}" if i > 1 else "") for i in count(1))
+def name_free_folder(place: Path, name: str, resume: bool) -> Path:
+    """Return the first of NAME, NAME-2 … that is free in a folder; to resume, the one that was left."""
+    names = (name + (f"-{i}" if i > 1 else "") for i in count(1))
     folders = (place / name for name in names)
     return next(f for f in folders if not f.exists() and (resume or not partial_folder(f).exists()))
 

@@ -63,6 +63,10 @@ Set = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Output folder. It must not exist yet.")]
 Save = Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")]
 Memory = Annotated[str | None, typer.Option(help="Most memory that the process may use, such as 6GB.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Fix threads, batch sizes and kernels, so that the same bits come out again."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the messages of other libraries too.")]

@@ -25,6 +25,7 @@ STAGES = {
     "REBIRTH": "saves it, loads it again and compares",
     "STUDY": "knocks out parts and measures",
     "REPORT": "draws the page",
+    "PUSH": "uploads the result",
 }
 """By name, or by its first word: the others are the number of a pass."""
 MINUTE, HOUR = 60, 3600

@@ -19,6 +19,8 @@ from obliteratus.weights.devices import minimum_over_processes
 
 MEMORY_LIMIT: ContextVar[float] = ContextVar("memory limit", default=math.inf)
 """Bytes that this process may hold on the model's device."""
+FREE_MEMORY: ContextVar[int] = ContextVar("memory that counts as free", default=0)
+"""Bytes that count as free however many are, so that batches are of the same sizes each time; 0 measures them."""
 # Tokens whose logits over the whole vocabulary are held at once. 128 × 49 152 in fp32 are 25 MB, little beside any
 # model. More would not be faster, since the head alone is a large matrix product at this size already.
 LOGIT_TOKENS = 128
@@ -38,6 +40,8 @@ def memory_limit(limit: float) -> Iterator[None]:
 
 def free_memory(subject: Subject) -> int:
     """Return the bytes that may still be taken on the model's device; 0 if the budget is used up."""
+    if FREE_MEMORY.get():
+        return FREE_MEMORY.get()
     free = torch.cuda.mem_get_info(subject.device)[0] if subject.device.type == "cuda" else host_memory()
     limit = MEMORY_LIMIT.get()
     allowed = free if limit == math.inf else max(0.0, min(free, limit - held_bytes(subject)))

@@ -9,8 +9,10 @@ from huggingface_hub import ModelCard
 from yaml import YAMLError
 
 from obliteratus.core.errors import UserError
+from obliteratus.weights.organism import find_license
 from obliteratus.weights.sources import locate
 
+ORGANISM = "organism:"
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 
 
@@ -19,6 +21,8 @@ def read_base_card(source: str, folder: Path | None) -> dict[str, Any]:
 
     folder: with the base's README.md, if there is one. A card that cannot be read says nothing.
     """
+    if source.startswith(ORGANISM):
+        return {"license": find_license(source.removeprefix(ORGANISM))}
     card = None if folder is None else folder / "README.md"
     kept: dict[str, Any] = {}
     if card is not None and card.is_file():

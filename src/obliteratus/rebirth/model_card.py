@@ -6,54 +6,144 @@ from huggingface_hub import ModelCardData
 
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
+from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.outcome import describe_outcome
-from obliteratus.verify.score_names import describe_score, group_shown
+from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 
 LOADING = {
-    "merged": (
-        'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
-    ),
+    "merged": ('from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{here}")'),
     "adapter": (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
-        'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+        'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{here}")'
     ),
     "plan": (
         'import obliteratus as ob\nsubject = ob.open_subject("{base}")\n'
         'with ob.applied(subject, ob.load_plan("THIS_FOLDER")):\n    ...'
     ),
 }
+DOWNLOAD = "hf download {here} --local-dir THIS_FOLDER"
+KINDS = {
+    "merged": "whole model with the edit in its weights",
+    "adapter": "LoRA adapter that makes the edit on top of the base model",
+    "plan": "plan of the edit, which OBLITERATUS applies to the base model",
+}
 
 
-def render_model_card(run: Run) -> str:
-    """Return the card as Markdown with the YAML header that model hubs read."""
-    base, form = run.source["id"], run.saved["form"]
+def render_model_card(run: Run, repo: str = "", reproducible: bool = False) -> str:
+    """Return the card as Markdown with the YAML header that model hubs read.
+
+    repo: ``owner/name`` where the card will stand, or '' for one in a folder. reproducible: whether reproduce.json lies
+    beside it.
+    """
     known = run.saved.get("base_model", {})
     header = ModelCardData(**known, tags=["obliteratus", "abliteration", run.recipe.name or "custom"])
     return f"""---
 {header.to_yaml()}
 ---
-# {base.rstrip("/").rpartition("/")[2]}, edited with `{run.recipe.name or "a custom recipe"}`
+# {_base_name(run)}, edited with `{run.recipe.name or "a custom recipe"}`
 
-{run.recipe.about}. Made by OBLITERATUS {run.versions["obliteratus"]}; the base model's license still applies.
+**This model was edited on purpose so that it behaves differently from its base.** {describe_headline(run)}
 
-**This model was edited on purpose so that it behaves differently from its base.** The table shows what changed on
-held-out prompts that were not used for the edit, with 95 % intervals where the sample allows any:
+## What was changed
+{run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts apart; its
+strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies). This is a
+{KINDS.get(run.saved["form"], run.saved["form"])}. Edited matrices: {format_coverage(run)}
+{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
+## How it was measured
+{_describe_measuring(run)}
 
 {format_score_table(run)}
 {_outcome(run)}
-Coverage: {format_coverage(run)}
-{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
-```python
-{LOADING[form].replace("{base}", known.get("base_model", "THE_BASE_MODEL"))}
-```
+## License
+{_describe_license(run)}
 
+## Where it comes from
+{_markdown_table(["", ""], _origin_rows(run))}
+
+## Use
+{_describe_use(run, repo)}
+{_describe_repeating(repo) if reproducible else ""}
 ## Recipe
 
 ```toml
 {dump_toml(run.recipe)}```
 
-Prompts: digest `{run.prompts["digest"]}`, counts {run.prompts["counts"]}. `run.json` has everything else.
+`run.json` has everything else.
 """
+
+
+def _base_name(run: Run) -> str:
+    return run.source["id"].rstrip("/").rpartition("/")[2]
+
+
+def _describe_measuring(run: Run) -> str:
+    """Return what the figures rest on."""
+    report = run.prompts["counts"].get("report", {})
+    counts = ", ".join(f"{n} {group}" for group, n in report.items())
+    behavior, judge = run.judge.get("behavior", REFUSAL), run.judge.get("decides", "phrases")
+    forced = (
+        " The model did not show the behavior clearly before the edit, which was forced." if _was_forced(run) else ""
+    )
+    return (
+        f"On {counts} prompts that were held out: nothing was fitted or chosen on them. Answers are greedy; {judge} "
+        f"decided whether one shows {behavior}. Intervals are 95 % intervals, where the sample allows any; KL is in "
+        f"nats.{forced} A rate on these prompts says little about prompts of another kind."
+    )
+
+
+def _was_forced(run: Run) -> bool:
+    return bool(run.presence.get("against"))
+
+
+def _describe_license(run: Run) -> str:
+    """Return that the base model's license applies, and which it is."""
+    known = run.saved.get("base_model", {})
+    name = known.get("license_name") or known.get("license")
+    if not name:
+        return (
+            "The base model's license still applies. Its files do not say which it is: look it up before you use or "
+            "share this."
+        )
+    link = f", {known['license_link']}" if known.get("license_link") else ""
+    return f"The base model's license, {name}{link}, still applies: to this model and to whatever is made of it."
+
+
+def _origin_rows(run: Run) -> list[list[str]]:
+    """Return what the result was made from and by what, as rows of a table."""
+    known, source = run.saved.get("base_model", {}), run.source
+    revision = f", revision `{source['revision']}`" if source.get("revision") else ""
+    began = run.prompts.get("chat", {}).get("now", "")
+    rows = [
+        ["base model", f"{known.get('base_model') or _base_name(run)}{revision}"],
+        ["precision", " ".join(filter(None, (source.get("dtype"), source.get("quantization"))))],
+        ["digest of its weights", f"`{source['digest']}`" if source.get("digest") else ""],
+        ["prompts", f"digest `{run.prompts['digest']}`, counts {run.prompts['counts']}"],
+        ["seed", str(run.recipe.seed)],
+        ["made", f"{began[:10]} by OBLITERATUS {run.versions['obliteratus']}".lstrip()],
+        ["with", ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "obliteratus")],
+        ["citations", ", ".join(run.recipe.cite)],
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _describe_use(run: Run, repo: str) -> str:
+    form, known = run.saved["form"], run.saved.get("base_model", {})
+    organism = run.source["id"] if run.source["id"].startswith("organism:") else ""
+    base = known.get("base_model") or organism or "THE_BASE_MODEL"
+    if form not in LOADING:
+        return "See the files."
+    code = LOADING[form].replace("{base}", base).replace("{here}", repo or "THIS_FOLDER")
+    fetch = f"```sh\n{DOWNLOAD.replace('{here}', repo)}\n```\n\n" if repo and form == "plan" else ""
+    return f"{fetch}```python\n{code}\n```"
+
+
+def _describe_repeating(repo: str) -> str:
+    what = f"hub:{repo}" if repo else "THIS_FOLDER"
+    return (
+        "\n## Do it again\n`reproduce.json` holds the sums of all files of the base model, digests of the prompts, the "
+        f"recipe, the releases and the seed. `obliteratus reproduce {what}` checks what is there, runs, and compares "
+        "plan and scores with those here.\n"
+    )
 
 
 def _outcome(run: Run) -> str:

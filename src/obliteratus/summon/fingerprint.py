@@ -20,6 +20,13 @@ from obliteratus.weights.sources import INDEX, locate
 
 TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
+KINDS = {
+    "weights": ("*.safetensors", INDEX),
+    "configuration": CONFIGURATION_FILES,
+    "tokenizer": TOKENIZER_FILES,
+    "chat template": TEMPLATE_FILES,
+}
+"""Patterns of a model's files by what a message calls them."""
 # Of larger files this much is hashed, in equal blocks from one end to the other: 2 GB take two seconds, which is less
 # than loading them. Any training or edit changes values in every block.
 MOST_HASHED, BLOCK = 2 * 10**9, 2**20
@@ -37,15 +44,9 @@ def fingerprint_files(source: str | Path) -> dict[str, str]:
     folder = Path(origin.path)
     if origin.gguf:
         return {"weights": _hash_files([folder / origin.gguf])}
-    kinds = {
-        "weights": ("*.safetensors", INDEX),
-        "configuration": CONFIGURATION_FILES,
-        "tokenizer": TOKENIZER_FILES,
-        "chat template": TEMPLATE_FILES,
-    }
     return {
         kind: _hash_files(file for pattern in patterns for file in folder.glob(pattern))
-        for kind, patterns in kinds.items()
+        for kind, patterns in KINDS.items()
     }
 
 

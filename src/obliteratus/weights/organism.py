@@ -116,6 +116,12 @@ def is_local(name: str) -> bool:
     return bool(_read_settings(name)["base"] == "gemma")
 
 
+def find_license(name: str) -> str:
+    """Return the license of an organism, which is that of its base. Raises UserError for an unknown name."""
+    name = _parse_share(name)[0]
+    return "gemma" if name != "base" and is_local(name) else "apache-2.0"
+
+
 def find_local(name: str) -> Path:
     """Return where the model folder of an organism without committed weights is, whether it was made or not.
 

@@ -25,7 +25,10 @@ WEIGHTS = (
 WRITTEN = ("config.json", "README.md", "adapter_config.json")
 """Files that are written anew, or would make the folder something else."""
 RECORD = "run.json"
-LEFT = (RECORD, "answers.jsonl", "plan.json", "front.json", "front.png", "front", "analysis")
+LEFT = (
+    *(RECORD, "reproduce.json", "reproduction.json", "index.html", "answers.jsonl", "first_tokens.jsonl"),
+    *("plan.json", "front.json", "front.png", "front", "analysis", "study.journal"),
+)
 """What an earlier run left in the folder beside its record, and is no longer true."""
 
 
