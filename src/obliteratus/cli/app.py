@@ -11,6 +11,7 @@ import typer
 
 from obliteratus.cli.analyze import analyze
 from obliteratus.cli.behaviors import behaviors
+from obliteratus.cli.bench import bench
 from obliteratus.cli.chat import chat
 from obliteratus.cli.inspect import inspect
 from obliteratus.cli.judge import judge
@@ -304,7 +305,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui):
     app.command()(handle_errors(command))
 
 
