@@ -31,7 +31,9 @@ from obliteratus.summon.chat_format import find_template, read_traits, render_tu
 
 Request = tuple[Any, list[int], list[int]]
 """Texts, tokens of the context, and tokens of the continuation."""
-STOP_ROOM = 4  # tokens beyond the characters of a stop sequence in which it is looked for, since its first may be joined
+STOP_ROOM = (
+    4  # tokens beyond the characters of a stop sequence in which it is looked for, since its first may be joined
+)
 MAX_ANSWER = 256  # tokens of an answer whose task states no number; the harness's own default
 
 
@@ -167,5 +169,3 @@ def _move_system_turn(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         return list(turns)
     first = turns[1] | {"content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
     return [first, *turns[2:]]
-
-

@@ -56,7 +56,7 @@ class TaskResults:
     """By task, the harness's record of each item and filter."""
 
 
-def run_tasks(subject: Subject, tasks: LoadedTasks, style: AskingStyle = AskingStyle()) -> TaskResults:  # noqa: B008 — it is immutable
+def run_tasks(subject: Subject, tasks: LoadedTasks, style: AskingStyle = AskingStyle()) -> TaskResults:
     """Return the results of the tasks. The same seeds give every state of a model the same worked examples.
 
     Raises UserError where an item cannot be put to this model, or does not fit into memory.

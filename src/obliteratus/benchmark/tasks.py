@@ -98,7 +98,9 @@ def _find_harness_folders(names: Sequence[str]) -> list[Path]:
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    wanted = {name: re.compile(rf"^(?:(?:task|group|tag): *|\s*- +)['\"]?{re.escape(name)}['\"]?\s*$") for name in names}
+    wanted = {
+        name: re.compile(rf"^(?:(?:task|group|tag): *|\s*- +)['\"]?{re.escape(name)}['\"]?\s*$") for name in names
+    }
     folders: dict[Path, None] = {}
     found, known = set[str](), set[str]()
     for file, text in _read_files(root):
@@ -114,7 +116,11 @@ def _find_harness_folders(names: Sequence[str]) -> list[Path]:
 
 def _describe_unknown(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"{', '.join(list_shipped_tasks())}, a YAML file, or `lm_eval ls tasks`"
+    hint = (
+        f"did you mean '{near[0]}'?"
+        if near
+        else f"{', '.join(list_shipped_tasks())}, a YAML file, or `lm_eval ls tasks`"
+    )
     return f"task '{name}' does not exist; {hint}"
 
 

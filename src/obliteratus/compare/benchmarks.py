@@ -115,7 +115,9 @@ def to_plain(sides: Sequence[BenchmarkSide], model: str, tasks: LoadedTasks, sty
         "chat": style.chat,
         "system": style.system,
         "limit": style.limit,
-        "higher_is_better": {n: m.higher_is_better for n, m in zip(sides[0].scores, sides[0].results.metrics, strict=True)},
+        "higher_is_better": {
+            n: m.higher_is_better for n, m in zip(sides[0].scores, sides[0].results.metrics, strict=True)
+        },
         "scores": {side.name: _dump(side.scores) for side in sides},
         "changes": {side.name: _dump(side.changes) for side in sides[1:]},
     }
