@@ -81,23 +81,22 @@ def test_an_edit_changes_them_alike(files: dict[str, str]) -> None:
         edited = run_tasks(subject, tasks)
         check_equal(edited, run_theirs(subject, tasks, AskingStyle()))
     assert [m.value for m in edited.metrics] != [m.value for m in unedited.metrics]
-    check_equal(run_tasks(subject, tasks), {"results": {}, "samples": unedited.samples} | _results_of(unedited))
+    check_equal(run_tasks(subject, tasks), as_theirs(unedited))
 
 
-def _results_of(results: TaskResults) -> dict[str, Any]:
-    return {
-        "results": {
-            m.task: {f"{n.metric},{n.filter}": n.value for n in results.metrics if n.task == m.task}
-            for m in results.metrics
-        }
-    }
+def as_theirs(results: TaskResults) -> dict[str, Any]:
+    """Results of ours in the form of theirs."""
+    values: dict[str, dict[str, float]] = {}
+    for metric in results.metrics:
+        values.setdefault(metric.task, {})[f"{metric.metric},{metric.filter}"] = metric.value
+    return {"results": values, "samples": results.samples}
 
 
 def test_memory_changes_no_result(files: dict[str, str]) -> None:
     subject, tasks = shared_subject("llama"), load(files, *KINDS)
     whole = run_tasks(subject, tasks)
     with memory_limit(1):
-        check_equal(run_tasks(subject, tasks), {"samples": whole.samples} | _results_of(whole))
+        check_equal(run_tasks(subject, tasks), as_theirs(whole))
 
 
 def test_a_limit_takes_the_first_items(files: dict[str, str]) -> None:
@@ -115,7 +114,7 @@ def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
 def test_a_choice_longer_than_the_context_is_an_error(tmp_path: Path) -> None:
     long = [{**row, "choices": ["x" * 400, "b", "c"]} for row in CHOICES]
     tasks = load_tasks((str(write_task(tmp_path, "choices", long)),))
-    with pytest.raises(UserError, match="a text to be rated has 40. tokens, and the model's context 256"):
+    with pytest.raises(UserError, match=r"a text to be rated has 40. tokens, and the model's context 256"):
         run_tasks(shared_subject("llama"), tasks)
 
 
@@ -145,5 +144,5 @@ def test_an_item_that_does_not_fit_into_memory_is_one_line(files: dict[str, str]
         raise torch.OutOfMemoryError("no more")
 
     subject.module(subject.layers)[0].register_forward_pre_hook(run_out)  # type: ignore[index]
-    with pytest.raises(UserError, match="a single item of .* does not fit into the memory that is left"):
+    with pytest.raises(UserError, match=r"a single item of .* does not fit into the memory that is left"):
         run_tasks(subject, load(files, "choices"))

@@ -120,7 +120,7 @@ def test_a_folder_adds_its_tasks(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     file = write_task(tmp_path, "choices")
     file.write_text(file.read_text().replace("multiple_choice", "guessing"))
-    with pytest.raises(UserError, match="cannot be loaded .*mend its file or leave it out"):
+    with pytest.raises(UserError, match=r"cannot be loaded .*mend its file or leave it out"):
         load_tasks((str(file),))
 
 
@@ -132,7 +132,7 @@ def test_tasks_that_run_code_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", ["", " , ", "a,b,a"])
 def test_lists_of_names_are_checked(names: str) -> None:
-    with pytest.raises(UserError, match="none are given|given twice"):
+    with pytest.raises(UserError, match=r"none are given|given twice"):
         split_names(names)
 
 

@@ -76,8 +76,8 @@ def run_tasks(subject: Subject, tasks: LoadedTasks, style: AskingStyle = AskingS
             )
     except torch.OutOfMemoryError as error:  # batches were halved down to one row before
         raise UserError(
-            f"{subject.source.id}: a single item of {', '.join(tasks.names)} does not fit into the memory that is left; "
-            "leave the task with the longest items out, or load the model with --quantize"
+            f"{subject.source.id}: a single item of {', '.join(tasks.names)} does not fit into the memory "
+            "that is left; leave the task with the longest items out, or load the model with --quantize"
         ) from error
     return TaskResults(tuple(_read_metrics(tasks, found)), found["samples"])
 

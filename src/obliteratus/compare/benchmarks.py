@@ -90,7 +90,7 @@ def _describe_side(side: BenchmarkSide, base: BenchmarkSide) -> str:
     changed = [describe_task(name) for name, change in side.changes.items() if is_beyond_chance(change)]
     turned = [f"{describe_task(name)} {won} won, {lost} lost" for name, won, lost in _count_turned(side, base)]
     what = f"changes {' and '.join(changed)} beyond chance" if changed else "changes no score beyond chance"
-    return f"{side.name} {what}{f'; items: {"; ".join(turned)}' if turned else ''}."
+    return f"{side.name} {'; items: '.join([what, ', and '.join(turned)] if turned else [what])}."
 
 
 def is_beyond_chance(change: Score) -> bool:
@@ -150,7 +150,7 @@ def list_items(sides: Sequence[BenchmarkSide]) -> Iterator[dict[str, Any]]:
 
 
 def _describe_item(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of an item, and what the model gave: answers, or log-likelihoods and whether they are greedy."""
+    """Return the metrics of an item, and what the model gave: answers, or log-likelihoods with what is greedy."""
     return {name: sample[name] for name in sample["metrics"] if name in sample} | {"given": sample["filtered_resps"]}
 
 

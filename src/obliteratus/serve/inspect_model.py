@@ -44,8 +44,8 @@ UNSUPPORTED = ("top_k", "frequency_penalty", "presence_penalty", "logit_bias", "
 class ObliteratusModel(ModelAPI):
     """A model of ours for Inspect. Answers are greedy and batched, or drawn one by one if a temperature is set.
 
-    plan: folder of a plan. strength: of the plan, −1 to 2; 0 is the unedited model. Raises Inspect's PrerequisiteError for
-    arguments that there are not, and for a plan that does not fit.
+    plan: folder of a plan. strength: of the plan, −1 to 2; 0 is the unedited model. Raises Inspect's PrerequisiteError
+    for arguments that there are not, and for a plan that does not fit.
     """
 
     def __init__(

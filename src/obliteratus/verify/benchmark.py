@@ -118,7 +118,7 @@ def _convert_perplexity(items: Sequence[float]) -> ItemValues:
 
 
 def _convert_weighted(items: Sequence[tuple[float, int]]) -> ItemValues:
-    """From the log-likelihood and the number of words of each text. A text counts by its words, which no edit changes."""
+    """From log-likelihoods and numbers of words. A text counts by its words, which no edit changes."""
     likelihoods, words = torch.tensor(items, dtype=torch.float64).T
     return ItemValues(-likelihoods * len(items) / words.sum(), "perplexity")
 

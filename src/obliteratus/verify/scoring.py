@@ -41,7 +41,8 @@ class ItemValues:
 
     values: Float[Tensor, " n"]
     unit: Literal["share", "nats", "perplexity", "tokens", "mean"]
-    """share: 0 or 1 per item. nats, tokens, mean: averaged; mean is any other number. perplexity: mean losses in nats, scored as exp of their mean."""
+    """share: 0 or 1 per item. nats, tokens, mean (any other number): averaged. perplexity: mean losses in nats, scored
+    as exp of their mean."""
 
     def score(self) -> Score:
         """Return the average over items with its 95 % interval, if it has one."""
