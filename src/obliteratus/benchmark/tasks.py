@@ -15,6 +15,7 @@ from httpx2 import HTTPError
 
 from obliteratus.benchmark.questions import TASKS, list_shipped_tasks
 from obliteratus.core.errors import UserError
+from obliteratus.core.noise import hushed_stderr
 
 INSTALL = "pip install 'obliteratus[bench]'"
 NAMES = re.compile(r"^(?:task|group): *['\"]?([\w.:-]+)", re.MULTILINE)
@@ -148,7 +149,8 @@ def load_tasks(names: tuple[str, ...], include: str = "", shots: int | None = No
 def _load(manager: Any, name: str) -> Any:
     """Return what the harness loads for one name."""
     try:
-        return manager.load([name])
+        with hushed_stderr():  # bars over a data set that is read from a file
+            return manager.load([name])
     except (OSError, HTTPError) as error:
         raise UserError(
             f"task {name}: its data are not here and could not be fetched ({_shorten(error)}); connect to the hub"

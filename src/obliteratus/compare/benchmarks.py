@@ -13,7 +13,7 @@ from obliteratus.core.results import Score
 from obliteratus.core.types import Plan, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.rebirth.model_card import format_score
-from obliteratus.verify.benchmark import to_measurement
+from obliteratus.verify.benchmark import name_metric, to_measurement
 from obliteratus.verify.score_names import describe_task
 from obliteratus.verify.scoring import Measurement
 
@@ -115,9 +115,7 @@ def to_plain(sides: Sequence[BenchmarkSide], model: str, tasks: LoadedTasks, sty
         "chat": style.chat,
         "system": style.system,
         "limit": style.limit,
-        "higher_is_better": {
-            n: m.higher_is_better for n, m in zip(sides[0].scores, sides[0].results.metrics, strict=True)
-        },
+        "higher_is_better": {name_metric(m): m.higher_is_better for m in sides[0].results.metrics},
         "scores": {side.name: _dump(side.scores) for side in sides},
         "changes": {side.name: _dump(side.changes) for side in sides[1:]},
     }
