@@ -117,3 +117,11 @@ def test_unknown_tasks_are_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UserError, match="did you mean 'arithmetic'"):
         entry.fits(options, RunInputs({}, lambda: 32))
     entry.fits(scorers.check("benchmark", {}), RunInputs({}, lambda: 32))
+
+
+def test_the_cost_counts_the_items_of_our_tasks() -> None:
+    costs = [
+        scorers["benchmark"].cost(scorers.check("benchmark", options)).texts.evaluate({})
+        for options in ({}, {"limit": 10}, {"tasks": ["reading"]}, {"tasks": ["hellaswag"], "limit": 5})
+    ]
+    assert costs == [4 * 156, 4 * 20, 4 * 60, 4 * 5]

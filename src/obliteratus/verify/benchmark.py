@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field
 
+from obliteratus.benchmark.questions import count_questions
 from obliteratus.benchmark.tasks import find_folders, load_tasks, split_names
-from obliteratus.core.cost import Cost, variable
+from obliteratus.core.cost import Cost, constant
 from obliteratus.core.registry import RunInputs
 from obliteratus.core.results import Score
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFIX = "benchmark"
 """What the names of all its scores begin with: ``benchmark.TASK.METRIC``, with ``.FILTER`` where a task has several."""
+CHOICES, UNKNOWN = 4, 1000  # choices of an item, and items of a task that is not ours: usual numbers, for a forecast
 Items = Mapping[str, ItemValues]
 
 
@@ -29,12 +31,13 @@ def _check_tasks(options: Mapping[str, Any], given: RunInputs) -> None:
     find_folders(split_names(options["tasks"]), options["include"])
 
 
-@scorers.register(
-    PREFIX,
-    cite="EleutherAI lm-evaluation-harness",
-    fits=_check_tasks,
-    cost=lambda options: Cost(texts=variable("N_benchmark")),
-)
+def _estimate_cost(options: Mapping[str, Any]) -> Cost:
+    """One text per choice. How many items other tasks than ours have is known only with their data."""
+    items = [count_questions(name, UNKNOWN) for name in split_names(options["tasks"])]
+    return Cost(texts=constant(CHOICES * sum(min(n, options["limit"] or n) for n in items)))
+
+
+@scorers.register(PREFIX, cite="EleutherAI lm-evaluation-harness", fits=_check_tasks, cost=_estimate_cost)
 def benchmark(
     context: ScorerContext,
     *,
