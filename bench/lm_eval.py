@@ -158,7 +158,7 @@ def work_folder(given: str) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures, without and with the chat template."""
+    """Print the figures, without and with the chat template; --smoke leaves the second out."""
     parser = make_parser(__doc__, f"{QUICK_LIMIT} items of each task, one pair")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each, in turns; medians count")
     parser.add_argument("--limit", type=int, default=0, help="most items of each task; 0 takes all")
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with work_folder(options.work) as folder:
         prepare(folder, SMOKE_PROMPTS if options.smoke else FIT_PROMPTS)
         for name, chat in (("plain", False), ("chat", True)):
-            if options.only in (None, name):
+            if options.only in (None, name) and not (options.smoke and chat):
                 result[name] = measure_pairs(folder, limit, chat, pairs)
     result["facts"] = {"items of each task": limit or "all", "pairs": pairs, "machine": describe_machine()}
     print_report(result, options.json)
