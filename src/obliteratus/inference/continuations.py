@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ def score_continuations(
     alone = [row for row in range(len(contexts)) if row not in in_groups]
     scores: dict[int, ContinuationScore] = {}
     if alone:
-        parts = [[rows[row] for row in alone] for rows in (contexts, continuations)]
-        scored = read_answers(subject, *parts, lambda i, logits: _score(logits, parts[1][i]), title=title)
+        before, after = ([rows[row] for row in alone] for rows in (contexts, continuations))
+        scored = read_answers(subject, before, after, lambda i, logits: _score(logits, after[i]), title=title)
         scores |= dict(zip(alone, scored, strict=True))
     if shared:
         scores |= _score_shared(subject, shared, continuations, title)
@@ -134,7 +134,8 @@ def _score_batch(
     longer = [row for row in first if len(continuations[row]) > 1]
     yield from ((row, _score(logits[[k]], continuations[row])) for row, k in first.items() if row not in longer)
     lengths = [len(continuations[row]) - 1 for row in longer]
-    for part in make_batches(lengths, LOGIT_TOKENS) if started is not None else ():
+    for part in make_batches(lengths, LOGIT_TOKENS):
+        assert started is not None, "longer continuations have a cache"
         rows = [longer[i] for i in part]
         later = _read_continuations(subject, started, [first[r] for r in rows], [continuations[r] for r in rows])
         for row, own in zip(rows, later, strict=True):
@@ -165,7 +166,7 @@ def _read_continuations(
 
 def _copy_rows(cache: Cache, index: Tensor) -> Cache:
     """Return a cache for one pass over rows that continue these rows of another one."""
-    layers = [
+    layers: list[Any] = [
         PrefixLayer(*(buffer[index, :, : layer.slots] for buffer in layer.buffers))
         if isinstance(layer, GrowingLayer) and layer.is_initialized
         else DynamicLayer()  # a block that uses another block's keys and values

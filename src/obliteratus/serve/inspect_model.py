@@ -160,7 +160,7 @@ def to_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
                 "a message has images or files, and obliteratus/ models read text alone; leave the task out"
             )
     system = "\n\n".join(message.text for message in messages if message.role == "system")
-    said = [Turn(message.role, message.text) for message in messages if message.role != "system"]
+    said = [Turn("user" if m.role == "user" else "assistant", m.text) for m in messages if m.role != "system"]
     if not said or said[-1].role != "user":
         raise UserError("the last message is not the user's; obliteratus/ models answer questions")
     return [*([Turn("system", system)] if system else []), *said]
