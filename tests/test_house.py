@@ -18,7 +18,7 @@ ORDER = (
     ("report", "weights", "judge"),
     ("summon",),
     ("inference",),
-    ("prompts", "probe", "distill", "weigh", "excise"),
+    ("prompts", "probe", "distill", "weigh", "excise", "benchmark"),
     ("verify",),
     ("causal",),
     ("tune", "analyze"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tests.support.harness import write_task
 from tests.support.searches import make_scorer, run_search, search_recipe, search_subject
 
+from obliteratus.core.settings import Step
+from obliteratus.core.types import Plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.search.score import CALIBRATING, TrialVerdict, opening_probability
@@ -152,3 +156,13 @@ def test_live_plans_agree_with_the_estimate() -> None:
     assert scorer.estimate(plan).scores["kl.first_token.mean"] == pytest.approx(
         float(expected), rel=1e-3
     )  # KL is stored in fp32
+
+
+def test_a_benchmark_can_be_an_objective(tmp_path: Path) -> None:
+    recipe = search_recipe(minimize=("refusal.target", "-benchmark.small_choices.acc"))
+    tasks = [str(write_task(tmp_path, "choices"))]
+    recipe = recipe.model_copy(update={"verify": (*recipe.verify, Step(use="benchmark", tasks=tasks))})
+    _, scorer = make_scorer(recipe)
+    verdict = scorer.estimate(Plan())
+    base = scorer.before.scores["benchmark.small_choices.acc"].value
+    assert scorer.objectives(verdict)[1] == -base

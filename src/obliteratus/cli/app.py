@@ -11,6 +11,7 @@ import typer
 
 from obliteratus.cli.analyze import analyze
 from obliteratus.cli.behaviors import behaviors
+from obliteratus.cli.bench import bench
 from obliteratus.cli.chat import chat
 from obliteratus.cli.inspect import inspect
 from obliteratus.cli.judge import judge
@@ -312,7 +313,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui, reproduce, push):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui, reproduce, push):
     app.command()(handle_errors(command))
 
 

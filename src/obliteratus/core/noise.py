@@ -9,8 +9,8 @@ from contextlib import contextmanager, redirect_stderr
 from contextvars import ContextVar
 from io import StringIO
 
-LOGGERS = ("huggingface_hub", "bitsandbytes", "peft", "accelerate", "gguf")
-WARNINGS = "torch|transformers|peft|bitsandbytes|accelerate|huggingface_hub|gguf"
+LOGGERS = ("huggingface_hub", "bitsandbytes", "peft", "accelerate", "gguf", "lm_eval", "datasets", "evaluate")
+WARNINGS = "lm_eval|datasets|torch|transformers|peft|bitsandbytes|accelerate|huggingface_hub|gguf"
 _hushed: ContextVar[bool] = ContextVar("hushed", default=False)
 
 

@@ -1,10 +1,10 @@
 """VERIFY: scores of a model on held-out prompts, before and after an edit.
 
 Each scorer is one registered function; importing this package registers them all. May import core, weights, summon,
-inference, judge, prompts and excise.
+inference, judge, prompts, excise and benchmark.
 """
 
-from obliteratus.verify import accuracy, behavior, continuations, drift, first_token, fluency, style
+from obliteratus.verify import accuracy, behavior, benchmark, continuations, drift, first_token, fluency, style
 from obliteratus.verify.before_and_after import measure_before_and_after
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, measure, scorers
 
@@ -14,6 +14,7 @@ __all__ = [
     "ScorerContext",
     "accuracy",
     "behavior",
+    "benchmark",
     "continuations",
     "drift",
     "first_token",

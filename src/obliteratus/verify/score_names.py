@@ -12,7 +12,7 @@ from obliteratus.verify.behavior import is_rare
 
 ANSWERS = ("degenerate", "fluency", "length", "hedging", "same_language")
 """Scores of answers, up to their first dot, beside those of the behavior."""
-DRIFT = ("kl", "perplexity")
+DRIFT = ("kl", "perplexity", "benchmark")
 DETAILS = (".p99", ".answered.p95", "continuation.answered.mean", ".change")
 """Ends of the names of scores that the terminal leaves out; run.json and the model card have them."""
 
@@ -104,8 +104,16 @@ def _describe_key(key: str, behavior: str) -> str:
     if key.startswith("kl."):
         return _describe_divergence(key)
     kind, _, group = key.partition(".")
+    if kind == "benchmark":
+        return describe_task(key)
     form = (OF_GROUPS | _describe_behavior(behavior)).get(kind)
     return form.format(group=group) if form and group else key
+
+
+def describe_task(key: str) -> str:
+    """Return the name of a benchmark's score, such as ``arithmetic, acc``. Names of tasks have no dot."""
+    _, _, rest = key.partition(".")
+    return rest.replace(".", ", ")
 
 
 def _describe_behavior(behavior: str) -> dict[str, str]:

@@ -40,8 +40,9 @@ class ItemValues:
     """One number per prompt, text or question."""
 
     values: Float[Tensor, " n"]
-    unit: Literal["share", "nats", "perplexity", "tokens"]
-    """share: 0 or 1 per item. nats, tokens: averaged. perplexity: mean losses in nats, scored as exp of their mean."""
+    unit: Literal["share", "nats", "perplexity", "tokens", "mean"]
+    """share: 0 or 1 per item. nats, tokens, mean (any other number): averaged. perplexity: mean losses in nats, scored
+    as exp of their mean."""
 
     def score(self) -> Score:
         """Return the average over items with its 95 % interval, if it has one."""
