@@ -52,6 +52,7 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.cli.serve import serve
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
@@ -304,7 +305,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui, serve):
     app.command()(handle_errors(command))
 
 

@@ -103,23 +103,25 @@ class RunningBatch:
         self.window = Window()
         self.cache: Any = None
 
-    def join(self, ids: Ids) -> Float[Tensor, "rows vocabulary"]:
-        """Run prompts, whose rows come last from now on, and return the logits of their first tokens.
+    def run_prompts(self, ids: Ids) -> tuple[DecodingBatch, Float[Tensor, "rows vocabulary"]]:
+        """Run prompts under the plan that is attached now. Return what `join` takes, and logits of the first tokens.
 
-        All of them are run under the plan that is attached at this moment. Raises ValueError unless the longest come
-        first, which is the order in which `prefill` fills a cache.
+        Raises ValueError unless the longest come first, which is the order in which `prefill` fills a cache.
         """
         if list(map(len, ids)) != sorted(map(len, ids), reverse=True):
             raise ValueError("rows join with the longest first")
         with torch.inference_mode():
-            batch, logits = prefill(self.subject, prepare_prompts(self.subject, ids), list(range(len(ids))), 0)
+            return prefill(self.subject, prepare_prompts(self.subject, ids), list(range(len(ids))), 0)
+
+    def join(self, batch: DecodingBatch) -> None:
+        """Add rows whose prompts have run. They come last from now on."""
+        with torch.inference_mode():
             if self.recurrent:
                 assert not self.lengths, "padding would enter recurrent states"
                 self.cache = batch.cache
             else:
                 self._take_in(batch)
-        self.lengths += map(len, ids)
-        return logits
+        self.lengths += batch.positions[:, 0].tolist()
 
     def _take_in(self, batch: DecodingBatch) -> None:
         slots = int(batch.cache.layers[0].get_seq_length())
@@ -175,9 +177,7 @@ class RunningBatch:
                     layer.put(target, source)
         return order
 
-    def advance(
-        self, tokens: Sequence[int], variants: Sequence[int] | None = None
-    ) -> Float[Tensor, "rows vocabulary"]:
+    def advance(self, tokens: Sequence[int], variants: Sequence[int] | None = None) -> Float[Tensor, "rows vocabulary"]:
         """Run a further token of each row, and return the logits of the token after it.
 
         variants: of the rows, where they are under different plans (`row_plans`).

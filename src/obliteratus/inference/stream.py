@@ -109,9 +109,7 @@ def cut_mark(tokens: Iterable[int], mark: tuple[int, ...]) -> Iterator[int]:
 
 def count_begun(tokens: Sequence[int], mark: tuple[int, ...]) -> int:
     """Return how many of the last tokens are the beginning of the mark, or all of it."""
-    return next(
-        n for n in range(min(len(mark), len(tokens)), -1, -1) if tuple(tokens[len(tokens) - n :]) == mark[:n]
-    )
+    return next(n for n in range(min(len(mark), len(tokens)), -1, -1) if tuple(tokens[len(tokens) - n :]) == mark[:n])
 
 
 # What a further token may change: half a character, spaces (which some tokenizers clean up), and a mark of reasoning

@@ -76,6 +76,12 @@ class ServerLimits:
             raise UserError(f"--time-limit {self.seconds:g}: give a positive number of seconds")
 
 
+def check_grace(seconds: float) -> None:
+    """Raise UserError unless answers can be given so many seconds to end."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UserError(f"--grace {seconds:g}: give 0 or more seconds")
+
+
 class QueueFullError(Exception):
     """As many requests wait as may."""
 
@@ -94,6 +100,7 @@ class Ticket:
     """`time.monotonic` at which it ends in any case."""
     generator: torch.Generator
     canceled: bool = False
+    ended: bool = False
     tokens: list[int] = field(default_factory=list)
     told: int = 0
     """Tokens that the listener has heard of. Those that may begin the end mark are held back."""
@@ -202,10 +209,14 @@ class ModelWorker:
         for setting in dict.fromkeys(ticket.order.setting for ticket in group):
             own = [ticket for ticket in group if ticket.order.setting == setting]
             own.sort(key=lambda ticket: -len(ticket.order.ids))
+            started = []
             with self._told_of_failures(own), attached(self.plans.compile_one(setting)):
-                logits = self.batch.join([ticket.order.ids for ticket in own])
-                self.running += own
-                self._append(own, logits)
+                started = [self.batch.run_prompts([ticket.order.ids for ticket in own])]
+            for batch, logits in started:
+                with self._told_of_failures(self.running, own):
+                    self.batch.join(batch)
+                    self.running += own
+                    self._append(own, logits)
 
     def _take_group(self) -> list[Ticket]:
         """Return the next requests, in the order in which they came. A prompt never waits for a later one."""
@@ -229,7 +240,8 @@ class ModelWorker:
             return False
         if not self.batch.recurrent:
             return True
-        alike = all(len(t.order.ids) == len(ticket.order.ids) and t.order.setting == ticket.order.setting for t in group)
+        first = group[0].order if group else ticket.order
+        alike = (len(first.ids), first.setting) == (len(ticket.order.ids), ticket.order.setting)
         return not self.running and alike  # padding would enter recurrent states
 
     def _step(self) -> None:
@@ -279,7 +291,8 @@ class ModelWorker:
         return ending
 
     def _tell(self, ticket: Ticket, ending: Ending) -> None:
-        if not ticket.canceled:
+        if not (ticket.canceled or ticket.ended):
+            ticket.ended = True
             self.counts[ending.reason] += 1
             ticket.listen(ending)
 
@@ -291,21 +304,25 @@ class ModelWorker:
             self.running = [self.running[place] for place in self.batch.leave(places)]
 
     @contextmanager
-    def _told_of_failures(self, tickets: Sequence[Ticket]) -> Iterator[None]:
-        """Tell these requests, and go on with others, whatever goes wrong inside the block. A bug is logged."""
+    def _told_of_failures(self, *groups: Sequence[Ticket]) -> Iterator[None]:
+        """Tell these requests of whatever goes wrong inside the block, and go on with others. A bug is logged."""
         try:
             yield
         except torch.OutOfMemoryError:
-            self._fail(tickets, Ending("memory", OUT_OF_MEMORY))
-        except Exception as error:  # noqa: BLE001 — no request may be lost without a word, and others wait
-            log.error("a bug ended %d requests", len(tickets), exc_info=error)
-            self._fail(tickets, Ending("bug", f"{type(error).__name__}: this is a bug; the server's terminal shows more"))
+            self._fail(groups, Ending("memory", OUT_OF_MEMORY))
+        except Exception as error:  # no request may be lost without a word, and others wait
+            log.error("a bug ended requests", exc_info=error)
+            message = f"{type(error).__name__}: this is a bug; the server's terminal shows more"
+            self._fail(groups, Ending("bug", message))
 
-    def _fail(self, tickets: Sequence[Ticket], ending: Ending) -> None:
-        """End requests whose pass failed. The batch may be half changed, so all its rows end with them."""
-        for ticket in {id(t): t for t in (*tickets, *self.running)}.values():
+    def _fail(self, groups: Sequence[Sequence[Ticket]], ending: Ending) -> None:
+        """End requests whose pass failed. Where rows of the batch were in it, the batch may be half changed, and is
+        begun anew."""
+        failed = [ticket for group in groups for ticket in group]
+        for ticket in failed:
             self._tell(ticket, ending)
-        self.running, self.batch = [], RunningBatch(self.subject)
+        if not self.running or self.running[0] in failed:
+            self.running, self.batch = [], RunningBatch(self.subject)
 
     def summarize(self) -> dict[str, Any]:
         """Return how many requests wait and run at this moment, and how the earlier ones ended."""
