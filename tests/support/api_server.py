@@ -30,7 +30,9 @@ class Served:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's client, which asks only once and waits for at most half a minute."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30} | options)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        )
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)

@@ -100,6 +100,9 @@ class Ticket:
     """`time.monotonic` at which it ends in any case."""
     generator: torch.Generator
     canceled: bool = False
+    """Nobody listens any more."""
+    counted_as: str = "canceled"
+    """How a canceled one ended, in `ModelWorker.counts`."""
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
     told: int = 0
@@ -152,13 +155,17 @@ class ModelWorker:
             self.counts["refused"] += 1
             raise QueueFullError
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Forget a request whose client is gone, or wants no more. Its listener hears nothing further."""
+    def cancel(self, ticket: Ticket, complete: bool = False) -> None:
+        """Write no further tokens of a request, whose listener hears nothing more.
+
+        complete: its client has all that it wants, and is not gone.
+        """
         with self._changed:
             ticket.canceled = True
+            ticket.counted_as = "stop" if complete else "canceled"
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
-                self.counts["canceled"] += 1
+                self.counts[ticket.counted_as] += 1
 
     def stop(self, grace: float) -> None:
         """Take no further requests, tell those that wait, and give running ones ``grace`` seconds. Returns at once."""
@@ -198,7 +205,7 @@ class ModelWorker:
             self.waiting = deque(ticket for ticket in self.waiting if ticket.deadline > now)
         gone = [ticket for ticket in self.running if ticket.canceled]
         overdue += [ticket for ticket in self.running if ticket.deadline <= now and not ticket.canceled]
-        self.counts["canceled"] += len(gone)
+        self.counts.update(ticket.counted_as for ticket in gone)
         for ticket in overdue:
             self._tell(ticket, Ending("late", f"the answer was not complete after {self.limits.seconds:g} seconds"))
         self._leave([*gone, *overdue])

@@ -125,7 +125,7 @@ class Reply(Response):
         super().__init__()
         self.api, self.asked, self.order, self.completion = api, asked, order, completion
         self.events: asyncio.Queue[list[int] | Ending] = asyncio.Queue()
-        self.tokens = 0
+        self.tokens, self.complete = 0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises ApiError as long as nothing was sent."""
@@ -136,7 +136,7 @@ class Reply(Response):
         except TimeoutError:
             log.warning("a client did not read its answer in time")  # the connection is closed
         finally:
-            self.api.worker.cancel(ticket)
+            self.api.worker.cancel(ticket, self.complete)
 
     def _submit(self) -> Ticket:
         loop = asyncio.get_running_loop()
@@ -196,6 +196,7 @@ class Reply(Response):
             self.tokens += len(event)
             piece = text.push(event)
             if text.stopped:
+                self.complete = True
                 yield piece, "stop"
                 return
             if piece:

@@ -1,0 +1,44 @@
+"""Text up to a stop text: whole pieces add up to it, whatever the pieces are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.tiny import tiny_subject
+
+from obliteratus.inference.answers import AnswerDecoder
+from obliteratus.serve.api.answers import StoppedText, WholeText
+
+DECODER = AnswerDecoder.create(tiny_subject("llama"))
+
+
+def push_all(text: Any, tokens: Iterable[int]) -> list[str]:
+    pieces = []
+    for token in tokens:
+        pieces.append(text.push([token]))
+        if text.stopped:
+            return pieces
+    return [*pieces, text.finish()]
+
+
+@given(st.text("abc ", max_size=30), st.lists(st.text("abc ", min_size=1, max_size=4), max_size=4))
+def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
+    first = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
+    stopped = StoppedText(DECODER, stops)
+    assert "".join(push_all(stopped, text.encode())) == text[:first]
+    assert stopped.stopped == any(stop in text for stop in stops)
+
+
+def test_what_may_be_the_beginning_of_a_stop_is_held_back() -> None:
+    stopped = StoppedText(DECODER, ["END"])
+    assert push_all(stopped, b"aENbEND!") == ["a", "", "", "ENb", "", "", ""]
+    assert push_all(StoppedText(DECODER, ["END"]), b"aEN")[-1] == "EN"
+
+
+@pytest.mark.parametrize("text", ["", "é and ☄", "plain"])
+def test_a_whole_text_is_decoded_once(text: str) -> None:
+    assert push_all(WholeText(DECODER), text.encode())[-1] == text
