@@ -28,7 +28,6 @@ from obliteratus.serve.worker import (
     QueueFullError,
     ServerLimits,
     StoppingError,
-    check_grace,
 )
 
 PROMPTS = [[256, *text.encode()] for text in ("What is a comet?", "Why?", "How deep is the sea?", "And the sky, too?")]
@@ -293,9 +292,3 @@ def test_plans_are_compiled_once_for_each_setting(subject: Subject, plans: dict[
 def test_limits_are_checked(limits: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         ServerLimits(**limits)
-
-
-@pytest.mark.parametrize("grace", [-1.0, math.inf])
-def test_grace_is_checked(grace: float) -> None:
-    with pytest.raises(UserError, match="--grace"):
-        check_grace(grace)

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 
 from obliteratus.core.types import Plan, Subject
-from obliteratus.serve.api.server import ApiServer
+from obliteratus.serve.api.server import ApiServer, Settings
 from obliteratus.serve.listen import open_socket
 from obliteratus.serve.worker import ModelWorker
 
@@ -40,8 +40,8 @@ class Served:
 
 @contextmanager
 def serving(subject: Subject, plans: Mapping[str, Plan], **options: Any) -> Iterator[Served]:
-    """Serve inside the block. options: of `ApiServer`."""
-    server, ready = ApiServer(subject, plans, **options), threading.Event()
+    """Serve inside the block. options: of `Settings`."""
+    server, ready = ApiServer(subject, plans, Settings(**options)), threading.Event()
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, args=(listening, ready.set), name="server")
         thread.start()

@@ -76,12 +76,6 @@ class ServerLimits:
             raise UserError(f"--time-limit {self.seconds:g}: give a positive number of seconds")
 
 
-def check_grace(seconds: float) -> None:
-    """Raise UserError unless answers can be given so many seconds to end."""
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise UserError(f"--grace {seconds:g}: give 0 or more seconds")
-
-
 class QueueFullError(Exception):
     """As many requests wait as may."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from obliteratus.core.errors import UserError
@@ -19,13 +21,12 @@ SHORTEST_KEY = 16  # characters: 64 bits even as hexadecimal digits
 ENDS_WITHIN = 5  # seconds after the grace, for the last bytes
 
 
-def check_key(host: str, key: str) -> str:
-    """Return the key. Raises UserError for one that could be guessed, or where others can reach a server without."""
+def check_key(host: str, key: str) -> None:
+    """Raise UserError for one that could be guessed, or where others can reach a server without."""
     if not key and not is_loopback(host):
         raise UserError(f"--host {host}: others can reach this address; give --api-key, which clients then must send")
     if key and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key):
         raise UserError(f"--api-key: give at least {SHORTEST_KEY} ASCII characters without spaces")
-    return key
 
 
 def check_libraries() -> None:
@@ -46,26 +47,36 @@ def check_names(subject: Subject, plans: Mapping[str, Plan]) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a server is reached, how much it takes on, and how it ends. Raises UserError for values that cannot be."""
+
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    defaults: Defaults = field(default_factory=Defaults)
+    host: str = "127.0.0.1"
+    port: int = 0
+    key: str = ""
+    """Which clients must send. Without one, only those who call the server by a loopback name are answered."""
+    grace: float = 10.0
+    """Seconds that running answers have to end once the server is stopped."""
+
+    def __post_init__(self) -> None:
+        check_key(self.host, self.key)
+        if not (math.isfinite(self.grace) and self.grace >= 0):
+            raise UserError(f"--grace {self.grace:g}: give 0 or more seconds")
+
+
 class ApiServer:
     """A model and its plans, served until a signal or `stop`."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        plans: Mapping[str, Plan],
-        limits: ServerLimits | None = None,
-        defaults: Defaults | None = None,
-        key: str = "",
-        grace: float = 10.0,
-    ) -> None:
-        """key: that clients must send; without one only those who call the server by a loopback name are answered.
-        grace: seconds that running answers have to end once the server is stopped."""
+    def __init__(self, subject: Subject, plans: Mapping[str, Plan], settings: Settings | None = None) -> None:
         from obliteratus.serve.api.app import Api, build_app
 
-        self.worker = ModelWorker(subject, plans, limits or ServerLimits())
-        maker = OrderMaker(subject, check_names(subject, plans), tuple(plans), defaults or Defaults())
+        own = settings or Settings()
+        self.worker = ModelWorker(subject, plans, own.limits)
+        maker = OrderMaker(subject, check_names(subject, plans), tuple(plans), own.defaults)
         self.api = Api(self.worker, maker, int(time.time()))
-        self.server = _make_server(build_app(self.api, key), self.worker, grace)
+        self.server = _make_server(build_app(self.api, own.key), self.worker, own.grace)
 
     def run(self, listening: socket.socket, announce: Callable[[], None] = lambda: None) -> dict[str, int]:
         """Serve on a bound socket. Return how many requests ended how (`worker.Reason`).
