@@ -260,6 +260,14 @@ def test_rows_beyond_the_memory_wait(subject: Subject, plans: dict[str, Plan]) -
     assert max(most) == 2
 
 
+def test_what_never_fits_is_refused(subject: Subject, plans: dict[str, Plan]) -> None:
+    worker = ModelWorker(subject, plans, ServerLimits())
+    worker.budget = 20
+    with pytest.raises(UserError, match="do not fit into memory"):
+        worker.submit(order(PROMPTS[0], tokens=LONG), Heard())
+    assert not worker.waiting
+
+
 def test_a_recurrent_model_answers_one_length_at_a_time() -> None:
     subject = tiny_subject("lfm2")
     subject.model.generation_config.eos_token_id = subject.tokenizer.eos_token = None

@@ -130,10 +130,11 @@ class ModelWorker:
         self._thread.start()
 
     def submit(self, order: Order, listen: Listener) -> Ticket:
-        """Take a request on. Raises QueueFullError, or StoppingError after `stop`."""
-        seed = order.limits.seed
+        """Take a request on. Raises QueueFullError, StoppingError after `stop`, and UserError for one too large."""
         deadline = time.monotonic() + self.limits.seconds
-        ticket = Ticket(order, listen, deadline, torch.Generator().manual_seed(seed))
+        ticket = Ticket(order, listen, deadline, torch.Generator().manual_seed(order.limits.seed))
+        if ticket.reserved > 2 * self.budget:  # which is half of the free memory
+            raise UserError(f"{ticket.reserved} tokens of prompt and answer do not fit into memory; ask for fewer")
         with self._changed:
             self.check_room()
             self.waiting.append(ticket)
@@ -177,9 +178,10 @@ class ModelWorker:
     # --------------------------------------------------------------------------- in the model's thread
     def _run(self) -> None:
         while self._wait_for_work():
-            self._end_overdue()
-            self._let_in()
-            self._step()
+            with self._told_of_failures():
+                self._end_overdue()
+                self._let_in()
+                self._step()
         for ticket in self.running:
             self._tell(ticket, STOPPING)
         self._leave(self.running)
@@ -211,10 +213,10 @@ class ModelWorker:
             own = [ticket for ticket in group if ticket.order.setting == setting]
             own.sort(key=lambda ticket: -len(ticket.order.ids))
             started = []
-            with self._told_of_failures(own), attached(self.plans.compile_one(setting)):
+            with self._told_of_failures(own, alone=True), attached(self.plans.compile_one(setting)):
                 started = [self.batch.run_prompts([ticket.order.ids for ticket in own])]
             for batch, logits in started:
-                with self._told_of_failures(self.running, own):
+                with self._told_of_failures(own):
                     self.batch.join(batch)
                     self.running += own
                     self._append(own, logits)
@@ -222,11 +224,11 @@ class ModelWorker:
     def _take_group(self) -> list[Ticket]:
         """Return the next requests, in the order in which they came. A prompt never waits for a later one."""
         group: list[Ticket] = []
-        tokens = 0
+        tokens, budget = 0, token_budget(self.subject)
         with self._changed:
             while self.waiting and self._fits(self.waiting[0], group):
                 tokens += len(self.waiting[0].order.ids)
-                if group and tokens > token_budget(self.subject):
+                if group and tokens > budget:
                     break  # the others wait for one step, so that answers which are being written go on
                 group.append(self.waiting.popleft())
         return group
@@ -251,13 +253,12 @@ class ModelWorker:
         if not rows:
             return
         settings = tuple(sorted({ticket.order.setting for ticket in rows}))
-        with self._told_of_failures(rows):
-            one = len(settings) == 1
-            plans = self.plans.compile_one(settings[0]) if one else self.plans.compile_several(settings)
-            variants = None if one else [settings.index(ticket.order.setting) for ticket in rows]
-            with attached(plans):
-                logits = self.batch.advance([ticket.tokens[-1] for ticket in rows], variants)
-            self._append(rows, logits)
+        one = len(settings) == 1
+        plans = self.plans.compile_one(settings[0]) if one else self.plans.compile_several(settings)
+        variants = None if one else [settings.index(ticket.order.setting) for ticket in rows]
+        with attached(plans):
+            logits = self.batch.advance([ticket.tokens[-1] for ticket in rows], variants)
+        self._append(rows, logits)
 
     def _append(self, rows: Sequence[Ticket], logits: Tensor) -> None:
         """Choose each row's next token, and tell its listener. Rows that end leave the batch."""
@@ -305,24 +306,25 @@ class ModelWorker:
             self.running = [self.running[place] for place in self.batch.leave(places)]
 
     @contextmanager
-    def _told_of_failures(self, *groups: Sequence[Ticket]) -> Iterator[None]:
-        """Tell these requests of whatever goes wrong inside the block, and go on with others. A bug is logged."""
+    def _told_of_failures(self, own: Sequence[Ticket] = (), alone: bool = False) -> Iterator[None]:
+        """Tell requests of whatever goes wrong inside the block, and go on with others. A bug is logged.
+
+        own: requests that are not in the batch yet. alone: the batch is not touched in the block, so its rows go on.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
-            self._fail(groups, Ending("memory", OUT_OF_MEMORY))
+            self._fail(own, alone, Ending("memory", OUT_OF_MEMORY))
         except Exception as error:  # no request may be lost without a word, and others wait
             log.error("a bug ended requests", exc_info=error)
             message = f"{type(error).__name__}: this is a bug; the server's terminal shows more"
-            self._fail(groups, Ending("bug", message))
+            self._fail(own, alone, Ending("bug", message))
 
-    def _fail(self, groups: Sequence[Sequence[Ticket]], ending: Ending) -> None:
-        """End requests whose pass failed. Where rows of the batch were in it, the batch may be half changed, and is
-        begun anew."""
-        failed = [ticket for group in groups for ticket in group]
-        for ticket in failed:
+    def _fail(self, own: Sequence[Ticket], alone: bool, ending: Ending) -> None:
+        """End requests whose pass failed. If the batch was in it, it may be half changed, and is begun anew."""
+        for ticket in own if alone else [*own, *self.running]:
             self._tell(ticket, ending)
-        if not self.running or self.running[0] in failed:
+        if not alone:
             self.running, self.batch = [], RunningBatch(self.subject)
 
     def summarize(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.serve.api.answers import DONE, Completion, StoppedText, WholeText, to_event
@@ -115,6 +116,8 @@ def _refused(worker: ModelWorker) -> Iterator[None]:
         raise ApiError(429, message, "queue_full") from error
     except StoppingError as error:
         raise ApiError(503, "the server is stopping", "stopping") from error
+    except UserError as error:
+        raise ApiError(400, str(error), "out_of_memory") from error
 
 
 # ---------------------------------------------------------------------------------------------- one answer
