@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.api_server import wait_until
+from tests.support.api_server import PATIENCE, wait_until
 from tests.support.plans import random_plan
 from tests.support.tiny import tiny_subject
 
@@ -68,7 +68,7 @@ class Heard:
 
     @property
     def reason(self) -> str:
-        assert self.ended.wait(30)
+        assert self.ended.wait(PATIENCE)
         assert self.ending is not None
         return self.ending.reason
 

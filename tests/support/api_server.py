@@ -16,6 +16,9 @@ from obliteratus.serve.api.server import ApiServer, Settings
 from obliteratus.serve.listen import open_socket
 from obliteratus.serve.worker import ModelWorker
 
+# Seconds to wait for what takes a few milliseconds. A machine that does much else is no reason to fail.
+PATIENCE = 240
+
 
 @dataclass(frozen=True)
 class Served:
@@ -29,13 +32,13 @@ class Served:
         return self.server.worker
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """OpenAI's client, which asks only once and waits for at most half a minute."""
+        """OpenAI's client, which asks only once and waits patiently."""
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30} | options
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": PATIENCE} | options
         )
 
     def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 @contextmanager
@@ -45,16 +48,16 @@ def serving(subject: Subject, plans: Mapping[str, Plan], **options: Any) -> Iter
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, args=(listening, ready.set), name="server")
         thread.start()
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE)
         try:
             yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", server)
         finally:
             server.stop()
-            thread.join(60)
+            thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait until something is so. Fails if it is not after so many seconds."""
     end = time.monotonic() + seconds
     while not is_so():

@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from tests.support.api_server import Served, serving, wait_until
+from tests.support.api_server import PATIENCE, Served, serving, wait_until
 from tests.support.plans import random_plan
 from tests.support.tiny import tiny_subject
 
@@ -235,7 +235,7 @@ def test_what_is_wrong_is_one_line_and_runs_nothing(
 def test_what_is_no_request_is_one_line_too(
     served: Served, method: str, path: str, body: bytes, headers: dict[str, str], status: int, said: str
 ) -> None:
-    connection = HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+    connection = HTTPConnection(served.url.removeprefix("http://"), timeout=PATIENCE)
     connection.request(method, path, body, {"content-type": "application/json", **headers})
     answer = connection.getresponse()
     error = json.loads(answer.read())["error"]
