@@ -36,7 +36,7 @@ from obliteratus.prompts import split_prompts
 OLD = Path(sys.prefix) / "transformers-4.57"
 READERS = {"transformers 5": "", "transformers 4.57": str(OLD)}
 FORMS = ("merged", "adapter")
-PROMPTS, TOKENS, SMOKE_PROMPTS, SMOKE_TOKENS = 48, 24, 2, 4
+PROMPTS, TOKENS, SMOKE_PROMPTS, SMOKE_TOKENS = 48, 16, 2, 4
 LIKELY = np.log(1e-6)  # beyond, fp32 keeps logarithms of sums less exactly than any sampler could notice
 Answers = dict[str, tuple[np.ndarray, Ids]]
 """By group: log-probabilities of first tokens [rows, vocabulary], and greedy answers."""

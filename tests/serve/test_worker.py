@@ -80,7 +80,7 @@ def running(subject: Subject, plans: dict[str, Plan], **limits: Any) -> Iterator
     try:
         yield worker
     finally:
-        worker.stop(0)
+        worker.stop(0.0)
         worker.join()
     assert not worker.running
     assert worker.batch.cache is None
@@ -155,7 +155,7 @@ def test_the_queue_is_bounded(subject: Subject, plans: dict[str, Plan]) -> None:
         worker.submit(order(PROMPTS[0]), Heard())
     worker.start()
     assert {one.reason for one in heard} == {"length"}
-    worker.stop(0)
+    worker.stop(0.0)
     worker.join()
     assert worker.counts == {"refused": 1, "length": 3}
 
@@ -182,7 +182,7 @@ def test_a_waiting_request_can_be_given_up(subject: Subject, plans: dict[str, Pl
     worker.submit(order(PROMPTS[1]), one)  # there is room again
     worker.start()
     assert one.reason == "length"
-    worker.stop(0)
+    worker.stop(0.0)
     worker.join()
     assert worker.counts == {"canceled": 1, "length": 1}
 
@@ -255,7 +255,7 @@ def test_rows_beyond_the_memory_wait(subject: Subject, plans: dict[str, Plan]) -
         worker.submit(order(PROMPTS[0]), watch(one))
     worker.start()
     assert {one.reason for one in heard} == {"length"}
-    worker.stop(0)
+    worker.stop(0.0)
     worker.join()
     assert max(most) == 2
 
@@ -293,7 +293,7 @@ def test_plans_are_compiled_once_for_each_setting(subject: Subject, plans: dict[
     [
         ({"rows": 0}, "--rows 0: at least 1"),
         ({"queue": -1}, "--queue -1: give 0 or more"),
-        ({"seconds": 0}, "--time-limit 0: give a positive number"),
+        ({"seconds": 0.0}, "--time-limit 0: give a positive number"),
         ({"seconds": math.nan}, "--time-limit nan: give a positive number"),
     ],
 )

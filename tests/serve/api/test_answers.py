@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,12 +12,14 @@ from tests.support.tiny import tiny_subject
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.serve.api.answers import StoppedText, WholeText
 
-DECODER = AnswerDecoder.create(tiny_subject("llama"))
+SUBJECT = tiny_subject("llama")
+DECODER = AnswerDecoder.create(SUBJECT)
 
 
-def push_all(text: Any, tokens: Iterable[int]) -> list[str]:
+def push_all(text: Any, said: str) -> list[str]:
+    """Push the tokens of what is said, which are its bytes, and return the pieces."""
     pieces = []
-    for token in tokens:
+    for token in SUBJECT.tokenizer(said, add_special_tokens=False)["input_ids"]:
         pieces.append(text.push([token]))
         if text.stopped:
             return pieces
@@ -29,16 +30,16 @@ def push_all(text: Any, tokens: Iterable[int]) -> list[str]:
 def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
     first = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
     stopped = StoppedText(DECODER, stops)
-    assert "".join(push_all(stopped, text.encode())) == text[:first]
+    assert "".join(push_all(stopped, text)) == text[:first]
     assert stopped.stopped == any(stop in text for stop in stops)
 
 
 def test_what_may_be_the_beginning_of_a_stop_is_held_back() -> None:
     stopped = StoppedText(DECODER, ["END"])
-    assert push_all(stopped, b"aENbEND!") == ["a", "", "", "ENb", "", "", ""]
-    assert push_all(StoppedText(DECODER, ["END"]), b"aEN")[-1] == "EN"
+    assert push_all(stopped, "aENbEND!") == ["a", "", "", "ENb", "", "", ""]
+    assert push_all(StoppedText(DECODER, ["END"]), "aEN")[-1] == "EN"
 
 
 @pytest.mark.parametrize("text", ["", "é and ☄", "plain"])
 def test_a_whole_text_is_decoded_once(text: str) -> None:
-    assert push_all(WholeText(DECODER), text.encode())[-1] == text
+    assert push_all(WholeText(DECODER), text)[-1] == text

@@ -79,7 +79,7 @@ def expected(subject: Subject, plan: Plan, strength: float, tokens: int = TOKENS
 
 # ------------------------------------------------------------------------------------------- answers
 @pytest.mark.parametrize(
-    ("model", "strength"), [(BASE, None), ("lean", None), ("lean", 0.5), ("lean", -1), ("lean", 0), ("other", 2.0)]
+    ("model", "strength"), [(BASE, None), ("lean", None), ("lean", 0.5), ("lean", -1.0), ("lean", 0.0), ("other", 2.0)]
 )
 def test_answers_are_those_of_the_plan_at_the_strength(
     client: openai.OpenAI, subject: Subject, plans: dict[str, Plan], model: str, strength: float | None
@@ -346,7 +346,7 @@ def test_a_late_answer_is_an_error_that_is_not_asked_again(subject: Subject) -> 
         assert served.worker.counts == {"late": 2}
 
 
-@pytest.mark.parametrize("grace", [0.0, 30.0])
+@pytest.mark.parametrize("grace", [0.0, float(PATIENCE)])
 def test_at_the_end_running_answers_are_completed_or_told(subject: Subject, grace: float) -> None:
     with serving(subject, {}, limits=ServerLimits(rows=1), grace=grace) as served:
         client = served.client()

@@ -128,9 +128,13 @@ def _describe(error: ValidationError) -> tuple[str, str, str]:
     return f"{place}: {what}", "", place
 
 
+def _is_same(value: Any, own: Any) -> bool:
+    return bool(value == own) and isinstance(value, bool) == isinstance(own, bool)  # true is no number
+
+
 def _refuse_unsupported(fields: Mapping[str, Any], where: str) -> None:
     for name, value in fields.items():
-        if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
+        if value is None or name in IGNORED or any(_is_same(value, own) for own in NEUTRAL.get(name, ())):
             continue
         hint = f"; leave it out, or give {NEUTRAL[name][0]!r}" if name in NEUTRAL else "; leave it out"
         raise ApiError(400, f"{where}{name}: this server does not support it{hint}", "unsupported_field", name)

@@ -89,7 +89,7 @@ class ApiServer:
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once its connections are closed
                 self.server.run(sockets=[listening])
         finally:
-            self.worker.stop(0)
+            self.worker.stop(0.0)
             self.worker.join()
             self.api.renderer.shutdown()
         return dict(self.worker.counts)
