@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         for norm in ("none", "columns"):
-            save_plan(make_plan(subject, norm), Path(folder) / norm)  # type: ignore[arg-type]
+            save_plan(make_plan(subject, norm), Path(folder) / norm)
         found = asyncio.run(measure(Path(folder), questions, n, tokens, 1 if options.quick else options.repeats))
     print_report({"machine": describe_machine(), "requests": n, "tokens": tokens, **found}, options.json)
 

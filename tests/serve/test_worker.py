@@ -198,7 +198,7 @@ def test_what_takes_too_long_is_told(subject: Subject, plans: dict[str, Plan]) -
     assert len(heard[0].tokens) < LONG
 
 
-@pytest.mark.parametrize(("grace", "reason"), [(0.0, "stopping"), (30.0, "length")])
+@pytest.mark.parametrize(("grace", "reason"), [(0.0, "stopping"), (float(PATIENCE), "length")])
 def test_a_stop_tells_those_that_wait_and_gives_the_others_time(
     subject: Subject, plans: dict[str, Plan], grace: float, reason: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tiny import tiny_subject
 
@@ -26,6 +26,7 @@ def push_all(text: Any, said: str) -> list[str]:
     return [*pieces, text.finish()]
 
 
+@settings(deadline=None)  # the machine may do much else
 @given(st.text("abc ", max_size=30), st.lists(st.text("abc ", min_size=1, max_size=4), max_size=4))
 def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
     first = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))

@@ -86,8 +86,9 @@ class Completion:
 
     def to_document(self, text: str, tokens: int, finish: str) -> dict[str, Any]:
         """Return a whole answer. tokens: how many it has. finish: ``stop`` or ``length``."""
-        own = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.kind == "chat" else {}
-        choice = {"index": 0, "finish_reason": finish, "logprobs": None, **(own or {"text": text})}
+        message = {"role": "assistant", "content": text, "refusal": None}
+        own: dict[str, Any] = {"message": message} if self.kind == "chat" else {"text": text}
+        choice = {"index": 0, "finish_reason": finish, "logprobs": None, **own}
         return {**self._head(NAMES[self.kind][1]), "choices": [choice], "usage": self.count_usage(tokens)}
 
     def to_event(self, text: str, finish: str | None = None, first: bool = False) -> bytes:
