@@ -28,8 +28,9 @@ def push_all(text: Any, said: str) -> list[str]:
 
 @settings(deadline=None)  # the machine may do much else
 @given(st.text("abc ", max_size=30), st.lists(st.text("abc ", min_size=1, max_size=4), max_size=4))
-def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
-    first = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
+def test_pieces_add_up_to_the_text_before_the_stop_that_is_complete_first(text: str, stops: list[str]) -> None:
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    first = min(ends)[1] if ends else len(text)
     stopped = StoppedText(DECODER, stops)
     assert "".join(push_all(stopped, text)) == text[:first]
     assert stopped.stopped == any(stop in text for stop in stops)

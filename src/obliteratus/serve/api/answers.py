@@ -22,7 +22,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 class StoppedText:
-    """The text of an answer up to the first of several stop texts. What may be the beginning of one is held back."""
+    """The text of an answer up to the first complete one of several stop texts. What may be the beginning of one is
+    held back."""
 
     def __init__(self, decoder: AnswerDecoder, stops: Sequence[str]) -> None:
         self.pieces, self.stops = TextPieces(decoder), tuple(stops)
@@ -45,10 +46,10 @@ class StoppedText:
         if self.stopped:
             return ""
         text = self.held + piece
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:  # the one that was complete first
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         begun = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - begun :]
         return text[: len(text) - begun]
