@@ -124,9 +124,9 @@ def measure_plan(subject: Subject, plan: Path, groups: Groups) -> dict[str, Any]
 
 def find_base(subject: Subject) -> Path:
     """Return the folder of the organism's weights."""
-    from obliteratus.weights.organism import find_local
+    from obliteratus.weights.organism import prepare_organism
 
-    return find_local("astronomy")
+    return prepare_organism("astronomy")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
