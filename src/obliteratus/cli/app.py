@@ -56,6 +56,7 @@ from obliteratus.cli.options import (
 )
 from obliteratus.cli.push import push
 from obliteratus.cli.reproduce import reproduce
+from obliteratus.cli.serve import serve
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
@@ -313,7 +314,7 @@ def apply(
     show_applied(saved, out, save, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui, reproduce, push):
+for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui, serve, reproduce, push):
     app.command()(handle_errors(command))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def cut_mark(tokens: Iterable[int], mark: tuple[int, ...]) -> Iterator[int]:
     held: list[int] = []
     for token in tokens:
         held.append(token)
-        begun = next(n for n in range(min(len(mark), len(held)), -1, -1) if tuple(held[len(held) - n :]) == mark[:n])
+        begun = count_begun(held, mark)
         yield from held[: len(held) - begun]
         held = held[len(held) - begun :]
         if mark and begun == len(mark):
@@ -107,21 +107,42 @@ def cut_mark(tokens: Iterable[int], mark: tuple[int, ...]) -> Iterator[int]:
     yield from held
 
 
+def count_begun(tokens: Sequence[int], mark: tuple[int, ...]) -> int:
+    """Return how many of the last tokens are the beginning of the mark, or all of it."""
+    return next(n for n in range(min(len(mark), len(tokens)), -1, -1) if tuple(tokens[len(tokens) - n :]) == mark[:n])
+
+
 # What a further token may change: half a character, spaces (which some tokenizers clean up), and a mark of reasoning
 # that is not whole yet. The longest declared marks have about 24 characters.
 UNSETTLED = re.compile(r"(?:\ufffd|\s+|[<\[][^\s>\]]{0,24})\Z")
 
 
+class TextPieces:
+    """The text of an answer whose tokens come one by one. Pieces are whole characters, and add up to
+    ``decoder.decode``."""
+
+    def __init__(self, decoder: AnswerDecoder) -> None:
+        self.decoder = decoder
+        self.row: list[int] = []
+        self.sent = ""
+
+    def push(self, token: int) -> str:
+        """Return what a further token settles of the text, often nothing."""
+        self.row.append(token)
+        text = UNSETTLED.sub("", self.decoder.decode(self.row))
+        if len(text) <= len(self.sent) or not text.startswith(self.sent):
+            return ""
+        piece, self.sent = text[len(self.sent) :], text
+        return piece
+
+    def finish(self) -> str:
+        """Return what is left once the last token came."""
+        return self.decoder.decode(self.row).removeprefix(self.sent)
+
+
 def stream_text(decoder: AnswerDecoder, tokens: Iterable[int]) -> Iterator[str]:
     """Yield an answer's text piece by piece. The pieces are whole characters, and add up to ``decoder.decode``."""
-    row: list[int] = []
-    sent = ""
-    for token in tokens:
-        row.append(token)
-        text = UNSETTLED.sub("", decoder.decode(row))
-        if len(text) > len(sent) and text.startswith(sent):
-            yield text[len(sent) :]
-            sent = text
-    rest = decoder.decode(row).removeprefix(sent)
-    if rest:
+    pieces = TextPieces(decoder)
+    yield from filter(None, map(pieces.push, tokens))
+    if rest := pieces.finish():
         yield rest

@@ -43,6 +43,30 @@ def open_for_chat(
     return subject, loaded
 
 
+def open_to_serve(
+    model: str, plans: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> tuple[Subject, dict[str, Plan]]:
+    """Return a model and its plans as `open_for_chat`; a plan may be given as ``NAME=FOLDER``. Raises UserError."""
+    pairs = [("", plan) if Path(plan).expanduser().exists() else _split_name(plan) for plan in plans]
+    named = {name: load_plan(Path(folder).expanduser()) for name, folder in pairs if name}
+    subject, loaded = open_for_chat(model, [folder for name, folder in pairs if not name], options)
+    for name, plan in named.items():
+        if name in loaded or [own for own, _ in pairs].count(name) > 1:
+            raise UserError(f"--plan {name}: two plans have this name; give one of them another, as NAME=FOLDER")
+        check_plan(subject, name, plan)
+    return subject, loaded | named
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Return name and folder of ``NAME=FOLDER``; the name is '' if there is none. Raises UserError for a bad name."""
+    name, sign, folder = text.partition("=")
+    if not sign:
+        return "", text
+    if not (name and folder and name.isprintable() and name == name.strip()):
+        raise UserError(f"--plan {text}: give the folder of a plan, or NAME=FOLDER")
+    return name, folder
+
+
 def load_plan_for(subject: Subject, folder: str | Path) -> tuple[str, Plan]:
     """Return the name and the plan of a folder. Raises UserError if there is none, or if it does not fit the model."""
     path = Path(folder).expanduser()

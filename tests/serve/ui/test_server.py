@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from obliteratus.core.errors import UserError
+from obliteratus.serve.listen import is_loopback, open_socket
 from obliteratus.serve.ui.server import (
     BLOCK,
     Gate,
     choose_token,
     find_download,
-    is_loopback,
-    open_socket,
     zip_folder,
 )
 from obliteratus.serve.ui.workspace import Workspace

@@ -20,13 +20,14 @@ from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Change, Edit, Plan, Site, Subject
 from obliteratus.excise.live.compile import (
     LiveOps,
+    NormReadings,
     compile_changes,
     edit_input,
     edit_output,
     needs_stored_weight,
     run_edited_experts,
 )
-from obliteratus.excise.live.hooks import Removable
+from obliteratus.excise.live.hooks import CompiledPlan, Removable, attached
 from obliteratus.excise.plan import check_fits
 from obliteratus.inference.row_plans import assign_prompt_variants, pass_variants
 from obliteratus.summon.experts import Forward, replace_forward
@@ -48,45 +49,59 @@ def applied_per_row(subject: Subject, plans: Sequence[Plan], plan_of_row: Sequen
     """
     if not all(0 <= i < len(plans) for i in plan_of_row):
         raise ValueError(f"plan_of_row names plans beyond the {len(plans)} that are given")
+    with attached(compile_per_row(subject, plans)), assign_prompt_variants(plan_of_row):
+        yield
+
+
+def compile_per_row(
+    subject: Subject, plans: Sequence[Plan], readings: Sequence[NormReadings] | None = None
+) -> CompiledPlan:
+    """Return the plans in a form that `hooks.attached` can apply again and again, at the cost of registering hooks.
+
+    Each pass says by `assign_pass_variants` which of the plans each of its rows is under. readings: for each plan, as
+    for `hooks.compile_plan`. Raises UserError for a plan that does not fit the model.
+    """
     for plan in plans:
         if plan.edits:
             check_fits(subject, plan)
     by_site = [plan.by_site() for plan in plans]
-    handles: list[Removable] = []
-    try:
-        for name in dict.fromkeys(name for sites in by_site for name in sites):
-            changes = [sites.get(name, ()) for sites in by_site]
-            path = next(c for own in changes for c in own).site.path
-            lazy = any(needs_stored_weight(subject, own) for own in changes if own)
-            handles += _attach(subject.module(path), changes, lazy)
-        with assign_prompt_variants(plan_of_row):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    compiled: CompiledPlan = []
+    for name in dict.fromkeys(name for sites in by_site for name in sites):
+        changes = [sites.get(name, ()) for sites in by_site]
+        path = next(c for own in changes for c in own).site.path
+        lazy = any(needs_stored_weight(subject, own) for own in changes if own)
+        compiled.append(_compile_site(subject.module(path), changes, readings or [{} for _ in plans], lazy))
+    return compiled
 
 
-def _attach(module: nn.Module, changes: Sequence[Sequence[Change]], lazy: bool) -> list[Removable]:
-    """Attach the hooks of one site. changes: by plan. lazy: compile them when the module first runs."""
+def _compile_site(
+    module: nn.Module, changes: Sequence[Sequence[Change]], readings: Sequence[NormReadings], lazy: bool
+) -> Callable[[], list[Removable]]:
+    """Return what attaches the hooks of one site. changes: by plan. lazy: compile them when the module first runs."""
     site = next(c for own in changes for c in own).site
     shared = None if lazy else share_edits(changes, execution_device(module))
     if shared is not None:
-        reads = site.role == "reads"
-        return [_hook_input(module, _in_turn(shared[::-1])) if reads else _hook_output(module, _in_turn(shared))]
+        if site.role == "reads":
+            return lambda: [_hook_input(module, _in_turn(shared[::-1]))]
+        return lambda: [_hook_output(module, _in_turn(shared))]
 
     @cache
     def get_ops() -> list[LiveOps | None]:
-        return [compile_changes(module, own) if own else None for own in changes]
+        pairs = zip(changes, readings, strict=True)
+        return [compile_changes(module, own, known) if own else None for own, known in pairs]
 
-    handles: list[Removable] = []
     known = () if lazy else [live for live in get_ops() if live is not None]
     if (lazy and site.stacked) or any(live.experts for live in known):
-        return [replace_forward(module, _experts_forward(module, site, get_ops))]
-    if lazy or any(live.output_ops or live.new_bias is not None for live in known):
-        handles.append(_hook_output(module, _by_plan(get_ops, edit_output)))
-    if lazy or any(live.input_ops or live.input_scale is not None for live in known):
-        handles.append(_hook_input(module, _by_plan(get_ops, lambda x, args, live: edit_input(x, live))))
-    return handles
+        return lambda: [replace_forward(module, _experts_forward(module, site, get_ops))]
+    changes_output = lazy or any(live.output_ops or live.new_bias is not None for live in known)
+    changes_input = lazy or any(live.input_ops or live.input_scale is not None for live in known)
+
+    def attach() -> list[Removable]:
+        after = [_hook_output(module, _by_plan(get_ops, edit_output))] if changes_output else []
+        edit = _by_plan(get_ops, lambda x, args, live: edit_input(x, live))
+        return [*after, _hook_input(module, edit)] if changes_input else [*after]
+
+    return attach
 
 
 # ------------------------------------------------------------------------------ plans that differ in strengths

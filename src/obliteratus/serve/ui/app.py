@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from obliteratus.core.errors import UserError
+from obliteratus.serve.listen import open_socket
 from obliteratus.serve.ui.pages import read_page
-from obliteratus.serve.ui.server import Gate, choose_token, find_download, open_socket, zip_folder
+from obliteratus.serve.ui.server import Gate, choose_token, find_download, zip_folder
 from obliteratus.serve.ui.workbench import Workbench
 from obliteratus.serve.ui.workspace import MAX_UPLOAD
 

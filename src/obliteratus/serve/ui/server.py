@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import secrets
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
@@ -15,13 +12,12 @@ from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 from obliteratus.core.errors import UserError
+from obliteratus.serve.listen import is_loopback, matches, names_loopback
 from obliteratus.serve.ui.workspace import Workspace, list_files
 
 COOKIE = "obliteratus_token"
 SHORTEST_TOKEN = 16  # characters: 64 bits even as hexadecimal digits
-LAST_PORT = 65535
 BLOCK = 1 << 20  # bytes of a file that are held at once while it is sent
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 # No address but this server's. Gradio's own pages hold scripts and styles inside, and workers and pictures as blobs.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'self' data: blob:; form-action 'self'; "
@@ -35,14 +31,6 @@ HEADERS = (
 Scope = dict[str, Any]
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a server on that address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def choose_token(host: str, token: str) -> str:
     """Return the token that browsers must have: the given one, or a new one where others can reach the address.
 
@@ -51,21 +39,6 @@ def choose_token(host: str, token: str) -> str:
     if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
         raise UserError(f"--token: give at least {SHORTEST_TOKEN} ASCII characters, or leave it out and one is made")
     return token or ("" if is_loopback(host) else secrets.token_urlsafe(24))
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Raises UserError if it cannot."""
-    if not 0 <= port <= LAST_PORT:  # the system would take the rest of a division
-        raise UserError(f"--port {port}: give one from 0 to {LAST_PORT}; 0 takes a free one")
-    try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family[0], socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(family[4])
-    except OSError as error:
-        why = f"cannot listen there ({error.strerror})"
-        raise UserError(f"{host}:{port}: {why}; give another --host or --port") from error
-    return made
 
 
 @dataclass(frozen=True)
@@ -96,14 +69,7 @@ class Gate:
         if self.token:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
             return cookie is not None and matches(cookie.value, self.token)
-        host = headers.get("host", "")
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        return name in LOOPBACK
-
-
-def matches(offered: str, token: str) -> bool:
-    """Return whether two tokens are equal, in a time that tells nothing about where they differ."""
-    return hmac.compare_digest(offered.encode(), token.encode())
+        return names_loopback(headers.get("host", ""))
 
 
 def make_cookie(token: str) -> str:
