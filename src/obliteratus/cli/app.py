@@ -90,7 +90,7 @@ def run(
     judge_model: JudgeModel = None,
     no_own_words: NoOwnWords = False,
     out: Out = None,
-    save: Save = "merged",
+    save: Save = "",
     set_: Set = None,
     seed: Seed = None,
     split_by: SplitBy = None,
@@ -148,7 +148,7 @@ def search(
     judge_model: JudgeModel = None,
     no_own_words: NoOwnWords = False,
     out: Out = None,
-    save: Save = "merged",
+    save: Save = "",
     set_: Set = None,
     seed: Seed = None,
     split_by: SplitBy = None,
@@ -281,8 +281,10 @@ def verify(
 def apply(
     plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Output folder. It must not exist yet.")],
-    save: Save = "merged",
+    out: Annotated[
+        Path, typer.Option(help="Output folder, or NAME.gguf for a GGUF file. It must not exist yet.")
+    ],
+    save: Save = "",
     base: Base = "",
     dtype: Dtype = "auto",
     quantize: Quantize = "",

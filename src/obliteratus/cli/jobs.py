@@ -31,7 +31,7 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import check_fits, load_plan, plan_digest
+from obliteratus.excise.plan import check_fits, load_plan, load_samples, plan_digest
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.generate import generate
@@ -42,9 +42,17 @@ from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
+from obliteratus.rebirth.gguf import (
+    GGUF_FORMS,
+    estimate_gguf_bytes,
+    is_gguf,
+    open_gguf_model,
+    save_as_file,
+    save_as_folder,
+)
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
-from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
+from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
     StudyLocation,
@@ -94,8 +102,9 @@ class Job:
         force: bool = False,
     ) -> Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
-        check_form(form, base)
         _check_saving(out, form, base)
+        form = form or default_form(model)
+        check_form(form, base, model)
         recipe = load_recipe(method, parse_overrides(overrides))
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
@@ -160,7 +169,7 @@ class JobResult:
 
 def _check_saving(out: Path | None, form: str, base: str) -> None:
     """Raise UserError for options that need an output folder if there is none."""
-    if out is None and (form != "merged" or base):
+    if out is None and (form not in ("", "merged") or base):
         option = f"--base {base}" if base else f"--save {form}"
         raise UserError(f"{option}: there is no folder to save to; give --out FOLDER")
 
@@ -329,9 +338,12 @@ def apply_plan(
     folder: Path, model: str, out: Path, form: str, opening: dict[str, Any], clock: Clock, base: str = ""
 ) -> dict[str, Any]:
     """Load a plan, check that it fits the model, save the edited model, and return its record."""
-    check_form(form, base)
-    check_free(out)
+    form = form or default_form(model)
+    check_form(form, base, model)
     plan, record = load_plan(folder), read_run(folder)
+    if is_gguf(model) and form in GGUF_FORMS:
+        return _apply_to_gguf(folder, plan, record, model, out, form, clock)
+    check_free(out)
     with clock.time("SUMMON"):
         subject = open_subject(model, **opening)
     check_fits(subject, plan)
@@ -342,6 +354,25 @@ def apply_plan(
             pass  # fails here, before anything is written, if a site cannot be edited
         with clock.time("REBIRTH"):
             saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
+        publish(partial, out)
+    return saved.model_dump(mode="json")
+
+
+def _apply_to_gguf(
+    folder: Path, plan: Plan, record: Run, model: str, out: Path, form: str, clock: Clock
+) -> dict[str, Any]:
+    """Apply a plan to a GGUF file without loading a model. The output is a folder, or a file if its name ends so."""
+    base, samples = open_gguf_model(model), load_samples(folder)
+    record = record.model_copy(update={"source": {**record.source, "id": model}})
+    if is_gguf(str(out)):
+        with clock.time("REBIRTH"):
+            return save_as_file(base, plan, samples, record, out, form).model_dump(mode="json")
+    check_free(out)
+    check_disk(out, estimate_gguf_bytes(form, model), partial_folder(out))
+    identity = {"plan": plan_digest(plan), "model": model, "form": form}
+    with workspace(out, identity | fingerprint_files(model), resume=True) as partial:
+        with clock.time("REBIRTH"):
+            saved = save_as_folder(base, plan, samples, record, partial / "output", form)
         publish(partial, out)
     return saved.model_dump(mode="json")
 
