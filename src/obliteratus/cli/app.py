@@ -281,9 +281,7 @@ def verify(
 def apply(
     plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
     model: Model,
-    out: Annotated[
-        Path, typer.Option(help="Output folder, or NAME.gguf for a GGUF file. It must not exist yet.")
-    ],
+    out: Annotated[Path, typer.Option(help="Output folder, or NAME.gguf for a GGUF file. It must not exist yet.")],
     save: Save = "",
     base: Base = "",
     dtype: Dtype = "auto",

@@ -99,7 +99,9 @@ def save_as_folder(model: GgufModel, plan: Plan, samples: ModelSamples, run: Run
     with explain_full_disk(folder):
         notes = write_for_file(model, plan, samples, folder, form)
         save_plan(plan, folder, samples)
-        run = run.model_copy(update={"status": "done", "saved": {"form": form, **notes, "files": describe_files(folder)}})
+        run = run.model_copy(
+            update={"status": "done", "saved": {"form": form, **notes, "files": describe_files(folder)}}
+        )
         (folder / "README.md").write_text(render_model_card(run), encoding="utf-8")
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCardData
 
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
+from obliteratus.rebirth.llama_cpp import render_commands
 from obliteratus.rebirth.outcome import describe_outcome
 from obliteratus.verify.score_names import describe_score, group_shown
 
@@ -26,7 +27,7 @@ LOADING = {
 
 def render_model_card(run: Run) -> str:
     """Return the card as Markdown with the YAML header that model hubs read."""
-    base, form = run.source["id"], run.saved["form"]
+    base = run.source["id"]
     known = run.saved.get("base_model", {})
     header = ModelCardData(**known, tags=["obliteratus", "abliteration", run.recipe.name or "custom"])
     return f"""---
@@ -43,9 +44,7 @@ held-out prompts that were not used for the edit, with 95 % intervals where the 
 {_outcome(run)}
 Coverage: {format_coverage(run)}
 {_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
-```python
-{LOADING[form].replace("{base}", known.get("base_model", "THE_BASE_MODEL"))}
-```
+{_describe_loading(run, known.get("base_model", "THE_BASE_MODEL"))}
 
 ## Recipe
 
@@ -54,6 +53,17 @@ Coverage: {format_coverage(run)}
 
 Prompts: digest `{run.prompts["digest"]}`, counts {run.prompts["counts"]}. `run.json` has everything else.
 """
+
+
+def _describe_loading(run: Run, base: str) -> str:
+    """Return how the saved form is loaded: in Python, or in llama.cpp and Ollama."""
+    form = run.saved["form"]
+    if form in LOADING:
+        return f"```python\n{LOADING[form].replace('{base}', base)}\n```"
+    source = run.source["id"]
+    commands = render_commands(form, run.saved["file"], source)
+    ollama = "" if form == "control-vector" else "\nIn Ollama: `ollama create NAME -f Modelfile`.\n"
+    return f"```sh\n{commands}```\n{ollama}"
 
 
 def _outcome(run: Run) -> str:
@@ -76,9 +86,10 @@ def _describe_quantization(run: Run) -> str:
     if "requantized" not in run.saved:
         return ""
     losses = run.saved["requantized"]
+    kinds = ", ".join(run.saved.get("onto", {}).get("types", {})) or run.source["quantization"]
     return (
         f"\nThe {losses['matrices']:.0f} edited matrices were dequantized, edited and quantized again as "
-        f"{run.source['quantization']}. Their relative error is {losses['error']:.2%} ({losses['worst']:.2%} in the "
+        f"{kinds}. Their relative error is {losses['error']:.2%} ({losses['worst']:.2%} in the "
         f"worst matrix), and they keep {losses['kept']:.1%} of the edit. All other matrices are unchanged, byte for "
         f"byte.\n"
     )

@@ -31,6 +31,7 @@ from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.rebirth.base_card import read_base_card
 from obliteratus.rebirth.gguf import GGUF_FORMS, estimate_gguf_bytes, is_gguf, open_gguf_model, write_for_subject
 from obliteratus.rebirth.model_card import render_model_card
+from obliteratus.rebirth.reload_gguf import find_saved_gguf, with_llama_adapter
 from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded

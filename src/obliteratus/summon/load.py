@@ -184,7 +184,9 @@ def switch_on_biases(origin: ModelOrigin, config: PreTrainedConfig) -> tuple[str
     """
     names = read_gguf(Path(origin.path) / origin.gguf).tensors
     switches = find_architecture(config).bias_switch
-    halves = [half for half, tensor in OUTPUT_TENSORS.items() if any(name.endswith(f".{tensor}.bias") for name in names)]
+    halves = [
+        half for half, tensor in OUTPUT_TENSORS.items() if any(name.endswith(f".{tensor}.bias") for name in names)
+    ]
     added = tuple(switches[half] for half in halves if half in switches)
     for key in added:
         setattr(config, key, True)

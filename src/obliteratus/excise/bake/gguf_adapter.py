@@ -82,17 +82,22 @@ def save_lora_for_subject(subject: Subject, plan: Plan, path: Path) -> dict[str,
 
 def _permute_rows(subject: Subject, site: Site, b: Tensor) -> Tensor:
     """Return the factor of a query or key matrix with its rows in the order that llama.cpp's rotary embedding wants."""
+    heads = count_permuted_heads(subject, site)
+    return permute_heads(b, heads) if heads else b
+
+
+def count_permuted_heads(subject: Subject, site: Site) -> int:
+    """Return the heads of a query or key matrix whose rows GGUF files have in another order; 0 for any other matrix."""
     kind, config = subject.model.config.model_type, subject.model.config.get_text_config()
     if site.part != "attn.in" or kind in UNPERMUTED:
-        return b
+        return 0
     if kind not in PERMUTED:
         raise UnsupportedModelError(
             f"--save lora-gguf does not know the order of {site.path}'s outputs in '{kind}' GGUF files; take attn.in "
             "out of excise.parts"
         )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    n = heads.get(site.path.rpartition(".")[2])
-    return b if n is None else permute_heads(b, n)
+    return heads.get(site.path.rpartition(".")[2], 0)
 
 
 def permute_heads(rows: Tensor, heads: int) -> Tensor:
