@@ -301,7 +301,7 @@ def apply(
         with clock.time("START"):
             from obliteratus.cli.jobs import apply_plan, show_applied
         saved = apply_plan(plan, model, out, save, opening, clock, base)
-    show_applied(saved, out, save, json)
+    show_applied(saved, out, json)
 
 
 for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, ui):

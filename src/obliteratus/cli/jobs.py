@@ -51,6 +51,7 @@ from obliteratus.rebirth.gguf import (
     save_as_folder,
 )
 from obliteratus.rebirth.headline import describe_headline
+from obliteratus.rebirth.llama_cpp import ADAPTER_OPTIONS
 from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
 from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
@@ -329,7 +330,9 @@ def _suggest_next(result: JobResult, out: Path | None) -> str:
     model = result.run.source["id"]
     if out is None:
         return "Nothing was saved. The same command with --out FOLDER saves the edited model."
-    chat = f"obliteratus chat {out} talks to it" if result.run.saved["form"] == "merged" else ""
+    places = {"merged": out, "gguf": out / result.run.saved.get("file", "")}
+    place = places.get(result.run.saved["form"])
+    chat = f"obliteratus chat {place} talks to it" if place else ""
     chat = chat or f"obliteratus chat {model} --plan {out} talks to it"
     return f"{chat}; obliteratus judge {out} goes through its answers."
 
@@ -377,7 +380,7 @@ def _apply_to_gguf(
     return saved.model_dump(mode="json")
 
 
-def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> None:
+def show_applied(saved: dict[str, Any], out: Path, json: bool) -> None:
     """Print the record of an applied plan, or where it was saved and what its scores are."""
     from obliteratus.cli.terminal import say, show_json
 
@@ -385,9 +388,14 @@ def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> Non
         show_json(saved)
         return
     run = Run.model_validate(saved)
+    form, file = run.saved["form"], run.saved.get("file", "")
     say(f"{out} ({form})", "Saved")
     say(
         f"As measured when the plan was made: {describe_headline(run)}" if run.after else "The plan was applied.",
         "Done",
     )
-    say(f"obliteratus verify {out} --against {run.source['id']} measures the edited model here.", "Next")
+    place = out / file if file and out.is_dir() else out
+    if form in ("lora-gguf", "control-vector"):
+        say(f"llama-cli -m MODEL.gguf {ADAPTER_OPTIONS[form]} {place} talks to it in llama.cpp.", "Next")
+        return
+    say(f"obliteratus verify {place} --against {run.source['id']} measures the edited model here.", "Next")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 OLLAMA_MODELFILE = "Modelfile"
 COMMANDS = "llama-cpp.sh"
+ADAPTER_OPTIONS: Mapping[str, str] = {"lora-gguf": "--lora", "control-vector": "--control-vector"}
+SCALED: Mapping[str, str] = {form: f"{option}-scaled" for form, option in ADAPTER_OPTIONS.items()}
 
 
 def write_loading_files(folder: Path, form: str, file: str, base: str, prefix: str = "") -> list[str]:
@@ -31,19 +34,14 @@ def render_modelfile(form: str, file: str, base: str) -> str:
 
 def render_commands(form: str, file: str, base: str) -> str:
     """Return llama.cpp's command lines as a shell script of two lines: a chat, and a server."""
-    model = file if form == "gguf" else _place(base)
-    option = {
-        "gguf": "",
-        "lora-gguf": f" --lora {_quote(file)}",
-        "control-vector": f" --control-vector {_quote(file)}",
-    }[form]
-    note = "" if form == "gguf" else _explain(base)
-    scale = {
-        "lora-gguf": f"# --lora-scaled {_quote(file)}:0.5 has half the strength.\n",
-        "control-vector": f"# --control-vector-scaled {_quote(file)}:0.5 has half the strength.\n",
-    }.get(form, "")
-    lines = [f"{program} -m {_quote(model)}{option}" for program in ("llama-cli", "llama-server")]
-    return f"{note}{scale}{lines[0]} -cnv\n{lines[1]} --host 127.0.0.1 --port 8080\n"
+    model, option, notes = _quote(file), "", ""
+    if form in ADAPTER_OPTIONS:
+        option = f" {ADAPTER_OPTIONS[form]} {_quote(file)}"
+        model, notes = (
+            _quote(_place(base)),
+            f"{_explain(base)}# {SCALED[form]} {_quote(file)}:0.5 has half the strength.\n",
+        )
+    return f"{notes}llama-cli -m {model}{option} -cnv\nllama-server -m {model}{option} --host 127.0.0.1 --port 8080\n"
 
 
 def _explain(base: str) -> str:
