@@ -36,11 +36,8 @@ def render_commands(form: str, file: str, base: str) -> str:
     """Return llama.cpp's command lines as a shell script of two lines: a chat, and a server."""
     model, option, notes = _quote(file), "", ""
     if form in ADAPTER_OPTIONS:
-        option = f" {ADAPTER_OPTIONS[form]} {_quote(file)}"
-        model, notes = (
-            _quote(_place(base)),
-            f"{_explain(base)}# {SCALED[form]} {_quote(file)}:0.5 has half the strength.\n",
-        )
+        model, option = _quote(_place(base)), f" {ADAPTER_OPTIONS[form]} {_quote(file)}"
+        notes = f"{_explain(base)}# {SCALED[form]} {_quote(file)}:0.5 has half the strength.\n"
     return f"{notes}llama-cli -m {model}{option} -cnv\nllama-server -m {model}{option} --host 127.0.0.1 --port 8080\n"
 
 
