@@ -19,17 +19,18 @@ def write_loading_files(folder: Path, form: str, file: str, base: str, prefix: s
     """
     texts = {f"{prefix}{COMMANDS}": render_commands(form, file, base)}
     if form != "control-vector":  # Ollama has no place for one
-        texts[f"{prefix}{OLLAMA_MODELFILE}"] = render_modelfile(form, file, base)
+        name = f"{prefix}{OLLAMA_MODELFILE}"
+        texts[name] = render_modelfile(form, file, base, name)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return sorted(texts)
 
 
-def render_modelfile(form: str, file: str, base: str) -> str:
-    """Return a Modelfile for Ollama, which takes the chat template from the GGUF file."""
+def render_modelfile(form: str, file: str, base: str, name: str = OLLAMA_MODELFILE) -> str:
+    """Return a Modelfile of that name for Ollama, which takes the chat template from the GGUF file."""
     if form == "gguf":
-        return f"# ollama create NAME -f {OLLAMA_MODELFILE}\nFROM ./{file}\n"
-    return f"# ollama create NAME -f {OLLAMA_MODELFILE}\n{_explain(base)}FROM {_place(base)}\nADAPTER ./{file}\n"
+        return f"# ollama create NAME -f {name}\nFROM ./{file}\n"
+    return f"# ollama create NAME -f {name}\n{_explain(base)}FROM {_place(base)}\nADAPTER ./{file}\n"
 
 
 def render_commands(form: str, file: str, base: str) -> str:
