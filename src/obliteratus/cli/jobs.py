@@ -345,6 +345,7 @@ def apply_plan(
     check_form(form, base, model)
     plan, record = load_plan(folder), read_run(folder)
     if is_gguf(model) and form in GGUF_FORMS:
+        _check_loads_nothing(opening)
         return _apply_to_gguf(folder, plan, record, model, out, form, clock)
     check_free(out)
     with clock.time("SUMMON"):
@@ -359,6 +360,13 @@ def apply_plan(
             saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
         publish(partial, out)
     return saved.model_dump(mode="json")
+
+
+def _check_loads_nothing(opening: Mapping[str, Any]) -> None:
+    """Raise UserError for options of loading a model where none is loaded."""
+    for option, usual in (("dtype", "auto"), ("device", "auto"), ("quantize", "")):
+        if opening.get(option, usual) != usual:
+            raise UserError(f"--{option}: a GGUF file is edited in its own types and no model is loaded; leave it out")
 
 
 def _apply_to_gguf(

@@ -100,11 +100,16 @@ def save_as_folder(model: GgufModel, plan: Plan, samples: ModelSamples, run: Run
         notes = write_for_file(model, plan, samples, folder, form)
         save_plan(plan, folder, samples)
         run = run.model_copy(
-            update={"status": "done", "saved": {"form": form, **notes, "files": describe_files(folder)}}
+            update={"status": "done", "saved": {**_origin(run), "form": form, **notes, "files": describe_files(folder)}}
         )
         (folder / "README.md").write_text(render_model_card(run), encoding="utf-8")
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    """Return what the plan's own record says of its model's card, which holds for a file of the model too."""
+    return {key: value for key, value in run.saved.items() if key == "base_model"}
 
 
 def check_file_free(out: Path) -> None:
@@ -135,7 +140,9 @@ def save_as_file(model: GgufModel, plan: Plan, samples: ModelSamples, run: Run, 
             _clear(aside)  # a killed run may have left something
             notes = write_for_file(model, plan, samples, aside, form, out.name, prefix)
             files = {name: entry for name, entry in describe_files(aside).items() if name != LOCK}
-            run = run.model_copy(update={"status": "done", "saved": {"form": form, **notes, "files": files}})
+            run = run.model_copy(
+                update={"status": "done", "saved": {**_origin(run), "form": form, **notes, "files": files}}
+            )
             record = aside / f"{prefix}json"
             record.write_text(json.dumps(run.model_dump(mode="json"), indent=1), encoding="utf-8")
             for name in (*notes["loading"], record.name, out.name):

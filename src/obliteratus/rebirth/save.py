@@ -75,9 +75,10 @@ def save(
 ) -> Run:
     """Save the plan, reload and rescore what was saved, move it to ``out`` if it matches, and return the saved run.
 
-    The subject is not changed. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or
-    ``plan``. prompts: held-out prompts to rescore with; neutral ones if None. base: the full-precision checkpoint that
-    ``merged`` bakes into if the model is quantized; see `find_base_checkpoint`.
+    The subject is not changed. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT),
+    ``plan``, ``gguf`` (the GGUF file that the subject was loaded from, edited), or ``lora-gguf`` or ``control-vector``
+    (for llama.cpp). prompts: held-out prompts to rescore with; neutral ones if None. base: the full-precision
+    checkpoint that ``merged`` bakes into if the model is quantized; see `find_base_checkpoint`.
     Raises UserError if the folder is in use, the disk is too small, the plan cannot be saved in that form, or the
     reloaded model differs from the measured one.
     """

@@ -92,6 +92,7 @@ def open_subject(
     gguf = check_weights(origin)
     config = read_config(origin, revision, trust_remote_code)
     storage = choose_storage_format(origin, config, quantize, torch_dtype)
+    find_architecture(config)
     added = switch_on_biases(origin, config) if gguf else ()
     check_tensor_parallel(config, origin.name, placement, plain=not (gguf or storage.label))
     options = _loading_options(origin, revision, trust_remote_code)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from obliteratus.core.types import Subject
+from obliteratus.core.types import Layout, Subject
 from obliteratus.summon.digest import make_weight_sampler
 from obliteratus.weights.bitsandbytes import is_packed
 
+LAYOUTS: Mapping[str, Layout] = {layout: layout for layout in get_args(Layout)}
 TOKENS = 64  # of the vocabulary: another tokenizer differs in most of them
 
 
@@ -26,6 +27,8 @@ class ModelSamples:
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Values of each writer by its parameter, as `weights.matrices.sample_weight` takes them."""
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    """How transformers stores each of them, in which order samples were taken."""
     rows: int = 0
     """Rows of the embedding."""
     tokens: Mapping[int, str] = field(default_factory=dict)
@@ -33,14 +36,15 @@ class ModelSamples:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data for JSON; weights as bfloat16 in base64."""
-        weights = {name: _encode(values) for name, values in self.weights.items()}
+        weights = {name: [self.layouts[name], _encode(values)] for name, values in self.weights.items()}
         return {"weights": weights, "rows": self.rows, "tokens": {str(n): token for n, token in self.tokens.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSamples:
         """Undo `to_dict`. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
-        weights = {str(name): _decode(text) for name, text in data["weights"].items()}
-        return cls(weights, int(data["rows"]), {int(n): str(token) for n, token in data["tokens"].items()})
+        weights = {str(name): _decode(text) for name, (_, text) in data["weights"].items()}
+        layouts = {str(name): LAYOUTS[layout] for name, (layout, _) in data["weights"].items()}
+        return cls(weights, layouts, int(data["rows"]), {int(n): str(token) for n, token in data["tokens"].items()})
 
 
 def _encode(values: Tensor) -> str:
@@ -56,6 +60,7 @@ def sample_model(subject: Subject) -> ModelSamples:
     source, writers = subject.source, [site for site in subject.sites if site.role == "writes"]
     packed = any(is_packed(subject.module(site.path)) for site in writers)
     weights: dict[str, Tensor] = {}
+    layouts = {site.parameter: site.layout for site in writers}
     if not packed or source.base:
         sample = make_weight_sampler(subject.model, source.base, source.revision, subject.offloaded)
         weights = {site.parameter: torch.tensor(sample(site)) for site in writers}
@@ -63,4 +68,6 @@ def sample_model(subject: Subject) -> ModelSamples:
     known = range(min(rows, len(subject.tokenizer)))
     numbers = list(known[:: max(len(known) // TOKENS, 1)])
     tokens = dict(zip(numbers, subject.tokenizer.convert_ids_to_tokens(numbers), strict=True))
-    return ModelSamples(weights, int(rows), {n: token for n, token in tokens.items() if isinstance(token, str)})
+    return ModelSamples(
+        weights, layouts, int(rows), {n: token for n, token in tokens.items() if isinstance(token, str)}
+    )

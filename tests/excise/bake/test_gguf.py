@@ -229,6 +229,11 @@ def test_a_type_that_nothing_reads_is_refused(llama: Subject, make_plan: PlanMak
     assert "stored as I8, which the gguf package cannot read" in message
 
 
+def test_a_plan_of_readers_is_checked_as_well(llama: Subject, make_plan: PlanMaker, tmp_path: Path) -> None:
+    other = GgufModel(read_gguf(write_gguf(tmp_path / "other.gguf", "llama", seed=1)))
+    assert "is of another model" in refused(other, make_plan(llama, ("attn.in",)), sample_model(llama))
+
+
 def test_an_adapter_file_is_no_model(llama: Subject, make_plan: PlanMaker, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
     writer.add_type("adapter")

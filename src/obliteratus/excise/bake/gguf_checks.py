@@ -38,7 +38,7 @@ def check_gguf_fits(model: GgufModel, plan: Plan, samples: ModelSamples, biases:
             _check_type(model, tensor)
     for change in plan.edits:
         _check_change(model, change, biases)
-    check_same_weights(model, samples, [site for site in sites.values() if site.role == "writes"])
+    check_same_weights(model, samples)
     edited = {site.part for site in sites.values()} & {"embed", "unembed"}
     if edited and model.tied and not model.may_untie():
         raise UserError(
@@ -98,20 +98,22 @@ def _check_change(model: GgufModel, change: Change, biases: bool) -> None:
 
 
 # -------------------------------------------------------------------------------------------- weights
-def check_same_weights(model: GgufModel, samples: ModelSamples, sites: list[Site]) -> None:
-    """Raise UserError unless the samples of these sites agree with the file as far as its types allow."""
+def check_same_weights(model: GgufModel, samples: ModelSamples) -> None:
+    """Raise UserError unless all samples that the file has a tensor for agree with it as far as its types allow."""
     error = size = allowed = 0.0
-    for site in sites:
-        known, tensor = samples.weights.get(site.parameter), model.find_tensors(site)[0]
-        if known is None:
-            raise UserError(f"the plan holds no samples of {site.parameter}, which it edits; run the method again")
+    for name, known in samples.weights.items():
+        path, _, weight = name.rpartition(".")
+        site = Site(path, 0, "", "writes", samples.layouts[name], weight=weight)
+        tensor = model.find_tensor(site)
+        if tensor is None:  # the plan edits none of these, which was checked before
+            continue
         stored = read_samples(model, tensor, site)
         if len(stored) != len(known):
             raise UserError(_other_model(model, f"{tensor.name} has another size"))
         square = float(known.square().sum())
         error, size = error + float((stored - known).square().sum()), size + square
         allowed += square * limit_of(tensor.type) ** 2
-    if error > allowed:
+    if error > allowed or not size:
         found, most = (value**0.5 / max(size, 1e-30) ** 0.5 for value in (error, allowed))
         raise UserError(_other_model(model, f"its weights differ from the plan's by {found:.1%} ({most:.1%} allowed)"))
 

@@ -11,6 +11,7 @@ import gguf
 
 from obliteratus.core.errors import UnsupportedModelError, UserError
 from obliteratus.core.types import Site
+from obliteratus.weights.gguf_blocks import can_read
 from obliteratus.weights.gguf_io import GgufFile, GgufTensor
 
 # Halves of a block whose output matrix may have a bias that the model was converted without, by llama.cpp 0.5.0
@@ -80,6 +81,12 @@ class GgufModel:
                 "of the model that the plan was made for"
             )
         return [self.file.tensors[key] for key in keys]
+
+    def find_tensor(self, site: Site) -> GgufTensor | None:
+        """Return the one tensor that holds a writer's matrix, or None if the file has none that can be read."""
+        name = look_up(self._names, _path_of(site))
+        tensor = self.file.tensors.get(f"{name}.weight")
+        return tensor if tensor is not None and can_read(tensor.type) else None
 
     def find_bias(self, site: Site) -> str:
         """Return the name that the site's bias has or would have."""

@@ -95,10 +95,9 @@ class Rewriter:
         return blocks.reshape(written.shape)
 
     def _add_loss(self, before: Tensor, edited: Tensor, written: np.ndarray) -> None:
-        edit = before.neg_().add_(edited)  # in place: matrices are large
         if self.written == GGMLQuantizationType.F32:
             return
-        lost = decode(written, self.written).sub_(edited)
+        edit, lost = edited - before, decode(written, self.written) - edited
         old = self.losses.by_path.get(self.name, RequantizationLoss(0.0, 0.0, 0.0, 0.0))
         self.losses.by_path[self.name] = RequantizationLoss(
             old.error + _dot(lost, lost),
