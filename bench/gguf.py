@@ -26,7 +26,7 @@ from obliteratus.core.types import Edit, Plan, Site
 from obliteratus.excise.bake.gguf import bake_into_gguf
 from obliteratus.excise.bake.gguf_names import GgufModel
 from obliteratus.weights.gguf_blocks import encode
-from obliteratus.weights.gguf_io import GgufFile, GgufTensor, read_gguf
+from obliteratus.weights.gguf_io import GgufFile, GgufTensor, StoredBytes, read_gguf
 from obliteratus.weights.rewrite import copy_file
 from obliteratus.weights.rewrite_gguf import encode_header, place_tensors
 
@@ -134,7 +134,7 @@ def _write_metadata(path: Path, shape: Shape) -> GgufFile:
     return replace(read_gguf(path), tensors={})
 
 
-def _random_rows(tensor: GgufTensor) -> Iterator[np.ndarray]:
+def _random_rows(tensor: GgufTensor) -> Iterator[StoredBytes]:
     count, columns = tensor.shape
     values = torch.randn(min(ROWS, count), columns, generator=torch.Generator().manual_seed(columns)) * 0.05
     try:
@@ -145,7 +145,7 @@ def _random_rows(tensor: GgufTensor) -> Iterator[np.ndarray]:
         yield rows[: count - start]
 
 
-def _random_blocks(tensor: GgufTensor, count: int) -> np.ndarray:
+def _random_blocks(tensor: GgufTensor, count: int) -> StoredBytes:
     rows = np.random.default_rng(0).integers(0, 256, (count, tensor.row_bytes), dtype=np.uint8)
     blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.type][1])
     blocks[:, :4] = np.full((len(blocks), 2), 1e-3, np.float16).view(np.uint8)  # d and dmin of Q4_K

@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from obliteratus.core.shapes import Float
+from obliteratus.weights.gguf_io import StoredBytes
 
 T = GGMLQuantizationType
 
@@ -91,7 +92,7 @@ def can_read(kind: T) -> bool:
     return True
 
 
-def decode(stored: np.ndarray, kind: T) -> Float[Tensor, "rows n"]:
+def decode(stored: StoredBytes, kind: T) -> Float[Tensor, "rows n"]:
     """Return the numbers of rows of bytes [rows, bytes], fp32. Raises NotImplementedError for types unknown to gguf."""
     if kind in FLOATS:
         return torch.from_numpy(stored).view(FLOATS[kind]).float()
@@ -102,7 +103,7 @@ def decode(stored: np.ndarray, kind: T) -> Float[Tensor, "rows n"]:
     return torch.from_numpy(gguf.dequantize(stored, kind))
 
 
-def encode(values: Float[Tensor, "rows n"], kind: T) -> np.ndarray:
+def encode(values: Float[Tensor, "rows n"], kind: T) -> StoredBytes:
     """Return rows of bytes with new steps, as the gguf package rounds them."""
     if kind in FLOATS:
         return values.to(FLOATS[kind]).contiguous().view(torch.uint8).numpy()
@@ -142,7 +143,7 @@ class Grid:
         return values.reshape(*self.step.shape, -1)
 
 
-def read_grid(stored: np.ndarray, kind: T) -> Grid:
+def read_grid(stored: StoredBytes, kind: T) -> Grid:
     """Return the steps and bases of rows of bytes in a type of `CODES`."""
     levels = count_levels(kind)
     if kind in ZERO_CODES:
@@ -158,13 +159,13 @@ def read_grid(stored: np.ndarray, kind: T) -> Grid:
 PART = 16  # numbers that share a step in every k-quant
 
 
-def _sample_parts(stored: np.ndarray, kind: T, code: int) -> Float[Tensor, "rows parts"]:
+def _sample_parts(stored: StoredBytes, kind: T, code: int) -> Float[Tensor, "rows parts"]:
     codes = torch.full((len(stored), _count_values(stored, kind)), float(code))
     values = gguf.dequantize(write_codes(stored, codes, kind), kind)
     return torch.from_numpy(values[:, ::PART].copy())
 
 
-def write_codes(stored: np.ndarray, codes: Float[Tensor, "rows n"], kind: T) -> np.ndarray:
+def write_codes(stored: StoredBytes, codes: Float[Tensor, "rows n"], kind: T) -> StoredBytes:
     """Return rows of bytes with the steps of ``stored`` and these codes."""
     blocks = _by_block(stored, kind).copy()
     flat = codes.to(torch.uint8).view(len(blocks), -1).numpy()
@@ -181,10 +182,10 @@ def write_codes(stored: np.ndarray, codes: Float[Tensor, "rows n"], kind: T) -> 
     return blocks.reshape(stored.shape)
 
 
-def _by_block(stored: np.ndarray, kind: T) -> np.ndarray:
+def _by_block(stored: StoredBytes, kind: T) -> StoredBytes:
     return stored.reshape(-1, GGML_QUANT_SIZES[kind][1])
 
 
-def _count_values(stored: np.ndarray, kind: T) -> int:
+def _count_values(stored: StoredBytes, kind: T) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     return stored.shape[1] // size * block

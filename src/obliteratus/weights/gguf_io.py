@@ -17,9 +17,12 @@ from typing import IO, Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
 
 from obliteratus.core.errors import UserError
 
+StoredBytes = NDArray[np.uint8]
+"""Rows of a tensor as the file has them, [rows, bytes]."""
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counts in 32 bits, and a file of the other byte order shows as a huge number
 MAX_DIMENSIONS = 8  # GGML has 4
@@ -101,17 +104,17 @@ class GgufFile:
         """Bytes that the beginnings of tensors are multiples of."""
         return int(self.value("general.alignment", ALIGNMENT))
 
-    def read_rows(self, tensor: GgufTensor, rows: slice = slice(None)) -> np.ndarray:
+    def read_rows(self, tensor: GgufTensor, rows: slice = slice(None)) -> StoredBytes:
         """Return the bytes of some of a tensor's rows, as an array [rows, bytes] that owns its memory."""
         start, stop, _ = rows.indices(prod(tensor.shape[:-1]))
         count = max(stop - start, 0)
         return self._read(tensor, start * tensor.row_bytes, count, tensor.row_bytes)
 
-    def read_bytes(self, tensor: GgufTensor, row: int, start: int, size: int) -> np.ndarray:
+    def read_bytes(self, tensor: GgufTensor, row: int, start: int, size: int) -> StoredBytes:
         """Return some bytes of one row, as an array [1, size]."""
         return self._read(tensor, row * tensor.row_bytes + start, 1, size)
 
-    def _read(self, tensor: GgufTensor, start: int, count: int, size: int) -> np.ndarray:
+    def _read(self, tensor: GgufTensor, start: int, count: int, size: int) -> StoredBytes:
         found = np.empty((count, size), np.uint8)
         view, done = memoryview(found).cast("B"), 0
         while done < len(view):

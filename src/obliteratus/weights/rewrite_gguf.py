@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from obliteratus.weights.gguf_io import MAGIC, PAD, GgufFile, GgufTensor
+from obliteratus.weights.gguf_io import MAGIC, PAD, GgufFile, GgufTensor, StoredBytes
 from obliteratus.weights.rewrite import HashingReader, write_atomically
 
-Bytes = Callable[[], Iterable[np.ndarray]]
+Bytes = Callable[[], Iterable[StoredBytes]]
 """Returns the bytes of a tensor in pieces, in order, when they are to be written."""
 
 

@@ -33,7 +33,7 @@ from obliteratus.excise.change import (
     select_changes,
 )
 from obliteratus.weights.gguf_blocks import choose_written_type, decode
-from obliteratus.weights.gguf_io import GgufFile, GgufTensor
+from obliteratus.weights.gguf_io import GgufFile, GgufTensor, StoredBytes
 from obliteratus.weights.rewrite_gguf import Bytes, rewrite_gguf
 
 CHUNK = 1 << 21  # numbers edited at once: 8 MB in fp32, of which an edit holds about eight
@@ -62,7 +62,7 @@ def bake_into_gguf(model: GgufModel, plan: Plan, target: Path) -> dict[str, Any]
     return record | ({"requantized": losses.summary()} if losses.by_path else {}) | {"sha256": sha}
 
 
-def _count(make: Bytes, advance: Any) -> Iterator[np.ndarray]:
+def _count(make: Bytes, advance: Any) -> Iterator[StoredBytes]:
     yield from make()
     advance(1)
 
@@ -110,7 +110,7 @@ def _edit_tensor(
     edits.bytes[name] = matrix.write
 
 
-def _copy(file: GgufFile, tensor: GgufTensor) -> Iterator[np.ndarray]:
+def _copy(file: GgufFile, tensor: GgufTensor) -> Iterator[StoredBytes]:
     for rows in _split(prod(tensor.shape[:-1]), tensor.shape[-1]):
         yield file.read_rows(tensor, rows)
 
@@ -130,7 +130,7 @@ class StoredMatrix:
     changes: Sequence[Change]
     losses: RequantizationLosses
 
-    def write(self) -> Iterator[np.ndarray]:
+    def write(self) -> Iterator[StoredBytes]:
         """Yield the edited bytes, piece by piece."""
         site = self.changes[0].site
         if not site.stacked:
@@ -149,12 +149,12 @@ class StoredMatrix:
         assert site.expert is not None, "a donor is one expert"
         return decode(self._read(site.expert, slice(None)), self.tensor.type)
 
-    def _read(self, expert: int, rows: slice) -> np.ndarray:
+    def _read(self, expert: int, rows: slice) -> StoredBytes:
         first, last, _ = rows.indices(self.tensor.shape[-2])
         begin = expert * self.tensor.shape[-2]
         return self.file.read_rows(self.tensor, slice(begin + first, begin + last))
 
-    def _write_matrix(self, changes: Sequence[Change], expert: int) -> Iterator[np.ndarray]:
+    def _write_matrix(self, changes: Sequence[Change], expert: int) -> Iterator[StoredBytes]:
         rows, columns = self.tensor.shape[-2:]
         rewriter = Rewriter(self.tensor.type, changes, self.losses, self.tensor.name)
         if can_split_rows(changes):
@@ -165,7 +165,7 @@ class StoredMatrix:
             yield rewriter.rewrite(self._read(expert, slice(None)))
 
 
-def _rewrite_columns(rewriter: Rewriter, stored: np.ndarray, columns: int) -> np.ndarray:
+def _rewrite_columns(rewriter: Rewriter, stored: StoredBytes, columns: int) -> StoredBytes:
     """Return the edited bytes of a matrix, of which some columns are held as numbers at a time."""
     block, size = GGML_QUANT_SIZES[rewriter.kind]
     new_block, new_size = GGML_QUANT_SIZES[rewriter.written]
@@ -191,7 +191,7 @@ def _edit_bias(model: GgufModel, changes: Sequence[Change], edits: GgufEdits) ->
 
 def _write_bias(
     model: GgufModel, changes: Sequence[Change], matrix: GgufTensor, kept: GgufTensor | None
-) -> Iterator[np.ndarray]:
+) -> Iterator[StoredBytes]:
     """Yield the bias after all changes in fp32, expert by expert."""
     site, file = changes[0].site, model.file
     stored = None if kept is None else decode(file.read_rows(kept), kept.type)

@@ -25,6 +25,7 @@ from obliteratus.weights.gguf_blocks import (
     read_grid,
     write_codes,
 )
+from obliteratus.weights.gguf_io import StoredBytes
 from obliteratus.weights.rounding import ROW_GROUPS, round_compensated
 
 FINE = 256  # levels of Q8_0: with steps sixteen times as fine as four bits', so many times fewer groups do
@@ -47,7 +48,7 @@ class Rewriter:
         self._transposed = self.changes[0].site.layout == "embedding"  # W is [width, tokens], and rows are tokens
         self._along = span_of_directions(self.changes)
 
-    def rewrite(self, stored: np.ndarray) -> np.ndarray:
+    def rewrite(self, stored: StoredBytes) -> StoredBytes:
         """Return the edited rows as bytes."""
         before = decode(stored, self.kind)
         weight = before.T if self._transposed else before
@@ -58,7 +59,7 @@ class Rewriter:
         self._add_loss(before, edited, written)
         return written
 
-    def _round(self, stored: np.ndarray, edited: Float[Tensor, "rows n"]) -> np.ndarray:
+    def _round(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> StoredBytes:
         if self.written != self.kind or self.kind not in CODES:
             return encode(edited, self.written)
         grid = read_grid(stored, self.kind)
@@ -82,7 +83,7 @@ class Rewriter:
         made = round_compensated(edited.T if across else edited, along.to(edited), round_rows, groups)
         return (made.T if across else made).contiguous()
 
-    def _widen(self, written: np.ndarray, numbers: Tensor, target: Tensor) -> np.ndarray:
+    def _widen(self, written: StoredBytes, numbers: Tensor, target: Tensor) -> StoredBytes:
         """Give blocks whose old steps do not reach the new numbers new steps, where that is nearer to them."""
         missed = (numbers - target).square()
         if self.kind not in ZERO_CODES or float(missed.sum()) <= CLIPPED * float(target.square().sum()):
@@ -94,7 +95,7 @@ class Rewriter:
         blocks = np.where(nearer, fresh.reshape(-1, size), written.reshape(-1, size))
         return blocks.reshape(written.shape)
 
-    def _add_loss(self, before: Tensor, edited: Tensor, written: np.ndarray) -> None:
+    def _add_loss(self, before: Tensor, edited: Tensor, written: StoredBytes) -> None:
         if self.written == GGMLQuantizationType.F32:
             return
         edit, lost = edited - before, decode(written, self.written) - edited
