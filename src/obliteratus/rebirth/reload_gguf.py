@@ -13,11 +13,11 @@ from torch import Tensor
 
 from obliteratus.core.types import Plan, Shift, Site, Subject
 from obliteratus.excise.bake.gguf_adapter import choose_architecture, count_permuted_heads
-from obliteratus.excise.bake.gguf_names import TABLE, GgufModel, find_name
+from obliteratus.excise.bake.gguf_names import TABLE, find_name
 from obliteratus.excise.live.hooks import applied
+from obliteratus.rebirth.gguf import is_gguf, open_gguf_model
 from obliteratus.weights.gguf_blocks import decode
 from obliteratus.weights.gguf_io import GgufFile, read_gguf
-from obliteratus.weights.sources import locate
 
 
 def find_saved_gguf(folder: Path) -> Path:
@@ -63,9 +63,9 @@ def _add_products(subject: Subject, adapter: GgufFile) -> Iterator[Any]:
 
 def _name_sites(subject: Subject) -> dict[str, Site]:
     """Return the sites by the names of their tensors."""
-    sites, origin = [site for site in subject.sites if not site.stacked], locate(subject.source.id)
-    if origin.gguf:
-        model = GgufModel(read_gguf(Path(origin.path) / origin.gguf))
+    sites = [site for site in subject.sites if not site.stacked]
+    if is_gguf(subject.source.id):
+        model = open_gguf_model(subject.source.id)
         return {model.find_tensors(site)[0].name: site for site in sites}
     architecture = choose_architecture(subject)
     return {f"{find_name(architecture, subject.n_layers, site)}.weight": site for site in sites}

@@ -125,6 +125,13 @@ class Grid:
         inverse = torch.where(self.step == 0, 0.0, 1 / self.step)[..., None]
         return ((parts - self.base[..., None]) * inverse).round_().clamp_(0, self.levels - 1).view(values.shape)
 
+    def missed(self, values: Float[Tensor, "rows n"]) -> float:
+        """Return the squared distance by which numbers lie beyond the first and the last code."""
+        ends = torch.stack([self.base, self.base + (self.levels - 1) * self.step])[..., None]
+        parts = self._by_part(values)
+        beyond = parts - parts.clamp(ends.amin(0), ends.amax(0))
+        return float(torch.linalg.vector_norm(beyond)) ** 2
+
     def values(self, codes: Tensor) -> Float[Tensor, "rows n"]:
         """Return the numbers of codes."""
         parts = self._by_part(codes.float())

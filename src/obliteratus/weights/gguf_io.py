@@ -116,6 +116,8 @@ class GgufFile:
 
     def _read(self, tensor: GgufTensor, start: int, count: int, size: int) -> StoredBytes:
         found = np.empty((count, size), np.uint8)
+        if not found.size:
+            return found
         view, done = memoryview(found).cast("B"), 0
         while done < len(view):
             read = os.preadv(self._descriptor.fileno(), [view[done:]], self.data + tensor.start + start + done)

@@ -164,7 +164,8 @@ def test_an_edit_survives_in_every_type(kind: T, wide: Path, make_plan: PlanMake
         name = f"blk.{edit.site.layer}.ffn_down.weight"
         old, new = (decode(file.read_rows(file.tensors[name]), kind) for file in (before, after))
         assert isinstance(edit, Edit)
-        assert float((edit.basis @ new).norm()) < 0.1 * float((edit.basis @ old).norm())
+        left = 0.2 if kind == T.Q2_K else 0.08  # four levels reach no further
+        assert float((edit.basis @ new).norm()) < left * float((edit.basis @ old).norm())
         assert float((new - old).norm()) < 0.35 * float(old.norm())
     assert record["requantized"]["kept"] > 0.9
 
@@ -199,7 +200,7 @@ def test_a_file_of_another_model_is_refused(llama: Subject, make_plan: PlanMaker
     other = GgufModel(read_gguf(write_gguf(tmp_path / "other.gguf", "llama", seed=1)))
     assert "is of another model: its weights differ" in refused(other, plan, samples)
     shallow = GgufModel(read_gguf(write_gguf(tmp_path / "shallow.gguf", "llama", num_hidden_layers=2)))
-    assert "has no blk.2." in refused(shallow, plan, samples)
+    assert "it has 2 blocks, and the plan edits block 2" in refused(shallow, plan, samples)
     narrow = GgufModel(read_gguf(write_gguf(tmp_path / "narrow.gguf", "llama", hidden_size=64)))
     assert "directions have 32 numbers" in refused(narrow, plan, samples)
 

@@ -33,6 +33,8 @@ def check_gguf_fits(model: GgufModel, plan: Plan, samples: ModelSamples, biases:
     model.check_kind()
     _check_vocabulary(model, samples)
     sites = {change.site.parameter: change.site for change in plan.edits}
+    if (last := max((site.layer for site in sites.values() if site.part != "unembed"), default=0)) >= model.n_layers:
+        raise UserError(_other_model(model, f"it has {model.n_layers} blocks, and the plan edits block {last}"))
     for site in sites.values():
         for tensor in model.find_tensors(site):
             _check_type(model, tensor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import gguf
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -29,7 +28,9 @@ from obliteratus.weights.gguf_io import StoredBytes
 from obliteratus.weights.rounding import ROW_GROUPS, round_compensated
 
 FINE = 256  # levels of Q8_0: with steps sixteen times as fine as four bits', so many times fewer groups do
-CLIPPED = 1e-3  # share of a matrix's squared length that its old steps may fail to reach before blocks get new ones
+# Share of a matrix's squared length that its old steps may fail to reach before blocks get new ones: what a block's ends
+# miss of an edit is below it, and what an amplified matrix misses is above.
+CLIPPED = 1e-3
 
 
 @dataclass
@@ -60,13 +61,29 @@ class Rewriter:
         return written
 
     def _round(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> StoredBytes:
-        if self.written != self.kind or self.kind not in CODES:
+        if self.written not in CODES:
             return encode(edited, self.written)
-        grid = read_grid(stored, self.kind)
+        stored = self._widen(stored, edited) if self.written == self.kind else encode(edited, self.written)
+        grid = read_grid(stored, self.written)
         target = edited if self._along is None else self._compensate(grid, edited, self._along)
-        codes = grid.codes(target)
-        written = write_codes(stored, codes, self.kind)
-        return self._widen(written, grid.values(codes), target)
+        return write_codes(stored, grid.codes(target), self.written)
+
+    def _widen(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> StoredBytes:
+        """Return the blocks with new steps where the old ones do not reach the edited numbers and new ones come nearer.
+
+        The gguf package has none for k-quants, whose blocks keep theirs.
+        """
+        grid = read_grid(stored, self.kind)
+        if self.kind not in ZERO_CODES or grid.missed(edited) <= CLIPPED * _dot(edited, edited):
+            return stored
+        block, size = GGML_QUANT_SIZES[self.kind]
+        fresh = encode(edited, self.kind)
+        errors = (
+            (values - edited).square().view(-1, block).sum(1)
+            for values in (decode(fresh, self.kind), grid.values(grid.codes(edited)))
+        )
+        nearer = torch.lt(*errors).numpy()[:, None]
+        return np.where(nearer, fresh.reshape(-1, size), stored.reshape(-1, size)).reshape(stored.shape)
 
     def _compensate(self, grid: Grid, edited: Float[Tensor, "rows n"], along: Float[Tensor, "k m"]) -> Tensor:
         """Carry rounding errors along the directions: from row to row, or within rows if the directions lie there."""
@@ -82,18 +99,6 @@ class Rewriter:
 
         made = round_compensated(edited.T if across else edited, along.to(edited), round_rows, groups)
         return (made.T if across else made).contiguous()
-
-    def _widen(self, written: StoredBytes, numbers: Tensor, target: Tensor) -> StoredBytes:
-        """Give blocks whose old steps do not reach the new numbers new steps, where that is nearer to them."""
-        missed = (numbers - target).square()
-        if self.kind not in ZERO_CODES or float(missed.sum()) <= CLIPPED * float(target.square().sum()):
-            return written
-        fresh = np.asarray(gguf.quantize(target.numpy(), self.kind))
-        block, size = GGML_QUANT_SIZES[self.kind]
-        again = (decode(fresh, self.kind) - target).square().view(-1, block).sum(1)
-        nearer = (again < missed.view(-1, block).sum(1)).numpy()[:, None]
-        blocks = np.where(nearer, fresh.reshape(-1, size), written.reshape(-1, size))
-        return blocks.reshape(written.shape)
 
     def _add_loss(self, before: Tensor, edited: Tensor, written: StoredBytes) -> None:
         if self.written == GGMLQuantizationType.F32:
