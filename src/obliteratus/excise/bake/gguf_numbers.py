@@ -28,8 +28,8 @@ from obliteratus.weights.gguf_io import StoredBytes
 from obliteratus.weights.rounding import ROW_GROUPS, round_compensated
 
 FINE = 256  # levels of Q8_0: with steps sixteen times as fine as four bits', so many times fewer groups do
-# Share of a matrix's squared length that its old steps may fail to reach before blocks get new ones: what a block's ends
-# miss of an edit is below it, and what an amplified matrix misses is above.
+# Share of a matrix's squared length that its old steps may fail to reach before blocks get new ones. What a few numbers
+# at the ends of blocks miss is made up for by others.
 CLIPPED = 1e-3
 
 
