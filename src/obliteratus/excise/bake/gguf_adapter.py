@@ -153,11 +153,15 @@ def _write_adapter(
     """Write a small GGUF file of fp32 tensors; it appears whole or not at all."""
     aside = path.with_name(path.name + ".new")
     writer = gguf.GGUFWriter(aside, architecture)
+    adders: dict[type, Callable[[str, Any], None]] = {
+        str: writer.add_string,
+        float: writer.add_float32,
+        int: writer.add_int32,
+    }
     try:
         writer.add_type(kind)
         for key, value in entries.items():
-            add = {str: writer.add_string, float: writer.add_float32, int: writer.add_int32}[type(value)]
-            add(key, value)
+            adders[type(value)](key, value)
         for name, tensor in tensors.items():
             writer.add_tensor(name, np.ascontiguousarray(tensor.float().cpu().numpy()))
         writer.write_header_to_file()

@@ -78,11 +78,9 @@ class Rewriter:
             return stored
         block, size = GGML_QUANT_SIZES[self.kind]
         fresh = encode(edited, self.kind)
-        errors = (
-            (values - edited).square().view(-1, block).sum(1)
-            for values in (decode(fresh, self.kind), grid.values(grid.codes(edited)))
-        )
-        nearer = torch.lt(*errors).numpy()[:, None]
+        numbers = decode(fresh, self.kind), grid.values(grid.codes(edited))
+        again, kept = ((values - edited).square().view(-1, block).sum(1) for values in numbers)
+        nearer = (again < kept).numpy()[:, None]
         return np.where(nearer, fresh.reshape(-1, size), stored.reshape(-1, size)).reshape(stored.shape)
 
     def _compensate(self, grid: Grid, edited: Float[Tensor, "rows n"], along: Float[Tensor, "k m"]) -> Tensor:
