@@ -43,7 +43,7 @@ held-out prompts that were not used for the edit, with 95 % intervals where the 
 {format_score_table(run)}
 {_outcome(run)}
 Coverage: {format_coverage(run)}
-{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
+{_describe_added(run)}{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 {_describe_loading(run, known.get("base_model", "THE_BASE_MODEL"))}
 
 ## Recipe
@@ -76,6 +76,17 @@ def format_coverage(run: Run) -> str:
     unclaimed = f"; **unclaimed matrices: {len(run.coverage['unclaimed'])}**" if run.coverage["unclaimed"] else ""
     warning = f" **Warning: {run.coverage['warning']}.**" if run.coverage.get("warning") else ""
     return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{unclaimed}.{warning}"
+
+
+def _describe_added(run: Run) -> str:
+    """Return that the saved model has tensors which its base has not, or '' if there are none."""
+    added = run.saved.get("onto", {}).get("tensors", {}).get("added", 0)
+    return (
+        f"\nThe edit adds {added} tensors that the base has not: biases of output matrices, or a head apart from the "
+        "embedding. A program that leaves them out does not run this model.\n"
+        if added
+        else ""
+    )
 
 
 def _describe_quantization(run: Run) -> str:

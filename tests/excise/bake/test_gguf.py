@@ -269,6 +269,8 @@ def test_an_interruption_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             save_as_file(model_of(llama), plan, sample_model(llama), run_of(llama), out)
     assert not list(tmp_path.iterdir())
+    (tmp_path / ".edited.partial").mkdir()  # what a killed process leaves
+    (tmp_path / ".edited.partial/edited.gguf.new").write_bytes(b"half of it")
     save_as_file(model_of(llama), plan, sample_model(llama), run_of(llama), out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "edited.Modelfile",
