@@ -25,7 +25,7 @@ from obliteratus.rebirth.llama_cpp import write_loading_files
 from obliteratus.rebirth.model_card import render_model_card
 from obliteratus.summon.model_samples import ModelSamples, sample_model
 from obliteratus.weights.gguf_io import read_gguf
-from obliteratus.weights.rewrite import describe_files, explain_full_disk, remove_unfinished_files
+from obliteratus.weights.rewrite import explain_full_disk, hash_file, remove_unfinished_files
 from obliteratus.weights.sources import locate
 
 GGUF_FORMS = ("gguf", "lora-gguf", "control-vector")
@@ -100,11 +100,23 @@ def save_as_folder(model: GgufModel, plan: Plan, samples: ModelSamples, run: Run
         notes = write_for_file(model, plan, samples, folder, form)
         save_plan(plan, folder, samples)
         run = run.model_copy(
-            update={"status": "done", "saved": {**_origin(run), "form": form, **notes, "files": describe_files(folder)}}
+            update={
+                "status": "done",
+                "saved": {**_origin(run), "form": form, **notes, "files": _describe(folder, notes)},
+            }
         )
         (folder / "README.md").write_text(render_model_card(run), encoding="utf-8")
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run
+
+
+def _describe(folder: Path, notes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``bytes`` and ``sha256`` of each file by its name. That of an edited model was taken as it was written."""
+    known = {notes["file"]: notes["sha256"]} if "sha256" in notes else {}
+    files = [path for path in sorted(folder.iterdir()) if path.name != LOCK]
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or hash_file(path)} for path in files
+    }
 
 
 def _origin(run: Run) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def save_as_file(model: GgufModel, plan: Plan, samples: ModelSamples, run: Run, 
         with lock_folder(aside), explain_full_disk(out):
             _clear(aside)  # a killed run may have left something
             notes = write_for_file(model, plan, samples, aside, form, out.name, prefix)
-            files = {name: entry for name, entry in describe_files(aside).items() if name != LOCK}
+            files = _describe(aside, notes)
             run = run.model_copy(
                 update={"status": "done", "saved": {**_origin(run), "form": form, **notes, "files": files}}
             )

@@ -48,6 +48,7 @@ class Rewriter:
         self.written = choose_written_type(self.kind)
         self._transposed = self.changes[0].site.layout == "embedding"  # W is [width, tokens], and rows are tokens
         self._along = span_of_directions(self.changes)
+        self._shrinks = all(map(_shrinks, self.changes))
 
     def rewrite(self, stored: StoredBytes) -> StoredBytes:
         """Return the edited rows as bytes."""
@@ -73,8 +74,10 @@ class Rewriter:
 
         The gguf package has none for k-quants, whose blocks keep theirs.
         """
+        if self.kind not in ZERO_CODES or self._shrinks:
+            return stored
         grid = read_grid(stored, self.kind)
-        if self.kind not in ZERO_CODES or grid.missed(edited) <= CLIPPED * _dot(edited, edited):
+        if grid.missed(edited) <= CLIPPED * _dot(edited, edited):
             return stored
         block, size = GGML_QUANT_SIZES[self.kind]
         fresh = encode(edited, self.kind)
@@ -123,6 +126,11 @@ def span_of_directions(changes: Sequence[Change]) -> Tensor | None:
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
     independent: Tensor = basis[sizes > MIN_SINGULAR_VALUE * sizes[0]]
     return independent.float()
+
+
+def _shrinks(change: Change) -> bool:
+    """Return whether a change cannot make a matrix longer: it removes a part of it, at right angles to the rest."""
+    return isinstance(change, Edit) and change.covectors is None and change.norm == "none" and 0 <= change.strength <= 1
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
