@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any, cast
 
+from obliteratus.cli.apply_gguf import apply_to_gguf, check_loads_nothing
 from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -42,14 +43,7 @@ from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
-from obliteratus.rebirth.gguf import (
-    GGUF_FORMS,
-    estimate_gguf_bytes,
-    is_gguf,
-    open_gguf_model,
-    save_as_file,
-    save_as_folder,
-)
+from obliteratus.rebirth.gguf import GGUF_FORMS, is_gguf
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.llama_cpp import ADAPTER_OPTIONS
 from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
@@ -345,8 +339,8 @@ def apply_plan(
     check_form(form, base, model)
     plan, record = load_plan(folder), read_run(folder)
     if is_gguf(model) and form in GGUF_FORMS:
-        _check_loads_nothing(opening)
-        return _apply_to_gguf(folder, plan, record, model, out, form, clock)
+        check_loads_nothing(opening)
+        return apply_to_gguf((plan, load_samples(folder), record), model, out, form, clock)
     check_free(out)
     with clock.time("SUMMON"):
         subject = open_subject(model, **opening)
@@ -358,32 +352,6 @@ def apply_plan(
             pass  # fails here, before anything is written, if a site cannot be edited
         with clock.time("REBIRTH"):
             saved = write_output(subject, plan, record, partial, cast(Form, form), base=base)
-        publish(partial, out)
-    return saved.model_dump(mode="json")
-
-
-def _check_loads_nothing(opening: Mapping[str, Any]) -> None:
-    """Raise UserError for options of loading a model where none is loaded."""
-    for option, usual in (("dtype", "auto"), ("device", "auto"), ("quantize", "")):
-        if opening.get(option, usual) != usual:
-            raise UserError(f"--{option}: a GGUF file is edited in its own types and no model is loaded; leave it out")
-
-
-def _apply_to_gguf(
-    folder: Path, plan: Plan, record: Run, model: str, out: Path, form: str, clock: Clock
-) -> dict[str, Any]:
-    """Apply a plan to a GGUF file without loading a model. The output is a folder, or a file if its name ends so."""
-    base, samples = open_gguf_model(model), load_samples(folder)
-    record = record.model_copy(update={"source": {**record.source, "id": model}})
-    if is_gguf(str(out)):
-        with clock.time("REBIRTH"):
-            return save_as_file(base, plan, samples, record, out, form).model_dump(mode="json")
-    check_free(out)
-    check_disk(out, estimate_gguf_bytes(form, model), partial_folder(out))
-    identity = {"plan": plan_digest(plan), "model": model, "form": form}
-    with workspace(out, identity | fingerprint_files(model), resume=True) as partial:
-        with clock.time("REBIRTH"):
-            saved = save_as_folder(base, plan, samples, record, partial / "output", form)
         publish(partial, out)
     return saved.model_dump(mode="json")
 
