@@ -9,8 +9,8 @@ from tests.support.searches import make_scorer, run_search, search_prompts, sear
 from obliteratus.core.errors import UserError
 from obliteratus.core.pareto import find_nearest_to_ideal
 from obliteratus.core.run_folder import Store
-from obliteratus.core.types import PromptSet
-from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.core.types import Prompt, PromptSet
+from obliteratus.pipeline.recipe import list_methods, load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.search import SearchResult, StudyLocation, add_default_search, search, set_trial_count
@@ -122,3 +122,17 @@ def test_thinned_keeps_the_ends() -> None:
     front = [Trial(n, {}, (float(n),), {}, True, True, 0.0) for n in range(25)]
     assert [t.number for t in thin_front(front, 4)] == [0, 8, 16, 24]
     assert thin_front(front[:2], 10) == front[:2]
+
+
+@pytest.mark.parametrize("name", [name for name in list_methods() if load_recipe(name).search])
+def test_every_method_that_searches_runs_trials(name: str) -> None:
+    """One trial says little: only later ones can differ from what the study already holds."""
+    changes = {"verify": [{"use": "behavior", "tokens": 6}, {"use": "first_token_kl"}], "search.trials": 4}
+    limits = {"search.tokens": 4, "search.control_margin": 1.0, "search.degenerate_margin": 1.0}
+    groups = {
+        g: tuple(Prompt(f"{p.text} {i}", split=p.split) for p in members for i in range(3))  # an SAE takes 50 prompts
+        for g, members in search_prompts().groups.items()
+    }
+    splits = split_prompts(PromptSet(groups), 0, force=True)
+    found = search(load_recipe(name, changes | limits), search_subject(), splits, Store(), StudyLocation("", "study"))
+    assert len({str(trial.values) for trial in found.trials}) == 4

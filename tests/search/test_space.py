@@ -9,7 +9,7 @@ from tests.support.searches import search_recipe
 
 from obliteratus.core.errors import UserError
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.search.space import apply_values, sample_values, start_values
+from obliteratus.search.space import apply_values, decode_values, remove_search, sample_values, start_values
 
 
 def test_paths_that_a_choice_removes_are_left_out() -> None:
@@ -27,6 +27,25 @@ def test_paths_that_a_choice_removes_are_left_out() -> None:
     assert sample_values(recipe, second)["distill.2.at"] == 0.4
     assert [s.use for s in apply_values(recipe, sample_values(recipe, first)).distill] == [s["use"] for s in short]
     assert apply_values(recipe, sample_values(recipe, second)).distill[2].options["at"] == 0.4
+
+
+def test_values_of_a_choice_are_drawn_without_changing_the_choice() -> None:
+    recipe = load_recipe("heretic")
+    assert recipe.search is not None
+    before = recipe.model_dump_json()
+    longer = recipe.search.space["distill"].choices[1]
+    for at in (0.4, 0.9):
+        assert apply_values(recipe, {"distill": longer, "distill.2.at": at}).distill[2].options["at"] == at
+    assert recipe.model_dump_json() == before
+
+
+def test_the_first_trial_has_the_choices_that_the_recipe_stands_for() -> None:
+    recipe = load_recipe("heretic")
+    assert recipe.search is not None
+    start = start_values(recipe)
+    assert start.keys() == recipe.search.space.keys()
+    values = {path: decode_values(start[path], span) for path, span in recipe.search.space.items()}
+    assert apply_values(recipe, values) == remove_search(recipe)
 
 
 def test_a_search_begins_where_the_recipe_stands() -> None:

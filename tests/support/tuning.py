@@ -15,7 +15,7 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.tune.objective import LossTerms, control_loss, target_loss
 from obliteratus.tune.parameters import EditParameters
 
-KINDS = ["orthogonal", "anchored", "oblique", "rank 2"]
+KINDS = ["orthogonal", "anchored", "oblique", "rank 2", "least change"]
 ANSWER = [5, 9, 12, 40, 41, 42]
 
 
@@ -26,12 +26,14 @@ def plan_for(subject: Subject, kind: str, strength: float = 0.7, seed: int = 0) 
     for site in subject.sites:
         if site.role == "reads" or site.layer < subject.n_layers // 2 or site.part == "embed":
             continue
-        k = 2 if kind == "rank 2" else 1
+        k = 2 if kind in ("rank 2", "least change") else 1
         basis = torch.linalg.qr(torch.randn(subject.width, k, generator=g))[0].T.contiguous()
         along = None
         if kind == "oblique":
             along = basis + 0.3 * torch.randn(1, subject.width, generator=g)
             along = along / (along @ basis.T)
+        if kind == "least change":  # covectors that read a part of what lies along the basis
+            along = 0.4 * basis + 0.1 * torch.randn(k, subject.width, generator=g)
         anchor = torch.randn(subject.width, generator=g) if kind == "anchored" else None
         edits.append(Edit(site, basis, strength, "none", anchor, along))
     return Plan(tuple(edits), subject.source.digest)

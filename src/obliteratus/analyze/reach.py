@@ -176,8 +176,8 @@ def measure_reach(
 ) -> Reach:
     """Measure how deep edits may begin and still end the behavior: in attention, in the MLPs, or in both.
 
-    Live edits remove the context's directions, oblique ones too, from all that blocks from a depth on write, anchored
-    where anchors were probed; the blocks below are not run again. What remains is read off the probability of the
+    Live edits remove the context's directions, oblique ones too, from all that blocks from a depth on write, as EXCISE
+    would; the blocks below are not run again. What remains is read off the probability of the
     first tokens that the behavior begins with: those with at least 5 % on target prompts and four times as much as on
     control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
     that leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
@@ -292,11 +292,13 @@ def list_parts(subject: Subject) -> dict[str, tuple[str, ...]]:
 def plan_removal_from(context: AnalysisContext, directions: Directions, parts: Sequence[str], layer: int) -> Plan:
     """Return the plan that removes the directions from these parts of block ``layer`` and above, as EXCISE would.
 
-    Edits are anchored where anchors were probed. The plan is empty where there are no directions.
+    Edits are anchored where anchors were probed, and of least change where contrasts were. Without directions the plan
+    is empty.
     """
     subject = context.subject
     weights = torch.tensor([float(site.layer >= layer) for site in subject.sites])
-    options = Excise(parts=tuple(parts), anchored=bool(context.activations.outputs))
+    acts = context.activations
+    options = Excise(parts=tuple(parts), anchored=bool(acts.outputs), least_change=bool(acts.contrasts))
     try:
         return plan_edits(subject, directions, weights, context.activations, options)
     except NothingMatchedError:

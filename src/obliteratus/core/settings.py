@@ -105,6 +105,10 @@ class Excise(FrozenModel):
     ``unit_rows_rank_3`` keeps the three largest singular values of that change, as Heretic does by default."""
     anchored: bool = False
     """Whether to keep the control group's mean μ along Q: y ← y − sQQᵀ(y − μ). Baking it needs a bias."""
+    least_change: bool = False
+    """Whether each writer loses the groups' difference through covectors that read least of what it writes at all
+    positions of control prompts: y ← y − sBᵀA y, with A the smallest by its mean square there of those that remove as
+    much of the groups' mean difference. Of readers nothing changes."""
     heads: float | None = Field(None, gt=0, le=1)
     """Share of each layer's attention heads (at least one) to edit, those that write most along Q. The bias of
     attention is then left alone. None edits all heads. Other parts are edited as a whole."""
@@ -123,6 +127,19 @@ class Excise(FrozenModel):
     """Weaken the plan until the mean KL of first answer tokens on search control prompts is at most this (nats)."""
 
     @model_validator(mode="after")
+    def _exclude_each_other(self) -> Excise:
+        if self.heads is not None and self.anchored:
+            raise ValueError("heads and anchored exclude each other, since an anchor belongs to no head; set only one")
+        if self.heads is not None and self.least_change:
+            raise ValueError("heads and least_change exclude each other: covectors are of whole layers; set only one")
+        if self.anchored and self.least_change:
+            raise ValueError(
+                "anchored and least_change exclude each other: with least_change hardly anything is read on control "
+                "prompts, so there is no mean to keep; set only one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fit_together(self) -> Excise:
         if unknown := set(self.parts) - WRITERS - READERS:
             raise ValueError(f"'{min(unknown)}' names no part; the parts are {', '.join(sorted(WRITERS | READERS))}")
@@ -132,8 +149,6 @@ class Excise(FrozenModel):
             raise ValueError("experts needs the part expert.out or mlp.out, which parts leaves out; add it")
         if self.heads is not None and "attn.out" not in self.parts:
             raise ValueError("heads needs the part attn.out, which parts leaves out; add it, or leave heads out")
-        if self.heads is not None and self.anchored:
-            raise ValueError("heads and anchored exclude each other, since an anchor belongs to no head; set only one")
         if self.norm == "unit_rows_rank_3" and "embed" in self.parts:
             raise ValueError("norm unit_rows_rank_3 is for attn.out and mlp.out; take embed out of parts")
         if (self.neurons or self.steer) and "mlp.out" not in self.parts:

@@ -296,6 +296,20 @@ class ProbeRequest:
     """Modules whose inputs are wanted; PROBE keeps their mean over each group."""
     expert_modules: Sequence[str] = ()
     """Stacks of experts whose routing is wanted, together with the output of each chosen expert."""
+    contrast_modules: Sequence[str] = ()
+    """Writers whose contrast between the groups is wanted (`WriterContrast`)."""
+
+
+@dataclass(frozen=True)
+class WriterContrast:
+    """How the groups differ in what one writer writes, and how to read that with the least effect elsewhere."""
+
+    difference: Float[Tensor, "categories width"]
+    """D: the mean output on each category of target prompts, less that on control prompts."""
+    whitened: Float[Tensor, "categories width"]
+    """D M⁻¹, with M the second moment of outputs at all positions of control prompts (`probe.contrasts`)."""
+    share: Float[Tensor, " categories"]
+    """Share of the target prompts that each category has."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -312,6 +326,8 @@ class Activations(Plottable):
     digest: str = ""
     routed: Mapping[str, Mapping[str, RoutingStatistics]] = field(default_factory=dict)
     """Path of a stack of experts → group → routing statistics."""
+    contrasts: Mapping[str, WriterContrast] = field(default_factory=dict)
+    """Site path → contrast of that writer's outputs between the groups."""
 
     def __getitem__(self, group: str) -> Moments:
         return self.groups[group]
@@ -373,7 +389,8 @@ class Edit:
     anchor: Float[Tensor, " width"] | None = None
     """μ, whose component along B is kept. None stands for the origin."""
     covectors: Float[Tensor, "k width"] | None = None
-    """A, with A Bᵀ = I. None stands for A = B, an orthogonal projection."""
+    """A. None stands for A = B, an orthogonal projection. A Bᵀ = I makes the edit an oblique projection; covectors of
+    least change remove another share of what lies along B."""
 
     def __post_init__(self) -> None:
         if self.basis.ndim != 2:

@@ -37,6 +37,7 @@ from obliteratus.core.types import (
 )
 from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
+from obliteratus.excise.least_change import choose_covectors
 from obliteratus.excise.linear import center_rows, fold_gain_reader
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift, make_shift_where_possible
@@ -102,15 +103,17 @@ def _add_beside(
 def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
     """Return which modules PROBE has to read, besides the residual stream, for edits with these options.
 
-    Anchored edits need the mean outputs of the edited writers, masks of neurons the mean inputs of the MLP outputs, and
-    edits of single experts the routing in every stack.
+    Anchored edits need the mean outputs of the edited writers, those of least change their contrasts, masks of neurons
+    the mean inputs of the MLP outputs, and edits of single experts the routing in every stack.
     """
-    anchored = {p for part in options.parts for p in expand_part(part)} if options.anchored else set()
+    parts = {p for part in options.parts for p in expand_part(part)}
+    writers = [s.path for s in sites if s.role == "writes" and s.part in parts]
     masked = set(expand_part("mlp.out")) if options.neurons else set()
     return ProbeRequest(
-        output_modules=[s.path for s in sites if s.role == "writes" and s.part in anchored],
+        output_modules=writers if options.anchored else [],
         input_modules=[s.path for s in sites if s.part in masked and not s.stacked],
         expert_modules=[s.path for s in sites if s.role == "writes" and s.stacked and options.experts is not None],
+        contrast_modules=writers if options.least_change else [],
     )
 
 
@@ -136,6 +139,8 @@ def _edit(
     if site.role == "reads":
         return _edit_reader(subject, site, rows, oblique, strength)
     basis, covectors = fold_gain(subject, site, rows, oblique)
+    if options.least_change:
+        covectors = choose_covectors(basis, covectors, acts.contrasts[site.path])
     anchor = acts.outputs[site.path] if options.anchored else None
     return Edit(site, basis.contiguous(), strength, options.norm, anchor, covectors)
 

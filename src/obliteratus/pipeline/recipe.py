@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -194,7 +195,7 @@ def override_values(settings: BaseModel, values: Mapping[str, Any]) -> dict[str,
     """Return settings as plain data with values replaced by path. Raises UserError for a path that does not exist."""
     data = settings.model_dump(mode="json")  # includes defaults, so that every one of them has a path
     for path, value in values.items():
-        _replace(data, path.split("."), value, path)
+        _replace(data, path.split("."), deepcopy(value), path)  # a longer path may change what a shorter one set
     return data
 
 

@@ -93,7 +93,8 @@ def request_key(subject: Subject, prompts: PromptSet, options: Probe, request: P
     """Return what was asked: prompts, the tokens that they became (which cover tokenizer and template), options, and
     the modules to read."""
     ids = {group: render_prompts(subject, members) for group, members in prompts.groups.items()}
-    modules = [[*request.output_modules], [*request.input_modules], [*request.expert_modules]]
+    wanted = (request.output_modules, request.input_modules, request.expert_modules, request.contrast_modules)
+    modules = [[*paths] for paths in wanted]
     return [prompts.digest, ids, options.model_dump(), subject.source.digest, modules]
 
 

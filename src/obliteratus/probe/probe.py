@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Probe
+from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
     Activations,
     Moments,
@@ -22,14 +25,16 @@ from obliteratus.core.types import (
     RoutingStatistics,
     Sketch,
     Subject,
+    WriterContrast,
     digest_of,
 )
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import STREAM_ONLY, BatchStates, read_hidden_states
 from obliteratus.inference.hooks import ExpertRouting
+from obliteratus.probe.contrasts import MOST_LAST, contrast_outputs
 from obliteratus.probe.frequent_directions import FrequentDirections
 
-ANCHOR_GROUP = "control"
+CONTROL = "control"  # the group whose mean outputs are kept as anchors
 DEFAULT_OPTIONS = Probe()  # pydantic gives the fields their defaults
 FILE, TENSORS_FILE = "activations.json", "activations.safetensors"
 
@@ -41,6 +46,8 @@ def collect_activations(
 
     request: modules that are read in the same passes. Raises UserError if any activation is NaN or Inf.
     """
+    anchored, contrasted = request.output_modules, request.contrast_modules
+    request = replace(request, output_modules=list(dict.fromkeys((*anchored, *contrasted))))
     group_of_row = [group for group, members in prompts.groups.items() for _ in members]
     first_row = {group: group_of_row.index(group) for group in prompts.groups}
     sums = {group: _GroupSums(subject, members, options, request) for group, members in prompts.groups.items()}
@@ -52,17 +59,30 @@ def collect_activations(
             sums[group].add(states, first_row[group])
     moments = {group: of_group.moments() for group, of_group in sums.items()}
     _report_sketch_error(moments)
+    means = sums[CONTROL].mean_outputs()
     return Activations(
         moments,
         options.position,
-        outputs=sums[ANCHOR_GROUP].mean_outputs() if request.output_modules else {},
+        outputs={path: means[path] for path in anchored},
         inputs={group: of_group.mean_inputs() for group, of_group in sums.items()},
         digest=digest_of([prompts.digest, subject.source.digest, options.model_dump(), ids]),
         routed={
             path: {group: of_group.routing[path].statistics() for group, of_group in sums.items()}
             for path in request.expert_modules
         },
+        contrasts=_contrast(subject, prompts, sums, contrasted, options.position) if contrasted else {},
     )
+
+
+def _contrast(
+    subject: Subject, prompts: PromptSet, sums: Mapping[str, _GroupSums], paths: Sequence[str], position: int
+) -> dict[str, WriterContrast]:
+    """Return the contrasts of writers from the groups' mean outputs, those of target prompts by category."""
+    target, control = sums["target"], sums[CONTROL].mean_outputs()
+    means = target.mean_outputs_by_category()
+    differences = {path: torch.stack([mean[path] for mean in means.values()]) - control[path] for path in paths}
+    share = torch.tensor([*target.counts.values()], dtype=torch.float32) / len(target.prompts)
+    return contrast_outputs(subject, prompts[CONTROL], sums[CONTROL].first_outputs(), differences, share, position)
 
 
 def _places_by_group(rows: Sequence[int], group_of_row: Sequence[str]) -> dict[str, list[int]]:
@@ -80,7 +100,10 @@ class _GroupSums:
     def __init__(self, subject: Subject, prompts: Sequence[Prompt], options: Probe, request: ProbeRequest) -> None:
         self.prompts, self.request = prompts, request
         self.stream = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
-        self.outputs = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
+        self.counts = Counter(p.category for p in prompts)
+        zeros = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
+        self.outputs = {category: zeros.clone() for category in self.counts}
+        self.first = list[Tensor]()  # outputs of the first prompts, for contrasts
         self.inputs = {path: torch.zeros(1, dtype=torch.float64) for path in request.input_modules}
         self.routing = {path: RoutingSums() for path in request.expert_modules}
         self.rows = torch.empty(len(prompts), *self.stream.shape) if options.keep == "rows" else None
@@ -90,7 +113,10 @@ class _GroupSums:
     def add(self, states: BatchStates, first_row: int) -> None:
         """Add the states of some of the group's prompts. first_row: the row of the group's first prompt."""
         self.stream += states.stream.double().sum(0)
-        self.outputs += states.outputs.double().sum(0)
+        for row, outputs in zip(states.rows, states.outputs.double(), strict=True):
+            self.outputs[self.prompts[row - first_row].category] += outputs
+        if self.request.contrast_modules and len(self.first) < MOST_LAST:
+            self.first += list(states.outputs)
         self.inputs = {path: total + states.inputs[path].double().sum(0) for path, total in self.inputs.items()}
         for path, routing in self.routing.items():
             routing.add(states.routing[path])
@@ -101,7 +127,19 @@ class _GroupSums:
 
     def mean_outputs(self) -> dict[str, Tensor]:
         """Return the mean output of each requested module."""
-        return dict(zip(self.request.output_modules, (self.outputs / len(self.prompts)).float(), strict=True))
+        total = torch.stack([*self.outputs.values()]).sum(0)
+        return self._name_outputs(total / len(self.prompts))
+
+    def mean_outputs_by_category(self) -> dict[str | None, dict[str, Tensor]]:
+        """Return the mean output of each requested module, by the prompts' category."""
+        return {name: self._name_outputs(total / self.counts[name]) for name, total in self.outputs.items()}
+
+    def first_outputs(self) -> dict[str, Float[Tensor, "prompts width"]]:
+        """Return the outputs of each requested module on the prompts that came first, if contrasts are wanted."""
+        return dict(zip(self.request.output_modules, torch.stack(self.first, 1), strict=True))
+
+    def _name_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.request.output_modules, outputs.float(), strict=True))
 
     def mean_inputs(self) -> dict[str, Tensor]:
         """Return the mean input of each requested module."""
@@ -169,6 +207,8 @@ def save_activations(acts: Activations, folder: Path) -> None:
     """Write activations.safetensors and activations.json into an existing folder."""
     tensors = {f"output/{path}": mean for path, mean in acts.outputs.items()}
     tensors |= {f"input/{g}/{path}": mean for g, means in acts.inputs.items() for path, mean in means.items()}
+    for path, contrast in acts.contrasts.items():
+        tensors |= {f"contrast/{path}/{name}": tensor for name, tensor in vars(contrast).items()}
     for path, groups in acts.routed.items():
         for group, statistics in groups.items():
             fields = vars(statistics).items()
@@ -201,7 +241,17 @@ def load_activations(folder: Path) -> Activations:
     for name in (k for k in tensors if k.startswith("input/")):
         _, group, path = name.split("/")
         inputs[group][path] = tensors[name]
-    return Activations(groups, data["position"], outputs, inputs, data["digest"], _load_routing(tensors))
+    return Activations(
+        groups, data["position"], outputs, inputs, data["digest"], _load_routing(tensors), _load_contrasts(tensors)
+    )
+
+
+def _load_contrasts(tensors: Mapping[str, Tensor]) -> dict[str, WriterContrast]:
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key in (key for key in tensors if key.startswith("contrast/")):
+        _, path, name = key.split("/")
+        fields.setdefault(path, {})[name] = tensors[key]
+    return {path: WriterContrast(**found) for path, found in fields.items()}
 
 
 def _load_sketch(tensors: Mapping[str, Tensor], group: str) -> Sketch | None:

@@ -74,19 +74,18 @@ def start_values(recipe: Recipe) -> dict[str, Any]:
     Values that the recipe does not set, or that lie outside of their range, are left to the sampler.
     """
     assert recipe.search is not None
-    values: dict[str, Any] = {}
-    for path in order_paths(recipe.search):
-        value = value_at(recipe, path) if _has_path(recipe, path) else None
-        if value is not None and _is_allowed(value, recipe.search.space[path]):
-            values[path] = _encode(value)
-    return values
+    present = [path for path in order_paths(recipe.search) if _has_path(recipe, path)]
+    values = {path: _start_value(recipe, path, recipe.search.space[path]) for path in present}
+    return {path: _encode(value) for path, value in values.items() if value is not None}
 
 
-def _is_allowed(value: Any, values: Range) -> bool:
-    if values.choices:
-        return _encode(value) in [_encode(choice) for choice in values.choices]
-    low, high = values.ends
-    return bool(low <= value <= high)
+def _start_value(recipe: Recipe, path: str, allowed: Range) -> Any:
+    """Return the choice that leaves the recipe as it is, or its own value in a range; None if there is neither."""
+    own = remove_search(recipe)
+    if allowed.choices:
+        return next((c for c in allowed.choices if replace_values(own, {path: c}, recipe.name) == own), None)
+    value, (low, high) = value_at(recipe, path), allowed.ends
+    return value if value is not None and low <= value <= high else None
 
 
 def remove_search(recipe: Recipe) -> Recipe:

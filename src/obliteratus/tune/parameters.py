@@ -25,14 +25,16 @@ class EditParameter:
     basis: Float[Tensor, "k width"]
     """Unconstrained rows. `constrained_rows` turns them into those of an edit."""
     covectors: Float[Tensor, "k width"] | None
+    gain: Float[Tensor, "k k"] | None = None
+    """A Bᵀ of the edit that they started from, which is I in an oblique projection."""
 
     def constrained_rows(self) -> tuple[Float[Tensor, "k width"], Float[Tensor, "k width"]]:
-        """Return (B, A): B orthonormal and A = B; for oblique edits A Bᵀ = I, and rows of B keep their length."""
-        if self.covectors is None:
+        """Return (B, A): B orthonormal and A = B; otherwise A Bᵀ stays as it was, as does the length of B's rows."""
+        if self.covectors is None or self.gain is None:
             basis = _orthonormalize(self.basis)
             return basis, basis
         basis = _orthonormalize(self.basis) if self.started_orthonormal else self._restore_lengths()
-        return basis, torch.linalg.solve(self.covectors @ basis.T, self.covectors)
+        return basis, self.gain @ torch.linalg.solve(self.covectors @ basis.T, self.covectors)
 
     @property
     def started_orthonormal(self) -> bool:
@@ -132,4 +134,6 @@ def _make_parameter(edit: Edit, device: torch.device, train_rows: bool, train_st
 
     covectors = None if edit.covectors is None else parameter(edit.covectors, train_rows)
     strength = parameter(torch.tensor(edit.strength), train_strength)
-    return EditParameter(edit, strength, parameter(edit.basis, train_rows), covectors)
+    basis = parameter(edit.basis, train_rows)
+    gain = None if covectors is None else (covectors @ basis.T).detach()
+    return EditParameter(edit, strength, basis, covectors, gain)

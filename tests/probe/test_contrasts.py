@@ -1,0 +1,82 @@
+"""Contrasts of writers' outputs: the groups' difference, and what divides it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.activations import assert_same
+from tests.support.tiny import tiny_subject
+
+from obliteratus.core.types import ProbeRequest, Prompt, PromptSet, Subject
+from obliteratus.inference.chat_template import render_prompts
+from obliteratus.probe import contrasts
+from obliteratus.probe.contrasts import sample_outputs, solve_second_moment
+from obliteratus.probe.probe import collect_activations, load_activations, save_activations
+
+PATH = "model.layers.1.mlp.down_proj"
+
+
+@torch.no_grad()
+def outputs_of(subject: Subject, prompt: Prompt) -> torch.Tensor:
+    """[tokens, width], from the model alone."""
+    seen: list[torch.Tensor] = []
+    handle = subject.module(PATH).register_forward_hook(lambda m, a, y: seen.append(y[0]))
+    subject.model(torch.tensor(render_prompts(subject, [prompt])))
+    handle.remove()
+    return seen[0]
+
+
+def with_categories(prompts: PromptSet) -> PromptSet:
+    target = tuple(Prompt(p.text, category=f"c{i % 2}") for i, p in enumerate(prompts["target"]))
+    return PromptSet({**prompts.groups, "target": target})
+
+
+def test_differences_are_those_of_the_categories_means(prompts: PromptSet) -> None:
+    subject, asked = tiny_subject("llama"), with_categories(prompts)
+    found = collect_activations(subject, asked, request=ProbeRequest(contrast_modules=[PATH])).contrasts[PATH]
+    last = {g: torch.stack([outputs_of(subject, p)[-1] for p in members]) for g, members in asked.groups.items()}
+    expected = torch.stack([last["target"][i::2].mean(0) - last["control"].mean(0) for i in range(2)])
+    torch.testing.assert_close(found.difference, expected, rtol=1e-4, atol=1e-5)
+    sizes = torch.tensor([float(len(last["target"][i::2])) for i in range(2)])
+    torch.testing.assert_close(found.share, sizes / sizes.sum())
+
+
+def test_samples_are_the_ends_of_control_prompts_without_first_tokens(
+    prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more positions than the prompts have tokens, each token is there once."""
+    monkeypatch.setattr(contrasts, "POSITIONS", 60)
+    subject, few = tiny_subject("llama"), prompts["control"][:3]
+    others = sample_outputs(subject, few, [PATH], -1)[PATH]
+    whole = [outputs_of(subject, p) for p in few]
+    assert max(map(len, whole)) < 60
+    expected = torch.cat([x[1:-1] for x in whole])
+    assert len(others) == len(expected)
+    assert float(torch.cdist(expected.double(), others.double()).min(1).values.max()) < 1e-4  # in any order
+
+
+def test_the_solution_is_that_of_the_dense_matrix() -> None:
+    g = torch.Generator().manual_seed(0)
+    last, rows = torch.randn(20, 48, generator=g), torch.randn(3, 48, generator=g)
+    others = torch.randn(70, 48, generator=g) * torch.linspace(0.1, 3, 48)
+    moment = sum(
+        share * x.double().T @ x.double() / len(x)
+        for share, x in ((contrasts.LAST_SHARE, last), (1 - contrasts.LAST_SHARE, others))
+    )
+    assert isinstance(moment, torch.Tensor)
+    floor = contrasts.FLOOR * moment.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    dense = (1 - contrasts.FLOOR) * moment + floor
+    expected = torch.linalg.solve(dense, rows.double().T).T
+    torch.testing.assert_close(solve_second_moment(last, others, rows), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_they_come_back_from_disk_and_are_no_anchors(prompts: PromptSet, tmp_path: Path) -> None:
+    acts = collect_activations(tiny_subject("llama"), prompts, request=ProbeRequest(contrast_modules=[PATH]))
+    save_activations(acts, tmp_path)
+    loaded = load_activations(tmp_path)
+    assert_same(acts, loaded)
+    for name in ("difference", "whitened", "share"):
+        assert torch.equal(getattr(loaded.contrasts[PATH], name), getattr(acts.contrasts[PATH], name))
+    assert not loaded.outputs
