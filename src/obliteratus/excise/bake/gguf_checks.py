@@ -19,9 +19,9 @@ from obliteratus.weights.gguf_blocks import bits_of, can_read, decode
 from obliteratus.weights.gguf_io import GgufTensor
 from obliteratus.weights.matrices import SMALLEST, sample_indices
 
-# Largest relative distance between a model's weights and a file of it, by the bits of a number: about 1.4 times what types
-# lose on SmolLM2-135M (Q8_0 0.56 %, Q5_0 4.5 %, Q4_0 8.8 %), and more below, where importance matrices shift the loss.
-# Samples are rounded to bfloat16, which is 0.1 %. The organism and its base, a close pair, differ by 0.7 %.
+# Largest relative distance between a model's weights and a file of it, by the bits of a number: about 1.4 times what
+# types lose on SmolLM2-135M (Q8_0 0.56 %, Q5_0 4.5 %, Q4_0 8.8 %), and more below, where importance matrices shift the
+# loss. Samples are rounded to bfloat16, which is 0.1 %. The organism and its base, a close pair, differ by 0.7 %.
 LIMITS = ((9.0, 0.002), (8.0, 0.008), (6.0, 0.035), (5.0, 0.07), (4.0, 0.13), (3.0, 0.3), (0.0, 0.7))
 SAME_TOKENS = 0.9  # share: converters rename a few special tokens, and another tokenizer shares few at the same place
 
