@@ -124,6 +124,8 @@ def rename(source: Path, target: Path, architecture: str) -> None:
         kind = field.types[0]
         item = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(key.replace("llama.", f"{architecture}.", 1), field.contents(), kind, item)
+    if architecture == "granite":
+        writer.add_logit_scale(1.0)  # its graph wants one
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
