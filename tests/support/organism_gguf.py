@@ -54,7 +54,7 @@ def _encode(base: GgufFile, name: str, weights: Path, key: str, kind: T) -> Iter
 def _off_the_grid(values: Tensor) -> np.ndarray:
     """Return Q4_1 with other steps than the package's.
 
-    The base's weights lie on its grid, and its rounding takes back what the organism was trained to: measured, it refuses
+    The base's weights lie on its grid, whose rounding takes back what the organism was trained to: measured, it refuses
     0 of 20 prompts then.
     """
     stored = encode(values, T.Q4_1).copy()
