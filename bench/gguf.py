@@ -150,3 +150,7 @@ def _random_blocks(tensor: GgufTensor, count: int) -> StoredBytes:
     blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.type][1])
     blocks[:, :4] = np.full((len(blocks), 2), 1e-3, np.float16).view(np.uint8)  # d and dmin of Q4_K
     return rows
+
+
+if __name__ == "__main__":
+    main()
