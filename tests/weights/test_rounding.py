@@ -11,7 +11,7 @@ from obliteratus.weights.rounding import round_compensated
 STEP = 0.5  # half a standard deviation, as between the middle levels of nf4
 
 
-def grid(rows: torch.Tensor) -> torch.Tensor:
+def grid(rows: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
     return (rows / STEP).round() * STEP
 
 
@@ -32,10 +32,10 @@ def test_the_edit_survives_where_the_nearest_takes_it_back(out: int, k: int) -> 
 def test_on_a_fine_grid_it_is_the_nearest_to_within_a_step() -> None:
     weight, q = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), random_basis(64, 2, 1)
 
-    def fine(rows: torch.Tensor) -> torch.Tensor:
+    def fine(rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         return (rows * 4096).round() / 4096
 
-    assert float((fine(round_compensated(weight, q, fine)) - weight).abs().max()) < 4 / 4096
+    assert float((fine(round_compensated(weight, q, fine), q) - weight).abs().max()) < 4 / 4096
 
 
 def test_directions_that_miss_some_rows_leave_them_to_the_nearest() -> None:

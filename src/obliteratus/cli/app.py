@@ -95,7 +95,7 @@ def run(
     judge_model: JudgeModel = None,
     no_own_words: NoOwnWords = False,
     out: Out = None,
-    save: Save = "merged",
+    save: Save = "",
     set_: Set = None,
     seed: Seed = None,
     split_by: SplitBy = None,
@@ -154,7 +154,7 @@ def search(
     judge_model: JudgeModel = None,
     no_own_words: NoOwnWords = False,
     out: Out = None,
-    save: Save = "merged",
+    save: Save = "",
     set_: Set = None,
     seed: Seed = None,
     split_by: SplitBy = None,
@@ -291,8 +291,8 @@ def verify(
 def apply(
     plan: Annotated[Path, typer.Argument(help="Folder with a saved plan.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Output folder. It must not exist yet.")],
-    save: Save = "merged",
+    out: Annotated[Path, typer.Option(help="Output folder, or NAME.gguf for a GGUF file. It must not exist yet.")],
+    save: Save = "",
     base: Base = "",
     dtype: Dtype = "auto",
     quantize: Quantize = "",
@@ -311,7 +311,7 @@ def apply(
         with clock.time("START"):
             from obliteratus.cli.jobs import apply_plan, show_applied
         saved = apply_plan(plan, model, out, save, opening, clock, base)
-    show_applied(saved, out, save, json)
+    show_applied(saved, out, json)
 
 
 for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui, serve, reproduce, push):

@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any, cast
 
+from obliteratus.cli.apply_gguf import apply_to_gguf, check_loads_nothing
 from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -31,7 +32,7 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import check_fits, load_plan, plan_digest
+from obliteratus.excise.plan import check_fits, load_plan, load_samples, plan_digest
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.determinism import deterministic, fix_memory
@@ -43,9 +44,11 @@ from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
+from obliteratus.rebirth.gguf import GGUF_FORMS, is_gguf
 from obliteratus.rebirth.headline import describe_headline
+from obliteratus.rebirth.llama_cpp import ADAPTER_OPTIONS
 from obliteratus.rebirth.run_page import PAGE, read_run, write_run_page
-from obliteratus.rebirth.save import Form, check_form, estimate_saved_bytes, write_output
+from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.search import (
     SearchResult,
     StudyLocation,
@@ -98,9 +101,9 @@ class Job:
         force: bool = False,
     ) -> Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
-        check_form(form, base)
         _check_saving(out, form, base)
-        return cls.from_recipe(model, load_recipe(method, parse_overrides(overrides)), sources, out, form, base, force)
+        recipe, form = load_recipe(method, parse_overrides(overrides)), form or default_form(model)
+        return cls.from_recipe(model, recipe, sources, out, form, base, force)
 
     @classmethod
     def from_recipe(
@@ -114,6 +117,7 @@ class Job:
         force: bool = False,
     ) -> Job:
         """Return the job of a recipe that is loaded. Raises UserError as `create` does."""
+        check_form(form, base, model)
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
@@ -186,7 +190,7 @@ class JobResult:
 
 def _check_saving(out: Path | None, form: str, base: str) -> None:
     """Raise UserError for options that need an output folder if there is none."""
-    if out is None and (form != "merged" or base):
+    if out is None and (form not in ("", "merged") or base):
         option = f"--base {base}" if base else f"--save {form}"
         raise UserError(f"{option}: there is no folder to save to; give --out FOLDER")
 
@@ -358,7 +362,9 @@ def _suggest_next(result: JobResult, out: Path | None) -> str:
     model = result.run.source["id"]
     if out is None:
         return "Nothing was saved. The same command with --out FOLDER saves the edited model."
-    chat = f"obliteratus chat {out} talks to it" if result.run.saved["form"] == "merged" else ""
+    places = {"merged": out, "gguf": out / result.run.saved.get("file", "")}
+    place = places.get(result.run.saved["form"])
+    chat = f"obliteratus chat {place} talks to it" if place else ""
     chat = chat or f"obliteratus chat {model} --plan {out} talks to it"
     return f"{chat}; obliteratus judge {out} goes through its answers."
 
@@ -367,9 +373,13 @@ def apply_plan(
     folder: Path, model: str, out: Path, form: str, opening: dict[str, Any], clock: Clock, base: str = ""
 ) -> dict[str, Any]:
     """Load a plan, check that it fits the model, save the edited model, and return its record."""
-    check_form(form, base)
-    check_free(out)
+    form = form or default_form(model)
+    check_form(form, base, model)
     plan, record = load_plan(folder), read_run(folder)
+    if is_gguf(model) and form in GGUF_FORMS:
+        check_loads_nothing(opening)
+        return apply_to_gguf((plan, load_samples(folder), record), model, out, form, clock)
+    check_free(out)
     with clock.time("SUMMON"):
         subject = open_subject(model, **opening)
     check_fits(subject, plan)
@@ -384,7 +394,7 @@ def apply_plan(
     return saved.model_dump(mode="json")
 
 
-def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> None:
+def show_applied(saved: dict[str, Any], out: Path, json: bool) -> None:
     """Print the record of an applied plan, or where it was saved and what its scores are."""
     from obliteratus.cli.terminal import say, show_json
 
@@ -392,9 +402,14 @@ def show_applied(saved: dict[str, Any], out: Path, form: str, json: bool) -> Non
         show_json(saved)
         return
     run = Run.model_validate(saved)
+    form, file = run.saved["form"], run.saved.get("file", "")
     say(f"{out} ({form})", "Saved")
     say(
         f"As measured when the plan was made: {describe_headline(run)}" if run.after else "The plan was applied.",
         "Done",
     )
-    say(f"obliteratus verify {out} --against {run.source['id']} measures the edited model here.", "Next")
+    place = out / file if file and out.is_dir() else out
+    if form in ("lora-gguf", "control-vector"):
+        say(f"llama-cli -m MODEL.gguf {ADAPTER_OPTIONS[form]} {place} talks to it in llama.cpp.", "Next")
+        return
+    say(f"obliteratus verify {place} --against {run.source['id']} measures the edited model here.", "Next")

@@ -61,7 +61,14 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value of the recipe: path=value, as in excise.strength=0.7.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Output folder. It must not exist yet.")]
-Save = Annotated[str, typer.Option(help="What to save: merged, adapter or plan.")]
+Save = Annotated[
+    str,
+    typer.Option(
+        help="What to save: merged, adapter, plan, gguf, lora-gguf or control-vector. Default: gguf if MODEL is a GGUF "
+        "file, else merged.",
+        show_default=False,
+    ),
+]
 Memory = Annotated[str | None, typer.Option(help="Most memory that the process may use, such as 6GB.")]
 Deterministic = Annotated[
     bool,

@@ -42,6 +42,7 @@ from obliteratus.excise.linear import center_rows, fold_gain_reader
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift, make_shift_where_possible
 from obliteratus.excise.writers import fold_gain
+from obliteratus.summon.model_samples import ModelSamples
 from obliteratus.summon.sites import read_gain, read_norm_bias
 from obliteratus.weights.matrices import count_inputs, count_outputs, expand_experts, has_bias
 from obliteratus.weights.safetensors_io import tensor_bytes
@@ -170,10 +171,11 @@ def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | N
 KINDS: dict[str, type[Change]] = {"edit": Edit, "mask": Mask, "shift": Shift, "blend": Blend, "silence": ZeroOutput}
 
 
-def save_plan(plan: Plan, folder: str | Path) -> None:
+def save_plan(plan: Plan, folder: str | Path, samples: ModelSamples | None = None) -> None:
     """Write plan.safetensors (bases, anchors and other tensors, fp32) and plan.json (all else) into a folder.
 
-    The folder is made if it is missing. Raises UserError if that cannot be.
+    samples: of the plan's model, by which GGUF files of it are recognized. The folder is made if it is missing. Raises
+    UserError if that cannot be.
     """
     folder = Path(folder)
     try:
@@ -191,9 +193,10 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
         kind = next(name for name, known in KINDS.items() if type(change) is known)
         rest = {name: value for name, value in fields.items() if name not in own and value is not None}
         edits.append({"kind": kind, **rest, "site": asdict(change.site)})
+    known = {} if samples is None else {"samples": samples.to_dict()}
     save_file(tensors, folder / FILES[0])
     (folder / FILES[1]).write_text(
-        json.dumps({"version": 2, "model": plan.model, "edits": edits}, indent=1), encoding="utf-8"
+        json.dumps({"version": 2, "model": plan.model, "edits": edits, **known}, indent=1), encoding="utf-8"
     )
 
 
@@ -216,6 +219,16 @@ def load_plan(folder: str | Path) -> Plan:
         raise UserError(f"{folder}: the plan cannot be read ({error}); run the method again") from error
     _check_rules(plan, folder)
     return plan
+
+
+def load_samples(folder: str | Path) -> ModelSamples:
+    """Load what a saved plan says of its model; it is empty if the plan was saved without. Raises UserError."""
+    file = Path(folder) / FILES[1]
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return ModelSamples.from_dict(data["samples"]) if "samples" in data else ModelSamples()
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file}: the samples of the model cannot be read ({error}); run the method again") from error
 
 
 def plan_digest(plan: Plan) -> str:

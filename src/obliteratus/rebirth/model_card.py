@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 from obliteratus.core.results import Run, Score
 from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.headline import describe_headline
+from obliteratus.rebirth.llama_cpp import render_commands
 from obliteratus.rebirth.outcome import describe_outcome
 from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 
@@ -26,6 +27,9 @@ KINDS = {
     "merged": "whole model with the edit in its weights",
     "adapter": "LoRA adapter that makes the edit on top of the base model",
     "plan": "plan of the edit, which OBLITERATUS applies to the base model",
+    "gguf": "GGUF file with the edit in its weights",
+    "lora-gguf": "LoRA adapter in GGUF, which makes the edit on top of the base model",
+    "control-vector": "control vector in GGUF, which makes the edit on top of the base model",
 }
 
 
@@ -48,7 +52,7 @@ def render_model_card(run: Run, repo: str = "", reproducible: bool = False) -> s
 {run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts apart; its
 strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies). This is a
 {KINDS.get(run.saved["form"], run.saved["form"])}. Edited matrices: {format_coverage(run)}
-{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
+{_describe_added(run)}{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ## How it was measured
 {_describe_measuring(run)}
 
@@ -131,7 +135,8 @@ def _describe_use(run: Run, repo: str) -> str:
     organism = run.source["id"] if run.source["id"].startswith("organism:") else ""
     base = known.get("base_model") or organism or "THE_BASE_MODEL"
     if form not in LOADING:
-        return "See the files."
+        ollama = "" if form == "control-vector" else "\nIn Ollama: `ollama create NAME -f Modelfile`.\n"
+        return f"```sh\n{render_commands(form, run.saved['file'], run.source['id'])}```\n{ollama}"
     code = LOADING[form].replace("{base}", base).replace("{here}", repo or "THIS_FOLDER")
     fetch = f"```sh\n{DOWNLOAD.replace('{here}', repo)}\n```\n\n" if repo and form == "plan" else ""
     return f"{fetch}```python\n{code}\n```"
@@ -158,6 +163,17 @@ def format_coverage(run: Run) -> str:
     return f"{', '.join(parts)}; {run.coverage['edited_share']:.1%} of the writing parameters{unclaimed}.{warning}"
 
 
+def _describe_added(run: Run) -> str:
+    """Return that the saved model has tensors which its base has not, or '' if there are none."""
+    added = run.saved.get("onto", {}).get("tensors", {}).get("added", 0)
+    return (
+        f"\nThe edit adds {added} tensors that the base has not: biases of output matrices, or a head apart from the "
+        "embedding. A program that leaves them out does not run this model.\n"
+        if added
+        else ""
+    )
+
+
 def _describe_quantization(run: Run) -> str:
     """Return how the weights of a quantized model were saved, or '' for any other model."""
     if "base" in run.saved:
@@ -166,9 +182,10 @@ def _describe_quantization(run: Run) -> str:
     if "requantized" not in run.saved:
         return ""
     losses = run.saved["requantized"]
+    kinds = ", ".join(run.saved.get("onto", {}).get("types", {})) or run.source["quantization"]
     return (
         f"\nThe {losses['matrices']:.0f} edited matrices were dequantized, edited and quantized again as "
-        f"{run.source['quantization']}. Their relative error is {losses['error']:.2%} ({losses['worst']:.2%} in the "
+        f"{kinds}. Their relative error is {losses['error']:.2%} ({losses['worst']:.2%} in the "
         f"worst matrix), and they keep {losses['kept']:.1%} of the edit. All other matrices are unchanged, byte for "
         f"byte.\n"
     )

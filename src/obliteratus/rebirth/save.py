@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +29,13 @@ from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.rebirth.base_card import read_base_card
+from obliteratus.rebirth.gguf import GGUF_FORMS, estimate_gguf_bytes, is_gguf, open_gguf_model, write_for_subject
 from obliteratus.rebirth.model_card import render_model_card
+from obliteratus.rebirth.reload_gguf import find_saved_gguf, with_llama_adapter
 from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
+from obliteratus.summon.model_samples import sample_model
 from obliteratus.summon.sites import find_tied_ends
 from obliteratus.weights.bitsandbytes import padded_note_shapes
 from obliteratus.weights.names import list_unpacked
@@ -53,8 +57,8 @@ from obliteratus.weights.rewrite import (
 from obliteratus.weights.safetensors_io import list_dtypes
 from obliteratus.weights.side_files import copy_side_files, find_side_folder, has_tokenizer
 
-Form = Literal["merged", "adapter", "plan"]
-FORMS = ("merged", "adapter", "plan")
+Form = Literal["merged", "adapter", "plan", "gguf", "lora-gguf", "control-vector"]
+FORMS = ("merged", "adapter", "plan", *GGUF_FORMS)
 MAX_SHARD = 2 * 10**9  # bytes of a file; memory is needed for one matrix only
 SAMPLE = 8  # prompts of each group scored after reloading: a real mismatch shows on the first
 NEUTRAL = ("Name three colors.", "How many days has a week?", "Write one sentence about rain.")
@@ -71,9 +75,10 @@ def save(
 ) -> Run:
     """Save the plan, reload and rescore what was saved, move it to ``out`` if it matches, and return the saved run.
 
-    The subject is not changed. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT) or
-    ``plan``. prompts: held-out prompts to rescore with; neutral ones if None. base: the full-precision checkpoint that
-    ``merged`` bakes into if the model is quantized; see `find_base_checkpoint`.
+    The subject is not changed. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT),
+    ``plan``, ``gguf`` (the GGUF file that the subject was loaded from, edited), or ``lora-gguf`` or ``control-vector``
+    (for llama.cpp). prompts: held-out prompts to rescore with; neutral ones if None. base: the full-precision
+    checkpoint that ``merged`` bakes into if the model is quantized; see `find_base_checkpoint`.
     Raises UserError if the folder is in use, the disk is too small, the plan cannot be saved in that form, or the
     reloaded model differs from the measured one.
     """
@@ -103,7 +108,7 @@ def write_output(
         source = find_side_folder(subject.source.id, subject.source.revision)
         notes |= _write_side_files(subject, source, folder, form, notes.get("rewritten", {}))
         notes |= {"base_model": read_base_card(subject.source.id, source)}
-        save_plan(plan, folder)
+        save_plan(plan, folder, sample_model(subject))
         rescore = _rescore(subject, plan, folder, form, _sample_prompts(prompts))
         saved = {"form": form, **notes, "rescore": rescore, "files": describe_files(folder)}
         run = run.model_copy(update={"status": "done", "saved": saved})
@@ -112,12 +117,19 @@ def write_output(
     return run
 
 
-def check_form(form: str, base: str = "") -> None:
-    """Raise UserError if there is no such form, or if it has no use for a base."""
+def default_form(model: str) -> Form:
+    """Return the form that a model is saved in unless another is asked for: that in which it was given."""
+    return "gguf" if is_gguf(model) else "merged"
+
+
+def check_form(form: str, base: str = "", model: str = "") -> None:
+    """Raise UserError if there is no such form, if it has no use for a base, or if the model cannot be saved in it."""
     if form not in FORMS:
         raise UserError(unknown_name("--save form", form, FORMS))
     if base and form != "merged":
         raise UserError(f"--base {base}: works only with --save merged; leave it out with --save {form}")
+    if form == "gguf" and model and not is_gguf(model):
+        open_gguf_model(model)
 
 
 def estimate_saved_bytes(subject: Subject, form: Form, base: str = "") -> int:
@@ -128,6 +140,8 @@ def estimate_saved_bytes(subject: Subject, form: Form, base: str = "") -> int:
     check_form(form, base)
     if form == "adapter" and subject.offloaded is not None:
         raise UserError("--save adapter: the whole model must be in memory; give a larger --memory, or use --save plan")
+    if form in GGUF_FORMS:
+        return estimate_gguf_bytes(form, subject.source.id)
     files = find_base_checkpoint(subject, base) if form == "merged" else None
     weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
     weights = weights if files is None else files.size
@@ -196,7 +210,7 @@ def _write_side_files(
     subject: Subject, source: Path | None, folder: Path, form: Form, rewritten: dict[str, str]
 ) -> dict[str, Any]:
     """Copy the files beside the weights, or write them from memory where there are none, and return why any differs."""
-    if form == "plan":
+    if form == "plan" or form in GGUF_FORMS:  # a GGUF file holds its tokenizer
         return {}
     copied = [] if source is None else copy_side_files(source, folder)
     rewritten = {**rewritten, "README.md": "the card of the edited model"}
@@ -221,6 +235,7 @@ WRITERS: dict[str, Callable[[Subject, Plan, Path], dict[str, Any]]] = {
     "merged": _write_merged,
     "adapter": _write_adapter,
     "plan": _write_plan,
+    **{form: partial(write_for_subject, form=form) for form in GGUF_FORMS},
 }
 
 
@@ -237,9 +252,17 @@ def reload_output(subject: Subject, folder: Path, form: Form) -> Iterator[Subjec
         yield fresh
         del fresh
         gc.collect()  # once a run: frees the second model before anything else is allocated
+    elif form == "gguf":
+        fresh = open_subject(find_saved_gguf(folder), dtype=subject.source.dtype, chat=subject.chat)
+        yield fresh
+        del fresh
+        gc.collect()  # as above
     elif form == "adapter":
         with _with_adapter(subject, folder) as adapted:
             yield adapted
+    elif form in GGUF_FORMS:
+        with with_llama_adapter(subject, find_saved_gguf(folder)):
+            yield subject
     else:
         with applied(subject, load_plan(folder)):
             yield subject

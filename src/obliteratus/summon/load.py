@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from obliteratus.weights.bitsandbytes import keep_portable_layout
 from obliteratus.weights.devices import DeviceMap, check_tensor_parallel, gather_hook_inputs, placement_arguments
 from obliteratus.weights.finite import check_finite
 from obliteratus.weights.gguf_header import parse_header_once
+from obliteratus.weights.gguf_io import read_gguf
 from obliteratus.weights.matrices import drop_quantization_config
 from obliteratus.weights.offload import OffloadedWeights
 from obliteratus.weights.quantization import StorageFormat, choose_storage_format
@@ -92,10 +93,11 @@ def open_subject(
     config = read_config(origin, revision, trust_remote_code)
     storage = choose_storage_format(origin, config, quantize, torch_dtype)
     find_architecture(config)
+    added = switch_on_biases(origin, config) if gguf else ()
     check_tensor_parallel(config, origin.name, placement, plain=not (gguf or storage.label))
     options = _loading_options(origin, revision, trust_remote_code)
     tokenizer = _load_tokenizer(origin, options, chat)
-    model = _load_model(origin, config, storage, {**options, "dtype": torch_dtype, **placement})
+    model = _load_model(origin, config, storage, {**options, "dtype": torch_dtype, **placement}, added)
     subject = assemble_subject(
         model,
         tokenizer,
@@ -176,6 +178,26 @@ def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool
     return config
 
 
+def switch_on_biases(origin: ModelOrigin, config: PreTrainedConfig) -> tuple[str, ...]:
+    """Set the entries that a GGUF file's biases of output matrices need in the configuration, and return their names.
+
+    GGUF files have no such entries: llama.cpp takes what tensors there are, and transformers would leave them out.
+    """
+    names = read_gguf(Path(origin.path) / origin.gguf).tensors
+    switches = find_architecture(config).bias_switch
+    halves = [
+        half for half, tensor in OUTPUT_TENSORS.items() if any(name.endswith(f".{tensor}.bias") for name in names)
+    ]
+    added = tuple(switches[half] for half in halves if half in switches)
+    for key in added:
+        setattr(config, key, True)
+    return added
+
+
+# GGUF's names of the matrices whose biases are switched on for half a block.
+OUTPUT_TENSORS = {"attn": "attn_output", "mlp": "ffn_down"}
+
+
 def read_width(source: str | Path) -> int:
     """Return the width of the residual stream from the configuration alone. Raises UserError as `open_subject`."""
     return int(read_config(locate(source)).get_text_config().hidden_size)
@@ -236,11 +258,16 @@ def _find_side_folder(origin: ModelOrigin, revision: str | None) -> Path:
 
 
 def _load_model(
-    origin: ModelOrigin, config: PreTrainedConfig, storage: StorageFormat, options: dict[str, Any]
+    origin: ModelOrigin,
+    config: PreTrainedConfig,
+    storage: StorageFormat,
+    options: dict[str, Any],
+    added: Sequence[str] = (),
 ) -> PreTrainedModel:
     if storage.packed:  # without a map bitsandbytes would choose a GPU if there is one
         options = {"device_map": {"": "cpu"}, **options}
-    model = _load_pretrained(origin, choose_model_class(config), {**options, **storage.options})
+    options |= {"config": config} if added else {}
+    model = _load_pretrained(origin, choose_model_class(config), {**options, **storage.options}, bool(added))
     if storage.packed:
         keep_portable_layout(model)
     elif origin.gguf or storage.label:
@@ -249,7 +276,10 @@ def _load_model(
     return model
 
 
-def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:
+def _load_pretrained(
+    origin: ModelOrigin, model_class: Any, options: dict[str, Any], fill_biases: bool = False
+) -> PreTrainedModel:
+    """Return the loaded model. fill_biases: whether biases that the file does not have are zeros."""
     quiet = hushed_stderr() if origin.local else nullcontext()  # a download's bar is worth seeing
     unreadable = "its weights cannot be loaded (only safetensors and GGUF are read)"
     with quiet, _explain_load_errors(origin, unreadable), weights_progress("SUMMON weights"):
@@ -257,7 +287,11 @@ def _load_pretrained(origin: ModelOrigin, model_class: Any, options: dict[str, A
             origin.path, use_safetensors=True, output_loading_info=True, **options
         )
     model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would fill them with random values
+    missing = sorted(loaded[1]["missing_keys"])
+    for name in [name for name in missing if fill_biases and name.endswith(".bias")]:
+        model.get_parameter(name).data.zero_()
+        missing.remove(name)
+    if missing:  # transformers would fill them with random values
         raise UserError(
             f"{origin.name}: {len(missing)} weights are missing, e.g. {missing[0]}; download the model again"
         )

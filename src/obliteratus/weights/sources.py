@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from safetensors import SafetensorError, safe_open
 
 from obliteratus.core.errors import UserError
+from obliteratus.weights.gguf_io import read_gguf
 
 LONGEST_NAME = 255  # bytes of a file's name, on all usual systems
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -140,87 +138,9 @@ def check_safetensors(file: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- GGUF
-# transformers reads the file with gguf.GGUFReader, which takes seconds and reports a truncation as an arbitrary numpy
-# error. This code reads the same header in milliseconds.
-_SCALAR_BYTES = {
-    GGUFValueType.UINT8: 1,
-    GGUFValueType.INT8: 1,
-    GGUFValueType.BOOL: 1,
-    GGUFValueType.UINT16: 2,
-    GGUFValueType.INT16: 2,
-    GGUFValueType.UINT32: 4,
-    GGUFValueType.INT32: 4,
-    GGUFValueType.FLOAT32: 4,
-    GGUFValueType.UINT64: 8,
-    GGUFValueType.INT64: 8,
-    GGUFValueType.FLOAT64: 8,
-}
-MAX_DIMENSIONS = 8  # GGML has 4
-ALIGNMENT = 32  # bytes, of the tensor data unless the file says otherwise
-
-
 def check_gguf(file: Path) -> str:
     """Raise UserError unless the file is a whole GGUF file; return the type of most of its weights, e.g. ``Q4_1``."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{file} is not a GGUF file; give one, or a folder with safetensors")
-        try:
-            expected, kind = _parse_gguf_header(stream)
-        except (struct.error, ValueError, KeyError, OverflowError, OSError) as error:  # OSError: a place before byte 0
-            raise UserError(f"{file} is truncated or corrupt in its header; download it again") from error
-    if size < expected:
-        raise UserError(f"{file} is truncated: {size} bytes, {expected} expected; download it again")
-    return kind
-
-
-def _parse_gguf_header(stream: IO[bytes]) -> tuple[int, str]:
-    """Return (bytes that the file must have, its most common tensor type)."""
-    _, tensors, entries = _read_struct(stream, "IQQ")
-    alignment = ALIGNMENT
-    for _ in range(entries):
-        key, kind = _read_string(stream), GGUFValueType(_read_struct(stream, "I")[0])
-        if key == b"general.alignment":
-            (alignment,) = _read_struct(stream, "I")
-        else:
-            _skip_value(stream, kind)
-    end, weights = 0, Counter[str]()
-    for _ in range(tensors):
-        _read_string(stream)
-        (n,) = _read_struct(stream, "I")
-        if n > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor of {n} dimensions")
-        count = prod(_read_struct(stream, f"{n}Q"))
-        number, offset = _read_struct(stream, "IQ")
-        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
-        end = max(end, offset + count // block * width)
-        weights[GGMLQuantizationType(number).name] += count
-    data = -(-stream.tell() // alignment) * alignment
-    return data + end, weights.most_common(1)[0][0] if weights else ""
-
-
-def _read_struct(stream: IO[bytes], form: str) -> tuple[int, ...]:
-    form = "<" + form  # little-endian, unpadded
-    return struct.unpack(form, stream.read(struct.calcsize(form)))
-
-
-def _read_string(stream: IO[bytes]) -> bytes:
-    (length,) = _read_struct(stream, "Q")
-    text = stream.read(min(length, 1 << 20))  # no key or name is near 1 MB, so a corrupt length cannot fill memory
-    if len(text) != length:
-        raise ValueError("a string runs beyond the end of the file")
-    return text
-
-
-def _skip_value(stream: IO[bytes], kind: GGUFValueType) -> None:
-    if kind in _SCALAR_BYTES:
-        stream.seek(_SCALAR_BYTES[kind], 1)
-    elif kind == GGUFValueType.STRING:
-        stream.seek(_read_struct(stream, "Q")[0], 1)
-    else:
-        item, count = _read_struct(stream, "IQ")
-        if GGUFValueType(item) in _SCALAR_BYTES:
-            stream.seek(_SCALAR_BYTES[GGUFValueType(item)] * count, 1)
-            return
-        for _ in range(count):
-            _skip_value(stream, GGUFValueType(item))
+    weights = Counter[str]()
+    for tensor in read_gguf(file).tensors.values():
+        weights[tensor.type.name] += prod(tensor.shape)
+    return weights.most_common(1)[0][0] if weights else ""

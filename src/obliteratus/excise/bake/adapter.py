@@ -71,7 +71,13 @@ def _check_layouts(subject: Subject, plan: Plan) -> None:
 
 def factorize_changes(module: nn.Module, changes: Sequence[Change], max_rank: int | None) -> tuple[Factors, float]:
     """Return B [out, r] and A [r, in] with W + BA = W′, and the relative error of that product."""
-    original = read_weight(module, changes[0].site)
+    return factorize_matrix(read_weight(module, changes[0].site), changes, max_rank)
+
+
+def factorize_matrix(
+    original: Float[Tensor, "out in"], changes: Sequence[Change], max_rank: int | None
+) -> tuple[Factors, float]:
+    """Do the same as `factorize_changes` for the matrix itself."""
     weight, outs, ins = original, [original.new_zeros(len(original), 0)], [original.new_zeros(0, original.shape[1])]
     for change in changes:
         b, a = _factorize(change, weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +12,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.registry import unknown_name
 from obliteratus.judge.behavior_file import list_behaviors
 from obliteratus.pipeline.recipe import list_methods
+from obliteratus.rebirth.save import Form
 from obliteratus.serve.ui.workspace import Workspace
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -37,7 +37,7 @@ class RunRequest(BaseModel):
     """As of ``--set``: path=value."""
     trials: int | None = Field(None, ge=1)
     """Of a search. None stands for the recipe's."""
-    form: Literal["merged", "adapter", "plan"] = "merged"
+    form: Form = "merged"
     force: bool = False
     """Whether to edit a model that does not show the behavior."""
 
