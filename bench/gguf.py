@@ -120,7 +120,7 @@ def write_model(path: Path, kind: T, shape: Shape) -> Path:
         for tensor in placed:
             file.write(b"\0" * (start + tensor.start - file.tell()))
             for rows in _random_rows(tensor):
-                file.write(memoryview(np.ascontiguousarray(rows)).cast("B"))
+                file.write(np.ascontiguousarray(rows).data.cast("B"))
     return path
 
 

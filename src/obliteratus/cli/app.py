@@ -309,7 +309,7 @@ def apply(
     opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
-            from obliteratus.cli.jobs import apply_plan, show_applied
+            from obliteratus.cli.apply import apply_plan, show_applied
         saved = apply_plan(plan, model, out, save, opening, clock, base)
     show_applied(saved, out, json)
 

@@ -195,4 +195,4 @@ def _by_block(stored: StoredBytes, kind: T) -> StoredBytes:
 
 def _count_values(stored: StoredBytes, kind: T) -> int:
     block, size = GGML_QUANT_SIZES[kind]
-    return stored.shape[1] // size * block
+    return int(stored.shape[1]) // size * block

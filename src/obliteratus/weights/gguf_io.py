@@ -118,7 +118,7 @@ class GgufFile:
         found = np.empty((count, size), np.uint8)
         if not found.size:
             return found
-        view, done = memoryview(found).cast("B"), 0
+        view, done = found.data.cast("B"), 0
         while done < len(view):
             read = os.preadv(self._descriptor.fileno(), [view[done:]], self.data + tensor.start + start + done)
             if not read:

@@ -34,7 +34,7 @@ def rewrite_gguf(source: GgufFile, target: Path, edits: Mapping[str, Bytes], cha
                 reader.skip(source.data + source.tensors[tensor.name].start - opened.tell())
                 reader.copy(out, tensor.size)
                 continue
-            size = sum(out.write(memoryview(piece).cast("B")) for piece in edits[tensor.name]())
+            size = sum(out.write(piece.data.cast("B")) for piece in edits[tensor.name]())
             if size != tensor.size:
                 raise ValueError(f"{tensor.name} takes {tensor.size} bytes, but its pieces take {size}")
         out.write(PAD * (-written % source.alignment))

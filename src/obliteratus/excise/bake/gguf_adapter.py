@@ -96,7 +96,7 @@ def count_permuted_heads(subject: Subject, site: Site) -> int:
             f"--save lora-gguf does not know the order of {site.path}'s outputs in '{kind}' GGUF files; take attn.in "
             "out of excise.parts"
         )
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads: dict[str, int] = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(site.path.rpartition(".")[2], 0)
 
 
