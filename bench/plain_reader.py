@@ -38,7 +38,7 @@ def answer(model: Any, rows: list[list[int]], tokens: int) -> tuple[np.ndarray, 
     return found.logits[0].float().log_softmax(-1).numpy(), found.sequences[:, longest:].numpy()
 
 
-def main(spec: Path, out: Path) -> None:
+def answer_groups(spec: Path, out: Path) -> None:
     """Answer the rows of each group of the specification."""
     asked = json.loads(spec.read_text(encoding="utf-8"))
     model = load(asked["model"], asked["adapter"])
@@ -49,4 +49,4 @@ def main(spec: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    answer_groups(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -95,7 +95,7 @@ def as_theirs(results: TaskResults) -> dict[str, Any]:
 def test_memory_changes_no_result(files: dict[str, str]) -> None:
     subject, tasks = shared_subject("llama"), load(files, *KINDS)
     whole = run_tasks(subject, tasks)
-    with memory_limit(1):
+    with memory_limit(1.0):
         check_equal(run_tasks(subject, tasks), as_theirs(whole))
 
 

@@ -162,6 +162,27 @@ def test_a_missing_older_name_would_be_another_model(saved: dict[str, Saved], tm
     assert np.abs(found - saved["qwen3, packed"].logits).max() > 1e-3
 
 
+def test_names_that_the_source_lacks_are_added(saved: dict[str, Saved], tmp_path: Path) -> None:
+    """A folder as transformers 5 saves it, without the older names; and how 4.57 then reads the result."""
+    one = saved["llama, merged"]
+    assert one.source is not None
+    source = tmp_path / "source"
+    shutil.copytree(one.source, source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]
+    config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    subject = open_subject(str(source), dtype="float32")
+    plan = random_plan(subject, WRITERS)
+    run = save(subject, plan, run_of(subject), tmp_path / "out", "merged")
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["rope_theta"] == theta
+    assert "older names" in run.saved["rewritten"]["config.json"]
+    with applied(subject, plan):
+        ours = read_ours(subject)
+    (found,) = read_logits(tmp_path / "logits.npz", [tmp_path / "out"]).values()
+    np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama, merged", "llama, hub", "llama, adapter", "llama, gguf"])
 def test_the_card_names_a_base_on_the_hub_or_none(name: str, saved: dict[str, Saved]) -> None:
     from huggingface_hub import ModelCard

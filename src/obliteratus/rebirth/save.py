@@ -42,6 +42,7 @@ from obliteratus.weights.names import list_unpacked
 from obliteratus.weights.portable import (
     add_older_names,
     change_config,
+    complete_config,
     find_text_key,
     make_tokenizer_portable,
     read_json,
@@ -192,7 +193,7 @@ def _write_config(subject: Subject, config: Any, changes: Mapping[str, Any], fol
     config.save_pretrained(folder)
     made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     source = find_side_folder(subject.source.id, subject.source.revision)
-    own = add_older_names(made, config) if source is None else read_json(source / "config.json")
+    own = add_older_names(made, config) if source is None else complete_config(read_json(source / "config.json"))
     for key in STORAGE:
         own.pop(key, None)
     own |= {key: made[key] for key in STORAGE if key in made}

@@ -49,6 +49,15 @@ def add_older_names(made: Mapping[str, Any], config: Any) -> Config:
     return _add_older_rope({**made, **nested}) | aliases
 
 
+def complete_config(config: Mapping[str, Any]) -> Config:
+    """Return a configuration file's entries with those of rotary embeddings that release 4 reads, at every level.
+
+    Release 5 writes files without them when it saves a model. Entries that the file has stay as they are.
+    """
+    nested = {key: complete_config(value) for key, value in config.items() if isinstance(value, dict)}
+    return {**_add_older_rope(config), **config, **nested}
+
+
 def _add_older_rope(config: Mapping[str, Any]) -> Config:
     """Return a configuration with ``rope_theta``, ``rope_scaling`` and their like beside ``rope_parameters``."""
     rope = config.get("rope_parameters")

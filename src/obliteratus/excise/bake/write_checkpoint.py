@@ -23,7 +23,7 @@ from obliteratus.excise.change import edit_module_weight, fill_donor_means_from,
 from obliteratus.excise.plan import plan_digest
 from obliteratus.weights.checkpoint import Checkpoint
 from obliteratus.weights.matrices import convert_to_stored, has_bias, read_weight
-from obliteratus.weights.portable import change_config, find_text_key, write_json
+from obliteratus.weights.portable import change_config, complete_config, find_text_key, read_json, write_json
 from obliteratus.weights.rewrite import FinishedFiles, copy_file, rewrite_file
 from obliteratus.weights.safetensors_io import Pieces
 from obliteratus.weights.sources import INDEX, WHOLE
@@ -47,13 +47,12 @@ def bake_into_checkpoint(base: BaseCheckpoint, plan: Plan, folder: Path) -> dict
             copies += not own
             advance(_megabytes(file))
     _write_index(files, edits, folder)
-    _write_config(base, edits.config, folder)
+    rewritten = _write_config(base, edits.config, folder)
     counts = {"edited": len(edits.tensors.keys() - edits.added.keys()), "added": len(edits.added)}
     record: dict[str, Any] = {
         "onto": {"name": files.name, "files": len(files.shards), "copied": copies, "tensors": counts}
     }
-    changed = ", ".join(sorted(edits.config))
-    record |= {"rewritten": {"config.json": f"the edit needs other values of {changed}"}} if changed else {}
+    record |= {"rewritten": {"config.json": rewritten}} if rewritten else {}
     return record | ({"base": files.name} if base.quantized else {})
 
 
@@ -231,11 +230,18 @@ def _write_index(files: Checkpoint, edits: TensorEdits, folder: Path) -> None:
     write_json(folder / INDEX, index)
 
 
-def _write_config(base: BaseCheckpoint, changes: Mapping[str, bool], folder: Path) -> None:
-    """Copy the configuration with the edit's entries: keys that transformers does not know survive."""
+def _write_config(base: BaseCheckpoint, changes: Mapping[str, bool], folder: Path) -> str:
+    """Copy the configuration with the edit's entries and those that release 4 reads, and return why it is another file.
+
+    Keys that transformers does not know survive.
+    """
     source = base.files.folder / "config.json"
-    if not changes:
+    data = read_json(source)
+    complete = complete_config(data)
+    reasons = [f"the edit needs other values of {', '.join(sorted(changes))}"] if changes else []
+    reasons += ["transformers 4 reads rotary embeddings by older names"] if complete != data else []
+    if reasons:
+        write_json(folder / "config.json", change_config(complete, find_text_key(base.subject.model.config), changes))
+    else:
         copy_file(source, folder / "config.json")
-        return
-    data = json.loads(source.read_text(encoding="utf-8"))
-    write_json(folder / "config.json", change_config(data, find_text_key(base.subject.model.config), changes))
+    return "; ".join(reasons)
