@@ -168,11 +168,11 @@ def test_names_that_the_source_lacks_are_added(saved: dict[str, Saved], tmp_path
     assert one.source is not None
     source = tmp_path / "source"
     shutil.copytree(one.source, source)
+    subject = open_subject(source, dtype="float32")
+    subject.model.config.save_pretrained(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]
-    config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
-    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    subject = open_subject(str(source), dtype="float32")
+    assert "rope_theta" not in config
+    theta = config["rope_parameters"]["rope_theta"]
     plan = random_plan(subject, WRITERS)
     run = save(subject, plan, run_of(subject), tmp_path / "out", "merged")
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["rope_theta"] == theta
