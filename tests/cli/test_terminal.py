@@ -34,7 +34,7 @@ COMMANDS = {
     "methods": "methods",
     "behaviors": "behaviors",
     "inspect": "inspect {model}",
-    "run": "run {model} {prompts} --out {out}",
+    "run": "run {model} {prompts} --set weigh.0.low=0 --out {out}",  # the refuser refuses in an early block
     "informed": "run {model} {prompts} --method informed",
     "tuned": "run {model} {prompts} --method tuned --set tune.steps=6",
     "search": "search {model} {prompts} --trials 6 --set search.fluency_limit=1e9 --out {out} --save plan",

@@ -97,7 +97,10 @@ class Job:
         force: bool = False,
     ) -> Job:
         """Check a request and return it as a job. Raises UserError for anything in it that cannot work."""
-        recipe, form = load_recipe(method, parse_overrides(overrides)), form or default_form(model)
+        asked, form = form, form or default_form(model)
+        check_form(form, base, model)
+        _check_saving(out, asked, base)
+        recipe = load_recipe(method, parse_overrides(overrides))
         return cls.from_recipe(model, recipe, sources, out, form, base, force)
 
     @classmethod
@@ -113,7 +116,6 @@ class Job:
     ) -> Job:
         """Return the job of a recipe that is loaded. Raises UserError as `create` does."""
         check_form(form, base, model)
-        _check_saving(out, form, base)
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)

@@ -141,6 +141,8 @@ def _edit(
     basis, covectors = fold_gain(subject, site, rows, oblique)
     if options.least_change:
         covectors = choose_covectors(basis, covectors, acts.contrasts[site.path])
+        if not covectors.any():  # the groups do not differ in what it writes
+            return None
     anchor = acts.outputs[site.path] if options.anchored else None
     return Edit(site, basis.contiguous(), strength, options.norm, anchor, covectors)
 

@@ -25,22 +25,29 @@ class EditParameter:
     basis: Float[Tensor, "k width"]
     """Unconstrained rows. `constrained_rows` turns them into those of an edit."""
     covectors: Float[Tensor, "k width"] | None
-    gain: Float[Tensor, "k k"] | None = None
-    """A Bᵀ of the edit that they started from, which is I in an oblique projection."""
 
     def constrained_rows(self) -> tuple[Float[Tensor, "k width"], Float[Tensor, "k width"]]:
-        """Return (B, A): B orthonormal and A = B; otherwise A Bᵀ stays as it was, as does the length of B's rows."""
-        if self.covectors is None or self.gain is None:
+        """Return (B, A): B orthonormal and A = B; for oblique projections A Bᵀ = I. Covectors of least change are free.
+        Rows of B that were not orthonormal keep their length."""
+        if self.covectors is None:
             basis = _orthonormalize(self.basis)
             return basis, basis
         basis = _orthonormalize(self.basis) if self.started_orthonormal else self._restore_lengths()
-        return basis, self.gain @ torch.linalg.solve(self.covectors @ basis.T, self.covectors)
+        if not self.started_as_projection:
+            return basis, self.covectors
+        return basis, torch.linalg.solve(self.covectors @ basis.T, self.covectors)
 
     @property
     def started_orthonormal(self) -> bool:
         """Whether the edit's rows are orthonormal. Those of oblique edits before a norm gain are not."""
         gram = self.edit.basis.double() @ self.edit.basis.double().T
         return torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-4)  # fp32 rows are, to about 1e-6
+
+    @property
+    def started_as_projection(self) -> bool:
+        """Whether A Bᵀ = I in the edit that they started from."""
+        product = self.edit.along.double() @ self.edit.basis.double().T
+        return torch.allclose(product, torch.eye(len(product), dtype=product.dtype), atol=1e-3)
 
     def _restore_lengths(self) -> Float[Tensor, "k width"]:
         length = self.edit.basis.to(self.basis).norm(dim=1, keepdim=True)
@@ -134,6 +141,4 @@ def _make_parameter(edit: Edit, device: torch.device, train_rows: bool, train_st
 
     covectors = None if edit.covectors is None else parameter(edit.covectors, train_rows)
     strength = parameter(torch.tensor(edit.strength), train_strength)
-    basis = parameter(edit.basis, train_rows)
-    gain = None if covectors is None else (covectors @ basis.T).detach()
-    return EditParameter(edit, strength, basis, covectors, gain)
+    return EditParameter(edit, strength, parameter(edit.basis, train_rows), covectors)

@@ -248,8 +248,11 @@ def test_what_is_not_touched_is_byte_for_byte_what_it_was(tmp_path: Path) -> Non
     made = sums(tmp_path / "out")
     untouched = [f.name for f in shards(folder) if site.parameter not in read_header(f).entries]
     assert len(untouched) == len(shards(folder)) - 1 == run.saved["onto"]["copied"]
-    kept = [*untouched, INDEX, "config.json", "LICENSE", "modeling_own.py", "vocab.txt"]
+    kept = [*untouched, INDEX, "LICENSE", "modeling_own.py", "vocab.txt"]
     assert {name: made[name] for name in kept} == {name: source[name] for name in kept}
+    old, new = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, tmp_path / "out"))
+    assert new.keys() - old.keys() == {"rope_theta"}  # as transformers 4 reads it
+    assert {key: new[key] for key in old} == old
     touched = next(f for f in shards(folder) if f.name not in untouched)
     assert made[touched.name] != source[touched.name]
     assert read_header(tmp_path / "out" / touched.name).raw == read_header(touched).raw
