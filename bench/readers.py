@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.support.tiny import run_of
 
 from bench.chat import make_plan
 from bench.common import describe_machine, load_organism, make_parser, print_report, say
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plans = options.plan
         if not plans:
             save_plan(make_plan(subject, "none"), Path(folder) / "random")
+            record = Path(folder) / "random" / "run.json"
+            record.write_text(run_of(subject).model_dump_json(), encoding="utf-8")
             plans = [Path(folder) / "random"]
         for plan in plans:
             result[plan.name] = measure_plan(subject, plan, groups)
