@@ -251,7 +251,7 @@ def test_edits_begin_at_the_deepest_block_from_which_they_work(block: int) -> No
 
 
 def test_groups_that_differ_by_chance_decide_nothing() -> None:
-    _, found, *_ = run(informed(), refuser(), grouped(shuffled(asked())), force=True)
+    _, found, *_ = run(informed(**{"weigh.0.low": 0.0}), refuser(), grouped(shuffled(asked())), force=True)
     reason = next(r for r in found.advice["reasons"] if r["decides"].startswith("layers"))
     assert reason["changes"] == {}
 

@@ -176,14 +176,14 @@ def measure_reach(
 ) -> Reach:
     """Measure how deep edits may begin and still end the behavior: in attention, in the MLPs, or in both.
 
-    Live edits remove the context's directions, oblique ones too, from all that blocks from a depth on write, as EXCISE
-    would; the blocks below are not run again. What remains is read off the probability of the
-    first tokens that the behavior begins with: those with at least 5 % on target prompts and four times as much as on
-    control prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits
-    that leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
+    Live edits remove the context's directions, oblique ones too, from all that blocks from a depth on write, as
+    EXCISE would; the blocks below are not run again. What remains is read off the probability of the first tokens
+    that the behavior begins with: those with at least 5 % on target prompts and four times as much as on control
+    prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits that
+    leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
     answers to target and control prompts are degenerate than of the unedited model's. If there is none, answers are
-    generated under up to as many edits that leave least by first tokens (without typical first tokens, under those that
-    reach deepest), so that the best fluent one is known.
+    generated under up to as many edits that leave least by first tokens (without typical first tokens, under those
+    that reach deepest), so that the best fluent one is known.
 
     Whether removal works is tested prompt by prompt with sign flips, which takes six prompts: where it does nothing,
     any depth is called effective, or any part working, in at most 5 % of cases each.
@@ -300,7 +300,7 @@ def plan_removal_from(context: AnalysisContext, directions: Directions, parts: S
     acts = context.activations
     options = Excise(parts=tuple(parts), anchored=bool(acts.outputs), least_change=bool(acts.contrasts))
     try:
-        return plan_edits(subject, directions, weights, context.activations, options)
+        return plan_edits(subject, directions, weights, acts, options)
     except NothingMatchedError:
         return Plan((), subject.source.digest)
 

@@ -114,8 +114,7 @@ class Job:
         base: str = "",
         force: bool = False,
     ) -> Job:
-        """Return the job of a recipe that is loaded. Raises UserError as `create` does."""
-        check_form(form, base, model)
+        """Return the job of a loaded recipe and a checked form. Raises UserError as `create` does."""
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
         sources = fill_example_prompts(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)

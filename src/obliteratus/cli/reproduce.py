@@ -135,6 +135,7 @@ def prepare(recorded: Recorded, given: Given) -> Repeat:
     """Return the run to repeat. Raises UserError for what is missing, and what the user has to allow."""
     from obliteratus.cli.jobs import Job
     from obliteratus.core.chat import ChatFormat
+    from obliteratus.rebirth.save import check_form
     from obliteratus.share.recorded import choose_model, choose_sources, is_shared
 
     asked, file = recorded.file.request, recorded.file
@@ -142,6 +143,7 @@ def prepare(recorded: Recorded, given: Given) -> Repeat:
     model = choose_model(recorded, given.model)
     sources: dict[str, Any] = dict(choose_sources(recorded, given.groups))
     sources["column"] = {g: one.column for g, one in file.prompts.items() if not is_shared(sources[g])}
+    check_form(given.form, model=model)
     job = Job.from_recipe(model, recipe, sources, given.out, given.form, force=asked.force)
     if recipe.search is not None:
         job = job.with_search(pick=asked.pick)

@@ -18,9 +18,9 @@ from obliteratus.core.types import Prompt, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
 
-PROMPTS, POSITIONS = 64, 16  # 1 024 outputs of each writer: more take memory, and a bare tenth off the KL
-# Outputs at the last position are the fewest and weigh most: with 64 of them the covectors fit these prompts, and leave
-# three times as much of the behavior as with 256. So all are read, up to the number that a run has by default.
+PROMPTS, POSITIONS = 64, 16  # up to 1 024 outputs of each writer, which are held in memory until they are used
+# Outputs at the last position are the fewest and weigh most: with 64 of them the covectors fit these prompts and leave
+# 10.9 % refused on insects-matrices, with 256 6.2 % (docs/experiments/reported.md). The limit is there for memory.
 MOST_LAST = 512
 LAST_SHARE = 0.3  # of the second moment: the position that the first answer token is read from
 # Share of the mean second moment that is added to each dimension, so that too few outputs do not hide any.

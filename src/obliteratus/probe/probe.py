@@ -49,7 +49,9 @@ def collect_activations(
     request = replace(request, output_modules=list(dict.fromkeys((*anchored, *contrasted))))
     group_of_row = [group for group, members in prompts.groups.items() for _ in members]
     first_row = {group: group_of_row.index(group) for group in prompts.groups}
-    sums = {group: _GroupSums(subject, members, options, request) for group, members in prompts.groups.items()}
+    others = replace(request, contrast_modules=())  # only control prompts' own outputs are kept
+    requests = {group: request if group == CONTROL else others for group in prompts.groups}
+    sums = {g: _GroupSums(subject, members, options, requests[g]) for g, members in prompts.groups.items()}
     ids = render_prompts(subject, [prompt for members in prompts.groups.values() for prompt in members])
     for batch in read_hidden_states(subject, ids, position=options.position, request=request, title="PROBE"):
         for group, places in _places_by_group(batch.rows, group_of_row).items():
@@ -79,7 +81,7 @@ def _contrast(
     """Return the contrasts of writers from the groups' mean outputs, those of target prompts by category."""
     target, control = sums["target"], sums[CONTROL].mean_outputs()
     means = target.mean_outputs_by_category()
-    differences = {path: torch.stack([mean[path] for mean in means.values()]) - control[path] for path in paths}
+    differences = {path: torch.stack([mean[path] for mean in means]) - control[path] for path in paths}
     share = torch.tensor([*target.counts.values()], dtype=torch.float32) / len(target.prompts)
     return contrast_outputs(subject, prompts[CONTROL], sums[CONTROL].first_outputs(), differences, share, position)
 
@@ -100,8 +102,9 @@ class _GroupSums:
         self.prompts, self.request = prompts, request
         self.stream = torch.zeros(subject.n_layers + 1, subject.width, dtype=torch.float64)
         self.counts = Counter(p.category for p in prompts)
-        zeros = torch.zeros(len(request.output_modules), subject.width, dtype=torch.float64)
-        self.outputs = {category: zeros.clone() for category in self.counts}
+        self.category_of = [[*self.counts].index(p.category) for p in prompts]
+        shape = len(self.counts), len(request.output_modules), subject.width
+        self.outputs = torch.zeros(shape, dtype=torch.float64)
         self.first = list[Tensor]()  # outputs of the first prompts, for contrasts
         self.inputs = {path: torch.zeros(1, dtype=torch.float64) for path in request.input_modules}
         self.routing = {path: RoutingSums() for path in request.expert_modules}
@@ -112,8 +115,8 @@ class _GroupSums:
     def add(self, states: BatchStates, first_row: int) -> None:
         """Add the states of some of the group's prompts. first_row: the row of the group's first prompt."""
         self.stream += states.stream.double().sum(0)
-        for row, outputs in zip(states.rows, states.outputs.double(), strict=True):
-            self.outputs[self.prompts[row - first_row].category] += outputs
+        categories = torch.tensor([self.category_of[row - first_row] for row in states.rows])
+        self.outputs.index_add_(0, categories, states.outputs.double())
         if self.request.contrast_modules and len(self.first) < MOST_LAST:
             self.first += list(states.outputs)
         self.inputs = {path: total + states.inputs[path].double().sum(0) for path, total in self.inputs.items()}
@@ -126,12 +129,11 @@ class _GroupSums:
 
     def mean_outputs(self) -> dict[str, Tensor]:
         """Return the mean output of each requested module."""
-        total = torch.stack([*self.outputs.values()]).sum(0)
-        return self._name_outputs(total / len(self.prompts))
+        return self._name_outputs(self.outputs.sum(0) / len(self.prompts))
 
-    def mean_outputs_by_category(self) -> dict[str | None, dict[str, Tensor]]:
-        """Return the mean output of each requested module, by the prompts' category."""
-        return {name: self._name_outputs(total / self.counts[name]) for name, total in self.outputs.items()}
+    def mean_outputs_by_category(self) -> list[dict[str, Tensor]]:
+        """Return the mean output of each requested module, for each category of prompts."""
+        return [self._name_outputs(x / n) for x, n in zip(self.outputs, self.counts.values(), strict=True)]
 
     def first_outputs(self) -> dict[str, Float[Tensor, "prompts width"]]:
         """Return the outputs of each requested module on the prompts that came first, if contrasts are wanted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -37,13 +38,13 @@ class EditParameter:
             return basis, self.covectors
         return basis, torch.linalg.solve(self.covectors @ basis.T, self.covectors)
 
-    @property
+    @cached_property
     def started_orthonormal(self) -> bool:
         """Whether the edit's rows are orthonormal. Those of oblique edits before a norm gain are not."""
         gram = self.edit.basis.double() @ self.edit.basis.double().T
         return torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-4)  # fp32 rows are, to about 1e-6
 
-    @property
+    @cached_property
     def started_as_projection(self) -> bool:
         """Whether A Bᵀ = I in the edit that they started from."""
         product = self.edit.along.double() @ self.edit.basis.double().T
