@@ -27,13 +27,14 @@ from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.tune import fit, targets
-from obliteratus.tune.fit import MIN_STRENGTH, CachedPairs, Fit, TuningData, tune_plan
+from obliteratus.tune.fit import MIN_STRENGTH, Fit, tune_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front, load_tuned, save_tuned
 from obliteratus.tune.gradient_memory import GradientMemory
 from obliteratus.tune.objective import ZERO_LOSS
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import Checked, SearchCheck
 from obliteratus.tune.targets import OPENING_LENGTHS, TrainingPairs
+from obliteratus.tune.tuning_data import CachedPairs, TuningData
 
 SETTINGS = Tune(steps=30, tokens=6, batch=6, lr=0.1, margin=0.1, weight=10.0)
 FEW_STEPS = Tune(steps=5, tokens=6, batch=4, prompts=8)

@@ -109,6 +109,9 @@ class Excise(FrozenModel):
     """Whether each writer loses the groups' difference through covectors that read least of what it writes at all
     positions of control prompts: y ← y − sBᵀA y, with A the smallest by its mean square there of those that remove as
     much of the groups' mean difference. Of readers nothing changes."""
+    own_difference: bool = False
+    """Whether each writer of least change gets a second edit, which removes its own mean difference between the groups
+    instead of what the stream's direction shows of it. `Tune.balance` decides how strong each of the two is."""
     heads: float | None = Field(None, gt=0, le=1)
     """Share of each layer's attention heads (at least one) to edit, those that write most along Q. The bias of
     attention is then left alone. None edits all heads. Other parts are edited as a whole."""
@@ -137,6 +140,8 @@ class Excise(FrozenModel):
                 "anchored and least_change exclude each other: with least_change hardly anything is read on control "
                 "prompts, so there is no mean to keep; set only one"
             )
+        if self.own_difference and not self.least_change:
+            raise ValueError("own_difference is a second edit of least change; set least_change too")
         return self
 
     @model_validator(mode="after")
@@ -264,6 +269,9 @@ class Tune(FrozenModel):
     RENAMED = {"leads": "margin", "margins": "margin"}
 
     what: Literal["both", "strengths", "directions"] = "both"
+    balance: bool = False
+    """Whether to begin with the strengths that lower the behavior most for their KL, by one second-order step
+    (`tune.balance`), instead of those of EXCISE."""
     margin: float = Field(1.0, ge=0)
     """Hinge margin in nats: how much likelier each token of an answer's opening should be than the token that the
     unedited model would write."""
@@ -273,8 +281,8 @@ class Tune(FrozenModel):
     """Factor on KL(base ‖ edited) of target prompts' answers after their opening, where degenerate answers show."""
     sparsity: float = Field(0.0, ge=0)
     """Factor on the mean |strength| over the edits. It drops sites from the plan that contribute nothing."""
-    steps: int = Field(60, ge=1, le=1000)
-    """Most gradient steps."""
+    steps: int = Field(60, ge=0, le=1000)
+    """Most gradient steps. With 0 of them and ``balance`` only the strengths are set."""
     patience: int = Field(20, ge=10)
     """Stop after so many steps without a better plan, by the judge, the KL and the coherence of answers."""
     lr: float = Field(0.01, gt=0, le=1)

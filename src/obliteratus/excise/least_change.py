@@ -32,3 +32,25 @@ def choose_covectors(
     inverse = torch.linalg.pinv((gram + gram.T) / 2, rtol=NEGLIGIBLE_SHARE, hermitian=True)
     chosen: Tensor = start @ difference.T @ inverse @ whitened
     return chosen.to(basis)
+
+
+def remove_difference(contrast: WriterContrast, k: int) -> tuple[Float[Tensor, "k out"], Float[Tensor, "k out"]]:
+    """Return the rows B and covectors A that remove a writer's own difference between the groups, and least else.
+
+    B spans the k largest principal axes of the categories' differences D, each weighted by its share of the prompts;
+    for k = 1 it is the mean difference. A = (B M⁻¹ Bᵀ)⁻¹ B M⁻¹ reads least of all projections along B: A Bᵀ = I. There
+    are fewer rows where the categories differ in fewer ways, and none where the groups do not differ.
+    """
+    difference, whitened = contrast.difference.double(), contrast.whitened.double()
+    share = contrast.share.double()
+    if k == 1:
+        mixed = share[None]
+    else:
+        left, size, _ = torch.linalg.svd(share.sqrt()[:, None] * difference, full_matrices=False)
+        mixed = (left[:, : min(k, int((size > NEGLIGIBLE_SHARE * size.max()).sum()))] * share.sqrt()[:, None]).T
+    rows, read = mixed @ difference, mixed @ whitened
+    lengths = rows.norm(dim=1, keepdim=True)
+    present = lengths[:, 0] > 0
+    basis, read = rows[present] / lengths[present], read[present] / lengths[present]
+    covectors: Tensor = torch.linalg.solve(read @ basis.T, read)
+    return basis.to(contrast.difference), covectors.to(contrast.difference)

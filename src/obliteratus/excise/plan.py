@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
-from obliteratus.core.probing import ProbeRequest
+from obliteratus.core.probing import ProbeRequest, WriterContrast
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
@@ -37,7 +37,7 @@ from obliteratus.core.types import (
 )
 from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
-from obliteratus.excise.least_change import choose_covectors
+from obliteratus.excise.least_change import choose_covectors, remove_difference
 from obliteratus.excise.linear import center_rows, fold_gain_reader
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift, make_shift_where_possible
@@ -66,12 +66,12 @@ def plan_edits(
     if nothing is edited.
     """
     parts = _select_parts(subject.sites, options.parts)
-    edits = [
-        _edit(subject, site, directions, float(weight) * options.strength, acts, options)
+    site_edits = tuple(
+        edit
         for site, weight in zip(subject.sites, weights, strict=True)
         if site.part in parts and float(weight) != 0
-    ]
-    site_edits = tuple(edit for edit in edits if edit is not None)
+        for edit in _edit(subject, site, directions, float(weight) * options.strength, acts, options)
+    )
     if not site_edits:
         raise NothingMatchedError(
             f"nothing to edit: no layer of the parts {', '.join(options.parts)} has both a direction and a "
@@ -129,29 +129,38 @@ def _select_parts(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
 
 def _edit(
     subject: Subject, site: Site, directions: Directions, strength: float, acts: Activations, options: Excise
-) -> Edit | None:
+) -> list[Edit]:
+    """Return the edits of a site: none without a direction, and a second one for a writer's own difference."""
     rows = directions.basis[site.stream]
     nonzero = rows.norm(dim=1) > 0.5  # rows are of length 1, or 0 where no direction was found
     if not nonzero.any():
-        return None
+        return []
     rows = rows[nonzero]
     oblique = None if directions.covectors is None else directions.covectors[site.stream][nonzero]
     if site.role == "reads":
         return _edit_reader(subject, site, rows, oblique, strength)
     basis, covectors = fold_gain(subject, site, rows, oblique)
     if options.least_change:
-        covectors = choose_covectors(basis, covectors, acts.contrasts[site.path])
-        if not covectors.any():  # the groups do not differ in what it writes
-            return None
+        return _edit_least(site, basis, covectors, strength, acts.contrasts[site.path], options)
     anchor = acts.outputs[site.path] if options.anchored else None
-    return Edit(site, basis.contiguous(), strength, options.norm, anchor, covectors)
+    return [Edit(site, basis.contiguous(), strength, options.norm, anchor, covectors)]
 
 
-def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> Edit | None:
+def _edit_least(
+    site: Site, basis: Tensor, covectors: Tensor | None, strength: float, contrast: WriterContrast, options: Excise
+) -> list[Edit]:
+    """Return the edits of least change; none where the groups do not differ in what the writer writes."""
+    edits = [(basis.contiguous(), choose_covectors(basis, covectors, contrast))]
+    if options.own_difference:
+        edits.append(remove_difference(contrast, len(basis)))
+    return [Edit(site, rows, strength, options.norm, None, along) for rows, along in edits if along.any()]
+
+
+def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | None, strength: float) -> list[Edit]:
     """Return the edit of a reader's input, behind its norm, that removes what the stream holds along the rows.
 
     A LayerNorm's own bias is kept if the reader has a bias that can make up for it; otherwise it loses its part along
-    the rows too. Returns None if a LayerNorm removes the rows anyway.
+    the rows too. There is none if a LayerNorm removes the rows anyway.
     """
     if site.norm == "layer" and site.gain is not None:
         if oblique is not None:
@@ -162,11 +171,11 @@ def _edit_reader(subject: Subject, site: Site, rows: Tensor, oblique: Tensor | N
         rows = center_rows(rows)
     gain = read_gain(subject.model, site)
     if gain is None or not len(rows):
-        return Edit(site, rows.contiguous(), strength, covectors=oblique) if len(rows) else None
+        return [Edit(site, rows.contiguous(), strength, covectors=oblique)] if len(rows) else []
     along, basis = fold_gain_reader(rows if oblique is None else oblique, rows, gain.to(rows))
     biased = has_bias(subject.module(site.path), site)
     anchor = read_norm_bias(subject, site) if biased else None
-    return Edit(site, basis.contiguous(), strength, anchor=anchor, covectors=along.contiguous())
+    return [Edit(site, basis.contiguous(), strength, anchor=anchor, covectors=along.contiguous())]
 
 
 # ------------------------------------------------------------------------------------------ on disk

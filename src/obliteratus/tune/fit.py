@@ -2,117 +2,40 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from obliteratus.causal.early_stopping import draw_batch
-from obliteratus.causal.interventions import Pair, compute_answer_logits
-from obliteratus.causal.losses import ROWS_PER_PASS, ReferenceLogits
+from obliteratus.causal.losses import ROWS_PER_PASS
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
-from obliteratus.core.shapes import Float
 from obliteratus.core.types import Edit, Plan, Splits, Subject
 from obliteratus.excise.kl_budget import scale_plan
-from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.cached_prompts import CachedPrompts
-from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import Judge
+from obliteratus.tune.balance import balance_strengths
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
-from obliteratus.tune.gradient_memory import GradientMemory, plan_gradient_memory, recompute_blocks
-from obliteratus.tune.objective import ZERO_LOSS, LossTerms, control_loss, target_loss
+from obliteratus.tune.gradient_memory import plan_gradient_memory
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
-from obliteratus.tune.targets import TrainingPairs, collect_pairs
+from obliteratus.tune.targets import collect_pairs
+from obliteratus.tune.tuning_data import TuningData
 
 CHECK_EVERY = 10  # steps between two looks at search prompts, which cost about six steps
 HELD_OUT_PROMPTS = 24  # search prompts of each group for the loss: their mean varies by less than a step gains
 MIN_COST_DROP = 1e-3  # nats: a plan that costs less by a smaller amount is no better
 MIN_STRENGTH = 0.02  # an edit weaker than this changes no answer, and is dropped from the plan
 FINAL_RATE_SHARE = 0.1  # the learning rate falls linearly to this share, and the noise of the steps with it
-CACHE_SHARE = 0.25  # of the free memory, for cached prompts: the graph of a pass may take half
 # Factors on the weight of openings after a look that finds too much of the behavior left, and after one that does not:
 # it rises faster than it falls, since plans above the goal are of no use.
 RISE, FALL = 2.0, 0.7
 WEIGHTS = (0.25, 64.0)  # least and most: beyond, one of the two losses decides alone
 SCALES = (0.85, 0.7, 0.55, 0.4)  # factors on all strengths, from thorough to gentle
 STRONGER = (1.15, 1.3)  # where the goal was not reached
-
-
-class TuningData:
-    """What stays the same while a plan is fitted: the model, its own answers, and training and held-out pairs."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        train: TrainingPairs,
-        held_out: TrainingPairs,
-        settings: Tune,
-        memory: GradientMemory,
-        seed: int = 0,
-    ) -> None:
-        self.subject, self.train, self.held_out = subject, train, held_out
-        self.settings, self.memory, self.seed = settings, memory, seed
-        self.reference = ReferenceLogits(subject)
-        self.cached = CachedPairs(subject, [*train.control, *train.target, *held_out.control, *held_out.target])
-
-    def iterate_losses(self, plan: Plan, pairs: TrainingPairs, margin: float) -> Iterator[LossTerms]:
-        """Yield the loss of a few pairs at a time, weighted by their share, so that only one graph is held.
-
-        Take gradients of each before asking for the next.
-        """
-        for chunk, share in self._chunks(pairs.control):
-            base = self.reference.logp(chunk)
-            with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
-                yield control_loss(self.cached.logp(chunk), base, chunk, share)
-        for chunk, share in self._chunks(pairs.target):
-            base = self.reference.logp(chunk)
-            with applied(self.subject, plan), recompute_blocks(self.subject, self.memory):
-                yield target_loss(self.cached.logp(chunk), base, chunk, margin, share)
-
-    @torch.no_grad()
-    def evaluate(self, plan: Plan) -> LossTerms:
-        """Return the loss on the held-out pairs."""
-        return sum(self.iterate_losses(plan, self.held_out, self.settings.margin), ZERO_LOSS)
-
-    def draw_batch(self, step: int) -> TrainingPairs:
-        """Draw the pairs of a step. They depend on its number and the seed alone."""
-        rng = random.Random(f"{self.seed} {step}")
-        groups = (self.train.control, self.train.target)
-        return TrainingPairs(*(draw_batch(pairs, self.settings.batch, rng) for pairs in groups))
-
-    def _chunks(self, pairs: Sequence[Pair]) -> Iterator[tuple[Sequence[Pair], float]]:
-        """Yield as many pairs as fit one pass, with their share of all pairs."""
-        for start in range(0, len(pairs), self.memory.rows):
-            chunk = pairs[start : start + self.memory.rows]
-            yield chunk, len(chunk) / len(pairs)
-
-
-class CachedPairs:
-    """Log-probabilities of a fixed list of pairs under live edits. Blocks below the lowest edit run only once.
-
-    Gradients reach all edits.
-    """
-
-    def __init__(self, subject: Subject, pairs: Sequence[Pair]) -> None:
-        self.subject = subject
-        self.row_of = {str(pair): i for i, pair in enumerate(pairs)}
-        longest = max(len(answer) for _, answer in pairs)
-        rows = [prompt + answer for prompt, answer in pairs]
-        budget = CACHE_SHARE * free_memory(subject)
-        self.cached = CachedPrompts(subject, rows, budget=budget, answers=(), leave=longest + 1)
-
-    def logp(self, pairs: Sequence[Pair]) -> Float[Tensor, "tokens vocabulary"]:
-        """Return the log-probabilities that predict the answers' tokens, all answers concatenated.
-
-        Raises KeyError for a pair that is not in the list.
-        """
-        prompts = self.cached.prepare().select([self.row_of[str(pair)] for pair in pairs])
-        return compute_answer_logits(self.subject, pairs, prompts=prompts).log_softmax(-1)
+# Balanced strengths are raised by this factor until the goal is reached, at most so often: to 3.7 times. What a first
+# and second order say of strength 0 fell short by a factor of 1 to 1.6 (docs/experiments/tuned.md).
+RAISE, MOST_RAISES = 1.3, 5
 
 
 def tune_plan(
@@ -135,7 +58,8 @@ def tune_plan(
     data = make_tuning_data(subject, plan, splits, settings, seed, judge)
     check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
     fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
-    points = fit.take_steps()
+    points = fit.balance() if settings.balance else []
+    points += fit.take_steps()
     points += fit.scale_best(points)
     best = fit.choose(points)
     front = find_front(points)
@@ -180,13 +104,32 @@ class Fit:
     def __post_init__(self) -> None:
         self.weight = self.data.settings.weight
 
+    def balance(self) -> list[TunedPlan]:
+        """Set balanced strengths, raise them until the goal is reached, and return the plans on the way.
+
+        The last of them is left to `take_steps` to look at.
+        """
+        if balance_strengths(self.data, self.parameters) is None:
+            note("TUNE", "no edit weakens the behavior to first order; the strengths stay as EXCISE set them")
+            return []
+        points = list[TunedPlan]()
+        for _ in range(MOST_RAISES):
+            point = self.look(0)
+            if point.checked.rate <= self.goal:
+                break
+            points.append(point)
+            self.parameters.scale(RAISE)
+        return points
+
     def take_steps(self) -> list[TunedPlan]:
         """Take gradient steps until the plan gets no better, and return the plans on the way. The parameters end at the
         best of them."""
         settings = self.data.settings
+        points, states = [self.look(0)], {0: self.parameters.state()}
+        if not settings.steps:
+            return points
         optimizer = torch.optim.Adam(self.parameters.groups(settings.lr))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE_SHARE, settings.steps)
-        points, states = [self.look(0)], {0: self.parameters.state()}
         with progress("TUNE", settings.steps) as advance:
             for step in range(1, settings.steps + 1):
                 self.take_step(optimizer, step)

@@ -109,6 +109,12 @@ class EditParameters:
         for x, saved in zip(self.trainable, state, strict=True):
             x.copy_(saved)
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply all strengths."""
+        for p in self.edits:
+            p.strength.mul_(factor)
+
     def groups(self, lr: float) -> list[dict[str, object]]:
         """Return the optimizer's parameter groups. Strengths move by ``lr``, rows by ``lr`` times their mean size."""
         strengths = [p.strength for p in self.edits if p.strength.requires_grad]
