@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from obliteratus.cli.options import Json
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from obliteratus.core.results import Score
@@ -109,7 +109,6 @@ def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str
 
 def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     """Return (answer, label) by id of all rows with a label. Raises UserError for a file without usable labels."""
-    from obliteratus.core.registry import unknown_name
     from obliteratus.judge.judge import VERDICTS
 
     rows = _read_rows(file)

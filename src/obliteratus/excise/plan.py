@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.norms import NormRule
 from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Excise, expand_part
@@ -28,7 +29,6 @@ from obliteratus.core.types import (
     Directions,
     Edit,
     Mask,
-    NormRule,
     Plan,
     Shift,
     Site,

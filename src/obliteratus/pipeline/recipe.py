@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.progress import note
-from obliteratus.core.registry import explain_validation_error, unknown_name
+from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs

@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.progress import note
-from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import check_disk, check_free, publish, write_atomic
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject

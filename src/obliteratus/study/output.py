@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.run_folder import check_free, write_atomic
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.files import load_study

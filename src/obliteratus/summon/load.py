@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.noise import hushed_stderr
 from obliteratus.core.progress import note
-from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import Source, Subject
 from obliteratus.summon.chat_format import SIDE_FILE, add_side_template, check_format
 from obliteratus.summon.coverage import count_coverage

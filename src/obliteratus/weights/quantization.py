@@ -11,8 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig
 from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
-from obliteratus.core.errors import UnsupportedModelError, UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UnsupportedModelError, UserError, unknown_name
 from obliteratus.weights.sources import ModelOrigin
 
 QUANTIZE_OPTIONS: Mapping[str, Mapping[str, Any]] = {

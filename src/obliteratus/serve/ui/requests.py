@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.judge.behavior_file import list_behaviors
 from obliteratus.pipeline.recipe import list_methods
 from obliteratus.rebirth.save import Form
