@@ -93,7 +93,7 @@ def test_a_command_that_does_not_exist_is_noticed(command: str) -> None:
 
 def test_overrides_in_the_guides_are_valid() -> None:
     """A path after --set that belongs to a recipe is one that its settings have."""
-    from obliteratus.pipeline.recipe import parse_overrides
+    from obliteratus.core.toml import parse_overrides
 
     pairs = [pair for page in GUIDES for pair in re.findall(r"--set '?((?:excise|probe)\.[^\s`']+)", page.read_text())]
     assert len(pairs) >= 3

@@ -230,7 +230,8 @@ def methods(
     from obliteratus.cli.methods import show_methods
     from obliteratus.cli.terminal import results, show_json
     from obliteratus.forecast.formula import annotate_recipe, describe_cost
-    from obliteratus.pipeline.recipe import list_methods, load_recipe
+    from obliteratus.pipeline.presets import list_methods
+    from obliteratus.pipeline.recipe import load_recipe
 
     chosen = {n: load_recipe(n) for n in ([name] if name else list_methods())}
     if json:

@@ -16,9 +16,10 @@ from obliteratus.core.progress import note
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
 from obliteratus.core.settings import JudgeSettings, Recipe, Step
+from obliteratus.core.toml import parse_overrides
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.memory import free_memory
-from obliteratus.pipeline.recipe import load_recipe, parse_overrides
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.record import describe_judge
 from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.rebirth.model_card import format_score
@@ -141,7 +142,8 @@ def _to_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 def show_compared(found: Compared, model: str, against: str | None, out: Path | None, json: bool) -> None:
     """Print the scores as JSON or as a table, and what to do next."""
-    from obliteratus.cli.terminal import say, show_json, show_scores
+    from obliteratus.cli.scores import show_scores
+    from obliteratus.cli.terminal import say, show_json
 
     if json:
         show_json(found.to_dict())

@@ -28,6 +28,7 @@ from obliteratus.core.run_folder import (
     workspace,
 )
 from obliteratus.core.settings import Recipe
+from obliteratus.core.toml import parse_overrides
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
@@ -38,7 +39,7 @@ from obliteratus.inference.generate import generate
 from obliteratus.inference.memory import memory_limit, parse_size
 from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
-from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
+from obliteratus.pipeline.recipe import check_runs, load_recipe, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
@@ -322,8 +323,9 @@ def name_free_folder(place: Path, name: str, resume: bool) -> Path:
 
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:
     """Print run.json, or tables, and at the end what was achieved and what to do next."""
+    from obliteratus.cli.scores import show_run
     from obliteratus.cli.stage_names import format_times
-    from obliteratus.cli.terminal import say, show_json, show_run, show_table
+    from obliteratus.cli.terminal import say, show_json, show_table
 
     if json:
         show_json(result.run.model_dump(mode="json"))

@@ -163,7 +163,8 @@ def restore_recipe(recorded: Recorded, given: Given) -> Recipe:
     Raises UserError for a path in it that belongs to another machine, and for a judge at an address that the user did
     not name: prompts, answers and the user's key would be sent there.
     """
-    from obliteratus.pipeline.recipe import parse_overrides, parse_recipe, replace_values
+    from obliteratus.core.toml import parse_overrides
+    from obliteratus.pipeline.recipe import parse_recipe, replace_values
     from obliteratus.share.clean import find_hidden
 
     recipe = parse_recipe(recorded.file.recipe, recorded.name)

@@ -204,7 +204,7 @@ def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> No
 def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> Study:
     """Return the study with everything that the command line sets, checked as far as it can be without the model."""
     from obliteratus.core.errors import UserError
-    from obliteratus.pipeline.recipe import parse_overrides
+    from obliteratus.core.toml import parse_overrides
     from obliteratus.study.data import check_study
     from obliteratus.study.files import fill_prompts, load_study
     from obliteratus.summon.load import parse_dtype

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +11,16 @@ from pydantic import BaseModel, ValidationError
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
-from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import Recipe, Step
-from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs
 from obliteratus.distill.steps import collect_needs
+from obliteratus.pipeline.presets import METHODS
 from obliteratus.verify import scorers
 from obliteratus.verify.ladder import check_judge
 from obliteratus.weigh import weighers
-
-
-@dataclass(frozen=True)
-class PresetFolder:
-    """TOML files of one kind: the presets in the package, and files of the user."""
-
-    folder: str
-    """Folder of the presets in the package."""
-    file_kind: str
-    """What error messages call a user's file, such as ``recipe``."""
-    preset_kind: str
-    """What error messages call a preset, such as ``method``."""
-    see: str
-    """Command that lists the presets."""
-
-    def list_names(self) -> list[str]:
-        """Return the names of all presets."""
-        folder = files("obliteratus") / self.folder
-        return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
-
-    def read(self, source: str) -> dict[str, Any]:
-        """Return a preset by name, or a ``.toml`` file by path, as plain data.
-
-        Raises UserError if there is none, or if it is not TOML.
-        """
-        path = Path(source)
-        if path.suffix == ".toml":
-            if not path.is_file():
-                raise UserError(f"{path}: this {self.file_kind} file does not exist")
-            return {"name": path.stem, **parse_toml(path.read_bytes(), source)}
-        if source not in self.list_names():
-            raise UserError(unknown_name(self.preset_kind, source, self.list_names()) + f"; see '{self.see}'")
-        preset = files("obliteratus") / self.folder / f"{source}.toml"
-        return {"name": source, **parse_toml(preset.read_bytes(), source)}
-
-
-METHODS = PresetFolder("recipes", "recipe", "method", "obliteratus methods")
-
-
-def list_methods() -> list[str]:
-    """Return the names of all methods in the package."""
-    return METHODS.list_names()
 
 
 def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -172,20 +127,6 @@ def without_trial_count(recipe: Recipe) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- values by path
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """Return ``["excise.strength=0.7"]`` as values by path. A value that is not TOML is taken as text."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        path, sign, value = pair.partition("=")
-        if not sign or not path:
-            raise UserError(f"--set {pair}: give path=value, such as --set excise.strength=0.7")
-        try:
-            values[path] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[path] = value
-    return values
-
-
 def replace_values(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
     """Return the recipe with values replaced by path. Raises UserError if the result is not valid."""
     return parse_recipe(override_values(recipe, values), where)

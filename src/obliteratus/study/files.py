@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
-from obliteratus.pipeline.recipe import PresetFolder, override_values
+from obliteratus.pipeline.presets import PresetFolder
+from obliteratus.pipeline.recipe import override_values
 from obliteratus.study.settings import Study
 from obliteratus.verify.ladder import check_judge
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.judge.behavior_file import list_behaviors
-from obliteratus.pipeline.recipe import list_methods
+from obliteratus.pipeline.presets import list_methods
 from obliteratus.rebirth.save import Form
 from obliteratus.serve.ui.workspace import Workspace
 
