@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
-from typer.core import TyperGroup
 
 from obliteratus.cli.progress import make_reporter
 from obliteratus.core.clock import Clock
@@ -102,42 +101,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to sprea
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render chat templates in their thinking mode.")]
 Template = Annotated[str, typer.Option(help="Name of the chat template, if the model's tokenizer has several.")]
-
-# Old name → new name, of options and commands.
-RENAMED = {"--quantise": "--quantize", "study-from-yaml": "study --from-yaml"}
-
-
-UsageError: Any = typer.BadParameter.__base__  # typer does not export it
-
-
-class Commands(TyperGroup):
-    """The group of all commands. It names the new name of an option or command that was renamed."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command. A usage error is one line, as every other error of the user's."""
-        run: Any = super().main
-        if not options.pop("standalone_mode", True):
-            return run(*args, **options, standalone_mode=False)
-        try:
-            code = run(*args, **options, standalone_mode=False)
-        except UsageError as error:
-            said = " ".join(error.format_message().split()).rstrip(".")
-            command = error.ctx.command_path if error.ctx else "obliteratus"
-            if said:  # without any argument the help was shown
-                typer.echo(f"error: {said}; see {command} --help", err=True)
-            code = 2
-        except typer.Abort:
-            typer.echo("interrupted; nothing was written", err=True)
-            code = INTERRUPTED
-        raise SystemExit(code or 0)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        for arg in args:
-            name = arg.partition("=")[0]
-            if name in RENAMED and (name.startswith("--") or arg is args[0]):
-                typer.echo(f"error: '{name}' is now called '{RENAMED[name]}'", err=True)
-                raise typer.Exit(2)
-        return super().resolve_command(ctx, args)
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
