@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from shutil import copytree
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from obliteratus.core.chat import DEFAULT_CHAT
 from obliteratus.core.clock import Clock
@@ -46,15 +46,6 @@ from obliteratus.prompts import check_enough, check_splits, load_prompts, split_
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.run_page import PAGE, write_run_page
 from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
-from obliteratus.search import (
-    SearchResult,
-    StudyLocation,
-    add_default_search,
-    check_pick,
-    search,
-    set_trial_count,
-)
-from obliteratus.search.output import JOURNAL, front_rows, write_front
 from obliteratus.share.recording import describe_request, write_reproduction
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import read_width
@@ -63,6 +54,9 @@ from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
 from obliteratus.verify.first_token_changes import write_first_tokens
 from obliteratus.verify.ladder import check_judge, embed_files
+
+if TYPE_CHECKING:  # only a search imports Optuna
+    from obliteratus.search import SearchResult, StudyLocation
 
 
 @dataclass(frozen=True)
@@ -148,6 +142,9 @@ class Job:
 
         storage: of the study. The default is a journal in the run's folder, or memory if there is no folder.
         """
+        from obliteratus.search import StudyLocation, add_default_search, check_pick, set_trial_count
+        from obliteratus.search.output import JOURNAL
+
         check_pick(pick)
         recipe = add_default_search(self.recipe)
         recipe = recipe if trials is None else set_trial_count(recipe, trials)
@@ -244,13 +241,15 @@ def run_job(
                 parts = (job.prompts, job.columns, job.recipe)
                 write_reproduction(subject, *parts, request, record, partial / "output")
             publish(partial, job.out)
-    front = result if isinstance(result, SearchResult) else None
+    front = None if isinstance(result, RunResult) else result
     return JobResult(record, result.before, result.after, clock.account(), front, answers)
 
 
 def _search_or_run(job: Job, subject: Subject, store: Store) -> SearchResult | RunResult:
     if not job.location:
         return run_on_splits(job.recipe, subject, job.splits, store, job.force)
+    from obliteratus.search import search
+
     return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
 
 
@@ -258,7 +257,9 @@ def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record:
     """Write the output folder, and return the record as it was saved."""
     record = write_output(subject, result.plan, record, partial, job.form, job.splits.report, job.base)
     write_answers(result.before, result.after, partial / "output")
-    if isinstance(result, SearchResult):
+    if not isinstance(result, RunResult):
+        from obliteratus.search.output import JOURNAL, write_front
+
         write_front(result, partial / "output", partial / JOURNAL)
     if record.advice:
         copytree(partial / ADVICE, partial / "output" / "analysis")
@@ -332,6 +333,8 @@ def show_result(result: JobResult, out: Path | None, json: bool) -> None:
         return
     show_run(result.run)
     if result.search:
+        from obliteratus.search.output import front_rows
+
         columns, rows = front_rows(result.search)
         show_table("Front, on search prompts; the arrow points to the chosen one", columns[:-1], [r[:-1] for r in rows])
         for number, *_, values in rows:

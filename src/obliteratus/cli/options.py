@@ -11,7 +11,6 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from obliteratus.cli.progress import make_reporter
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
@@ -139,6 +138,8 @@ def show_progress(quiet: bool, verbose: bool = False) -> Iterator[Clock]:
     Yields the clock that measures the command's stages. The first is START, in which libraries are imported: import
     yours there too.
     """
+    from obliteratus.cli.progress import make_reporter
+
     clock, reporter = Clock(), Reporter() if quiet else make_reporter()
     with reporter.live, report_to(reporter):
         if not verbose:
