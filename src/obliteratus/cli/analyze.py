@@ -25,6 +25,7 @@ from obliteratus.cli.options import (
     check_split_by,
     parse_columns,
     show_progress,
+    start,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def analyze(
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.analyze.pass_budget import check_budget
             from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
             from obliteratus.cli.jobs import fill_example_prompts

@@ -21,6 +21,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.chat import ChatFormat
 
@@ -45,7 +46,7 @@ def apply(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.apply_plan import apply_plan, show_applied
         saved = apply_plan(plan, model, out, save, opening, clock, base)
     show_applied(saved, out, json)

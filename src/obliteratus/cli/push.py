@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from obliteratus.cli.options import Json, Quiet, Verbose, show_progress
+from obliteratus.cli.options import Json, Quiet, Verbose, show_progress, start
 from obliteratus.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def push(
     Prompts and answers stay here unless they are asked for. A push that was interrupted goes on where it stopped.
     """
     with TemporaryDirectory(prefix="obliteratus-push-") as staging:
-        with show_progress(quiet, verbose) as clock, clock.time("START"):
+        with show_progress(quiet, verbose) as clock, start(clock):
             from obliteratus.share.selection import select_files
             from obliteratus.share.upload import check_name, find_repository, push_files
 

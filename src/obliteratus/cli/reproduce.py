@@ -20,6 +20,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.errors import UserError
 
@@ -74,7 +75,7 @@ def reproduce(
     """
     groups = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.jobs import fix_bits, name_free_folder, run_job
             from obliteratus.inference.determinism import without_probe_cache
             from obliteratus.share.recorded import find_recorded

@@ -41,6 +41,7 @@ from obliteratus.cli.options import (
     Verbose,
     parse_columns,
     show_progress,
+    start,
     with_judge,
     with_split,
 )
@@ -99,7 +100,7 @@ def run(
     opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, changes, sources, out, save, base, force)
@@ -153,7 +154,7 @@ def search(
     opening |= {"chat": ChatFormat(thinking, template)}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, changes, sources, out, save, base, force)
@@ -181,7 +182,7 @@ def demo(
     """
     sources = {"target": "organism:astronomy", "control": "organism:astronomy"}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.jobs import EXAMPLES, Job, fix_bits, name_free_folder, run_job, show_result
 
             out = out or name_free_folder(Path.cwd(), "obliteratus-demo", resume)

@@ -22,6 +22,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.errors import UserError
 
@@ -58,7 +59,7 @@ def compare(
     """
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.compare.differences import compare_sides
             from obliteratus.compare.page import render_comparison
             from obliteratus.core.run_folder import check_free, write_atomic

@@ -21,6 +21,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
     with_judge,
     with_split,
 )
@@ -98,7 +99,7 @@ def study(
         raise UserError(f"study: name a study file or one of {PRESETS}")
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.study.output import write_report
             from obliteratus.study.run import run_study
 

@@ -32,6 +32,7 @@ from obliteratus.cli.options import (
     Verbose,
     parse_columns,
     show_progress,
+    start,
     with_judge,
 )
 from obliteratus.core.chat import ChatFormat
@@ -72,7 +73,7 @@ def verify(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.compare import Comparison, show_compared
 
             comparison = Comparison.create(choices, sources, seed, everything, out, split_by)
