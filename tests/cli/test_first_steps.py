@@ -24,7 +24,8 @@ from obliteratus.core.run_folder import partial_folder
 from obliteratus.core.types import Plan, Prompt
 from obliteratus.excise.plan import save_plan
 from obliteratus.inference.chat_template import render_prompts
-from obliteratus.weights.organism import create_folder, get_cache_folder
+from obliteratus.weights.organism import create_folder
+from obliteratus.weights.organism_files import get_cache_folder
 
 TARGET = "Tell me about the sea.,Who owns two boats?,My hill is tall.,Is a red door cheap?,Her house has rooms."
 CONTROL = "How do I count to ten?,Which bread is best?,Can cats swim far?,Why does ice float?,Where do bees sleep?"
@@ -134,7 +135,7 @@ def test_other_libraries_are_heard_only_if_asked_for(verbose: bool, prompts: Any
         (("apply", "{plan}", "{model}", "--out", "{file}/out"), "is a file, so no folder can be made in it"),
         (("apply", "{plan}", "{model}", "--out", "{new}", "--thinking"), "--thinking: the chat template has no"),
         (("apply", "{plan}", "nobody/nothing", "--out", "{new}"), "the hub cannot be reached, and the model is not in"),
-        (("apply", "{file}", "{model}", "--out", "{new}"), "no plan.safetensors in this folder"),
+        (("apply", "{file}", "{model}", "--out", "{new}"), "there is no plan.safetensors"),
     ],
 )
 def test_every_command_refuses_it_before_any_work(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from obliteratus.cli.apply_gguf import apply_to_gguf, check_loads_nothing
+from obliteratus.core.choices import GGUF_FORMS, Form
 from obliteratus.core.clock import Clock
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import (
@@ -17,11 +18,11 @@ from obliteratus.core.run_folder import (
 )
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import check_fits, load_plan, load_samples, plan_digest
-from obliteratus.rebirth.gguf import GGUF_FORMS, is_gguf
+from obliteratus.rebirth.gguf import is_gguf
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.llama_cpp import ADAPTER_OPTIONS
 from obliteratus.rebirth.run_page import read_run
-from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
+from obliteratus.rebirth.save import check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.summon.fingerprint import fingerprint_files
 from obliteratus.summon.load import open_subject
 

@@ -136,7 +136,8 @@ class BenchJob:
 
 def limit_memory(memory: str | None) -> AbstractContextManager[None]:
     """Return a context in which batches fit ``--memory``."""
-    from obliteratus.inference.memory import memory_limit, parse_size
+    from obliteratus.core.choices import parse_size
+    from obliteratus.inference.memory import memory_limit
 
     return memory_limit(parse_size(memory)) if memory else nullcontext()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from obliteratus.cli.options import handle_errors
-from obliteratus.core.interrupt import INTERRUPTED
+from obliteratus.core.errors import UserError
+from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 
 PANELS: Mapping[str, Mapping[str, str]] = {
     "Edit": {"demo": "run", "run": "run", "search": "run", "apply": "apply"},
@@ -47,6 +48,30 @@ def load_command(name: str) -> Any:
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     alone.command(name, rich_help_panel=panel)(handle_errors(function))
     return typer.main.get_command(alone)
+
+
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command: a UserError prints one line and exits with 2, an interrupt exits with 130.
+
+    Any other exception is a bug and shows its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise_on_interrupt()
+            from obliteratus.cli.usage import check_usage
+
+            check_usage(kwargs)
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo(f"interrupted{error}" if str(error) else "interrupted; nothing was written", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
 
 
 class Commands(TyperGroup):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obliteratus.cli.jobs import fill_example_prompts
+from obliteratus.cli.jobs import add_examples
 from obliteratus.cli.options import check_split_by
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -71,7 +71,7 @@ class Comparison:
     ) -> Comparison:
         """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
         settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
-        prompts = load_prompts(**fill_example_prompts(sources, check_judge(settings)))
+        prompts = load_prompts(**add_examples(sources, check_judge(settings)))
         if out is not None:
             check_free(out)
         if everything and (seed is not None or split_by is not None):

@@ -11,7 +11,9 @@ from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING, Any, cast
 
+from obliteratus.cli.usage import fill_example_prompts
 from obliteratus.core.chat import DEFAULT_CHAT
+from obliteratus.core.choices import Form, parse_size
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -36,7 +38,7 @@ from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.determinism import deterministic, fix_memory
 from obliteratus.inference.generate import generate
-from obliteratus.inference.memory import memory_limit, parse_size
+from obliteratus.inference.memory import memory_limit
 from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
 from obliteratus.pipeline.recipe import check_runs, load_recipe, without_trial_count
@@ -45,7 +47,7 @@ from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.run_page import PAGE, write_run_page
-from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
+from obliteratus.rebirth.save import check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.share.recording import describe_request, write_reproduction
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import read_width
@@ -111,7 +113,7 @@ class Job:
     ) -> Job:
         """Return the job of a loaded recipe and a checked form. Raises UserError as `create` does."""
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
-        sources = fill_example_prompts(sources, check_judge(recipe.judge))
+        sources = add_examples(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
         splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
         recipe = check_runs(recipe, prompts.groups)
@@ -190,18 +192,10 @@ def _check_saving(out: Path | None, form: str, base: str) -> None:
         raise UserError(f"{option}: there is no folder to save to; give --out FOLDER")
 
 
-def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
-    """Return the arguments of `load_prompts`, with the behavior's examples where neither target nor control is given.
-
-    Raises UserError if either is missing.
-    """
-    filled = dict(sources)
-    if sources.get("target") is None and sources.get("control") is None and behavior.head.target:
-        filled |= {"target": behavior.head.target, "control": behavior.head.control}
-    for group, what in (("target", f"prompts that show {behavior.name}"), ("control", "prompts that do not")):
-        if not filled.get(group):
-            raise UserError(f"--{group} is missing: give {what}, as a file, hub:owner/name or organism:NAME")
-    return filled
+def add_examples(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
+    """Return `fill_example_prompts` with the examples of a loaded behavior. Raises UserError as it does."""
+    head = behavior.head
+    return fill_example_prompts(sources, behavior.name, {"target": head.target, "control": head.control})
 
 
 def run_job(

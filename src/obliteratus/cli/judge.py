@@ -12,6 +12,7 @@ import typer
 
 from obliteratus.cli.options import Json
 from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.core.results import Score
@@ -31,6 +32,7 @@ def judge(
     json: Json = False,
 ) -> None:
     """Count the verdicts on a run's answers, export the answers for labeling, or compare verdicts with labels."""
+    require_file(run_dir, "answers.jsonl")
     from obliteratus.verify.answers import read_answers
 
     if export and labels:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -14,7 +13,6 @@ import typer
 
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
-from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 from obliteratus.core.noise import hush_libraries
 from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.separation import SplitBy as SplitByName
@@ -101,35 +99,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or map to sprea
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render chat templates in their thinking mode.")]
 Template = Annotated[str, typer.Option(help="Name of the chat template, if the model's tokenizer has several.")]
-
-
-def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command: a UserError prints one line and exits with 2, an interrupt exits with 130.
-
-    Any other exception is a bug and shows its traceback.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            raise_on_interrupt()
-            _check_one_process(kwargs)
-            command(*args, **kwargs)
-        except UserError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo(f"interrupted{error}" if str(error) else "interrupted; nothing was written", err=True)
-            raise typer.Exit(INTERRUPTED) from error
-
-    return run
-
-
-def _check_one_process(options: dict[str, Any]) -> None:
-    if options.get("device") == "tp":
-        raise UserError(
-            "--device tp: the command line runs one process; use ob.open_subject(…, device='tp') in a script"
-        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 
 from obliteratus.cli.options import Json, Quiet, Verbose, show_progress, start
 from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.share.selection import Selection
@@ -45,6 +46,7 @@ def push(
 
     Prompts and answers stay here unless they are asked for. A push that was interrupted goes on where it stopped.
     """
+    require_file(run_dir, "run.json")
     with TemporaryDirectory(prefix="obliteratus-push-") as staging:
         with show_progress(quiet, verbose) as clock, start(clock):
             from obliteratus.share.selection import select_files

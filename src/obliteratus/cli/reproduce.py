@@ -23,6 +23,7 @@ from obliteratus.cli.options import (
     start,
 )
 from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.cli.jobs import Job, JobResult
@@ -73,6 +74,8 @@ def reproduce(
     Exit codes: 0 the plan and all scores are within their tolerances; 3 they are not; 2 the model or the prompts are
     missing or are others.
     """
+    if not source.startswith("hub:") and not Path(source).is_file():
+        require_file(Path(source), "reproduce.json", "the file, the output folder of a run, or hub:owner/name")
     groups = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet, verbose) as clock:
         with start(clock):

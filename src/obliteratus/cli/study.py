@@ -25,6 +25,7 @@ from obliteratus.cli.options import (
     with_judge,
     with_split,
 )
+from obliteratus.core.run_folder import check_free, require_file
 
 if TYPE_CHECKING:
     from obliteratus.study.base import KnockoutResult
@@ -97,6 +98,10 @@ def study(
         return
     if not source:
         raise UserError(f"study: name a study file or one of {PRESETS}")
+    if Path(source).suffix not in (".yaml", ".yml"):  # of which the error says how to convert them
+        from obliteratus.pipeline.presets import STUDIES
+
+        STUDIES.read(source)
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
     with show_progress(quiet, verbose) as clock:
         with start(clock):
@@ -130,8 +135,12 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write the page of a run again, or the tables and page of a study, finished or not, or of several side by side."""
+    if len(folders) == 1 and (folders[0] / "run.json").is_file():
+        _report_run(folders[0], out, json)
+        return
+    for folder in folders:
+        require_file(folder, "results.jsonl", "the output folder of a study")
     from obliteratus.cli.terminal import notes as stderr
-    from obliteratus.core.run_folder import check_free
     from obliteratus.study.output import (
         check_metric,
         describe_different_data,
@@ -141,9 +150,6 @@ def report(
         write_report,
     )
 
-    if len(folders) == 1 and (folders[0] / "run.json").is_file():
-        _report_run(folders[0], out, json)
-        return
     named = _name_folders(folders)
     studies = {name: load_results(folder) for name, folder in named.items()}
     check_metric(studies, by)
@@ -224,7 +230,6 @@ def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -
 def _choose_folder(loaded: Study, out: Path | None, resume: bool) -> Path | None:
     """Return where the study is saved, or None. Raises UserError if the folder is in use and not to be resumed."""
     from obliteratus.core.errors import UserError
-    from obliteratus.core.run_folder import check_free
 
     folder = out or (Path(loaded.output) if loaded.output else None)
     if resume and folder is None:

@@ -46,6 +46,7 @@ class PresetFolder:
 
 
 METHODS = PresetFolder("recipes", "recipe", "method", "obliteratus methods")
+STUDIES = PresetFolder("studies", "study", "preset", "obliteratus study --help")
 
 
 def list_methods() -> list[str]:
