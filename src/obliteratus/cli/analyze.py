@@ -59,9 +59,6 @@ def analyze(
     verbose: Verbose = False,
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
-    from obliteratus.cli.usage import DEFAULT_BEHAVIOR, check_groups
-
-    check_groups(target, control, behavior or DEFAULT_BEHAVIOR)
     with show_progress(quiet, verbose) as clock:
         with start(clock):
             from obliteratus.analyze.pass_budget import check_budget

@@ -62,7 +62,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise_on_interrupt()
             from obliteratus.cli.usage import check_usage
 
-            check_usage(kwargs)
+            check_usage(command.__name__, kwargs)
             command(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)

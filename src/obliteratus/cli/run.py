@@ -93,9 +93,6 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
-    from obliteratus.cli.usage import check_groups, known_behavior
-
-    check_groups(target, control, known_behavior(method, set_, behavior))
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
@@ -150,9 +147,6 @@ def search(
     verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
-    from obliteratus.cli.usage import check_groups, known_behavior
-
-    check_groups(target, control, known_behavior(method, set_, behavior))
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )

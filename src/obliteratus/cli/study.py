@@ -96,12 +96,7 @@ def study(
             raise UserError(f"--from-yaml converts {from_yaml} and runs no study; leave '{source}' out")
         _convert_yaml(from_yaml, out, json, quiet)
         return
-    if not source:
-        raise UserError(f"study: name a study file or one of {PRESETS}")
-    if Path(source).suffix not in (".yaml", ".yml"):  # of which the error says how to convert them
-        from obliteratus.pipeline.presets import STUDIES
-
-        STUDIES.read(source)
+    _check_source(source)
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
     with show_progress(quiet, verbose) as clock:
         with start(clock):
@@ -208,6 +203,17 @@ def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> No
 
 
 # ------------------------------------------------------------------------------------------- checking
+def _check_source(source: str) -> None:
+    """Raise UserError, before anything is imported, if no study is named, or there is none of that name."""
+    from obliteratus.core.errors import UserError
+    from obliteratus.pipeline.presets import STUDIES
+
+    if not source:
+        raise UserError(f"study: name a study file or one of {PRESETS}")
+    if Path(source).suffix not in (".yaml", ".yml"):  # later it is said how to convert them
+        STUDIES.read(source)
+
+
 def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> Study:
     """Return the study with everything that the command line sets, checked as far as it can be without the model."""
     from obliteratus.core.errors import UserError

@@ -23,19 +23,32 @@ from obliteratus.core.run_folder import check_free, require_file
 from obliteratus.core.toml import parse_overrides
 from obliteratus.judge.behavior_file import find_file, read_behavior
 from obliteratus.pipeline.presets import METHODS
+from obliteratus.pipeline.values import override_values, validate_recipe
 from obliteratus.weights.check_source import check_source
 from obliteratus.weights.organism_files import find_data_folder
 
 DEFAULT_BEHAVIOR = "refusal"
+NEED_PROMPTS = ("run", "search", "verify", "analyze")
+"""Commands that do nothing without target and control prompts."""
 
 
-def check_usage(options: Mapping[str, Any]) -> None:
-    """Raise UserError for an option of a command that cannot be what it says, whatever the model and the recipe."""
+def check_usage(command: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of a command that cannot be what it says, whatever the model and the steps."""
     for name, check in CHECKS.items():
         if options.get(name):
             check(options[name])
+    if options.get("method"):
+        _check_recipe(options["method"], options.get("set_") or [])
     if isinstance(options.get("out"), Path) and not options.get("resume"):
         check_free(options["out"])
+    if command in NEED_PROMPTS:
+        _check_groups(options)
+
+
+def _check_recipe(method: str, changes: Sequence[str]) -> None:
+    """Raise UserError for keys and values that no recipe can have. Steps are checked where they are registered."""
+    recipe = validate_recipe(METHODS.read(method), method)
+    validate_recipe(override_values(recipe, parse_overrides([*changes])), method)
 
 
 def _check_prompts(source: str) -> None:
@@ -65,7 +78,6 @@ def _check_one_process(device: str) -> None:
 
 CHECKS: Mapping[str, Callable[[Any], object]] = {
     "model": check_source,
-    "method": METHODS.read,
     "set_": parse_overrides,
     "behavior": find_file,
     "plan": _check_plans,
@@ -84,13 +96,11 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
 """Parameter of commands → check of its value. A name means the same on every command that has it."""
 
 
-def known_behavior(method: str, changes: Sequence[str] | None, behavior: str | None) -> str:
-    """Return the behavior that a run will look for, or '' if a recipe file or a change of the recipe may name it."""
-    return behavior or ("" if changes or method.endswith(".toml") else DEFAULT_BEHAVIOR)
-
-
-def check_groups(target: str | None, control: str | None, behavior: str) -> None:
-    """Raise UserError if target or control prompts are missing. behavior: '' if the recipe may name another one."""
+def _check_groups(options: Mapping[str, Any]) -> None:
+    """Raise UserError if target or control prompts are missing, unless a recipe may name a behavior that has some."""
+    target, control = options["target"], options["control"]
+    may_name = options.get("set_") or options.get("method", "").endswith(".toml")
+    behavior = options["behavior"] or ("" if may_name else DEFAULT_BEHAVIOR)
     if behavior or (target is None) != (control is None):
         table = read_behavior(behavior or DEFAULT_BEHAVIOR)
         fill_example_prompts({"target": target, "control": control}, table["name"], table)

@@ -68,9 +68,6 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
-    from obliteratus.cli.usage import DEFAULT_BEHAVIOR, check_groups
-
-    check_groups(target, control, behavior or DEFAULT_BEHAVIOR)
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
     sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}

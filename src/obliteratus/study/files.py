@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.pipeline.presets import STUDIES
-from obliteratus.pipeline.recipe import override_values
+from obliteratus.pipeline.values import override_values
 from obliteratus.study.settings import Study
 from obliteratus.verify.ladder import check_judge
 
