@@ -48,7 +48,8 @@ def measure_start(command: Sequence[str], repeats: int) -> dict[str, float]:
         )
         for _ in range(repeats)
     ]
-    return {"cpu": round(median(cpu for cpu, _ in found), 3), "peak_mib": round(max(peak for _, peak in found) / 2**20, 1)}
+    peak = max(peak for _, peak in found)
+    return {"cpu": round(median(cpu for cpu, _ in found), 3), "peak_mib": round(peak / 2**20, 1)}
 
 
 def measure_first_line(command: Sequence[str]) -> float:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {}
     for name, command in commands.items():
         found[name] = measure_start(command, repeats)
-        say(f"{name}: {found[name]['cpu']:.2f} s, {found[name]["peak_mib"]:.1f} MiB")
+        say(f"{name}: {found[name]['cpu']:.2f} s, {found[name]['peak_mib']:.1f} MiB")
     result: dict[str, Any] = {"start": found}
     if not options.smoke:
         result["first_line"] = median(measure_first_line(RUN) for _ in range(min(repeats, 3)))
