@@ -39,7 +39,7 @@ def check_usage(command: str, options: Mapping[str, Any]) -> None:
             check(options[name])
     if options.get("method"):
         _check_recipe(options["method"], options.get("set_") or [])
-    if isinstance(options.get("out"), Path) and not options.get("resume"):
+    if isinstance(options.get("out"), Path) and not options.get("resume") and not options.get("from_yaml"):
         check_free(options["out"])
     if command in NEED_PROMPTS:
         _check_groups(options)
@@ -77,21 +77,22 @@ def _check_one_process(device: str) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Any], object]] = {
-    "model": check_source,
+    "device": _check_one_process,
+    "dtype": check_dtype,
+    "quantize": check_quantization,
+    "memory": parse_size,
+    "save": check_form_name,
     "set_": parse_overrides,
+    "column": parse_columns,
+    "split_by": check_split_by,
     "behavior": find_file,
-    "plan": _check_plans,
     "target": _check_prompts,
     "control": _check_prompts,
     "bypass": _check_prompts,
     "keep": _check_prompts,
-    "column": parse_columns,
-    "split_by": check_split_by,
-    "save": check_form_name,
-    "memory": parse_size,
-    "dtype": check_dtype,
-    "quantize": check_quantization,
-    "device": _check_one_process,
+    "plan": _check_plans,
+    "against": check_source,
+    "model": check_source,
 }
 """Parameter of commands → check of its value. A name means the same on every command that has it."""
 
