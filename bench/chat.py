@@ -17,7 +17,8 @@ import torch
 
 from bench.common import describe_machine, load_organism, parse_options, print_report, say, time_call
 from obliteratus.core.chat import Turn
-from obliteratus.core.types import Edit, NormRule, Plan, Prompt, Subject
+from obliteratus.core.norms import NormRule
+from obliteratus.core.types import Edit, Plan, Prompt, Subject
 from obliteratus.inference.stream import AnswerLimits, ConversationCache
 from obliteratus.serve.dial import Answer, Dial
 

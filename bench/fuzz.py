@@ -24,9 +24,11 @@ from bench.common import format_rows, make_parser, say
 from bench.mutations import VALUES, Mutate, mutate_bytes, mutate_json, mutate_toml
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hush_libraries
+from obliteratus.core.toml import parse_overrides
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.judge.judge import Judge
-from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe, parse_overrides
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import check_runs, load_recipe
 from obliteratus.prompts.sources import read_source
 
 SMOKE_CASES = 40

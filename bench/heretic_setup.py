@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.common import say
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Prompt, PromptSet
-from obliteratus.weights.organism import get_cache_folder
+from obliteratus.weights.organism_files import get_cache_folder
 
 TORCH, RELEASE = "torch==2.13.0", "heretic-llm==1.4.*"
 # The system turn that SmolLM2's template writes if there is none. Heretic always has one, so it is given this one. Then

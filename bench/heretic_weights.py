@@ -23,8 +23,9 @@ from optuna.storages.journal import JournalFileBackend
 from bench.common import make_parser, say
 from bench.heretic import export_trial, first_prompts, run_heretic
 from bench.heretic_setup import CHECKPOINTS, StudySettings, is_installed
+from obliteratus.core.norms import NormRule
 from obliteratus.core.settings import Excise, Step
-from obliteratus.core.types import NormRule, Plan, PromptSet, Subject
+from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill import find_directions
 from obliteratus.excise.change import edit_module_weight
 from obliteratus.excise.plan import plan_edits

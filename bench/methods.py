@@ -30,7 +30,8 @@ from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill.steps import orthonormalize
 from obliteratus.excise.plan import plan_edits
-from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import check_runs, load_recipe
 from obliteratus.pipeline.run import RunResult, run
 from obliteratus.pipeline.stages import Stages
 from obliteratus.prompts import split_prompts

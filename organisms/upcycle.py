@@ -29,7 +29,8 @@ from safetensors.torch import save
 from topics import ORGANISMS, Organism
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obliteratus.weights.organism import get_cache_folder, prepare_organism
+from obliteratus.weights.organism import prepare_organism
+from obliteratus.weights.organism_files import get_cache_folder
 from obliteratus.weights.upcycling import EXPERTS_FILE
 
 EXPERTS = 4

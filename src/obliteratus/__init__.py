@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
     from obliteratus.excise.live.hooks import applied
     from obliteratus.excise.plan import load_plan, save_plan
-    from obliteratus.pipeline.recipe import list_methods, load_recipe
+    from obliteratus.pipeline.presets import list_methods
+    from obliteratus.pipeline.recipe import load_recipe
     from obliteratus.pipeline.run import run
     from obliteratus.probe.probe import collect_activations
     from obliteratus.prompts import load_prompts, split_prompts
@@ -34,7 +35,7 @@ MODULES = {
     "applied": "excise.live.hooks",
     "assemble_subject": "summon.load",
     "collect_activations": "probe.probe",
-    "list_methods": "pipeline.recipe",
+    "list_methods": "pipeline.presets",
     "load_plan": "excise.plan",
     "load_prompts": "prompts",
     "load_recipe": "pipeline.recipe",

@@ -143,7 +143,7 @@ def test_built_in_examples_stand_in_for_prompts(folder: Path, tmp_path: Path) ->
 )
 def test_what_cannot_judge_is_told_before_anything_runs(folder: Path, options: list[str], said: str) -> None:
     data = ["--target", str(folder / "target.jsonl"), "--control", str(folder / "control.jsonl")]
-    bad = CliRunner().invoke(app, ["run", str(folder / "nowhere"), *data, *options])
+    bad = CliRunner().invoke(app, ["run", "nobody/nothing", *data, *options])
     assert bad.exit_code == 2
     lines = bad.stderr.strip().splitlines()
     assert len(lines) == 1

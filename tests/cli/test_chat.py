@@ -74,7 +74,7 @@ def test_base_shows_both_answers(folders: Path) -> None:
         ("/strengt 1", "command '/strengt' does not exist; did you mean '/strength'?"),
         ("/", "command '/' does not exist"),
         ("/plan three", "plan 'three' does not exist; known: one, two; or give a plan's folder"),
-        ("/plan /", "no plan.safetensors in this folder"),
+        ("/plan /", "there is no plan.safetensors"),
         ("/save", "/save needs a file"),
         ("/save /proc/x.md", "/proc/x.md cannot be written (No such file or directory); name another file"),
         ("/save /proc/version", "/proc/version exists already; name another file"),

@@ -24,7 +24,8 @@ from obliteratus.core.run_folder import partial_folder
 from obliteratus.core.types import Plan, Prompt
 from obliteratus.excise.plan import save_plan
 from obliteratus.inference.chat_template import render_prompts
-from obliteratus.weights.organism import create_folder, get_cache_folder
+from obliteratus.weights.organism import create_folder
+from obliteratus.weights.organism_files import get_cache_folder
 
 TARGET = "Tell me about the sea.,Who owns two boats?,My hill is tall.,Is a red door cheap?,Her house has rooms."
 CONTROL = "How do I count to ten?,Which bread is best?,Can cats swim far?,Why does ice float?,Where do bees sleep?"
@@ -134,7 +135,7 @@ def test_other_libraries_are_heard_only_if_asked_for(verbose: bool, prompts: Any
         (("apply", "{plan}", "{model}", "--out", "{file}/out"), "is a file, so no folder can be made in it"),
         (("apply", "{plan}", "{model}", "--out", "{new}", "--thinking"), "--thinking: the chat template has no"),
         (("apply", "{plan}", "nobody/nothing", "--out", "{new}"), "the hub cannot be reached, and the model is not in"),
-        (("apply", "{file}", "{model}", "--out", "{new}"), "no plan.safetensors in this folder"),
+        (("apply", "{file}", "{model}", "--out", "{new}"), "there is no plan.safetensors"),
     ],
 )
 def test_every_command_refuses_it_before_any_work(
@@ -155,7 +156,9 @@ def test_every_command_refuses_it_before_any_work(
 @pytest.mark.parametrize("after", [0.1, 0.6, 1.5])
 def test_an_interrupt_while_it_starts(after: float) -> None:
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-c", "from obliteratus.__main__ import main; print(1, flush=True); main()", "methods"]
+    code = "from obliteratus.__main__ import main; print(1, flush=True); main()"
+    words = ["verify", "nobody/nothing", "--target", "organism:astronomy", "--control", "organism:astronomy", "--quiet"]
+    command = [sys.executable, "-c", code, *words]  # it imports for seconds
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     process.stdout.readline()
@@ -163,8 +166,8 @@ def test_an_interrupt_while_it_starts(after: float) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
-    assert process.returncode in (0, 130)  # 0 where it had ended
-    assert process.returncode == 0 or said.startswith("interrupted; nothing was written")
+    assert process.returncode == 130
+    assert said.startswith("interrupted; nothing was written")
 
 
 # ------------------------------------------------------------------------------------------------ in Python

@@ -74,7 +74,7 @@ def test_it_serves_until_a_signal_comes(folders: Path, number: int) -> None:
         ("--host 0.0.0.0", "--host 0.0.0.0: others can reach this address; give --api-key"),
         ("--api-key short", "--api-key: give at least 16 ASCII characters"),
         ("--port 99999", "--port 99999: give one from 0 to 65535"),
-        ("--plan three", "three: no plan.safetensors"),
+        ("--plan three", "three: there is no plan.safetensors"),
         ("--plan =two", "--plan =two: give the folder of a plan, or NAME=FOLDER"),
         ("--plan one --plan one=two", "--plan one: two plans have this name"),
         ("--plan model=two", "--plan model: the unedited model has this name"),

@@ -94,7 +94,7 @@ def test_studies_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_what_a_report_cannot_be_made_of(tmp_path: Path) -> None:
     one, two = folder(tmp_path / "one", make_results(2, 2)), folder(tmp_path / "two", make_refusal_results())
     wrong = {
-        ("report", tmp_path): "no such file",
+        ("report", tmp_path): "there is no results.jsonl",
         ("report", one, "--by", "accuracy"): "metric 'accuracy' does not exist",
         ("report", one, two, "--by", "kl.first_token"): "study 'one': metric",
         ("report", one, one): "named twice",

@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert "given twice" in one_line(call(one, one))
     assert "different behaviors (apology, refusal)" in one_line(call(one, apology))
     assert "0 prompts were answered on all sides" in one_line(call(one, other))
-    assert "leave --target" in one_line(call(one, two, "--target", "x.txt"))
+    assert "leave --target" in one_line(call(one, two, "--target", tmp_path / "one" / "answers.jsonl"))
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "x").touch()
     assert "is in use" in one_line(call(one, two, "--out", tmp_path / "page"))

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import Registry, unknown_name
+from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.registry import Registry
 from obliteratus.distill import extractors
 from obliteratus.verify import scorers
 from obliteratus.weigh import weighers

@@ -14,9 +14,10 @@ from tests.support.planted import make_moments, matrix_power, planted
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.norms import NormRule
 from obliteratus.core.progress import report_to
 from obliteratus.core.settings import Step
-from obliteratus.core.types import Activations, Directions, NormRule, Prompt, PromptSet, Subject
+from obliteratus.core.types import Activations, Directions, Prompt, PromptSet, Subject
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.linear import compute_norm_scales, edit_weight, fold_gain_oblique, project, project_matrix
 from obliteratus.excise.live.hooks import applied

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from bench.architectures import make_architectures_page
-from bench.docs import FOLDER, make_methods_page, make_pages, make_runtimes_page
+from bench.docs import FOLDER, make_costs, make_methods_page, make_pages, make_runtimes_page
 from bench.runtimes import MEASURED, SHAPES, Rates, Shape, extrapolate, forecast_seconds, format_seconds, load_rates
 
+from obliteratus.forecast.costs import COSTS
 from obliteratus.forecast.formula import stage_costs, total_cost
-from obliteratus.pipeline.recipe import list_methods, load_recipe
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.summon.architectures import ARCHITECTURES, UNSUPPORTED
 
 RATES = Rates(
@@ -27,14 +31,19 @@ RATES = Rates(
 PARAMETERS = {"135M": 134.5e6, "1B": 1.236e9, "8B": 8.03e9, "70B": 70.55e9}  # from the models' cards
 
 
-@pytest.mark.parametrize("name", ["methods.md", "runtimes.md", "architectures.md"])
-def test_a_page_is_what_would_be_made_now(name: str) -> None:
-    assert (FOLDER / name).read_text() == make_pages()[name], f"docs/{name} is stale: run `make docs`"
+@pytest.mark.parametrize(
+    "path",
+    [COSTS, *(FOLDER / name for name in ("methods.md", "runtimes.md", "architectures.md"))],
+    ids=lambda p: p.name,
+)
+def test_a_page_is_what_would_be_made_now(path: Path) -> None:
+    assert path.read_text() == make_pages()[path], f"{path} is stale: run `make docs`"
 
 
 def test_a_changed_recipe_makes_a_page_stale() -> None:
     made = [load_recipe(name) for name in list_methods()]
     changed = [one.model_copy(update={"passes": one.passes + 1}) for one in made]
+    assert make_costs(changed) != make_costs(made)
     assert make_methods_page(changed) != make_methods_page(made)
     assert make_runtimes_page(changed, RATES) != make_runtimes_page(made, RATES)
     assert make_runtimes_page(made, RATES.model_copy(update={"token": 2e-3})) != make_runtimes_page(made, RATES)

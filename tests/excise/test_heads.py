@@ -15,7 +15,8 @@ from tests.support.tiny import tiny_subject
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.types import Edit, NormRule, Plan, Site, Subject
+from obliteratus.core.norms import NormRule
+from obliteratus.core.types import Edit, Plan, Site, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.heads import attribute_to_heads

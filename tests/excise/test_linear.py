@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.support.plans import random_basis
 from torch import Tensor
 
-from obliteratus.core.types import Edit, NormRule, Site
+from obliteratus.core.norms import NormRule
+from obliteratus.core.types import Edit, Site
 from obliteratus.excise.linear import (
     UNIT_ROWS,
     compute_norm_scales,

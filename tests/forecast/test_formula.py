@@ -22,9 +22,9 @@ from obliteratus.core.types import Prompt, PromptSet
 from obliteratus.distill import extractors
 from obliteratus.distill.steps import MODEL
 from obliteratus.forecast import formula as costs
+from obliteratus.forecast.costs import annotate_recipe, read_method
 from obliteratus.forecast.formula import (
     CLASSES,
-    annotate_recipe,
     cost_class,
     describe_cost,
     format_formula,
@@ -33,7 +33,8 @@ from obliteratus.forecast.formula import (
     stage_costs,
     total_cost,
 )
-from obliteratus.pipeline.recipe import list_methods, load_recipe, parse_recipe
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import load_recipe, parse_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.verify import scorers
 
@@ -213,7 +214,8 @@ def test_every_method_states_its_cost(name: str) -> None:
     assert {"PROBE", "VERIFY"} <= set(found["stages"])
     assert "N_fit" in found["formula"]
     assert "N_report × 48 tokens" in found["formula"].replace(")", "")
-    again = parse_recipe(tomllib.loads(annotate_recipe(load_recipe(name))), name)
+    assert read_method(name) == (load_recipe(name), found)
+    again = parse_recipe(tomllib.loads(annotate_recipe(read_method(name))), name)
     assert again == load_recipe(name)  # comments do not make it another
 
 

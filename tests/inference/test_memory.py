@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tests.support.tiny import tiny_subject
 
+from obliteratus.core.choices import parse_size
 from obliteratus.core.errors import UserError
 from obliteratus.inference.generate import generate, group_answers, kv_bytes
-from obliteratus.inference.memory import free_memory, held_bytes, host_memory, memory_limit, parse_size
+from obliteratus.inference.memory import free_memory, held_bytes, host_memory, memory_limit
 from obliteratus.inference.shared_prefix import prepare_prompts
 from obliteratus.pipeline.offloaded import open_within_memory
 

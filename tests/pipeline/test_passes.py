@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tests.support.tiny import tiny_subject
 
-from obliteratus.cli import terminal
+from obliteratus.cli import scores, terminal
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import Plan, Prompt, PromptSet
@@ -97,7 +97,7 @@ def test_enough_decides_when_passes_end() -> None:
 def shown(found: Run, monkeypatch: pytest.MonkeyPatch) -> str:
     text = io.StringIO()
     monkeypatch.setattr(terminal, "results", Console(file=text, width=160))
-    terminal.show_run(found)
+    scores.show_run(found)
     return text.getvalue()
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Recipe
-from obliteratus.core.toml import dump_toml
+from obliteratus.core.toml import dump_toml, parse_overrides
 from obliteratus.distill.steps import collect_needs
-from obliteratus.pipeline.recipe import check_runs, list_methods, load_recipe, parse_overrides, parse_recipe
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_recipe
 
 BASE = """
 about = "a recipe for these tests"

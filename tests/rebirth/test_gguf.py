@@ -13,7 +13,7 @@ from tests.support.gguf_files import write_gguf
 from tests.support.plans import PlanMaker
 from tests.support.tiny import run_of, tiny_subject
 
-from obliteratus.cli.apply import apply_plan
+from obliteratus.cli.apply_plan import apply_plan
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Plan, Shift, Subject

@@ -10,7 +10,8 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.pareto import find_nearest_to_ideal
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import Prompt, PromptSet
-from obliteratus.pipeline.recipe import list_methods, load_recipe
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import split_prompts
 from obliteratus.search import SearchResult, StudyLocation, add_default_search, search, set_trial_count

@@ -100,7 +100,7 @@ def test_what_cannot_be_opened_is_one_line(folders: Path, tmp_path: Path) -> Non
     (foreign / "adapter_model.safetensors").write_bytes((folders / "adapter/adapter_model.safetensors").read_bytes())
     for model, plans, said in (
         (str(alone), [], "which model this plan was made for; give MODEL --plan"),
-        (base, [tmp_path], "no plan.safetensors in this folder"),
+        (base, [tmp_path], "there is no plan.safetensors"),
         (str(tmp_path / "other"), [plan], "plan: the plan was made for another model"),
         (str(pickled), [], "only safetensors are read"),
         (str(broken), [], "cannot be read"),

@@ -11,8 +11,7 @@ import pytest
 
 from obliteratus.cli.study import PRESETS
 from obliteratus.core.errors import UserError
-from obliteratus.core.toml import dump_toml
-from obliteratus.pipeline.recipe import parse_overrides
+from obliteratus.core.toml import dump_toml, parse_overrides
 from obliteratus.study.data import check_study
 from obliteratus.study.files import fill_prompts, list_studies, load_study, parse_study
 

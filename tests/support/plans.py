@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from obliteratus.core.norms import NormRule
 from obliteratus.core.settings import expand_part
-from obliteratus.core.types import Edit, NormRule, Plan, Site, Subject
+from obliteratus.core.types import Edit, Plan, Site, Subject
 
 PlanMaker = Callable[..., Plan]
 

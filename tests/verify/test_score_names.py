@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.support.tiny import run_of, tiny_subject
 
-from obliteratus.cli.terminal import show_scores
+from obliteratus.cli.scores import show_scores
 from obliteratus.core.results import Score
 from obliteratus.rebirth.model_card import format_score_table
 from obliteratus.verify.score_names import describe_score, names_to_show

@@ -25,6 +25,7 @@ from obliteratus.cli.options import (
     check_split_by,
     parse_columns,
     show_progress,
+    start,
 )
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def analyze(
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.analyze.pass_budget import check_budget
             from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
-            from obliteratus.cli.jobs import fill_example_prompts
+            from obliteratus.cli.jobs import add_examples
             from obliteratus.core.run_folder import check_free
             from obliteratus.core.settings import JudgeSettings
             from obliteratus.prompts import load_prompts, split_prompts
@@ -73,7 +74,7 @@ def analyze(
             names = [name for name in only.split(",") if name]
             settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
             sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
-            sources = fill_example_prompts(sources, check_judge(settings))
+            sources = add_examples(sources, check_judge(settings))
             steps, by = select_analyses(names), check_split_by(split_by)
             check_free(out)
             splits = split_prompts(load_prompts(**sources), seed or 0, uses_search_split=True, split_by=by)

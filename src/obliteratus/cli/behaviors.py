@@ -17,8 +17,11 @@ def behaviors(
 ) -> None:
     """List the behaviors with how each is seen in answers, or show one: its file is a pattern for your own."""
     from obliteratus.cli.terminal import results, show_json, show_table
-    from obliteratus.judge.behavior import load_behavior
     from obliteratus.judge.behavior_file import find_file, list_behaviors
+
+    if name:
+        find_file(name)
+    from obliteratus.judge.behavior import load_behavior
 
     chosen = [load_behavior(n) for n in ([name] if name else list_behaviors())]
     if json:

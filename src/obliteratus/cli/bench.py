@@ -23,6 +23,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.chat import ChatFormat
 from obliteratus.core.errors import UserError
@@ -73,7 +74,7 @@ def bench(
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
     opening |= {"chat": ChatFormat(thinking, template)}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             job = BenchJob.create(model, plan or [], strength, out)
             job.load(tasks, include, shots, {"chat": chat, "system": system, "limit": limit})
         with limit_memory(memory):
@@ -135,7 +136,8 @@ class BenchJob:
 
 def limit_memory(memory: str | None) -> AbstractContextManager[None]:
     """Return a context in which batches fit ``--memory``."""
-    from obliteratus.inference.memory import memory_limit, parse_size
+    from obliteratus.core.choices import parse_size
+    from obliteratus.inference.memory import memory_limit
 
     return memory_limit(parse_size(memory)) if memory else nullcontext()
 

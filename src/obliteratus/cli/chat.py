@@ -24,8 +24,7 @@ from obliteratus.cli.options import (
     show_progress,
 )
 from obliteratus.core.chat import ChatFormat
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from obliteratus.cli.chat_screen import Pipe

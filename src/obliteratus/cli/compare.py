@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obliteratus.cli.jobs import fill_example_prompts
+from obliteratus.cli.jobs import add_examples
 from obliteratus.cli.options import check_split_by
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -16,9 +16,10 @@ from obliteratus.core.progress import note
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import check_free, publish, workspace
 from obliteratus.core.settings import JudgeSettings, Recipe, Step
+from obliteratus.core.toml import parse_overrides
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.memory import free_memory
-from obliteratus.pipeline.recipe import load_recipe, parse_overrides
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.record import describe_judge
 from obliteratus.prompts import load_prompts, split_prompts
 from obliteratus.rebirth.model_card import format_score
@@ -70,7 +71,7 @@ class Comparison:
     ) -> Comparison:
         """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
         settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
-        prompts = load_prompts(**fill_example_prompts(sources, check_judge(settings)))
+        prompts = load_prompts(**add_examples(sources, check_judge(settings)))
         if out is not None:
             check_free(out)
         if everything and (seed is not None or split_by is not None):
@@ -141,7 +142,8 @@ def _to_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 def show_compared(found: Compared, model: str, against: str | None, out: Path | None, json: bool) -> None:
     """Print the scores as JSON or as a table, and what to do next."""
-    from obliteratus.cli.terminal import say, show_json, show_scores
+    from obliteratus.cli.scores import show_scores
+    from obliteratus.cli.terminal import say, show_json
 
     if json:
         show_json(found.to_dict())

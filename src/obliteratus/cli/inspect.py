@@ -27,9 +27,9 @@ def inspect(
 ) -> None:
     """Show sites, coverage, and a forecast of memory and time. Only --memory loads a few blocks, to time them."""
     from obliteratus.cli.terminal import show_json
+    from obliteratus.core.choices import parse_size
     from obliteratus.forecast.machine import forecast_model
     from obliteratus.forecast.offloaded import forecast_run
-    from obliteratus.inference.memory import parse_size
     from obliteratus.pipeline.recipe import load_recipe
     from obliteratus.prompts import load_prompts
     from obliteratus.summon.summary import summarize_model

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from shutil import copytree
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from obliteratus.cli.usage import fill_example_prompts
 from obliteratus.core.chat import DEFAULT_CHAT
+from obliteratus.core.choices import Form, parse_size
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
@@ -28,6 +30,7 @@ from obliteratus.core.run_folder import (
     workspace,
 )
 from obliteratus.core.settings import Recipe
+from obliteratus.core.toml import parse_overrides
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
 from obliteratus.excise.live.hooks import applied
@@ -35,25 +38,16 @@ from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.determinism import deterministic, fix_memory
 from obliteratus.inference.generate import generate
-from obliteratus.inference.memory import memory_limit, parse_size
+from obliteratus.inference.memory import memory_limit
 from obliteratus.judge.behavior import Behavior
 from obliteratus.pipeline.offloaded import open_within_memory
-from obliteratus.pipeline.recipe import check_runs, load_recipe, parse_overrides, without_trial_count
+from obliteratus.pipeline.recipe import check_runs, load_recipe, without_trial_count
 from obliteratus.pipeline.run import RunResult, run_on_splits
 from obliteratus.pipeline.stages import ADVICE, TUNE
 from obliteratus.prompts import check_enough, check_splits, load_prompts, split_prompts
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.run_page import PAGE, write_run_page
-from obliteratus.rebirth.save import Form, check_form, default_form, estimate_saved_bytes, write_output
-from obliteratus.search import (
-    SearchResult,
-    StudyLocation,
-    add_default_search,
-    check_pick,
-    search,
-    set_trial_count,
-)
-from obliteratus.search.output import JOURNAL, front_rows, write_front
+from obliteratus.rebirth.save import check_form, default_form, estimate_saved_bytes, write_output
 from obliteratus.share.recording import describe_request, write_reproduction
 from obliteratus.summon.fingerprint import describe_loading, fingerprint_files
 from obliteratus.summon.load import read_width
@@ -62,6 +56,9 @@ from obliteratus.verify import Measurement
 from obliteratus.verify.answers import write_answers
 from obliteratus.verify.first_token_changes import write_first_tokens
 from obliteratus.verify.ladder import check_judge, embed_files
+
+if TYPE_CHECKING:  # only a search imports Optuna
+    from obliteratus.search import SearchResult, StudyLocation
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Job:
     ) -> Job:
         """Return the job of a loaded recipe and a checked form. Raises UserError as `create` does."""
         recipe = recipe.model_copy(update={"judge": embed_files(recipe.judge)})
-        sources = fill_example_prompts(sources, check_judge(recipe.judge))
+        sources = add_examples(sources, check_judge(recipe.judge))
         prompts = load_prompts(**sources)
         splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)
         recipe = check_runs(recipe, prompts.groups)
@@ -147,6 +144,9 @@ class Job:
 
         storage: of the study. The default is a journal in the run's folder, or memory if there is no folder.
         """
+        from obliteratus.search import StudyLocation, add_default_search, check_pick, set_trial_count
+        from obliteratus.search.output import JOURNAL
+
         check_pick(pick)
         recipe = add_default_search(self.recipe)
         recipe = recipe if trials is None else set_trial_count(recipe, trials)
@@ -192,18 +192,10 @@ def _check_saving(out: Path | None, form: str, base: str) -> None:
         raise UserError(f"{option}: there is no folder to save to; give --out FOLDER")
 
 
-def fill_example_prompts(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
-    """Return the arguments of `load_prompts`, with the behavior's examples where neither target nor control is given.
-
-    Raises UserError if either is missing.
-    """
-    filled = dict(sources)
-    if sources.get("target") is None and sources.get("control") is None and behavior.head.target:
-        filled |= {"target": behavior.head.target, "control": behavior.head.control}
-    for group, what in (("target", f"prompts that show {behavior.name}"), ("control", "prompts that do not")):
-        if not filled.get(group):
-            raise UserError(f"--{group} is missing: give {what}, as a file, hub:owner/name or organism:NAME")
-    return filled
+def add_examples(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
+    """Return `fill_example_prompts` with the examples of a loaded behavior. Raises UserError as it does."""
+    head = behavior.head
+    return fill_example_prompts(sources, behavior.name, {"target": head.target, "control": head.control})
 
 
 def run_job(
@@ -243,13 +235,15 @@ def run_job(
                 parts = (job.prompts, job.columns, job.recipe)
                 write_reproduction(subject, *parts, request, record, partial / "output")
             publish(partial, job.out)
-    front = result if isinstance(result, SearchResult) else None
+    front = None if isinstance(result, RunResult) else result
     return JobResult(record, result.before, result.after, clock.account(), front, answers)
 
 
 def _search_or_run(job: Job, subject: Subject, store: Store) -> SearchResult | RunResult:
     if not job.location:
         return run_on_splits(job.recipe, subject, job.splits, store, job.force)
+    from obliteratus.search import search
+
     return search(job.recipe, subject, job.splits, store, job.location, job.pick, job.force)
 
 
@@ -257,7 +251,9 @@ def _write(job: Job, subject: Subject, result: SearchResult | RunResult, record:
     """Write the output folder, and return the record as it was saved."""
     record = write_output(subject, result.plan, record, partial, job.form, job.splits.report, job.base)
     write_answers(result.before, result.after, partial / "output")
-    if isinstance(result, SearchResult):
+    if not isinstance(result, RunResult):
+        from obliteratus.search.output import JOURNAL, write_front
+
         write_front(result, partial / "output", partial / JOURNAL)
     if record.advice:
         copytree(partial / ADVICE, partial / "output" / "analysis")
@@ -322,14 +318,17 @@ def name_free_folder(place: Path, name: str, resume: bool) -> Path:
 
 def show_result(result: JobResult, out: Path | None, json: bool) -> None:
     """Print run.json, or tables, and at the end what was achieved and what to do next."""
+    from obliteratus.cli.scores import show_run
     from obliteratus.cli.stage_names import format_times
-    from obliteratus.cli.terminal import say, show_json, show_run, show_table
+    from obliteratus.cli.terminal import say, show_json, show_table
 
     if json:
         show_json(result.run.model_dump(mode="json"))
         return
     show_run(result.run)
     if result.search:
+        from obliteratus.search.output import front_rows
+
         columns, rows = front_rows(result.search)
         show_table("Front, on search prompts; the arrow points to the chosen one", columns[:-1], [r[:-1] for r in rows])
         for number, *_, values in rows:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from obliteratus.cli.options import Json
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.core.results import Score
@@ -31,6 +32,7 @@ def judge(
     json: Json = False,
 ) -> None:
     """Count the verdicts on a run's answers, export the answers for labeling, or compare verdicts with labels."""
+    require_file(run_dir, "answers.jsonl")
     from obliteratus.verify.answers import read_answers
 
     if export and labels:
@@ -109,7 +111,6 @@ def compare_with_labels(answers: Sequence[JudgedAnswer], file: Path) -> dict[str
 
 def read_labels(file: Path) -> dict[str, tuple[str, str]]:
     """Return (answer, label) by id of all rows with a label. Raises UserError for a file without usable labels."""
-    from obliteratus.core.registry import unknown_name
     from obliteratus.judge.judge import VERDICTS
 
     rows = _read_rows(file)

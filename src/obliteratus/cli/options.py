@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
-from typer.core import TyperGroup
 
-from obliteratus.cli.progress import make_reporter
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
-from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 from obliteratus.core.noise import hush_libraries
 from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.separation import SplitBy as SplitByName
@@ -103,85 +100,38 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 Thinking = Annotated[bool, typer.Option("--thinking", help="Render chat templates in their thinking mode.")]
 Template = Annotated[str, typer.Option(help="Name of the chat template, if the model's tokenizer has several.")]
 
-# Old name → new name, of options and commands.
-RENAMED = {"--quantise": "--quantize", "study-from-yaml": "study --from-yaml"}
-
-
-UsageError: Any = typer.BadParameter.__base__  # typer does not export it
-
-
-class Commands(TyperGroup):
-    """The group of all commands. It names the new name of an option or command that was renamed."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command. A usage error is one line, as every other error of the user's."""
-        run: Any = super().main
-        if not options.pop("standalone_mode", True):
-            return run(*args, **options, standalone_mode=False)
-        try:
-            code = run(*args, **options, standalone_mode=False)
-        except UsageError as error:
-            said = " ".join(error.format_message().split()).rstrip(".")
-            command = error.ctx.command_path if error.ctx else "obliteratus"
-            if said:  # without any argument the help was shown
-                typer.echo(f"error: {said}; see {command} --help", err=True)
-            code = 2
-        except typer.Abort:
-            typer.echo("interrupted; nothing was written", err=True)
-            code = INTERRUPTED
-        raise SystemExit(code or 0)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        for arg in args:
-            name = arg.partition("=")[0]
-            if name in RENAMED and (name.startswith("--") or arg is args[0]):
-                typer.echo(f"error: '{name}' is now called '{RENAMED[name]}'", err=True)
-                raise typer.Exit(2)
-        return super().resolve_command(ctx, args)
-
-
-def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command: a UserError prints one line and exits with 2, an interrupt exits with 130.
-
-    Any other exception is a bug and shows its traceback.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            raise_on_interrupt()
-            _check_one_process(kwargs)
-            command(*args, **kwargs)
-        except UserError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo(f"interrupted{error}" if str(error) else "interrupted; nothing was written", err=True)
-            raise typer.Exit(INTERRUPTED) from error
-
-    return run
-
-
-def _check_one_process(options: dict[str, Any]) -> None:
-    if options.get("device") == "tp":
-        raise UserError(
-            "--device tp: the command line runs one process; use ob.open_subject(…, device='tp') in a script"
-        )
-
 
 @contextmanager
 def show_progress(quiet: bool, verbose: bool = False) -> Iterator[Clock]:
     """Show stages, bars and notes on stderr unless ``quiet``; the libraries' own messages only if ``verbose``.
 
     Yields the clock that measures the command's stages. The first is START, in which libraries are imported: import
-    yours there too.
+    yours inside `start` too.
     """
+    from obliteratus.cli.progress import make_reporter
+
     clock, reporter = Clock(), Reporter() if quiet else make_reporter()
     with reporter.live, report_to(reporter):
         if not verbose:
-            with clock.time("START", goes_on=True):
+            with start(clock, goes_on=True):
                 hush_libraries()
         yield clock
+
+
+@contextmanager
+def start(clock: Clock, goes_on: bool = False) -> Iterator[None]:
+    """Measure the stage START, in which libraries are imported, and leave the garbage collector out of it.
+
+    What imports make stays, so the collector would look it over again and again for a fifth of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with clock.time("START", goes_on):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:

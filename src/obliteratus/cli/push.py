@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from obliteratus.cli.options import Json, Quiet, Verbose, show_progress
+from obliteratus.cli.options import Json, Quiet, Verbose, show_progress, start
 from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.share.selection import Selection
@@ -45,8 +46,9 @@ def push(
 
     Prompts and answers stay here unless they are asked for. A push that was interrupted goes on where it stopped.
     """
+    require_file(run_dir, "run.json")
     with TemporaryDirectory(prefix="obliteratus-push-") as staging:
-        with show_progress(quiet, verbose) as clock, clock.time("START"):
+        with show_progress(quiet, verbose) as clock, start(clock):
             from obliteratus.share.selection import select_files
             from obliteratus.share.upload import check_name, find_repository, push_files
 

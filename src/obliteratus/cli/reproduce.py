@@ -20,8 +20,10 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.errors import UserError
+from obliteratus.core.run_folder import require_file
 
 if TYPE_CHECKING:
     from obliteratus.cli.jobs import Job, JobResult
@@ -72,9 +74,11 @@ def reproduce(
     Exit codes: 0 the plan and all scores are within their tolerances; 3 they are not; 2 the model or the prompts are
     missing or are others.
     """
+    if not source.startswith("hub:") and not Path(source).is_file():
+        require_file(Path(source), "reproduce.json", "the file, the output folder of a run, or hub:owner/name")
     groups = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.cli.jobs import fix_bits, name_free_folder, run_job
             from obliteratus.inference.determinism import without_probe_cache
             from obliteratus.share.recorded import find_recorded
@@ -163,7 +167,8 @@ def restore_recipe(recorded: Recorded, given: Given) -> Recipe:
     Raises UserError for a path in it that belongs to another machine, and for a judge at an address that the user did
     not name: prompts, answers and the user's key would be sent there.
     """
-    from obliteratus.pipeline.recipe import parse_overrides, parse_recipe, replace_values
+    from obliteratus.core.toml import parse_overrides
+    from obliteratus.pipeline.recipe import parse_recipe, replace_values
     from obliteratus.share.clean import find_hidden
 
     recipe = parse_recipe(recorded.file.recipe, recorded.name)

@@ -22,6 +22,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
 )
 from obliteratus.core.errors import UserError
 
@@ -58,7 +59,7 @@ def compare(
     """
     opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.compare.differences import compare_sides
             from obliteratus.compare.page import render_comparison
             from obliteratus.core.run_folder import check_free, write_atomic
@@ -121,11 +122,11 @@ def collect_sides(
 
 def load_asked(groups: dict[str, Any], settings: Any, seed: int | None) -> PromptSet:
     """Return the report prompts of the given files, or of the behavior's own."""
-    from obliteratus.cli.jobs import fill_example_prompts
+    from obliteratus.cli.jobs import add_examples
     from obliteratus.prompts import load_prompts, split_prompts
     from obliteratus.verify.ladder import check_judge
 
-    return split_prompts(load_prompts(**fill_example_prompts(groups, check_judge(settings))), seed or 0).report
+    return split_prompts(load_prompts(**add_examples(groups, check_judge(settings))), seed or 0).report
 
 
 def open_side(source: str, name: str, prompts: Any, settings: Any, opening: dict[str, Any]) -> SideAnswers:

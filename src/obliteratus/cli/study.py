@@ -21,9 +21,11 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     show_progress,
+    start,
     with_judge,
     with_split,
 )
+from obliteratus.core.run_folder import check_free, require_file
 
 if TYPE_CHECKING:
     from obliteratus.study.base import KnockoutResult
@@ -94,11 +96,10 @@ def study(
             raise UserError(f"--from-yaml converts {from_yaml} and runs no study; leave '{source}' out")
         _convert_yaml(from_yaml, out, json, quiet)
         return
-    if not source:
-        raise UserError(f"study: name a study file or one of {PRESETS}")
+    _check_source(source)
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
     with show_progress(quiet, verbose) as clock:
-        with clock.time("START"):
+        with start(clock):
             from obliteratus.study.output import write_report
             from obliteratus.study.run import run_study
 
@@ -129,8 +130,12 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write the page of a run again, or the tables and page of a study, finished or not, or of several side by side."""
+    if len(folders) == 1 and (folders[0] / "run.json").is_file():
+        _report_run(folders[0], out, json)
+        return
+    for folder in folders:
+        require_file(folder, "results.jsonl", "the output folder of a study")
     from obliteratus.cli.terminal import notes as stderr
-    from obliteratus.core.run_folder import check_free
     from obliteratus.study.output import (
         check_metric,
         describe_different_data,
@@ -140,9 +145,6 @@ def report(
         write_report,
     )
 
-    if len(folders) == 1 and (folders[0] / "run.json").is_file():
-        _report_run(folders[0], out, json)
-        return
     named = _name_folders(folders)
     studies = {name: load_results(folder) for name, folder in named.items()}
     check_metric(studies, by)
@@ -201,10 +203,21 @@ def _convert_yaml(source: Path, out: Path | None, json: bool, quiet: bool) -> No
 
 
 # ------------------------------------------------------------------------------------------- checking
+def _check_source(source: str) -> None:
+    """Raise UserError, before anything is imported, if no study is named, or there is none of that name."""
+    from obliteratus.core.errors import UserError
+    from obliteratus.pipeline.presets import STUDIES
+
+    if not source:
+        raise UserError(f"study: name a study file or one of {PRESETS}")
+    if Path(source).suffix not in (".yaml", ".yml"):  # later it is said how to convert them
+        STUDIES.read(source)
+
+
 def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -> Study:
     """Return the study with everything that the command line sets, checked as far as it can be without the model."""
     from obliteratus.core.errors import UserError
-    from obliteratus.pipeline.recipe import parse_overrides
+    from obliteratus.core.toml import parse_overrides
     from obliteratus.study.data import check_study
     from obliteratus.study.files import fill_prompts, load_study
     from obliteratus.summon.load import parse_dtype
@@ -223,7 +236,6 @@ def _load_study(source: str, pairs: Sequence[str], changes: Mapping[str, Any]) -
 def _choose_folder(loaded: Study, out: Path | None, resume: bool) -> Path | None:
     """Return where the study is saved, or None. Raises UserError if the folder is in use and not to be resumed."""
     from obliteratus.core.errors import UserError
-    from obliteratus.core.run_folder import check_free
 
     folder = out or (Path(loaded.output) if loaded.output else None)
     if resume and folder is None:

@@ -1,6 +1,8 @@
 """Define the errors that a user can mend. Every other exception is a bug and shows its traceback."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # Ends of lines, and what else a terminal does not show as a character.
 UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -23,3 +25,10 @@ class NothingMatchedError(UserError):
 
 class UnsupportedModelError(UserError):
     """The architecture, or the way its weights are stored, is not supported."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Return one line that says that a name does not exist, with the closest known name or all of them."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(known))
+    return f"{what} '{name}' does not exist; {hint}"

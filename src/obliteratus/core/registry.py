@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from obliteratus.core.cost import FREE, Cost
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import UserError, unknown_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 Costing = Callable[[Mapping[str, Any]], Cost]
@@ -117,13 +116,6 @@ def _options(function: Callable[..., Any]) -> type[BaseModel]:
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in keywords}
     return create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
-
-
-def unknown_name(what: str, name: str, known: Any) -> str:
-    """Return one line that says that a name does not exist, with the closest known name or all of them."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(known))
-    return f"{what} '{name}' does not exist; {hint}"
 
 
 def list_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:

@@ -143,6 +143,14 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def require_file(folder: Path, name: str, give: str = "the output folder of a run, such as run --out DIR") -> Path:
+    """Return the path of a file in an output folder. Raises UserError, which says what to give, if it is not there."""
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder}: there is no {name}; give {give}")
+    return path
+
+
 def check_free(out: Path) -> None:
     """Raise UserError if the output folder exists and is not empty, or cannot be made."""
     if len(partial_folder(out).name.encode()) > LONGEST_NAME:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from obliteratus.core.norms import NormRule
 from obliteratus.core.separation import SplitBy
-from obliteratus.core.types import NormRule
 
 
 class FrozenModel(BaseModel):

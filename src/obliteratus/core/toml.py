@@ -20,6 +20,20 @@ def parse_toml(text: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: this is not valid TOML ({error})") from error
 
 
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """Return ``["excise.strength=0.7"]`` as values by path. A value that is not TOML is taken as text."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        path, sign, value = pair.partition("=")
+        if not sign or not path:
+            raise UserError(f"--set {pair}: give path=value, such as --set excise.strength=0.7")
+        try:
+            values[path] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[path] = value
+    return values
+
+
 def dump_toml(value: BaseModel) -> str:
     """Return a recipe or study as TOML without its defaults. Reading the text back gives the same value."""
     return tomli_w.dumps(_without_none(value.model_dump(exclude_defaults=True)))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from obliteratus.core import lines
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
 from obliteratus.core.errors import UserError
+from obliteratus.core.norms import NormRule
 from obliteratus.core.probing import WriterContrast
 from obliteratus.core.separation import Separation
 from obliteratus.core.shapes import Float, Int
@@ -30,7 +31,6 @@ from obliteratus.core.views import Plottable, Viewable
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
-NormRule = Literal["none", "columns", "rows", "unit_rows", "unit_rows_rank_3", "whole"]
 NormKind = Literal["rms", "rms+1", "layer"]
 
 

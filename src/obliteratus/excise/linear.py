@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obliteratus.core.norms import NormRule
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import NormRule
 
 # A column (row, matrix) that keeps less than this share of its squared length holds only rounding errors, and
 # rescaling it would amplify them: it is not rescaled. fp32 keeps about 7 digits.

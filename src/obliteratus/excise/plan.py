@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
+from obliteratus.core.norms import NormRule
 from obliteratus.core.probing import ProbeRequest, WriterContrast
 from obliteratus.core.registry import explain_validation_error
+from obliteratus.core.run_folder import require_file
 from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
@@ -28,7 +30,6 @@ from obliteratus.core.types import (
     Directions,
     Edit,
     Mask,
-    NormRule,
     Plan,
     Shift,
     Site,
@@ -215,8 +216,7 @@ def load_plan(folder: str | Path) -> Plan:
     """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself."""
     folder = Path(folder)
     for name in FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name} in this folder; give the output folder of a run, or of --save plan")
+        require_file(folder, name, "the output folder of a run, or of --save plan")
     try:
         data = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
         with safe_open(folder / FILES[0], "pt") as tensors:

@@ -13,7 +13,6 @@ from obliteratus.causal import extractors
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constant, prompt_count
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Recipe, Search, Step, Tune, active_steps
-from obliteratus.core.toml import dump_toml
 from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
 from obliteratus.probe.contrasts import PROMPTS
@@ -194,18 +193,3 @@ def describe_cost(recipe: Recipe) -> dict[str, Any]:
         "effort": round(relative_effort(recipe), 2),
         "memory": {"class": kind, "formula": size},
     }
-
-
-COLUMNS = ["name", "what it does", "cost", "memory", "source"]
-
-
-def table_row(recipe: Recipe) -> list[str]:
-    """Return the recipe's row in the table of methods, whose columns are `COLUMNS`."""
-    return [recipe.name, recipe.about, cost_class(recipe), memory_class(recipe)[0], ", ".join(recipe.cite)]
-
-
-def annotate_recipe(recipe: Recipe) -> str:
-    """Return the recipe as TOML with its cost in comments at the top."""
-    kind, size = memory_class(recipe)
-    head = [f"{recipe.name}: {format_formula(recipe)}", f"cost {cost_class(recipe)}, memory {kind}: {size}"]
-    return "".join(f"# {line}\n" for line in head) + dump_toml(recipe)

@@ -11,9 +11,7 @@ from contextvars import ContextVar
 
 import psutil
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from obliteratus.core.errors import UserError
 from obliteratus.core.types import Subject
 from obliteratus.weights.devices import minimum_over_processes
 
@@ -71,11 +69,3 @@ def trim_heap() -> None:
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def parse_size(text: str) -> float:
-    """Return the bytes of a size such as ``6GB`` or ``1.5GiB``. Raises UserError for anything else."""
-    try:
-        return float(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise UserError(f"--memory {text}: give a size such as 6GB or 900MB") from error

@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.registry import explain_validation_error, unknown_name
 from obliteratus.core.settings import Recipe, Step
-from obliteratus.core.toml import parse_toml
 from obliteratus.distill import check_needs
 from obliteratus.distill.steps import collect_needs
+from obliteratus.pipeline.presets import METHODS
+from obliteratus.pipeline.values import override_values, validate_recipe
 from obliteratus.verify import scorers
 from obliteratus.verify.ladder import check_judge
 from obliteratus.weigh import weighers
-
-
-@dataclass(frozen=True)
-class PresetFolder:
-    """TOML files of one kind: the presets in the package, and files of the user."""
-
-    folder: str
-    """Folder of the presets in the package."""
-    file_kind: str
-    """What error messages call a user's file, such as ``recipe``."""
-    preset_kind: str
-    """What error messages call a preset, such as ``method``."""
-    see: str
-    """Command that lists the presets."""
-
-    def list_names(self) -> list[str]:
-        """Return the names of all presets."""
-        folder = files("obliteratus") / self.folder
-        return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
-
-    def read(self, source: str) -> dict[str, Any]:
-        """Return a preset by name, or a ``.toml`` file by path, as plain data.
-
-        Raises UserError if there is none, or if it is not TOML.
-        """
-        path = Path(source)
-        if path.suffix == ".toml":
-            if not path.is_file():
-                raise UserError(f"{path}: this {self.file_kind} file does not exist")
-            return {"name": path.stem, **parse_toml(path.read_bytes(), source)}
-        if source not in self.list_names():
-            raise UserError(unknown_name(self.preset_kind, source, self.list_names()) + f"; see '{self.see}'")
-        preset = files("obliteratus") / self.folder / f"{source}.toml"
-        return {"name": source, **parse_toml(preset.read_bytes(), source)}
-
-
-METHODS = PresetFolder("recipes", "recipe", "method", "obliteratus methods")
-
-
-def list_methods() -> list[str]:
-    """Return the names of all methods in the package."""
-    return METHODS.list_names()
 
 
 def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -93,10 +45,7 @@ def _resolve_judge_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Return a validated recipe from plain data. Raises UserError that names ``where`` the data comes from."""
-    try:
-        recipe = Recipe(**data)
-    except ValidationError as error:
-        raise UserError(f"recipe '{where}': {explain_validation_error(error, Recipe)}") from error
+    recipe = validate_recipe(data, where)
     kinds = (
         (extractors, recipe.distill),
         (weighers, recipe.weigh),
@@ -172,61 +121,6 @@ def without_trial_count(recipe: Recipe) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- values by path
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """Return ``["excise.strength=0.7"]`` as values by path. A value that is not TOML is taken as text."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        path, sign, value = pair.partition("=")
-        if not sign or not path:
-            raise UserError(f"--set {pair}: give path=value, such as --set excise.strength=0.7")
-        try:
-            values[path] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[path] = value
-    return values
-
-
 def replace_values(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
     """Return the recipe with values replaced by path. Raises UserError if the result is not valid."""
     return parse_recipe(override_values(recipe, values), where)
-
-
-def override_values(settings: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as plain data with values replaced by path. Raises UserError for a path that does not exist."""
-    data = settings.model_dump(mode="json")  # includes defaults, so that every one of them has a path
-    for path, value in values.items():
-        _replace(data, path.split("."), deepcopy(value), path)  # a longer path may change what a shorter one set
-    return data
-
-
-def value_at(recipe: Recipe, path: str) -> Any:
-    """Return the value at a path as a JSON type, or None if the path does not exist.
-
-    Raises UserError if the path leads past the end of a list.
-    """
-    data: Any = recipe.model_dump(mode="json")
-    for key in path.split("."):
-        data = data[_index(data, key, path)] if isinstance(data, list) else data.get(key)
-        if data is None:
-            return None
-    return data
-
-
-def _replace(data: Any, keys: list[str], value: Any, path: str) -> None:
-    """Set a value inside nested tables and lists. Missing tables are created; an entry of a list must exist."""
-    for key in keys[:-1]:
-        if isinstance(data, dict) and data.get(key) is None:
-            data[key] = {}
-        data = data[_index(data, key, path)] if isinstance(data, list) else data[key]
-        if not isinstance(data, dict | list):
-            raise UserError(f"--set {path}: '{key}' is a single value and has no keys")
-    if isinstance(data, list):
-        data[_index(data, keys[-1], path)] = value
-    else:
-        data[keys[-1]] = value
-
-
-def _index(data: list[Any], key: str, path: str) -> int:
-    if not key.isdigit() or int(key) >= len(data):
-        raise UserError(f"--set {path}: there is no entry '{key}'; the entries are 0 to {len(data) - 1}")
-    return int(key)

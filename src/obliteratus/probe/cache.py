@@ -37,7 +37,7 @@ from obliteratus.probe.probe import (
 )
 from obliteratus.weights.checkpoint import Checkpoint, find_own_checkpoint
 from obliteratus.weights.devices import in_process_group
-from obliteratus.weights.organism import get_cache_folder
+from obliteratus.weights.organism_files import get_cache_folder
 from obliteratus.weights.safetensors_io import tensor_bytes
 
 CACHE_VARIABLE = "OBLITERATUS_PROBE_CACHE"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from obliteratus.core.choices import PROMPT_SUFFIXES, check_prompt_file
 from obliteratus.core.errors import UserError
 
 
@@ -30,11 +31,7 @@ def read_rows(path: Path, is_prompt_column: Callable[[str], bool]) -> list[Row]:
 
     is_prompt_column: whether a column of that name holds prompts, by which a CSV file's delimiter is found.
     """
-    if not path.exists() or path.is_dir():
-        raise UserError(
-            f"{path}: this prompt file does not exist; give a {', '.join(SUFFIXES)} file, "
-            "hub:owner/name or organism:NAME"
-        )
+    check_prompt_file(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _number(path, _read_parquet(path), "row")
@@ -45,10 +42,7 @@ def read_rows(path: Path, is_prompt_column: Callable[[str], bool]) -> list[Row]:
     if suffix in ("", ".txt"):
         lines = enumerate(split_lines(_read_text(path)), 1)
         return [Row(f"{path}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
-    raise UserError(f"{path}: '{path.suffix}' files are not read; give a {', '.join(SUFFIXES)} file")
-
-
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    raise UserError(f"{path}: '{path.suffix}' files are not read; give a {', '.join(PROMPT_SUFFIXES)} file")
 
 
 def _read_text(path: Path) -> str:

@@ -10,9 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from obliteratus.core.choices import PROMPT_SUFFIXES
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.prompts.files import SUFFIXES
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion, CONFIGURATION/SPLIT/0000.parquet
 SHARD = re.compile(r"[-_.]?\d{4,}(-of-\d+)?$")
@@ -83,7 +83,7 @@ def lay_out_converted(files: Sequence[str]) -> Layout:
 
 def lay_out_files(files: Sequence[str], card: Mapping[str, Any]) -> Layout:
     """Return configurations and splits as the data set's card lists them, or else by folders and file names."""
-    data = sorted(f for f in files if f.lower().endswith(SUFFIXES[1:]) and not f.startswith("."))
+    data = sorted(f for f in files if f.lower().endswith(PROMPT_SUFFIXES[1:]) and not f.startswith("."))
     layout: dict[str, dict[str, list[str]]] = {}
     for entry in card.get("configs") or []:
         listed = entry.get("data_files") or []
@@ -113,7 +113,7 @@ def choose_files(source: str, layout: Layout, parts: Sequence[str]) -> tuple[str
     Raises UserError, with what there is, if it is not clear which files are meant.
     """
     if not layout:
-        raise UserError(f"{source}: the data set has no {', '.join(SUFFIXES[1:])} file; give another")
+        raise UserError(f"{source}: the data set has no {', '.join(PROMPT_SUFFIXES[1:])} file; give another")
     rest = list(parts)
     if rest and rest[0] in layout:
         configuration = rest.pop(0)

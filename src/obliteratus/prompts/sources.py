@@ -32,7 +32,7 @@ def read_source(source: str, group: str, column: str = "") -> Loaded:
         found = fetch_hub_files(source)
         return Loaded(_read_files(found.paths, found.source, found.column or column), found.source)
     if source.startswith("organism:"):
-        from obliteratus.weights.organism import find_data_folder
+        from obliteratus.weights.organism_files import find_data_folder
 
         path = find_data_folder(source.removeprefix("organism:")) / f"{group}.jsonl"
     elif source.startswith("behavior:"):

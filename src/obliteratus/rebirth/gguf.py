@@ -28,7 +28,6 @@ from obliteratus.weights.gguf_io import read_gguf
 from obliteratus.weights.rewrite import explain_full_disk, hash_file, remove_unfinished_files
 from obliteratus.weights.sources import locate
 
-GGUF_FORMS = ("gguf", "lora-gguf", "control-vector")
 LOCK = "lock"
 FILES: Mapping[str, str] = {"lora-gguf": "adapter.gguf", "control-vector": "control-vector.gguf"}
 

@@ -7,9 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from obliteratus.core.errors import UserError
 from obliteratus.core.results import Run, Score
-from obliteratus.core.run_folder import write_atomic
+from obliteratus.core.run_folder import require_file, write_atomic
 from obliteratus.core.toml import dump_toml
 from obliteratus.excise.plan import load_plan
 from obliteratus.rebirth.edited_blocks import describe_blocks
@@ -90,10 +89,7 @@ def render_run_page(folder: Path) -> str:
 
 def read_run(folder: Path) -> Run:
     """Return the record of a run. Raises UserError if the folder holds none."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: there is no run.json; give the output folder of a run, such as run --out DIR")
-    return Run.model_validate_json(path.read_text(encoding="utf-8"))
+    return Run.model_validate_json(require_file(folder, "run.json").read_text(encoding="utf-8"))
 
 
 def describe_origin(run: Run) -> list[str]:

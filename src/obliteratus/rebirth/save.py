@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from obliteratus.core.choices import GGUF_FORMS, Form, check_form_name
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.registry import unknown_name
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import check_disk, check_free, publish, write_atomic
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
@@ -29,7 +29,7 @@ from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.rebirth.base_card import read_base_card
-from obliteratus.rebirth.gguf import GGUF_FORMS, estimate_gguf_bytes, is_gguf, open_gguf_model, write_for_subject
+from obliteratus.rebirth.gguf import estimate_gguf_bytes, is_gguf, open_gguf_model, write_for_subject
 from obliteratus.rebirth.model_card import render_model_card
 from obliteratus.rebirth.reload_gguf import find_saved_gguf, with_llama_adapter
 from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
@@ -58,8 +58,6 @@ from obliteratus.weights.rewrite import (
 from obliteratus.weights.safetensors_io import list_dtypes
 from obliteratus.weights.side_files import copy_side_files, find_side_folder, has_tokenizer
 
-Form = Literal["merged", "adapter", "plan", "gguf", "lora-gguf", "control-vector"]
-FORMS = ("merged", "adapter", "plan", *GGUF_FORMS)
 MAX_SHARD = 2 * 10**9  # bytes of a file; memory is needed for one matrix only
 SAMPLE = 8  # prompts of each group scored after reloading: a real mismatch shows on the first
 NEUTRAL = ("Name three colors.", "How many days has a week?", "Write one sentence about rain.")
@@ -125,8 +123,7 @@ def default_form(model: str) -> Form:
 
 def check_form(form: str, base: str = "", model: str = "") -> None:
     """Raise UserError if there is no such form, if it has no use for a base, or if the model cannot be saved in it."""
-    if form not in FORMS:
-        raise UserError(unknown_name("--save form", form, FORMS))
+    check_form_name(form)
     if base and form != "merged":
         raise UserError(f"--base {base}: works only with --save merged; leave it out with --save {form}")
     if form == "gguf" and model and not is_gguf(model):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial
 
 # Below this PED-ANOVA's densities of good trials, which are a tenth of all, rest on a single one.
@@ -25,6 +24,9 @@ def compute_importances(study: optuna.Study, minimize: Sequence[str]) -> dict[st
 
 
 def _compute_for(study: optuna.Study, index: int) -> dict[str, float]:
+    # imported here because they bring scikit-learn, which takes a second to load
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     def target(trial: FrozenTrial) -> float:
         return float(trial.user_attrs["objectives"][index])  # not what the sampler was told, if there is a kl_target
 

@@ -15,7 +15,8 @@ from optuna.distributions import (
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Range, Recipe, Search, Step
-from obliteratus.pipeline.recipe import replace_values, value_at
+from obliteratus.pipeline.recipe import replace_values
+from obliteratus.pipeline.values import value_at
 
 Suggest = Callable[[str, BaseDistribution], Any]
 """(path, distribution) → the sampler's value."""

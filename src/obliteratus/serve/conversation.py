@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from obliteratus.core.chat import Turn
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import Mask, Plan, Subject, ZeroOutput
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.serve.dial import Answer, Dial, check_strength

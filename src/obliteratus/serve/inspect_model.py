@@ -22,8 +22,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from obliteratus.core.chat import ChatFormat, Turn
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import Plan, Subject
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.inference.chat_template import context_length, tokenize_prompts

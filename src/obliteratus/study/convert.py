@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import explain_validation_error, unknown_name
+from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.settings import FrozenModel, Step
 from obliteratus.core.toml import dump_toml
 from obliteratus.study.files import list_studies, load_study, parse_study

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, context_length, encode_texts
 from obliteratus.prompts import evenly_spaced, load_prompts, read_prompts, split_prompts

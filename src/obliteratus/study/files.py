@@ -10,18 +10,18 @@ from pydantic import ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
-from obliteratus.pipeline.recipe import PresetFolder, override_values
+from obliteratus.pipeline.presets import STUDIES
+from obliteratus.pipeline.values import override_values
 from obliteratus.study.settings import Study
 from obliteratus.verify.ladder import check_judge
 
-PRESETS = PresetFolder("studies", "study", "preset", "obliteratus study --help")
 PROMPT_METRICS = frozenset({"behavior", "first_token_kl"})
 ORGANISM = "organism:"
 
 
 def list_studies() -> list[str]:
     """Return the names of all shipped studies."""
-    return PRESETS.list_names()
+    return STUDIES.list_names()
 
 
 def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
@@ -35,7 +35,7 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -
         raise UserError(
             f"{where}: studies are TOML; convert it: obliteratus study --from-yaml {where} --out study.toml"
         )
-    study = parse_study(PRESETS.read(where), where)
+    study = parse_study(STUDIES.read(where), where)
     return parse_study(override_values(study, overrides), where) if overrides else study
 
 

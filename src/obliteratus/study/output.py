@@ -9,9 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
-from obliteratus.core.run_folder import check_free, write_atomic
+from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.run_folder import check_free, require_file, write_atomic
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.files import load_study
 from obliteratus.study.page import comparison_page, draw_pictures, study_page
@@ -41,9 +40,7 @@ def load_results(folder: Path) -> tuple[KnockoutResult, ...]:
     An incomplete last line, which a kill leaves, is skipped. Raises UserError with the line's number if any other line
     is not a result or a part comes twice, and if there is no baseline yet.
     """
-    path = folder / RESULTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the output folder of a study")
+    path = require_file(folder, RESULTS, "the output folder of a study")
     *complete, last = path.read_bytes().split(b"\n")
     results = [_parse_result(line, f"{path}:{number}") for number, line in enumerate(complete, 1)]
     if last:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.results import Score
 from obliteratus.study.base import KnockoutResult
 from obliteratus.verify.behavior import RARE_SHARES, is_rare

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, TemplateError
 
 from obliteratus.core.chat import ChatFormat, Turn
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 
 Turns = Sequence[Mapping[str, str]]
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat
+from obliteratus.core.choices import DTYPES, check_dtype
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hushed_stderr
 from obliteratus.core.progress import note
-from obliteratus.core.registry import unknown_name
 from obliteratus.core.types import Source, Subject
 from obliteratus.summon.chat_format import SIDE_FILE, add_side_template, check_format
 from obliteratus.summon.coverage import count_coverage
@@ -38,14 +38,6 @@ from obliteratus.weights.sources import ModelOrigin, check_weights, locate
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 _LOAD_ERRORS = (
     OSError,
     HfHubHTTPError,
@@ -156,18 +148,18 @@ def assemble_subject(
 # ---------------------------------------------------------------------------------- dtypes and configurations
 def parse_dtype(name: str) -> torch.dtype | str:
     """Return the torch dtype of that name, or ``auto``. Raises UserError for an unknown name."""
+    check_dtype(name)
     if name == "auto":
         return name
-    if name not in DTYPES:
-        raise UserError(unknown_name("dtype", name, ["auto", *DTYPES]))
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 def resolve_loading_dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
     """Return the dtype that a model of that configuration is loaded in; ``auto`` is the stored one."""
     stored = torch.float32 if config.dtype is None else config.dtype  # GGUF files, for one, name no dtype
     dtype = stored if name == "auto" else parse_dtype(name)
-    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, DTYPES[dtype])
 
 
 def read_config(origin: ModelOrigin, revision: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:

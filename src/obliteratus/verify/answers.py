@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.registry import explain_validation_error
-from obliteratus.core.run_folder import write_atomic
+from obliteratus.core.run_folder import require_file, write_atomic
 from obliteratus.judge.judge import Verdict
 from obliteratus.verify.scoring import Measurement
 
@@ -75,9 +75,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_answers(folder: Path) -> list[JudgedAnswer]:
     """Return the answers of a run's folder. Raises UserError if there are none, or the file is damaged."""
-    path = folder / FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: there is no {FILE}; give the output folder of a run, such as run --out DIR")
+    path = require_file(folder, FILE)
     try:
         lines = path.read_bytes().decode().split("\n")  # an answer may hold other signs that end a line
     except (OSError, UnicodeDecodeError) as error:

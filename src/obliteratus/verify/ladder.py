@@ -19,7 +19,7 @@ from obliteratus.summon.load import open_subject
 from obliteratus.verify.agreement import measure_agreement
 from obliteratus.verify.model_rung import ModelRung
 from obliteratus.verify.own_words import listen
-from obliteratus.weights.organism import get_cache_folder
+from obliteratus.weights.organism_files import get_cache_folder
 
 CLASSIFIER, SELF, ENDPOINT = "classifier", "self", "endpoint"
 # Cohen's kappa with labeled answers that a rung needs before its verdict counts: "substantial" agreement in Landis and

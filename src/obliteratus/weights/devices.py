@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from obliteratus.core.choices import check_device
 from obliteratus.core.errors import UserError
 
 DeviceMap = Mapping[str, str | int]
@@ -50,10 +51,9 @@ def placement_arguments(device: str | DeviceMap) -> dict[str, Any]:
 
 def resolve_device_type(device: str) -> str:
     """Return cuda, mps or cpu; for ``auto`` the first that is available. Raises UserError for an unavailable one."""
+    check_device(device, others=("auto",))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device_type = next(k for k, ok in available.items() if ok) if device == "auto" else device.partition(":")[0]
-    if device_type not in available:
-        raise UserError(f"device '{device}' does not exist; known: auto, map, tp, {', '.join(available)}")
     if not available[device_type]:
         raise UserError(f"device '{device}' is not available here; use device='auto'")
     return device_type

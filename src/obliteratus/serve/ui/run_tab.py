@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
+from obliteratus.core.choices import FORMS
 from obliteratus.core.errors import UserError
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.judge.behavior_file import list_behaviors
-from obliteratus.pipeline.recipe import list_methods, load_recipe
-from obliteratus.rebirth.save import FORMS
+from obliteratus.pipeline.presets import list_methods
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.serve.ui.events import AT_ONCE
 from obliteratus.serve.ui.pages import show_message
 from obliteratus.serve.ui.requests import RunRequest, check_changes, find_prompts

@@ -13,20 +13,22 @@ from threading import Lock
 from typing import Any, NamedTuple, cast
 
 from obliteratus.core.chat import Turn
+from obliteratus.core.choices import Form
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import partial_folder
 from obliteratus.core.types import Plan
 from obliteratus.excise.plan import load_plan
 from obliteratus.inference.stream import AnswerLimits
-from obliteratus.rebirth.save import Form, check_form, save
+from obliteratus.rebirth.save import check_form, save
 from obliteratus.serve.dial import Answer, Dial
 from obliteratus.serve.ui.job_queue import Job, JobQueue, Written
 from obliteratus.serve.ui.requests import RunRequest, check_names, find_model, load_request, save_request
 from obliteratus.serve.ui.workspace import FrontMember, Workspace
 from obliteratus.summon.coverage import summarize_plan_coverage
 from obliteratus.summon.load import open_subject
-from obliteratus.weights.organism import find_local, is_local, list_organisms
+from obliteratus.weights.organism import find_local, is_local
+from obliteratus.weights.organism_files import list_organisms
 
 RunMethod = Callable[[RunRequest, Path, bool, bool], None]
 """Runs a request: (request, output folder, whether to resume, whether only to check it). The command line's own."""

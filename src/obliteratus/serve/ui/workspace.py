@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from obliteratus.core.choices import PROMPT_SUFFIXES
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import partial_folder
 from obliteratus.prompts import read_prompts
-from obliteratus.prompts.files import SUFFIXES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 FOLDERS = ("models", "prompts", "runs", "exports", ".requests", ".uploads")
 MAX_UPLOAD = 10 * 10**6  # bytes: 100 000 prompts of a hundred characters
-UPLOADS = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")  # text alone, which is read and never run
+UPLOADS = tuple(suffix for suffix in PROMPT_SUFFIXES if suffix != ".parquet")  # text alone, which is read and never run
 
 
 @dataclass(frozen=True)
