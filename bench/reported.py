@@ -56,7 +56,8 @@ def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int]
             shared |= {k: v for k, v in store.seconds.items() if k in SHARED}
             seconds = sum(v for k, v in (shared | store.seconds).items() if not k.startswith("VERIFY"))
             rows.append(make_row(name, seed, result.after, organism.behavior, seconds))
-            say(format_line(rows[-1]))
+            stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in store.seconds.items())
+            say(f"{format_line(rows[-1])} ({stages})")
     return rows
 
 

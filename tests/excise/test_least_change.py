@@ -11,7 +11,7 @@ from obliteratus.core.probing import WriterContrast
 from obliteratus.core.settings import Excise, Probe
 from obliteratus.core.types import Edit, PromptSet
 from obliteratus.distill.means import mean_diff
-from obliteratus.excise.least_change import choose_covectors
+from obliteratus.excise.least_change import choose_covectors, remove_difference
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import plan_edits, wanted_by
 from obliteratus.inference.chat_template import render_prompts
@@ -88,6 +88,42 @@ def test_categories_that_say_the_same_change_nothing(moment: torch.Tensor) -> No
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+# ------------------------------------------------------------------------------- a writer's own difference
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_own_difference_is_removed_by_the_smallest_projection(moment: torch.Tensor, k: int) -> None:
+    """Golden: A with the multipliers of A Bᵀ = I, as one linear system in float64 (KKT)."""
+    difference = draw(3, 2)
+    basis, found = (x.double() for x in remove_difference(contrast(difference, moment), k))
+    system = torch.cat([torch.cat([moment, basis.T], 1), torch.cat([basis, torch.zeros(k, k)], 1)])
+    right = torch.cat([torch.zeros(WIDTH, k, dtype=torch.float64), torch.eye(k, dtype=torch.float64)])
+    torch.testing.assert_close(found, torch.linalg.solve(system, right)[:WIDTH].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(k, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    if k == 1:
+        mean = difference.mean(0)
+        torch.testing.assert_close(mean - (found @ mean) @ basis, torch.zeros_like(mean), rtol=0, atol=1e-4)
+
+
+def test_more_directions_than_the_categories_differ_in(moment: torch.Tensor) -> None:
+    """Three categories that lie on one line differ in one way, and no groups that are alike in none."""
+    same = draw(1, 2).repeat(3, 1)
+    assert len(remove_difference(contrast(same, moment), 3)[0]) == 1
+    for k in (1, 3):
+        assert len(remove_difference(contrast(torch.zeros(3, WIDTH, dtype=torch.float64), moment), k)[0]) == 0
+
+
+def test_a_second_edit_for_each_writer(prompts: PromptSet) -> None:
+    subject = tiny_subject("llama")
+    options = Excise(least_change=True, own_difference=True)
+    acts = collect_activations(subject, prompts, Probe(keep="moments"), wanted_by(options, subject.sites))
+    weights = torch.ones(len(subject.sites))
+    both = plan_edits(subject, mean_diff(acts, None), weights, acts, options)
+    one = plan_edits(
+        subject, mean_diff(acts, None), weights, acts, options.model_copy(update={"own_difference": False})
+    )
+    assert len(both.edits) == 2 * len(one.edits)
+    assert {e.site for e in both.edits} == {e.site for e in one.edits}
+
+
 # ------------------------------------------------------------------------------------------ on a model
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_control_texts_change_less_and_the_difference_as_much(name: str, prompts: PromptSet) -> None:
@@ -132,3 +168,8 @@ def test_control_texts_change_less_and_the_difference_as_much(name: str, prompts
 def test_what_it_excludes(other: dict[str, object]) -> None:
     with pytest.raises(UserError, match="least_change exclude each other"):
         load_recipe("basic", {"excise.least_change": True, **{f"excise.{k}": v for k, v in other.items()}})
+
+
+def test_the_own_difference_needs_least_change() -> None:
+    with pytest.raises(UserError, match="set least_change too"):
+        load_recipe("basic", {"excise.own_difference": True})
