@@ -11,7 +11,7 @@ from obliteratus.weights.gguf_io import MAGIC, PAD, GgufFile, GgufTensor, Stored
 from obliteratus.weights.rewrite import HashingReader, write_atomically
 
 Bytes = Callable[[], Iterable[StoredBytes]]
-"""Returns the bytes of a tensor in pieces, in order, when they are to be written. A piece does not change afterwards."""
+"""Returns the bytes of a tensor in pieces, in order, when they are to be written. Pieces do not change afterwards."""
 
 
 def rewrite_gguf(source: GgufFile, target: Path, edits: Mapping[str, Bytes], changed: Mapping[str, GgufTensor]) -> str:
