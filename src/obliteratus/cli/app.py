@@ -48,6 +48,7 @@ from obliteratus.cli.options import (
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     handle_errors,
     parse_columns,
     show_progress,
@@ -60,7 +61,6 @@ from obliteratus.cli.serve import serve
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
 from obliteratus.cli.ui import ui
-from obliteratus.core.chat import ChatFormat
 
 app = typer.Typer(
     cls=Commands,
@@ -121,8 +121,7 @@ def run(
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template) | {"self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
@@ -177,8 +176,7 @@ def search(
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
@@ -275,8 +273,7 @@ def verify(
     """Measure a model on held-out prompts, by itself or against its base."""
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
     sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
             from obliteratus.cli.compare import Comparison, show_compared
@@ -305,8 +302,7 @@ def apply(
     verbose: Verbose = False,
 ) -> None:
     """Apply a saved plan to the model it was made for, and save the result."""
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
             from obliteratus.cli.apply import apply_plan, show_applied

@@ -18,13 +18,14 @@ from obliteratus.cli.options import (
     Out,
     Quantize,
     Quiet,
+    Served,
     Template,
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     show_progress,
 )
-from obliteratus.core.chat import ChatFormat
 from obliteratus.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
-    ],
+    model: Served,
     plan: Annotated[list[str] | None, typer.Option(help="Folder with a plan to compare. Several may be given.")] = None,
     tasks: Annotated[
         str,
@@ -70,8 +69,7 @@ def bench(
 
     Needs lm-evaluation-harness: pip install 'obliteratus[bench]'.
     """
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
             job = BenchJob.create(model, plan or [], strength, out)

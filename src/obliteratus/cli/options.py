@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from obliteratus.cli.progress import make_reporter
+from obliteratus.core.chat import ChatFormat
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
@@ -22,6 +23,9 @@ from obliteratus.core.separation import SplitBy as SplitByName
 
 Model = Annotated[
     str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME (such as organism:astronomy).")
+]
+Served = Annotated[
+    str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
 ]
 Target = Annotated[
     str | None,
@@ -182,6 +186,14 @@ def show_progress(quiet: bool, verbose: bool = False) -> Iterator[Clock]:
             with clock.time("START", goes_on=True):
                 hush_libraries()
         yield clock
+
+
+def collect_opening(
+    dtype: str, device: str, trust_remote_code: bool, quantize: str, thinking: bool, template: str
+) -> dict[str, Any]:
+    """Return how a model is to be opened, as `open_subject` takes it."""
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    return opening | {"chat": ChatFormat(thinking, template)}
 
 
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:
