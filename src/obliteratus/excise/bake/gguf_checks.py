@@ -72,8 +72,8 @@ def _check_tokens(model: GgufModel, samples: ModelSamples) -> None:
     same = [number < len(tokens) and tokens[number] == token for number, token in samples.tokens.items()]
     if tokens and sum(same) < SAME_TOKENS * len(same):
         raise UserError(
-            f"{model.file.path} has another vocabulary: {same.count(False)} of {len(same)} tokens differ from those of the plan's "
-            "model; give a GGUF file of the model that the plan was made for"
+            f"{model.file.path} has another vocabulary: {same.count(False)} of {len(same)} tokens differ from "
+            "those of the plan's model; give a GGUF file of the model that the plan was made for"
         )
 
 
