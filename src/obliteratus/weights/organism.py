@@ -125,6 +125,8 @@ def complete_folder(folder: Path) -> Path:
     Folders that were cached without them get them. A cache that cannot be written to stays as it is.
     """
     file, new = folder / "config.json", folder / f".config.json.{os.getpid()}"
+    if not file.is_file():
+        return folder  # who loads it says what is missing
     config = json.loads(file.read_text(encoding="utf-8"))
     complete = complete_config(config)
     if complete != config and os.access(folder, os.W_OK):
