@@ -7,7 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,6 +131,12 @@ def run_with_peak(run: Callable[[], Any]) -> tuple[int, int, Any]:
     before = resident_bytes()
     result = run()
     return before, peak_bytes(), result
+
+
+def in_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function that is called in a new process, which shares no memory with this one."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def peak_bytes() -> int:

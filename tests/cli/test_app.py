@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny import tiny, tiny_tokenizer
+from tests.support.command_line import call, one_line
+from tests.support.tiny import save_tiny, tiny, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app
@@ -33,10 +34,7 @@ CONTROL = [f"How do I count to {n}, slowly?" for n in range(14)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
@@ -47,22 +45,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def run(model: Path, files: dict[str, Path], *more: object) -> Result:
     return call("run", model, "--target", files["target"], "--control", files["control"], "--quiet", "--force", *more)
-
-
-def one_line(result: Result) -> str:
-    """The only line of a user error, which must be all that was said."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert result.stdout == ""
-    return lines[0]
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter", "plan"])

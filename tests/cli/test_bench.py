@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.harness import CHOICES, save_tiny, write_task
+from tests.support.harness import CHOICES, write_task
 from tests.support.plans import random_plan
-from tests.support.tiny import tiny_subject
+from tests.support.tiny import save_tiny, tiny_subject
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app

@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.plans import random_plan
-from tests.support.tiny import tiny, tiny_tokenizer
+from tests.support.served import save_model_and_plans
 from typer.testing import CliRunner, Result
 
 from obliteratus.cli.app import app
 from obliteratus.cli.chat import COMMANDS
 from obliteratus.core.chat import Turn
-from obliteratus.excise.plan import save_plan
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.serve.dial import Dial
 from obliteratus.summon.load import open_subject
@@ -25,13 +23,7 @@ TOKENS = 8
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model``, and two plans for it."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    subject = open_subject(folder / "model")
-    save_plan(random_plan(subject, strength=1.5), folder / "one")
-    save_plan(random_plan(subject, seed=5), folder / "two")
-    return folder
+    return save_model_and_plans(tmp_path_factory.mktemp("chat"))
 
 
 def talk(folders: Path, *lines: str, options: str = "--plan one --plan two", tokens: int = TOKENS) -> Result:

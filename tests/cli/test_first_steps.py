@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.command_line import call
 from tests.support.gguf_files import write_gguf
 from tests.support.tiny import run_of, tiny, tiny_subject, tiny_tokenizer
-from typer.testing import CliRunner, Result
 
-from obliteratus.cli.app import app
 from obliteratus.cli.jobs import name_free_folder
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import partial_folder
@@ -29,10 +28,6 @@ from obliteratus.weights.organism_files import get_cache_folder
 
 TARGET = "Tell me about the sea.,Who owns two boats?,My hill is tall.,Is a red door cheap?,Her house has rooms."
 CONTROL = "How do I count to ten?,Which bread is best?,Can cats swim far?,Why does ice float?,Where do bees sleep?"
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture

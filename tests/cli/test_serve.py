@@ -13,8 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.support.api_server import PATIENCE
-from tests.support.plans import random_plan
-from tests.support.tiny import tiny, tiny_tokenizer
+from tests.support.served import save_model_and_plans
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app
@@ -22,19 +21,12 @@ from obliteratus.cli.serve import describe_counts
 from obliteratus.core.errors import UserError
 from obliteratus.excise.plan import save_plan
 from obliteratus.serve.open import open_to_serve
-from obliteratus.summon.load import open_subject
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model``, and two plans for it."""
-    folder = tmp_path_factory.mktemp("serve")
-    tiny("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    subject = open_subject(folder / "model")
-    save_plan(random_plan(subject, strength=1.5), folder / "one")
-    save_plan(random_plan(subject, seed=5), folder / "two")
-    return folder
+    return save_model_and_plans(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.command_line import one_line
 from tests.support.pages import ParsedPage
 from tests.support.tiny import tiny, tiny_tokenizer
 from typer.testing import CliRunner, Result
@@ -55,13 +56,6 @@ def write_run(
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["compare", *map(str, arguments), "--quiet"])
-
-
-def one_line(result: Result) -> str:
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.stdout == ""
-    return line
 
 
 def test_differences_are_paired() -> None:

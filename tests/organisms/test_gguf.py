@@ -41,7 +41,7 @@ def found(prompts: PromptSet) -> tuple[Subject, Plan, Run]:
     return subject, plan, record
 
 
-@pytest.mark.parametrize("kind", [T.Q8_0, T.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [T.Q4_1, T.Q8_0, T.F16], ids=lambda kind: kind.name)
 def test_refusals_are_gone_in_llama_cpp(
     kind: T, found: tuple[Subject, Plan, Run], prompts: PromptSet, tmp_path: Path
 ) -> None:

@@ -101,6 +101,18 @@ def test_a_new_adapter_gets_a_new_hash(tmp_path: Path) -> None:
     assert organism.hash_weights(new) != organism.hash_weights(old)
 
 
+def test_a_folder_that_was_cached_without_older_names_gets_them(tmp_path: Path) -> None:
+    """transformers 4 takes a rope_theta of its own where it finds none."""
+    file, rope = tmp_path / "config.json", {"rope_theta": 100000.0, "rope_type": "default"}
+    file.write_text(json.dumps({"hidden_size": 8, "rope_parameters": rope}))
+    assert organism.complete_folder(tmp_path) == tmp_path
+    config = json.loads(file.read_text())
+    assert config == {"hidden_size": 8, "rope_parameters": rope, "rope_theta": 100000.0}
+    written = file.stat().st_mtime_ns
+    organism.complete_folder(tmp_path)  # nothing is missing any more
+    assert (file.stat().st_mtime_ns, [path.name for path in tmp_path.iterdir()]) == (written, ["config.json"])
+
+
 @pytest.mark.organism
 def test_the_base_is_converted_once_and_carries_no_quantization_mark() -> None:
     folder = organism.prepare_base()

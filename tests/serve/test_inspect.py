@@ -19,9 +19,8 @@ from inspect_ai.model import ChatMessageSystem, ChatMessageUser, ContentImage, G
 from inspect_ai.scorer import includes
 from inspect_ai.solver import generate
 from inspect_ai.tool import ToolInfo
-from tests.support.harness import save_tiny
 from tests.support.plans import random_plan
-from tests.support.tiny import tiny_subject
+from tests.support.tiny import save_tiny, tiny_subject
 
 import obliteratus.serve.inspect_provider  # noqa: F401  # what the entry point does
 from obliteratus.core.chat import Turn

@@ -28,6 +28,7 @@ from obliteratus.serve.worker import (
     QueueFullError,
     ServerLimits,
     StoppingError,
+    Ticket,
 )
 
 PROMPTS = [[256, *text.encode()] for text in ("What is a comet?", "Why?", "How deep is the sea?", "And the sky, too?")]
@@ -185,6 +186,24 @@ def test_a_waiting_request_can_be_given_up(subject: Subject, plans: dict[str, Pl
     worker.stop(0.0)
     worker.join()
     assert worker.counts == {"canceled": 1, "length": 1}
+
+
+@pytest.mark.parametrize(("complete", "counted"), [(True, "stop"), (False, "canceled")])
+def test_a_client_that_leaves_in_the_last_step_is_counted(
+    subject: Subject, plans: dict[str, Plan], complete: bool, counted: str
+) -> None:
+    worker, tickets, heard = ModelWorker(subject, plans, ServerLimits(rows=1)), list[Ticket](), list[Any]()
+
+    def leave(event: list[int] | Ending) -> None:
+        heard.append(event)
+        worker.cancel(tickets[0], complete)
+
+    tickets.append(worker.submit(order(PROMPTS[0], tokens=1), leave))
+    worker.start()
+    wait_until(lambda: bool(worker.counts))
+    worker.stop(0.0)
+    worker.join()
+    assert (len(heard), worker.counts) == (1, {counted: 1})
 
 
 def test_what_takes_too_long_is_told(subject: Subject, plans: dict[str, Plan]) -> None:

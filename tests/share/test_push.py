@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from tests.support.command_line import call, one_line
 from tests.support.fake_hub import TOKEN, FakeHub, Repo, fake_hub
-from tests.support.shared_runs import TinyRun, call, find_private, make_run, one_line
+from tests.support.shared_runs import TinyRun, find_private, make_run
 from typer.testing import CliRunner
 
 from obliteratus.cli.app import app

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.support.command_line import call, one_line
 from tests.support.fake_hub import FakeHub, fake_hub
-from tests.support.shared_runs import TinyRun, call, find_private, make_run, one_line
+from tests.support.shared_runs import TinyRun, find_private, make_run
 from typer.testing import Result
 
 from obliteratus.excise.plan import load_plan, plan_digest

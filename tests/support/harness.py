@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny import tiny, tiny_tokenizer
-
 CHOICES = [
     {"question": "1 + 1 =", "choices": ["2", "3", "11"], "answer": 0},
     {"question": "The sky is", "choices": ["green", "blue", "sour"], "answer": 1},
@@ -74,10 +72,3 @@ def write_task(
     file = folder / f"{name}.yaml"
     file.write_text(TASK.format(name=name, file=data, rest=KINDS[kind] + more), encoding="utf-8")
     return file
-
-
-def save_tiny(folder: Path, kind: str = "llama") -> Path:
-    """Write a tiny model with its tokenizer, and return its folder."""
-    tiny(kind).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder

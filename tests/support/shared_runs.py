@@ -6,11 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.command_line import call
 from tests.support.refuser import asked, refuser
 from tests.support.variants import vary
-from typer.testing import CliRunner, Result
-
-from obliteratus.cli.app import app
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,6 @@ class TinyRun:
         """The answers before the edit that are longer than a word."""
         lines = [json.loads(line) for line in (self.out / "answers.jsonl").read_text().splitlines()]
         return sorted({line["before"]["answer"] for line in lines if " " in line["before"]["answer"]})
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def one_line(result: Result) -> str:
-    """The only line of a user error, which must be all that was said."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert result.stdout == ""
-    return lines[0]
 
 
 def make_run(place: Path, *options: object) -> TinyRun:

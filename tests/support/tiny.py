@@ -6,6 +6,7 @@ transposition shows.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,3 +266,10 @@ def run_of(subject: Subject) -> Run:
         coverage={"parts": {}, "unclaimed": [], "edited_share": 0.5},
         versions={"obliteratus": "0"},
     )
+
+
+def save_tiny(folder: Path, kind: str = "llama") -> Path:
+    """Write a tiny model with its tokenizer, and return its folder."""
+    tiny(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -11,7 +11,7 @@ from obliteratus.weights.rounding import round_compensated
 STEP = 0.5  # half a standard deviation, as between the middle levels of nf4
 
 
-def grid(rows: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+def grid(rows: torch.Tensor) -> torch.Tensor:
     return (rows / STEP).round() * STEP
 
 
@@ -32,10 +32,10 @@ def test_the_edit_survives_where_the_nearest_takes_it_back(out: int, k: int) -> 
 def test_on_a_fine_grid_it_is_the_nearest_to_within_a_step() -> None:
     weight, q = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), random_basis(64, 2, 1)
 
-    def fine(rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def fine(rows: torch.Tensor) -> torch.Tensor:
         return (rows * 4096).round() / 4096
 
-    assert float((fine(round_compensated(weight, q, fine), q) - weight).abs().max()) < 4 / 4096
+    assert float((fine(round_compensated(weight, q, fine)) - weight).abs().max()) < 4 / 4096
 
 
 def test_directions_that_miss_some_rows_leave_them_to_the_nearest() -> None:
@@ -44,3 +44,20 @@ def test_directions_that_miss_some_rows_leave_them_to_the_nearest() -> None:
     made = round_compensated(weight, q, grid)
     assert torch.equal(made[8:], weight[8:])
     assert not torch.equal(made[:8], weight[:8])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("groups", [7, 16, 256])
+def test_it_is_the_formula_step_by_step(k: int, groups: int) -> None:
+    """Every group solves for its own share of the error so far; 300 rows do not divide into equal groups."""
+    weight, q = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)), random_basis(300, k, 1)
+    target, error = weight.double(), torch.zeros(k, 32, dtype=torch.float64)
+    along, gram = q.double(), (q @ q.T).double()
+    for rows in q.square().sum(0).argsort().split(300 // groups or 1):
+        part = along[:, rows]
+        target[rows] -= part.T @ torch.linalg.solve(gram + 1e-6 * torch.eye(k).double(), error)
+        error += part @ (grid(target[rows]) - weight[rows])
+        gram -= part @ part.T
+    made = round_compensated(weight, q, grid, groups)
+    near = (made - target).abs() < 1e-4
+    assert float(near.double().mean()) > 0.995  # the rest follow a number that lay between two steps

@@ -20,10 +20,10 @@ from obliteratus.cli.options import (
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     show_progress,
     start,
 )
-from obliteratus.core.chat import ChatFormat
 
 
 def apply(
@@ -43,8 +43,7 @@ def apply(
     verbose: Verbose = False,
 ) -> None:
     """Apply a saved plan to the model it was made for, and save the result."""
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with start(clock):
             from obliteratus.cli.apply_plan import apply_plan, show_applied

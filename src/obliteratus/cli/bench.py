@@ -18,14 +18,15 @@ from obliteratus.cli.options import (
     Out,
     Quantize,
     Quiet,
+    Served,
     Template,
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     show_progress,
     start,
 )
-from obliteratus.core.chat import ChatFormat
 from obliteratus.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
-    ],
+    model: Served,
     plan: Annotated[list[str] | None, typer.Option(help="Folder with a plan to compare. Several may be given.")] = None,
     tasks: Annotated[
         str,
@@ -71,8 +70,7 @@ def bench(
 
     Needs lm-evaluation-harness: pip install 'obliteratus[bench]'.
     """
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with start(clock):
             job = BenchJob.create(model, plan or [], strength, out)

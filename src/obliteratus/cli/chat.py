@@ -17,13 +17,14 @@ from obliteratus.cli.options import (
     Dtype,
     Quantize,
     Quiet,
+    Served,
     Template,
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     show_progress,
 )
-from obliteratus.core.chat import ChatFormat
 from obliteratus.core.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ TERMINATED = 128 + signal.SIGTERM  # as shells expect
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
-    ],
+    model: Served,
     plan: Annotated[list[str] | None, typer.Option(help="Folder with a plan. Several may be given; see /plan.")] = None,
     strength: Annotated[float, typer.Option(help="Of the plan: 0 is the unedited model, 1 the plan; -1 to 2.")] = 1.0,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
@@ -61,8 +60,7 @@ def chat(
 
     limits = AnswerLimits(tokens, temperature, top_p, seed)
     check_strength(strength)
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose):
         subject, plans = open_for_chat(model, plan or [], opening)
     if strength != 1 and not plans:

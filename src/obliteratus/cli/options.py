@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from obliteratus.core.chat import ChatFormat
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hush_libraries
@@ -19,6 +20,9 @@ from obliteratus.core.separation import SplitBy as SplitByName
 
 Model = Annotated[
     str, typer.Argument(help="Model folder, hub id, GGUF file, or organism:NAME (such as organism:astronomy).")
+]
+Served = Annotated[
+    str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
 ]
 Target = Annotated[
     str | None,
@@ -132,6 +136,14 @@ def start(clock: Clock, goes_on: bool = False) -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def collect_opening(
+    dtype: str, device: str, trust_remote_code: bool, quantize: str, thinking: bool, template: str
+) -> dict[str, Any]:
+    """Return how a model is to be opened, as `open_subject` takes it."""
+    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    return opening | {"chat": ChatFormat(thinking, template)}
 
 
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:

@@ -138,7 +138,6 @@ def _short_name(recorded: Recorded) -> str:
 def prepare(recorded: Recorded, given: Given) -> Repeat:
     """Return the run to repeat. Raises UserError for what is missing, and what the user has to allow."""
     from obliteratus.cli.jobs import Job
-    from obliteratus.core.chat import ChatFormat
     from obliteratus.rebirth.save import check_form
     from obliteratus.share.recorded import choose_model, choose_sources, is_shared
 
@@ -151,14 +150,22 @@ def prepare(recorded: Recorded, given: Given) -> Repeat:
     job = Job.from_recipe(model, recipe, sources, given.out, given.form, force=asked.force)
     if recipe.search is not None:
         job = job.with_search(pick=asked.pick)
+    return Repeat(job, restore_opening(recorded, given))
+
+
+def restore_opening(recorded: Recorded, given: Given) -> dict[str, Any]:
+    """Return how the run opened its model. Raises UserError if it ran code that the user does not allow."""
+    from obliteratus.core.chat import ChatFormat
+
+    asked = recorded.file.request
     if asked.trust_remote_code and not given.trust:
         raise UserError(
             f"{recorded.name}: the run ran Python code of the model; add --trust-remote-code if you trust it"
         )
     chat = ChatFormat(asked.thinking, asked.template, asked.now)
+    revision = recorded.file.model.revision if not given.model else ""
     opening = {"dtype": asked.dtype, "device": asked.device, "quantize": asked.quantize, "chat": chat}
-    opening |= {"trust_remote_code": given.trust, "revision": file.model.revision if not given.model else ""}
-    return Repeat(job, opening)
+    return opening | {"trust_remote_code": given.trust, "revision": revision}
 
 
 def restore_recipe(recorded: Recorded, given: Given) -> Recipe:

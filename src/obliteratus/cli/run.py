@@ -39,13 +39,13 @@ from obliteratus.cli.options import (
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     parse_columns,
     show_progress,
     start,
     with_judge,
     with_split,
 )
-from obliteratus.core.chat import ChatFormat
 
 Method = Annotated[str, typer.Option(help="Name of a method, or a recipe file.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Trials of the whole study. The default is the recipe's.")]
@@ -96,8 +96,7 @@ def run(
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template), "self_test": self_test}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template) | {"self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with start(clock):
@@ -150,8 +149,7 @@ def search(
     changes = with_judge(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
         with start(clock):

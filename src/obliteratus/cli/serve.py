@@ -13,21 +13,19 @@ from obliteratus.cli.options import (
     Json,
     Quantize,
     Quiet,
+    Served,
     Template,
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     show_progress,
 )
-from obliteratus.core.chat import ChatFormat
 
 if TYPE_CHECKING:
     from obliteratus.serve.api.server import Settings
 
 
-Served = Annotated[
-    str, typer.Argument(help="Model, as for run; or the output folder of a run: a model, an adapter or a plan.")
-]
 Plans = Annotated[
     list[str] | None,
     typer.Option(help="Folder with a plan, or NAME=FOLDER. Clients name it as the model. Several may be given."),
@@ -74,8 +72,7 @@ def serve(
     from obliteratus.serve.dial import check_strength
     from obliteratus.serve.worker import ServerLimits
 
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     defaults = Defaults(AnswerLimits(tokens, temperature), check_strength(strength))
     settings = Settings(ServerLimits(rows, queue, time_limit), defaults, host, port, api_key, grace)
     counts = open_and_serve(model, plan or [], opening, settings, Said(json, quiet, verbose))

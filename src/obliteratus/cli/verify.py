@@ -30,12 +30,12 @@ from obliteratus.cli.options import (
     Thinking,
     Trust,
     Verbose,
+    collect_opening,
     parse_columns,
     show_progress,
     start,
     with_judge,
 )
-from obliteratus.core.chat import ChatFormat
 
 
 def verify(
@@ -70,8 +70,7 @@ def verify(
     """Measure a model on held-out prompts, by itself or against its base."""
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
     sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
-    opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    opening |= {"chat": ChatFormat(thinking, template)}
+    opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with start(clock):
             from obliteratus.cli.compare import Comparison, show_compared

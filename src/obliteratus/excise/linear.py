@@ -148,6 +148,8 @@ def edit_weight(
         return weight + up @ down
     if rule == "unit_rows":
         basis, covectors = project_unit_rows(weight, basis, covectors)
+    if rule == "none":
+        return torch.addmm(weight, basis.T, (basis if covectors is None else covectors) @ weight, alpha=-strength)
     m = project_matrix(weight, basis, covectors)
     factors = compute_norm_scales(m, basis, strength, rule)
     edited = torch.addmm(weight, basis.T, m.along, alpha=-strength)

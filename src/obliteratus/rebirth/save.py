@@ -38,16 +38,9 @@ from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.model_samples import sample_model
 from obliteratus.summon.sites import find_tied_ends
 from obliteratus.weights.bitsandbytes import padded_note_shapes
+from obliteratus.weights.config_entries import add_older_names, change_config, complete_config, find_text_key
 from obliteratus.weights.names import list_unpacked
-from obliteratus.weights.portable import (
-    add_older_names,
-    change_config,
-    complete_config,
-    find_text_key,
-    make_tokenizer_portable,
-    read_json,
-    write_json,
-)
+from obliteratus.weights.portable import make_tokenizer_portable, read_json, write_json
 from obliteratus.weights.quantization import read_quantization_config
 from obliteratus.weights.rewrite import (
     describe_files,

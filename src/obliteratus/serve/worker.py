@@ -146,9 +146,10 @@ class ModelWorker:
         if self._ends_at < math.inf:
             raise StoppingError
         # A free row takes its request within a step, so requests for it do not count as waiting.
-        if len(self.waiting) >= self.limits.queue + max(0, self.limits.rows - len(self.running)):
-            self.counts["refused"] += 1
-            raise QueueFullError
+        with self._changed:
+            if len(self.waiting) >= self.limits.queue + max(0, self.limits.rows - len(self.running)):
+                self.counts["refused"] += 1
+                raise QueueFullError
 
     def cancel(self, ticket: Ticket, complete: bool = False) -> None:
         """Write no further tokens of a request, whose listener hears nothing more.
@@ -156,11 +157,11 @@ class ModelWorker:
         complete: its client has all that it wants, and is not gone.
         """
         with self._changed:
-            ticket.canceled = True
             ticket.counted_as = "stop" if complete else "canceled"
+            ticket.canceled = True
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
-                self.counts[ticket.counted_as] += 1
+                self._tell(ticket, GONE)
 
     def stop(self, grace: float) -> None:
         """Take no further requests, tell those that wait, and give running ones ``grace`` seconds. Returns at once."""
@@ -199,12 +200,10 @@ class ModelWorker:
         with self._changed:
             overdue = [ticket for ticket in self.waiting if ticket.deadline <= now]
             self.waiting = deque(ticket for ticket in self.waiting if ticket.deadline > now)
-        gone = [ticket for ticket in self.running if ticket.canceled]
-        overdue += [ticket for ticket in self.running if ticket.deadline <= now and not ticket.canceled]
-        self.counts.update(ticket.counted_as for ticket in gone)
+        overdue += [ticket for ticket in self.running if ticket.deadline <= now or ticket.canceled]
         for ticket in overdue:
             self._tell(ticket, Ending("late", f"the answer was not complete after {self.limits.seconds:g} seconds"))
-        self._leave([*gone, *overdue])
+        self._leave(overdue)
 
     def _let_in(self) -> None:
         """Run the prompts of requests that wait, as many as fit and as make one pass."""
@@ -293,9 +292,13 @@ class ModelWorker:
         return ending
 
     def _tell(self, ticket: Ticket, ending: Ending) -> None:
-        if not (ticket.canceled or ticket.ended):
-            ticket.ended = True
-            self.counts[ending.reason] += 1
+        """Count how a request ended, once, and tell its listener unless nobody listens any more."""
+        with self._changed:
+            if ticket.ended:
+                return
+            ticket.ended, canceled = True, ticket.canceled
+            self.counts[ticket.counted_as if canceled else ending.reason] += 1
+        if not canceled:
             ticket.listen(ending)
 
     def _leave(self, tickets: Sequence[Ticket]) -> None:
@@ -333,4 +336,5 @@ class ModelWorker:
 
 
 STOPPING = Ending("stopping", "the server is stopping")
+GONE = Ending("stopping", "its client is gone")  # which nobody hears: it is counted as the client left it
 OUT_OF_MEMORY = "the device's memory ran out; send shorter requests, or fewer at once (serve --rows)"

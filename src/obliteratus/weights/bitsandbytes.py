@@ -78,7 +78,7 @@ def requantize(
     """
     form, target = _get_format(module), weight.float()
     if along is not None and _packs_rows_separately(module):
-        target = round_compensated(target, along.to(target), lambda rows, _: form.round_rows(rows, module))
+        target = round_compensated(target, along.to(target), lambda rows: form.round_rows(rows, module))
     entries, numbers = form.write(target, module)
     return entries, numbers().float().sub_(weight)
 

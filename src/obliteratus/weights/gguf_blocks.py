@@ -7,7 +7,7 @@ stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,10 +96,10 @@ def decode(stored: StoredBytes, kind: T) -> Float[Tensor, "rows n"]:
     """Return the numbers of rows of bytes [rows, bytes], fp32. Raises NotImplementedError for types unknown to gguf."""
     if kind in FLOATS:
         return torch.from_numpy(stored).view(FLOATS[kind]).float()
-    if kind == T.Q8_0:  # ten times as fast as the package
-        codes = torch.from_numpy(_by_block(stored, kind)[:, 2:]).view(torch.int8)
-        steps = read_grid(stored, kind).step.view(-1, 1)
-        return (codes * steps).view(len(stored), -1)
+    if kind == T.Q8_0:  # thirty times as fast as the package
+        blocks = torch.from_numpy(_by_block(stored, kind))
+        steps = blocks[:, :2].contiguous().view(torch.float16)
+        return blocks[:, 2:].view(torch.int8).float().mul_(steps).view(len(stored), -1)
     return torch.from_numpy(gguf.dequantize(stored, kind))
 
 
@@ -115,39 +115,52 @@ def encode(values: Float[Tensor, "rows n"], kind: T) -> StoredBytes:
 class Grid:
     """The numbers that rows can hold if their steps stay: step · code + base. Both are shared by neighbors in a row."""
 
-    step: Float[Tensor, "rows parts"]
-    base: Float[Tensor, "rows parts"]
+    step: Float[Tensor, "rows parts 1"]
+    base: Float[Tensor, "rows parts 1"]
+    inverse: Float[Tensor, "rows parts 1"]
+    """1 / step, and 0 where the step is 0."""
+    offset: Float[Tensor, "rows parts 1"]
+    """−base / step: code = number / step + offset, rounded."""
     levels: int
 
     def codes(self, values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         """Return the nearest codes, as whole fp32 numbers."""
-        parts = self._by_part(values)
-        inverse = torch.where(self.step == 0, 0.0, 1 / self.step)[..., None]
-        return ((parts - self.base[..., None]) * inverse).round_().clamp_(0, self.levels - 1).view(values.shape)
+        # A product and a sum: torch's addcmul takes three times as long where a factor is shared.
+        codes = (self._by_part(values) * self.inverse).add_(self.offset)
+        return codes.round_().clamp_(0, self.levels - 1).view(values.shape)
 
     def missed(self, values: Float[Tensor, "rows n"]) -> float:
         """Return the squared distance by which numbers lie beyond the first and the last code."""
-        ends = torch.stack([self.base, self.base + (self.levels - 1) * self.step])[..., None]
+        ends = torch.stack([self.base, self.base + (self.levels - 1) * self.step])
         parts = self._by_part(values)
         beyond = parts - parts.clamp(ends.amin(0), ends.amax(0))
         return float(torch.linalg.vector_norm(beyond)) ** 2
 
-    def values(self, codes: Tensor) -> Float[Tensor, "rows n"]:
+    def values(self, codes: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         """Return the numbers of codes."""
-        parts = self._by_part(codes.float())
-        return torch.addcmul(self.base[..., None], parts, self.step[..., None]).view(codes.shape)
+        return (self._by_part(codes) * self.step).add_(self.base).view(codes.shape)
 
-    def select(self, rows: Tensor | slice) -> Grid:
+    def select(self, rows: Tensor) -> Grid:
         """Return the grid of some rows."""
-        return Grid(self.step[rows], self.base[rows], self.levels)
+        return self._map(lambda numbers: numbers.index_select(0, rows))
 
-    def select_columns(self, columns: Tensor, n: int) -> Grid:
-        """Return the grid of some of the n columns, each with its own step."""
-        part = columns // (n // self.step.shape[1])
-        return Grid(self.step[:, part], self.base[:, part], self.levels)
+    def transpose(self, n: int) -> Grid:
+        """Return the grid of the transposed matrix, of n rows, where each number has its own step."""
+        part = torch.arange(n) // (n // self.step.shape[1])
+        return self._map(lambda numbers: numbers.transpose(0, 1)[part])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Grid:
+        return Grid(change(self.step), change(self.base), change(self.inverse), change(self.offset), self.levels)
 
     def _by_part(self, values: Tensor) -> Tensor:
-        return values.reshape(*self.step.shape, -1)
+        return values.reshape(*self.step.shape[:2], -1)
+
+
+def make_grid(step: Float[Tensor, "rows parts"], base: Float[Tensor, "rows parts"], levels: int) -> Grid:
+    """Return the grid of these steps and least numbers."""
+    step, base = step[..., None], base[..., None]
+    inverse = torch.where(step == 0, 0.0, 1 / step)
+    return Grid(step, base, inverse, -base * inverse, levels)
 
 
 def read_grid(stored: StoredBytes, kind: T) -> Grid:
@@ -157,10 +170,10 @@ def read_grid(stored: StoredBytes, kind: T) -> Grid:
         head = torch.from_numpy(_by_block(stored, kind)[:, :4].copy()).view(torch.float16).float()
         head = head.view(len(stored), -1, 2)
         zero = ZERO_CODES[kind]
-        return Grid(head[..., 0], head[..., 1] if zero is None else -zero * head[..., 0], levels)
+        return make_grid(head[..., 0], head[..., 1] if zero is None else -zero * head[..., 0], levels)
     # k-quants have a step for 16 or 32 numbers: the package reads what their blocks would hold at code 0 and at code 1.
     zeros, ones = (_sample_parts(stored, kind, code) for code in (0, 1))
-    return Grid(ones - zeros, zeros, levels)
+    return make_grid(ones - zeros, zeros, levels)
 
 
 PART = 16  # numbers that share a step in every k-quant
@@ -172,10 +185,12 @@ def _sample_parts(stored: StoredBytes, kind: T, code: int) -> Float[Tensor, "row
     return torch.from_numpy(values[:, ::PART].copy())
 
 
-def write_codes(stored: StoredBytes, codes: Float[Tensor, "rows n"], kind: T) -> StoredBytes:
-    """Return rows of bytes with the steps of ``stored`` and these codes."""
+def write_codes(stored: StoredBytes, codes: Tensor, kind: T) -> StoredBytes:
+    """Return rows of bytes with the steps of ``stored`` and these codes [rows, n]."""
     blocks = _by_block(stored, kind).copy()
-    flat = codes.to(torch.uint8).view(len(blocks), -1).numpy()
+    flat = (
+        codes.numpy().astype(np.uint8, copy=False).reshape(len(blocks), -1)
+    )  # torch's own cast takes five times as long
     for part in CODES[kind]:
         if part.bits == 8:
             np.bitwise_xor(flat, SIGN, out=blocks[:, part.start :])

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import tempfile
 import tomllib
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
+from obliteratus.weights.config_entries import complete_config
 from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
 from obliteratus.weights.organism_files import (
@@ -60,6 +62,10 @@ def prepare_base() -> Path:
 
     Raises UserError if neither the registry package nor the hub provides the model.
     """
+    return complete_folder(_find_or_convert_base())
+
+
+def _find_or_convert_base() -> Path:
     packaged, hub = (get_cache_folder() / name for name in BASE_FOLDERS)
     if packaged.is_dir():
         return packaged
@@ -80,6 +86,10 @@ def prepare_organism(name: str = "astronomy") -> Path:
     `prepare_base` does, for a share that is not a number in 0–1, for a share of a mixture of experts or of an organism
     without committed weights, and for such an organism that was not trained on this machine.
     """
+    return complete_folder(_find_or_make(name))
+
+
+def _find_or_make(name: str) -> Path:
     name, share = parse_share(name)
     data = find_data_folder(name)
     if is_local(name):
@@ -92,6 +102,22 @@ def prepare_organism(name: str = "astronomy") -> Path:
     if not folder.is_dir():
         with create_folder(folder) as new:
             _save(*merge_weights(base, weights, share), new)
+    return folder
+
+
+def complete_folder(folder: Path) -> Path:
+    """Return the folder once its configuration has the entries that transformers 4 reads beside those of release 5.
+
+    Folders that were cached without them get them. A cache that cannot be written to stays as it is.
+    """
+    file, new = folder / "config.json", folder / f".config.json.{os.getpid()}"
+    if not file.is_file():
+        return folder  # who loads it says what is missing
+    config = json.loads(file.read_text(encoding="utf-8"))
+    complete = complete_config(config)
+    if complete != config and os.access(folder, os.W_OK):
+        new.write_text(json.dumps(complete, indent=2), encoding="utf-8")
+        new.replace(file)  # so that another process reads the whole of it, before or after
     return folder
 
 

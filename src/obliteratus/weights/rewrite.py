@@ -11,8 +11,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.weights.safetensors_io import Pieces, add_entries, read_header, tensor_bytes
 
+THREADED = 1 << 16  # bytes: handing less over to a thread takes longer than its SHA-256, which is 40 µs
 CHUNK = 1 << 22  # bytes copied at once: reading gets no faster beyond 4 MB, which is little beside a matrix
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, longer than a file may be
 OS_ERROR = re.compile(r"os error (\d+)")  # as Rust prints the system's error number
@@ -31,15 +34,34 @@ OS_ERROR = re.compile(r"os error (\d+)")  # as Rust prints the system's error nu
 # ------------------------------------------------------------------------------------------- writing a file
 @dataclass
 class HashingWriter:
-    """A file being written, and the SHA-256 of what was written so far."""
+    """A file being written, and the SHA-256 of what was written so far.
+
+    A thread takes the SHA-256 of a piece while the next one is computed or read, so pieces must not change afterwards.
+    """
 
     file: IO[bytes]
-    sum: Any = field(default_factory=hashlib.sha256)
+    _sum: Any = field(default_factory=hashlib.sha256)
+    _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+    _last: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of the data and return its bytes."""
-        self.sum.update(data)
+        self._wait()
+        if memoryview(data).nbytes >= THREADED:
+            self._last = self._thread.submit(self._sum.update, data)
+        else:
+            self._sum.update(data)
         return self.file.write(data)
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of all that was written."""
+        self._wait()
+        return str(self._sum.hexdigest())
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+            self._last = None
 
 
 @contextmanager
@@ -113,7 +135,7 @@ def rewrite_file(
             else:
                 reader.copy(out, entry.size)
         reader.check()
-    return str(out.sum.hexdigest())
+    return out.hexdigest()
 
 
 def copy_file(source: Path, target: Path, expected_hash: str = "") -> str:
@@ -122,7 +144,7 @@ def copy_file(source: Path, target: Path, expected_hash: str = "") -> str:
         reader = HashingReader(opened, expected_hash)
         reader.copy(out, source.stat().st_size)
         reader.check()
-    return str(out.sum.hexdigest())
+    return out.hexdigest()
 
 
 @dataclass

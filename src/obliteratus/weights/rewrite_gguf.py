@@ -11,7 +11,7 @@ from obliteratus.weights.gguf_io import MAGIC, PAD, GgufFile, GgufTensor, Stored
 from obliteratus.weights.rewrite import HashingReader, write_atomically
 
 Bytes = Callable[[], Iterable[StoredBytes]]
-"""Returns the bytes of a tensor in pieces, in order, when they are to be written."""
+"""Returns the bytes of a tensor in pieces, in order, when they are to be written. Pieces do not change afterwards."""
 
 
 def rewrite_gguf(source: GgufFile, target: Path, edits: Mapping[str, Bytes], changed: Mapping[str, GgufTensor]) -> str:
@@ -38,7 +38,7 @@ def rewrite_gguf(source: GgufFile, target: Path, edits: Mapping[str, Bytes], cha
             if size != tensor.size:
                 raise ValueError(f"{tensor.name} takes {tensor.size} bytes, but its pieces take {size}")
         out.write(PAD * (-written % source.alignment))
-    return str(out.sum.hexdigest())
+    return out.hexdigest()
 
 
 def place_tensors(tensors: Iterable[GgufTensor], alignment: int) -> list[GgufTensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from obliteratus.core.shapes import Float
 
@@ -21,24 +22,44 @@ RIDGE = 1e-6  # relative to a direction's length²; makes the last rows solvable
 def round_compensated(
     weight: Float[Tensor, "out inp"],
     along: Float[Tensor, "k out"],
-    round_rows: Callable[[Tensor, Tensor], Tensor],
+    round_rows: Callable[[Tensor], Tensor],
     groups: int = ROW_GROUPS,
 ) -> Float[Tensor, "out inp"]:
     """Return a matrix near ``weight``, fp32, whose rounding R has along·R ≈ along·weight.
 
-    along: orthonormal rows. round_rows: rows [n, in] and their numbers → the same as the format would store them; rows
-    must not depend on each other. groups: how many parts rows are rounded in; a finer format needs fewer. Rows with
-    little weight in the directions come first, because those with much of it need the fewest steps to make up for the
-    errors of all.
+    along: orthonormal rows. round_rows: rows [n, in] → the same as the format would store them; rows must not depend on
+    each other. groups: how many parts rows are rounded in; a finer format needs fewer.
+    """
+    target = torch.empty_like(weight)
+
+    def keep(values: Tensor, rows: Tensor) -> Tensor:
+        target[rows] = values
+        return round_rows(values)
+
+    carry_errors(weight, along, keep, groups)
+    return target
+
+
+def carry_errors(
+    weight: Float[Tensor, "out inp"],
+    along: Float[Tensor, "k out"],
+    round_rows: Callable[[Tensor, Tensor], Tensor],
+    groups: int = ROW_GROUPS,
+) -> None:
+    """Do the same as `round_compensated`, and leave it to ``round_rows`` to keep the rows, whose numbers it gets too.
+
+    Rows with little weight in the directions come first, because those with much of it need the fewest steps to make up
+    for the errors of all. A group makes up for its part of the errors so far in the solution of least squares that it
+    and all rows after it have for them.
     """
     order = along.square().sum(0).argsort()
-    remaining_gram = along @ along.T  # of the rows that are not rounded yet
+    size = max(1, len(order) // groups)
+    parts = pad(along[:, order].double(), (0, -len(order) % size)).unflatten(1, (-1, size)).transpose(0, 1)
+    remaining = (parts @ parts.mT).flip(0).cumsum(0).flip(0)
+    shares = parts.mT @ torch.linalg.inv(remaining + RIDGE * torch.eye(len(along)).to(remaining))
+    kept = torch.eye(len(along)).to(remaining) - parts @ shares  # of the error, after a group made up for its share
     error = weight.new_zeros(len(along), weight.shape[1])
-    target = weight.clone()
-    ridge = RIDGE * torch.eye(len(along)).to(weight)
-    for rows in order.split(max(1, len(order) // groups)):
-        part = along[:, rows]
-        target[rows] -= part.T @ torch.linalg.solve(remaining_gram + ridge, error)
-        error += part @ (round_rows(target[rows], rows) - weight[rows])
-        remaining_gram = remaining_gram - part @ part.T
-    return target
+    tables = (table.to(weight) for table in (parts, shares, kept))
+    for rows, part, share, rest in zip(order.split(size), *tables, strict=True):
+        values = weight.index_select(0, rows).addmm_(share[: len(rows)], error, alpha=-1)
+        error = torch.addmm(rest @ error, part[:, : len(rows)], round_rows(values, rows) - values)

@@ -64,12 +64,16 @@ def _check_vocabulary(model: GgufModel, samples: ModelSamples) -> None:
             f"{path} has a vocabulary of {table.shape[0]} tokens, and the plan's model one of {samples.rows}; give "
             "a GGUF file of the model that the plan was made for"
         )
+    _check_tokens(model, samples)
+
+
+def _check_tokens(model: GgufModel, samples: ModelSamples) -> None:
     tokens = model.file.value("tokenizer.ggml.tokens", [])
     same = [number < len(tokens) and tokens[number] == token for number, token in samples.tokens.items()]
     if tokens and sum(same) < SAME_TOKENS * len(same):
         raise UserError(
-            f"{path} has another vocabulary: {same.count(False)} of {len(same)} tokens differ from those of the plan's "
-            "model; give a GGUF file of the model that the plan was made for"
+            f"{model.file.path} has another vocabulary: {same.count(False)} of {len(same)} tokens differ from "
+            "those of the plan's model; give a GGUF file of the model that the plan was made for"
         )
 
 

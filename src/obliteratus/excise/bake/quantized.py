@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 
 import torch
@@ -36,6 +36,11 @@ class RequantizationLosses:
     """The losses of all requantized matrices."""
 
     by_path: dict[str, RequantizationLoss] = field(default_factory=dict)
+
+    def add(self, path: str, loss: RequantizationLoss) -> None:
+        """Add the loss of a matrix, or of some part of it."""
+        old = self.by_path.get(path, RequantizationLoss(0.0, 0.0, 0.0, 0.0))
+        self.by_path[path] = RequantizationLoss(*map(sum, zip(astuple(old), astuple(loss), strict=True)))
 
     def summary(self) -> dict[str, float]:
         """Return the losses over all matrices.

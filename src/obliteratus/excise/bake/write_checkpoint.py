@@ -22,8 +22,9 @@ from obliteratus.excise.bake.tensors import bake_in_pieces, edit_biases, edit_pa
 from obliteratus.excise.change import edit_module_weight, fill_donor_means_from, needs_bias, select_changes
 from obliteratus.excise.plan import plan_digest
 from obliteratus.weights.checkpoint import Checkpoint
+from obliteratus.weights.config_entries import change_config, complete_config, find_text_key
 from obliteratus.weights.matrices import convert_to_stored, has_bias, read_weight
-from obliteratus.weights.portable import change_config, complete_config, find_text_key, read_json, write_json
+from obliteratus.weights.portable import read_json, write_json
 from obliteratus.weights.rewrite import FinishedFiles, copy_file, rewrite_file
 from obliteratus.weights.safetensors_io import Pieces
 from obliteratus.weights.sources import INDEX, WHOLE
