@@ -12,7 +12,7 @@ from obliteratus.cli.options import Json
 if TYPE_CHECKING:
     from obliteratus.forecast.costs import PricedRecipe
 
-START = ("least_change", "informed", "tuned")
+START = ("balanced", "informed", "tuned")
 """The methods to try first, in this order: each costs more than the one before it and leaves less."""
 
 

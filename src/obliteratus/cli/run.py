@@ -59,7 +59,7 @@ def run(
     model: Model,
     target: Target = None,
     control: Control = None,
-    method: Method = "least_change",
+    method: Method = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
     column: Column = None,

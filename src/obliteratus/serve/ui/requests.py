@@ -30,7 +30,7 @@ class RunRequest(BaseModel):
     """Source of the prompts, as of ``--target``; empty for the behavior's own examples."""
     control: str = ""
     behavior: str = "refusal"
-    method: str = "least_change"
+    method: str = "balanced"
     """Name of a method, or the path of a recipe in a front."""
     changes: tuple[str, ...] = ()
     """As of ``--set``: path=value."""

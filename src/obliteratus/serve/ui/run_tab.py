@@ -19,7 +19,7 @@ from obliteratus.serve.ui.pages import show_message
 from obliteratus.serve.ui.requests import RunRequest, check_changes, find_prompts
 from obliteratus.serve.ui.workbench import Workbench
 
-FIRST_MODEL, FIRST_METHOD = "organism:astronomy", "least_change"
+FIRST_MODEL, FIRST_METHOD = "organism:astronomy", "balanced"
 OF_ORGANISM, OF_BEHAVIOR, UPLOADED = "A model organism's", "The behavior's own", "My files"
 
 
