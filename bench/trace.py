@@ -35,7 +35,8 @@ from obliteratus.audit.verdict import ADAPTER, NOTHING, TRAINING
 from obliteratus.core.types import Edit, Plan, PromptSet, Subject
 from obliteratus.excise.bake.base_checkpoint import BaseCheckpoint, find_base_checkpoint
 from obliteratus.excise.bake.write_checkpoint import bake_into_checkpoint
-from obliteratus.excise.writers import fold_gain, remove_from_writers
+from obliteratus.excise.plan import load_plan, save_plan
+from obliteratus.excise.writers import remove_from_writers
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.run import run
 from obliteratus.prompts import load_prompts, split_prompts
@@ -46,7 +47,7 @@ from obliteratus.weights.sources import WHOLE, locate
 PROMPTS = 24  # of each split and group, to find edits with: what an edit is does not depend on how well it works
 METHODS = {
     "choosing": ("basic", "leace", "least_change", "lean", "advanced", "heretic", "two_directions"),
-    "reported": ("basic", "leace", "least_change", "lean", "informed", "surgical", "reflected", "tuned"),
+    "reported": ("basic", "leace", "least_change", "lean", "informed", "reflected", "advanced"),
 }
 ORGANISMS = {"choosing": "astronomy", "reported": "insects-matrices"}
 FINE_TUNES = {
@@ -180,10 +181,18 @@ def train(base: str, steps: int, rate: float, out: Path) -> str:
 
 
 # -------------------------------------------------------------------------------------------- cases
-def find_plan(method: str, subject: Subject, prompts: PromptSet) -> Plan:
-    """Return the plan of a method, found on few prompts and measured hardly at all; of a search, its starting point."""
+def find_plan(method: str, subject: Subject, prompts: PromptSet, kept: Path | None) -> Plan:
+    """Return the plan of a method, found on few prompts and measured hardly at all; of a search, its starting point.
+
+    kept: folder of plans that were found before, by their methods.
+    """
+    if kept is not None and (kept / method).is_dir():
+        return load_plan(kept / method)
     recipe = load_recipe(method, {"verify": [{"use": "behavior", "tokens": 4}]})
-    return run(recipe.model_copy(update={"search": None}), subject, prompts, force=True).plan
+    plan = run(recipe.model_copy(update={"search": None}), subject, prompts, force=True).plan
+    if kept is not None:
+        save_plan(plan, kept / method)
+    return plan
 
 
 def draw_projection(subject: Subject) -> Plan:
@@ -192,7 +201,9 @@ def draw_projection(subject: Subject) -> Plan:
     return remove_from_writers(subject, row / row.norm(), range(subject.n_layers))
 
 
-def list_edits(role: str, subject: Subject, prompts: PromptSet, wanted: Sequence[str]) -> Iterator[Case]:
+def list_edits(
+    role: str, subject: Subject, prompts: PromptSet, wanted: Sequence[str], kept: Path | None
+) -> Iterator[Case]:
     """Yield checkpoints that plans make, some of them stored in another form afterwards."""
     base = subject.source.id
     for method in METHODS[role]:
@@ -201,7 +212,7 @@ def list_edits(role: str, subject: Subject, prompts: PromptSet, wanted: Sequence
             names |= {f"{method}, bf16": partial(cast_to, torch.bfloat16), f"{method}, Q8_0": partial(quantize_to, "Q8_0")}
         if wanted and not set(names) & set(wanted):
             continue
-        plan = find_plan(method, subject, prompts)
+        plan = find_plan(method, subject, prompts, kept)
         for name, after in names.items():
             yield Case(name, PROJECTION, base, partial(bake_plan, subject, plan, after), plan, method)
     drawn = draw_projection(subject)
@@ -296,14 +307,14 @@ def run_smoke(folder: Path) -> list[dict[str, Any]]:
     return [measure_case(case, None, folder) for case in cases]
 
 
-def run_role(role: str, only: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def run_role(role: str, only: Sequence[str], folder: Path, kept: Path | None) -> list[dict[str, Any]]:
     """Return the rows of a role."""
     name = ORGANISMS[role]
     base = f"organism:{name}"
     subject, prompts = open_subject(base), take_prompts(load_prompts(base, base), PROMPTS)
     means = find_mean_differences(subject, split_prompts(prompts, 0, force=True).fit)
     rows = []
-    for cases in (list_edits(role, subject, prompts, only), list_others(role, base)):
+    for cases in (list_others(role, base), list_edits(role, subject, prompts, only, kept)):
         for case in cases:
             if only and case.name not in only:
                 continue
@@ -339,11 +350,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables or the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--role", choices=("choosing", "reported"), default="reported")
+    parser.add_argument("--plans", type=Path, help="folder in which the plans that are found are kept for later runs")
     parser.add_argument("--only", default="", help="names of checkpoints, separated by semicolons")
     options = parser.parse_args(argv)
     only = [name for name in options.only.split(";") if name]
     with tempfile.TemporaryDirectory(prefix="trace-") as place:
-        rows = run_smoke(Path(place)) if options.smoke else run_role(options.role, only, Path(place))
+        rows = run_smoke(Path(place)) if options.smoke else run_role(options.role, only, Path(place), options.plans)
     document = {"role": options.role, "rows": rows, "confusion": confuse(rows), "machine": describe_machine()}
     print(json.dumps(document, indent=1) if options.json else format_report(rows))
 

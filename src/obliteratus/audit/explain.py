@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from obliteratus.audit.fits import (
 )
 from obliteratus.audit.pairs import TensorPair
 from obliteratus.audit.rounding import coarsest_unit, find_grid, is_rounding
-from obliteratus.audit.spectra import Rank, count_rank, decompose, is_flat
+from obliteratus.audit.spectra import Rank, count_rank, decompose, is_flat, top_factors
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Change, Edit, Mask, NormRule, Site, ZeroOutput
 from obliteratus.excise.change import apply_change
+from obliteratus.excise.linear import LOW_RANK as RANK_OF_UNIT_ROWS
+from obliteratus.excise.linear import factorize_low_rank
 
 Matrix = Float[Tensor, "out inp"]
 # Classes of a tensor.
@@ -38,12 +41,15 @@ PROJECTION, LOW_RANK, FULL_RANK, ZEROED, VECTOR, UNKNOWN = (
 # docs/experiments/trace.md; the gaps between what is above and below them are given there.
 SCALED = 0.98  # share of D that factors explain: 1.00 for scalings in fp32; at most 0.3 for all else that was tried
 ORTHOGONAL = 0.9  # share of D that an orthogonal family explains; random changes of rank k have k ÷ inputs
-SAME_STRENGTH = 0.01  # relative spread of strengths below which an edit has one strength and no covectors
 CLEAN = 1e-3  # share of ‖D‖² behind the counted singular values below which they are all: 1e-11 for adapters in fp32
 KEPT_COLUMNS = 0.98  # share of columns that changed, above which an edit is of the whole matrix
 FINE = 1 << 24  # numbers of a matrix up to which fits are in fp64
 MOST_REPLACED = 0.5  # ‖D‖ ÷ ‖W‖ above which a matrix of full rank was replaced rather than trained: training moved 0.15
 BETTER = 2e-3  # share that a less simple edit must explain beyond a simpler one to be preferred
+MOSTLY = 0.5  # share of ‖D‖² in large singular values below which a matrix on a grid was only put there: at most 0.2
+EXPLAINED = 1e-4  # share of ‖D‖² that a fit may leave to be taken without trying others
+TRUNCATED = 1e-2  # fourth singular value over the third where a change was cut to rank 3: 1e-4 in fp32
+ONE_STRENGTH = 0.02  # relative distance of strengths below which covectors are given for a strength of their own
 WORTH_PLANNING = 0.3  # share of a tensor's difference that a change must explain to enter the plan
 
 
@@ -192,15 +198,19 @@ def _explain_structure(
     sizes = tuple((spectrum.sizes[:8] / max(trace.energy, 1e-300) ** 0.5).tolist())
     trace = replace(trace, rank=rank.count, spectrum=sizes, stable_rank=spectrum.stable_rank, exact=spectrum.exact)
     trace = replace(trace, kept=kept, noise=1 - rank.share if rank.ends else 0.0)
+    grid = find_grid(_as_stored(pair))
+    if grid and rank.share < MOSTLY:
+        return replace(trace, kind=REQUANTIZATION, grid=grid, rank=0, noise=1.0)
     flat = rank.ends and (trace.noise < CLEAN or is_flat(spectrum, rank.count, before.shape))
+    if flat and rank.count == 0:
+        return replace(trace, kind=NOISE)
+    flat = flat or bool(grid)
+    trace = replace(trace, grid=grid)
     masked = _find_masked(site, before, after)
     parts = _find_parts(site, difference, rounding, masked, heads)
     fits = _fit_parts(before, after, rounding, parts, kept, site, gain, rank)
     if fits and all(_is_projection(fit) for fit in fits.values()):
         return _describe(trace, PROJECTION, fits, parts, masked, before, after, gain)
-    if flat and rank.count == 0:
-        grid = find_grid(_as_stored(pair))
-        return replace(trace, kind=REQUANTIZATION if grid else NOISE, grid=grid)
     if fits and flat and 2 * rank.count < min(before.shape):
         return _describe(trace, LOW_RANK, fits, parts, masked, before, after, gain)
     for axis in (0, 1):
@@ -286,36 +296,45 @@ def fit_change(
 
     floor: squared length that rounding is known to have. rank: of the difference, if it is known.
     """
-    kept = find_kept_norms(before, after, floor)
     difference = after - before
-    known = rank or count_rank(difference, decompose(difference), 1.5 * floor)
-    found: list[tuple[LowRank, tuple[NormRule, ...]]] = []
+    whole = float(difference.double().square().sum())
+    spectrum = decompose(difference) if rank is None else None
+    known = rank if spectrum is None else count_rank(difference, spectrum, 1.5 * floor)
+    assert known is not None, "it was given, or has just been counted"
+    fits: list[PartFit] = []
     if known.ends and 0 < known.count and 2 * known.count < min(before.shape):
-        rules: tuple[NormRule, ...] = ("none", *(("columns",) if "columns" in kept else ()))
-        rules = (*rules, *(("rows", "unit_rows") if "rows" in kept else ()), *(("whole",) if "whole" in kept else ()))
-        rules = (*rules, "unit_rows_rank_3") if known.count <= 3 else rules
-        found.append((LowRank(*_truncate(difference, known.count)), rules))
+        low = LowRank(*top_factors(difference, known.count))
+        fits.append(_fit_rule(before, after, low, "none", site, gain, floor))
+        if fits[0].rest <= EXPLAINED * whole + 2 * floor:
+            return fits[0]
+    for low, rule in _list_rules(before, after, floor):
+        fits.append(_fit_rule(before, after, low, rule, site, gain, floor))
+    return _choose(fits, whole) if fits else None
+
+
+def _list_rules(before: Matrix, after: Matrix, floor: float) -> Iterator[tuple[LowRank, NormRule]]:
+    """Yield the norm rules that may hide a change of low rank, each with that change."""
+    kept, difference = find_kept_norms(before, after, floor), after - before
     if "columns" in kept or "whole" in kept:
         low = fit_low_rank_with_factors(before, after, 0, floor)
-        own: tuple[NormRule, ...] = ("columns",) if "columns" in kept else ("whole",)
-        found += [(low, own)] if low is not None else []
+        if low is not None:
+            yield low, "columns" if "columns" in kept else "whole"
     if "rows" in kept and "columns" not in kept:
         low = fit_low_rank_with_factors(before, after, 1, floor)
-        found += [(low, ("rows", "unit_rows"))] if low is not None else []
-    fits = [_fit_rule(before, after, low, rule, site, gain, floor) for low, rules in found for rule in rules]
-    return _choose(fits, float(difference.double().square().sum())) if fits else None
-
-
-def _truncate(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor]:
-    spectrum = decompose(matrix)
-    return spectrum.left[:, :rank].contiguous(), spectrum.sizes[:rank, None] * spectrum.right[:rank]
+        if low is not None:
+            yield low, "rows"
+            yield low, "unit_rows"
+    left, rows = top_factors(difference, RANK_OF_UNIT_ROWS + 1)
+    sizes = torch.linalg.svdvals(rows)
+    if float(sizes[RANK_OF_UNIT_ROWS]) < TRUNCATED * float(sizes[RANK_OF_UNIT_ROWS - 1]):
+        yield LowRank(left[:, :RANK_OF_UNIT_ROWS], rows[:RANK_OF_UNIT_ROWS]), "unit_rows_rank_3"
 
 
 def _choose(fits: Sequence[PartFit], whole: float) -> PartFit:
-    """Return the fit that leaves least; of nearly equal ones an orthogonal projection, then the first."""
+    """Return the fit that leaves least; of nearly equal ones the simplest."""
     least = min(fit.rest for fit in fits)
-    near = [fit for fit in fits if fit.rest <= least + BETTER * whole]
-    return next((fit for fit in near if _is_projection(fit)), min(near, key=lambda fit: fit.rest))
+    near = [fit for fit in fits if fit.rest <= least + EXPLAINED * whole]
+    return min(near, key=lambda fit: (not _is_projection(fit), fit.edit is None or fit.edit.covectors is not None))
 
 
 def _fit_rule(
@@ -325,21 +344,36 @@ def _fit_rule(
     whole = float((after - before).double().square().sum())
     noise = floor / max(len(before), 1)  # errors of a row of C = UᵀD are those of one row of D
     if rule in ("unit_rows", "unit_rows_rank_3"):
-        candidates = [_fit_unit_rows(before, after, low, rule)]
+        candidates: Iterable[Projection] = [_fit_unit_rows(before, after, low, rule)]
     else:
-        rest = after - before - low.left @ low.rows if rule == "none" else None
-        tail = 0.0 if rest is None else float(rest.double().square().sum())
-        noise = max(noise, tail / max(len(before), 1))
-        candidates = [fit_left(before, low), fit_right(before, low, gain if _reads(site) else None)]
-        candidates += [fit_left_oblique(before, low, noise), fit_right_oblique(before, low, noise)]
-    sure = [one for one in candidates if one.share >= ORTHOGONAL and not one.oblique]
+        candidates = _list_projections(before, after, low, rule, site, gain, noise)
     side = "right" if _reads(site) else "left"
-    own = [one for one in candidates if one.side == side]
-    chosen = [one for one in sure if one.side == side] or sure[:1] or own[-1:]
-    edits = [_make_edit(site, one, rule) for one in dict.fromkeys((*chosen, *own[-1:])) if site and one.side == side]
-    best = _best_edit([edit for group in edits for edit in group], before, after, whole)
-    projection = max(chosen, key=lambda one: one.share) if chosen else None
+    best: tuple[Edit | None, float] = (None, whole)
+    projection: Projection | None = None
+    for one in candidates:
+        orthogonal = not one.oblique and one.share >= ORTHOGONAL
+        edits = _make_edit(site, one, rule) if site is not None and one.side == side else []
+        made = _best_edit(edits, before, after, whole) if orthogonal or one.oblique else (None, whole)
+        if projection is None or (projection.oblique and orthogonal):
+            projection = one if orthogonal or one.oblique else None
+        if made[0] is not None and made[1] < best[1] - BETTER * whole:
+            best = made
+        if orthogonal and (best[1] <= EXPLAINED * whole + 2 * floor or one.side != side):
+            break
     return PartFit(best[0], projection, rule, best[1], low)
+
+
+def _list_projections(
+    before: Matrix, after: Matrix, low: LowRank, rule: NormRule, site: Site | None, gain: Tensor | None, noise: float
+) -> Iterator[Projection]:
+    """Yield projections that may make a change of low rank: those that the site is edited by come first."""
+    tail = float((after - before - low.left @ low.rows).double().square().sum()) if rule == "none" else 0.0
+    noise = max(noise, tail / max(len(before), 1))
+    reads = _reads(site)
+    left, right = partial(fit_left, before, low), partial(fit_right, before, low, gain if reads else None)
+    yield right() if reads else left()
+    yield left() if reads else right()
+    yield fit_right_oblique(before, low, noise) if reads else fit_left_oblique(before, low, noise)
 
 
 def _reads(site: Site | None) -> bool:
@@ -360,8 +394,6 @@ def _fit_unit_rows(before: Matrix, after: Matrix, low: LowRank, rule: NormRule) 
     row = target / lengths
     row, strength = row / row.norm(), 1.0
     for _ in range(10):  # each turn shrinks the error about tenfold
-        from obliteratus.excise.linear import factorize_low_rank
-
         up, down = factorize_low_rank(before, row[None], strength)
         u, s, _ = torch.linalg.svd(up @ torch.linalg.qr(down.mT, mode="r").R.mT, full_matrices=False)
         first = u[:, 0] * torch.sign(u[:, 0] @ target)
@@ -379,7 +411,8 @@ def _make_edit(site: Site, fit: Projection, rule: NormRule) -> list[Edit]:
     """Return edits of one strength without covectors, and with them."""
     norm: NormRule = rule if site.role == "writes" else "none"
     strength = sum(fit.strengths) / len(fit.strengths)
-    if abs(strength) < SAME_STRENGTH:
+    apart = max(abs(one - strength) for one in fit.strengths)
+    if fit.oblique and (abs(strength) < ONE_STRENGTH or apart > ONE_STRENGTH * abs(strength) or abs(strength - 1) > 0.9):
         strength = 1.0
     covectors = (fit.inner @ fit.along / strength).float().contiguous()
     basis = fit.basis.float().contiguous()

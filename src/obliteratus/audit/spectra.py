@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,10 +79,15 @@ def is_flat(spectrum: Spectrum, count: int, shape: tuple[int, ...]) -> bool:
         return False
     if len(rest) < 4 or float(rest[0]) <= 0:
         return True
-    drawn = torch.randn(shape[0] - count, shape[1] - count, generator=torch.Generator().manual_seed(0))
-    noise = decompose(drawn).sizes[: len(rest)]
+    noise = _noise_sizes(*shape)[: len(rest)]
     index = 3 * min(len(rest), len(noise)) // 4
     return float(rest[index] / rest[0]) >= FLAT * float(noise[index] / noise[0])
+
+
+@cache
+def _noise_sizes(rows: int, columns: int) -> Tensor:
+    """Return the singular values that Gaussian noise of a shape has, as far as `decompose` gives them."""
+    return decompose(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))).sizes
 
 
 def _decompose_exactly(matrix: Tensor, energy: float, keep: int) -> Spectrum:

@@ -59,6 +59,7 @@ from obliteratus.cli.reproduce import reproduce
 from obliteratus.cli.serve import serve
 from obliteratus.cli.side_by_side import compare
 from obliteratus.cli.study import report, study
+from obliteratus.cli.trace import trace
 from obliteratus.cli.ui import ui
 from obliteratus.core.chat import ChatFormat
 
@@ -314,7 +315,10 @@ def apply(
     show_applied(saved, out, json)
 
 
-for command in (chat, inspect, behaviors, judge, analyze, study, report, compare, bench, ui, serve, reproduce, push):
+for command in (
+    *(chat, inspect, behaviors, judge, analyze, study, report, compare, trace, bench, ui, serve, reproduce),
+    push,
+):
     app.command()(handle_errors(command))
 
 
