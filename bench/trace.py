@@ -112,7 +112,8 @@ def quantize_to(kind: str, weights: Weights) -> Weights:
 
     def store(tensor: Tensor) -> Tensor:
         coded = gguf.quants.quantize(tensor.float().numpy(), own)
-        return torch.from_numpy(gguf.quants.dequantize(coded, own)).to(tensor.dtype)
+        numbers: Tensor = torch.from_numpy(gguf.quants.dequantize(coded, own))
+        return numbers.to(tensor.dtype)
 
     return {n: store(t) if _is_matrix(n, t) and t.shape[1] % 32 == 0 else t for n, t in weights.items()}
 
@@ -165,6 +166,11 @@ def _is_matrix(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and ".layers." in name
 
 
+def name_organism(name: str, out: Path) -> str:
+    """Return the source of an organism, which is there already."""
+    return f"organism:{name}"
+
+
 def train(base: str, steps: int, rate: float, out: Path) -> str:
     """Write the model after a few steps of Adam on all weights, on the organism's control prompts."""
     subject = open_subject(base)
@@ -207,9 +213,12 @@ def list_edits(
     """Yield checkpoints that plans make, some of them stored in another form afterwards."""
     base = subject.source.id
     for method in METHODS[role]:
-        names = {method: None}
+        names: dict[str, Change | None] = {method: None}
         if method in ("basic", "lean"):
-            names |= {f"{method}, bf16": partial(cast_to, torch.bfloat16), f"{method}, Q8_0": partial(quantize_to, "Q8_0")}
+            names |= {
+                f"{method}, bf16": partial(cast_to, torch.bfloat16),
+                f"{method}, Q8_0": partial(quantize_to, "Q8_0"),
+            }
         if wanted and not set(names) & set(wanted):
             continue
         plan = find_plan(method, subject, prompts, kept)
@@ -230,13 +239,16 @@ def list_others(role: str, base: str) -> Iterator[Case]:
         "noise 1 %": (NOISE, partial(add_noise, 0.01)),
         "scaled by 1.1": (SCALING, partial(scale_some, 1.1)),
         "adapter of rank 1 on writers": (ADAPTER, partial(add_adapter, 1, ("o_proj", "down_proj"))),
-        "adapter of rank 16, bf16": (ADAPTER, lambda w: cast_to(torch.bfloat16, add_adapter(16, ("q_proj", "v_proj"), w))),
+        "adapter of rank 16, bf16": (
+            ADAPTER,
+            lambda w: cast_to(torch.bfloat16, add_adapter(16, ("q_proj", "v_proj"), w)),
+        ),
         "blocks exchanged": (UNKNOWN, exchange_blocks),
     }
     for name, (kind, change) in changes.items():
         yield Case(name, kind, base, partial(copy_changed, base, change))
     for name, kind in FINE_TUNES[role].items():
-        yield Case(f"organism {name}", kind, "organism:base", lambda out, name=name: f"organism:{name}")
+        yield Case(f"organism {name}", kind, "organism:base", partial(name_organism, name))
     yield Case("six steps of Adam", TRAINING, base, partial(train, base, 6, 2e-5))
     yield Case("itself", NOTHING, base, lambda out: base)
 

@@ -117,9 +117,7 @@ def test_readers_are_traced_from_the_right(base: Path, subject: Subject, tmp_pat
     sites = [site for site in subject.sites if site.part == "mlp.in"]
     gained = [load_file(base / "model.safetensors")[f"{site.gain}.weight"] for site in sites]
     row = random_basis(subject.width, 1, 1)
-    edits = tuple(
-        Edit(site, row * gain, 1.0, covectors=row / gain) for site, gain in zip(sites, gained, strict=True)
-    )
+    edits = tuple(Edit(site, row * gain, 1.0, covectors=row / gain) for site, gain in zip(sites, gained, strict=True))
     found = trace_models(bake_edit(base, Plan(edits, subject.source.digest), tmp_path / "edited"), base)
     assert found.verdict.kind == PROJECTION
     assert {trace.side for trace in found.tensors} == {"right"}
@@ -222,7 +220,12 @@ def test_a_copy_in_another_dtype_is_rounding(dtype: torch.dtype, base: Path, tmp
     copy = change_weights(base, tmp_path / "copy", cast)
     assert trace_models(copy, base).verdict.kind == ROUNDING
     assert trace_models(base, copy).verdict.kind == ROUNDING  # a finer copy of a coarser base
-    assert trace_models(change_weights(copy, tmp_path / "fp32", lambda w: {n: t.float() for n, t in w.items()}), copy).verdict.kind == NOTHING
+    assert (
+        trace_models(
+            change_weights(copy, tmp_path / "fp32", lambda w: {n: t.float() for n, t in w.items()}), copy
+        ).verdict.kind
+        == NOTHING
+    )
 
 
 def test_an_edit_stored_in_bf16_is_explained_but_for_its_rounding(base: Path, subject: Subject, tmp_path: Path) -> None:
@@ -262,10 +265,12 @@ def test_what_is_no_edit_gets_its_own_name_and_no_plan(name: str, base: Path, tm
 def test_training_is_told_from_noise_and_adapters(base: Path, tmp_path: Path) -> None:
     subject = open_subject(base)
     model = subject.model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
     draw = torch.Generator().manual_seed(0)
+    batch = torch.randint(
+        0, 256, (2, 32), generator=draw
+    )  # the same each time: gradients of new random tokens are noise
     for _ in range(12):
-        batch = torch.randint(0, 256, (4, 32), generator=draw)
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -278,7 +283,7 @@ def test_training_is_told_from_noise_and_adapters(base: Path, tmp_path: Path) ->
 # -------------------------------------------------------------------------------------- errors, command
 def test_models_that_cannot_be_compared_are_refused(base: Path, tmp_path: Path) -> None:
     other = make_base(tmp_path / "other", "qwen3")
-    with pytest.raises(UserError, match="model_type is qwen3, that of .* is llama"):
+    with pytest.raises(UserError, match=r"model_type is qwen3, that of .* is llama"):
         trace_models(other, base)
     wider = make_base(tmp_path / "wider", intermediate_size=96)
     with pytest.raises(UserError, match="intermediate_size is 96"):

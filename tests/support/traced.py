@@ -43,7 +43,9 @@ def bake_edit(base: Path, plan: Plan, out: Path) -> Path:
     return out
 
 
-def change_matrices(parts: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Weights], Weights]:
+def change_matrices(
+    parts: tuple[str, ...], change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[Weights], Weights]:
     """Return a function that changes the matrices whose names hold one of these words."""
 
     def changed(weights: Weights) -> Weights:

@@ -41,6 +41,7 @@ PROJECTION, LOW_RANK, FULL_RANK, ZEROED, VECTOR, UNKNOWN = (
 # docs/experiments/trace.md; the gaps between what is above and below them are given there.
 SCALED = 0.98  # share of D that factors explain: 1.00 for scalings in fp32; at most 0.3 for all else that was tried
 ORTHOGONAL = 0.9  # share of D that an orthogonal family explains; random changes of rank k have k ÷ inputs
+SURE = 1.2  # how much more than expected rounding may have made: the mean of so many errors varies by less than 1 %
 CLEAN = 1e-3  # share of ‖D‖² behind the counted singular values below which they are all: 1e-11 for adapters in fp32
 KEPT_COLUMNS = 0.98  # share of columns that changed, above which an edit is of the whole matrix
 FINE = 1 << 24  # numbers of a matrix up to which fits are in fp64
@@ -193,15 +194,18 @@ def _explain_structure(
     site = pair.site
     difference = after - before
     spectrum = decompose(difference)
-    rank = count_rank(difference, spectrum, 1.5 * trace.rounding)
+    rank = count_rank(difference, spectrum, SURE * trace.rounding)
     kept = find_kept_norms(before, after, trace.rounding)
     sizes = tuple((spectrum.sizes[:8] / max(trace.energy, 1e-300) ** 0.5).tolist())
     trace = replace(trace, rank=rank.count, spectrum=sizes, stable_rank=spectrum.stable_rank, exact=spectrum.exact)
     trace = replace(trace, kept=kept, noise=1 - rank.share if rank.ends else 0.0)
     grid = find_grid(_as_stored(pair))
-    if grid and rank.share < MOSTLY:
+    if grid and rank.share < MOSTLY and trace.size <= MOST_REPLACED:
         return replace(trace, kind=REQUANTIZATION, grid=grid, rank=0, noise=1.0)
-    flat = rank.ends and (trace.noise < CLEAN or is_flat(spectrum, rank.count, before.shape))
+    flat = rank.ends and (
+        trace.noise * trace.energy <= max(SURE * trace.rounding, CLEAN * trace.energy)
+        or is_flat(spectrum, rank.count, before.shape)
+    )
     if flat and rank.count == 0:
         return replace(trace, kind=NOISE)
     flat = flat or bool(grid)
@@ -299,13 +303,14 @@ def fit_change(
     difference = after - before
     whole = float(difference.double().square().sum())
     spectrum = decompose(difference) if rank is None else None
-    known = rank if spectrum is None else count_rank(difference, spectrum, 1.5 * floor)
+    known = rank if spectrum is None else count_rank(difference, spectrum, SURE * floor)
     assert known is not None, "it was given, or has just been counted"
     fits: list[PartFit] = []
     if known.ends and 0 < known.count and 2 * known.count < min(before.shape):
         low = LowRank(*top_factors(difference, known.count))
         fits.append(_fit_rule(before, after, low, "none", site, gain, floor))
-        if fits[0].rest <= EXPLAINED * whole + 2 * floor:
+        edit = fits[0].edit
+        if edit is not None and edit.covectors is None and fits[0].rest <= EXPLAINED * whole + 2 * floor:
             return fits[0]
     for low, rule in _list_rules(before, after, floor):
         fits.append(_fit_rule(before, after, low, rule, site, gain, floor))
@@ -412,7 +417,9 @@ def _make_edit(site: Site, fit: Projection, rule: NormRule) -> list[Edit]:
     norm: NormRule = rule if site.role == "writes" else "none"
     strength = sum(fit.strengths) / len(fit.strengths)
     apart = max(abs(one - strength) for one in fit.strengths)
-    if fit.oblique and (abs(strength) < ONE_STRENGTH or apart > ONE_STRENGTH * abs(strength) or abs(strength - 1) > 0.9):
+    if fit.oblique and (
+        abs(strength) < ONE_STRENGTH or apart > ONE_STRENGTH * abs(strength) or abs(strength - 1) > 0.9
+    ):
         strength = 1.0
     covectors = (fit.inner @ fit.along / strength).float().contiguous()
     basis = fit.basis.float().contiguous()

@@ -158,10 +158,10 @@ def fit_right(before: Matrix, low: LowRank, gain: Float[Tensor, " inp"] | None) 
 
 def fit_right_oblique(before: Matrix, low: LowRank, noise: float) -> Projection:
     """Return D = −W Bᵀ A with A orthonormal and the smallest B that explains it."""
-    turned = LowRank(torch.linalg.qr(low.rows.mT)[0], low.rows[:0])
-    along = turned.left.mT
-    heights = low.left @ (low.rows @ turned.left)
-    mirrored = fit_left_oblique(before.mT, LowRank(along.mT, heights.mT), noise)
+    right = torch.linalg.qr(low.rows.mT)[0]
+    heights = low.left @ (low.rows @ right)
+    mirrored = fit_left_oblique(before.mT, LowRank(right, heights.mT), noise)
+    along = right.mT
     eye = mirrored.inner
     return Projection("right", mirrored.along, eye, along, mirrored.share, True, False, mirrored.strengths)
 

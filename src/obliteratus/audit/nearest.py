@@ -51,9 +51,7 @@ def find_nearest_recipe(
     return max(recipes, key=lambda one: one.share)
 
 
-def describe_edit(
-    edited: Sequence[TensorTrace], plan: Plan, shared: SharedDirection | None, n_layers: int
-) -> Traits:
+def describe_edit(edited: Sequence[TensorTrace], plan: Plan, shared: SharedDirection | None, n_layers: int) -> Traits:
     """Return the traits of an edit in the words that `describe_recipe` uses."""
     blocks = sorted({t.layer for t in edited if 0 <= t.layer < n_layers})
     strength = sorted(t.strength for t in edited)[len(edited) // 2]

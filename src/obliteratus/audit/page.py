@@ -105,7 +105,15 @@ def _make_row(part: str, kind: str, own: Sequence[TensorTrace]) -> list[str]:
     rank = "–" if not structured else str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
     whole = sum(max(t.energy - t.rounding, 0.0) for t in own)
     explained = sum(t.explained * max(t.energy - t.rounding, 0.0) for t in own) / whole if whole else 0.0
-    return [part, blocks, str(len(own)), _name_kind(own), rank, strength, format_share(explained) if structured or explained else "–"]
+    return [
+        part,
+        blocks,
+        str(len(own)),
+        _name_kind(own),
+        rank,
+        strength,
+        format_share(explained) if structured or explained else "–",
+    ]
 
 
 def _name_kind(own: Sequence[TensorTrace]) -> str:
@@ -186,7 +194,9 @@ def write_trace(report: TraceReport, folder: Path) -> None:
 
 def make_record(report: TraceReport) -> Run:
     """Return the record of the plan: which model it is for, and that it was traced and not measured."""
-    about = f"Recovered by `trace` from {report.edited}: {format_share(report.explained)} of its difference from the base"
+    about = (
+        f"Recovered by `trace` from {report.edited}: {format_share(report.explained)} of its difference from the base"
+    )
     strengths = sorted(t.strength for t in report.tensors if t.kind == PROJECTION) or [1.0]
     recipe = Recipe(
         name="traced",

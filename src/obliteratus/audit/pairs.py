@@ -22,7 +22,13 @@ from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site, Source, Subject
 from obliteratus.summon.digest import compute_digest
 from obliteratus.summon.load import open_subject, read_config, resolve_commit
-from obliteratus.summon.sites import choose_model_class, find_architecture, find_sites, find_tied_parameters, list_blocks
+from obliteratus.summon.sites import (
+    choose_model_class,
+    find_architecture,
+    find_sites,
+    find_tied_parameters,
+    list_blocks,
+)
 from obliteratus.weights.bitsandbytes import is_packed, unpacked_shape
 from obliteratus.weights.checkpoint import Checkpoint, open_origin
 from obliteratus.weights.matrices import read_weight, sample_weight
@@ -79,7 +85,9 @@ class StoredModel:
             read(stored.key) if stored.key else torch.stack([torch.cat([*map(read, one)]) for one in stored.experts])
         )
         if not tensor.is_floating_point():
-            raise UserError(f"{self.name}: {name} is stored as {tensor.dtype}, not as plain numbers; convert it to BF16")
+            raise UserError(
+                f"{self.name}: {name} is stored as {tensor.dtype}, not as plain numbers; convert it to BF16"
+            )
         if not bool(torch.isfinite(tensor.float().sum())):
             raise UserError(f"{self.name}: {name} holds NaN or Inf; download it again, or use another dtype")
         return tensor

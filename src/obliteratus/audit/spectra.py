@@ -26,6 +26,7 @@ share of the largest is 0.7 of the Gaussian's or more for rounding and requantiz
 NOISY_RANK = 16
 """Most singular values that stand out of noise where there is noise. With more of them it is no noise: behind the
 largest values of trained matrices (30 and more of them) the rest is about as flat as noise."""
+NEGLIGIBLE = 1e-7  # share of the squared length behind an exact rank: 1e-12 for changes of low rank in fp32
 MAX_RANK = 64  # the largest that adapters usually have; more than that counts as full
 
 
@@ -119,6 +120,9 @@ def count_rank(matrix: Float[Tensor, "out inp"], spectrum: Spectrum, floor: floa
     """
     count, known = 0, len(spectrum.left[0])
     limit = min(MAX_RANK, known - 1)
+    tails = spectrum.energy - spectrum.sizes[:limit].double().square().cumsum(0)
+    if ended := (tails <= max(floor, NEGLIGIBLE * spectrum.energy)).nonzero()[:, 0].tolist():
+        return Rank(ended[0] + 1, 1 - max(float(tails[ended[0]]), 0.0) / max(spectrum.energy, 1e-300), True)
     while True:
         rest = matrix - spectrum.left[:, :count] @ (spectrum.sizes[:count, None] * spectrum.right[:count])
         squared = rest.double().square()

@@ -59,12 +59,12 @@ class TraceReport:
     @property
     def energy(self) -> float:
         """Squared length of the difference over all tensors."""
-        return sum(trace.energy for trace in self.tensors)
+        return sum((trace.energy for trace in self.tensors), 0.0)
 
     @property
     def rounding(self) -> float:
         """Squared length that rounding is known to have given the difference."""
-        return sum(trace.rounding for trace in self.tensors)
+        return sum((trace.rounding for trace in self.tensors), 0.0)
 
     @property
     def explained(self) -> float:
