@@ -3,9 +3,9 @@
     python -m bench.trace [--role choosing|reported] [--only NAME,NAME] [--smoke] [--json]
 
 Each checkpoint is made from an organism or its base, traced without a word of how it was made, and removed. Edits are
-those of our methods, found on few prompts; adapters and fine-tunes are the organisms themselves, drawn adapters and a few
+those of our methods, found on few prompts; adapters and fine-tunes are organisms, drawn adapters and a few
 steps of Adam; copies are in another dtype or on the grid of a quantized format; the rest is noise, scaling, a random
-projection, and matrices that were exchanged. Thresholds of `audit` were chosen with --role choosing (astronomy). The
+direction, and exchanged matrices. Thresholds of `audit` were chosen with --role choosing (astronomy). The
 table of docs/experiments is with --role reported (insects-matrices, gardening-railways). --smoke takes a tiny model.
 """
 
@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.common import describe_machine, format_rows, make_parser, say, take_prompts
-from obliteratus.audit.explain import NOISE, PROJECTION, REQUANTIZATION, ROUNDING, SCALING, UNKNOWN
 from obliteratus.audit.refusal import compare_directions, find_mean_differences
+from obliteratus.audit.tensor_trace import NOISE, PROJECTION, REQUANTIZATION, ROUNDING, SCALING, UNKNOWN
 from obliteratus.audit.trace import TraceReport, trace_models
 from obliteratus.audit.verdict import ADAPTER, NOTHING, TRAINING
 from obliteratus.core.types import Edit, Plan, PromptSet, Subject
@@ -113,7 +113,7 @@ def quantize_to(kind: str, weights: Weights) -> Weights:
     def store(tensor: Tensor) -> Tensor:
         coded = gguf.quants.quantize(tensor.float().numpy(), own)
         numbers: Tensor = torch.from_numpy(gguf.quants.dequantize(coded, own))
-        return numbers.to(tensor.dtype)
+        return numbers.to(tensor)
 
     return {n: store(t) if _is_matrix(n, t) and t.shape[1] % 32 == 0 else t for n, t in weights.items()}
 
@@ -123,7 +123,8 @@ def quantize_rows(weights: Weights) -> Weights:
 
     def store(tensor: Tensor) -> Tensor:
         step = tensor.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        return (tensor / step).round() * step
+        stored: Tensor = (tensor / step).round() * step
+        return stored
 
     return {n: store(t) if _is_matrix(n, t) else t for n, t in weights.items()}
 

@@ -17,9 +17,9 @@ from tests.support.plans import random_basis, random_plan
 from tests.support.traced import bake_edit, change_matrices, change_weights, make_base
 from typer.testing import CliRunner
 
-from obliteratus.audit.explain import FULL_RANK, NOISE, PROJECTION, REQUANTIZATION, ROUNDING, SCALING, UNKNOWN
 from obliteratus.audit.page import write_trace
 from obliteratus.audit.refusal import compare_directions
+from obliteratus.audit.tensor_trace import FULL_RANK, NOISE, PROJECTION, REQUANTIZATION, ROUNDING, SCALING, UNKNOWN
 from obliteratus.audit.trace import TraceReport, trace_models
 from obliteratus.audit.verdict import ADAPTER, NOTHING, TRAINING
 from obliteratus.cli.app import app

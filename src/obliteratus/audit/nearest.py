@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from obliteratus.audit.explain import PROJECTION, TensorTrace
+from obliteratus.audit.tensor_trace import PROJECTION, TensorTrace
 from obliteratus.audit.verdict import SharedDirection
 from obliteratus.core.settings import Recipe, expand_part
 from obliteratus.core.types import Edit, Mask, Plan, Shift

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from obliteratus.audit.explain import PROJECTION, ROUNDING, SCALING, UNKNOWN, TensorTrace
 from obliteratus.audit.nearest import ONE_DIRECTION
+from obliteratus.audit.tensor_trace import PROJECTION, ROUNDING, SCALING, UNKNOWN, TensorTrace
 from obliteratus.audit.trace import TraceReport
 from obliteratus.audit.verdict import ADAPTER, NAMES, NOTHING
 from obliteratus.core.results import Run
@@ -220,8 +219,8 @@ def _cover(report: TraceReport, plan: Plan) -> dict[str, Any]:
     """Return how many sites of each part the plan edits, in the form of `summarize_plan_coverage`."""
     edited = {change.site.parameter: change.site.part for change in plan.edits}
     parts = {
-        part: {"found": found, "edited": sum(own == part for own in edited.values()), "skipped_layers": []}
+        part: {"found": found, "edited": list(edited.values()).count(part), "skipped_layers": []}
         for part, found in (report.parts or {}).items()
     }
-    share = sum(part["edited"] for part in parts.values()) / max(sum(part["found"] for part in parts.values()), 1)
+    share = len(edited) / max(sum((report.parts or {}).values()), 1)
     return {"parts": parts, "unclaimed": [], "edited_share": share, "found_share": 1.0, "warning": ""}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from obliteratus.audit.explain import PROJECTION, TensorTrace
+from obliteratus.audit.tensor_trace import PROJECTION, TensorTrace
 from obliteratus.audit.verdict import SharedDirection
 from obliteratus.core.settings import Probe, Step
 from obliteratus.core.shapes import Float

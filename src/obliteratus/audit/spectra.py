@@ -21,8 +21,8 @@ NOISE_EDGE = 1.02
 Independent entries stay below the sum (Latała's bound; equal to the edge of Marchenko and Pastur for equal variances):
 at most 1.00 of it for the rounding errors of bf16, Q8_0, nf4 and Gaussian noise on SmolLM2's matrices."""
 FLAT = 0.6
-"""How much steeper than that of Gaussian noise a spectrum may fall and still be noise: the value three quarters down as a
-share of the largest is 0.7 of the Gaussian's or more for rounding and requantization, whose errors differ in size."""
+"""How much steeper than that of Gaussian noise a spectrum may fall and still be noise: the value three quarters down,
+as a share of the largest, is 0.7 of the Gaussian's for rounding to bf16, whose errors differ in size."""
 NOISY_RANK = 16
 """Most singular values that stand out of noise where there is noise. With more of them it is no noise: behind the
 largest values of trained matrices (30 and more of them) the rest is about as flat as noise."""

@@ -1,4 +1,4 @@
-"""Traces what was done to a checkpoint: both models' tensors in turn, then the verdict and the plan over all of them."""
+"""Traces what was done to a checkpoint: both models' tensors in turn, then the verdict and the plan over all."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from typing import Any
 
 import torch
 
-from obliteratus.audit.explain import (
-    NOISE,
-    REQUANTIZATION,
-    ROUNDING,
-    VECTOR,
-    TensorTrace,
-    explain_matrix,
-    explain_vector,
-)
+from obliteratus.audit.explain import explain_matrix, explain_vector
 from obliteratus.audit.nearest import NearestRecipe, find_nearest_recipe
 from obliteratus.audit.pairs import StoredModel, TensorPair, open_pair, stream_pairs
 from obliteratus.audit.refusal import DirectionCosines
+from obliteratus.audit.tensor_trace import NOISE, REQUANTIZATION, ROUNDING, VECTOR, TensorTrace
 from obliteratus.audit.verdict import (
     SharedDirection,
     Verdict,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obliteratus.audit.explain import (
+from obliteratus.audit.tensor_trace import (
     FULL_RANK,
     LOW_RANK,
     NOISE,

@@ -43,7 +43,7 @@ def trace(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Tell what was done to a model from its weights: projection, adapter, training, rounding; and save it as a plan."""
+    """Tell from the weights what was done to a model, and save what a plan can hold of it."""
     with show_progress(quiet, verbose) as clock:
         with clock.time("START"):
             from obliteratus.audit.trace import trace_models
@@ -104,7 +104,6 @@ def show_trace(report: TraceReport, out: Path | None, json: bool) -> None:
     from obliteratus.audit.page import (
         COLUMNS,
         PAGE,
-        PLAN,
         describe_direction,
         describe_explained,
         describe_nearest,
@@ -120,15 +119,25 @@ def show_trace(report: TraceReport, out: Path | None, json: bool) -> None:
     if rows:
         more = f" (the largest {MOST_ROWS} of {len(rows)} rows)" if len(rows) > MOST_ROWS else ""
         show_table(f"{report.edited} against {report.base}{more}", COLUMNS, rows[:MOST_ROWS])
-    say(describe_verdict(report), "Done")
-    for label, text in (("Plan", describe_explained(report)), ("Along", describe_direction(report))):
+    lines = {
+        "Done": describe_verdict(report),
+        "Plan": describe_explained(report),
+        "Along": describe_direction(report),
+        "Nearest": describe_nearest(report),
+        "Page": f"{out}/{PAGE}" if out is not None else "",
+        "Next": suggest_next(report, out),
+    }
+    for label, text in lines.items():
         if text:
             say(text, label)
-    if nearest := describe_nearest(report):
-        say(nearest, "Nearest")
-    if out is not None:
-        say(f"{out}/{PAGE}", "Page")
-    if out is not None and report.plan.edits:
-        say(f"obliteratus chat {report.base} --plan {out / PLAN} turns the traced edit's strength.", "Next")
-    elif out is None and report.tensors:
-        say("--out FOLDER keeps the page, the numbers and the plan.", "Next")
+
+
+def suggest_next(report: TraceReport, out: Path | None) -> str:
+    """Return what to do next, or ''."""
+    from obliteratus.audit.page import PLAN
+
+    if out is None:
+        return "--out FOLDER keeps the page, the numbers and the plan." if report.tensors else ""
+    if not report.plan.edits:
+        return ""
+    return f"obliteratus chat {report.base} --plan {out / PLAN} turns the traced edit's strength."
