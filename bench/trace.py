@@ -151,7 +151,8 @@ def add_adapter(rank: int, parts: Sequence[str], weights: Weights) -> Weights:
     def changed(tensor: Tensor) -> Tensor:
         left, right = (torch.randn(n, rank, generator=draw) for n in tensor.shape)
         made = left @ right.T
-        return tensor + 0.02 * tensor.norm() / made.norm() * made
+        moved: Tensor = tensor + 0.02 * tensor.norm() / made.norm() * made
+        return moved
 
     return {n: changed(t) if any(p in n for p in parts) and t.ndim == 2 else t for n, t in weights.items()}
 
@@ -320,10 +321,11 @@ def run_smoke(folder: Path) -> list[dict[str, Any]]:
     return [measure_case(case, None, folder) for case in cases]
 
 
-def run_role(role: str, only: Sequence[str], folder: Path, kept: Path | None) -> list[dict[str, Any]]:
+def run_role(
+    role: str, only: Sequence[str], folder: Path, kept: Path | None, organism: str = ""
+) -> list[dict[str, Any]]:
     """Return the rows of a role."""
-    name = ORGANISMS[role]
-    base = f"organism:{name}"
+    base = f"organism:{organism or ORGANISMS[role]}"
     subject, prompts = open_subject(base), take_prompts(load_prompts(base, base), PROMPTS)
     means = find_mean_differences(subject, split_prompts(prompts, 0, force=True).fit)
     rows = []
@@ -363,12 +365,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables or the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--role", choices=("choosing", "reported"), default="reported")
+    parser.add_argument("--organism", default="", help="another organism than the role's")
     parser.add_argument("--plans", type=Path, help="folder in which the plans that are found are kept for later runs")
     parser.add_argument("--only", default="", help="names of checkpoints, separated by semicolons")
     options = parser.parse_args(argv)
     only = [name for name in options.only.split(";") if name]
     with tempfile.TemporaryDirectory(prefix="trace-") as place:
-        rows = run_smoke(Path(place)) if options.smoke else run_role(options.role, only, Path(place), options.plans)
+        rows = (
+            run_smoke(Path(place))
+            if options.smoke
+            else run_role(options.role, only, Path(place), options.plans, options.organism)
+        )
     document = {"role": options.role, "rows": rows, "confusion": confuse(rows), "machine": describe_machine()}
     print(json.dumps(document, indent=1) if options.json else format_report(rows))
 
