@@ -28,7 +28,9 @@ from obliteratus.excise.linear import factorize_low_rank
 
 Matrix = Float[Tensor, "out inp"]
 # Thresholds: see docs/experiments/trace.md for what they were chosen on.
-ORTHOGONAL = 0.9  # share of D that an orthogonal family explains; random changes of rank k have k ÷ inputs
+ORTHOGONAL = (
+    0.9  # share of D that an orthogonal family explains: 1.00 for ours, k ÷ inputs for random changes of rank k
+)
 SURE = 1.2  # how much more than expected rounding may have made: the mean of so many errors varies by less than 1 %
 BETTER = 2e-3  # share that a less simple edit must explain beyond a simpler one to be preferred
 EXPLAINED = 1e-4  # share of ‖D‖² that a fit may leave to be taken without trying others
@@ -46,6 +48,8 @@ class PartFit:
     rest: float
     """Squared length of what the edit leaves; that of all if there is none."""
     low: LowRank
+    whole: float
+    """Squared length of the difference."""
 
 
 def is_orthogonal(fit: PartFit) -> bool:
@@ -125,7 +129,7 @@ def _fit_rule(
             best = made
         if orthogonal and (best[1] <= EXPLAINED * whole + 2 * floor or one.side != side):
             break
-    return PartFit(best[0], projection, rule, best[1], low)
+    return PartFit(best[0], projection, rule, best[1], low, whole)
 
 
 def _list_projections(

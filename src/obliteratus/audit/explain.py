@@ -12,7 +12,7 @@ from obliteratus.audit.changes import SURE, PartFit, fit_change, is_orthogonal
 from obliteratus.audit.fits import Projection, find_kept_norms, fit_factor, fit_factors
 from obliteratus.audit.pairs import TensorPair
 from obliteratus.audit.rounding import coarsest_unit, find_grid, is_rounding
-from obliteratus.audit.spectra import Rank, count_rank, decompose, is_flat
+from obliteratus.audit.spectra import Rank, Spectrum, count_rank, decompose, is_flat
 from obliteratus.audit.tensor_trace import (
     FULL_RANK,
     LOW_RANK,
@@ -33,12 +33,12 @@ from obliteratus.excise.change import apply_change
 Matrix = Float[Tensor, "out inp"]
 # Thresholds. Chosen on edits, adapters and copies of the organism astronomy and of tiny random models;
 # docs/experiments/trace.md has the gaps between what is above and below them.
-SCALED = 0.98  # share of D that factors explain: 1.00 for scalings in fp32; at most 0.3 for all else that was tried
+SCALED = 0.98  # share of D that factors explain: 1.00 for scalings in fp32, at most 0.003 for copies and noise
 CLEAN = 1e-3  # share of ‖D‖² behind the counted singular values below which they are all: 1e-11 for adapters in fp32
 KEPT_COLUMNS = 0.98  # share of columns that changed, above which an edit is of the whole matrix
 FINE = 1 << 24  # numbers of a matrix up to which fits are in fp64
-MOST_REPLACED = 0.5  # ‖D‖ ÷ ‖W‖ above which a matrix of full rank was replaced rather than trained: training moved 0.15
-MOSTLY = 0.5  # share of ‖D‖² in large singular values below which a matrix on a grid was only put there: at most 0.2
+MOST_REPLACED = 0.5  # ‖D‖ ÷ ‖W‖ above which full rank means replaced, not trained: exchange moves 1.4, training 0.06
+MOSTLY = 0.5  # share of ‖D‖² in large singular values below which a matrix on a grid was only put there: at most 0.21
 WORTH_PLANNING = 0.3  # share of a tensor's difference that a change must explain to enter the plan
 
 
@@ -111,14 +111,11 @@ def _explain_structure(
     kept = find_kept_norms(before, after, trace.rounding)
     sizes = tuple((spectrum.sizes[:8] / max(trace.energy, 1e-300) ** 0.5).tolist())
     trace = replace(trace, rank=rank.count, spectrum=sizes, stable_rank=spectrum.stable_rank, exact=spectrum.exact)
-    trace = replace(trace, kept=kept, noise=1 - rank.share if rank.ends else 0.0)
+    flat = _ends_in_noise(trace, rank, spectrum)
+    trace = replace(trace, kept=kept, noise=1 - rank.share if flat else 0.0)
     grid = find_grid(_as_stored(pair))
     if grid and rank.share < MOSTLY and trace.size <= MOST_REPLACED:
         return replace(trace, kind=REQUANTIZATION, grid=grid, rank=0, noise=1.0)
-    flat = rank.ends and (
-        trace.noise * trace.energy <= max(SURE * trace.rounding, CLEAN * trace.energy)
-        or is_flat(spectrum, rank.count, before.shape)
-    )
     if flat and rank.count == 0:
         return replace(trace, kind=NOISE)
     flat = flat or bool(grid)
@@ -126,11 +123,25 @@ def _explain_structure(
     masked = _find_masked(site, before, after)
     parts = _find_parts(site, difference, rounding, masked, heads)
     fits = _fit_parts(before, after, rounding, parts, kept, site, gain, rank)
-    if fits and all(is_orthogonal(fit) for fit in fits.values()):
+    if fits and all(is_orthogonal(fit) and (flat or _explains(fit)) for fit in fits.values()):
         return _describe(trace, PROJECTION, fits, parts, masked, before, after, gain)
     if fits and flat and 2 * rank.count < min(before.shape):
         return _describe(trace, LOW_RANK, fits, parts, masked, before, after, gain)
     return _explain_full_rank(trace, before, after)
+
+
+def _ends_in_noise(trace: TensorTrace, rank: Rank, spectrum: Spectrum) -> bool:
+    """Return whether what lies behind the large singular values is rounding or like noise."""
+    rest = (1 - rank.share) * trace.energy
+    if not rank.ends or (rest > MOSTLY * trace.energy and trace.size > MOST_REPLACED):
+        return False
+    known = rest <= max(SURE * trace.rounding, CLEAN * trace.energy)
+    return known or is_flat(spectrum, rank.count, trace.shape)
+
+
+def _explains(fit: PartFit) -> bool:
+    """Return whether the edit explains most of its part, which a fit of a few singular values alone need not."""
+    return fit.rest <= (1 - MOSTLY) * fit.whole
 
 
 def _explain_full_rank(trace: TensorTrace, before: Matrix, after: Matrix) -> TensorTrace:
@@ -232,7 +243,6 @@ def _describe(
         changes, rest = [], 1.0
     main = max(fits.values(), key=lambda fit: float(fit.low.rows.square().sum()))
     projection = main.projection
-    known = projection is not None
     return replace(
         trace,
         kind=kind,
@@ -242,8 +252,9 @@ def _describe(
         oblique=bool(projection and projection.oblique),
         strength=_median(projection.strengths) if projection else 0.0,
         rest=rest,
+        noise=min(trace.noise, rest) if changes else trace.noise,
         changes=tuple(changes),
-        directions=_to_stream(main, projection, gain) if projection and known else None,
+        directions=_to_stream(trace.site, projection, gain) if projection else None,
         parts_edited=sum(part[1] - part[0] for part in parts if part) / before.shape[1] or 1.0,
         rows_reachable=projection.share if projection else 0.0,
     )
@@ -253,9 +264,11 @@ def _median(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).median())
 
 
-def _to_stream(fit: PartFit, projection: Projection, gain: Tensor | None) -> Tensor:
-    """Return the directions in the coordinates of the stream, strongest first, as orthonormal rows."""
+def _to_stream(site: Site | None, projection: Projection, gain: Tensor | None) -> Tensor | None:
+    """Return the directions in the coordinates of the stream as orthonormal rows, strongest first, or None."""
     left = projection.side == "left"
+    if site is None or left != (site.role == "writes"):
+        return None  # it acts on the other side of the matrix, which is not the stream's
     rows = projection.basis if left or projection.oblique else projection.along
     if projection.side == "right" and projection.oblique:
         rows = projection.along

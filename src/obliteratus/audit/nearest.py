@@ -63,7 +63,7 @@ def describe_edit(edited: Sequence[TensorTrace], plan: Plan, shared: SharedDirec
         "one direction": _tell(shared is not None and len(blocks) > 1 and shared.share >= ONE_DIRECTION),
         "sign": _name_strength(strength),
         "blocks": _name_blocks(blocks, n_layers),
-        "directions": "several" if sorted(t.rank for t in edited)[len(edited) // 2] > 1 else "one",
+        "directions": str(sorted(t.rank for t in edited)[len(edited) // 2]),
         "embedding": _tell(any(t.part == "embed" for t in edited)),
         "masked neurons": _tell(any(isinstance(change, Mask) for change in plan.edits)),
         "biases": _tell(any(_moves_bias(change) for change in plan.edits)),
@@ -99,7 +99,7 @@ def _name_blocks(blocks: Sequence[int], n_layers: int) -> str:
 def describe_recipe(recipe: Recipe) -> Traits:
     """Return the traits that an edit by the recipe has; those that depend on the model are left out."""
     excise, steps = recipe.excise, [step.use for step in recipe.distill]
-    several = any(step.use in ("svd", "whitened_svd") or step.use == "union" for step in recipe.distill)
+    k = _count_directions(recipe)
     oblique = excise.least_change or "leace" in steps
     return {
         "norm rule": excise.norm,
@@ -107,12 +107,24 @@ def describe_recipe(recipe: Recipe) -> Traits:
         "heads": _tell(excise.heads is not None and excise.heads < 1),
         "one direction": _tell(any(step in SINGLE for step in steps)),
         "sign": _name_strength(excise.strength),
-        "directions": "several" if several or recipe.passes > 1 else "one",
+        "directions": str(k) if recipe.passes == 1 else f"{k}–{k * recipe.passes}",
         "embedding": _tell("embed" in {own for part in excise.parts for own in expand_part(part)}),
         "masked neurons": _tell(bool(excise.neurons)),
         "biases": _tell(excise.anchored or bool(excise.steer)),
         **_describe_blocks(recipe),
     }
+
+
+def _count_directions(recipe: Recipe) -> int:
+    """Return how many directions a layer loses in one pass."""
+    found = [int(step.options.get("k", 1)) for step in recipe.distill if step.use in ("svd", "whitened_svd")]
+    return (found or [1])[0] + sum(step.use == "union" for step in recipe.distill)
+
+
+def _agrees(found: str, wanted: str) -> bool:
+    """Return whether a trait is what the recipe has, or lies in its range."""
+    low, _, high = wanted.partition("–")
+    return int(low) <= int(found) <= int(high or low) if found.isdigit() else found == wanted
 
 
 def _describe_blocks(recipe: Recipe) -> Traits:
@@ -131,9 +143,9 @@ def _describe_blocks(recipe: Recipe) -> Traits:
 
 def _compare(found: Traits, recipe: Recipe) -> NearestRecipe:
     wanted = describe_recipe(recipe)
-    agrees = tuple(name for name, value in wanted.items() if found[name] == value)
+    agrees = tuple(name for name, value in wanted.items() if _agrees(found[name], value))
     differs = tuple(
-        f"{name} {found[name]}, the recipe's {value}" for name, value in wanted.items() if found[name] != value
+        f"{name} {found[name]}, the recipe's {value}" for name, value in wanted.items() if name not in agrees
     )
     whole = sum(WEIGHTS.get(name, 1.0) for name in wanted)
     near = sum(WEIGHTS.get(name, 1.0) for name in agrees)

@@ -17,8 +17,8 @@ LOW_CODES = 32  # codes up to this are tested: bf16 moves them by less than a si
 ON_GRID = 0.8
 """Share of blocks, or mean cosine of the phase, above which numbers are on a grid.
 
-Measured on SmolLM2's matrices: at least 0.97 after Q8_0, Q4_0, nf4 and int8, and at most 0.06 before (and after
-edits)."""
+Measured on 35 matrices of the organism astronomy: the cosine is 1.00 after Q8_0 and after int8 in rows, and at most
+0.002 before; every matrix was found on a grid after Q8_0, Q4_0 and int8, and none before."""
 SAMPLED = 1 << 18  # numbers that grids are looked for in
 
 
