@@ -157,6 +157,7 @@ def test_what_a_bias_gained_is_a_shift(tmp_path: Path) -> None:
     subject = open_subject(base)
     plan = random_plan(subject, k=1, anchored=True)
     found = trace_models(bake_edit(base, plan, tmp_path / "edited"), base)
+    assert found.verdict.kind == PROJECTION
     assert found.explained > 0.999
     shifts = [change for change in found.plan.edits if isinstance(change, Shift)]
     assert len(shifts) == len(plan.edits)

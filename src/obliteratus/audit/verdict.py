@@ -111,8 +111,11 @@ def share_within_blocks(traces: Sequence[TensorTrace]) -> float | None:
 def judge_checkpoint(traces: Sequence[TensorTrace]) -> Verdict:
     """Return the verdict: the class of most of the squared difference that is beyond rounding."""
     energies: dict[str, float] = {}
+    projected = {trace.site for trace in traces if trace.kind == PROJECTION}
     for trace in traces:
-        energies[trace.kind] = energies.get(trace.kind, 0.0) + max(trace.energy, 0.0)
+        # A bias that moved beside its projected matrix is what that edit keeps of the control group's mean.
+        kind = PROJECTION if trace.kind == VECTOR and trace.site in projected and trace.site else trace.kind
+        energies[kind] = energies.get(kind, 0.0) + trace.energy
         if trace.kind in (PROJECTION, ADAPTER) and trace.noise * trace.energy > trace.rounding * 2:
             noise = trace.noise * trace.energy
             energies[trace.kind] -= noise
