@@ -24,7 +24,7 @@ ORDER = (
     ("tune", "analyze"),
     ("pipeline",),
     ("rebirth", "search", "study"),
-    ("forecast", "compare", "share"),
+    ("forecast", "compare", "share", "audit"),
     ("serve",),
     ("cli",),
 )
