@@ -31,6 +31,7 @@ from obliteratus.pipeline.advise import (
     describe_gentlest,
     fit_recipe_to_weights,
     load_advice,
+    prepare_search,
     save_advice,
 )
 from obliteratus.pipeline.recipe import load_recipe
@@ -89,10 +90,12 @@ def coned(cosine: list[list[float]]) -> Cones:
 
 
 def advised(found: Mapping[str, Finding], recipe: Recipe | None = None, anchors: bool = True) -> Advice:
-    return advise(recipe or load_recipe("informed"), ACTS, found, anchors=anchors)
+    return advise(recipe or load_recipe("informed", UNIFORM), ACTS, found, anchors=anchors)
 
 
-ANCHORED = {"excise.anchored": True, "excise.least_change": False}
+UNIFORM: dict[str, Any] = {"excise.own_difference": False, "tune": None, "passes": 3}
+"""As `informed`, with the strengths of EXCISE and later passes, so that there is a KL budget to decide."""
+ANCHORED = UNIFORM | {"excise.anchored": True, "excise.least_change": False}
 
 
 def because(advice: Advice, decides: str) -> Reason:
@@ -110,6 +113,16 @@ def test_the_edit_that_ended_refusals_is_chosen() -> None:
     reason = because(made, "layers")
     assert (reason.value, reason.threshold, reason.at_most) == (0.0, BEHAVIOR_ENDED, True)
     assert because(made, "KL budget").value == pytest.approx(0.06)
+
+
+def test_balanced_strengths_need_no_kl_budget() -> None:
+    """What `informed` does: the judge ends at the weakest strengths that are enough."""
+    made = advised({"reach": reached(("attention", 6, 0.3), ("attention", 2, 0.0))}, load_recipe("informed"))
+    assert made.recipe.weigh[0].options["low"] == pytest.approx(2 / 7, abs=1e-4)
+    assert (made.recipe.excise.kl_budget, made.recipe.passes) == (None, 1)
+    assert because(made, "KL budget").value is None
+    search = prepare_search(made)
+    assert (search.tune, search.excise.own_difference, bool(search.search)) == (None, False, True)
 
 
 def test_another_edit_is_another_recipe() -> None:
@@ -172,7 +185,7 @@ def test_an_edit_that_ends_refusals_with_fluency_is_not_chosen() -> None:
     assert (made.recipe.passes, because(made, GENTLEST).value) == (1, 0.2)
     fluent = advised({"reach": reached(*edits, loops=(0.3, 0.04, 0.0), unedited=0.25)})  # control: no more than before
     assert fluent.recipe.weigh[0].options["low"] == 0.0
-    assert (fluent.recipe.passes, because(fluent, GENTLEST).value) == (load_recipe("informed").passes, None)
+    assert (fluent.recipe.passes, because(fluent, GENTLEST).value) == (load_recipe("informed", UNIFORM).passes, None)
     broken = advised({"reach": reached(*edits, loops=(0.3, 0.3, 0.3), unedited=0.0)})
     assert broken.recipe.weigh == load_recipe("informed").weigh
 
@@ -208,7 +221,7 @@ def test_weights_without_room_for_an_anchor_get_a_norm_rule() -> None:
 
 def test_what_was_not_measured_decides_nothing_and_says_so() -> None:
     made = advised({})
-    assert made.recipe == load_recipe("informed").model_copy(update={"analyze": ()})
+    assert made.recipe == load_recipe("informed", UNIFORM).model_copy(update={"analyze": ()})
     assert [reason.value for reason in made.reasons[1:]] == [None] * (len(RULES) - 1)
 
 

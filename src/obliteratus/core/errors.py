@@ -23,6 +23,10 @@ class NothingMatchedError(UserError):
     """A requested edit matches no weight. Applying only a part of what was requested is an error."""
 
 
+class NothingToFitError(UserError):
+    """No answer shows how the model would answer without the behavior."""
+
+
 class UnsupportedModelError(UserError):
     """The architecture, or the way its weights are stored, is not supported."""
 

@@ -372,6 +372,15 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _balance_removes(self) -> Recipe:
+        if self.tune is not None and self.tune.balance and self.excise.strength <= 0:
+            raise ValueError(
+                "tune.balance sets strengths that end a behavior; to strengthen one, take a method without it, such as "
+                "least_change"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_pass(self) -> Recipe:
         if self.passes > 1 and self.excise.strength > 1:
             raise ValueError("a strength above 1 in a second pass turns the first one's reflection back; set passes=1")

@@ -125,15 +125,21 @@ def apply_rule(rule: Rule, inputs: RuleInputs) -> tuple[Recipe, Reason]:
     return changed, Reason(rule.decides, rule.measures, value, rule.threshold, rule.at_most, changes)
 
 
+def prepare_search(advice: Advice) -> Recipe:
+    """Return the recipe with a search over the ranges, which chooses the strengths instead of a fit; or as it is."""
+    if not advice.ranges:
+        return advice.recipe.model_copy(update={"passes": 1})
+    excise = advice.recipe.excise.model_copy(update={"own_difference": False})
+    search = Search(trials=TRIALS, space=dict(advice.ranges))
+    return advice.recipe.model_copy(update={"search": search, "excise": excise, "tune": None, "passes": 1})
+
+
 # -------------------------------------------------------------------------------------------- on disk
 def save_advice(advice: Advice, folder: Path) -> None:
     """Write advice.json, advised.toml (a recipe to run or to search from), analysis.json and index.html."""
     data = {**advice.to_dict(), "recipe": advice.recipe.model_dump(mode="json")}
     (folder / "advice.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    search = {"search": Search(trials=TRIALS, space=dict(advice.ranges))} if advice.ranges else {}
-    (folder / "advised.toml").write_text(
-        dump_toml(advice.recipe.model_copy(update={**search, "passes": 1})), encoding="utf-8"
-    )
+    (folder / "advised.toml").write_text(dump_toml(prepare_search(advice)), encoding="utf-8")
     numbers = {name: finding.to_dict() for name, finding in advice.findings.items()}
     (folder / "analysis.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     title = f"What decided the recipe of {advice.recipe.name}"

@@ -12,6 +12,7 @@ from obliteratus.core.types import Subject
 from obliteratus.distill.steps import collect_needs
 from obliteratus.inference.memory import MEMORY_LIMIT
 from obliteratus.inference.memory_needs import bytes_in_memory, check_offloaded_fits
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.summary import summarize_model
@@ -26,6 +27,8 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
     if subject.offloaded is None:
         return recipe
     recipe = recipe.model_copy(update={"distill": tuple(map(_leave_out_expensive, recipe.distill))})
+    if recipe.tune is not None and recipe.tune.balance and not recipe.tune.steps and not recipe.analyze:
+        recipe = _leave_out_balance(recipe)
     stages = {"search": recipe.search, "tune": recipe.tune, "analyze": recipe.analyze}
     expensive = [f"'{name}'" for name, value in stages.items() if value]
     expensive += ["distill steps that run the model"] if "model" in collect_needs(recipe.distill) else []
@@ -35,6 +38,14 @@ def adapt_recipe(subject: Subject, recipe: Recipe) -> Recipe:
             "allow the whole model with a larger --memory, or choose a method without it, such as leace"
         )
     return recipe.model_copy(update={"verify": streamable_steps(recipe.verify)})
+
+
+def _leave_out_balance(recipe: Recipe) -> Recipe:
+    """Return the recipe with the layers and strengths of `least_change`, with a note."""
+    note("TUNE", "the weights stay on disk: strengths are not balanced, and the layers of least_change are edited")
+    uniform = load_recipe("least_change")
+    excise = recipe.excise.model_copy(update={"own_difference": False})
+    return recipe.model_copy(update={"tune": None, "weigh": uniform.weigh, "excise": excise})
 
 
 def _leave_out_expensive(step: Step) -> Step:

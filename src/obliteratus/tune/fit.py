@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from obliteratus.causal.losses import ROWS_PER_PASS
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import NothingToFitError, UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Splits, Subject
@@ -55,7 +55,13 @@ def tune_plan(
     answers show the behavior; None looks for refusals. Raises UserError if the plan cannot be fitted.
     """
     judge = judge or Judge()
-    data = make_tuning_data(subject, plan, splits, settings, seed, judge)
+    try:
+        data = make_tuning_data(subject, plan, splits, settings, seed, judge)
+    except NothingToFitError:
+        if settings.steps:
+            raise
+        note("TUNE", f"every answer to a target prompt shows {judge.name}; the strengths stay as EXCISE set them")
+        return Tuned(plan)
     check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
     fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
     points = fit.balance() if settings.balance else []

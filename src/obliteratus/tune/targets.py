@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obliteratus.causal.interventions import Pair
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import NothingToFitError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
@@ -45,8 +45,8 @@ def collect_pairs(
     """Generate answers of ``tokens`` tokens: the model's own to control and keep prompts, behavior-free to target.
 
     Answers in which the behavior comes back within ``watch`` tokens are longer (see `mend_relapses`). At most
-    ``max_prompts`` prompts of each group are used, evenly spaced. Raises UserError if every answer to a target prompt
-    shows the behavior.
+    ``max_prompts`` prompts of each group are used, evenly spaced. Raises NothingToFitError if every answer to a target
+    prompt shows the behavior.
     """
     tokens, watch = settings.tokens, max(settings.watch, settings.tokens)
     names = [g for g in ("target", "control", "keep") if g in prompts.groups]
@@ -68,8 +68,8 @@ def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int, ju
     """Return prompts with answers without the behavior: opened by the edited model and continued by the unedited one.
 
     The opening is as short as possible, so that everything after it is the base model's own choice and as coherent as
-    the base model. Prompts whose answers still show it are tried again under `ablate_every_writer`. Raises UserError if
-    no prompt gets an answer.
+    the base model. Prompts whose answers still show it are tried again under `ablate_every_writer`. Raises
+    NothingToFitError if no prompt gets an answer.
     """
     answered: list[Pair] = []
     for attempt in (plan, ablate_every_writer(subject, plan)):
@@ -79,7 +79,7 @@ def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int, ju
                 openings = generate(subject, remaining, OPENING_LENGTHS[-1], title="TUNE openings")
             answered += continue_openings(subject, list(zip(remaining, openings, strict=True)), tokens, judge)
     if not answered:
-        raise UserError(
+        raise NothingToFitError(
             f"tune: every answer to a target prompt shows {judge.name}, even with the plan's directions ablated from "
             "every writer; use other distill steps or other prompts"
         )
