@@ -111,7 +111,7 @@ def test_openings_weigh_more_until_the_goal_is_reached() -> None:
 
 def point(rate: float, kl: float, degenerate: float = 0.0, scale: float = 1.0) -> TunedPlan:
     loss = replace(ZERO_LOSS, kl=torch.tensor(kl))
-    return TunedPlan(Plan(), loss, Checked(rate, degenerate, kl), 10, scale)
+    return TunedPlan(Plan(), Checked(rate, degenerate, kl), loss, 10, scale)
 
 
 def test_the_cheapest_plan_within_the_limits_is_chosen() -> None:

@@ -17,7 +17,7 @@ from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
 from obliteratus.probe.contrasts import PROMPTS
 from obliteratus.search.run import MAX_CHECKED
-from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, MOST_RAISES, SCALES
+from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, SCALES
 from obliteratus.tune.search_check import CHECKED_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS
 from obliteratus.verify import scorers
@@ -122,7 +122,6 @@ def _tune_cost(tune: Tune) -> Cost:
     held_out = [prompt_count("search", group, HELD_OUT_PROMPTS) for group in groups]
     target, control = (prompt_count("fit", g, tune.prompts) + n for g, n in zip(groups, held_out, strict=True))
     looks = 2 + -(-tune.steps // CHECK_EVERY) + len(SCALES)  # at the unedited model, the start, and while fitting
-    looks += MOST_RAISES * tune.balance
     passes = looks * (held_out[0] + held_out[1] + prompt_count("search", "control", CHECKED_PROMPTS))
     openings = Answers(OPENING_LENGTHS[-1], target, times=2)
     continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))

@@ -14,18 +14,18 @@ from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Splits, Subject
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.judge.judge import Judge
-from obliteratus.tune.balance import balance_strengths
+from obliteratus.tune.balance import STAYS, balance_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.gradient_memory import plan_gradient_memory
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
 from obliteratus.tune.targets import collect_pairs
 from obliteratus.tune.tuning_data import TuningData
+from obliteratus.tune.weakest import MIN_STRENGTH, find_weakest
 
 CHECK_EVERY = 10  # steps between two looks at search prompts, which cost about six steps
 HELD_OUT_PROMPTS = 24  # search prompts of each group for the loss: their mean varies by less than a step gains
 MIN_COST_DROP = 1e-3  # nats: a plan that costs less by a smaller amount is no better
-MIN_STRENGTH = 0.02  # an edit weaker than this changes no answer, and is dropped from the plan
 FINAL_RATE_SHARE = 0.1  # the learning rate falls linearly to this share, and the noise of the steps with it
 # Factors on the weight of openings after a look that finds too much of the behavior left, and after one that does not:
 # it rises faster than it falls, since plans above the goal are of no use.
@@ -33,9 +33,6 @@ RISE, FALL = 2.0, 0.7
 WEIGHTS = (0.25, 64.0)  # least and most: beyond, one of the two losses decides alone
 SCALES = (0.85, 0.7, 0.55, 0.4)  # factors on all strengths, from thorough to gentle
 STRONGER = (1.15, 1.3)  # where the goal was not reached
-# Balanced strengths are raised by this factor until the goal is reached, at most so often: to 3.7 times. What a first
-# and second order say of strength 0 fell short by a factor of 1 to 1.6 (docs/experiments/tuned.md).
-RAISE, MOST_RAISES = 1.3, 5
 
 
 def tune_plan(
@@ -55,22 +52,29 @@ def tune_plan(
     answers show the behavior; None looks for refusals. Raises UserError if the plan cannot be fitted.
     """
     judge = judge or Judge()
-    try:
-        data = make_tuning_data(subject, plan, splits, settings, seed, judge)
-    except NothingToFitError:
-        if settings.steps:
-            raise
-        note("TUNE", f"every answer to a target prompt shows {judge.name}; the strengths stay as EXCISE set them")
-        return Tuned(plan)
+    if settings.balance:
+        plan = balance_or_keep(subject, plan, splits, settings, seed, judge)
+    if not settings.steps:
+        check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
+        return find_weakest(check, plan, goal)
+    data = make_tuning_data(subject, plan, splits, settings, seed, judge)
     check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
     fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
-    points = fit.balance() if settings.balance else []
-    points += fit.take_steps()
+    points = fit.take_steps()
     points += fit.scale_best(points)
     best = fit.choose(points)
     front = find_front(points)
     note("TUNE", describe_choice(best, front, judge.name))
     return Tuned(best.plan, front)
+
+
+def balance_or_keep(subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge) -> Plan:
+    """Return the plan with balanced strengths; as it is, with a note, if there is nothing to tell the behavior by."""
+    try:
+        return balance_plan(subject, plan, splits.fit, settings, seed, judge) or plan
+    except NothingToFitError:
+        note("TUNE", f"neither first tokens nor any answer tells {judge.name}; {STAYS}")
+        return plan
 
 
 def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> str:
@@ -110,32 +114,13 @@ class Fit:
     def __post_init__(self) -> None:
         self.weight = self.data.settings.weight
 
-    def balance(self) -> list[TunedPlan]:
-        """Set balanced strengths, raise them until the goal is reached, and return the plans on the way.
-
-        The last of them is left to `take_steps` to look at.
-        """
-        if balance_strengths(self.data, self.parameters) is None:
-            note("TUNE", "no edit weakens the behavior to first order; the strengths stay as EXCISE set them")
-            return []
-        points = list[TunedPlan]()
-        for _ in range(MOST_RAISES):
-            point = self.look(0)
-            if point.checked.rate <= self.goal:
-                break
-            points.append(point)
-            self.parameters.scale(RAISE)
-        return points
-
     def take_steps(self) -> list[TunedPlan]:
         """Take gradient steps until the plan gets no better, and return the plans on the way. The parameters end at the
         best of them."""
         settings = self.data.settings
-        points, states = [self.look(0)], {0: self.parameters.state()}
-        if not settings.steps:
-            return points
         optimizer = torch.optim.Adam(self.parameters.groups(settings.lr))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE_SHARE, settings.steps)
+        points, states = [self.look(0)], {0: self.parameters.state()}
         with progress("TUNE", settings.steps) as advance:
             for step in range(1, settings.steps + 1):
                 self.take_step(optimizer, step)
@@ -181,7 +166,7 @@ class Fit:
     def look(self, steps: int, scale: float = 1.0) -> TunedPlan:
         """Return the plan as it stands, with what search prompts say of it."""
         plan = scale_plan(self.parameters.to_plan(MIN_STRENGTH), scale)
-        return TunedPlan(plan, self.data.evaluate(plan), self.check.check(plan), steps, scale)
+        return TunedPlan(plan, self.check.check(plan), self.data.evaluate(plan), steps, scale)
 
     def choose(self, points: Sequence[TunedPlan]) -> TunedPlan:
         """Return the cheapest plan within the limits, or the one that exceeds them least."""

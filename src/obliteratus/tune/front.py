@@ -10,7 +10,7 @@ from pathlib import Path
 from obliteratus.core.pareto import pareto_front
 from obliteratus.core.types import Plan
 from obliteratus.excise.plan import load_plan, save_plan
-from obliteratus.tune.objective import LossTerms
+from obliteratus.tune.objective import ZERO_LOSS, LossTerms
 from obliteratus.tune.search_check import Checked
 
 FRONT = "front"
@@ -22,10 +22,10 @@ class TunedPlan:
     """A plan on the way from gentle to thorough, and what search prompts say of it."""
 
     plan: Plan
-    loss: LossTerms
-    """On search prompts' answers."""
     checked: Checked
-    steps: int
+    loss: LossTerms = ZERO_LOSS
+    """On search prompts' answers; 0 where no gradient step is taken."""
+    steps: int = 0
     """Gradient steps taken."""
     scale: float = 1.0
     """Factor on all strengths after the last step."""
