@@ -162,12 +162,12 @@ def search_check() -> SearchCheck:
 
 def test_strengths_rise_until_the_judge_finds_the_goal_reached() -> None:
     check, plan = search_check(), weak(refusing(), REFUSAL)
-    start = replace(plan, edits=(replace(plan.edits[0], strength=0.2),))  # type: ignore[type-var]
+    start = replace(plan, edits=(replace(plan.edits[0], strength=0.4),))  # type: ignore[type-var]
     assert check.check(start).rate > 0
     found = find_weakest(check, start, 0.0)
     assert check.check(found.plan).rate == 0
     assert found.plan == found.front[-1].plan
-    assert strengths_of(found.plan)[0] == pytest.approx(0.2 * found.front[-1].scale)
+    assert strengths_of(found.plan)[0] == pytest.approx(0.4 * found.front[-1].scale)
     assert found.front[-1].scale > 1
 
 
