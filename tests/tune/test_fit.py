@@ -248,7 +248,11 @@ CHANGES = {
 
 def test_a_run_resumes_behind_the_stage(easy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TUNE is kept: a second run with its folder fits nothing, and the plan is the same; another folder fits."""
-    anchored = {"excise.anchored": True, "excise.least_change": False}  # the tiny model gets better from there
+    anchored = {
+        "excise.anchored": True,
+        "excise.least_change": False,
+        "excise.own_difference": False,
+    }  # the tiny model gets better from there
     subject, made, fitted = tiny_subject("llama"), load_recipe("tuned", CHANGES | anchored), []
     step = Fit.take_step
     monkeypatch.setattr(Fit, "take_step", lambda *args: (fitted.append(1), step(*args)))
@@ -299,7 +303,10 @@ def test_what_it_costs() -> None:
         ({"passes": 2}, "passes=1"),
         ({"excise.kl_budget": 0.1}, "leave out search and kl_budget"),
         ({"excise.norm": "columns"}, "set excise.norm to none"),
-        ({"excise.heads": 0.5, "excise.anchored": False, "excise.least_change": False}, "leave excise.heads out"),
+        (
+            {"excise.heads": 0.5, "excise.own_difference": False, "excise.least_change": False},
+            "leave excise.heads out",
+        ),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
         ({"tune.margin": -1}, "tune.margin"),
         ({"tune.prompts": 2}, "tune.prompts"),

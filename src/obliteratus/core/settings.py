@@ -141,7 +141,9 @@ class Excise(FrozenModel):
                 "prompts, so there is no mean to keep; set only one"
             )
         if self.own_difference and not self.least_change:
-            raise ValueError("own_difference is a second edit of least change; set least_change too")
+            raise ValueError(
+                "own_difference is a second edit of least change; set least_change too, or own_difference to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ class BalanceData:
     cached: CachedPairs
     target: Sequence[Pair]
     control: Sequence[Pair]
-    """Control prompts with the unedited model's own answers."""
+    """Control and keep prompts with the unedited model's own answers."""
     losses: Sequence[Loss]
     """One for each `ROWS` of the target pairs."""
 
@@ -87,9 +87,11 @@ def collect_balance_data(subject: Subject, plan: Plan, prompts: PromptSet, setti
     It is told by first tokens that are typical of target prompts. Without any it is told by the opening of answers
     without the behavior, as in gradient steps (`targets.find_answering_pairs`).
     """
-    rows = {g: _render(subject, prompts, g, settings) for g in ("target", "control")}
-    answers = generate(subject, rows["control"], settings.tokens, title="TUNE own answers")
-    control = [pair for pair in zip(rows["control"], answers, strict=True) if pair[1]]
+    names = [g for g in ("target", "control", "keep") if g in prompts.groups]
+    rows = {g: _render(subject, prompts, g, settings) for g in names}
+    own = rows["control"] + rows.get("keep", [])
+    answers = generate(subject, own, settings.tokens, title="TUNE own answers")
+    control = [pair for pair in zip(own, answers, strict=True) if pair[1]]
     first = [(row, [0]) for row in rows["target"]]
     cached = CachedPairs(subject, [*first, *control])
     target_logp, control_logp = _first_logp(cached, first), _first_logp(cached, control)
