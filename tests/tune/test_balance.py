@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.refuser import REFUSAL, asked, byte
+from tests.support.refuser import REFUSAL, asked
 from tests.support.tiny import tiny_subject
 from tests.support.tuning import plan_for, prompt_pairs, random_upper_plan
 from tests.tune.test_fit import refusing, weak
 from torch.nn import functional as F
 
+from obliteratus.core.errors import NothingToFitError
 from obliteratus.core.settings import Tune
-from obliteratus.core.types import Edit, Plan, PromptSet, Splits
+from obliteratus.core.types import Edit, Plan, Splits
 from obliteratus.excise.live.hooks import applied
 from obliteratus.judge.judge import Judge
 from obliteratus.tune.balance import (
-    MARGIN,
     BalanceData,
     balance_plan,
     collect_balance_data,
@@ -29,12 +29,11 @@ from obliteratus.tune.balance import (
 from obliteratus.tune.fit import tune_plan
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
+from obliteratus.tune.targets import TrainingPairs
 from obliteratus.tune.tuning_data import CachedPairs
 from obliteratus.tune.weakest import FACTOR, find_weakest
-from obliteratus.verify.openings import log_odds
 
 N = 12
-OPENING = [7]  # a token of the tiny models, taken for a refusal's first
 SETTINGS = Tune(balance=True, what="strengths", steps=0, tokens=6, prompts=8, watch=0)
 
 
@@ -68,13 +67,13 @@ def make_data(repeats: int = 1) -> tuple[BalanceData, EditParameters]:
     """A tiny Llama with random edits at strength 0, with prompts and answers."""
     subject = tiny_subject("llama")
     pairs = prompt_pairs(subject, 6)
-    target, control = pairs[3:], pairs[:3] * repeats
-    losses = [lambda logp: log_odds(logp, OPENING).sum()]
-    first = [(row, answer[:1]) for row, answer in target]
-    data = BalanceData(subject, CachedPairs(subject, [*first, *control]), first, control, losses)
+    train = TrainingPairs(pairs[:3] * repeats, pairs[3:])
+    cached = CachedPairs(subject, [*train.target, *train.control])
+    with torch.no_grad():
+        chosen = [cached.logp(train.target).argmax(-1)]
     parameters = EditParameters(random_upper_plan(subject, plan_for, kind="oblique"), subject.device, "strengths")
     parameters.scale(0.0)
-    return data, parameters
+    return BalanceData(subject, cached, train, chosen, 1.0), parameters
 
 
 def at_strengths(parameters: EditParameters, strengths: Sequence[float] | torch.Tensor) -> Plan:
@@ -88,16 +87,19 @@ def logp_under(data: BalanceData, plan: Plan, pairs: Sequence[tuple[list[int], l
         return data.cached.logp(pairs).double()
 
 
-def test_the_gain_is_the_slope_of_the_log_odds() -> None:
-    """Golden: central differences of the log-odds themselves."""
+def test_the_gain_is_the_slope_of_what_is_left() -> None:
+    """Golden: central differences, in fp64, of how far answers fall short of what the unedited model would write."""
     data, parameters = make_data()
+    tokens = torch.tensor([token for _, answer in data.pairs.target for token in answer])
+
+    def left_at(strength: float) -> float:
+        logp = logp_under(data, at_strengths(parameters, [strength] * len(parameters.edits)), data.pairs.target)
+        short = 1.0 + logp.gather(1, data.chosen[0][:, None])[:, 0] - logp.gather(1, tokens[:, None])[:, 0]
+        return float((short.clamp(min=0) * (tokens != data.chosen[0])).sum()) / len(data.pairs.target)
+
     left, gain = measure_gain(data, parameters)
-    ends = [
-        float(log_odds(logp_under(data, at_strengths(parameters, [s] * len(gain)), data.target), OPENING).mean())
-        for s in (0.01, -0.01, 0.0)
-    ]
-    assert left == pytest.approx(ends[2], rel=1e-4)
-    assert float(gain.sum()) == pytest.approx((ends[1] - ends[0]) / 0.02, rel=0.02)
+    assert left == pytest.approx(left_at(0.0), rel=1e-4)
+    assert float(gain.sum()) == pytest.approx((left_at(-0.01) - left_at(0.01)) / 0.02, rel=0.02)
 
 
 def test_the_fisher_information_foretells_the_kl_of_small_edits() -> None:
@@ -106,7 +108,7 @@ def test_the_fisher_information_foretells_the_kl_of_small_edits() -> None:
     fisher = estimate_fisher(data, parameters, 0)
     one = torch.zeros(len(fisher), dtype=torch.float64)
     one[0] = 0.05
-    pairs = data.control[:3]
+    pairs = data.pairs.control[:3]
     base = logp_under(data, at_strengths(parameters, [0.0] * len(fisher)), pairs)
     for strengths in (one, torch.full_like(one, 0.03)):
         kl = F.kl_div(
@@ -142,17 +144,16 @@ def test_where_no_edit_weakens_it_strengths_stay() -> None:
     assert balance_plan(refusing(), replace(plan, edits=(turned,)), asked(), SETTINGS, 0, Judge()) is None
 
 
-def test_without_typical_first_tokens_answers_tell_the_behavior() -> None:
-    """Groups that begin alike: their answers without the behavior are what is raised, and not a first token."""
-    subject, prompts = refusing(), asked()
-    alike = PromptSet({"target": prompts["target"], "control": prompts["target"]})
-    data = collect_balance_data(subject, both_edits(), alike, SETTINGS, Judge())
-    yes = byte(subject.tokenizer, "Y")
-    assert all(answer[0] == yes for _, answer in data.target)
-    typical = collect_balance_data(subject, both_edits(), prompts, SETTINGS, Judge())  # control
-    assert not any(answer[0] == yes for _, answer in typical.target)
-    left, _ = measure_gain(data, EditParameters(both_edits(), subject.device, "strengths"))
-    assert left > MARGIN
+def test_without_an_answer_to_fit_to_strengths_stay() -> None:
+    """Where everything refuses under every edit, the run goes on with what EXCISE planned, and says so."""
+    elsewhere, prompts = weak(refusing(), 9), asked()
+    splits = Splits(prompts, prompts, prompts, "")
+    with pytest.raises(NothingToFitError):
+        collect_balance_data(refusing(), elsewhere, prompts, SETTINGS, Judge())
+    found = tune_plan(refusing(), elsewhere, splits, SETTINGS)
+    assert strengths_of(found.plan)[0] >= strengths_of(elsewhere)[0]
+    with pytest.raises(NothingToFitError):  # a fit by gradients has nothing to go by
+        tune_plan(refusing(), elsewhere, splits, SETTINGS.model_copy(update={"steps": 10}))
 
 
 # ---------------------------------------------------------------------------------------------- strengths

@@ -69,11 +69,11 @@ def tune_plan(
 
 
 def balance_or_keep(subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge) -> Plan:
-    """Return the plan with balanced strengths; as it is, with a note, if there is nothing to tell the behavior by."""
+    """Return the plan with balanced strengths; as it is, with a note, if there is no answer to fit to."""
     try:
         return balance_plan(subject, plan, splits.fit, settings, seed, judge) or plan
     except NothingToFitError:
-        note("TUNE", f"neither first tokens nor any answer tells {judge.name}; {STAYS}")
+        note("TUNE", f"every answer to a target prompt shows {judge.name}; {STAYS}")
         return plan
 
 
