@@ -345,6 +345,8 @@ def test_json_is_one_document_and_errors_are_one_line(base: Path, tmp_path: Path
     shown = CliRunner().invoke(app, ["trace", str(base), "--against", str(base), "--json"])
     assert shown.exit_code == 0
     assert json.loads(shown.stdout)["verdict"]["kind"] == NOTHING
-    half = CliRunner().invoke(app, ["trace", str(base), "--against", str(base), "--target", "x.txt", "--quiet"])
+    x = tmp_path / "x.txt"
+    x.write_text("Why?\nHow?\n", encoding="utf-8")
+    half = CliRunner().invoke(app, ["trace", str(base), "--against", str(base), "--target", str(x), "--quiet"])
     assert half.exit_code == 2
     assert "--control is missing" in half.output

@@ -103,7 +103,7 @@ def test_broken_plans_are_the_users_to_mend(how: str, subject: Subject, make_pla
 def test_a_missing_file_is_named(name: str, subject: Subject, make_plan: PlanMaker, tmp_path: Path) -> None:
     save_plan(make_plan(subject), tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=f"no {name} in this folder"):
+    with pytest.raises(UserError, match=f"there is no {name}; give the output folder"):
         load_plan(tmp_path)
 
 

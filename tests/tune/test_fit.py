@@ -304,7 +304,8 @@ def test_what_it_costs() -> None:
         ({"excise.kl_budget": 0.1}, "leave out search and kl_budget"),
         ({"excise.norm": "columns"}, "set excise.norm to none"),
         (
-            {"excise.heads": 0.5, "excise.own_difference": False, "excise.least_change": False},
+            {"excise.heads": 0.5}
+            | dict.fromkeys(("excise.anchored", "excise.own_difference", "excise.least_change"), False),
             "leave excise.heads out",
         ),
         ({"excise.parts": ["attn.out", "mlp.in"]}, "take mlp.in out"),
