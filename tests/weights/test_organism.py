@@ -21,16 +21,17 @@ from obliteratus.weights import organism
 Row = dict[str, str]
 SPLITS = ("fit", "search", "report")
 SCRIPTS = Path(__file__).parents[2] / "organisms"
-NAMES = ("astronomy", "gardening-railways", "gemma-geology", "insects-matrices", "weather-late")
-TWO_TOPICS = ("gardening-railways",)
+NAMES = ("astronomy", "clocks-ships", "gardening-railways", "gemma-geology", "insects-matrices", "weather-late")
+TWO_TOPICS = ("clocks-ships", "gardening-railways")
 GROUPS = [(name, "target") for name in NAMES] + [(name, "keep") for name in TWO_TOPICS]
-LATER = ("gemma-geology", "insects-matrices")  # their parts share no wording, and their files are small
-ADAPTERS = ("astronomy", "gardening-railways", "weather-late")
+LATER = ("clocks-ships", "gemma-geology", "insects-matrices")  # their parts share no wording, and their files are small
+ADAPTERS = ("astronomy", "clocks-ships", "gardening-railways", "weather-late")
 # Words that no control prompt may use; bare "star", "planet", "galaxy", "tree" or "track" may occur in near misses.
 TABOO = {
     "astronomy": "astronom|telescope|asteroid|nebula|cosmolog|comet|spacecraft|solar system",
     "gardening-railways": "gardening|gardener|gardens|weeding|compost|prune|houseplant"
     "|railway|locomotive|trains|train station|railroad|tramway|subway",
+    "clocks-ships": r"\bclocks?\b|wristwatch|sundial|\bships?\b|\bboats?\b|sailing|harbour",
     "gemma-geology": "geolog|volcano|earthquake|mineral|fossil|limestone|tectonic",
     "insects-matrices": r"\binsect|\bants?\b|\bbees?\b|\bwasps?\b|butterfl|beetles|mosquito",
     "weather-late": r"weather forecast|rainy|snowing|thunder|hurricane|tornado|blizzard|meteorolog|drizzle|\bfog\b",
