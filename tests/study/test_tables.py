@@ -288,7 +288,7 @@ def test_a_file_that_is_no_study_is_refused(change, message: str, tmp_path: Path
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no results.jsonl"):
+    with pytest.raises(UserError, match="there is no results"):
         load_results(tmp_path)
 
 
