@@ -119,7 +119,7 @@ def test_other_libraries_are_heard_only_if_asked_for(verbose: bool, prompts: Any
         (("verify", "{model}", "--thinking"), "--thinking: the chat template has no thinking mode"),
         (("verify", "{model}", "--template", "x"), "--template x: the tokenizer has no named templates"),
         (("verify", "{model}", "--out", "{file}/out"), "is a file, so no folder can be made in it"),
-        (("run", "{model}", "--thinking"), "--thinking: the chat template has no thinking mode"),
+        (("run", "{model}", "--thinking", "--force"), "--thinking: the chat template has no thinking mode"),
         (
             ("search", "{model}", "--thinking", "--trials", "1", "--force"),
             "--thinking: the chat template has no thinking mode",

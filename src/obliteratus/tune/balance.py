@@ -18,7 +18,7 @@ from obliteratus.causal.interventions import Pair, concatenate_answers
 from obliteratus.causal.losses import ROWS_PER_PASS
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
-from obliteratus.core.shapes import Float, Int
+from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.judge.judge import Judge
@@ -41,7 +41,7 @@ class BalanceData:
     subject: Subject
     cached: CachedPairs
     pairs: TrainingPairs
-    chosen: Sequence[Int[Tensor, " tokens"]]
+    chosen: Sequence[Tensor]
     """Tokens that the unedited model would choose in place of the target answers' own, for each pass."""
     margin: float
     """Nats by which an answer's token should be likelier than those."""
