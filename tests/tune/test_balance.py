@@ -10,7 +10,7 @@ import torch
 from tests.support.refuser import REFUSAL, asked
 from tests.support.tiny import tiny_subject
 from tests.support.tuning import plan_for, prompt_pairs, random_upper_plan
-from tests.tune.test_fit import refusing, weak
+from tests.tune.test_fit import MEMORY, refusing, weak
 from torch.nn import functional as F
 
 from obliteratus.core.errors import NothingToFitError
@@ -18,19 +18,12 @@ from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Splits
 from obliteratus.excise.live.hooks import applied
 from obliteratus.judge.judge import Judge
-from obliteratus.tune.balance import (
-    BalanceData,
-    balance_plan,
-    collect_balance_data,
-    estimate_fisher,
-    measure_gain,
-    solve_nonnegative,
-)
-from obliteratus.tune.fit import tune_plan
+from obliteratus.tune.balance import balance_plan, estimate_fisher, measure_gain, solve_nonnegative
+from obliteratus.tune.fit import make_tuning_data, tune_plan
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
 from obliteratus.tune.targets import TrainingPairs
-from obliteratus.tune.tuning_data import CachedPairs
+from obliteratus.tune.tuning_data import TuningData
 from obliteratus.tune.weakest import FACTOR, find_weakest
 
 N = 12
@@ -63,17 +56,15 @@ def test_bounds_hold_and_no_smaller_value_is_near() -> None:
 
 
 # ------------------------------------------------------------------------------------------- gain and cost
-def make_data(repeats: int = 1) -> tuple[BalanceData, EditParameters]:
+def make_data(repeats: int = 1) -> tuple[TuningData, EditParameters]:
     """A tiny Llama with random edits at strength 0, with prompts and answers."""
     subject = tiny_subject("llama")
     pairs = prompt_pairs(subject, 6)
     train = TrainingPairs(pairs[:3] * repeats, pairs[3:])
-    cached = CachedPairs(subject, [*train.target, *train.control])
-    with torch.no_grad():
-        chosen = [cached.logp(train.target).argmax(-1)]
+    data = TuningData(subject, train, TrainingPairs([], []), SETTINGS, MEMORY)
     parameters = EditParameters(random_upper_plan(subject, plan_for, kind="oblique"), subject.device, "strengths")
     parameters.scale(0.0)
-    return BalanceData(subject, cached, train, chosen, 1.0), parameters
+    return data, parameters
 
 
 def at_strengths(parameters: EditParameters, strengths: Sequence[float] | torch.Tensor) -> Plan:
@@ -82,7 +73,7 @@ def at_strengths(parameters: EditParameters, strengths: Sequence[float] | torch.
 
 
 @torch.no_grad()
-def logp_under(data: BalanceData, plan: Plan, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+def logp_under(data: TuningData, plan: Plan, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
     with applied(data.subject, plan):
         return data.cached.logp(pairs).double()
 
@@ -90,12 +81,13 @@ def logp_under(data: BalanceData, plan: Plan, pairs: Sequence[tuple[list[int], l
 def test_the_gain_is_the_slope_of_what_is_left() -> None:
     """Golden: central differences, in fp64, of how far answers fall short of what the unedited model would write."""
     data, parameters = make_data()
-    tokens = torch.tensor([token for _, answer in data.pairs.target for token in answer])
+    tokens = torch.tensor([token for _, answer in data.train.target for token in answer])
+    chosen = logp_under(data, at_strengths(parameters, [0.0] * len(parameters.edits)), data.train.target).argmax(-1)
 
     def left_at(strength: float) -> float:
-        logp = logp_under(data, at_strengths(parameters, [strength] * len(parameters.edits)), data.pairs.target)
-        short = 1.0 + logp.gather(1, data.chosen[0][:, None])[:, 0] - logp.gather(1, tokens[:, None])[:, 0]
-        return float((short.clamp(min=0) * (tokens != data.chosen[0])).sum()) / len(data.pairs.target)
+        logp = logp_under(data, at_strengths(parameters, [strength] * len(parameters.edits)), data.train.target)
+        short = 1.0 + logp.gather(1, chosen[:, None])[:, 0] - logp.gather(1, tokens[:, None])[:, 0]
+        return float((short.clamp(min=0) * (tokens != chosen)).sum()) / len(data.train.target)
 
     left, gain = measure_gain(data, parameters)
     assert left == pytest.approx(left_at(0.0), rel=1e-4)
@@ -105,10 +97,10 @@ def test_the_gain_is_the_slope_of_what_is_left() -> None:
 def test_the_fisher_information_foretells_the_kl_of_small_edits() -> None:
     """Golden: KL of first plus that of all tokens, in fp64, under weak edits of one and of all sites."""
     data, parameters = make_data(repeats=40)
-    fisher = estimate_fisher(data, parameters, 0)
+    fisher = estimate_fisher(data, parameters)
     one = torch.zeros(len(fisher), dtype=torch.float64)
     one[0] = 0.05
-    pairs = data.pairs.control[:3]
+    pairs = data.train.control[:3]
     base = logp_under(data, at_strengths(parameters, [0.0] * len(fisher)), pairs)
     for strengths in (one, torch.full_like(one, 0.03)):
         kl = F.kl_div(
@@ -125,12 +117,17 @@ def both_edits() -> Plan:
     return replace(plan, edits=(*plan.edits, *weak(refusing(), 9).edits))
 
 
+def data_of(plan: Plan) -> TuningData:
+    prompts = asked()
+    return make_tuning_data(refusing(), plan, Splits(prompts, prompts, prompts, ""), SETTINGS, 0, Judge())
+
+
 def strengths_of(plan: Plan) -> list[float]:
     return [e.strength for e in plan.edits if isinstance(e, Edit)]
 
 
 def test_only_what_weakens_the_behavior_is_edited() -> None:
-    found = balance_plan(refusing(), both_edits(), asked(), SETTINGS, 0, Judge())
+    found = balance_plan(data_of(both_edits()), both_edits())
     assert found is not None
     by_axis = {int(e.basis.argmax()): e.strength for e in found.edits if isinstance(e, Edit)}
     assert by_axis[REFUSAL] > 0.3
@@ -141,7 +138,8 @@ def test_where_no_edit_weakens_it_strengths_stay() -> None:
     """An edit that adds to the refusal: less than none of it would help, and that is no removal."""
     plan = weak(refusing(), REFUSAL)
     turned = replace(plan.edits[0], covectors=-plan.edits[0].along)  # type: ignore[union-attr, type-var]
-    assert balance_plan(refusing(), replace(plan, edits=(turned,)), asked(), SETTINGS, 0, Judge()) is None
+    adding = replace(plan, edits=(turned,))
+    assert balance_plan(data_of(plan), adding) is None
 
 
 def test_without_an_answer_to_fit_to_strengths_stay() -> None:
@@ -149,7 +147,7 @@ def test_without_an_answer_to_fit_to_strengths_stay() -> None:
     elsewhere, prompts = weak(refusing(), 9), asked()
     splits = Splits(prompts, prompts, prompts, "")
     with pytest.raises(NothingToFitError):
-        collect_balance_data(refusing(), elsewhere, prompts, SETTINGS, Judge())
+        data_of(elsewhere)
     found = tune_plan(refusing(), elsewhere, splits, SETTINGS)
     assert strengths_of(found.plan)[0] >= strengths_of(elsewhere)[0]
     with pytest.raises(NothingToFitError):  # a fit by gradients has nothing to go by

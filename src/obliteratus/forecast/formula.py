@@ -20,6 +20,7 @@ from obliteratus.search.run import MAX_CHECKED
 from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, SCALES
 from obliteratus.tune.search_check import CHECKED_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS
+from obliteratus.tune.weakest import MOST_LOOKS
 from obliteratus.verify import scorers
 from obliteratus.verify.behavior import behavior_tokens
 from obliteratus.verify.presence import MOST_ANSWERED
@@ -122,6 +123,7 @@ def _tune_cost(tune: Tune) -> Cost:
     held_out = [prompt_count("search", group, HELD_OUT_PROMPTS) for group in groups]
     target, control = (prompt_count("fit", g, tune.prompts) + n for g, n in zip(groups, held_out, strict=True))
     looks = 2 + -(-tune.steps // CHECK_EVERY) + len(SCALES)  # at the unedited model, the start, and while fitting
+    looks = max(looks, 1 + MOST_LOOKS)  # without steps: at the unedited model and other strengths
     passes = looks * (held_out[0] + held_out[1] + prompt_count("search", "control", CHECKED_PROMPTS))
     openings = Answers(OPENING_LENGTHS[-1], target, times=2)
     continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))

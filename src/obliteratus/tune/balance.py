@@ -9,61 +9,37 @@ the same gain the cheapest are proportional to F⁻¹g: a step of natural gradie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from obliteratus.causal.interventions import Pair, concatenate_answers
-from obliteratus.causal.losses import ROWS_PER_PASS
-from obliteratus.core.progress import note, progress
-from obliteratus.core.settings import Tune
+from obliteratus.core.progress import progress
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Plan, PromptSet, Subject
+from obliteratus.core.types import Plan
 from obliteratus.excise.live.hooks import applied
-from obliteratus.judge.judge import Judge
-from obliteratus.tune.objective import margin_shortfall
+from obliteratus.tune.gradient_memory import recompute_blocks
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.targets import TrainingPairs, collect_pairs
-from obliteratus.tune.tuning_data import CachedPairs
+from obliteratus.tune.targets import TrainingPairs
+from obliteratus.tune.tuning_data import TuningData
 
 # Added to the diagonal of F, as a share of its mean: F of some hundred edits is estimated from some fifty prompts.
 RIDGE = 0.1
 LEAST_RIDGE = 1e-9  # for edits that change nothing on control prompts
 SWEEPS, TOLERANCE = 500, 1e-6  # of coordinate descent, and the change relative to the largest strength that ends it
-STAYS = "the strengths stay as EXCISE set them"
 
 
-@dataclass(frozen=True)
-class BalanceData:
-    """What gain and cost are measured on."""
-
-    subject: Subject
-    cached: CachedPairs
-    pairs: TrainingPairs
-    chosen: Sequence[Tensor]
-    """Tokens that the unedited model would choose in place of the target answers' own, for each pass."""
-    margin: float
-    """Nats by which an answer's token should be likelier than those."""
-
-
-def balance_plan(
-    subject: Subject, plan: Plan, prompts: PromptSet, settings: Tune, seed: int, judge: Judge
-) -> Plan | None:
+def balance_plan(data: TuningData, plan: Plan) -> Plan | None:
     """Return the plan with the cheapest strengths that should end the behavior, none of them negative.
 
-    prompts: fit prompts. Returns None, with a note, if no edit weakens the behavior. Raises UserError for edits that
-    gradients do not pass, and NothingToFitError if every answer to a target prompt shows the behavior.
+    Returns None if no edit weakens the behavior. Raises UserError for edits that gradients do not pass.
     """
-    parameters = EditParameters(plan, subject.device, "strengths")
+    parameters = EditParameters(plan, data.subject.device, "strengths")
     parameters.scale(0.0)
-    data = collect_balance_data(subject, plan, prompts, settings, judge)
     behavior, gain = measure_gain(data, parameters)
-    fisher = estimate_fisher(data, parameters, seed)
+    fisher = estimate_fisher(data, parameters)
     ridge = max(RIDGE * float(fisher.diagonal().mean()), LEAST_RIDGE)
     step = solve_nonnegative(fisher + ridge * torch.eye(len(fisher), dtype=fisher.dtype), gain)
     if (gained := float(gain @ step)) <= 0:
-        note("TUNE", f"to first order no edit weakens {judge.name}; {STAYS}")
         return None
     with torch.no_grad():
         for p, value in zip(parameters.edits, step * behavior / gained, strict=True):
@@ -71,37 +47,18 @@ def balance_plan(
     return parameters.to_plan()
 
 
-def collect_balance_data(subject: Subject, plan: Plan, prompts: PromptSet, settings: Tune, judge: Judge) -> BalanceData:
-    """Return control prompts with the model's own answers, and target prompts with answers without the behavior.
-
-    Raises NothingToFitError if every answer to a target prompt shows it.
-    """
-    pairs = collect_pairs(subject, prompts, plan, settings, settings.prompts, judge)
-    cached = CachedPairs(subject, [*pairs.target, *pairs.control])
-    with torch.no_grad():
-        chosen = [cached.logp(chunk).argmax(-1) for chunk in _chunks(pairs.target)]
-    return BalanceData(subject, cached, pairs, chosen, settings.margin)
-
-
-def measure_gain(data: BalanceData, parameters: EditParameters) -> tuple[float, Float[Tensor, " edits"]]:
-    """Return how much of the behavior is left in nats a prompt, and by how much each strength lowers it.
-
-    That is the shortfall of an answer's tokens behind those that the unedited model would choose (`margin_shortfall`).
-    """
+def measure_gain(data: TuningData, parameters: EditParameters) -> tuple[float, Float[Tensor, " edits"]]:
+    """Return the hinge loss of target answers in nats a prompt, and by how much each strength lowers it."""
     strengths = [p.strength for p in parameters.edits]
     left, gain = 0.0, torch.zeros(len(strengths), dtype=torch.float64)
-    with progress("TUNE gain", len(data.chosen)) as advance:
-        for chunk, chosen in zip(_chunks(data.pairs.target), data.chosen, strict=True):
-            with applied(data.subject, parameters.to_live_plan()):
-                logp = data.cached.logp(chunk)
-            loss = margin_shortfall(logp, concatenate_answers(chunk, logp.device), chosen, data.margin).sum()
-            gain -= _differentiate(loss, strengths)
-            left += float(loss.detach())
-            advance(1)
-    return left / len(data.pairs.target), gain / len(data.pairs.target)
+    pairs = TrainingPairs((), data.train.target)
+    for part in data.iterate_losses(parameters.to_live_plan(), pairs, data.settings.margin):
+        gain -= _differentiate(part.hinge, strengths)
+        left += float(part.hinge.detach())
+    return left, gain
 
 
-def estimate_fisher(data: BalanceData, parameters: EditParameters, seed: int) -> Float[Tensor, "edits edits"]:
+def estimate_fisher(data: TuningData, parameters: EditParameters) -> Float[Tensor, "edits edits"]:
     """Return the Fisher information of the strengths in control answers: KL ≈ ½ sᵀFs.
 
     The KL is that of first tokens plus the mean over all tokens, as in `control_loss`. F = E[∇log p(t) ∇log p(t)ᵀ] over
@@ -109,12 +66,11 @@ def estimate_fisher(data: BalanceData, parameters: EditParameters, seed: int) ->
     expectation.
     """
     strengths = [p.strength for p in parameters.edits]
-    generator, rows = torch.Generator().manual_seed(seed), list[Tensor]()
-    with progress("TUNE cost", len(data.pairs.control)) as advance:
-        for pair in data.pairs.control:
-            with applied(data.subject, parameters.to_live_plan()):
-                score = draw_score(data.cached.logp([pair]), generator)
-            rows.append(_differentiate(score, strengths))
+    generator, rows = torch.Generator().manual_seed(data.seed), list[Tensor]()
+    with progress("TUNE balance", len(data.train.control)) as advance:
+        for pair in data.train.control:
+            with applied(data.subject, parameters.to_live_plan()), recompute_blocks(data.subject, data.memory):
+                rows.append(_differentiate(draw_score(data.cached.logp([pair]), generator), strengths))
             advance(1)
     gradients = torch.stack(rows)
     return gradients.T @ gradients / len(gradients)
@@ -144,11 +100,10 @@ def solve_nonnegative(
     return s
 
 
-def _chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    return [pairs[start : start + ROWS_PER_PASS] for start in range(0, len(pairs), ROWS_PER_PASS)]
-
-
 def _differentiate(value: Float[Tensor, ""], strengths: Sequence[Tensor]) -> Float[Tensor, " edits"]:
-    """Return d value / d strength in fp64; 0 for an edit that the value does not depend on."""
-    found = torch.autograd.grad(value, strengths, allow_unused=True, materialize_grads=True)
+    """Return d value / d strength in fp64; 0 for an edit that the value does not depend on.
+
+    The graph stays, since parts of a loss share the small one of the parameters.
+    """
+    found = torch.autograd.grad(value, strengths, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.stack(found).double().cpu()

@@ -14,12 +14,12 @@ from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Splits, Subject
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.judge.judge import Judge
-from obliteratus.tune.balance import STAYS, balance_plan
+from obliteratus.tune.balance import balance_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.gradient_memory import plan_gradient_memory
 from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
-from obliteratus.tune.targets import collect_pairs
+from obliteratus.tune.targets import TrainingPairs, collect_pairs
 from obliteratus.tune.tuning_data import TuningData
 from obliteratus.tune.weakest import MIN_STRENGTH, find_weakest
 
@@ -33,6 +33,7 @@ RISE, FALL = 2.0, 0.7
 WEIGHTS = (0.25, 64.0)  # least and most: beyond, one of the two losses decides alone
 SCALES = (0.85, 0.7, 0.55, 0.4)  # factors on all strengths, from thorough to gentle
 STRONGER = (1.15, 1.3)  # where the goal was not reached
+STAYS = "the strengths stay as EXCISE set them"
 
 
 def tune_plan(
@@ -52,13 +53,18 @@ def tune_plan(
     answers show the behavior; None looks for refusals. Raises UserError if the plan cannot be fitted.
     """
     judge = judge or Judge()
-    if settings.balance:
-        plan = balance_or_keep(subject, plan, splits, settings, seed, judge)
-    if not settings.steps:
-        check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
-        return find_weakest(check, plan, goal)
-    data = make_tuning_data(subject, plan, splits, settings, seed, judge)
     check = SearchCheck(subject, splits.search, judge, max(settings.watch, settings.tokens))
+    try:
+        data = make_tuning_data(subject, plan, splits, settings, seed, judge)
+    except NothingToFitError:
+        if settings.steps:
+            raise
+        note("TUNE", f"every answer to a target prompt shows {judge.name}; {STAYS}")
+        return find_weakest(check, plan, goal)
+    if settings.balance:
+        plan = balance_or_keep(data, plan, judge.name)
+    if not settings.steps:
+        return find_weakest(check, plan, goal)
     fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
     points = fit.take_steps()
     points += fit.scale_best(points)
@@ -68,13 +74,12 @@ def tune_plan(
     return Tuned(best.plan, front)
 
 
-def balance_or_keep(subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge) -> Plan:
-    """Return the plan with balanced strengths; as it is, with a note, if there is no answer to fit to."""
-    try:
-        return balance_plan(subject, plan, splits.fit, settings, seed, judge) or plan
-    except NothingToFitError:
-        note("TUNE", f"every answer to a target prompt shows {judge.name}; {STAYS}")
-        return plan
+def balance_or_keep(data: TuningData, plan: Plan, behavior: str) -> Plan:
+    """Return the plan with balanced strengths; as it is, with a note, if no edit weakens the behavior."""
+    balanced = balance_plan(data, plan)
+    if balanced is None:
+        note("TUNE", f"to first order no edit weakens {behavior}; {STAYS}")
+    return balanced or plan
 
 
 def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> str:
@@ -92,9 +97,11 @@ def describe_choice(best: TunedPlan, front: Sequence[TunedPlan], name: str) -> s
 def make_tuning_data(
     subject: Subject, plan: Plan, splits: Splits, settings: Tune, seed: int, judge: Judge
 ) -> TuningData:
-    """Generate the answers of fit and search prompts, and plan how many pairs fit a pass."""
+    """Generate the answers of fit prompts, and of search prompts if steps are taken; plan how many pairs fit a pass."""
     train = collect_pairs(subject, splits.fit, plan, settings, settings.prompts, judge)
-    held_out = collect_pairs(subject, splits.search, plan, settings, HELD_OUT_PROMPTS, judge)
+    held_out = TrainingPairs((), ())
+    if settings.steps:
+        held_out = collect_pairs(subject, splits.search, plan, settings, HELD_OUT_PROMPTS, judge)
     first = max(0, min(change.site.layer for change in plan.edits))
     everything = [*train.control, *train.target, *held_out.control, *held_out.target]
     memory = plan_gradient_memory(subject, everything, first, ROWS_PER_PASS)

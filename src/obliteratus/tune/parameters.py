@@ -128,9 +128,7 @@ class EditParameters:
 
     def to_plan(self, min_strength: float = 0.0) -> Plan:
         """Return the plan as it stands, without edits whose |strength| is at most ``min_strength``."""
-        plan = self._replace_edits([p.to_edit() for p in self.edits])
-        changes = (c for c in plan.edits if not isinstance(c, Edit) or abs(c.strength) > min_strength)
-        return replace(plan, edits=tuple(changes))
+        return drop_weak_edits(self._replace_edits([p.to_edit() for p in self.edits]), min_strength)
 
     def mean_strength(self) -> Float[Tensor, ""]:
         """Return the mean |strength|, the L1 penalty that drives sites out of the plan."""
@@ -140,6 +138,12 @@ class EditParameters:
         tuned = iter(edits)
         changes: list[Change] = [next(tuned) if isinstance(c, Edit) else c for c in self.plan.edits]
         return replace(self.plan, edits=tuple(changes))
+
+
+def drop_weak_edits(plan: Plan, strength: float) -> Plan:
+    """Return the plan without edits whose |strength| is at most this. Other changes stay."""
+    changes = (c for c in plan.edits if not isinstance(c, Edit) or abs(c.strength) > strength)
+    return replace(plan, edits=tuple(changes))
 
 
 def _make_parameter(edit: Edit, device: torch.device, train_rows: bool, train_strength: bool) -> EditParameter:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from obliteratus.core.progress import note, progress
-from obliteratus.core.types import Edit, Plan
+from obliteratus.core.types import Plan
 from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
+from obliteratus.tune.parameters import drop_weak_edits
 from obliteratus.tune.search_check import SearchCheck
 
 # Between two strengths that are tried the KL grows 1.7 times, and 1.3 times between the last ones. Six of them reach
@@ -23,7 +24,7 @@ def find_weakest(check: SearchCheck, plan: Plan, goal: float) -> Tuned:
     """
     points, scale = [look(check, plan, 1.0)], 1.0
     raises = points[0].checked.rate > goal
-    with progress("TUNE strength", MOST_LOOKS) as advance:
+    with progress("TUNE strength", MOST_LOOKS - 2) as advance:
         for _ in range(MOST_LOOKS - 2):
             advance(1)
             scale *= FACTOR if raises else 1 / FACTOR
@@ -33,13 +34,12 @@ def find_weakest(check: SearchCheck, plan: Plan, goal: float) -> Tuned:
                 break
     best = min(points, key=lambda point: (check.excess(point.checked, goal), point.checked.kl, point.scale))
     found = best.checked
-    note("TUNE", f"strengths × {best.scale:.2f} leave it on {found.rate:.1%} of search prompts, at KL {found.kl:.4f}")
+    left = f"{check.judge.name} on {found.rate:.1%} of search prompts"
+    note("TUNE", f"strengths × {best.scale:.2f} leave {left}, at KL {found.kl:.4f}")
     return Tuned(best.plan, find_front(points))
 
 
 def look(check: SearchCheck, plan: Plan, scale: float) -> TunedPlan:
     """Return the plan at these strengths, without its weak edits, with what search prompts say of it."""
-    scaled = scale_plan(plan, scale)
-    kept = tuple(c for c in scaled.edits if not isinstance(c, Edit) or abs(c.strength) > MIN_STRENGTH)
-    scaled = Plan(kept, plan.model)
+    scaled = drop_weak_edits(scale_plan(plan, scale), MIN_STRENGTH)
     return TunedPlan(scaled, check.check(scaled), scale=scale)
