@@ -14,9 +14,9 @@ from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.behavior import pair_answers, shows_already
 
-GROUPS = ("target", "control")
-# Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
-CHECKED_PROMPTS = 48
+# Search prompts of each group. 1 of 96 is 1 %: with fewer a rate of some percent looks like none. A check answers the
+# target prompts and costs about four gradient steps; a mean KL is known well from half as many.
+CHECKED_PROMPTS = {"target": 96, "control": 48}
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Degenerate answers that may be added: two of 48 are within chance, as in a search (Search.degenerate_margin).
 DEGENERATE_MARGIN = 0.05
@@ -39,7 +39,7 @@ class SearchCheck:
 
     def __init__(self, subject: Subject, prompts: PromptSet, judge: Judge, tokens: int) -> None:
         """tokens: the most of an answer."""
-        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), CHECKED_PROMPTS)] for g in GROUPS}
+        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)] for g, most in CHECKED_PROMPTS.items()}
         rows = {g: render_prompts(subject, members, reserve=tokens) for g, members in few.items()}
         budget = CACHE_SHARE * free_memory(subject)
         self.subject, self.tokens, self.judge = subject, tokens, judge.without_witnesses()
