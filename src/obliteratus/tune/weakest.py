@@ -9,11 +9,11 @@ from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.parameters import drop_weak_edits
 from obliteratus.tune.search_check import SearchCheck
 
-# Two neighboring strengths that are tried differ by 1.3 times, the last ones by half of such a step. They reach from 0.35
-# to 2.9 times the first.
+# Two neighboring strengths that are tried differ by 1.3 times, the last ones by half of such a step. They reach from
+# 0.35 to 2.9 times the first.
 FACTOR, MOST_LOOKS = 1.3, 7
-# Factor on the weakest strengths that reach the goal. They were chosen on the prompts that say so, so that others need
-# more: none of 48 there was 2 to 14 % on report prompts in other words. It raises the KL about as much.
+# Factor on the weakest strengths that reach the goal. They are chosen on the prompts that say so, and others need more:
+# none of 48 there was 2 to 14 % on report prompts in other words. It raises the KL about as much.
 MARGIN = FACTOR**0.5
 MIN_STRENGTH = 0.02  # an edit weaker than this changes no answer, and is dropped from the plan
 
