@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.refuser import REFUSAL, asked
+from tests.support.refuser import END, REFUSAL, asked, refuser
 from tests.support.tiny import tiny_subject
 from tests.support.tuning import plan_for, prompt_pairs, random_upper_plan
 from tests.tune.test_fit import MEMORY, refusing, weak
@@ -195,6 +195,20 @@ def test_the_margin_is_left_out_where_it_brings_loops() -> None:
         chosen[kind] = strengths_of(find_weakest(check, at_strength(0.4), 0.0).plan)[0]
     assert chosen[SearchCheck] > 0.9
     assert chosen[Loops] == pytest.approx(chosen[SearchCheck] / MARGIN)
+
+
+def test_edited_answers_may_loop_as_often_as_control_answers_did() -> None:
+    """The unedited model refuses targets without loops; its control answers are asked for only where that matters."""
+    fluent = search_check()
+    assert fluent.usual_loops == 0
+    assert fluent.excess(Checked(0.0, 0.25, 0.0), 0.0) == pytest.approx(0.2)
+    endless = refuser(word="I cannot help.")
+    endless.model.get_input_embeddings().weight[:, END] = 0  # its control answers are "YYYY …"
+    looping = SearchCheck(endless, asked(), Judge(), 24)
+    assert looping.excess(Checked(0.0, 0.05, 0.0), 0.0) == 0
+    assert "usual_loops" not in vars(looping)
+    assert looping.usual_loops == 1
+    assert looping.excess(Checked(0.0, 0.25, 0.0), 0.0) == 0
 
 
 def at_strength(strength: float) -> Plan:
