@@ -362,6 +362,15 @@ class Recipe(FrozenModel):
     """Analyses whose results change this recipe before it runs."""
     search: Search | None = None
 
+    def __repr__(self) -> str:
+        found, weighed = (" → ".join(s.use for s in active_steps(steps)) for steps in (self.distill, self.weigh))
+        extra = "".join(f", {name}" for name in ("analyze", "tune", "search") if getattr(self, name))
+        parts = ", ".join(self.excise.parts)
+        return f"<Recipe: {self.name or 'without a name'}, {found}, weighed by {weighed}, on {parts}{extra}>"
+
+    def __str__(self) -> str:
+        return repr(self)
+
     @property
     def uses_search_split(self) -> bool:
         """Whether anything is chosen on search prompts, so that none of their groups may be empty."""

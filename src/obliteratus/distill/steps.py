@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.orthonormal import orthonormalize as orthonormalize
 from obliteratus.core.registry import Registry, RunInputs
 from obliteratus.core.settings import Step, active_steps
 from obliteratus.core.shapes import Float
@@ -165,26 +166,6 @@ def align_signs(
     """Flip rows so that their product with the mean difference is not negative; an SVD leaves signs undetermined."""
     sign = torch.einsum("lkw,lw->lk", basis, delta).sign()
     return basis * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None]
-
-
-# A unit row that keeps less than this length after a projection is rounding, not a direction.
-MIN_ROW_NORM = 1e-3
-
-
-def orthonormalize(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
-    """Apply Gram–Schmidt, keeping row order and signs; rows that are (nearly) zero or dependent become zeros.
-
-    QR is not used because it replaces a dependent row by some other unit vector, and removes that from all later rows.
-    Lengths matter: pass unit rows, or what is left of unit rows after a projection.
-    """
-    result = torch.zeros_like(rows)
-    for i in range(rows.shape[1]):
-        row = rows[:, i]
-        for _ in range(2):  # the second round removes what rounding left of the first
-            row = row - torch.einsum("lk,lkw->lw", torch.einsum("lkw,lw->lk", result, row), result)
-        length = row.norm(dim=1, keepdim=True)
-        result[:, i] = torch.where(length > MIN_ROW_NORM, row / length.clamp(min=MIN_ROW_NORM), torch.zeros_like(row))
-    return result
 
 
 # --------------------------------------------------------------------------------------------------- on disk

@@ -35,6 +35,7 @@ def describe_run(
     presence = stages.presence or stages.check_first_tokens(recipe, before)
     on_search = stages.measure_on_search(recipe, plan)
     return Run(
+        status="done",
         recipe=recipe,
         source={k: str(v) for k, v in vars(stages.subject.source).items()},
         prompts=describe_prompts(stages.splits, stages.subject),
