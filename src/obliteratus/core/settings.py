@@ -42,9 +42,10 @@ class Step(BaseModel):
         return dict(self.model_extra or {})
 
 
-def active_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Return the steps that are not left out."""
-    return tuple(step for step in steps if step.when != "never")
+def active_steps(steps: Sequence[Step | str]) -> tuple[Step, ...]:
+    """Return the steps that are not left out. A name alone is a step without options."""
+    named = (Step(use=step) if isinstance(step, str) else step for step in steps)
+    return tuple(step for step in named if step.when != "never")
 
 
 class Probe(FrozenModel):

@@ -32,16 +32,24 @@ NEGLIGIBLE_DIFFERENCE = 1e-5
 
 
 # ------------------------------------------------------------------------------------------- running steps
-def find_directions(acts: Activations, steps: Sequence[Step], context: object = None) -> Directions:
+def find_directions(
+    acts: Activations, steps: Sequence[Step | str] = ("mean_diff",), context: object = None
+) -> Directions:
     """Run the steps in order, but those left out, and return the last one's directions. Raises UserError if one cannot.
 
-    context: the `FitContext` (model and fit prompts), for steps that run the model ("model" among their needs).
+    steps: with their options, or by name alone. context: the `FitContext` (model and fit prompts), for steps that run
+    the model ("model" among their needs).
+
+    >>> ob.find_directions(acts, ["mean_diff", ob.Step(use="single", depth=0.5)])
+    <Directions: 1 in each of 9 streams of width 32, by mean_diff → single; clearest at stream 3, score 0.278>
     """
-    directions, steps = None, active_steps(steps)
-    for step in steps:
+    directions, active = None, active_steps(steps)
+    for step in active:
         entry, options = extractors[step.use], extractors.check(step.use, step.options)
         if MODEL in entry.needs and context is None:
-            raise ValueError(f"distill step '{step.use}' runs the model: find_directions needs a FitContext")
+            raise UserError(
+                f"distill step '{step.use}' runs the model; give find_directions a FitContext(subject, prompts)"
+            )
         result = entry.function(acts, directions, *([context] if MODEL in entry.needs else []), **options)
         if isinstance(result, Activations):
             acts = result
@@ -49,7 +57,7 @@ def find_directions(acts: Activations, steps: Sequence[Step], context: object = 
             directions = result
     if directions is None:
         raise UserError("recipe: distill has no step that finds directions; give at least one, e.g. mean_diff")
-    return replace(directions, trace=tuple(map(name_step, steps)))
+    return replace(directions, trace=tuple(map(name_step, active)))
 
 
 def name_step(step: Step) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -49,23 +49,31 @@ from obliteratus.weights.matrices import count_inputs, count_outputs, expand_exp
 from obliteratus.weights.safetensors_io import tensor_bytes
 
 FILES = ("plan.safetensors", "plan.json")
+DEFAULT_OPTIONS = Excise()
 
 
 def plan_edits(
     subject: Subject,
     directions: Directions,
-    weights: Float[Tensor, " sites"],
-    acts: Activations,
-    options: Excise,
+    weights: Float[Tensor, " sites"] | None = None,
+    acts: Activations | None = None,
+    options: Excise = DEFAULT_OPTIONS,
 ) -> Plan:
     """Return a plan with one edit for each site of ``options.parts`` that has a direction and a weight.
 
     With ``options.heads`` the edit of an attention output becomes one for each chosen head, with ``experts`` that of a
     stack one for each expert; ``neurons`` and ``steer`` add masks and a shift.
 
-    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``. Raises NothingMatchedError
-    if nothing is edited.
+    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``; None takes all as they are.
+    acts: may be left out for edits along directions alone; with what `wanted_by` names if the options need it. Raises
+    NothingMatchedError if nothing is edited, and UserError for directions of another model and for missing activations.
+
+    >>> ob.plan_edits(subject, directions, options=ob.Excise(strength=0.7))
+    <Plan: 16 changes in blocks 0 to 7 (attn.out, mlp.out), strength 0.7>
     """
+    _check_shapes(subject, directions, weights)
+    weights = torch.ones(len(subject.sites)) if weights is None else weights
+    acts = _check_activations(subject, acts, options)
     parts = _select_parts(subject.sites, options.parts)
     site_edits = tuple(
         edit
@@ -85,6 +93,39 @@ def plan_edits(
     if options.experts is not None:
         changes = split_by_expert(changes, acts, options.experts)
     return Plan((*changes, *added), subject.source.digest)
+
+
+def _check_shapes(subject: Subject, directions: Directions, weights: Tensor | None) -> None:
+    """Raise UserError for directions of a model of another size, and for another number of weights."""
+    streams, _, width = directions.basis.shape
+    if (streams, width) != (subject.n_layers + 1, subject.width):
+        raise UserError(
+            f"plan_edits: the directions are of {streams} streams of width {width}, and {subject.source.id} has "
+            f"{subject.n_layers + 1} of width {subject.width}"
+        )
+    if weights is not None and weights.shape != (len(subject.sites),):
+        raise UserError(
+            f"plan_edits: there are {len(weights)} weights; give one for each of {len(subject.sites)} sites"
+        )
+
+
+def _check_activations(subject: Subject, acts: Activations | None, options: Excise) -> Activations:
+    """Return the activations. Raises UserError if they lack what the options need."""
+    acts = Activations({}, -1) if acts is None else acts
+    wanted = wanted_by(options, subject.sites)
+    held: dict[str, tuple[Sequence[str], Collection[str]]] = {
+        "anchored": (wanted.output_modules, acts.outputs),
+        "neurons": (wanted.input_modules, acts.inputs.get("target", ())),
+        "least_change": (wanted.contrast_modules, acts.contrasts),
+    }
+    missing = [name for name, (paths, known) in held.items() if not set(paths) <= set(known)]
+    missing += ["steer"] if options.steer and not acts.groups else []
+    if missing:
+        raise UserError(
+            f"plan_edits: {missing[0]} needs activations of modules; collect them with collect_activations(subject, "
+            "prompts, request=ob.wanted_by(options, subject.sites))"
+        )
+    return acts
 
 
 def _add_beside(

@@ -12,7 +12,6 @@ from obliteratus.prompts.duplicates import drop_duplicates
 from obliteratus.prompts.memory import read_memory
 from obliteratus.prompts.sources import Loaded, read_source
 
-
 PromptSource = str | Path | Iterable[Any]
 """A source by name, or prompts in memory."""
 
@@ -30,8 +29,8 @@ def load_prompts(
     ``hub:owner/name[@revision][:configuration][:split][:column]``, ``organism:NAME``, or ``behavior:NAME`` for the
     examples of a behavior. A row's prompt is in one of the usual columns (see `columns.COLUMNS`), as text or as a
     conversation, whose last user turn is asked behind the turns before it; ``category``, ``split`` and ``system`` are
-    optional. A source in memory is a list of texts, prompts, rows or conversations, or a data frame of pandas or polars.
-    column: the column of the prompts, for all groups or by group.
+    optional. A source in memory is a list of texts, prompts, rows or conversations, or a data frame of pandas or
+    polars. column: the column of the prompts, for all groups or by group.
     Raises UserError for a source that is missing, empty, binary or malformed, and for groups that `check_prompts`
     refuses.
 
@@ -41,9 +40,7 @@ def load_prompts(
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     columns = dict.fromkeys(sources, column) if isinstance(column, str) else column
     loaded = {
-        name: _read(source, name, columns.get(name, ""))
-        for name, source in sources.items()
-        if source is not None
+        name: _read(source, name, columns.get(name, "")) for name, source in sources.items() if source is not None
     }
     origins = {name: found.source for name, found in loaded.items()}
     return check_prompts(PromptSet({name: found.prompts for name, found in loaded.items()}, sources=origins), origins)

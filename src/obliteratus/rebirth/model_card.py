@@ -9,6 +9,7 @@ from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.llama_cpp import render_commands
 from obliteratus.rebirth.outcome import describe_outcome
+from obliteratus.rebirth.own_plan import is_own_plan
 from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 
 LOADING = {
@@ -49,15 +50,12 @@ def render_model_card(run: Run, repo: str = "", reproducible: bool = False) -> s
 **This model was edited on purpose so that it behaves differently from its base.** {describe_headline(run)}
 
 ## What was changed
-{run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts apart; its
-strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies). This is a
+{_describe_edit(run)} This is a
 {KINDS.get(run.saved["form"], run.saved["form"])}. Edited matrices: {format_coverage(run)}
 {_describe_added(run)}{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ## How it was measured
 {_describe_measuring(run)}
-
-{format_score_table(run)}
-{_outcome(run)}
+{_score_section(run)}{_outcome(run)}
 ## License
 {_describe_license(run)}
 
@@ -66,14 +64,28 @@ strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 ampli
 
 ## Use
 {_describe_use(run, repo)}
-{_describe_repeating(repo) if reproducible else ""}
-## Recipe
-
-```toml
-{dump_toml(run.recipe)}```
-
+{_describe_repeating(repo) if reproducible else ""}{_recipe_section(run)}
 `run.json` has everything else.
 """
+
+
+def _describe_edit(run: Run) -> str:
+    """Return what the edit is."""
+    if is_own_plan(run):
+        return f"{run.recipe.about}."
+    return (
+        f"{run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts "
+        f"apart; its\nstrength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies)."
+    )
+
+
+def _score_section(run: Run) -> str:
+    return f"\n{format_score_table(run)}\n" if run.before or run.after else ""
+
+
+def _recipe_section(run: Run) -> str:
+    """Return the recipe; nothing for a plan that no recipe has made."""
+    return "" if is_own_plan(run) else f"\n## Recipe\n\n```toml\n{dump_toml(run.recipe)}```\n"
 
 
 def _base_name(run: Run) -> str:
@@ -82,6 +94,8 @@ def _base_name(run: Run) -> str:
 
 def _describe_measuring(run: Run) -> str:
     """Return what the figures rest on."""
+    if is_own_plan(run):
+        return "Nothing was measured when it was saved."
     report = run.prompts["counts"].get("report", {})
     counts = ", ".join(f"{n} {group}" for group, n in report.items())
     behavior, judge = run.judge.get("behavior", REFUSAL), run.judge.get("decides", "phrases")
