@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.norms import NormRule
-from obliteratus.core.probing import ProbeRequest, WriterContrast
+from obliteratus.core.probing import WriterContrast
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.run_folder import require_file
 from obliteratus.core.settings import Excise, expand_part
@@ -40,6 +40,7 @@ from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
 from obliteratus.excise.least_change import choose_covectors, remove_difference
 from obliteratus.excise.linear import center_rows, fold_gain_reader
+from obliteratus.excise.needs import check_activations, check_shapes
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift, make_shift_where_possible
 from obliteratus.excise.writers import fold_gain
@@ -71,9 +72,9 @@ def plan_edits(
     >>> ob.plan_edits(subject, directions, options=ob.Excise(strength=0.7))
     <Plan: 16 changes in blocks 0 to 7 (attn.out, mlp.out), strength 0.7>
     """
-    _check_shapes(subject, directions, weights)
+    check_shapes(subject, directions, weights)
     weights = torch.ones(len(subject.sites)) if weights is None else weights
-    acts = _check_activations(subject, acts, options)
+    acts = check_activations(subject, acts, options)
     parts = _select_parts(subject.sites, options.parts)
     site_edits = tuple(
         edit
@@ -95,39 +96,6 @@ def plan_edits(
     return Plan((*changes, *added), subject.source.digest)
 
 
-def _check_shapes(subject: Subject, directions: Directions, weights: Tensor | None) -> None:
-    """Raise UserError for directions of a model of another size, and for another number of weights."""
-    streams, _, width = directions.basis.shape
-    if (streams, width) != (subject.n_layers + 1, subject.width):
-        raise UserError(
-            f"plan_edits: the directions are of {streams} streams of width {width}, and {subject.source.id} has "
-            f"{subject.n_layers + 1} of width {subject.width}"
-        )
-    if weights is not None and weights.shape != (len(subject.sites),):
-        raise UserError(
-            f"plan_edits: there are {len(weights)} weights; give one for each of {len(subject.sites)} sites"
-        )
-
-
-def _check_activations(subject: Subject, acts: Activations | None, options: Excise) -> Activations:
-    """Return the activations. Raises UserError if they lack what the options need."""
-    acts = Activations({}, -1) if acts is None else acts
-    wanted = wanted_by(options, subject.sites)
-    held: dict[str, tuple[Sequence[str], Collection[str]]] = {
-        "anchored": (wanted.output_modules, acts.outputs),
-        "neurons": (wanted.input_modules, acts.inputs.get("target", ())),
-        "least_change": (wanted.contrast_modules, acts.contrasts),
-    }
-    missing = [name for name, (paths, known) in held.items() if not set(paths) <= set(known)]
-    missing += ["steer"] if options.steer and not acts.groups else []
-    if missing:
-        raise UserError(
-            f"plan_edits: {missing[0]} needs activations of modules; collect them with collect_activations(subject, "
-            "prompts, request=ob.wanted_by(options, subject.sites))"
-        )
-    return acts
-
-
 def _add_beside(
     subject: Subject, edits: Sequence[Edit], directions: Directions, acts: Activations, options: Excise
 ) -> list[Change]:
@@ -140,23 +108,6 @@ def _add_beside(
     elif options.steer:
         added.append(make_shift(edits, directions, acts, options.steer))
     return added
-
-
-def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
-    """Return which modules PROBE has to read, besides the residual stream, for edits with these options.
-
-    Anchored edits need the mean outputs of the edited writers, those of least change their contrasts, masks of neurons
-    the mean inputs of the MLP outputs, and edits of single experts the routing in every stack.
-    """
-    parts = {p for part in options.parts for p in expand_part(part)}
-    writers = [s.path for s in sites if s.role == "writes" and s.part in parts]
-    masked = set(expand_part("mlp.out")) if options.neurons else set()
-    return ProbeRequest(
-        output_modules=writers if options.anchored else [],
-        input_modules=[s.path for s in sites if s.part in masked and not s.stacked],
-        expert_modules=[s.path for s in sites if s.role == "writes" and s.stacked and options.experts is not None],
-        contrast_modules=writers if options.least_change else [],
-    )
 
 
 def _select_parts(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:

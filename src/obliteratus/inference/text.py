@@ -15,7 +15,7 @@ TOKENS = 64  # two or three sentences
 
 
 @overload
-def generate(subject: Subject, prompts: str | Prompt, tokens: int = TOKENS) -> str: ...
+def generate(subject: Subject, prompts: str | Prompt, tokens: int = TOKENS) -> str: ...  # type: ignore[overload-overlap]
 @overload
 def generate(subject: Subject, prompts: Iterable[str | Prompt], tokens: int = TOKENS) -> list[str]: ...
 def generate(subject: Subject, prompts: str | Prompt | Iterable[str | Prompt], tokens: int = TOKENS) -> str | list[str]:

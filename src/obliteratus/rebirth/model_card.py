@@ -130,13 +130,13 @@ def _origin_rows(run: Run) -> list[list[str]]:
     """Return what the result was made from and by what, as rows of a table."""
     known, source = run.saved.get("base_model", {}), run.source
     revision = f", revision `{source['revision']}`" if source.get("revision") else ""
-    began = run.prompts.get("chat", {}).get("now", "")
+    began, own = run.prompts.get("chat", {}).get("now", ""), is_own_plan(run)
     rows = [
         ["base model", f"{known.get('base_model') or _base_name(run)}{revision}"],
         ["precision", " ".join(filter(None, (source.get("dtype"), source.get("quantization"))))],
         ["digest of its weights", f"`{source['digest']}`" if source.get("digest") else ""],
-        ["prompts", f"digest `{run.prompts['digest']}`, counts {run.prompts['counts']}"],
-        ["seed", str(run.recipe.seed)],
+        ["prompts", "" if own else f"digest `{run.prompts['digest']}`, counts {run.prompts['counts']}"],
+        ["seed", "" if own else str(run.recipe.seed)],
         ["made", f"{began[:10]} by OBLITERATUS {run.versions['obliteratus']}".lstrip()],
         ["with", ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "obliteratus")],
         ["citations", ", ".join(run.recipe.cite)],

@@ -37,7 +37,7 @@ from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.model_samples import sample_model
-from obliteratus.summon.sites import find_tied_ends
+from obliteratus.summon.sites import find_tied_ends, is_tied
 from obliteratus.weights.adapters import copy_merged, find_adapted
 from obliteratus.weights.bitsandbytes import padded_note_shapes
 from obliteratus.weights.config_entries import add_older_names, change_config, complete_config, find_text_key
@@ -127,7 +127,10 @@ def _merge_adapters(subject: Subject, form: Form) -> Subject:
         return subject
     if form != "merged":
         raise UserError(f"--save {form}: the model has adapters of its own, which only merged holds too; save that")
-    return replace(subject, model=copy_merged(subject.model))
+    model = copy_merged(subject.model)
+    if not is_tied(model):  # an adapter of the embedding alone has parted it from the head
+        model.config.get_text_config().tie_word_embeddings = False
+    return replace(subject, model=model)
 
 
 def default_form(model: str) -> Form:

@@ -32,8 +32,8 @@ def steer(
     blocks, negative ones from the end; None stands for all blocks that have a vector.
 
     Nothing is added where `without_edits` holds, so a model can still be compared with itself unsteered. Raises
-    UserError for a block that does not exist or has no vector, for another width, NaN, and directions whose raw score is
-    no length.
+    UserError for a block that does not exist or has no vector, for another width, NaN, and directions whose raw score
+    is no length.
 
     >>> with ob.steer(subject, torch.ones(32), strength=-2.0, layers=[3, 4]):
     ...     answer = ob.generate(subject, "Tell me about tides?")
