@@ -70,10 +70,10 @@ def describe_plan(changes: Sequence[Any], edit: type[Any]) -> str:
     layers = [change.site.layer for change in changes]
     strengths = [change.strength for change in changes if isinstance(change, edit)]
     strong = f", {_name_range('strength', strengths)}" if strengths else ""
-    return f"{len(changes)} changes in {_name_range('block', layers)} ({parts}){strong}"
+    return f"{len(changes)} change{'s' if len(changes) > 1 else ''} in {_name_range('block', layers)} ({parts}){strong}"
 
 
-def _name_range(what: str, values: Sequence[float]) -> str:
+def _name_range(what: str, values: Sequence[Any]) -> str:
     """Return ``strength 1``, or ``strengths 0.5 to 1`` of values that differ."""
     low, high = min(values), max(values)
     return f"{what} {low:g}" if low == high else f"{what}s {low:g} to {high:g}"

@@ -513,7 +513,7 @@ class Plan(Plottable):
         Raises UserError for a factor that is not finite.
 
         >>> plan.scaled(0.5)
-        <Plan: 16 changes in blocks 0 to 7 (attn.out, mlp.out), strength 0.5>
+        <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.5>
         """
         if not isfinite(factor):
             raise UserError(f"plan.scaled({factor}): give a finite number")
@@ -526,7 +526,7 @@ class Plan(Plottable):
         Raises UserError for a part that the plan does not edit, and if nothing is left.
 
         >>> plan.only(layers=range(4), parts="mlp.out")
-        <Plan: 4 changes in blocks 0 to 3 (mlp.out), strength 1>
+        <Plan: 2 changes in blocks 2 to 3 (mlp.out), strength 1>
         """
         wanted = [parts] if isinstance(parts, str) else parts
         edited = {change.site.part for change in self.edits}

@@ -41,7 +41,7 @@ def find_directions(
     the model ("model" among their needs).
 
     >>> ob.find_directions(acts, ["mean_diff", ob.Step(use="single", depth=0.5)])
-    <Directions: 1 in each of 9 streams of width 32, by mean_diff → single; clearest at stream 3, score 0.278>
+    <Directions: 1 in each of 9 streams of width 32, by mean_diff → single; clearest at stream 4, score 0.965>
     """
     directions, active = None, active_steps(steps)
     for step in active:

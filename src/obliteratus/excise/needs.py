@@ -17,6 +17,11 @@ def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
 
     Anchored edits need the mean outputs of the edited writers, those of least change their contrasts, masks of neurons
     the mean inputs of the MLP outputs, and edits of single experts the routing in every stack.
+
+    >>> options = ob.Excise(least_change=True)
+    >>> acts = ob.collect_activations(subject, prompts, request=ob.wanted_by(options, subject.sites))
+    >>> ob.plan_edits(subject, directions, acts=acts, options=options)
+    <Plan: 2 changes in blocks 2 to 3 (attn.out, mlp.out), strength 1>
     """
     parts = {p for part in options.parts for p in expand_part(part)}
     writers = [s.path for s in sites if s.role == "writes" and s.part in parts]

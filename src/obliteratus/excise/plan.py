@@ -70,7 +70,7 @@ def plan_edits(
     NothingMatchedError if nothing is edited, and UserError for directions of another model and for missing activations.
 
     >>> ob.plan_edits(subject, directions, options=ob.Excise(strength=0.7))
-    <Plan: 16 changes in blocks 0 to 7 (attn.out, mlp.out), strength 0.7>
+    <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.7>
     """
     check_shapes(subject, directions, weights)
     weights = torch.ones(len(subject.sites)) if weights is None else weights
@@ -180,6 +180,8 @@ def save_plan(plan: Plan, folder: str | Path, samples: ModelSamples | None = Non
 
     samples: of the plan's model, by which GGUF files of it are recognized. The folder is made if it is missing. Raises
     UserError if that cannot be.
+
+    >>> ob.save_plan(plan, "plan")
     """
     folder = Path(folder)
     try:
@@ -205,7 +207,12 @@ def save_plan(plan: Plan, folder: str | Path, samples: ModelSamples | None = Non
 
 
 def load_plan(folder: str | Path) -> Plan:
-    """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself."""
+    """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself.
+
+    >>> ob.save_plan(plan.scaled(0.5), "half")
+    >>> ob.load_plan("half")
+    <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.5>
+    """
     folder = Path(folder)
     for name in FILES:
         require_file(folder, name, "the output folder of a run, or of --save plan")

@@ -24,10 +24,11 @@ def generate(subject: Subject, prompts: str | Prompt | Iterable[str | Prompt], t
     Prompts are rendered by the model's chat template. Reasoning stays in the text, between its marks. Raises UserError
     for what is no prompt, and for a prompt whose template does not fit into the context.
 
+    >>> ob.generate(subject, "Tell me # about tides?", tokens=1)
+    'I cannot help with that.'
     >>> with ob.applied(subject, plan):
-    ...     answer = ob.generate(subject, "Tell me about # tides?")
-    >>> ob.generate(subject, ["Tell me about # tides?"], tokens=1), answer
-    (['N'], 'Y')
+    ...     ob.generate(subject, ["Tell me # about tides?", "Tell me about rings?"], tokens=4)
+    ['Y', 'Y']
     """
     single = isinstance(prompts, str | Prompt)
     asked = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)

@@ -43,8 +43,8 @@ def run(
     recipe: from `load_recipe`, or what that takes. store: keeps finished stages, so that an interrupted run can resume.
     force: edit a model that does not show the behavior. Raises UserError for what the user can mend.
 
-    >>> ob.run(recipe, subject, prompts)
-    <RunResult: basic on memory:tiny, refusal.target 100.0% → 0.0%; 16 changes in blocks 0 to 7 (attn.out, mlp.out)>
+    >>> ob.run(recipe, subject, prompts)  # doctest: +ELLIPSIS
+    <RunResult: basic on memory:tiny, refusal.target 100.0% → ...; 16 changes in blocks 0 to 7 (...), strength 1>
     """
     recipe = check_runs(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), prompts.groups)
     if recipe.search is not None:

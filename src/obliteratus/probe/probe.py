@@ -43,7 +43,12 @@ def collect_activations(
 ) -> Activations:
     """Read the residual stream at one position of every prompt, and return its statistics for each group.
 
-    request: modules that are read in the same passes. Raises UserError if any activation is NaN or Inf.
+    request: modules that are read in the same passes; see `wanted_by`. Raises UserError if any activation is NaN or
+    Inf.
+
+    >>> acts = ob.collect_activations(subject, ob.split_prompts(prompts).fit)
+    >>> acts["target"].mean.shape
+    torch.Size([9, 32])
     """
     anchored, contrasted = request.output_modules, request.contrast_modules
     request = replace(request, output_modules=list(dict.fromkeys((*anchored, *contrasted))))

@@ -38,7 +38,7 @@ def wrap(model: Any, tokenizer: Any, *, id: str = "", chat: ChatFormat = DEFAULT
     weights, and UnsupportedModelError if the architecture table does not cover it.
 
     >>> ob.wrap(model, tokenizer, id="mine")
-    <Subject: memory:mine, 8 blocks of width 32 in float32, 66 sites>
+    <Subject: memory:mine, 8 blocks of width 32 in float32, 58 sites>
     """
     inner = _find_model(model)
     name = MEMORY + (id or str(inner.name_or_path).rstrip("/").rpartition("/")[2] or type(inner).__name__)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.settings import JudgeSettings
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.judge.judge import Judgment
 from obliteratus.judge.rung import Answered
-from obliteratus.verify.ladder import SELF, build_judge, check_judge
+from obliteratus.verify.ladder import build_judge, check_judge
 
 DEFAULT = JudgeSettings()
 
@@ -35,9 +34,6 @@ def judge_answers(
         raise UserError("judge_answers: give a list of answers, and of prompts none or as many")
     chosen = JudgeSettings(behavior=settings) if isinstance(settings, str) else settings
     check_judge(chosen)
-    if SELF in chosen.rungs and subject is None:
-        raise UserError("judge_answers: the rung self is the model that is asked; give it as subject")
-    model: Any = subject  # only the rung self looks at it
     texts = [p.text if isinstance(p, Prompt) else p for p in prompts or [""] * len(answers)]
     asked = [Answered(prompt, answer) for prompt, answer in zip(texts, answers, strict=True)]
-    return build_judge(chosen, model).judge_all(asked)
+    return build_judge(chosen, subject).judge_all(asked)

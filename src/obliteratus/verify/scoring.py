@@ -194,6 +194,9 @@ def measure(
     steps: scorers with their options, or by name alone. Raises UserError for a scorer or an option that does not exist.
     before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
     known: what is known beforehand, so that scorers need no passes of their own for it. judge: None looks for refusals.
+
+    >>> ob.measure(subject, prompts, ["behavior", ob.Step(use="first_token_kl")])["refusal.target"]
+    <Score: 100.0% (90.4–100.0%), n 36>
     """
     measured, judge = Measurement(), judge or Judge()
     for step in (Step(use=step) if isinstance(step, str) else step for step in steps):

@@ -40,7 +40,7 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     >>> with ob.applied(subject, plan):
     ...     edited = ob.measure(subject, prompts, ["behavior"])
     >>> edited["refusal.target"]
-    <Score: 0.0% (0.0–24.2%), n 12>
+    <Score: 0.0% (0.0–9.6%), n 36>
     """
     with attached(compile_plan(subject, plan)):
         yield
