@@ -17,6 +17,7 @@ import torch
 
 import obliteratus as ob
 from tests.support.refuser import asked, refuser
+from tests.support.registries import forget_steps
 from tests.support.variants import vary
 
 SOURCES = Path(ob.__file__).parent
@@ -87,6 +88,7 @@ def test_examples_of_docstrings_are_true(
     make_subject().model.save_pretrained(tmp_path / "model")
     make_subject().tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "loudest.py").write_text(PLUGIN)
+    forget_steps(monkeypatch)
     monkeypatch.chdir(tmp_path)
     test.globs = dict(make_names())
     said: list[str] = []

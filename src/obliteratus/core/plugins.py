@@ -10,7 +10,6 @@ import hashlib
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,13 +60,12 @@ def check_plugin_file(file: str | Path) -> Path:
 def _run_file(path: Path, shown: str) -> None:
     """Import a file as a module of its own name. Raises UserError, with the line, if it fails."""
     name = f"obliteratus_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = spec_from_file_location(name, path)
-    assert spec is not None, "it ends in .py"
-    assert spec.loader is not None, "likewise"
-    module: ModuleType = module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and annotations look their module up
     try:
-        spec.loader.exec_module(module)
+        # No loader of Python's: it may take byte code of an earlier text, and would leave some beside the file.
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except UserError:
         raise
     except Exception as error:  # a file of the user's may fail in any way
