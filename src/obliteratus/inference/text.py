@@ -37,6 +37,8 @@ def generate(subject: Subject, prompts: str | Prompt | Iterable[str | Prompt], t
             raise UserError(f"generate: {str(prompt)[:60]} is no prompt; give texts, or ob.Prompt for more than a text")
     if tokens < 1:
         raise UserError(f"generate: tokens={tokens}; give at least 1")
+    if not asked:
+        return []
     ids = render_prompts(subject, [Prompt(p) if isinstance(p, str) else p for p in asked], reserve=tokens)
     rows = decoding.generate(subject, ids, tokens)
     answers = AnswerDecoder.create(subject).decode_all(rows)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.probing import ProbeRequest, WriterContrast
-from obliteratus.core.progress import note
+from obliteratus.core.progress import note, shows_progress
 from obliteratus.core.settings import Probe
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
@@ -38,6 +38,7 @@ DEFAULT_OPTIONS = Probe()  # pydantic gives the fields their defaults
 FILE, TENSORS_FILE = "activations.json", "activations.safetensors"
 
 
+@shows_progress
 def collect_activations(
     subject: Subject, prompts: PromptSet, options: Probe = DEFAULT_OPTIONS, request: ProbeRequest = STREAM_ONLY
 ) -> Activations:

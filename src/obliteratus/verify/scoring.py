@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.progress import shows_progress
 from obliteratus.core.registry import Registry
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
@@ -180,6 +181,7 @@ scorers: Registry[Scorer] = Registry(
 )
 
 
+@shows_progress
 def measure(
     subject: Subject,
     prompts: PromptSet,
