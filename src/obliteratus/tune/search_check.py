@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.inference.generate import generate
 from obliteratus.inference.logits import bounded_kl
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.behavior import pair_answers, shows_already
 
-GROUPS = ("target", "control")
-# Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
-CHECKED_PROMPTS = 48
+# Search prompts of each group. 1 of 96 is 1 %: with fewer a rate of some percent looks like none. A check answers the
+# target prompts and costs about four gradient steps; a mean KL is known well from half as many.
+CHECKED_PROMPTS = {"target": 96, "control": 48}
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Degenerate answers that may be added: two of 48 are within chance, as in a search (Search.degenerate_margin).
 DEGENERATE_MARGIN = 0.05
@@ -39,11 +42,11 @@ class SearchCheck:
 
     def __init__(self, subject: Subject, prompts: PromptSet, judge: Judge, tokens: int) -> None:
         """tokens: the most of an answer."""
-        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), CHECKED_PROMPTS)] for g in GROUPS}
+        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)] for g, most in CHECKED_PROMPTS.items()}
         rows = {g: render_prompts(subject, members, reserve=tokens) for g, members in few.items()}
         budget = CACHE_SHARE * free_memory(subject)
         self.subject, self.tokens, self.judge = subject, tokens, judge.without_witnesses()
-        self.prompts = few["target"]
+        self.prompts, self.control_prompts, self.control_rows = few["target"], few["control"], rows["control"]
         self.target = CachedPrompts(subject, rows["target"], budget=budget)
         self.control = CachedPrompts(subject, rows["control"], budget=budget, answers=())
         self.base = self.control.first_token()
@@ -57,13 +60,29 @@ class SearchCheck:
         assert answers is not None, "nothing gives the answers up"
         asked = pair_answers(self.subject, self.prompts, answers)
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
-        rate, degenerate = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
-        return Checked(rate, degenerate, float(kl.mean()))
+        return Checked(_share(verdicts, SHOWN), _share(verdicts, ("degenerate",)), float(kl.mean()))
 
     def excess(self, checked: Checked, goal: float) -> float:
         """Return by how much a plan leaves more of the behavior than the goal, or adds more loops than it may.
 
         0 means that both limits hold.
         """
-        loops = self.unedited.degenerate + DEGENERATE_MARGIN
-        return max(0.0, checked.rate - goal) + max(0.0, checked.degenerate - loops)
+        added = checked.degenerate - self.unedited.degenerate - DEGENERATE_MARGIN
+        if added > 0:
+            added = checked.degenerate - max(self.unedited.degenerate, self.usual_loops) - DEGENERATE_MARGIN
+        return max(0.0, checked.rate - goal) + max(0.0, added)
+
+    @cached_property
+    def usual_loops(self) -> float:
+        """Share of the unedited model's answers to control prompts that are empty or loops, 0–1.
+
+        A model that shows the behavior on all target prompts does not loop there, and an edit cannot make it answer
+        them better than it answers others.
+        """
+        answers = generate(self.subject, self.control_rows, self.tokens, title="TUNE control answers")
+        asked = pair_answers(self.subject, self.control_prompts, answers)
+        return _share([judgment.verdict for judgment in self.judge.judge_all(asked)], ("degenerate",))
+
+
+def _share(verdicts: Sequence[str], named: Collection[str]) -> float:
+    return sum(verdict in named for verdict in verdicts) / len(verdicts)
