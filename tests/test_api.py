@@ -23,7 +23,7 @@ from tests.support.variants import vary
 SOURCES = Path(ob.__file__).parent
 FUNCTIONS = [name for name in ob.__all__ if inspect.isfunction(getattr(ob, name))]
 LONGEST = 300  # characters of a line: what one still reads in a traceback or a log
-MOST_MODULES = 130  # 95 on Python 3.11; torch alone brings over a thousand
+MOST_MODULES = 80  # 53 on Python 3.11; torch brings over a thousand
 PLUGIN = '''
 """A step of one's own."""
 
@@ -149,7 +149,7 @@ def count_modules(code: str) -> int:
 
 def test_importing_the_package_is_light() -> None:
     assert count_modules("import obliteratus") <= MOST_MODULES
-    assert count_modules("import obliteratus; obliteratus.Plan") > 3 * MOST_MODULES  # what is imported would be seen
+    assert count_modules("import obliteratus; obliteratus.Plan") > 5 * MOST_MODULES  # what is imported would be seen
 
 
 # ----------------------------------------------------------------------------------------- what is shown
