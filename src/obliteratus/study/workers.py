@@ -15,6 +15,7 @@ import torch
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.plugins import list_plugin_files, load_plugin
+from obliteratus.core.progress import VARIABLE as PROGRESS
 from obliteratus.core.types import Subject
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.engine import Engine
@@ -75,6 +76,7 @@ _LOCAL: list[Local] = []  # in a worker process: its only member
 
 def _open_local(study: Study, opening: Mapping[str, Any], threads: int, plugins: Sequence[str]) -> None:
     torch.set_num_threads(threads)
+    os.environ[PROGRESS] = "off"  # the process that started this one shows how far all are
     _LOCAL.append(Local(study, opening, plugins=plugins))
 
 
