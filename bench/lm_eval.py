@@ -26,7 +26,8 @@ from bench.common import SMOKE_PROMPTS, describe_machine, load_organism, make_pa
 from obliteratus.benchmark.questions import TASKS, list_shipped_tasks
 from obliteratus.core.types import Plan, PromptSet, Subject
 from obliteratus.distill.steps import find_directions
-from obliteratus.excise.plan import plan_edits, save_plan, wanted_by
+from obliteratus.excise.needs import wanted_by
+from obliteratus.excise.plan import plan_edits, save_plan
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.probe.probe import collect_activations
 from obliteratus.prompts import split_prompts

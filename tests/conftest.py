@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two workers share two cores. bitsandbytes and BLAS count their threads themselves, and so do child processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OBLITERATUS_PROGRESS"] = "off"  # tests read what is said through reporters of their own
 os.environ["OBLITERATUS_PROBE_CACHE"] = "off"  # each test probes by itself, and leaves nothing in the user's cache
 
 import jaxtyping

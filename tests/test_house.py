@@ -146,7 +146,7 @@ def test_arrows_are_counted() -> None:
 
 
 def test_the_public_names_are_few_and_there() -> None:
-    assert len(obliteratus.__all__) <= 20
+    assert len(obliteratus.__all__) <= 60  # what one finds on a page of docs/guide/api.md
     assert obliteratus.__all__ == sorted(obliteratus.__all__)
     assert all(getattr(obliteratus, name) is not None for name in obliteratus.__all__)
 

@@ -15,7 +15,11 @@ ROOT = Path(obliteratus.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 400, 40
 COMMAND_LINES = 52  # a command has a line for each of its options
-LONGER = {"summon/architectures.py": 600, "core/types.py": 450}  # a table; nouns, half of it docstrings
+LONGER = {
+    "summon/architectures.py": 600,
+    "core/types.py": 570,
+    "core/settings.py": 420,
+}  # a table; nouns, half of it docstrings
 REPOSITORY = ROOT.parents[1]
 # What is written for readers: code and documents. Prompts and words of the organisms are data.
 WRITTEN = sorted(

@@ -9,7 +9,7 @@ from tests.support.contexts import stars_and_dishes
 from tests.support.tiny import tiny_subject
 
 from obliteratus.analyze.pass_budget import estimate_passes, formula_values, split_by_budget
-from obliteratus.analyze.run import analyze_subject, select_analyses
+from obliteratus.analyze.run import run_analysis, select_analyses
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constant, prompt_count
 from obliteratus.core.progress import Reporter, report_to
 from obliteratus.prompts import split_prompts
@@ -57,14 +57,14 @@ def test_an_estimate_is_what_an_analysis_asks(name: str) -> None:
         lambda m, a, k: passed.append(k["input_ids"].shape[0]), with_kwargs=True
     )
     total = values()["N_fit"] + estimate_passes(select_analyses([name]), values())[name]
-    analyze_subject(subject, stars_and_dishes(), select_analyses([name]))
+    run_analysis(subject, stars_and_dishes(), select_analyses([name]))
     assert 0.5 * total <= sum(passed) <= 1.5 * total
 
 
 def test_everything_is_told_before_anything_runs() -> None:
     notes = Notes()
     with report_to(notes):
-        analyze_subject(
+        run_analysis(
             tiny_subject("llama"), stars_and_dishes(), select_analyses(["geometry", "positions", "tuned_lens"])
         )
     probe, *each, free, total = [line for line in notes.told if line.startswith("cost")]

@@ -11,7 +11,7 @@ from tests.support.tiny import tiny, tiny_subject, tiny_tokenizer
 from typer.testing import CliRunner
 
 from obliteratus.analyze import analyses
-from obliteratus.analyze.run import analyze_subject, select_analyses
+from obliteratus.analyze.run import run_analysis, select_analyses
 from obliteratus.cli.app import app
 from obliteratus.core.errors import UserError
 from obliteratus.report.html import anchor
@@ -74,25 +74,25 @@ def test_a_budget_below_nothing_is_refused_before_anything_is_loaded(tmp_path: P
     assert "budget: -1 is below 0; give 0" in done.output
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="budget: -1"):
-        analyze_subject(tiny_subject("llama"), stars_and_dishes(), select_analyses(["geometry"]), budget=-1)
+        run_analysis(tiny_subject("llama"), stars_and_dishes(), select_analyses(["geometry"]), budget=-1)
 
 
 # ------------------------------------------------------------------------------------------------ together
 def test_all_analyses_share_one_probe() -> None:
-    found = analyze_subject(
+    found = run_analysis(
         tiny_subject("llama"), stars_and_dishes(), select_analyses(["geometry", "separability", "positions"])
     ).findings
     assert list(found) == ["geometry", "positions", "separability"]
     with pytest.raises(UserError, match="has no prompt in the"):
-        analyze_subject(tiny_subject("llama"), stars_and_dishes(2), select_analyses(["geometry"]))
+        run_analysis(tiny_subject("llama"), stars_and_dishes(2), select_analyses(["geometry"]))
 
 
 def test_all_analyses_of_plain_prompts_but_those_that_need_more() -> None:
     """Asked for by name, an analysis that cannot work is an error; among all, it is left out and says why."""
     assert [step.use for step in select_analyses([])] == list(analyses)
-    report = analyze_subject(tiny_subject("llama"), stars_and_dishes(), select_analyses([]), strict=False)
+    report = run_analysis(tiny_subject("llama"), stars_and_dishes(), select_analyses([]), strict=False)
     assert set(report.findings) == set(analyses) - {"cones", "sae"}
     assert "needs at least 2 categories" in report.skipped["cones"]
     assert "too few to train on" in report.skipped["sae"]
     with pytest.raises(UserError, match="needs at least 2 categories"):
-        analyze_subject(tiny_subject("llama"), stars_and_dishes(), select_analyses(["cones"]))
+        run_analysis(tiny_subject("llama"), stars_and_dishes(), select_analyses(["cones"]))

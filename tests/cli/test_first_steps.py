@@ -171,7 +171,11 @@ SNIPPETS = {
     ),
     "a text is no group": ("ob.PromptSet({'target': 'abc'})", "the group 'target' is no list of texts or prompts: abc"),
     "numbers are no prompts": ("ob.PromptSet({'target': [1]})", "the group 'target' is no list of texts or prompts"),
-    "texts are no sources": ("ob.load_prompts(['a'], ['b'])", "for texts in memory make a PromptSet"),
+    "texts are sources": ("print(len(ob.load_prompts(['a'], ['b'])['target']))", "1"),
+    "a number is no prompt": ("ob.generate(subject, [3])", "generate: 3 is no prompt; give texts"),
+    "a folder is no record": ("ob.save(subject, ob.Plan(), 'edited')", "save: name the output folder"),
+    "a number is no source": ("ob.load_prompts(3, ['b'])", "target: int holds no prompts"),
+    "a table of groups is none": ("ob.load_prompts({'a': 1}, ['b'])", "target: dict holds no prompts; give a file"),
     "plans take texts as folders": (
         "ob.save_plan(ob.Plan(), 'deep/plan'); print(ob.load_plan('deep/plan') == ob.Plan())",
         "True",
@@ -190,7 +194,7 @@ SNIPPETS = {
     ),
     "a model is no source": (
         "ob.open_subject(subject.model)",
-        "not a LlamaForCausalLM; for a model in memory use obliteratus.assemble_subject",
+        "not a LlamaForCausalLM; for a model in memory use obliteratus.wrap",
     ),
     "nor is its description": ("ob.open_subject(str(subject.model))", "no model has such a name"),
     "scorers by name": ("print('perplexity' in ' '.join(ob.measure(subject, prompts, ['perplexity']).scores))", "True"),

@@ -72,6 +72,8 @@ ERRORS = {
     "run m --memory lots": "give a size such as 6GB",
     "run m --dtype float31": "did you mean 'float32'?",
     "run m --quantize 3bit": "did you mean '8bit'?",
+    "run m --plugin nothere.py": "nothere.py: this plug-in does not exist",
+    "study quick --plugin pyproject.toml": "pyproject.toml: this plug-in does not exist",
     "run m --device gpu": "device 'gpu' does not exist",
     "run m --device tp": "the command line runs one process",
     "run m --out tests": "tests: the output folder is in use",

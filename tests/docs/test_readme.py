@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 from tests.support.refuser import asked, refuser
+from tests.support.registries import forget_steps
 from tests.support.variants import vary
 from typer.testing import CliRunner
 
+import obliteratus as ob
 from obliteratus.cli.app import app
 from obliteratus.cli.commands import COMMANDS
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.pipeline.recipe import load_recipe
+from obliteratus.pipeline.values import validate_recipe
 from obliteratus.study.settings import Study
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +70,11 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for group, prompts in vary(asked(), 3).groups.items():
         (tmp_path / f"{group}.txt").write_text("\n".join(prompt.text for prompt in prompts))
     monkeypatch.chdir(tmp_path)
+    forget_steps(monkeypatch)
+    names: dict[str, object] = {}  # later examples of a page go on from the earlier ones
     for example in find_blocks(page, "python"):
-        exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), {})
-    assert (tmp_path / "edited" / "run.json").is_file()
+        exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), names)
+    assert (tmp_path / "edited" / "run.json").is_file() == ("ob.save(" in page.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -102,11 +107,13 @@ def test_overrides_in_the_guides_are_valid() -> None:
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if find_blocks(page, "toml")], ids=page_id)
 def test_files_in_the_guides_are_valid(page: Path, tmp_path: Path) -> None:
-    """Studies, and behaviors: they alone have phrases of English."""
+    """Studies, recipes, and behaviors: they alone have phrases of English."""
     for block in find_blocks(page, "toml"):
         if "en" in tomllib.loads(block):
             (tmp_path / "own.toml").write_text(block)
             load_behavior(str(tmp_path / "own.toml"))
+        elif "distill" in tomllib.loads(block):
+            validate_recipe(tomllib.loads(block), "example")  # its steps may come from a plug-in
         else:
             Study.model_validate(tomllib.loads(block) | {"name": "example"})
 
@@ -152,3 +159,8 @@ def test_references_to_experiments_exist() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not [page for page in PAGES if re.search(r"[A-Z]+_TABLE|\{\{", page.read_text())]
+
+
+def test_the_guide_has_every_public_name() -> None:
+    text = (ROOT / "docs/guide/api.md").read_text()
+    assert [name for name in ob.__all__ if not re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)] == []

@@ -43,7 +43,8 @@ from obliteratus.core.types import Directions, Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.bake.adapter import save_adapter
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import plan_edits, wanted_by
+from obliteratus.excise.needs import wanted_by
+from obliteratus.excise.plan import plan_edits
 from obliteratus.probe.probe import collect_activations
 from obliteratus.rebirth.save import save
 from obliteratus.summon.load import assemble_subject

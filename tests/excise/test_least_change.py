@@ -13,7 +13,8 @@ from obliteratus.core.types import Edit, PromptSet
 from obliteratus.distill.means import mean_diff
 from obliteratus.excise.least_change import choose_covectors, remove_difference
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import plan_edits, wanted_by
+from obliteratus.excise.needs import wanted_by
+from obliteratus.excise.plan import plan_edits
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.probe.probe import collect_activations

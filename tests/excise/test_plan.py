@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.settings import Excise
-from obliteratus.core.types import Activations, Directions, Edit, Plan, Site, Subject
+from obliteratus.core.types import Activations, Directions, Edit, Mask, Plan, Shift, Site, Subject, ZeroOutput
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import FILES, load_plan, plan_edits, save_plan
 from obliteratus.summon.sites import read_gain
@@ -51,8 +51,42 @@ def test_plans_add_in_order(subject: Subject, make_plan: PlanMaker) -> None:
     assert both.edits == first.edits + second.edits
     assert all(edits[0] in first.edits and edits[1] in second.edits for edits in both.by_site().values())
     assert (Plan() + first).model == (first + Plan()).model == first.model
-    with pytest.raises(ValueError, match="two different models"):
+    with pytest.raises(UserError, match="plans of two models cannot be added"):
         first + replace(second, model="other")
+
+
+def test_a_scaled_plan_does_that_share_of_it(subject: Subject, make_plan: PlanMaker) -> None:
+    plan = make_plan(subject)
+    writer = next(site for site in subject.sites if site.part == "mlp.out")
+    others = (Shift(writer, torch.ones(subject.width)), Mask(writer, torch.tensor([1])), ZeroOutput(writer))
+    plan = replace(plan, edits=(*plan.edits, *others))
+    half = plan.scaled(0.5)
+    assert half.model == plan.model
+    edits = [change for change in half.edits if isinstance(change, Edit)]
+    assert [e.strength for e in edits] == [0.5 * e.strength for e in plan.edits if isinstance(e, Edit)]
+    assert torch.equal(half.edits[-3].vector, torch.full((subject.width,), 0.5))  # type: ignore[union-attr]
+    assert half.edits[-2:] == plan.edits[-2:]  # without a strength
+    assert plan.scaled(1.0).edits[0] == plan.edits[0]
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="give a finite number"):
+            plan.scaled(factor)
+
+
+def test_only_some_blocks_and_parts(subject: Subject, make_plan: PlanMaker) -> None:
+    plan = make_plan(subject)
+    cut = plan.only(layers=1, parts="attn.out")
+    assert {(e.site.layer, e.site.part) for e in cut.edits} == {(1, "attn.out")}
+    assert (
+        plan.only(layers=range(99), parts=["attn.out", "mlp.out"]).edits
+        == plan.only(parts=["attn.out", "mlp.out"]).edits
+    )
+    assert plan.only() == plan
+    one, rest = plan.only(layers={0}), plan.only(layers=[x for x in range(-1, 99) if x])
+    assert len(one.edits) + len(rest.edits) == len(plan.edits)
+    with pytest.raises(UserError, match=r"nothing of 'router' is edited; the plan edits .*attn\.out"):
+        plan.only(parts="router")
+    with pytest.raises(UserError, match="nothing is left; the plan edits"):
+        plan.only(layers=[])
 
 
 # ------------------------------------------------------------------------------------------- bad files

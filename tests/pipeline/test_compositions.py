@@ -19,7 +19,8 @@ from obliteratus.core.settings import Experts, Recipe
 from obliteratus.core.types import Edit, Mask, Plan, Prompt, PromptSet, Subject
 from obliteratus.distill import find_directions
 from obliteratus.excise.bake.tensors import bake
-from obliteratus.excise.plan import plan_digest, plan_edits, wanted_by
+from obliteratus.excise.needs import wanted_by
+from obliteratus.excise.plan import plan_digest, plan_edits
 from obliteratus.pipeline.recipe import check_runs, load_recipe
 from obliteratus.pipeline.run import find_plan
 from obliteratus.pipeline.stages import Stages

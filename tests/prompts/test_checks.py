@@ -10,7 +10,7 @@ import pytest
 from tests.support.notes import Notes
 from tests.support.tiny import tiny_subject
 
-from obliteratus.analyze.run import analyze_subject, select_analyses
+from obliteratus.analyze.run import run_analysis, select_analyses
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import report_to
 from obliteratus.core.types import Prompt, PromptSet
@@ -88,7 +88,7 @@ def test_runs_and_analyses_check_what_they_are_given() -> None:
     with pytest.raises(UserError, match="3 prompts are both in control and in keep"):
         run(load_recipe("basic"), tiny_subject("llama"), both)
     with pytest.raises(UserError, match="3 prompts are both in control and in keep"):
-        analyze_subject(tiny_subject("llama"), both, select_analyses(["geometry"]))
+        run_analysis(tiny_subject("llama"), both, select_analyses(["geometry"]))
 
 
 # ------------------------------------------------------------------------------------------ duplicates

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obliteratus.analyze.run import analyze_subject, select_analyses
+from obliteratus.analyze.run import run_analysis, select_analyses
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
 from obliteratus.prompts import load_prompts
@@ -43,7 +43,7 @@ def test_blocks_that_write_refusal_are_those_without_which_it_falls() -> None:
     engine = Engine.create(subject, made)
     results: list[KnockoutResult] = [r for batch in engine.batches() for r in engine.measure(batch)]
     parts = (
-        analyze_subject(subject, prompts, select_analyses(["decomposition"]), 0)
+        run_analysis(subject, prompts, select_analyses(["decomposition"]), 0)
         .findings["decomposition"]
         .to_dict()["parts"]["of"]
     )

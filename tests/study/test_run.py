@@ -14,7 +14,7 @@ from obliteratus.core.settings import Step
 from obliteratus.study import KnockoutResult, Study
 from obliteratus.study.engine import Engine
 from obliteratus.study.output import load_results
-from obliteratus.study.run import RESULTS, run_study
+from obliteratus.study.run import RESULTS, measure_study
 
 OPENING = {"device": "cpu"}
 
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def whole(made: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[KnockoutResult, ...]:
-    return run_study(made, OPENING, tmp_path_factory.mktemp("whole"))
+    return measure_study(made, OPENING, tmp_path_factory.mktemp("whole"))
 
 
 def values(results: Sequence[KnockoutResult]) -> dict[str, float]:
@@ -51,7 +51,7 @@ def same(found: Sequence[KnockoutResult], whole: Sequence[KnockoutResult]) -> No
 
 
 def test_results_are_kept_baseline_first(made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
-    found = run_study(made, OPENING, tmp_path / "out")
+    found = measure_study(made, OPENING, tmp_path / "out")
     same(found, whole)
     kept = load_results(tmp_path / "out")
     assert values(kept) == values(found)
@@ -73,7 +73,7 @@ def test_killed_at_half_and_resumed_the_table_is_the_same(
 
     monkeypatch.setattr(Engine, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
-        run_study(made, OPENING, tmp_path)
+        measure_study(made, OPENING, tmp_path)
     path = tmp_path / RESULTS
     before = path.read_text()
     assert 1 < len(before.splitlines()) < len(whole)
@@ -85,7 +85,7 @@ def test_killed_at_half_and_resumed_the_table_is_the_same(
         return measure(self, specs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "measure", counting)
-    same(run_study(made, OPENING, tmp_path, resume=True), whole)
+    same(measure_study(made, OPENING, tmp_path, resume=True), whole)
     same(load_results(tmp_path), whole)
     assert path.read_text().startswith(before)
     assert len(measured) == len(whole) - len(before.splitlines())
@@ -94,35 +94,35 @@ def test_killed_at_half_and_resumed_the_table_is_the_same(
 def test_a_finished_study_resumed_measures_nothing(
     made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path
 ) -> None:
-    run_study(made, OPENING, tmp_path)
+    measure_study(made, OPENING, tmp_path)
     text = (tmp_path / RESULTS).read_text()
-    same(run_study(made, OPENING, tmp_path, resume=True), whole)
+    same(measure_study(made, OPENING, tmp_path, resume=True), whole)
     assert (tmp_path / RESULTS).read_text() == text
 
 
 def test_another_study_does_not_go_on_here(made: Study, tmp_path: Path) -> None:
-    run_study(made, OPENING, tmp_path)
+    measure_study(made, OPENING, tmp_path)
     with pytest.raises(UserError, match="--resume"):
-        run_study(made, OPENING, tmp_path)
+        measure_study(made, OPENING, tmp_path)
     with pytest.raises(UserError, match="another seed"):
-        run_study(made.model_copy(update={"seed": 1}), OPENING, tmp_path, resume=True)
+        measure_study(made.model_copy(update={"seed": 1}), OPENING, tmp_path, resume=True)
     path = tmp_path / RESULTS
     path.write_text(path.read_text().replace('"strategy"', '"strategies"', 2))
     with pytest.raises(UserError, match=f"{RESULTS}:1"):
-        run_study(made, OPENING, tmp_path, resume=True)
+        measure_study(made, OPENING, tmp_path, resume=True)
 
 
 def test_two_processes_measure_the_same(made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
-    same(run_study(made, OPENING, tmp_path, workers=2), whole)
+    same(measure_study(made, OPENING, tmp_path, workers=2), whole)
 
 
 def test_a_local_ray_cluster_measures_the_same(made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    same(run_study(made, OPENING, tmp_path, workers=2, ray="local"), whole)
+    same(measure_study(made, OPENING, tmp_path, workers=2, ray="local"), whole)
 
 
 def test_lines_are_strict_json(made: Study, whole: tuple[KnockoutResult, ...], tmp_path: Path) -> None:
-    run_study(made, OPENING, tmp_path)
+    measure_study(made, OPENING, tmp_path)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

@@ -101,7 +101,7 @@ def _describe(name: str) -> str:
 
 def number_tables(numbers: Mapping[str, Any]) -> list[Table]:
     """Return single values as one table, then lists of equal length as columns, with a row per stream index or site."""
-    flat = dict(_flatten(numbers))
+    flat = dict(flatten_numbers(numbers))
     lengths = [len(v) for v in flat.values() if isinstance(v, list)]
     shared = {n for n in lengths if n > 1 and lengths.count(n) > 1}
     single = {k: v for k, v in flat.items() if not (isinstance(v, list) and len(v) in shared)}
@@ -113,13 +113,13 @@ def number_tables(numbers: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _flatten(numbers: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten_numbers(numbers: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested dictionaries as one list; a score stays one value, and of a list of lists only the length is told."""
     flat: list[tuple[str, Any]] = []
     for key, value in numbers.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and set(value) != SCORE:
-            flat += _flatten(value, f"{name}: ")
+            flat += flatten_numbers(value, f"{name}: ")
         elif isinstance(value, list) and any(isinstance(v, list) for v in value):
             flat.append((name, f"{len(value)} lists, in the JSON"))
         else:

@@ -16,6 +16,7 @@ from obliteratus.cli.options import (
     Json,
     Model,
     Phrases,
+    Plugin,
     Quiet,
     Seed,
     SplitBy,
@@ -29,7 +30,7 @@ from obliteratus.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from obliteratus.analyze.run import Report
+    from obliteratus.analyze.run import AnalysisReport
     from obliteratus.core.clock import Clock
 
 Budget = Annotated[
@@ -49,6 +50,7 @@ def analyze(
     out: Annotated[Path, typer.Option(help="Folder for index.html and analysis.json; must not exist.")],
     only: Annotated[str, typer.Option(help="Names separated by commas; by default all analyses.")] = "",
     budget: Budget = None,
+    plugin: Plugin = None,
     seed: Seed = None,
     split_by: SplitBy = None,
     dtype: Dtype = "auto",
@@ -60,9 +62,9 @@ def analyze(
 ) -> None:
     """Measure what is true of a model's directions: one page with all plots, and the numbers."""
     with show_progress(quiet, verbose) as clock:
-        with start(clock):
+        with start(clock, plugins=plugin):
             from obliteratus.analyze.pass_budget import check_budget
-            from obliteratus.analyze.run import analyze_subject, select_analyses, write_report
+            from obliteratus.analyze.run import run_analysis, select_analyses, write_report
             from obliteratus.cli.jobs import add_examples
             from obliteratus.core.run_folder import check_free
             from obliteratus.core.settings import JudgeSettings
@@ -82,13 +84,13 @@ def analyze(
             subject = open_subject(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         with clock.time("ANALYZE"):
             judge = build_judge(settings, subject)
-            report = analyze_subject(subject, splits, steps, judge=judge, budget=budget, strict=bool(names))
+            report = run_analysis(subject, splits, steps, judge=judge, budget=budget, strict=bool(names))
         with clock.time("REPORT"):
             write_report(report, out, f"Analysis of {model}")
     _show(report, out, clock, json)
 
 
-def _show(report: Report, out: Path, clock: Clock, json: bool) -> None:
+def _show(report: AnalysisReport, out: Path, clock: Clock, json: bool) -> None:
     """Print the numbers as JSON, or a paragraph for each analysis."""
     from obliteratus.cli.stage_names import format_times
     from obliteratus.cli.terminal import say, show_json, show_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -15,6 +15,7 @@ from obliteratus.core.chat import ChatFormat
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
 from obliteratus.core.noise import hush_libraries
+from obliteratus.core.plugins import load_plugin
 from obliteratus.core.progress import Reporter, report_to
 from obliteratus.core.separation import SplitBy as SplitByName
 
@@ -60,6 +61,9 @@ Column = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value of the recipe: path=value, as in excise.strength=0.7.")
+]
+Plugin = Annotated[
+    list[str] | None, typer.Option(help="Python file that registers steps of your own; repeat it for several.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Output folder. It must not exist yet.")]
 Save = Annotated[
@@ -123,15 +127,18 @@ def show_progress(quiet: bool, verbose: bool = False) -> Iterator[Clock]:
 
 
 @contextmanager
-def start(clock: Clock, goes_on: bool = False) -> Iterator[None]:
+def start(clock: Clock, goes_on: bool = False, plugins: Sequence[str] | None = None) -> Iterator[None]:
     """Measure the stage START, in which libraries are imported, and leave the garbage collector out of it.
 
-    What imports make stays, so the collector would look it over again and again for a fifth of the time.
+    What imports make stays, so the collector would look it over again and again for a fifth of the time. plugins: files
+    that are run first.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
         with clock.time("START", goes_on):
+            for file in plugins or ():
+                load_plugin(file)
             yield
     finally:
         if collects:

@@ -14,6 +14,7 @@ from obliteratus.cli.options import (
     Json,
     JudgeUrl,
     Memory,
+    Plugin,
     Quiet,
     Resume,
     Set,
@@ -58,6 +59,7 @@ def reproduce(
     out: Out = None,
     save: Save = "plan",
     set_: Set = None,
+    plugin: Plugin = None,
     anyway: Anyway = False,
     check: Check = False,
     deterministic: Deterministic = False,
@@ -78,7 +80,7 @@ def reproduce(
         require_file(Path(source), "reproduce.json", "the file, the output folder of a run, or hub:owner/name")
     groups = {"target": target, "control": control, "bypass": bypass, "keep": keep}
     with show_progress(quiet, verbose) as clock:
-        with start(clock):
+        with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import fix_bits, name_free_folder, run_job
             from obliteratus.inference.determinism import without_probe_cache
             from obliteratus.share.recorded import find_recorded

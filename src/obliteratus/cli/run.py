@@ -27,6 +27,7 @@ from obliteratus.cli.options import (
     NoOwnWords,
     Out,
     Phrases,
+    Plugin,
     Quantize,
     Quiet,
     Resume,
@@ -72,6 +73,7 @@ def run(
     out: Out = None,
     save: Save = "",
     set_: Set = None,
+    plugin: Plugin = None,
     seed: Seed = None,
     split_by: SplitBy = None,
     resume: Resume = False,
@@ -99,7 +101,7 @@ def run(
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template) | {"self_test": self_test}
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
-        with start(clock):
+        with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, changes, sources, out, save, base, force)
@@ -128,6 +130,7 @@ def search(
     out: Out = None,
     save: Save = "",
     set_: Set = None,
+    plugin: Plugin = None,
     seed: Seed = None,
     split_by: SplitBy = None,
     resume: Resume = False,
@@ -152,7 +155,7 @@ def search(
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
     with show_progress(quiet, verbose) as clock:
-        with start(clock):
+        with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
             job = Job.create(model, method, changes, sources, out, save, base, force)

@@ -15,6 +15,7 @@ from obliteratus.cli.options import (
     Device,
     Json,
     Phrases,
+    Plugin,
     Quiet,
     Seed,
     SplitBy,
@@ -74,6 +75,7 @@ def study(
     phrases: Phrases = None,
     out: Out = None,
     set_: Overrides = None,
+    plugin: Plugin = None,
     seed: Seed = None,
     split_by: SplitBy = None,
     resume: Resume = False,
@@ -99,9 +101,9 @@ def study(
     _check_source(source)
     changes = {"model": model or None, "data.target": target, "data.control": control, "dtype": dtype}
     with show_progress(quiet, verbose) as clock:
-        with start(clock):
+        with start(clock, plugins=plugin):
             from obliteratus.study.output import write_report
-            from obliteratus.study.run import run_study
+            from obliteratus.study.run import measure_study
 
             loaded = _load_study(source, with_judge(with_split(set_, seed, split_by), behavior, phrases), changes)
             saved_to = _choose_folder(loaded, out, resume)
@@ -109,7 +111,7 @@ def study(
         title = f"Study {loaded.name} of {loaded.model}"
         with _open_folder(saved_to) as folder:
             with clock.time("STUDY"):
-                results = run_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
+                results = measure_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
             if saved_to is not None:
                 with clock.time("REPORT"):
                     write_report(results, folder, title)

@@ -19,6 +19,7 @@ from obliteratus.core.choices import (
     parse_size,
 )
 from obliteratus.core.errors import UserError
+from obliteratus.core.plugins import check_plugin_file
 from obliteratus.core.run_folder import check_free, require_file
 from obliteratus.core.toml import parse_overrides
 from obliteratus.judge.behavior_file import find_file, read_behavior
@@ -68,6 +69,11 @@ def _check_plans(plans: Path | Sequence[str]) -> None:
             require_file(folder, "plan.safetensors", "the output folder of a run, or of --save plan")
 
 
+def _check_plugins(files: Sequence[str]) -> None:
+    for file in files:
+        check_plugin_file(file)
+
+
 def _check_one_process(device: str) -> None:
     if device == "tp":
         raise UserError(
@@ -91,6 +97,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "bypass": _check_prompts,
     "keep": _check_prompts,
     "plan": _check_plans,
+    "plugin": _check_plugins,
     "against": check_source,
     "model": check_source,
 }

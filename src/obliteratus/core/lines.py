@@ -6,6 +6,39 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def count_prompts(prompts: Any) -> str:
+    """Return how many prompts each group has."""
+    return ", ".join(f"{len(members)} {name}" for name, members in prompts.groups.items()) + " prompts"
+
+
+def describe_splits(splits: Any) -> str:
+    """Return how many prompts each part has."""
+    parts = {"fit": splits.fit, "search": splits.search, "report": splits.report}
+    return "; ".join(f"{name} {count_prompts(part).removesuffix(' prompts')}" for name, part in parts.items())
+
+
+def describe_moments(moments: Any) -> str:
+    """Return of how many prompts a group's statistics are, and what is kept of them."""
+    streams, width = moments.mean.shape
+    kept = "every prompt" if moments.rows is not None else "a sketch" if moments.sketch is not None else "the mean"
+    return f"{moments.count} prompts, {streams} streams of width {width}, {kept} kept"
+
+
+def name_place(site: Any) -> str:
+    """Return where a site is, such as ``mlp.out of block 3``."""
+    expert = "" if site.expert is None else f" expert {site.expert}"
+    columns = "" if site.span is None else f" inputs {site.span[0]} to {site.span[1] - 1}"
+    return f"{site.part}{expert}{columns} of block {site.layer}"
+
+
+def describe_edit(edit: Any) -> str:
+    """Return where an edit is, how strong it is, and of how many directions."""
+    kind = "" if edit.norm == "none" else f", norm {edit.norm}"
+    anchor = ", anchored" if edit.anchor is not None else ""
+    oblique = ", oblique" if edit.covectors is not None else ""
+    return f"{name_place(edit.site)}, strength {edit.strength:g}, k {len(edit.basis)}{oblique}{anchor}{kind}"
+
+
 def describe_subject(subject: Any) -> str:
     """Return a model's name and size."""
     source, sites = subject.source, len(subject.sites)
@@ -36,5 +69,11 @@ def describe_plan(changes: Sequence[Any], edit: type[Any]) -> str:
     parts = ", ".join(dict.fromkeys(change.site.part for change in changes))
     layers = [change.site.layer for change in changes]
     strengths = [change.strength for change in changes if isinstance(change, edit)]
-    strong = f", strengths {min(strengths):g} to {max(strengths):g}" if strengths else ""
-    return f"{len(changes)} changes in blocks {min(layers)} to {max(layers)} ({parts}){strong}"
+    strong = f", {_name_range('strength', strengths)}" if strengths else ""
+    return f"{len(changes)} change{'s' if len(changes) > 1 else ''} in {_name_range('block', layers)} ({parts}){strong}"
+
+
+def _name_range(what: str, values: Sequence[Any]) -> str:
+    """Return ``strength 1``, or ``strengths 0.5 to 1`` of values that differ."""
+    low, high = min(values), max(values)
+    return f"{what} {low:g}" if low == high else f"{what}s {low:g} to {high:g}"

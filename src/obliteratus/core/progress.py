@@ -1,14 +1,21 @@
 """Report progress from the library to whoever started it.
 
-By default nothing is shown. The command line installs progress bars, and a test may install a list.
+The command line installs progress bars, and a test may install a list. Where nobody did, public functions that take
+long (`shows_progress`) show bars on stderr, and all others show nothing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import wraps
+from importlib import import_module
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Advance = Callable[[int], None]
 Done = Callable[[float], None]
 
@@ -34,7 +41,12 @@ class Reporter:
 
 
 SILENT = Reporter()
-_reporter: ContextVar[Reporter] = ContextVar("reporter", default=SILENT)
+NOBODY = Reporter()
+"""Stands for no reporter at all."""
+_reporter: ContextVar[Reporter] = ContextVar("reporter", default=NOBODY)
+VARIABLE = "OBLITERATUS_PROGRESS"
+"""Environment variable: ``off`` shows no progress where nobody asked for any."""
+_makers: list[str] = []
 
 
 def progress(title: str, total: int) -> AbstractContextManager[Advance]:
@@ -60,3 +72,33 @@ def report_to(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         _reporter.reset(token)
+
+
+def register_reporter_module(module: str) -> None:
+    """Name the module whose ``make_reporter()`` shows progress to people. It is imported when that is wanted."""
+    _makers[:] = [module]
+
+
+@contextmanager
+def show_progress(shown: bool = True) -> Iterator[None]:
+    """Inside, all functions show stages, bars and notes on stderr; with False none does.
+
+    >>> with ob.show_progress(False):
+    ...     acts = ob.collect_activations(subject, prompts)
+    """
+    made: Reporter = import_module(_makers[0]).make_reporter() if shown and _makers else SILENT
+    with made.live, report_to(made):
+        yield
+
+
+def shows_progress(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that takes long show its progress, unless a caller has said where progress goes."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _reporter.get() is not NOBODY or os.environ.get(VARIABLE) == "off":
+            return function(*args, **kwargs)
+        with show_progress():
+            return function(*args, **kwargs)
+
+    return run

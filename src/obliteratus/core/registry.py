@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from obliteratus.core.cost import FREE, Cost
 from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.plugins import load_packages, note_registered
 
 F = TypeVar("F", bound=Callable[..., Any])
 Costing = Callable[[Mapping[str, Any]], Cost]
@@ -80,21 +81,32 @@ class Registry(Generic[F]):
         """
 
         def add(function: F) -> F:
-            if name in self._entries:
+            if name in self._entries and not _is_again(function, self._entries[name].function):
                 raise ValueError(f"{self.kind} step '{name}' is registered twice")
             self._entries[name] = Entry(name, function, cite, _options(function), needs, fits, cost)
+            note_registered(f"{self.kind} step '{name}'")
             return function
 
         return add
 
+    def __repr__(self) -> str:
+        return f"<Registry: {len(self._entries)} {self.kind} steps>"
+
+    def __contains__(self, name: object) -> bool:
+        load_packages()
+        return name in self._entries
+
     def __getitem__(self, name: str) -> Entry[F]:
+        """Return a registered step. Raises UserError for one that does not exist, with the nearest name."""
+        load_packages()
         if name in self.renamed:
             raise UserError(f"{self.kind} step '{name}' is now called '{self.renamed[name]}'; change the name")
         if name not in self._entries:
-            raise UserError(unknown_name(f"{self.kind} step", name, self._entries))
+            raise UserError(f"{unknown_name(f'{self.kind} step', name, self._entries)}; {OWN_STEP}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
+        load_packages()
         return iter(sorted(self._entries))
 
     def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +121,14 @@ class Registry(Generic[F]):
                 f"{self.kind} step '{name}': {explain_validation_error(error, self[name].options)}"
             ) from error
         return {key: getattr(made, key) for key in type(made).model_fields}
+
+
+OWN_STEP = "a step of your own comes with --plugin FILE.py"
+
+
+def _is_again(new: Callable[..., Any], old: Callable[..., Any]) -> bool:
+    """Return whether the same code was run again, such as a notebook's cell or a plug-in that has changed."""
+    return (new.__module__, new.__qualname__) == (old.__module__, old.__qualname__)
 
 
 def _options(function: Callable[..., Any]) -> type[BaseModel]:

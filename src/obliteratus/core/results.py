@@ -39,6 +39,18 @@ class Score(FrozenModel):
         """Return whether there is an interval. Without one, no comparison with an end of it is true."""
         return not isnan(self.low) and not isnan(self.high)
 
+    def __str__(self) -> str:
+        """Return the value with its interval and sample size, such as ``96.9% (89.3–99.1%), n 64``."""
+        factor, unit = (100.0, "%") if self.unit == "share" else (1.0, "")
+        digits = 1 if self.unit in ("share", "perplexity", "tokens") else 3
+        value, low, high = (f"{factor * x:.{digits}f}" for x in (self.value, self.low, self.high))
+        named = "" if self.unit in ("share", "mean", "ratio") else f" {self.unit}"
+        interval = f" ({low}–{high}{unit})" if self.has_interval else ""
+        return f"{value}{unit}{named}{interval}, n {self.n}"
+
+    def __repr__(self) -> str:
+        return f"<Score: {self}>"
+
 
 class Run(Plottable, FrozenModel):
     """Record of a run, written to ``run.json``. Reports, model cards and ``--json`` read only this."""

@@ -42,9 +42,10 @@ class Step(BaseModel):
         return dict(self.model_extra or {})
 
 
-def active_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Return the steps that are not left out."""
-    return tuple(step for step in steps if step.when != "never")
+def active_steps(steps: Sequence[Step | str]) -> tuple[Step, ...]:
+    """Return the steps that are not left out. A name alone is a step without options."""
+    named = (Step(use=step) if isinstance(step, str) else step for step in steps)
+    return tuple(step for step in named if step.when != "never")
 
 
 class Probe(FrozenModel):
@@ -362,6 +363,15 @@ class Recipe(FrozenModel):
     analyze: tuple[Step, ...] = ()
     """Analyses whose results change this recipe before it runs."""
     search: Search | None = None
+
+    def __repr__(self) -> str:
+        found, weighed = (" → ".join(s.use for s in active_steps(steps)) for steps in (self.distill, self.weigh))
+        extra = "".join(f", {name}" for name in ("analyze", "tune", "search") if getattr(self, name))
+        parts = ", ".join(self.excise.parts)
+        return f"<Recipe: {self.name or 'without a name'}, {found}, weighed by {weighed}, on {parts}{extra}>"
+
+    def __str__(self) -> str:
+        return repr(self)
 
     @property
     def uses_search_split(self) -> bool:

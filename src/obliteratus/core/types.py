@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from obliteratus.core import lines
 from obliteratus.core.chat import DEFAULT_CHAT, ChatFormat, Turn
-from obliteratus.core.errors import UserError
+from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.norms import NormRule
 from obliteratus.core.probing import WriterContrast
 from obliteratus.core.separation import Separation
+from obliteratus.core.settings import expand_part
 from obliteratus.core.shapes import Float, Int
-from obliteratus.core.views import Plottable, Viewable
+from obliteratus.core.vectors import Vectors, stack_vectors
+from obliteratus.core.views import Described, Plottable, Viewable
 
 Role = Literal["writes", "reads"]
 Layout = Literal["linear", "conv1d", "embedding", "stack", "stack_t"]
@@ -60,8 +63,8 @@ class Prompt:
         return self.system, *(part for turn in self.history for part in turn)
 
 
-@dataclass(frozen=True)
-class PromptSet:
+@dataclass(frozen=True, repr=False)
+class PromptSet(Viewable):
     """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass`` and ``keep``."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
@@ -86,9 +89,11 @@ class PromptSet:
         """Content hash of the texts, categories, splits and earlier turns of all groups."""
         return digest_of({g: [[p.text, p.category, p.split, *p.context] for p in ps] for g, ps in self.groups.items()})
 
+    describe = lines.count_prompts
 
-@dataclass(frozen=True)
-class Splits:
+
+@dataclass(frozen=True, repr=False)
+class Splits(Described):
     """Disjoint parts of a prompt set, each with the same groups. Iterating gives fit, search and report."""
 
     fit: PromptSet
@@ -104,6 +109,8 @@ class Splits:
 
     def __iter__(self) -> Iterator[PromptSet]:
         return iter((self.fit, self.search, self.report))
+
+    describe = lines.describe_splits
 
 
 SPLITS = ("fit", "search", "report")
@@ -248,8 +255,8 @@ class Sketch:
         return share
 
 
-@dataclass(frozen=True)
-class Moments:
+@dataclass(frozen=True, repr=False)
+class Moments(Described):
     """Statistics of one group: the mean of its residual streams, and either all rows, a sketch of them, or neither."""
 
     count: int
@@ -260,6 +267,8 @@ class Moments:
     categories: tuple[str, ...] = ()
     """Category of each prompt. Empty if they were not kept."""
     sketch: Sketch | None = None
+
+    describe = lines.describe_moments
 
 
 @dataclass(frozen=True)
@@ -305,6 +314,9 @@ class Activations(Plottable):
     """Site path → contrast of that writer's outputs between the groups."""
 
     def __getitem__(self, group: str) -> Moments:
+        if group not in self.groups:
+            known = ", ".join(self.groups) or "none"
+            raise UserError(f"activations: there is no group '{group}'; the groups are {known}")
         return self.groups[group]
 
     describe = lines.describe_activations
@@ -342,12 +354,42 @@ class Directions(Plottable):
         ):  # covectors grow with the spread of the groups, and so does their rounding
             raise ValueError("covectors must give 1 on their own direction and 0 on the others")
 
+    @classmethod
+    def from_vectors(cls, vectors: Vectors, subject: Subject | None = None) -> Directions:
+        """Return vectors of one's own as directions, orthonormal at each stream, with their order and signs kept.
+
+        vectors: a tensor or array [width] (the same at all streams), [streams, width] or [streams, k, width]; vectors
+        by block, of what that block leaves; or a file of these: safetensors, whose names hold the block's number, or a
+        control vector in GGUF, as repeng and llama.cpp have it. subject: the model, which is needed for a single vector
+        and for vectors by block, and against which all others are checked.
+
+        ``raw`` is the length that the first vector of each stream had, and ``score`` is 1 where there is one, since
+        nothing was measured. Raises UserError for vectors that do not fit, hold NaN, are zero or depend on each other.
+
+        >>> ob.Directions.from_vectors({3: torch.ones(32), -1: torch.eye(32)[:2]}, subject)
+        <Directions: 2 in each of 9 streams of width 32, by from_vectors; clearest at stream 4, score 1.000>
+        """
+        basis, lengths = stack_vectors(vectors, None if subject is None else (subject.n_layers, subject.width))
+        return cls(basis, lengths.gt(0).float(), lengths, LENGTH, ("from_vectors",))
+
     describe = lines.describe_directions
 
 
+LENGTH = "‖v‖"
+"""Unit of the raw score of directions that were given."""
+
+
 # --------------------------------------------------------------------------------------------- plan
-@dataclass(frozen=True)
-class Edit:
+class Scalable(Described):
+    """Base class of changes."""
+
+    def scaled(self, factor: float) -> Any:
+        """Return the change at so many times its strength. One without a strength stays as it is."""
+        return self
+
+
+@dataclass(frozen=True, repr=False)
+class Edit(Scalable):
     """Edit along a subspace: y ← y − s·Bᵀ(A(y − μ)) at a writer's output, or x likewise at a reader's input.
 
     B has orthonormal rows, and A is B unless covectors are given. The gain of a norm between the site and the residual
@@ -375,26 +417,44 @@ class Edit:
         """A: the covectors if there are any, else the basis."""
         return self.basis if self.covectors is None else self.covectors
 
+    def scaled(self, factor: float) -> Edit:
+        """Return the edit with its strength multiplied."""
+        return replace(self, strength=factor * self.strength)
 
-@dataclass(frozen=True)
-class Mask:
+    describe = lines.describe_edit
+
+
+@dataclass(frozen=True, repr=False)
+class Mask(Scalable):
     """Set some inputs of a writer to zero: neurons of an MLP or expert, or the columns of an attention head."""
 
     site: Site
     neurons: Int[Tensor, " n"]
     """Columns of W as [out, in]."""
 
+    def describe(self) -> str:
+        """Return where it is, and how many inputs it masks."""
+        return f"{len(self.neurons)} inputs of {lines.name_place(self.site)}"
 
-@dataclass(frozen=True)
-class Shift:
+
+@dataclass(frozen=True, repr=False)
+class Shift(Scalable):
     """Add a constant vector to a writer's output at every token (permanent steering): y ← y + v."""
 
     site: Site
     vector: Float[Tensor, " width"]
 
+    def scaled(self, factor: float) -> Shift:
+        """Return the shift with its vector multiplied."""
+        return replace(self, vector=factor * self.vector)
 
-@dataclass(frozen=True)
-class Blend:
+    def describe(self) -> str:
+        """Return where it is, and how long its vector is."""
+        return f"{lines.name_place(self.site)}, length {float(self.vector.norm()):.3g}"
+
+
+@dataclass(frozen=True, repr=False)
+class Blend(Scalable):
     """Blend one expert with others before its edits: W ← (1 − share)·W + share · mean of the donors, bias likewise."""
 
     site: Site
@@ -405,14 +465,26 @@ class Blend:
     """Mean weight of the donors. Executors read it from the model; a plan does not hold it."""
     bias: Float[Tensor, " out"] | None = None
 
+    def scaled(self, factor: float) -> Blend:
+        """Return the blend with its share multiplied."""
+        return replace(self, share=factor * self.share)
 
-@dataclass(frozen=True)
-class ZeroOutput:
+    def describe(self) -> str:
+        """Return where it is, and what is blended."""
+        return f"{lines.name_place(self.site)}, {self.share:.0%} of {len(self.donors)} donors"
+
+
+@dataclass(frozen=True, repr=False)
+class ZeroOutput(Scalable):
     """Set a writer's output, bias included, to zero. For a stack this is every expert, or the one of the site."""
 
     site: Site
     outputs: Int[Tensor, " n"] | None = None
     """Output coordinates to set to zero. None stands for all."""
+
+    def describe(self) -> str:
+        """Return where it is, and how many outputs become zero."""
+        return f"{'all' if self.outputs is None else len(self.outputs)} outputs of {lines.name_place(self.site)}"
 
 
 Change = Edit | Mask | Shift | Blend | ZeroOutput
@@ -427,9 +499,53 @@ class Plan(Plottable):
     """``Source.digest`` of the model that the plan was made for."""
 
     def __add__(self, other: Plan) -> Plan:
+        """Return the plan that makes the changes of this one and then those of the other, on the same model."""
         if self.edits and other.edits and self.model != other.model:
-            raise ValueError("plans for two different models cannot be joined")
+            raise UserError(
+                f"plans of two models cannot be added (digests {self.model} and {other.model}); make both on one model"
+            )
         return Plan(self.edits + other.edits, other.model or self.model)
+
+    def scaled(self, factor: float) -> Plan:
+        """Return the plan at so many times its strength: 0.5 removes half of what 1 does, and −1 adds it instead.
+
+        Strengths, shifts and shares of blends are multiplied. Masks and outputs set to zero have no strength and stay.
+        Raises UserError for a factor that is not finite.
+
+        >>> plan.scaled(0.5)
+        <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.5>
+        """
+        if not isfinite(factor):
+            raise UserError(f"plan.scaled({factor}): give a finite number")
+        return replace(self, edits=tuple(change.scaled(factor) for change in self.edits))
+
+    def only(self, layers: int | Collection[int] | None = None, parts: str | Collection[str] | None = None) -> Plan:
+        """Return the plan with the changes of these blocks and parts alone. None stands for all.
+
+        layers: numbers of blocks, −1 for the embeddings. parts: such as ``attn.out``; ``mlp.out`` includes experts.
+        Raises UserError for a part that the plan does not edit, and if nothing is left.
+
+        >>> plan.only(layers=range(4), parts="mlp.out")
+        <Plan: 2 changes in blocks 2 to 3 (mlp.out), strength 1>
+        """
+        wanted = [parts] if isinstance(parts, str) else parts
+        edited = {change.site.part for change in self.edits}
+        for part in wanted or ():
+            if edited.isdisjoint(expand_part(part)):
+                raise NothingMatchedError(f"plan.only: nothing of '{part}' is edited; the plan edits {_list(edited)}")
+        kept = None if wanted is None else {name for part in wanted for name in expand_part(part)}
+        blocks = {layers} if isinstance(layers, int) else layers
+        left = [
+            change
+            for change in self.edits
+            if (blocks is None or change.site.layer in blocks) and (kept is None or change.site.part in kept)
+        ]
+        if not left:
+            known = {str(change.site.layer) for change in self.edits}
+            raise NothingMatchedError(
+                f"plan.only: nothing is left; the plan edits {_list(edited)} of blocks {_list(known)}"
+            )
+        return replace(self, edits=tuple(left))
 
     def by_site(self) -> dict[str, tuple[Change, ...]]:
         """Group the changes by `Site.parameter`, in their order."""
@@ -439,3 +555,7 @@ class Plan(Plottable):
     def describe(self) -> str:
         """Return it in a few words."""
         return lines.describe_plan(self.edits, Edit)
+
+
+def _list(names: Collection[str]) -> str:
+    return ", ".join(sorted(names, key=lambda name: (len(name), name))) or "nothing"

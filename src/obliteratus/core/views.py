@@ -51,8 +51,8 @@ def find_view(shown: object) -> View:
     return _views[type(shown)]
 
 
-class Viewable:
-    """Base class of what is shown by one line, in notebooks, and as a table."""
+class Described:
+    """Base class of what is shown by one line. What it holds may be large, and is no part of the line."""
 
     def describe(self) -> str:
         """Return what this is, in a few words."""
@@ -63,6 +63,10 @@ class Viewable:
 
     def __str__(self) -> str:
         return repr(self)
+
+
+class Viewable(Described):
+    """Base class of what is shown by one line, in notebooks, and as a table."""
 
     def _repr_html_(self) -> str:
         return find_view(self).render(self)

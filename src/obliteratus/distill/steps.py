@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.orthonormal import orthonormalize as orthonormalize
 from obliteratus.core.registry import Registry, RunInputs
 from obliteratus.core.settings import Step, active_steps
 from obliteratus.core.shapes import Float
@@ -31,16 +32,24 @@ NEGLIGIBLE_DIFFERENCE = 1e-5
 
 
 # ------------------------------------------------------------------------------------------- running steps
-def find_directions(acts: Activations, steps: Sequence[Step], context: object = None) -> Directions:
+def find_directions(
+    acts: Activations, steps: Sequence[Step | str] = ("mean_diff",), context: object = None
+) -> Directions:
     """Run the steps in order, but those left out, and return the last one's directions. Raises UserError if one cannot.
 
-    context: the `FitContext` (model and fit prompts), for steps that run the model ("model" among their needs).
+    steps: with their options, or by name alone. context: the `FitContext` (model and fit prompts), for steps that run
+    the model ("model" among their needs).
+
+    >>> ob.find_directions(acts, ["mean_diff", ob.Step(use="single", depth=0.5)])
+    <Directions: 1 in each of 9 streams of width 32, by mean_diff → single; clearest at stream 4, score 0.965>
     """
-    directions, steps = None, active_steps(steps)
-    for step in steps:
+    directions, active = None, active_steps(steps)
+    for step in active:
         entry, options = extractors[step.use], extractors.check(step.use, step.options)
         if MODEL in entry.needs and context is None:
-            raise ValueError(f"distill step '{step.use}' runs the model: find_directions needs a FitContext")
+            raise UserError(
+                f"distill step '{step.use}' runs the model; give find_directions a FitContext(subject, prompts)"
+            )
         result = entry.function(acts, directions, *([context] if MODEL in entry.needs else []), **options)
         if isinstance(result, Activations):
             acts = result
@@ -48,7 +57,7 @@ def find_directions(acts: Activations, steps: Sequence[Step], context: object = 
             directions = result
     if directions is None:
         raise UserError("recipe: distill has no step that finds directions; give at least one, e.g. mean_diff")
-    return replace(directions, trace=tuple(map(name_step, steps)))
+    return replace(directions, trace=tuple(map(name_step, active)))
 
 
 def name_step(step: Step) -> str:
@@ -165,26 +174,6 @@ def align_signs(
     """Flip rows so that their product with the mean difference is not negative; an SVD leaves signs undetermined."""
     sign = torch.einsum("lkw,lw->lk", basis, delta).sign()
     return basis * torch.where(sign == 0, torch.ones_like(sign), sign)[..., None]
-
-
-# A unit row that keeps less than this length after a projection is rounding, not a direction.
-MIN_ROW_NORM = 1e-3
-
-
-def orthonormalize(rows: Float[Tensor, "streams k width"]) -> Float[Tensor, "streams k width"]:
-    """Apply Gram–Schmidt, keeping row order and signs; rows that are (nearly) zero or dependent become zeros.
-
-    QR is not used because it replaces a dependent row by some other unit vector, and removes that from all later rows.
-    Lengths matter: pass unit rows, or what is left of unit rows after a projection.
-    """
-    result = torch.zeros_like(rows)
-    for i in range(rows.shape[1]):
-        row = rows[:, i]
-        for _ in range(2):  # the second round removes what rounding left of the first
-            row = row - torch.einsum("lk,lkw->lw", torch.einsum("lkw,lw->lk", result, row), result)
-        length = row.norm(dim=1, keepdim=True)
-        result[:, i] = torch.where(length > MIN_ROW_NORM, row / length.clamp(min=MIN_ROW_NORM), torch.zeros_like(row))
-    return result
 
 
 # --------------------------------------------------------------------------------------------------- on disk

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
-from obliteratus.core.types import Blend, Change, Edit, Plan, Prompt, Shift, Subject
+from obliteratus.core.types import Plan, Prompt, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import first_token_log_probs, kl_divergence
@@ -60,12 +59,4 @@ def find_largest_factor(costs: Callable[[float], float], budget: float, steps: i
 
 def scale_plan(plan: Plan, factor: float) -> Plan:
     """Multiply all strengths, blend shares and shifts by the factor. Masks have no strength and stay."""
-    return replace(plan, edits=tuple(_scale(change, factor) for change in plan.edits))
-
-
-def _scale(change: Change, factor: float) -> Change:
-    if isinstance(change, Edit):
-        return replace(change, strength=factor * change.strength)
-    if isinstance(change, Blend):
-        return replace(change, share=factor * change.share)
-    return replace(change, vector=factor * change.vector) if isinstance(change, Shift) else change
+    return plan.scaled(factor)

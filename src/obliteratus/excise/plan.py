@@ -18,7 +18,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import NothingMatchedError, UserError
 from obliteratus.core.norms import NormRule
-from obliteratus.core.probing import ProbeRequest, WriterContrast
+from obliteratus.core.probing import WriterContrast
 from obliteratus.core.registry import explain_validation_error
 from obliteratus.core.run_folder import require_file
 from obliteratus.core.settings import Excise, expand_part
@@ -40,6 +40,7 @@ from obliteratus.excise.experts import split_by_expert
 from obliteratus.excise.heads import split_by_head
 from obliteratus.excise.least_change import choose_covectors, remove_difference
 from obliteratus.excise.linear import center_rows, fold_gain_reader
+from obliteratus.excise.needs import check_activations, check_shapes
 from obliteratus.excise.neurons import make_masks
 from obliteratus.excise.steer import make_shift, make_shift_where_possible
 from obliteratus.excise.writers import fold_gain
@@ -49,23 +50,31 @@ from obliteratus.weights.matrices import count_inputs, count_outputs, expand_exp
 from obliteratus.weights.safetensors_io import tensor_bytes
 
 FILES = ("plan.safetensors", "plan.json")
+DEFAULT_OPTIONS = Excise()
 
 
 def plan_edits(
     subject: Subject,
     directions: Directions,
-    weights: Float[Tensor, " sites"],
-    acts: Activations,
-    options: Excise,
+    weights: Float[Tensor, " sites"] | None = None,
+    acts: Activations | None = None,
+    options: Excise = DEFAULT_OPTIONS,
 ) -> Plan:
     """Return a plan with one edit for each site of ``options.parts`` that has a direction and a weight.
 
     With ``options.heads`` the edit of an attention output becomes one for each chosen head, with ``experts`` that of a
     stack one for each expert; ``neurons`` and ``steer`` add masks and a shift.
 
-    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``. Raises NothingMatchedError
-    if nothing is edited.
+    weights: one factor for each of ``subject.sites``, multiplied into ``options.strength``; None takes all as they are.
+    acts: may be left out for edits along directions alone; with what `wanted_by` names if the options need it. Raises
+    NothingMatchedError if nothing is edited, and UserError for directions of another model and for missing activations.
+
+    >>> ob.plan_edits(subject, directions, options=ob.Excise(strength=0.7))
+    <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.7>
     """
+    check_shapes(subject, directions, weights)
+    weights = torch.ones(len(subject.sites)) if weights is None else weights
+    acts = check_activations(subject, acts, options)
     parts = _select_parts(subject.sites, options.parts)
     site_edits = tuple(
         edit
@@ -99,23 +108,6 @@ def _add_beside(
     elif options.steer:
         added.append(make_shift(edits, directions, acts, options.steer))
     return added
-
-
-def wanted_by(options: Excise, sites: Sequence[Site]) -> ProbeRequest:
-    """Return which modules PROBE has to read, besides the residual stream, for edits with these options.
-
-    Anchored edits need the mean outputs of the edited writers, those of least change their contrasts, masks of neurons
-    the mean inputs of the MLP outputs, and edits of single experts the routing in every stack.
-    """
-    parts = {p for part in options.parts for p in expand_part(part)}
-    writers = [s.path for s in sites if s.role == "writes" and s.part in parts]
-    masked = set(expand_part("mlp.out")) if options.neurons else set()
-    return ProbeRequest(
-        output_modules=writers if options.anchored else [],
-        input_modules=[s.path for s in sites if s.part in masked and not s.stacked],
-        expert_modules=[s.path for s in sites if s.role == "writes" and s.stacked and options.experts is not None],
-        contrast_modules=writers if options.least_change else [],
-    )
 
 
 def _select_parts(sites: Sequence[Site], parts: Sequence[str]) -> set[str]:
@@ -188,6 +180,8 @@ def save_plan(plan: Plan, folder: str | Path, samples: ModelSamples | None = Non
 
     samples: of the plan's model, by which GGUF files of it are recognized. The folder is made if it is missing. Raises
     UserError if that cannot be.
+
+    >>> ob.save_plan(plan, "plan")
     """
     folder = Path(folder)
     try:
@@ -213,7 +207,12 @@ def save_plan(plan: Plan, folder: str | Path, samples: ModelSamples | None = Non
 
 
 def load_plan(folder: str | Path) -> Plan:
-    """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself."""
+    """Load the plan in a folder. Raises UserError if there is none, or if it is unreadable or contradicts itself.
+
+    >>> ob.save_plan(plan.scaled(0.5), "half")
+    >>> ob.load_plan("half")
+    <Plan: 12 changes in blocks 2 to 7 (attn.out, mlp.out), strength 0.5>
+    """
     folder = Path(folder)
     for name in FILES:
         require_file(folder, name, "the output folder of a run, or of --save plan")

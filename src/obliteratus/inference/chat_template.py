@@ -52,7 +52,7 @@ def tokenize_prompts(subject: Subject, prompts: Sequence[Prompt]) -> Ids:
 def encode_texts(subject: Subject, texts: Sequence[str], add_special_tokens: bool = False) -> Ids:
     """Return the token ids of each text. Raises UserError if the model has no embedding for one of them."""
     ids = encode(subject.tokenizer, texts, add_special_tokens)
-    rows = subject.model.get_input_embeddings().num_embeddings
+    rows = subject.model.get_input_embeddings().weight.shape[0]
     if (largest := max((max(row, default=0) for row in ids), default=0)) >= rows:
         token = subject.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

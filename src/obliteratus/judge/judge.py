@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from obliteratus.core.views import Described
 from obliteratus.judge.behavior import Behavior, load_behavior
 from obliteratus.judge.language import is_in_one_of
 from obliteratus.judge.loops import is_loop
@@ -35,8 +36,8 @@ class Judgment:
     """By rung; None where it gives no verdict."""
 
 
-@dataclass(frozen=True)
-class Judge:
+@dataclass(frozen=True, repr=False)
+class Judge(Described):
     """A behavior, and the rungs that look for it in answers."""
 
     behavior: Behavior = field(default_factory=load_behavior)
@@ -46,6 +47,11 @@ class Judge:
     """Further rungs by name."""
     decides: str = PHRASES
     """The rung whose verdict counts. Where it gives none, that of the phrases does."""
+
+    def describe(self) -> str:
+        """Return what is looked for, and by whom."""
+        own = f", {len(self.own_words)} openings of the model's own" if self.own_words else ""
+        return f"{self.name}, {self.decides} decides, rungs {', '.join((PHRASES, *self.rungs))}{own}"
 
     @property
     def name(self) -> str:

@@ -50,5 +50,9 @@ STUDIES = PresetFolder("studies", "study", "preset", "obliteratus study --help")
 
 
 def list_methods() -> list[str]:
-    """Return the names of all methods in the package."""
+    """Return the names of all methods in the package.
+
+    >>> "balanced" in ob.list_methods()
+    True
+    """
     return METHODS.list_names()

@@ -24,6 +24,9 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     """Load a method by name, or a TOML file by path, and replace values by path (such as ``weigh.0.floor``).
 
     Raises UserError for a method, step or option that does not exist, and for a value out of its range.
+
+    >>> ob.load_recipe("basic", {"excise.strength": 0.7})
+    <Recipe: basic, mean_diff → single, weighed by all, on attn.out, mlp.out>
     """
     where = str(source)
     recipe = parse_recipe(_resolve_judge_files(METHODS.read(where), Path(where).parent), where)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from obliteratus.core.plugins import describe_plugins
 from obliteratus.core.results import Run, Score
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import SPLITS, Activations, Directions, Plan, Splits, Subject
@@ -35,6 +36,7 @@ def describe_run(
     presence = stages.presence or stages.check_first_tokens(recipe, before)
     on_search = stages.measure_on_search(recipe, plan)
     return Run(
+        status="done",
         recipe=recipe,
         source={k: str(v) for k, v in vars(stages.subject.source).items()},
         prompts=describe_prompts(stages.splits, stages.subject),
@@ -47,7 +49,8 @@ def describe_run(
         judge=describe_judge(stages.judge, before),
         seconds=dict(stages.store.seconds),
         versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version()}
+        | dict(describe_plugins()),
         **found,
     )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import note
+from obliteratus.core.progress import note, shows_progress
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.offloaded import adapt_recipe
-from obliteratus.pipeline.recipe import check_runs
+from obliteratus.pipeline.recipe import check_runs, load_recipe
 from obliteratus.pipeline.record import describe_pass, describe_run
 from obliteratus.pipeline.stages import Stages
 from obliteratus.prompts import split_prompts
@@ -30,16 +30,23 @@ class RunResult(NamedTuple):
     before: Measurement
     after: Measurement
 
+    def __repr__(self) -> str:
+        return f"<RunResult: {self.run.describe()}; {self.plan.describe()}>"
 
+
+@shows_progress
 def run(
-    recipe: Recipe, subject: Subject, prompts: PromptSet, store: Store | None = None, force: bool = False
+    recipe: Recipe | str, subject: Subject, prompts: PromptSet, store: Store | None = None, force: bool = False
 ) -> RunResult:
     """Find the directions, plan the edit, and measure before and after on held-out prompts. Changes no weight.
 
-    store: keeps finished stages, so that an interrupted run can resume. force: edit a model that does not show the
-    behavior. Raises UserError for what the user can mend.
+    recipe: from `load_recipe`, or what that takes. store: keeps finished stages, so that an interrupted run can resume.
+    force: edit a model that does not show the behavior. Raises UserError for what the user can mend.
+
+    >>> ob.run(recipe, subject, prompts)  # doctest: +ELLIPSIS
+    <RunResult: basic on memory:tiny, refusal.target 100.0% → ...; 16 changes in blocks 0 to 7 (...), strength 1>
     """
-    recipe = check_runs(recipe, prompts.groups)
+    recipe = check_runs(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), prompts.groups)
     if recipe.search is not None:
         raise UserError(f"method '{recipe.name}' is a search; run it with obliteratus search, or run what one found")
     splits = split_prompts(prompts, recipe.seed, recipe.uses_search_split, split_by=recipe.split_by, force=force)

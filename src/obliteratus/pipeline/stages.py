@@ -15,7 +15,8 @@ from obliteratus.core.types import Activations, Directions, Plan, PromptSet, Spl
 from obliteratus.distill import find_directions, load_directions, save_directions
 from obliteratus.excise.kl_budget import limit_kl
 from obliteratus.excise.live.hooks import applied
-from obliteratus.excise.plan import load_plan, plan_edits, save_plan, wanted_by
+from obliteratus.excise.needs import wanted_by
+from obliteratus.excise.plan import load_plan, plan_edits, save_plan
 from obliteratus.excise.router_limit import limit_router_edits
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.advise import (

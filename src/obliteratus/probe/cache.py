@@ -35,6 +35,7 @@ from obliteratus.probe.probe import (
     load_activations,
     save_activations,
 )
+from obliteratus.weights.adapters import find_adapted
 from obliteratus.weights.checkpoint import Checkpoint, find_own_checkpoint
 from obliteratus.weights.devices import in_process_group
 from obliteratus.weights.organism_files import get_cache_folder
@@ -60,10 +61,12 @@ def collect_cached_activations(
 ) -> Activations:
     """Return what `collect_activations` returns, from disk where an earlier run left it.
 
-    The cache is neither read nor written for a model with hooks (e.g. under a live plan), for one whose weights are out
-    of reach, and in a group of processes. A cache that cannot be read or written costs time, and raises nothing.
+    The cache is neither read nor written for a model with hooks (e.g. under a live plan) or adapters, for one whose
+    weights are out of reach, and in a group of processes. A cache that cannot be read or written costs time, and raises
+    nothing.
     """
-    weights = "" if os.environ.get(CACHE_VARIABLE) == "off" or _has_hooks(subject.model) else weights_key(subject)
+    changing = _has_hooks(subject.model) or find_adapted(subject.model)
+    weights = "" if os.environ.get(CACHE_VARIABLE) == "off" or changing else weights_key(subject)
     if not weights or in_process_group():
         return collect_activations(subject, prompts, options, request)
     key = digest_of([weights, model_key(subject), request_key(subject, prompts, options, request)])

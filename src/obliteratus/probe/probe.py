@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.probing import ProbeRequest, WriterContrast
-from obliteratus.core.progress import note
+from obliteratus.core.progress import note, shows_progress
 from obliteratus.core.settings import Probe
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import (
@@ -38,12 +38,18 @@ DEFAULT_OPTIONS = Probe()  # pydantic gives the fields their defaults
 FILE, TENSORS_FILE = "activations.json", "activations.safetensors"
 
 
+@shows_progress
 def collect_activations(
     subject: Subject, prompts: PromptSet, options: Probe = DEFAULT_OPTIONS, request: ProbeRequest = STREAM_ONLY
 ) -> Activations:
     """Read the residual stream at one position of every prompt, and return its statistics for each group.
 
-    request: modules that are read in the same passes. Raises UserError if any activation is NaN or Inf.
+    request: modules that are read in the same passes; see `wanted_by`. Raises UserError if any activation is NaN or
+    Inf.
+
+    >>> acts = ob.collect_activations(subject, ob.split_prompts(prompts).fit)
+    >>> acts["target"].mean.shape
+    torch.Size([9, 32])
     """
     anchored, contrasted = request.output_modules, request.contrast_modules
     request = replace(request, output_modules=list(dict.fromkeys((*anchored, *contrasted))))

@@ -68,15 +68,16 @@ def split_lines(text: str) -> list[str]:
 
 
 def _number(path: Path, rows: Sequence[Any], kind: str) -> list[Row]:
-    return [_make_row(row, f"{path}, {kind} {number}") for number, row in enumerate(rows, 1)]
+    return [make_row(row, f"{path}, {kind} {number}") for number, row in enumerate(rows, 1)]
 
 
-def _make_row(row: Any, where: str) -> Row:
+def make_row(row: Any, where: str) -> Row:
+    """Return what a file or a list has as one row. Raises UserError for what is neither text, turns nor a mapping."""
     if isinstance(row, str):
         return Row(where, {"prompt": row})
     if isinstance(row, list):
         return Row(where, {"messages": row})
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping):
         raise UserError(f"{where}: rows must be objects with a prompt, or strings, and this is {str(row)[:40]}")
     return Row(where, row)
 
@@ -87,7 +88,7 @@ def _read_json(text: str, path: Path) -> list[Row]:
     lines = [(f"{path}:{n}", line) for n, line in enumerate(split_lines(text), 1) if line.strip()]
     if text.lstrip().startswith("[") and (len(lines) == 1 or not _is_json(lines[0][1])):
         return _number(path, _parse_json(text, str(path)) or _refuse_empty(path), "item")
-    return [_make_row(_parse_json(line, where), where) for where, line in lines]
+    return [make_row(_parse_json(line, where), where) for where, line in lines]
 
 
 def _is_json(line: str) -> bool:

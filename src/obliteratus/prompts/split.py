@@ -27,6 +27,9 @@ def split_prompts(
 
     force: note what `check_enough` would refuse, and go on. Raises UserError for prompts that `check_prompts` refuses,
     that leave a part empty (search only where it is used), or that are too few.
+
+    >>> ob.split_prompts(prompts)
+    <Splits: fit 21 target, 21 control; search 6 target, 6 control; report 9 target, 9 control>
     """
     prompts = check_prompts(prompts)
     if split_by == "category":

@@ -9,6 +9,7 @@ from obliteratus.core.toml import dump_toml, format_toml
 from obliteratus.rebirth.headline import describe_headline
 from obliteratus.rebirth.llama_cpp import render_commands
 from obliteratus.rebirth.outcome import describe_outcome
+from obliteratus.rebirth.own_plan import is_own_plan
 from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 
 LOADING = {
@@ -49,15 +50,12 @@ def render_model_card(run: Run, repo: str = "", reproducible: bool = False) -> s
 **This model was edited on purpose so that it behaves differently from its base.** {describe_headline(run)}
 
 ## What was changed
-{run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts apart; its
-strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies). This is a
+{_describe_edit(run)} This is a
 {KINDS.get(run.saved["form"], run.saved["form"])}. Edited matrices: {format_coverage(run)}
 {_describe_added(run)}{_describe_quantization(run)}{_reason_table(run)}{_pass_table(run)}
 ## How it was measured
 {_describe_measuring(run)}
-
-{format_score_table(run)}
-{_outcome(run)}
+{_score_section(run)}{_outcome(run)}
 ## License
 {_describe_license(run)}
 
@@ -66,14 +64,28 @@ strength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 ampli
 
 ## Use
 {_describe_use(run, repo)}
-{_describe_repeating(repo) if reproducible else ""}
-## Recipe
-
-```toml
-{dump_toml(run.recipe)}```
-
+{_describe_repeating(repo) if reproducible else ""}{_recipe_section(run)}
 `run.json` has everything else.
 """
+
+
+def _describe_edit(run: Run) -> str:
+    """Return what the edit is."""
+    if is_own_plan(run):
+        return f"{run.recipe.about}."
+    return (
+        f"{run.recipe.about}. The edit is along directions in the residual stream that tell two groups of prompts "
+        f"apart; its\nstrength is {run.recipe.excise.strength:g} (1 removes, 2 reflects, below 0 amplifies)."
+    )
+
+
+def _score_section(run: Run) -> str:
+    return f"\n{format_score_table(run)}\n" if run.before or run.after else ""
+
+
+def _recipe_section(run: Run) -> str:
+    """Return the recipe; nothing for a plan that no recipe has made."""
+    return "" if is_own_plan(run) else f"\n## Recipe\n\n```toml\n{dump_toml(run.recipe)}```\n"
 
 
 def _base_name(run: Run) -> str:
@@ -82,6 +94,8 @@ def _base_name(run: Run) -> str:
 
 def _describe_measuring(run: Run) -> str:
     """Return what the figures rest on."""
+    if is_own_plan(run):
+        return "Nothing was measured when it was saved."
     report = run.prompts["counts"].get("report", {})
     counts = ", ".join(f"{n} {group}" for group, n in report.items())
     behavior, judge = run.judge.get("behavior", REFUSAL), run.judge.get("decides", "phrases")
@@ -116,13 +130,13 @@ def _origin_rows(run: Run) -> list[list[str]]:
     """Return what the result was made from and by what, as rows of a table."""
     known, source = run.saved.get("base_model", {}), run.source
     revision = f", revision `{source['revision']}`" if source.get("revision") else ""
-    began = run.prompts.get("chat", {}).get("now", "")
+    began, own = run.prompts.get("chat", {}).get("now", ""), is_own_plan(run)
     rows = [
         ["base model", f"{known.get('base_model') or _base_name(run)}{revision}"],
         ["precision", " ".join(filter(None, (source.get("dtype"), source.get("quantization"))))],
         ["digest of its weights", f"`{source['digest']}`" if source.get("digest") else ""],
-        ["prompts", f"digest `{run.prompts['digest']}`, counts {run.prompts['counts']}"],
-        ["seed", str(run.recipe.seed)],
+        ["prompts", "" if own else f"digest `{run.prompts['digest']}`, counts {run.prompts['counts']}"],
+        ["seed", "" if own else str(run.recipe.seed)],
         ["made", f"{began[:10]} by OBLITERATUS {run.versions['obliteratus']}".lstrip()],
         ["with", ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "obliteratus")],
         ["citations", ", ".join(run.recipe.cite)],

@@ -14,7 +14,7 @@ from typing import Any
 
 from obliteratus.core.choices import GGUF_FORMS, Form, check_form_name
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import note
+from obliteratus.core.progress import note, shows_progress
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import check_disk, check_free, publish, write_atomic
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
@@ -31,12 +31,14 @@ from obliteratus.inference.logits import first_token_log_probs, kl_divergence
 from obliteratus.rebirth.base_card import read_base_card
 from obliteratus.rebirth.gguf import estimate_gguf_bytes, is_gguf, open_gguf_model, write_for_subject
 from obliteratus.rebirth.model_card import render_model_card
+from obliteratus.rebirth.own_plan import describe_own_plan
 from obliteratus.rebirth.reload_gguf import find_saved_gguf, with_llama_adapter
 from obliteratus.rebirth.tolerance import choose_tolerance, is_quantized
 from obliteratus.summon.load import open_subject
 from obliteratus.summon.load_offloaded import open_offloaded
 from obliteratus.summon.model_samples import sample_model
-from obliteratus.summon.sites import find_tied_ends
+from obliteratus.summon.sites import find_tied_ends, is_tied
+from obliteratus.weights.adapters import copy_merged, find_adapted
 from obliteratus.weights.bitsandbytes import padded_note_shapes
 from obliteratus.weights.config_entries import add_older_names, change_config, complete_config, find_text_key
 from obliteratus.weights.names import list_unpacked
@@ -56,26 +58,36 @@ SAMPLE = 8  # prompts of each group scored after reloading: a real mismatch show
 NEUTRAL = ("Name three colors.", "How many days has a week?", "Write one sentence about rain.")
 
 
+@shows_progress
 def save(
     subject: Subject,
     plan: Plan,
-    run: Run,
-    out: str | Path,
+    run: Run | None = None,
+    out: str | Path = "",
     form: Form = "merged",
     prompts: PromptSet | None = None,
     base: str = "",
 ) -> Run:
     """Save the plan, reload and rescore what was saved, move it to ``out`` if it matches, and return the saved run.
 
-    The subject is not changed. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT),
+    The subject is not changed. run: the record of the run that made the plan; None for a plan of one's own. out: a
+    folder that does not exist yet. form: ``merged`` (a whole model, as transformers loads it), ``adapter`` (PEFT),
     ``plan``, ``gguf`` (the GGUF file that the subject was loaded from, edited), or ``lora-gguf`` or ``control-vector``
     (for llama.cpp). prompts: held-out prompts to rescore with; neutral ones if None. base: the full-precision
     checkpoint that ``merged`` bakes into if the model is quantized; see `find_base_checkpoint`.
-    Raises UserError if the folder is in use, the disk is too small, the plan cannot be saved in that form, or the
-    reloaded model differs from the measured one.
+    Adapters that `wrap` found are merged into a copy. Raises UserError if the folder is in use, the disk is too small,
+    the plan cannot be saved in that form, or the reloaded model differs from the measured one.
+
+    >>> ob.save(subject, plan, out="edited", form="plan").saved["form"]
+    'plan'
     """
-    out = Path(out)
+    if not isinstance(run, Run | None) or not str(out):
+        raise UserError(
+            "save: name the output folder, as in save(subject, plan, out='edited') or save(…, run, 'edited')"
+        )
+    out, run = Path(out), run or describe_own_plan(subject, plan)
     check_free(out)
+    subject = _merge_adapters(subject, form)
     partial = out.with_name(out.name + ".saving")  # another name than that of a run that could be resumed
     check_disk(out, estimate_saved_bytes(subject, form, base), partial)
     partial.mkdir(parents=True, exist_ok=True)
@@ -107,6 +119,18 @@ def write_output(
         (folder / "README.md").write_text(render_model_card(run), encoding="utf-8")
         write_atomic(folder / "run.json", run.model_dump_json(indent=1))
     return run
+
+
+def _merge_adapters(subject: Subject, form: Form) -> Subject:
+    """Return the subject with its adapters in its weights. Raises UserError for a form in which they would be lost."""
+    if form == "plan" or not find_adapted(subject.model):
+        return subject
+    if form != "merged":
+        raise UserError(f"--save {form}: the model has adapters of its own, which only merged holds too; save that")
+    model = copy_merged(subject.model)
+    if not is_tied(model):  # an adapter of the embedding alone has parted it from the head
+        model.config.get_text_config().tie_word_embeddings = False
+    return replace(subject, model=model)
 
 
 def default_form(model: str) -> Form:

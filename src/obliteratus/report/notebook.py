@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from obliteratus.core.types import Activations, Change, Directions, Edit, Plan, Shift, Site, Subject
+from obliteratus.core.types import Activations, Change, Directions, Edit, Plan, PromptSet, Shift, Site, Subject
 from obliteratus.core.views import Rows, View, register_view
 from obliteratus.report.curves import PALETTE, Figure, add_legend, plot_curve
 from obliteratus.report.html import render_page
@@ -129,6 +129,15 @@ def _name_blocks(sites: Sequence[Site]) -> str:
     return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0])
 
 
+# ---------------------------------------------------------------------------------------- prompts
+def tabulate_prompts(prompts: PromptSet) -> Rows:
+    """Return a row for each prompt."""
+    columns = ["group", "prompt", "category", "split"]
+    rows = [[name, p.text, p.category, p.split] for name, members in prompts.groups.items() for p in members]
+    return columns, rows
+
+
+register_view(PromptSet, make_view(tabulate_prompts))
 register_view(Plan, make_view(tabulate_plan, draw_plan))
 register_view(Directions, make_view(tabulate_directions, draw_directions))
 register_view(Activations, make_view(tabulate_activations, draw_activations))

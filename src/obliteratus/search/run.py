@@ -13,7 +13,7 @@ from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
-from obliteratus.core.views import Plottable
+from obliteratus.core.views import Described, Plottable
 from obliteratus.excise.live.hooks import applied
 from obliteratus.pipeline.recipe import check_runs, without_trial_count
 from obliteratus.pipeline.run import evaluate_plan
@@ -37,8 +37,8 @@ MAX_CHECKED = 10
 PICKS = ("balanced", "first", "last")
 
 
-@dataclass(frozen=True)
-class FrontMember:
+@dataclass(frozen=True, repr=False)
+class FrontMember(Described):
     """One trial of the front, with the scores of the longer check."""
 
     trial: Trial
@@ -49,6 +49,11 @@ class FrontMember:
     scores: Mapping[str, float]
     records: Sequence[Mapping[str, Any]] = ()
     """The judged answers to search prompts of the longer check."""
+
+    def describe(self) -> str:
+        """Return the trial, its objectives and its plan."""
+        objectives = ", ".join(f"{value:.3g}" for value in self.objectives)
+        return f"trial {self.trial.number}, objectives {objectives}; {self.plan.describe()}"
 
 
 @dataclass(frozen=True, repr=False)

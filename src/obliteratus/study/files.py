@@ -29,6 +29,9 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | None = None) -
 
     Raises UserError for a missing study and for an invalid key or value. `study.data.check_study` checks whether its
     strategies and metrics exist.
+
+    >>> [step.use for step in ob.load_study("attention").strategies]
+    ['heads']
     """
     where = str(source)
     if Path(where).suffix in (".yaml", ".yml"):

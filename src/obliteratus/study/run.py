@@ -14,6 +14,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import progress
 from obliteratus.core.run_folder import check_identity, lock_folder, write_atomic
 from obliteratus.core.toml import dump_toml
+from obliteratus.core.types import Subject
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.data import check_study
 from obliteratus.study.settings import Study
@@ -24,7 +25,7 @@ from obliteratus.verify.answers import FILE as ANSWERS
 RESULTS = "results.jsonl"
 
 
-def run_study(
+def measure_study(
     study: Study,
     opening: Mapping[str, Any],
     folder: Path,
@@ -32,23 +33,24 @@ def run_study(
     resume: bool = False,
     workers: int = 1,
     ray: str = "",
+    subject: Subject | None = None,
 ) -> tuple[KnockoutResult, ...]:
     """Knock out every part that the study names, one at a time, measure, and return the baseline and all results.
 
     opening: options of `open_subject`, with which ``study.model`` is opened. folder: results are appended to its
     ``results.jsonl``, a few parts at a time; with ``resume`` those found there are not measured again. workers: number
     of processes, each with its own copy of the model and its share of the cores. ray: ``local``, or the address of the
-    Ray cluster on which the workers run.
+    Ray cluster on which the workers run. subject: the model, if it is in memory; then it is not opened.
 
     Raises UserError for what cannot work, before anything is measured.
     """
     check_study(study)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
-        check_identity(folder / "identity.json", study_identity(study) | fingerprint_files(study.model))
+        check_identity(folder / "identity.json", study_identity(study) | _identify_model(study, subject))
         (folder / "study.toml").write_text(dump_toml(study), encoding="utf-8")
         done = _load_finished(folder / RESULTS, resume)
-        with closing(_create_executor(study, opening, workers, ray)) as executor:
+        with closing(_create_executor(study, opening, workers, ray, subject)) as executor:
             _drop_unfinished(folder / ANSWERS, done)
             try:
                 return (*done, *_measure_rest(folder / RESULTS, executor, done))
@@ -61,7 +63,15 @@ def study_identity(study: Study) -> dict[str, Any]:
     return study.model_dump(mode="json", exclude={"name", "about", "output"})
 
 
-def _create_executor(study: Study, opening: Mapping[str, Any], workers: int, ray: str) -> Executor:
+def _identify_model(study: Study, subject: Subject | None) -> dict[str, str]:
+    return fingerprint_files(study.model) if subject is None else {"weights": subject.source.digest}
+
+
+def _create_executor(
+    study: Study, opening: Mapping[str, Any], workers: int, ray: str, subject: Subject | None
+) -> Executor:
+    if subject is not None:
+        return Local(study, opening, subject)
     if ray:
         return Ray(study, opening, workers, ray)
     return Processes(study, opening, workers) if workers > 1 else Local(study, opening)

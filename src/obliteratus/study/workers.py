@@ -14,6 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.plugins import list_plugin_files, load_plugin
+from obliteratus.core.progress import VARIABLE as PROGRESS
+from obliteratus.core.types import Subject
 from obliteratus.study.base import KnockoutResult
 from obliteratus.study.engine import Engine
 from obliteratus.study.settings import Study
@@ -42,9 +45,13 @@ class Executor(Protocol):
 class Local:
     """Measures in this process, on one model."""
 
-    def __init__(self, study: Study, opening: Mapping[str, Any]) -> None:
-        """opening: options of `open_subject`."""
-        self.engine = Engine.create(open_subject(study.model, **opening), study)
+    def __init__(
+        self, study: Study, opening: Mapping[str, Any], subject: Subject | None = None, plugins: Sequence[str] = ()
+    ) -> None:
+        """opening: options of `open_subject`, by which the model is opened unless it is given. plugins: files."""
+        for file in plugins:
+            load_plugin(file)
+        self.engine = Engine.create(subject or open_subject(study.model, **opening), study)
         self.knockouts = {knockout.component: knockout for knockout in self.engine.knockouts}
 
     def batches(self) -> list[Names]:
@@ -67,9 +74,10 @@ class Local:
 _LOCAL: list[Local] = []  # in a worker process: its only member
 
 
-def _open_local(study: Study, opening: Mapping[str, Any], threads: int) -> None:
+def _open_local(study: Study, opening: Mapping[str, Any], threads: int, plugins: Sequence[str]) -> None:
     torch.set_num_threads(threads)
-    _LOCAL.append(Local(study, opening))
+    os.environ[PROGRESS] = "off"  # the process that started this one shows how far all are
+    _LOCAL.append(Local(study, opening, plugins=plugins))
 
 
 def _batches() -> list[Names]:
@@ -88,7 +96,7 @@ class Processes:
     """Measures in several processes of this machine, each with its own model and its share of the cores."""
 
     def __init__(self, study: Study, opening: Mapping[str, Any], workers: int) -> None:
-        arguments = (study, dict(opening), max(1, (os.cpu_count() or 1) // workers))
+        arguments = (study, dict(opening), max(1, (os.cpu_count() or 1) // workers), list_plugin_files())
         # spawned, because a forked process would inherit locks of threads that it does not have
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_open_local, initargs=arguments)
 
@@ -118,7 +126,7 @@ class Ray:
         self.ray: Any = ray
         ray.init(address, log_to_driver=False, ignore_reinit_error=True)
         actor: Any = ray.remote(Local)
-        self.actors: list[Any] = [actor.remote(study, dict(opening)) for _ in range(workers)]
+        self.actors: list[Any] = [actor.remote(study, dict(opening), None, list_plugin_files()) for _ in range(workers)]
 
     def batches(self) -> list[Names]:
         batches: list[Names] = self.ray.get(self.actors[0].batches.remote())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from obliteratus.core.types import Change, Coverage, Edit, Mask, Plan, Site, Subject, ZeroOutput
 from obliteratus.summon.architectures import Architecture
 from obliteratus.summon.sites import choose_branches, list_blocks
+from obliteratus.weights.adapters import plain_module
 from obliteratus.weights.bitsandbytes import unpacked_shape
 from obliteratus.weights.matrices import count_inputs, count_outputs, expand_experts
 
@@ -115,4 +116,4 @@ def _edited_share(subject: Subject, site: Site, changes: Sequence[Change]) -> fl
 
 
 def _count_values(subject: Subject, site: Site) -> int:
-    return prod(unpacked_shape(subject.module(site.path).get_parameter(site.weight)))
+    return prod(unpacked_shape(plain_module(subject.module(site.path)).get_parameter(site.weight)))

@@ -73,11 +73,14 @@ def open_subject(
     ``8bit``, or with options of BitsAndBytesConfig.
 
     Raises UserError for whatever the user can correct, with one line that says what, where and what to do.
+
+    >>> ob.open_subject("model", dtype="float32")
+    <Subject: model, 8 blocks of width 32 in float32, 58 sites>
     """
     if not isinstance(source, str | Path):
         raise UserError(
             f"open_subject opens a folder, a file or a hub id, not a {type(source).__name__}; for a model in memory "
-            "use obliteratus.assemble_subject(model, tokenizer, id='a name')"
+            "use obliteratus.wrap(model, tokenizer)"
         )
     placement, torch_dtype = placement_arguments(device), parse_dtype(dtype)
     origin = locate(source)

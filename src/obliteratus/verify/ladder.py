@@ -50,11 +50,12 @@ def embed_files(settings: JudgeSettings) -> JudgeSettings:
     return settings.model_copy(update={"behavior": behavior, "phrases": phrases})
 
 
-def build_judge(settings: JudgeSettings, subject: Subject) -> Judge:
+def build_judge(settings: JudgeSettings, subject: Subject | None = None) -> Judge:
     """Return the judge that the settings describe.
 
-    A rung other than the phrases decides only if it agrees with the behavior's labeled answers (κ ≥ 0.6); a note says
-    so if it does not. Raises UserError if a behavior, a model or an endpoint cannot be used.
+    subject: the model that is judged, which only the rung ``self`` needs. A rung other than the phrases decides only if
+    it agrees with the behavior's labeled answers (κ ≥ 0.6); a note says so if it does not. Raises UserError if a
+    behavior, a model or an endpoint cannot be used.
     """
     behavior = load_behavior(settings.behavior, settings.phrases)
     rungs = {name: rung for name in settings.rungs if (rung := _open_rung(name, settings, behavior, subject))}
@@ -79,11 +80,13 @@ def wants_own_words(settings: JudgeSettings, judge: Judge, subject: Subject) -> 
     return settings.own_words and judge.behavior.has_openings and subject.offloaded is None
 
 
-def _open_rung(name: str, settings: JudgeSettings, behavior: Behavior, subject: Subject) -> Rung | None:
+def _open_rung(name: str, settings: JudgeSettings, behavior: Behavior, subject: Subject | None) -> Rung | None:
     """Return the rung of this name, or None for the classifier of a behavior that has none."""
     if name == CLASSIFIER:
         return None if behavior.classifier is None else load_classifier(behavior.classifier)
     if name == SELF:
+        if subject is None:
+            raise UserError("judge self: this rung asks the model itself, and there is none; give it as subject")
         return ModelRung(subject, behavior.question)
     if is_sequence_classifier(name):
         return open_sequence_classifier(name, settings.label, behavior.name)

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from obliteratus.core.errors import UserError, unknown_name
+from obliteratus.core.progress import shows_progress
 from obliteratus.core.registry import Registry
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import PromptSet, Subject
+from obliteratus.core.views import Described, Plottable
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.generate import IsDone, generate
 from obliteratus.inference.logits import first_token_log_probs
@@ -32,17 +35,22 @@ from obliteratus.verify.intervals import (
 )
 from obliteratus.verify.questions import Question
 
+SHOWN = 2  # scores in a measurement's line, which is to be read at a glance
 ITEM_PREFIX = "items/"  # of per-item values among the tensors of a saved measurement
 
 
-@dataclass(frozen=True)
-class ItemValues:
+@dataclass(frozen=True, repr=False)
+class ItemValues(Described):
     """One number per prompt, text or question."""
 
     values: Float[Tensor, " n"]
     unit: Literal["share", "nats", "perplexity", "tokens", "mean"]
     """share: 0 or 1 per item. nats, tokens, mean (any other number): averaged. perplexity: mean losses in nats, scored
     as exp of their mean."""
+
+    def describe(self) -> str:
+        """Return how many items there are, and their unit."""
+        return f"{len(self.values)} items in {self.unit}"
 
     def score(self) -> Score:
         """Return the average over items with its 95 % interval, if it has one."""
@@ -61,8 +69,8 @@ class ItemValues:
         return paired_difference(self.values, base.values, self.unit)
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Plottable):
     """The scores of one state of a model, and the per-item values, answers and tensors behind them."""
 
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -72,6 +80,17 @@ class Measurement:
     """What a later comparison needs, e.g. ``first_token.control`` [prompts, vocabulary]."""
     items: Mapping[str, ItemValues] = field(default_factory=dict)
     """Per-item values by name, which a study pairs with those of its baseline."""
+
+    def __getitem__(self, name: str) -> Score:
+        """Return a score by its name, such as ``refusal.target``. Raises UserError for one that was not measured."""
+        if name not in self.scores:
+            raise UserError(unknown_name("score", name, self.scores) if self.scores else "no score was measured")
+        return self.scores[name]
+
+    def describe(self) -> str:
+        """Return how many scores there are, and the first ones."""
+        shown = [f"{name} {str(score).partition(', n')[0]}" for name, score in [*self.scores.items()][:SHOWN]]
+        return ", ".join([f"{len(self.scores)} scores", *shown])
 
     def __or__(self, other: Measurement) -> Measurement:
         return Measurement(
@@ -162,6 +181,7 @@ scorers: Registry[Scorer] = Registry(
 )
 
 
+@shows_progress
 def measure(
     subject: Subject,
     prompts: PromptSet,
@@ -176,6 +196,9 @@ def measure(
     steps: scorers with their options, or by name alone. Raises UserError for a scorer or an option that does not exist.
     before, base: the unedited model's measurement, and that model (the subject itself while its edits are live).
     known: what is known beforehand, so that scorers need no passes of their own for it. judge: None looks for refusals.
+
+    >>> ob.measure(subject, prompts, ["behavior", ob.Step(use="first_token_kl")])["refusal.target"]
+    <Score: 100.0% (90.4–100.0%), n 36>
     """
     measured, judge = Measurement(), judge or Judge()
     for step in (Step(use=step) if isinstance(step, str) else step for step in steps):

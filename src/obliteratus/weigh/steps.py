@@ -27,20 +27,30 @@ Weigher = Callable[..., Tensor]
 weighers: Registry[Weigher] = Registry("weigh")
 
 
-def weigh_sites(
-    directions: Directions, sites: Sequence[Site], acts: Activations, steps: Sequence[Step]
-) -> Float[Tensor, " sites"]:
-    """Return the product of the factors of all steps that are not left out.
+NOTHING = Activations({}, -1)
 
-    Raises NothingMatchedError if every site has factor 0.
+
+def weigh_sites(
+    directions: Directions,
+    sites: Sequence[Site],
+    acts: Activations | None = None,
+    steps: Sequence[Step | str] = ("all",),
+) -> Float[Tensor, " sites"]:
+    """Return the product of the factors of all steps that are not left out, one for each site.
+
+    acts: may be left out if no step reads them. steps: with their options, or by name alone. Raises NothingMatchedError
+    if every site has factor 0.
+
+    >>> ob.weigh_sites(directions, subject.sites, acts, ["knee"]).shape
+    torch.Size([58])
     """
-    factors, steps = torch.ones(len(sites)), active_steps(steps)
-    for step in steps:
+    factors, active, acts = torch.ones(len(sites)), active_steps(steps), acts or NOTHING
+    for step in active:
         options = weighers.check(step.use, step.options)
         factors = factors * weighers[step.use].function(directions, sites, acts, **options)
     if not factors.any():
         raise NothingMatchedError(
-            f"recipe: the weigh steps {[s.use for s in steps]} leave no layer to edit; widen one of them"
+            f"recipe: the weigh steps {[s.use for s in active]} leave no layer to edit; widen one of them"
         )
     return factors
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from obliteratus.core.errors import UnsupportedModelError
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Site
+from obliteratus.weights.adapters import merged_module, plain_module
 from obliteratus.weights.bitsandbytes import dequantize, is_codes, is_packed, packed_matrix_shape
 from obliteratus.weights.devices import gather_tensor, is_sharded
 
@@ -26,8 +27,9 @@ def read_weight(module: nn.Module, site: Site) -> Float[Tensor, "out inp"]:
 
     For an embedding x is one-hot, so in = rows. The result is a view of the stored weight if its dtype allows: do not
     write into it. Weights packed by bitsandbytes are unpacked anew at each call. Raises UnsupportedModelError if the
-    weight is neither a plain float matrix nor packed by bitsandbytes.
+    weight is neither a plain float matrix nor packed by bitsandbytes. Active adapters of PEFT are part of the matrix.
     """
+    module = merged_module(module)
     if is_packed(module):  # [out, in] whatever the layout, because transformers transposes Conv1D before it packs
         return dequantize(module)
     _check_plain(module, site)
@@ -40,13 +42,13 @@ def read_bias(module: nn.Module, site: Site) -> Float[Tensor, " out"] | None:
     """Return b of y = Wx + b, fp32 (fp64 if stored so), or None; of a stack, that of `site.expert`."""
     if not has_bias(module, site):
         return None
-    bias = fetch_parameter(module, site.bias).detach()
+    bias = fetch_parameter(merged_module(module), site.bias).detach()
     return _select_expert(bias, site).to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def has_bias(module: nn.Module, site: Site) -> bool:
     """Return whether there is a bias; a stack has one for each expert."""
-    return site.bias in dict(module.named_parameters(recurse=False))
+    return site.bias in dict(plain_module(module).named_parameters(recurse=False))
 
 
 def count_inputs(module: nn.Module, site: Site) -> int:
@@ -61,6 +63,7 @@ def count_outputs(module: nn.Module, site: Site) -> int:
 
 def matrix_shape(module: nn.Module, site: Site) -> tuple[int, int]:
     """Return (out, in), the shape of `read_weight`, without reading the weight."""
+    module = plain_module(module)
     if is_packed(module):
         return packed_matrix_shape(module)
     first, second = _check_plain(module, site).shape[-2:]
@@ -106,6 +109,7 @@ def sample_weight(stored: nn.Module | Tensor, name: str = "weight") -> list[Any]
 
     name: name of the weight in the module; a module without it is sampled at its first parameter or buffer.
     """
+    stored = merged_module(stored) if isinstance(stored, nn.Module) else stored
     if isinstance(stored, nn.Module) and is_packed(stored):
         parts = {name: entry.detach().cpu().flatten() for name, entry in stored.state_dict().items()}
         parts["weight"] = parts["weight"].view(torch.uint8)  # the dtype of codes may be bfloat16

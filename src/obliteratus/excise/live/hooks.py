@@ -36,6 +36,11 @@ def applied(subject: Subject, plan: Plan) -> Iterator[None]:
     """Inside, the model computes as if the plan were baked into it; afterwards it is unchanged, bit for bit.
 
     Raises UserError if the plan was made for another model or edits what this one does not have.
+
+    >>> with ob.applied(subject, plan):
+    ...     edited = ob.measure(subject, prompts, ["behavior"])
+    >>> edited["refusal.target"]
+    <Score: 0.0% (0.0–9.6%), n 36>
     """
     with attached(compile_plan(subject, plan)):
         yield
@@ -81,6 +86,11 @@ def without_edits() -> Iterator[None]:
         yield
     finally:
         _PAUSED.reset(token)
+
+
+def are_edits_paused() -> bool:
+    """Return whether `without_edits` holds."""
+    return _PAUSED.get()
 
 
 _PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
