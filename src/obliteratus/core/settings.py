@@ -230,6 +230,10 @@ class Search(FrozenModel):
     degenerate_margin: float = Field(0.05, ge=0, le=1)  # two of 48 prompts: fewer more are within chance
     """And if at most this much more of its answers are degenerate than of the unedited model's, in each group that is
     answered: target and keep prompts in a trial, control prompts too in the check of the front."""
+    keep_margin: float = Field(1.0, ge=0, le=1)
+    """And if its rate on keep prompts is at most this much below the unedited model's. 1 is no limit."""
+    benign_margin: float = Field(1.0, ge=0, le=1)
+    """And if its rate on benign prompts is at most this much above the unedited model's. 1 is no limit."""
     # Working edits of organisms have up to 2.1 times, one that fell apart 2.8 and 3.3 (docs/experiments/informed.md).
     fluency_limit: float = Field(2.5, ge=1)
     """A member of the front is feasible if the scorer ``fluency``, where it runs, finds the perplexity of its answers

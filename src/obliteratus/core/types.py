@@ -62,7 +62,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass`` and ``keep``."""
+    """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass``, ``keep`` and ``benign``."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
     dropped: int = field(default=0, compare=False)

@@ -18,6 +18,7 @@ def load_prompts(
     bypass: str | Path | None = None,
     keep: str | Path | None = None,
     column: str | Mapping[str, str] = "",
+    benign: str | Path | None = None,
 ) -> PromptSet:
     """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
 
@@ -25,11 +26,12 @@ def load_prompts(
     ``hub:owner/name[@revision][:configuration][:split][:column]``, ``organism:NAME``, or ``behavior:NAME`` for the
     examples of a behavior. A row's prompt is in one of the usual columns (see `columns.COLUMNS`), as text or as a
     conversation, whose last user turn is asked behind the turns before it; ``category``, ``split`` and ``system`` are
-    optional. column: the column of the prompts, for all groups or by group.
+    optional. A source that ends in ``?COLUMN=VALUE`` stands for the rows with that value. column: the column of the
+    prompts, for all groups or by group. benign: prompts that should be answered, but look like some that should not.
     Raises UserError for a source that is missing, empty, binary or malformed, and for groups that `check_prompts`
     refuses.
     """
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
     for group, source in sources.items():
         if source is not None and not isinstance(source, str | Path):
             raise UserError(f"{group}: give a file or another source by name; for texts in memory make a PromptSet")

@@ -82,7 +82,8 @@ def describe_tuned(folder: Path, behavior: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ plots
 def plot_front(record: Record, names: Sequence[str], said: Sequence[str]) -> Plot:
     """Return the first two objectives of all trials, the unedited model and the front with its intervals."""
-    points = [_trial_point(trial, *trial["objectives"][:2]) for trial in record["all"]]
+    signs = find_signs(record)
+    points = [_trial_point(t, *(s * v for s, v in zip(signs, t["objectives"][:2], strict=False))) for t in record["all"]]
     base = record.get("base", {})
     if all(name in base for name in names[:2]):
         points.append(Point(base[names[0]], base[names[1]], "base", "the unedited model", r=LARGE))
@@ -90,10 +91,16 @@ def plot_front(record: Record, names: Sequence[str], said: Sequence[str]) -> Plo
     return make_plot([*points, *front], (said[0], said[1]), "trials and front", front, percent=True)
 
 
+def find_signs(record: Record) -> list[int]:
+    """Return −1 for each objective that is maximized, whose value trials hold negated, and else 1."""
+    return [-1 if name.startswith("-") else 1 for name in record["minimize"]]
+
+
 def plot_history(record: Record, index: int, name: str) -> Plot:
     """Return one objective trial by trial, with a line through the best so far."""
-    points = [_trial_point(trial, float(trial["number"]), trial["objectives"][index]) for trial in record["all"]]
-    best = accumulate((p.y for p in points), min)
+    sign = find_signs(record)[index]
+    points = [_trial_point(t, float(t["number"]), sign * t["objectives"][index]) for t in record["all"]]
+    best = accumulate((p.y for p in points), min if sign > 0 else max)
     line = [Point(p.x, y, "front", "") for p, y in zip(points, best, strict=True)]
     return make_plot(points, ("trial", name), f"{name}, trial by trial", line)
 
