@@ -104,7 +104,9 @@ def run(
         with start(clock):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force)
+            job = Job.create(
+                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
+            )
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
@@ -158,7 +160,9 @@ def search(
         with start(clock):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force)
+            job = Job.create(
+                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
+            )
         job = job.with_search(trials, storage, study, pick)
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)

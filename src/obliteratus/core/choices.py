@@ -54,7 +54,7 @@ def check_form_name(name: str) -> None:
 
 
 def split_condition(source: str) -> tuple[str, str]:
-    """Return a source of prompts and the condition that follows it, such as ``label=safe`` in ``xstest.csv?label=safe``.
+    """Return a source of prompts and the condition behind it, such as ``label=safe`` in ``xstest.csv?label=safe``.
 
     A file whose own name holds the sign is taken whole, without a condition.
     """

@@ -62,7 +62,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass``, ``keep`` and ``benign``."""
+    """Contrasting groups of prompts: always ``target`` and ``control``; ``bypass``, ``keep`` and ``benign`` at will."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
     dropped: int = field(default=0, compare=False)

@@ -16,12 +16,14 @@ MOST_CARDS = 8  # of each kind; all answers stand further down the page
 
 
 def describe_outcomes(run: Run) -> str:
-    """Return how many false refusals ended and how many true ones stayed; '' for a run without keep or benign prompts."""
+    """Return how many false refusals ended and how many true ones stayed; '' without keep and benign prompts."""
     clauses = []
     for group, outcome in OUTCOMES.items():
         if score := run.after.get(f"{outcome}.{group}"):
             was = _name_group(run, group)
-            clauses.append(f"{count(score)} {was} {'stayed' if outcome == 'kept' else 'ended'} ({format_percent(score)})")
+            clauses.append(
+                f"{count(score)} {was} {'stayed' if outcome == 'kept' else 'ended'} ({format_percent(score)})"
+            )
     said = "; ".join(clauses)
     return f"Where the answer showed it before: {said}." if said else ""
 
@@ -54,6 +56,6 @@ def pick_both_kinds(cards: Sequence[Card]) -> Mapping[str, list[Card]]:
         groups = [group for group, found in OUTCOMES.items() if found == outcome]
         shown = [card for card in cards if card.group in groups and card.sides[0].verdict in SHOWN]
         wrong = SHOWN if outcome == "ended" else ("absent", "unknown", "degenerate", "unfinished")
-        shown.sort(key=lambda card: card.sides[-1].verdict not in wrong)  # noqa: B023 — used at once
+        shown.sort(key=lambda card: card.sides[-1].verdict not in wrong)
         kinds[title] = shown[:MOST_CARDS]
     return kinds

@@ -84,9 +84,10 @@ def draw_front(result: SearchResult, figure: Any) -> None:
     x_name, y_name = (name.removeprefix("-") for name in names)
     axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, title=result.run.search["study"])
     for answered, color in ((False, ESTIMATED), (True, ANSWERED)):
-        points = [_point(t) for t in result.trials if t.answered == answered]
+        drawn = [_point(t) for t in result.trials if t.answered == answered]
+        points = [(signs[0] * x, signs[1] * y) for x, y in drawn]
         label = "answers" if answered else "estimated from first tokens"
-        axes.scatter([signs[0] * x for x, _ in points], [signs[1] * y for _, y in points], s=12, color=color, label=label)
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=12, color=color, label=label)
     line = [(signs[0] * x, signs[1] * y) for x, y, *_ in ((*m.objectives, m.trial.number) for m in result.front)]
     axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=FRONT, label="front, checked")
     axes.plot(*line[result.picked], "o", ms=11, mfc="none", color=FRONT, label="chosen")

@@ -19,7 +19,7 @@ GROUPS = ("target", "control")
 # Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
 CHECKED_PROMPTS = 48
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
-# Share of the keep answers that must stay: one of twenty is within chance, and the promise is nine in ten on other prompts.
+# Share of the keep answers that must stay, 0–1: one of twenty is within chance; the promise is nine in ten elsewhere.
 LEAST_KEPT = 0.95
 # Degenerate answers that may be added: two of 48 are within chance, as in a search (Search.degenerate_margin).
 DEGENERATE_MARGIN = 0.05
@@ -68,7 +68,7 @@ class SearchCheck:
         return Checked(rate, degenerate, float(kl.mean()), kept)
 
     def excess(self, checked: Checked, goal: float) -> float:
-        """Return by how much a plan leaves more of the behavior than the goal, adds more loops, or keeps less than it may.
+        """Return by how much a plan leaves more of the behavior than the goal, adds loops, or keeps less than it may.
 
         0 means that all limits hold.
         """

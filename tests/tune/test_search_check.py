@@ -1,0 +1,34 @@
+"""What search prompts say of keep prompts: only those that showed the behavior count, and losing them is an excess."""
+
+from __future__ import annotations
+
+import pytest
+from tests.support.refuser import REFUSAL, asked
+from tests.tune.test_balance import refusing, weak
+
+from obliteratus.core.types import Plan, Prompt, PromptSet
+from obliteratus.judge.judge import Judge
+from obliteratus.tune.search_check import LEAST_KEPT, SearchCheck
+
+
+def check_with(keep: tuple[Prompt, ...]) -> SearchCheck:
+    return SearchCheck(refusing(), PromptSet({**asked().groups, "keep": keep}), Judge(), 6)
+
+
+def test_only_what_showed_the_behavior_can_be_lost() -> None:
+    """Of the keep prompts half are answered from the start: they are neither kept nor lost."""
+    prompts = asked()
+    check = check_with((*prompts["target"][:6], *prompts["control"][:6]))
+    assert check.unedited.kept == 1
+    ends = weak(refusing(), REFUSAL)
+    found = check.check(ends)
+    assert (found.rate, found.kept) == (0, 0)
+    assert check.excess(check.unedited, 1.0) == 0
+    assert check.excess(found, 0.0) == pytest.approx(LEAST_KEPT)
+
+
+def test_without_such_prompts_nothing_is_kept_or_lost() -> None:
+    ends = weak(refusing(), REFUSAL)
+    for check in (check_with(asked()["control"]), SearchCheck(refusing(), asked(), Judge(), 6)):
+        assert check.check(Plan()).kept is None
+        assert check.excess(check.check(ends), 0.0) == 0
