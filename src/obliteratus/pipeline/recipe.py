@@ -107,8 +107,8 @@ def _check_optional_groups(recipe: Recipe, groups: Collection[str]) -> None:
     """Raise UserError for a group that is missing, as one whose rate a search is to change, and for bypass prompts that
     no step uses; say of keep prompts that they are only measured."""
     needs, name = collect_needs(recipe.distill), recipe.name or "the recipe"
-    aims = {aim.partition(".")[2] for aim in (recipe.search.minimize if recipe.search else ())}
-    aims = {*recipe.needs, *(aims & {"keep", "benign"})}
+    searched = {aim.partition(".")[2] for aim in (recipe.search.minimize if recipe.search else ())}
+    aims = {*recipe.needs, *(searched & {"keep", "benign"})}
     if missing := sorted(aims - {*groups}):
         raise UserError(f"--{missing[0]} is missing: {name} needs {missing[0]} prompts beside target and control")
     if "bypass" in groups and "bypass" not in needs:

@@ -47,7 +47,7 @@ class Tuned:
 
 
 def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
-    """Return the plans for which no other leaves at most as much at a smaller KL and keeps as much, the gentlest first."""
+    """Return the plans for which no other leaves as little at as small a KL and keeps as much, the gentlest first."""
     found = [p.checked for p in points]
     front = [points[i] for i in pareto_front([(c.rate, c.kl, -(c.kept or 0.0)) for c in found])]
     return sorted(front, key=lambda point: point.checked.kl)
