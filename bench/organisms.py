@@ -43,7 +43,7 @@ def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
     model, _, behavior = name.partition(":")
     if behavior:
         head = load_behavior(behavior).head
-        prompts = load_prompts(head.target, head.control)
+        prompts = load_prompts(head.target, head.control, keep=head.keep or None)
     else:
         source = f"organism:{model.partition('@')[0]}"
         prompts = load_prompts(source, source, keep=source if name in KEEPING else None)

@@ -7,8 +7,14 @@ from tests.support.refuser import REFUSAL, asked
 from tests.tune.test_balance import refusing, weak
 
 from obliteratus.core.types import Plan, Prompt, PromptSet
+from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.judge.judge import Judge
 from obliteratus.tune.search_check import LEAST_KEPT, SearchCheck
+
+
+def ends_refusals() -> Plan:
+    """Twice a weak removal of what it refuses by."""
+    return scale_plan(weak(refusing(), REFUSAL), 2 / weak(refusing(), REFUSAL).edits[0].strength)  # type: ignore[union-attr]
 
 
 def check_with(keep: tuple[Prompt, ...]) -> SearchCheck:
@@ -20,7 +26,7 @@ def test_only_what_showed_the_behavior_can_be_lost() -> None:
     prompts = asked()
     check = check_with((*prompts["target"][:6], *prompts["control"][:6]))
     assert check.unedited.kept == 1
-    ends = weak(refusing(), REFUSAL)
+    ends = ends_refusals()
     found = check.check(ends)
     assert (found.rate, found.kept) == (0, 0)
     assert check.excess(check.unedited, 1.0) == 0
@@ -28,7 +34,7 @@ def test_only_what_showed_the_behavior_can_be_lost() -> None:
 
 
 def test_without_such_prompts_nothing_is_kept_or_lost() -> None:
-    ends = weak(refusing(), REFUSAL)
+    ends = ends_refusals()
     for check in (check_with(asked()["control"]), SearchCheck(refusing(), asked(), Judge(), 6)):
         assert check.check(Plan()).kept is None
         assert check.excess(check.check(ends), 0.0) == 0
