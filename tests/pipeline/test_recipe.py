@@ -148,7 +148,7 @@ def test_every_method_runs_with_the_groups_that_it_needs(name: str) -> None:
     bypass = {"bypass"} & collect_needs(recipe.distill)
     check_runs(recipe, ["target", "control", "keep", *bypass, *recipe.needs])
     for group in recipe.needs:
-        with pytest.raises(UserError, match=f"--{group} is missing: {name} needs {group} prompts"):
+        with pytest.raises(UserError, match=f"--{group}"):
             check_runs(recipe, {"target", "control", "keep", *bypass} - {group})
     if not bypass:
         with pytest.raises(UserError, match=r"no step of .* uses bypass prompts"):
