@@ -31,7 +31,7 @@ class TunedPlan:
     """Factor on all strengths after the last step."""
 
     def describe(self) -> dict[str, float]:
-        """Return what search prompts say, as plain numbers. ``kl`` is that of `Checked`, not the loss of the same name."""
+        """Return what search prompts say, as plain numbers. ``kl`` is that of `Checked`, not the loss of this name."""
         loss = {name: float(value) for name, value in vars(self.loss).items()}
         checked = {name: value for name, value in vars(self.checked).items() if value is not None}
         return {**loss, **checked, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
