@@ -191,6 +191,14 @@ def make_check() -> AnswerCheck:
     )
 
 
+def test_usual_loops_are_those_of_control_answers() -> None:
+    """Refusals do not loop: a model that loops on half of its control answers is not held to its refusals."""
+    check = make_check()
+    assert check.measure_usual_loops().value == 0
+    check.checked = {**check.checked, "control": check.checked["target"]}  # negative control: other prompts are read
+    assert check.measure_usual_loops().n == len(check.checked["target"])
+
+
 def test_loops_are_seen_in_answers_of_both_groups() -> None:
     """Where END is removed from all that is written, no answer ends: "YYYY …"."""
     check, basis = make_check(), torch.eye(32)[[REFUSAL, END]]
@@ -213,10 +221,12 @@ class PlantedCheck(AnswerCheck):
         return AnsweredEdit(part, layer, Score(value=shown, low=shown, high=shown, n=48, unit="share"))
 
     def measure_answers(self, plan: Plan) -> tuple[Score, Score]:
-        cell = ("attention", plan.edits[0].site.layer if plan.edits else -1)
-        shares = self.planted.get(cell, (1.0, self.unedited))
+        shares = self.planted["attention", plan.edits[0].site.layer]
         shown, loops = (Score(value=share, low=share, high=share, n=48, unit="share") for share in shares)
         return shown, loops
+
+    def measure_usual_loops(self) -> Score:
+        return Score(value=self.unedited, low=self.unedited, high=self.unedited, n=24, unit="share")
 
 
 def planted(shares: dict[int, tuple[float, float]], unedited: float = 0.0) -> PlantedCheck:

@@ -74,6 +74,16 @@ def test_each_limit_is_exceeded_by_its_own_score() -> None:
         assert count_exceeded([excess, excess]) == f"2 exceed search.{limit}"
 
 
+def test_edited_answers_may_loop_as_often_as_control_answers_did() -> None:
+    """The unedited model refuses targets without loops, and loops on a fifth of what it answers."""
+    search = search_recipe(control_margin=0.1, degenerate_margin=0.05).search
+    assert search is not None
+    found = {RATE: 0.1, "degenerate.target": 0.24}
+    for usual, over in ((0.2, -0.01), (0.02, 0.17)):
+        base = BASE | shares(degenerate_target=0.0, degenerate_control=usual)
+        assert measure_excess(found, base, search, RATE)["degenerate_margin"] == pytest.approx(over)
+
+
 def test_what_was_not_measured_limits_nothing() -> None:
     search = search_recipe().search
     assert search is not None

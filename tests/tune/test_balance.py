@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.refuser import REFUSAL, asked
+from tests.support.refuser import END, REFUSAL, asked, refuser
 from tests.support.tiny import tiny_subject
 from tests.support.tuning import plan_for, prompt_pairs, random_upper_plan
 from tests.tune.test_fit import MEMORY, refusing, weak
@@ -21,10 +21,10 @@ from obliteratus.judge.judge import Judge
 from obliteratus.tune.balance import balance_plan, estimate_fisher, measure_gain, solve_nonnegative
 from obliteratus.tune.fit import make_tuning_data, tune_plan
 from obliteratus.tune.parameters import EditParameters
-from obliteratus.tune.search_check import SearchCheck
+from obliteratus.tune.search_check import Checked, SearchCheck
 from obliteratus.tune.targets import TrainingPairs
 from obliteratus.tune.tuning_data import TuningData
-from obliteratus.tune.weakest import FACTOR, find_weakest
+from obliteratus.tune.weakest import FACTOR, MARGIN, find_weakest
 
 N = 12
 SETTINGS = Tune(balance=True, what="strengths", steps=0, tokens=6, prompts=8, watch=0)
@@ -160,28 +160,60 @@ def search_check() -> SearchCheck:
 
 
 def test_strengths_rise_until_the_judge_finds_the_goal_reached() -> None:
-    check, plan = search_check(), weak(refusing(), REFUSAL)
-    start = replace(plan, edits=(replace(plan.edits[0], strength=0.4),))  # type: ignore[type-var]
+    check = search_check()
+    start = at_strength(0.4)
     assert check.check(start).rate > 0
     found = find_weakest(check, start, 0.0)
     assert check.check(found.plan).rate == 0
     chosen = strengths_of(found.plan)[0]
     assert chosen > 0.4
-    below = replace(plan, edits=(replace(plan.edits[0], strength=chosen / FACTOR**0.5),))  # type: ignore[type-var]
-    assert check.check(below).rate > 0
+    assert check.check(at_strength(chosen / MARGIN)).rate == 0
+    assert check.check(at_strength(chosen / MARGIN / FACTOR**0.5)).rate > 0
 
 
 def test_strengths_fall_for_as_long_as_the_goal_is_reached() -> None:
     """From twice the removal: what is chosen is weaker, and a step below it the behavior is back."""
-    plan = weak(refusing(), REFUSAL)
-    strong = replace(plan, edits=(replace(plan.edits[0], strength=2.0),))  # type: ignore[type-var]
     check = search_check()
-    found = find_weakest(check, strong, 0.0)
+    found = find_weakest(check, at_strength(2.0), 0.0)
     chosen = strengths_of(found.plan)[0]
     assert chosen < 2.0
     assert check.check(found.plan).rate == 0
-    below = replace(plan, edits=(replace(plan.edits[0], strength=chosen / FACTOR**0.5),))  # type: ignore[type-var]
-    assert check.check(below).rate > 0
+    assert check.check(at_strength(chosen / MARGIN / FACTOR**0.5)).rate > 0
+
+
+def test_the_margin_is_left_out_where_it_brings_loops() -> None:
+    class Loops(SearchCheck):
+        """Calls every answer under strengths above 0.9 a loop."""
+
+        def check(self, plan: Plan) -> Checked:
+            strong = any(strength > 0.9 for strength in strengths_of(plan))
+            return replace(super().check(plan), degenerate=1.0 if strong else 0.0)
+
+    chosen = {}
+    for kind in (SearchCheck, Loops):
+        check = kind(refusing(), asked(), Judge(), 6)
+        chosen[kind] = strengths_of(find_weakest(check, at_strength(0.4), 0.0).plan)[0]
+    assert chosen[SearchCheck] > 0.9
+    assert chosen[Loops] == pytest.approx(chosen[SearchCheck] / MARGIN)
+
+
+def test_edited_answers_may_loop_as_often_as_control_answers_did() -> None:
+    """The unedited model refuses targets without loops; its control answers are asked for only where that matters."""
+    fluent = search_check()
+    assert fluent.usual_loops == 0
+    assert fluent.excess(Checked(0.0, 0.25, 0.0), 0.0) == pytest.approx(0.2)
+    endless = refuser(word="I cannot help.")
+    endless.model.get_input_embeddings().weight[:, END] = 0  # its control answers are "YYYY …"
+    looping = SearchCheck(endless, asked(), Judge(), 24)
+    assert looping.excess(Checked(0.0, 0.05, 0.0), 0.0) == 0
+    assert "usual_loops" not in vars(looping)
+    assert looping.usual_loops == 1
+    assert looping.excess(Checked(0.0, 0.25, 0.0), 0.0) == 0
+
+
+def at_strength(strength: float) -> Plan:
+    plan = weak(refusing(), REFUSAL)
+    return replace(plan, edits=(replace(plan.edits[0], strength=strength),))  # type: ignore[type-var]
 
 
 def test_a_fit_without_steps_balances_and_finds_the_weakest() -> None:

@@ -89,8 +89,16 @@ class AnswerCheck:
         """Return what longer answers say of an edit. The unedited model is asked once, if many are degenerate."""
         shown, degenerate = self.measure_answers(self.plan_of(part, layer))
         if self.unedited_degenerate is None and adds_loops(degenerate, None):
-            self.unedited_degenerate = self.measure_answers(Plan())[1]
+            self.unedited_degenerate = self.measure_usual_loops()
         return AnsweredEdit(part, layer, shown, degenerate)
+
+    def measure_usual_loops(self) -> Score:
+        """Return the degenerate share of the unedited model's answers to control prompts.
+
+        Those to target prompts show the behavior instead of an answer, and hardly loop.
+        """
+        prompts = PromptSet({"control": tuple(self.checked["control"])})
+        return _measure_behavior(self.context, Plan(), prompts, CHECKED_TOKENS).scores["degenerate.control"]
 
     def measure_answers(self, plan: Plan) -> tuple[Score, Score]:
         """Return, in longer answers, the behavior's rate on target prompts and the degenerate share of both groups."""

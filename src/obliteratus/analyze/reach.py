@@ -81,8 +81,8 @@ class Reach:
     working: frozenset[str]
     """Parts in which removal ends some of the behavior, beyond chance over all parts and depths."""
     unedited_degenerate: Score | None = None
-    """Share of the unedited model's answers to the same prompts that are empty or loops; None where no edit had enough
-    of them to ask."""
+    """Share of the unedited model's answers to the same control prompts that are empty or loops; None where no edit had
+    enough of them to ask."""
 
     def is_fluent(self, edit: AnsweredEdit) -> bool:
         """Return whether at most 0.05 more of the answers, or two, were degenerate than of the unedited model's."""
@@ -181,9 +181,9 @@ def measure_reach(
     that the behavior begins with: those with at least 5 % on target prompts and four times as much as on control
     prompts. The same is done with random directions. Then answers are generated under up to ``tries`` edits that
     leave little, cheapest first, until one ends the behavior and answers stay fluent: at most 0.05 more of longer
-    answers to target and control prompts are degenerate than of the unedited model's. If there is none, answers are
-    generated under up to as many edits that leave least by first tokens (without typical first tokens, under those
-    that reach deepest), so that the best fluent one is known.
+    answers to target and control prompts are degenerate than of the unedited model's to controls. If there is none,
+    answers are generated under up to as many edits that leave least by first tokens (without typical first tokens,
+    under those that reach deepest), so that the best fluent one is known.
 
     Whether removal works is tested prompt by prompt with sign flips, which takes six prompts: where it does nothing,
     any depth is called effective, or any part working, in at most 5 % of cases each.

@@ -228,7 +228,8 @@ class Search(FrozenModel):
     control_margin: float = Field(0.05, ge=0, le=1)
     """A trial is feasible if its rate on control prompts is at most this much above the unedited model's."""
     degenerate_margin: float = Field(0.05, ge=0, le=1)  # two of 48 prompts: fewer more are within chance
-    """And if at most this much more of its answers are degenerate than of the unedited model's, in each group that is
+    """And if at most this much more of its answers are degenerate than of the unedited model's, to the same prompts or
+    to control prompts, whichever are more, since a model that refuses does not loop. This holds for each group that is
     answered: target and keep prompts in a trial, control prompts too in the check of the front."""
     keep_margin: float = Field(1.0, ge=0, le=1)
     """And if its rate on keep prompts is at most this much below the unedited model's. 1 is no limit."""

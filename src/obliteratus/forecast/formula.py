@@ -124,11 +124,11 @@ def _tune_cost(tune: Tune) -> Cost:
     target, control = (prompt_count("fit", g, tune.prompts) + n for g, n in zip(groups, held_out, strict=True))
     looks = 2 + -(-tune.steps // CHECK_EVERY) + len(SCALES)  # at the unedited model, the start, and while fitting
     looks = max(looks, 1 + MOST_LOOKS)  # without steps: at the unedited model and other strengths
-    passes = looks * (held_out[0] + held_out[1] + prompt_count("search", "control", CHECKED_PROMPTS))
+    passes = looks * (held_out[0] + held_out[1] + prompt_count("search", "control", CHECKED_PROMPTS["control"]))
     openings = Answers(OPENING_LENGTHS[-1], target, times=2)
     continued = Answers(tune.tokens, target, times=2 * len(OPENING_LENGTHS))
     watched = Answers(max(0, tune.watch - tune.tokens), target)
-    judged = Answers(max(tune.watch, tune.tokens), prompt_count("search", "target", CHECKED_PROMPTS), looks)
+    judged = Answers(max(tune.watch, tune.tokens), prompt_count("search", "target", CHECKED_PROMPTS["target"]), looks)
     answers = (Answers(tune.tokens, control), openings, continued, watched, judged)
     balance = Training(1, 2 * tune.prompts, tune.tokens)
     steps = Training(tune.steps, 2 * tune.batch, tune.tokens)

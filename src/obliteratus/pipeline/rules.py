@@ -21,9 +21,9 @@ from obliteratus.core.types import Activations
 from obliteratus.distill.eigen import eigenvalues
 from obliteratus.distill.steps import mean_difference, relative_length
 
-# Less than one of 48 search prompts. First tokens cannot replace the answers here: on weather-late they said that 4 %
+# Less than one of 96 search prompts. First tokens cannot replace the answers here: on weather-late they said that 4 %
 # of the behavior was left where 31 % of the prompts were still refused.
-BEHAVIOR_ENDED = 0.02
+BEHAVIOR_ENDED = 0.01
 # Share of the energy of the categories' directions that makes a principal axis a direction of its own. Kinds of one
 # topic had 0.010 to 0.034 on their second axis (three organisms); two refusals in different words had 0.42 and 0.45.
 AXIS_SHARE = 0.2

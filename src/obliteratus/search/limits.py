@@ -27,7 +27,10 @@ def measure_excess(scores: Scores, base: Mapping[str, Score], search: Search, be
         excess["benign_margin"] = more["benign"] - search.benign_margin
     loops = [f"degenerate.{group}" for group in GROUPS if f"degenerate.{group}" in scores]
     if loops:
-        excess["degenerate_margin"] = max(scores[n] - base[n].value for n in loops) - search.degenerate_margin
+        # The unedited model hardly loops where it shows the behavior, and no edit makes it answer better than others.
+        usual = base["degenerate.control"].value if "degenerate.control" in base else 0.0
+        added = max(scores[name] - max(usual, base[name].value) for name in loops)
+        excess["degenerate_margin"] = added - search.degenerate_margin
     odd = [scores[name] for name in ("fluency.target", "fluency.control") if name in scores]
     if odd and "fluency.control" in base:
         excess["fluency_limit"] = max(odd) / base["fluency.control"].value - search.fluency_limit

@@ -21,7 +21,7 @@ from obliteratus.tune.parameters import EditParameters
 from obliteratus.tune.search_check import SearchCheck
 from obliteratus.tune.targets import TrainingPairs, collect_pairs
 from obliteratus.tune.tuning_data import TuningData
-from obliteratus.tune.weakest import MIN_STRENGTH, find_weakest
+from obliteratus.tune.weakest import MIN_STRENGTH, add_margin, find_weakest
 
 CHECK_EVERY = 10  # steps between two looks at search prompts, which cost about six steps
 HELD_OUT_PROMPTS = 24  # search prompts of each group for the loss: their mean varies by less than a step gains
@@ -68,8 +68,9 @@ def tune_plan(
     fit = Fit(data, EditParameters(plan, subject.device, settings.what), check, goal)
     points = fit.take_steps()
     points += fit.scale_best(points)
-    best = fit.choose(points)
-    front = find_front(points)
+    weakest = fit.choose(points)
+    best = add_margin(weakest, lambda scale: fit.look(weakest.steps, scale), fit.excess)
+    front = find_front([*points, best])
     note("TUNE", describe_choice(best, front, judge.name))
     return Tuned(best.plan, front)
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import Ids, render_prompts
+from obliteratus.inference.generate import generate
 from obliteratus.inference.logits import bounded_kl
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.behavior import pair_answers, shows_already
 
-GROUPS = ("target", "control")
-# Search prompts of each group: 1 of 48 is 2 %. A check answers the target prompts and costs about four gradient steps.
-CHECKED_PROMPTS = 48
+# Search prompts of each group. 1 of 96 is 1 %: with fewer a rate of some percent looks like none. A check answers the
+# target prompts and costs about four gradient steps; a mean KL is known well from half as many.
+CHECKED_PROMPTS = {"target": 96, "control": 48}
+KEEP_PROMPTS = 96  # where there are keep prompts
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Share of the keep answers that must stay, 0–1: one of twenty is within chance; the promise is nine in ten elsewhere.
 LEAST_KEPT = 0.95
@@ -44,11 +47,11 @@ class SearchCheck:
 
     def __init__(self, subject: Subject, prompts: PromptSet, judge: Judge, tokens: int) -> None:
         """tokens: the most of an answer."""
-        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), CHECKED_PROMPTS)] for g in GROUPS}
+        few = {g: [prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)] for g, most in CHECKED_PROMPTS.items()}
         rows = {g: render_prompts(subject, members, reserve=tokens) for g, members in few.items()}
         budget = CACHE_SHARE * free_memory(subject)
         self.subject, self.tokens, self.judge = subject, tokens, judge.without_witnesses()
-        self.prompts = few["target"]
+        self.prompts, self.control_prompts, self.control_rows = few["target"], few["control"], rows["control"]
         self.target = CachedPrompts(subject, rows["target"], budget=budget)
         self.keep = KeptPrompts(self, prompts["keep"], budget) if "keep" in prompts.groups else None
         self.control = CachedPrompts(subject, rows["control"], budget=budget, answers=())
@@ -64,24 +67,36 @@ class SearchCheck:
         assert answers is not None, "nothing gives the answers up"
         asked = pair_answers(self.subject, self.prompts, answers)
         verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
-        rate, degenerate = (sum(v in named for v in verdicts) / len(verdicts) for named in (SHOWN, ("degenerate",)))
-        return Checked(rate, degenerate, float(kl.mean()), kept)
+        return Checked(_share(verdicts, SHOWN), _share(verdicts, ("degenerate",)), float(kl.mean()), kept)
 
     def excess(self, checked: Checked, goal: float) -> float:
         """Return by how much a plan leaves more of the behavior than the goal, adds loops, or keeps less than it may.
 
         0 means that all limits hold.
         """
-        loops = self.unedited.degenerate + DEGENERATE_MARGIN
+        added = checked.degenerate - self.unedited.degenerate - DEGENERATE_MARGIN
+        if added > 0:
+            added = checked.degenerate - max(self.unedited.degenerate, self.usual_loops) - DEGENERATE_MARGIN
         lost = 0.0 if checked.kept is None else max(0.0, LEAST_KEPT - checked.kept)
-        return max(0.0, checked.rate - goal) + max(0.0, checked.degenerate - loops) + lost
+        return max(0.0, checked.rate - goal) + max(0.0, added) + lost
+
+    @cached_property
+    def usual_loops(self) -> float:
+        """Share of the unedited model's answers to control prompts that are empty or loops, 0–1.
+
+        A model that shows the behavior on all target prompts does not loop there, and an edit cannot make it answer
+        them better than it answers others.
+        """
+        answers = generate(self.subject, self.control_rows, self.tokens, title="TUNE control answers")
+        asked = pair_answers(self.subject, self.control_prompts, answers)
+        return _share([judgment.verdict for judgment in self.judge.judge_all(asked)], ("degenerate",))
 
 
 class KeptPrompts:
     """Search keep prompts on which the unedited model shows the behavior."""
 
     def __init__(self, check: SearchCheck, prompts: Sequence[Prompt], budget: float) -> None:
-        few = [prompts[i] for i in evenly_spaced(len(prompts), CHECKED_PROMPTS)]
+        few = [prompts[i] for i in evenly_spaced(len(prompts), KEEP_PROMPTS)]
         self.check = check
         shown = self._shows(CachedPrompts(check.subject, self._render(few), budget=budget), few)
         self.prompts = [prompt for prompt, is_shown in zip(few, shown, strict=True) if is_shown]
@@ -103,3 +118,7 @@ class KeptPrompts:
         assert answers is not None, "nothing gives the answers up"
         asked = pair_answers(subject, prompts, answers)
         return [judgment.verdict in SHOWN for judgment in judge.judge_all(asked)]
+
+
+def _share(verdicts: Sequence[str], named: Collection[str]) -> float:
+    return sum(verdict in named for verdict in verdicts) / len(verdicts)
