@@ -11,9 +11,12 @@ from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.parameters import drop_weak_edits
 from obliteratus.tune.search_check import SearchCheck
 
-# Two neighboring strengths that are tried differ by 1.3 times, the last ones by half of such a step. Eleven reach from
-# 0.12 to 10 times the first, the margin included: with keep prompts the first may be too weak by a factor of three.
-FACTOR, MOST_LOOKS = 1.3, 11
+# Two neighboring strengths that are tried differ by 1.3 times, the last ones by half of such a step. Seven reach from
+# 0.35 to 3.7 times the first, the margin included.
+FACTOR, MOST_LOOKS = 1.3, 7
+# Further looks where there are keep prompts. The first strengths are then too weak, on two organisms by more than 2.9 times
+# (docs/experiments/over-refusal.md): refusals to keep cost as much as control prompts, and gains are of first order.
+MORE_WITH_KEEP = 4
 # Factor on the weakest strengths that reach the goal. They are chosen on the prompts that say so, and others need more:
 # none of 96 search prompts was 2 % of fit prompts on astronomy, and 6 % of report prompts on clocks-ships. Half of this
 # factor left half as many on both. It raises the KL about as much.
@@ -68,8 +71,9 @@ class Looks:
     def bracket(self, goal: float) -> list[TunedPlan]:
         """Look at strengths on both sides of the goal and between the two, and return all."""
         scale, raises = 1.0, self.at(1.0).checked.rate > goal
-        with progress("TUNE strength", MOST_LOOKS - 3) as advance:
-            for _ in range(MOST_LOOKS - 3):
+        steps = MOST_LOOKS - 3 + (MORE_WITH_KEEP if self.check.keep else 0)
+        with progress("TUNE strength", steps) as advance:
+            for _ in range(steps):
                 last, scale = scale, scale * (FACTOR if raises else 1 / FACTOR)
                 advance(1)
                 if (self.at(scale).checked.rate > goal) != raises:
