@@ -14,8 +14,8 @@ from obliteratus.tune.search_check import SearchCheck
 # Two neighboring strengths that are tried differ by 1.3 times, the last ones by half of such a step. Seven reach from
 # 0.35 to 3.7 times the first, the margin included.
 FACTOR, MOST_LOOKS = 1.3, 7
-# Further looks where there are keep prompts, with which the first strengths are too weak, on two organisms by more than
-# 2.9 times (docs/experiments/over-refusal.md): what is to be kept costs as control prompts do, and gains are first-order.
+# Further looks where there are keep prompts. There the first strengths are too weak, on two organisms by more than 2.9
+# times (docs/experiments/over-refusal.md): what is to be kept costs as control prompts do, and gains are first-order.
 MORE_WITH_KEEP = 4
 # Factor on the weakest strengths that reach the goal. They are chosen on the prompts that say so, and others need more:
 # none of 96 search prompts was 2 % of fit prompts on astronomy, and 6 % of report prompts on clocks-ships. Half of this
