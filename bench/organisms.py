@@ -18,6 +18,7 @@ from obliteratus.verify import Measurement
 from obliteratus.weights.organism import CHOOSING
 
 ASTRONOMY, TWO_TOPICS = "astronomy", "gardening-railways"
+KEEPING = (TWO_TOPICS, "clocks-ships")  # organisms that refuse two topics
 Role = Literal["choosing", "reported"]
 
 
@@ -42,10 +43,10 @@ def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
     model, _, behavior = name.partition(":")
     if behavior:
         head = load_behavior(behavior).head
-        prompts = load_prompts(head.target, head.control)
+        prompts = load_prompts(head.target, head.control, keep=head.keep or None)
     else:
         source = f"organism:{model.partition('@')[0]}"
-        prompts = load_prompts(source, source, keep=source if name == TWO_TOPICS else None)
+        prompts = load_prompts(source, source, keep=source if name in KEEPING else None)
     return Organism(open_organism(model), shorten(prompts, quick, smoke), behavior or "refusal")
 
 

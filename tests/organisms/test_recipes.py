@@ -26,11 +26,11 @@ SHORT = {"verify": [{"use": "behavior", "tokens": TOKENS}, {"use": "first_token_
 pytestmark = pytest.mark.organism
 
 
-def sample(name: str, keep: bool) -> PromptSet:
-    """FIT fit prompts of each group, and N report prompts spread over those that there are."""
+def sample(name: str, keep: bool, search: int = 0) -> PromptSet:
+    """FIT fit prompts of each group, some search prompts, and N report prompts spread over those that there are."""
     source = f"organism:{name}"
     whole = load_prompts(source, source, keep=source if keep else None)
-    return PromptSet({group: few(members) for group, members in whole.groups.items()})
+    return PromptSet({group: few(members, search=search) for group, members in whole.groups.items()})
 
 
 def scores(
@@ -49,7 +49,7 @@ def scores(
 def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
     subject, prompts = (
         open_subject("organism:gardening-railways", dtype="bf16"),
-        sample("gardening-railways", keep=True),
+        sample("gardening-railways", keep=True, search=N),
     )
     known: dict[str, Any] = {}
     before, calibrated = scores("calibrated", subject, prompts, known=known)

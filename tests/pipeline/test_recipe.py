@@ -146,10 +146,13 @@ def test_heretic_has_its_published_space() -> None:
 def test_every_method_runs_with_the_groups_that_it_needs(name: str) -> None:
     recipe = load_recipe(name)
     bypass = {"bypass"} & collect_needs(recipe.distill)
-    check_runs(recipe, ["target", "control", "keep", *bypass])
+    check_runs(recipe, ["target", "control", "keep", *bypass, *recipe.needs])
+    for group in recipe.needs:
+        with pytest.raises(UserError, match=f"--{group}"):
+            check_runs(recipe, {"target", "control", "keep", *bypass} - {group})
     if not bypass:
         with pytest.raises(UserError, match=r"no step of .* uses bypass prompts"):
-            check_runs(recipe, ["target", "control", "keep", "bypass"])
+            check_runs(recipe, ["target", "control", "keep", "bypass", *recipe.needs])
 
 
 def test_analyses_are_checked_before_weights_are_loaded() -> None:

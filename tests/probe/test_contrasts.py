@@ -73,6 +73,33 @@ def test_the_solution_is_that_of_the_dense_matrix() -> None:
     torch.testing.assert_close(solve_second_moment(last, others, rows), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_one_more_row_is_a_partial_orthogonalization() -> None:
+    """A keep prompt's output k beside others: M⁻¹d loses λ of its component along k, λ = w·kM⁻¹k / (1 + w·kM⁻¹k)."""
+    generator = torch.Generator().manual_seed(0)
+    others, k, d = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 1, 1))
+    floor = contrasts.FLOOR * (contrasts.LAST_SHARE * k.square().sum() / 8 + 0.7 * others.square().sum() / 40 / 8)
+    rest = (1 - contrasts.FLOOR) * 0.7 * others.T @ others / 40 + floor * torch.eye(8, dtype=torch.float64)
+    w = (1 - contrasts.FLOOR) * contrasts.LAST_SHARE
+    plain, along = torch.linalg.solve(rest, d[0]), torch.linalg.solve(rest, k[0])
+    size = w * float(k[0] @ along)
+    share = size / (1 + size)
+    expected = plain - share * (k[0] @ plain) / (k[0] @ along) * along
+    assert 0.1 < share < 1
+    torch.testing.assert_close(solve_second_moment(k, others, d)[0], expected)
+
+
+def test_covectors_read_less_of_keep_prompts_where_there_are_some(prompts: PromptSet) -> None:
+    subject = tiny_subject("llama")
+    keep = tuple(Prompt(f"Name {n} birds, please.") for n in ("two", "three", "nine", "ten"))
+    reads = []
+    for asked in (prompts, PromptSet({**prompts.groups, "keep": keep})):
+        found = collect_activations(subject, asked, request=ProbeRequest(contrast_modules=[PATH])).contrasts[PATH]
+        outputs = torch.stack([outputs_of(subject, p)[-1] for p in keep])
+        covector = found.whitened[0] / (found.whitened[0] @ found.difference[0])
+        reads.append(float((outputs @ covector).square().mean()))
+    assert reads[1] < 0.7 * reads[0]
+
+
 def test_they_come_back_from_disk_and_are_no_anchors(prompts: PromptSet, tmp_path: Path) -> None:
     acts = collect_activations(tiny_subject("llama"), prompts, request=ProbeRequest(contrast_modules=[PATH]))
     save_activations(acts, tmp_path)

@@ -239,3 +239,40 @@ def test_a_behaviors_own_examples() -> None:
     ):
         with pytest.raises(UserError, match=problem):
             load_prompts(**({"target": "behavior:apology", "control": "behavior:apology"} | {group: source}))
+
+
+# ------------------------------------------------------------------------------------------ a part of a source
+XSTEST = "prompt,type,label\none,homonyms,safe\ntwo,contrast_homonyms,unsafe\nthree,homonyms,Safe\n"
+
+
+def test_rows_with_a_value_are_taken_alone(tmp_path: Path, control: Path) -> None:
+    source = f"{written(tmp_path / 'x.csv', XSTEST)}?label=safe"
+    found = load_prompts(source, control)
+    assert texts(found) == ["one", "three"]
+    assert {p.category for p in found["target"]} == {"homonyms"}
+    assert found.sources["target"] == source
+    assert texts(load_prompts(tmp_path / "x.csv", control)) == ["one", "two", "three"]
+
+
+def test_a_file_with_the_sign_in_its_name_is_whole(tmp_path: Path, control: Path) -> None:
+    assert texts(load_prompts(written(tmp_path / "x?label=safe.txt", "one\ntwo"), control)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("label", "behind the sign \\? goes COLUMN=VALUE"),
+        ("labels=safe", "there is no column 'labels'; it has prompt, type, label"),
+        ("label=good", "no row has this value; label is safe, unsafe, Safe"),
+    ],
+)
+def test_a_condition_that_takes_nothing(condition: str, said: str, tmp_path: Path, control: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        load_prompts(f"{written(tmp_path / 'x.csv', XSTEST)}?{condition}", control)
+
+
+def test_that_categories_are_of_another_column_is_said(tmp_path: Path, control: Path) -> None:
+    notes = Notes()
+    with report_to(notes):
+        load_prompts(written(tmp_path / "x.csv", XSTEST), control, benign=written(tmp_path / "b.txt", "four"))
+    assert any("categories are in 'type'" in text for text in notes.texts)

@@ -76,5 +76,18 @@ def test_a_fit_shows_its_plans(tmp_path: Path) -> None:
     assert front["plot"].points[0].x > front["plot"].points[1].x
 
 
+def test_a_fit_with_keep_prompts_shows_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "front").mkdir()
+    plans = [
+        {"number": n, "rate": r, "kl": 0.01 * n, "kept": k, "scale": 1.0, "edits": 3}
+        for n, r, k in ((1, 0.5, 1.0), (2, 0.0, 0.75))
+    ]
+    (tmp_path / "front" / "front.json").write_text(json.dumps(plans))
+    front = describe_front(tmp_path, "refusal")
+    assert front["columns"][1:3] == ["refuses target prompts", "refusals kept, keep"]
+    assert [row[:3] for row in front["rows"]] == [["1", "50.0%", "100.0%"], ["2", "0.0%", "75.0%"]]
+    assert front["plot"].points[0].y < front["plot"].points[1].y  # up is more
+
+
 def test_a_run_without_a_front_has_none(tmp_path: Path) -> None:
     assert describe_front(tmp_path, "refusal") == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from tests.support.pages import ParsedPage
@@ -61,6 +62,30 @@ def test_it_says_where_how_and_with_what(folder: Path) -> None:
     assert "decisions" not in page.ids  # this method decides nothing
     assert "obliteratus run" in page.text
     assert 'use = "knee_cosmic"' in page.text  # the recipe
+
+
+def test_both_kinds_of_answers_stand_where_something_was_to_be_kept(folder: Path, tmp_path: Path) -> None:
+    """The same run as if its prompts had been refused before, and some of them rightly."""
+    again = Path(copytree(folder, tmp_path / "again"))
+    record = json.loads((again / "run.json").read_text())
+    share = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "share"}
+    record["after"] |= {"ended.target": share, "ended.target/boats": share, "kept.keep": share}
+    (again / "run.json").write_text(json.dumps(record))
+    refused, answered = (
+        {"answer": text, "verdict": v, "rungs": {}} for text, v in (("No.", "shown"), ("It is.", "absent"))
+    )
+    added = [
+        {"prompt": f"{group} prompt", "group": group, "category": "", "before": refused, "after": answered}
+        for group in ("target", "keep")
+    ]
+    with (again / "answers.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in added)
+    text = render_run_page(again)
+    section = text[text.index('id="both-kinds"') :].split("</section>")[0]
+    assert all(words in section for words in ("Where it should end", "Where it should stay", "target: boats"))
+    assert "target prompt" in section
+    assert "keep prompt" in section
+    assert "both-kinds" not in (folder / "index.html").read_text()
 
 
 def test_first_tokens_are_listed_worst_first(folder: Path) -> None:

@@ -52,10 +52,12 @@ def plan_without(*axes: int) -> Plan:
 
 # -------------------------------------------------------------------------------------------------- limits
 def test_each_limit_is_exceeded_by_its_own_score() -> None:
-    search = search_recipe(control_margin=0.1, degenerate_margin=0.05, fluency_limit=2.0).search
+    search = search_recipe(
+        control_margin=0.1, degenerate_margin=0.05, fluency_limit=2.0, keep_margin=0.1, benign_margin=0.2
+    ).search
     assert search is not None
     fine = {RATE: 0.2, "degenerate.target": 0.07, "degenerate.control": 0.0, "fluency.target": 8.0}
-    assert all(over <= 1e-9 for over in measure_excess(fine, BASE, search, RATE).values())
+    assert all(over <= 1e-9 for over in measure_excess(fine, BASE, search, "refusal").values())
     for worse, limit in (
         ({RATE: 0.21}, "control_margin"),
         ({"degenerate.target": 0.08}, "degenerate_margin"),
@@ -63,9 +65,11 @@ def test_each_limit_is_exceeded_by_its_own_score() -> None:
         ({"degenerate.keep": 0.5, "degenerate.target": 0.0}, "degenerate_margin"),
         ({"fluency.target": 8.1}, "fluency_limit"),
         ({"fluency.control": 8.1}, "fluency_limit"),
+        ({"refusal.keep": 0.79}, "keep_margin"),
+        ({"refusal.benign": 0.41}, "benign_margin"),
     ):
-        base = BASE | shares(degenerate_keep=0.0)
-        excess = measure_excess({**fine, **worse}, base, search, RATE)
+        base = BASE | shares(degenerate_keep=0.0, refusal_keep=0.9, refusal_benign=0.2)
+        excess = measure_excess({**fine, **worse}, base, search, "refusal")
         assert [name for name, over in excess.items() if over > 1e-9] == [limit]
         assert count_exceeded([excess, excess]) == f"2 exceed search.{limit}"
 
@@ -83,10 +87,10 @@ def test_edited_answers_may_loop_as_often_as_control_answers_did() -> None:
 def test_what_was_not_measured_limits_nothing() -> None:
     search = search_recipe().search
     assert search is not None
-    assert set(measure_excess({RATE: 0.0}, BASE, search, RATE)) == {"control_margin"}
+    assert set(measure_excess({RATE: 0.0}, BASE, search, "refusal")) == {"control_margin"}
     scores = {RATE: 0.0, "fluency.target": 99.0}
-    assert "fluency_limit" not in measure_excess(scores, shares(refusal_control=0.0), search, RATE)
-    broken = measure_excess({RATE: float("nan")}, BASE, search, RATE)
+    assert "fluency_limit" not in measure_excess(scores, shares(refusal_control=0.0), search, "refusal")
+    broken = measure_excess({RATE: float("nan")}, BASE, search, "refusal")
     assert count_exceeded([broken]) == "1 exceed search.control_margin"
 
 

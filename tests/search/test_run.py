@@ -134,6 +134,10 @@ def test_every_method_that_searches_runs_trials(name: str) -> None:
         g: tuple(Prompt(f"{p.text} {i}", split=p.split) for p in members for i in range(3))  # an SAE takes 50 prompts
         for g, members in search_prompts().groups.items()
     }
+    groups |= {
+        more: tuple(Prompt(f"{p.text} too", split=p.split) for p in groups[like])
+        for more, like in (("keep", "target"), ("benign", "control"))
+    }
     splits = split_prompts(PromptSet(groups), 0, force=True)
     found = search(load_recipe(name, changes | limits), search_subject(), splits, Store(), StudyLocation("", "study"))
     assert len({str(trial.values) for trial in found.trials}) == 4

@@ -195,7 +195,8 @@ def _check_saving(out: Path | None, form: str, base: str) -> None:
 def add_examples(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, Any]:
     """Return `fill_example_prompts` with the examples of a loaded behavior. Raises UserError as it does."""
     head = behavior.head
-    return fill_example_prompts(sources, behavior.name, {"target": head.target, "control": head.control})
+    examples = {"target": head.target, "control": head.control, "keep": head.keep}
+    return fill_example_prompts(sources, behavior.name, examples)
 
 
 def run_job(

@@ -55,6 +55,13 @@ NoOwnWords = Annotated[
 JudgeModel = Annotated[str | None, typer.Option(help="Model to ask for at --judge-url.")]
 Bypass = Annotated[str | None, typer.Option(help="Target prompts rewritten so that the model answers them.")]
 Keep = Annotated[str | None, typer.Option(help="Prompts for which the behavior must stay as it is.")]
+Benign = Annotated[
+    str | None,
+    typer.Option(
+        help="Harmless prompts that look like harmful ones, to measure false refusals on. Without --target they are "
+        "what is edited."
+    ),
+]
 Column = Annotated[
     list[str] | None,
     typer.Option(help="Column of the prompts in files and data sets, or GROUP=COLUMN. Default: the first usual name."),
@@ -155,7 +162,7 @@ def collect_opening(
 
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:
     """Return the column of all groups, or of each. Raises UserError for a group that there is not, or two columns."""
-    groups = ("target", "control", "bypass", "keep")
+    groups = ("target", "control", "bypass", "keep", "benign")
     if not columns:
         return ""
     pairs = [column.partition("=") for column in columns]

@@ -55,6 +55,7 @@ def reproduce(
     target: Group = None,
     control: Group = None,
     bypass: Group = None,
+    benign: Group = None,
     keep: Group = None,
     out: Out = None,
     save: Save = "plan",
@@ -78,7 +79,7 @@ def reproduce(
     """
     if not source.startswith("hub:") and not Path(source).is_file():
         require_file(Path(source), "reproduce.json", "the file, the output folder of a run, or hub:owner/name")
-    groups = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    groups = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import fix_bits, name_free_folder, run_job

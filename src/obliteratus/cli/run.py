@@ -10,6 +10,7 @@ import typer
 from obliteratus.cli.options import (
     Base,
     Behavior,
+    Benign,
     Bypass,
     Column,
     Control,
@@ -63,6 +64,7 @@ def run(
     method: Method = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
+    benign: Benign = None,
     column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
@@ -99,12 +101,14 @@ def run(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template) | {"self_test": self_test}
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, changes, sources, out, save, base, force)
+            job = Job.create(
+                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
+            )
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
@@ -120,6 +124,7 @@ def search(
     pick: Pick = "balanced",
     bypass: Bypass = None,
     keep: Keep = None,
+    benign: Benign = None,
     column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
@@ -153,12 +158,14 @@ def search(
         with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
     )
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "column": parse_columns(column)}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(model, method, changes, sources, out, save, base, force)
+            job = Job.create(
+                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
+            )
         job = job.with_search(trials, storage, study, pick)
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)

@@ -17,6 +17,7 @@ from obliteratus.core.choices import (
     check_prompt_file,
     check_quantization,
     parse_size,
+    split_condition,
 )
 from obliteratus.core.errors import UserError
 from obliteratus.core.plugins import check_plugin_file
@@ -53,6 +54,7 @@ def _check_recipe(method: str, changes: Sequence[str]) -> None:
 
 
 def _check_prompts(source: str) -> None:
+    source, _ = split_condition(source)
     kind, sign, name = source.partition(":")
     if sign and kind == "organism":
         find_data_folder(name)
@@ -96,6 +98,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "control": _check_prompts,
     "bypass": _check_prompts,
     "keep": _check_prompts,
+    "benign": _check_prompts,
     "plan": _check_plans,
     "plugin": _check_plugins,
     "against": check_source,
@@ -106,7 +109,8 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
 
 def _check_groups(options: Mapping[str, Any]) -> None:
     """Raise UserError if target or control prompts are missing, unless a recipe may name a behavior that has some."""
-    target, control = options["target"], options["control"]
+    control, benign = options["control"], options.get("benign")
+    target = options["target"] or benign
     may_name = options.get("set_") or options.get("method", "").endswith(".toml")
     behavior = options["behavior"] or ("" if may_name else DEFAULT_BEHAVIOR)
     if behavior or (target is None) != (control is None):
@@ -117,11 +121,15 @@ def _check_groups(options: Mapping[str, Any]) -> None:
 def fill_example_prompts(sources: Mapping[str, Any], behavior: str, examples: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of `load_prompts`, with the behavior's examples where neither target nor control is given.
 
-    Raises UserError if either is missing.
+    Benign prompts without target prompts are the target: the false refusals among them are what is to end. Raises
+    UserError if target or control is missing.
     """
     filled = dict(sources)
-    if sources.get("target") is None and sources.get("control") is None and examples.get("target"):
-        filled |= {"target": examples["target"], "control": examples["control"]}
+    if sources.get("target") is None and sources.get("benign") is not None:
+        filled |= {"target": sources["benign"], "benign": None}
+    elif sources.get("target") is None and sources.get("control") is None and examples.get("target"):
+        own = {group: examples[group] for group in ("target", "control", "keep") if examples.get(group)}
+        filled |= own | {group: source for group, source in sources.items() if source is not None}
     for group, what in (("target", f"prompts that show {behavior}"), ("control", "prompts that do not")):
         if not filled.get(group):
             raise UserError(f"--{group} is missing: give {what}, as a file, hub:owner/name or organism:NAME")

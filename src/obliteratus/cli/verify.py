@@ -9,6 +9,7 @@ import typer
 
 from obliteratus.cli.options import (
     Behavior,
+    Benign,
     Column,
     Control,
     Device,
@@ -43,6 +44,7 @@ def verify(
     target: Target = None,
     control: Control = None,
     keep: Keep = None,
+    benign: Benign = None,
     column: Column = None,
     behavior: Behavior = None,
     phrases: Phrases = None,
@@ -69,7 +71,7 @@ def verify(
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
-    sources = {"target": target, "control": control, "keep": keep, "column": parse_columns(column)}
+    sources = {"target": target, "control": control, "keep": keep, "benign": benign, "column": parse_columns(column)}
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with start(clock):

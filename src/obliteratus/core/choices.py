@@ -53,6 +53,15 @@ def check_form_name(name: str) -> None:
         raise UserError(unknown_name("--save form", name, FORMS))
 
 
+def split_condition(source: str) -> tuple[str, str]:
+    """Return a source of prompts and the condition behind it, such as ``label=safe`` in ``xstest.csv?label=safe``.
+
+    A file whose own name holds the sign is taken whole, without a condition.
+    """
+    plain, _, condition = source.partition("?")
+    return (source, "") if Path(source).exists() else (plain, condition)
+
+
 def check_prompt_file(path: Path) -> None:
     """Raise UserError for a file of prompts that is not there."""
     if not path.exists() or path.is_dir():

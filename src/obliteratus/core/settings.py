@@ -232,6 +232,10 @@ class Search(FrozenModel):
     """And if at most this much more of its answers are degenerate than of the unedited model's, to the same prompts or
     to control prompts, whichever are more, since a model that refuses does not loop. This holds for each group that is
     answered: target and keep prompts in a trial, control prompts too in the check of the front."""
+    keep_margin: float = Field(1.0, ge=0, le=1)
+    """And if its rate on keep prompts is at most this much below the unedited model's. 1 is no limit."""
+    benign_margin: float = Field(1.0, ge=0, le=1)
+    """And if its rate on benign prompts is at most this much above the unedited model's. 1 is no limit."""
     # Working edits of organisms have up to 2.1 times, one that fell apart 2.8 and 3.3 (docs/experiments/informed.md).
     fluency_limit: float = Field(2.5, ge=1)
     """A member of the front is feasible if the scorer ``fluency``, where it runs, finds the perplexity of its answers
@@ -348,6 +352,8 @@ class Recipe(FrozenModel):
     seed: int = 0
     split_by: SplitBy = "wording"
     """What prompts of two different parts may not have in common: much ``wording``, or their ``category``."""
+    needs: tuple[Literal["bypass", "keep", "benign"], ...] = ()
+    """Groups of prompts, beside target and control, without which the method is another one."""
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
     stop_below: float = Field(0.05, ge=0, le=1)
     """No further pass is made once the model shows the behavior on at most this share of search target prompts."""

@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(frozen=True, repr=False)
 class PromptSet(Viewable):
-    """Contrasting groups of prompts: always ``target`` and ``control``, optionally ``bypass`` and ``keep``."""
+    """Contrasting groups of prompts: always ``target`` and ``control``; ``bypass``, ``keep`` and ``benign`` at will."""
 
     groups: Mapping[str, tuple[Prompt, ...]]
     dropped: int = field(default=0, compare=False)

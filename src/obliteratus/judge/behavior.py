@@ -49,6 +49,8 @@ class Head(BaseModel):
     """Prompts that show it: a source as of ``--target``, a file being looked for beside the behavior file."""
     control: str = ""
     """Prompts that do not."""
+    keep: str = ""
+    """Prompts that show it rightly, so that it must stay there."""
     labeled: tuple[LabeledAnswer, ...] = ()
     """Answers that a judge must get right before its verdicts count: some that show it, and some that do not."""
 

@@ -16,8 +16,10 @@ FOLDER = Path(str(files("obliteratus"))) / "behaviors"
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 TAKEN = frozenset(
     {"behavior", "degenerate", "partial", "unknown", "unfinished", "kl", "perplexity", "accuracy", "fluency"}
-    | {"length", "hedging", "same_language"}
+    | {"length", "hedging", "same_language", "ended", "kept"}
 )
+PROMPT_KEYS = frozenset({"target", "control", "keep"})
+"""Keys of a behavior that name prompts."""
 Table = Mapping[str, Any]
 
 
@@ -58,7 +60,7 @@ def read_behavior(source: str | Table) -> dict[str, Any]:
         raise UserError(f"{source}: '{min(reserved)}' cannot be set; the file's name is the behavior's")
     prompts = {
         group: _find_prompts(table[group], path.parent)
-        for group in table.keys() & {"target", "control"}
+        for group in table.keys() & PROMPT_KEYS
         if isinstance(table[group], str)
     }
     own = source.endswith(".toml")
@@ -98,7 +100,7 @@ def _fill_in(table: dict[str, Any], where: str) -> dict[str, Any]:
     base = read_behavior(str(like))
     languages = {key: part for key, part in table.items() if isinstance(part, dict) and key != "also"}
     own = {key: value for key, value in table.items() if key not in languages}
-    kept = {key: value for key, value in base.items() if key not in ("question", "labeled", "target", "control")}
+    kept = {key: value for key, value in base.items() if key not in ("question", "labeled", *PROMPT_KEYS)}
     return kept | own | {"classifier": base["classifier"], "also": languages}
 
 

@@ -107,11 +107,16 @@ def leave_out_impossible(recipe: Recipe, groups: Collection[str]) -> Recipe:
 
 
 def _check_optional_groups(recipe: Recipe, groups: Collection[str]) -> None:
-    """Raise UserError for bypass prompts that no step uses; say of keep prompts that they are only measured."""
+    """Raise UserError for a group that is missing, as one whose rate a search is to change, and for bypass prompts that
+    no step uses; say of keep prompts that they are only measured."""
     needs, name = collect_needs(recipe.distill), recipe.name or "the recipe"
+    searched = {aim.partition(".")[2] for aim in (recipe.search.minimize if recipe.search else ())}
+    aims = {*recipe.needs, *(searched & {"keep", "benign"})}
+    if missing := sorted(aims - {*groups}):
+        raise UserError(f"--{missing[0]} is missing: {name} needs {missing[0]} prompts beside target and control")
     if "bypass" in groups and "bypass" not in needs:
         raise UserError(f"--bypass: no step of {name} uses bypass prompts; leave them out, or add bypass_contrast")
-    if "keep" in groups and "keep" not in needs and not recipe.tune:
+    if "keep" in groups and "keep" not in needs | aims and not recipe.tune:
         note("keep", f"no step of {name} spares the keep prompts: their rate is only measured")
 
 

@@ -43,7 +43,7 @@ from obliteratus.weights.safetensors_io import tensor_bytes
 
 CACHE_VARIABLE = "OBLITERATUS_PROBE_CACHE"
 """Environment variable: ``off`` disables the cache, ``hash`` keys it on a hash of all weights, not on their files."""
-FORMAT = 2  # raise it whenever PROBE computes something else, or writes it in another form
+FORMAT = 3  # raise it whenever PROBE computes something else, or writes it in another form
 # Bytes of all entries together. Rows of 512 prompts take 37 MB on a 135M model and 280 MB on an 8B one, so dozens of
 # entries of the largest fit, in less room than such a model's own weights take.
 MAX_BYTES = 10 * 10**9

@@ -39,8 +39,8 @@ def contrast_outputs(
     """Return, by path, each writer's differences with those divided by the second moment of its outputs.
 
     prompts: control prompts, of which at most 64 are read, at up to 16 positions from the end. last: outputs at
-    ``position`` of control prompts. differences: mean output there on each category of target prompts, less that on
-    control prompts. share: of target prompts, by category.
+    ``position`` of control and keep prompts, both of which the edit is to leave alone. differences: mean output there
+    on each category of target prompts, less that on control prompts. share: of target prompts, by category.
     """
     few = prompts[:: -(-len(prompts) // PROMPTS)]
     others = sample_outputs(subject, few, list(differences), position)

@@ -34,6 +34,7 @@ from obliteratus.probe.contrasts import MOST_LAST, contrast_outputs
 from obliteratus.probe.frequent_directions import FrequentDirections
 
 CONTROL = "control"  # the group whose mean outputs are kept as anchors
+SPARED = (CONTROL, "keep")  # groups whose own outputs the covectors of contrasts read least
 DEFAULT_OPTIONS = Probe()  # pydantic gives the fields their defaults
 FILE, TENSORS_FILE = "activations.json", "activations.safetensors"
 
@@ -55,8 +56,8 @@ def collect_activations(
     request = replace(request, output_modules=list(dict.fromkeys((*anchored, *contrasted))))
     group_of_row = [group for group, members in prompts.groups.items() for _ in members]
     first_row = {group: group_of_row.index(group) for group in prompts.groups}
-    others = replace(request, contrast_modules=())  # only control prompts' own outputs are kept
-    requests = {group: request if group == CONTROL else others for group in prompts.groups}
+    others = replace(request, contrast_modules=())  # only the outputs of prompts to be spared are kept
+    requests = {group: request if group in SPARED else others for group in prompts.groups}
     sums = {g: _GroupSums(subject, members, options, requests[g]) for g, members in prompts.groups.items()}
     ids = render_prompts(subject, [prompt for members in prompts.groups.values() for prompt in members])
     for batch in read_hidden_states(subject, ids, position=options.position, request=request, title="PROBE"):
@@ -89,7 +90,9 @@ def _contrast(
     means = target.mean_outputs_by_category()
     differences = {path: torch.stack([mean[path] for mean in means]) - control[path] for path in paths}
     share = torch.tensor([*target.counts.values()], dtype=torch.float32) / len(target.prompts)
-    return contrast_outputs(subject, prompts[CONTROL], sums[CONTROL].first_outputs(), differences, share, position)
+    spared = [sums[group].first_outputs() for group in SPARED if group in sums]
+    last = {path: torch.cat([outputs[path] for outputs in spared]) for path in paths}
+    return contrast_outputs(subject, prompts[CONTROL], last, differences, share, position)
 
 
 def _places_by_group(rows: Sequence[int], group_of_row: Sequence[str]) -> dict[str, list[int]]:

@@ -19,6 +19,8 @@ COLUMNS = (
     *("prompt", "instruction", "question", "goal", "query", "forbidden_prompt", "behavior", "request"),
     *("messages", "conversations", "conversation", "text"),
 )
+# Where data sets of safe prompts that are refused keep the kind of a prompt: OR-Bench and PHTest, XSTest.
+CATEGORIES = ("category", "type")
 # What Alpaca and Dolly put beside an instruction, and which belongs to it.
 INPUTS = ("input", "context")
 
@@ -39,7 +41,28 @@ def make_prompts(rows: Sequence[Row], source: str, column: str = "") -> tuple[Pr
     if empty := sum(not p.text for p in prompts):
         note("prompts", f"{source}: {empty} of {len(rows)} rows have no text and are left out")
     _note_splits(rows, source)
+    _note_categories(rows, source)
     return tuple(p for p in prompts if p.text)
+
+
+def select_rows(rows: Sequence[Row], source: str, condition: str) -> Sequence[Row]:
+    """Return the rows whose column has the value of a condition such as ``label=safe``; all without a condition.
+
+    Capitals make no difference. Raises UserError for a condition that is none, a column that there is not, and a value
+    that no row has.
+    """
+    if not condition:
+        return rows
+    column, sign, value = (part.strip() for part in condition.partition("="))
+    if not column or not sign or not value:
+        raise UserError(f"{source}?{condition}: behind the sign ? goes COLUMN=VALUE, such as label=safe")
+    values = [{_fold(name): v for name, v in row.fields.items()}.get(_fold(column)) for row in rows]
+    if all(v is None for v in values):
+        raise UserError(f"{source}?{condition}: there is no column '{column}'; it has {_list(rows[0].fields)}")
+    if found := [row for row, v in zip(rows, values, strict=True) if _fold(v) == _fold(value)]:
+        return found
+    known = dict.fromkeys(str(v) for v in values if v is not None)
+    raise UserError(f"{source}?{condition}: no row has this value; {column} is {_list(known)}")
 
 
 def _fold(name: Any) -> str:
@@ -81,7 +104,7 @@ def _make_prompt(row: Row, column: str) -> Prompt:
         text = _text_of(value, column, row)
         if _fold(column) == "instruction":
             text = "\n\n".join(part for part in (text, *(_text_of(others.get(i), i, row) for i in INPUTS)) if part)
-    split, category = others.get("split"), others.get("category")
+    split, category = others.get("split"), next((others[c] for c in CATEGORIES if others.get(c) is not None), None)
     prompt = Prompt(text, "" if category is None else str(category), split if split in SPLITS else "", system, history)
     _check_encodable(prompt, row)
     return prompt
@@ -102,6 +125,13 @@ def _check_encodable(prompt: Prompt, row: Row) -> None:
         except UnicodeEncodeError as error:
             code = f"U+{ord(text[error.start]):04X}"
             raise UserError(f"{row.where}: half of a surrogate pair ({code}) is no character; remove it") from error
+
+
+def _note_categories(rows: Sequence[Row], source: str) -> None:
+    """Note that categories are taken from another column than ``category``."""
+    first = {_fold(name): name for name in rows[0].fields}
+    if CATEGORIES[0] not in first and CATEGORIES[1] in first:
+        note("prompts", f"{source}: the prompts' categories are in '{first[CATEGORIES[1]]}'")
 
 
 def _note_splits(rows: Sequence[Row], source: str) -> None:

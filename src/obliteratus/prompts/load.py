@@ -22,6 +22,7 @@ def load_prompts(
     bypass: PromptSource | None = None,
     keep: PromptSource | None = None,
     column: str | Mapping[str, str] = "",
+    benign: PromptSource | None = None,
 ) -> PromptSet:
     """Load prompts that show the behavior (target), prompts that do not (control), and optional groups.
 
@@ -29,15 +30,16 @@ def load_prompts(
     ``hub:owner/name[@revision][:configuration][:split][:column]``, ``organism:NAME``, or ``behavior:NAME`` for the
     examples of a behavior. A row's prompt is in one of the usual columns (see `columns.COLUMNS`), as text or as a
     conversation, whose last user turn is asked behind the turns before it; ``category``, ``split`` and ``system`` are
-    optional. A source in memory is a list of texts, prompts, rows or conversations, or a data frame of pandas or
-    polars. column: the column of the prompts, for all groups or by group.
+    optional. A source that ends in ``?COLUMN=VALUE`` stands for the rows with that value. A source in memory is a list
+    of texts, prompts, rows or conversations, or a data frame of pandas or polars. column: the column of the prompts,
+    for all groups or by group. benign: prompts that should be answered, but look like some that should not.
     Raises UserError for a source that is missing, empty, binary or malformed, and for groups that `check_prompts`
     refuses.
 
     >>> ob.load_prompts(target=["Why do stars twinkle?", "What is a comet?"], control=["How do I bake bread?"])
     <PromptSet: 2 target, 1 control prompts>
     """
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep}
+    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
     columns = dict.fromkeys(sources, column) if isinstance(column, str) else column
     loaded = {
         name: _read(source, name, columns.get(name, "")) for name, source in sources.items() if source is not None

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from obliteratus.core.pareto import pareto_front
 from obliteratus.core.toml import format_short
 from obliteratus.report.answer_cards import Card, make_cards
 from obliteratus.report.scatter import LARGE, Plot, Point, make_plot
@@ -58,20 +59,25 @@ def describe_search(folder: Path, behavior: str) -> dict[str, Any]:
 def describe_tuned(folder: Path, behavior: str) -> dict[str, Any]:
     """Return the plans of a fit from gentle to thorough."""
     members = json.loads((folder / TUNED).read_text(encoding="utf-8"))
-    rate = describe_score(f"{behavior}.target", behavior)
+    keeps = all("kept" in m for m in members)
+    columns = {"rate": describe_score(f"{behavior}.target", behavior)}
+    columns |= {"kept": describe_score("kept.keep", behavior)} if keeps else {}
+    heights = "kept" if keeps else "kl"
     points = [
-        Point(m["rate"], m["kl"], "front", f"plan {m['number']}: {m['rate']:.1%}, KL {m['kl']:.4f}", r=LARGE)
+        Point(m["rate"], m[heights], "front", f"plan {m['number']}: {m['rate']:.1%}, {_say_costs(m)}", r=LARGE)
         for m in members
     ]
+    rows = [
+        [m["number"], *(f"{m[c]:.1%}" for c in columns), f"{m['kl']:.4f}", f"{m['scale']:.2f}", m["edits"]]
+        for m in members
+    ]
+    y_name = columns.get("kept", "KL (nats)")
     return {
         "title": "Plans from gentle to thorough",
         "about": "On search prompts. Each is kept in front/N, and `obliteratus apply` takes any of them.",
-        "plot": make_plot(points, (rate, "KL (nats)"), "plans of the fit", points, True),
-        "columns": ["plan", rate, "KL", "scale", "edits"],
-        "rows": [
-            [str(m["number"]), f"{m['rate']:.1%}", f"{m['kl']:.4f}", f"{m['scale']:.2f}", str(m["edits"])]
-            for m in members
-        ],
+        "plot": make_plot(points, (columns["rate"], y_name), "plans of the fit", points, True),
+        "columns": ["plan", *columns.values(), "KL", "scale", "edits"],
+        "rows": [list(map(str, row)) for row in rows],
         "histories": {},
         "importances": {},
         "cards": [],
@@ -79,21 +85,36 @@ def describe_tuned(folder: Path, behavior: str) -> dict[str, Any]:
     }
 
 
+def _say_costs(member: Record) -> str:
+    return f"KL {member['kl']:.4f}" + (f", kept {member['kept']:.1%}" if "kept" in member else "")
+
+
 # ------------------------------------------------------------------------------------------ plots
 def plot_front(record: Record, names: Sequence[str], said: Sequence[str]) -> Plot:
     """Return the first two objectives of all trials, the unedited model and the front with its intervals."""
-    points = [_trial_point(trial, *trial["objectives"][:2]) for trial in record["all"]]
+    signs = find_signs(record)
+    points = [
+        _trial_point(t, *(s * v for s, v in zip(signs, t["objectives"][:2], strict=False))) for t in record["all"]
+    ]
     base = record.get("base", {})
     if all(name in base for name in names[:2]):
         points.append(Point(base[names[0]], base[names[1]], "base", "the unedited model", r=LARGE))
     front = [_member_point(number, member, names, record) for number, member in enumerate(record["front"], 1)]
-    return make_plot([*points, *front], (said[0], said[1]), "trials and front", front, percent=True)
+    # With a third objective some members are on the front for that alone: the line leaves them out.
+    line = [front[i] for i in pareto_front([(signs[0] * p.x, signs[1] * p.y) for p in front])]
+    return make_plot([*points, *front], (said[0], said[1]), "trials and front", line, percent=True)
+
+
+def find_signs(record: Record) -> list[int]:
+    """Return −1 for each objective that is maximized, whose value trials hold negated, and else 1."""
+    return [-1 if name.startswith("-") else 1 for name in record["minimize"]]
 
 
 def plot_history(record: Record, index: int, name: str) -> Plot:
     """Return one objective trial by trial, with a line through the best so far."""
-    points = [_trial_point(trial, float(trial["number"]), trial["objectives"][index]) for trial in record["all"]]
-    best = accumulate((p.y for p in points), min)
+    sign = find_signs(record)[index]
+    points = [_trial_point(t, float(t["number"]), sign * t["objectives"][index]) for t in record["all"]]
+    best = accumulate((p.y for p in points), min if sign > 0 else max)
     line = [Point(p.x, y, "front", "") for p, y in zip(points, best, strict=True)]
     return make_plot(points, ("trial", name), f"{name}, trial by trial", line)
 

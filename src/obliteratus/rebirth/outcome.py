@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from obliteratus.core.results import Run
 from obliteratus.rebirth.headline import count
+from obliteratus.rebirth.over_refusal import describe_outcomes
 from obliteratus.verify.presence import describe_left_out
 
 # Below this share a behavior counts as removed; more is said to be left, with what to try next.
@@ -14,7 +15,8 @@ NEXT = {"informed": "--method informed", "tuned": "--method tuned"}
 
 def describe_outcome(run: Run) -> list[str]:
     """Return sentences about the behavior before and after the edit, none of which claims an effect within chance."""
-    sentences = [_describe_force(run), _describe_fit(run), _describe_change(run), _describe_optimism(run)]
+    sentences = [_describe_force(run), _describe_fit(run), _describe_change(run), describe_outcomes(run)]
+    sentences.append(_describe_optimism(run))
     return [sentence for sentence in sentences if sentence]
 
 

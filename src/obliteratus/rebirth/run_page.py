@@ -22,6 +22,7 @@ from obliteratus.rebirth.model_card import (
     make_reason_rows,
 )
 from obliteratus.rebirth.outcome import describe_outcome
+from obliteratus.rebirth.over_refusal import outcome_rows, pick_both_kinds
 from obliteratus.report.answer_cards import make_cards
 from obliteratus.report.hide import hide_private
 from obliteratus.report.html import render_page
@@ -33,6 +34,7 @@ from obliteratus.verify.score_names import REFUSAL, describe_score, group_shown
 PAGE, ANALYSIS = "index.html", "analysis/index.html"
 SECTIONS = {
     "changed": ("scores", "What changed"),
+    "both-kinds": ("outcomes", "Ended and kept"),
     "front": ("front", "Front"),
     "answers": ("cards", "Answers"),
     "first-tokens": ("first_tokens", "Other prompts"),
@@ -58,6 +60,8 @@ def render_run_page(folder: Path) -> str:
     """
     run = read_run(folder)
     behavior = str(run.judge.get("behavior", REFUSAL))
+    cards = make_cards(read_lines(folder / ANSWERS), behavior)
+    outcomes = outcome_rows(run, behavior)
     values: dict[str, Any] = {
         "title": f"{run.recipe.name or 'a custom recipe'} on {hide_private(run.source['id'])}",
         "meta": describe_origin(run),
@@ -66,7 +70,9 @@ def render_run_page(folder: Path) -> str:
         "shares": share_rows(run, behavior),
         "scores": score_rows(run, behavior),
         "front": describe_front(folder, behavior),
-        "cards": make_cards(read_lines(folder / ANSWERS), behavior),
+        "cards": cards,
+        "outcomes": outcomes,
+        "both_kinds": pick_both_kinds(cards) if outcomes else {},
         "judged": describe_judge(run),
         "first_tokens": first_token_rows(folder),
         "coverage": format_coverage(run).replace("**", ""),

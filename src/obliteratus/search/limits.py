@@ -12,13 +12,19 @@ from obliteratus.verify.behavior import GROUPS
 Scores = Mapping[str, float]
 
 
-def measure_excess(scores: Scores, base: Mapping[str, Score], search: Search, control_rate: str) -> dict[str, float]:
+def measure_excess(scores: Scores, base: Mapping[str, Score], search: Search, behavior: str) -> dict[str, float]:
     """Return by how much scores exceed each limit that they say anything about, by the limit's name in ``search``.
 
-    A plan is feasible if nothing is above 0. base: scores of the unedited model. control_rate: the name of the score
-    that is the behavior's rate on control prompts.
+    A plan is feasible if nothing is above 0. base: scores of the unedited model. behavior: the name that the scores of
+    its rates begin with.
     """
-    excess = {"control_margin": scores[control_rate] - base[control_rate].value - search.control_margin}
+    rates = {group: f"{behavior}.{group}" for group in GROUPS if f"{behavior}.{group}" in scores}
+    more = {group: scores[name] - base[name].value for group, name in rates.items()}
+    excess = {"control_margin": more["control"] - search.control_margin}
+    if "keep" in more:
+        excess["keep_margin"] = -more["keep"] - search.keep_margin
+    if "benign" in more:
+        excess["benign_margin"] = more["benign"] - search.benign_margin
     loops = [f"degenerate.{group}" for group in GROUPS if f"degenerate.{group}" in scores]
     if loops:
         # The unedited model hardly loops where it shows the behavior, and no edit makes it answer better than others.

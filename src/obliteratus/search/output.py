@@ -79,13 +79,16 @@ def plot_front(result: SearchResult, file: Path) -> None:
 
 def draw_front(result: SearchResult, figure: Any) -> None:
     """Draw all trials and the checked front over the first two objectives; a single objective over trial numbers."""
-    names = [*result.run.search["minimize"], "trial"]
-    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1], title=result.run.search["study"])
+    names = [*result.run.search["minimize"], "trial"][:2]
+    signs = [-1 if name.startswith("-") else 1 for name in names]
+    x_name, y_name = (name.removeprefix("-") for name in names)
+    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, title=result.run.search["study"])
     for answered, color in ((False, ESTIMATED), (True, ANSWERED)):
-        points = [_point(t) for t in result.trials if t.answered == answered]
+        drawn = [_point(t) for t in result.trials if t.answered == answered]
+        points = [(signs[0] * x, signs[1] * y) for x, y in drawn]
         label = "answers" if answered else "estimated from first tokens"
         axes.scatter([x for x, _ in points], [y for _, y in points], s=12, color=color, label=label)
-    line = [(*m.objectives, float(m.trial.number))[:2] for m in result.front]
+    line = [(signs[0] * x, signs[1] * y) for x, y, *_ in ((*m.objectives, m.trial.number) for m in result.front)]
     axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=FRONT, label="front, checked")
     axes.plot(*line[result.picked], "o", ms=11, mfc="none", color=FRONT, label="chosen")
     axes.legend()

@@ -50,7 +50,8 @@ class TrialVerdict:
     answered: bool
     """Whether the rates of target and keep prompts come from answers. If not, they are estimates."""
     overestimate: float | None = None
-    """By how much the estimated rate on target prompts exceeds that of the answers; None without answers."""
+    """By how much the estimate makes the rates look worse than those of the answers are, at most: higher on target
+    prompts, lower on keep prompts. None without answers."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class TrialScorer:
         base = self._split_by_group(self.answered.first_token()) | {"control": self.control.first_token()}
         self.base = base["control"]
         self.scale = fit_scale(base, before, self.judge)
+        self.own_scales = {g: fit_own_scale(base, before, self.judge, g) for g in self.answered_groups if g != "target"}
 
     def score(
         self, plan: Plan, front: Sequence[Sequence[float]], overestimates: Sequence[float] | None = None
@@ -129,12 +131,13 @@ class TrialScorer:
 
         If generation is given up, the rates seen so far are lower bounds: no returned rate is below them.
         """
-        bounds, estimated, target = dict[str, float](), dict[str, float](), self.judge.rate_of("target")
+        bounds, estimated = dict[str, float](), dict[str, float]()
         with applied(self.subject, plan):
             scores = self._estimate_controls()
 
             def begin(logp: Tensor) -> bool:
-                rates = {self.judge.rate_of(g): self._estimate_rate(p) for g, p in self._split_by_group(logp).items()}
+                groups = self._split_by_group(logp).items()
+                rates = {self.judge.rate_of(g): self._estimate_rate(p, g) for g, p in groups}
                 scores.update(rates)
                 estimated.update(rates)
                 return go_on(scores, bounds)
@@ -151,7 +154,7 @@ class TrialScorer:
             )
         if answers:
             counted = scores | self._count_verdicts(answers)
-            return TrialVerdict(counted, True, estimated[target] - counted[target])
+            return TrialVerdict(counted, True, self._overestimate(estimated, counted))
         return TrialVerdict(scores | {name: max(scores[name], bound) for name, bound in bounds.items()}, False)
 
     def _estimate_controls(self) -> dict[str, float]:
@@ -162,8 +165,15 @@ class TrialScorer:
         scores[self.judge.rate_of("control")] = self._estimate_rate(control)
         return scores | self._run_other_scorers(scores)
 
-    def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"]) -> float:
-        return self.scale.estimate_rate(logp.nan_to_num(nan=0.0))
+    def _estimate_rate(self, logp: Float[Tensor, "rows vocabulary"], group: str = "target") -> float:
+        scale = self.own_scales.get(group) or self.scale
+        return scale.estimate_rate(logp.nan_to_num(nan=0.0))
+
+    def _overestimate(self, estimated: Scores, counted: Scores) -> float:
+        """Return `TrialVerdict.overestimate`."""
+        errors = {name: rate - counted[name] for name, rate in estimated.items()}
+        keep = self.judge.rate_of("keep")
+        return max(-error if name == keep else error for name, error in errors.items())
 
     def _split_by_group(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows of the answered prompts by group."""
@@ -241,7 +251,7 @@ class TrialScorer:
 
     def measure_excess(self, scores: Scores) -> dict[str, float]:
         """Return by how much each limit of the search is exceeded; nothing above 0 is feasible."""
-        return measure_excess(scores, self.before.scores, self.search, self.judge.rate_of("control"))
+        return measure_excess(scores, self.before.scores, self.search, self.judge.name)
 
     def _run_other_scorers(self, estimate: Scores) -> dict[str, float]:
         """Return the scores that objectives need and the estimate lacks. Each scorer costs passes of its own.
@@ -280,24 +290,35 @@ def read_objective(name: str, scores: Scores) -> float:
     return -scores[plain] if name.startswith("-") else scores[plain]
 
 
-def fit_scale(base: Mapping[str, Tensor], before: Measurement, judge: Judge) -> RateScale:
+def fit_own_scale(base: Mapping[str, Tensor], before: Measurement, judge: Judge, group: str) -> RateScale | None:
+    """Return how first tokens predict the behavior in another group than target, whose answers may begin otherwise.
+
+    None where no first token is typical of it; the target group's scale then has to do.
+    """
+    try:
+        return fit_scale(base, before, judge, group)
+    except UserError:
+        return None
+
+
+def fit_scale(base: Mapping[str, Tensor], before: Measurement, judge: Judge, group: str = "target") -> RateScale:
     """Find the first tokens that the behavior begins with in this model, and how their probability predicts its rate.
 
-    The tokens are those that begin at least one in twenty target answers that show it, and are four times as frequent
-    as for control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such token, or
-    if the rate on target prompts is not above that on control prompts.
+    The tokens are those that begin at least one in twenty answers of the group that show it, and are four times as
+    frequent as for control prompts. base: first-token log-probabilities by group. Raises UserError if there is no such
+    token, or if the rate in the group is not above that on control prompts.
     """
-    shown = torch.tensor([r["verdict"] in SHOWN for r in before.records if r.get("group") == "target"])
-    target, control = base["target"].double().exp(), base["control"].double().exp().mean(0)
-    frequency = target[shown].mean(0) if bool(shown.any()) else target.mean(0)
+    shown = torch.tensor([r["verdict"] in SHOWN for r in before.records if r.get("group") == group])
+    found, control = base[group].double().exp(), base["control"].double().exp().mean(0)
+    frequency = found[shown].mean(0) if bool(shown.any()) else found.mean(0)
     tokens = tuple(int(t) for t in ((frequency >= MIN_SHARE) & (frequency >= MIN_RATIO * control)).nonzero()[:, 0])
-    rates = {g: before.scores[judge.rate_of(g)].value for g in ("target", "control")}
-    if not tokens or rates["target"] <= rates["control"]:
+    rates = {g: before.scores[judge.rate_of(g)].value for g in (group, "control")}
+    if not tokens or rates[group] <= rates["control"]:
         raise UserError(
-            f"search: {judge.name} is {rates['target']:.0%} on target and {rates['control']:.0%} on control search "
+            f"search: {judge.name} is {rates[group]:.0%} on {group} and {rates['control']:.0%} on control search "
             f"prompts, and {len(tokens)} first tokens are typical of it; there is nothing to search for. "
             "Give other prompts"
         )
-    probability = {g: float(opening_probability(base[g], tokens).mean()) for g in ("target", "control")}
-    slope = (rates["target"] - rates["control"]) / max(1e-6, probability["target"] - probability["control"])
+    probability = {g: float(opening_probability(base[g], tokens).mean()) for g in (group, "control")}
+    slope = (rates[group] - rates["control"]) / max(1e-6, probability[group] - probability["control"])
     return RateScale(tokens, slope, probability["control"], rates["control"])

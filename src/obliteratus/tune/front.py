@@ -31,9 +31,10 @@ class TunedPlan:
     """Factor on all strengths after the last step."""
 
     def describe(self) -> dict[str, float]:
-        """Return what search prompts say, as plain numbers."""
+        """Return what search prompts say, as plain numbers. ``kl`` is that of `Checked`, not the loss of this name."""
         loss = {name: float(value) for name, value in vars(self.loss).items()}
-        return {**vars(self.checked), **loss, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
+        checked = {name: value for name, value in vars(self.checked).items() if value is not None}
+        return {**loss, **checked, "steps": self.steps, "scale": self.scale, "edits": len(self.plan.edits)}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Tuned:
 
 
 def find_front(points: Sequence[TunedPlan]) -> list[TunedPlan]:
-    """Return the plans for which no other leaves at most as much at a smaller KL, the gentlest first."""
-    front = [points[i] for i in pareto_front([(p.checked.rate, p.checked.kl) for p in points])]
+    """Return the plans for which no other leaves as little at as small a KL and keeps as much, the gentlest first."""
+    found = [p.checked for p in points]
+    front = [points[i] for i in pareto_front([(c.rate, c.kl, -(c.kept or 0.0)) for c in found])]
     return sorted(front, key=lambda point: point.checked.kl)
 
 

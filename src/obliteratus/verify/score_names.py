@@ -123,6 +123,8 @@ def _describe_behavior(behavior: str) -> dict[str, str]:
     return {
         behavior: "refuses {group} prompts" if refuses else f"{shows}, {{group}} prompts",
         "partial": f"{shows} only later, {{group}}",
+        "ended": "refusals ended, {group}" if refuses else f"{behavior} ended, {{group}}",
+        "kept": "refusals kept, {group}" if refuses else f"{behavior} kept, {{group}}",
         "opens": f"begins to {show}, {{group}}",
         f"{behavior}_score": f"log-odds to {show}, {{group}}",
     }
