@@ -64,7 +64,8 @@ def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int]
 def make_row(program: str, seed: int, after: Measurement, behavior: str, seconds: float) -> Row:
     """Return what the document holds of a result."""
     names = [*(f"{behavior}.{group}" for group in ("target", "keep", "control")), "degenerate.target"]
-    names += ["kl.first_token.mean", "kl.first_token.answered.mean", "perplexity.ratio", "fluency.ratio"]
+    names += [f"kl.first_token.{kind}" for kind in ("mean", "answered.mean")]
+    names += ["perplexity.ratio", "fluency.ratio", "ended.target", "kept.keep"]
     found = {name: after.scores[name] for name in names if name in after.scores}
     scores = {name.replace(behavior, "behavior"): score.model_dump() for name, score in found.items()}
     return {"program": program, "seed": seed, "scores": scores, "seconds": seconds}
