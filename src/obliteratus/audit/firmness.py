@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,7 +200,7 @@ def audit_firmness(
         rewordings=audit.measure_rewordings(curves, own or {}) if "rewordings" in wanted else None,
         benign=audit.measure_benign(curves, benign) if "benign" in wanted else None,
         base_method=audit.base_method,
-        skipped=skipped,
+        skipped={**skipped, **audit.failed},
         passes=sum(count for name, count in passes.items() if name not in skipped),
         seconds=dict(audit.store.seconds),
     )
@@ -243,6 +243,8 @@ class Audit:
     store: Store
     judge: Judge
     found_presence: Presence | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    """By method, why it could not be fitted."""
 
     def screened(self) -> Audit:
         """Return the audit with the judge who knows the model's own words, and the fit prompts that are as expected."""
@@ -282,11 +284,29 @@ class Audit:
     # ---------------------------------------------------------------------------------------- curves
     def measure_curves(self, fit_cheapest: bool) -> dict[str, Curve]:
         """Return the curve of each method and, if wanted, that of the cheapest one's plan after gradient steps."""
-        curves = {name: self.measure_curve(name, self.fit_method(name)) for name in self.methods}
+        curves = self.measure_each(self.methods, "method")
+        if not curves:
+            raise UserError(f"audit: no method could be fitted; {self.failed[next(iter(self.methods))]}")
         if fit_cheapest:
             best = find_least_cost(curves, self.unedited, TWENTIETH).best
-            curves[FITTED] = self.measure_curve(FITTED, self.fit_by_gradients(best, curves[best]))
+            fitted = self.try_curve(FITTED, self.fit_by_gradients(best, curves[best]))
+            curves |= {} if fitted is None else {FITTED: fitted}
         return curves
+
+    def measure_each(self, recipes: Mapping[str, Recipe], what: str) -> dict[str, Curve]:
+        """Return the curves of recipes. One that cannot be fitted is left out with a note, and its reason kept."""
+        labels = {name: name if what == "method" else f"{what} {name}" for name in recipes}
+        found = {name: self.try_curve(labels[name], self.fitter(recipe)) for name, recipe in recipes.items()}
+        return {name: curve for name, curve in found.items() if curve is not None}
+
+    def try_curve(self, label: str, make: Callable[[], Plan]) -> Curve | None:
+        """Return a curve; None, with a note and the reason kept, if its plan cannot be made."""
+        try:
+            return self.measure_curve(label, make)
+        except UserError as error:
+            self.failed[label] = str(error)
+            note("skipped", f"{label}: {error}")
+            return None
 
     def measure_curve(self, name: str, make: Callable[[], Plan]) -> Curve:
         """Return the curve of a plan, which is made if it was not made before."""
@@ -301,9 +321,9 @@ class Audit:
         """Return a plan, made once."""
         return self.store.stage(f"AUDIT plan {name}", make, save_plan, load_plan)
 
-    def fit_method(self, name: str) -> Callable[[], Plan]:
-        """Return the function that fits a method on all fit prompts."""
-        return lambda: self.attacker.fit(self.methods[name])
+    def fitter(self, recipe: Recipe, fit: PromptSet | None = None) -> Callable[[], Plan]:
+        """Return the function that fits a recipe, on all fit prompts or on these."""
+        return lambda: self.attacker.fit(recipe, fit)
 
     def fit_by_gradients(self, best: str, curve: Curve) -> Callable[[], Plan]:
         """Return the function that fits a method's plan by gradient steps, from the strength where it removes."""
@@ -311,17 +331,14 @@ class Audit:
         tune = load_recipe("tuned").tune or Tune()
         steps = {"steps": self.settings.tune_steps, "prompts": self.settings.tune_prompts, "watch": self.settings.tokens}
         settings = tune.model_copy(update={**steps, "balance": False})
-        return lambda: self.attacker.tune(scale_plan(self.find_plan(best, self.fit_method(best)), scale), settings)
+        return lambda: self.attacker.tune(scale_plan(self.find_plan(best, self.fitter(self.methods[best])), scale), settings)
 
     @cached_property
     def base_method(self) -> str:
         """The cheap method whose variants are measured: that of the given ones with the least cost of removal, or else
         `least_change`."""
-        cheap = [name for name, recipe in self.methods.items() if is_cheap(recipe)]
-        if not cheap:
-            return "least_change"
-        curves = {name: self.measure_curve(name, self.fit_method(name)) for name in cheap}
-        return find_least_cost(curves, self.unedited, TWENTIETH).best
+        curves = self.measure_each({name: recipe for name, recipe in self.methods.items() if is_cheap(recipe)}, "method")
+        return find_least_cost(curves, self.unedited, TWENTIETH).best if curves else "least_change"
 
     @property
     def base_recipe(self) -> Recipe:
@@ -334,18 +351,13 @@ class Audit:
         found = {"all": curves[base]} if base in curves else {}
         for seed in range(1, self.settings.seeds + 1):
             half = self.attacker.draw_fit_prompts(n, seed)
-            found[f"half {seed}"] = self.measure_curve(
-                f"half {seed}", lambda half=half: self.attacker.fit(self.base_recipe, half)
-            )
+            found[f"half {seed}"] = self.measure_curve(f"half {seed}", self.fitter(self.base_recipe, half))
         return found
 
     def measure_directions(self) -> dict[str, Curve]:
         """Return curves of the cheap method with so many directions."""
-        recipes = {k: with_directions(self.base_recipe, k) for k in self.settings.directions}
-        return {
-            str(k): self.measure_curve(f"k {k}", lambda recipe=recipe: self.attacker.fit(recipe))
-            for k, recipe in recipes.items()
-        }
+        recipes = {str(k): with_directions(self.base_recipe, k) for k in self.settings.directions}
+        return self.measure_each(recipes, "directions")
 
     def measure_perplexity(self, curves: Mapping[str, Curve]) -> Perplexities:
         """Return perplexity ratios of all methods at all goals that they reach."""
@@ -371,7 +383,7 @@ class Audit:
 
     def _plan_of(self, name: str, curves: Mapping[str, Curve]) -> Plan:
         if name != FITTED:
-            return self.find_plan(name, self.fit_method(name))
+            return self.find_plan(name, self.fitter(self.methods[name]))
         best = find_least_cost({n: c for n, c in curves.items() if n != FITTED}, self.unedited, TWENTIETH).best
         return self.find_plan(FITTED, self.fit_by_gradients(best, curves[best]))
 
@@ -382,7 +394,7 @@ class Audit:
         Where it does not remove the behavior, it is the largest KL of its curve.
         """
         base = self.base_method
-        curve = curves[base] if base in curves else self.measure_curve(base, lambda: self.attacker.fit(self.base_recipe))
+        curve = curves[base] if base in curves else self.measure_curve(base, self.fitter(self.base_recipe))
         cost = summarize_cost(curve, self.unedited, TWENTIETH)
         return ROOM * cost.kl.value if cost.reached else cost.tried
 
@@ -407,12 +419,10 @@ class Audit:
 
     def measure_controls(self, curves: Mapping[str, Curve]) -> MatchedEdits:
         """Measure what no knowledge of the behavior does at the same KL: random directions and shuffled labels."""
-        edits: dict[str, Callable[[], Plan]] = {"found direction": lambda: self.attacker.fit(self.base_recipe)}
+        edits = {"found direction": self.fitter(self.base_recipe)}
         for seed in range(1, self.settings.controls + 1):
-            edits[f"random direction {seed}"] = lambda seed=seed: self.attacker.remove_random_direction(seed)
-            edits[f"shuffled labels {seed}"] = lambda seed=seed: self.attacker.fit(
-                self.base_recipe, self.attacker.shuffle_labels(seed)
-            )
+            edits[f"random direction {seed}"] = partial(self.attacker.remove_random_direction, seed)
+            edits[f"shuffled labels {seed}"] = self.fitter(self.base_recipe, self.attacker.shuffle_labels(seed))
         return self.measure_edits("controls", curves, edits, RANDOM_SCALE)
 
     def measure_blocks(self, curves: Mapping[str, Curve]) -> MatchedEdits:
@@ -422,17 +432,14 @@ class Audit:
             f"{a}–{b}" if b > a else str(a): within_blocks(self.base_recipe, a, b, layers)
             for a, b in divide_blocks(layers, self.settings.windows)
         }
-        edits = {name: lambda recipe=recipe: self.attacker.fit(recipe) for name, recipe in recipes.items()}
+        edits = {name: self.fitter(recipe) for name, recipe in recipes.items()}
         return self.measure_edits("blocks", curves, edits)
 
     def measure_examples(self, curves: Mapping[str, Curve]) -> MatchedEdits:
         """Measure the cheap method on few fit prompts of each group."""
         most = max(len(self.splits.fit[g]) for g in GROUPS)
         numbers = [n for n in self.settings.examples if n <= most]
-        edits = {
-            str(n): lambda n=n: self.attacker.fit(self.base_recipe, self.attacker.draw_fit_prompts(n, n))
-            for n in numbers
-        }
+        edits = {str(n): self.fitter(self.base_recipe, self.attacker.draw_fit_prompts(n, n)) for n in numbers}
         return self.measure_edits("examples", curves, edits)
 
     def measure_repair(self) -> Repair:

@@ -152,9 +152,9 @@ def make_score(draws: Float[Tensor, " draws"], n: int, unit: str) -> Score:
 
 
 def compare_costs(one: Curve, other: Curve, unedited: Dose, goal: float) -> Score | None:
-    """Return cost(one) ÷ cost(other), paired by prompt; None if either does not reach the goal."""
+    """Return cost(one) ÷ cost(other), paired by prompt; None if either does not reach the goal, or costs nothing."""
     first, second = (cross_goal(curve, unedited, goal).kl for curve in (one, other))
-    if not bool(first[0].isfinite() & second[0].isfinite()):
+    if not all(0 < float(costs[0]) < torch.inf for costs in (first, second)):
         return None
     ratio = first / second
     return make_score(torch.where(ratio.isnan(), torch.inf, ratio), len(unedited.shown), "ratio")
