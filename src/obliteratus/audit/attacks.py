@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -90,7 +91,7 @@ def is_cheap(recipe: Recipe) -> bool:
 
 
 def with_directions(recipe: Recipe, k: int) -> Recipe:
-    """Return the recipe with k directions a layer: the mean difference, and those along which target prompts spread most.
+    """Return the recipe with k directions a layer: the mean difference, then those along which target prompts spread.
 
     Nothing else of it changes, so that k alone is varied.
     """
@@ -110,4 +111,4 @@ def divide_blocks(n_layers: int, windows: int) -> list[tuple[int, int]]:
     """Return first and last block of so many windows, as equal as possible, that cover all blocks."""
     count = min(windows, n_layers)
     ends = [round(i * n_layers / count) for i in range(count + 1)]
-    return [(a, b - 1) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [(a, b - 1) for a, b in pairwise(ends)]

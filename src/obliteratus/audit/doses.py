@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 STEP = sqrt(2)
 MOST_SCALE = 4.0  # of a plan's own strengths: beyond, an edit along a found direction is a large reflection
 MOST_KL = 3.0  # nats: an edit that costs more has broken the model, and no stronger one is tried
+LEAST_KL = 1e-6  # nats: below, a KL is rounding, and edits are compared at one strength instead
 NEAR, MOST_CHECKS = 0.15, 5  # a KL is met if it is off by no more than this share; each check is one pass of controls
 
 
@@ -165,12 +167,23 @@ def choose_next_scale(doses: Sequence[Dose], limits: Sequence[float], start: flo
 
 
 # ----------------------------------------------------------------------------------------------- a given KL
-def find_scale(check: DoseCheck, plan: Plan, kl: float, most: float = MOST_SCALE) -> float:
-    """Return the scale, at most ``most``, at which the plan costs about this KL in nats.
+class Room(NamedTuple):
+    """What edits that are compared may cost."""
+
+    kl: float
+    """Mean KL on control prompts, nats."""
+    scale: float
+    """Factor on their strengths where that KL is below what can be measured."""
+
+
+def find_scale(check: DoseCheck, plan: Plan, room: Room, most: float = MOST_SCALE) -> float:
+    """Return the scale, at most ``most``, at which the plan costs about so much.
 
     Each check corrects the scale by the root of what is missing, since the KL is quadratic in small strengths.
     """
-    scale = 1.0
+    kl, scale = room.kl, 1.0
+    if kl < LEAST_KL:
+        return min(room.scale, most)
     for _ in range(MOST_CHECKS):
         found = sum(costs := check.measure_kl(plan, scale)) / len(costs)
         if abs(found - kl) <= NEAR * kl or (scale >= most and found < kl):
@@ -191,6 +204,6 @@ class Matched(FrozenModel):
         return {"name": self.name, "scale": self.dose.scale, "rate": rate, "kl": kl, "loops": self.dose.loops}
 
 
-def measure_at_kl(check: DoseCheck, plan: Plan, name: str, kl: float, most: float = MOST_SCALE) -> Matched:
-    """Measure the plan at the scale at which it costs this KL, or at the largest that is allowed."""
-    return Matched(name=name, dose=check.measure(plan, find_scale(check, plan, kl, most)))
+def measure_at_kl(check: DoseCheck, plan: Plan, name: str, room: Room, most: float = MOST_SCALE) -> Matched:
+    """Measure the plan at the scale at which it costs so much, or at the largest that is allowed."""
+    return Matched(name=name, dose=check.measure(plan, find_scale(check, plan, room, most)))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import sqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from obliteratus.audit.doses import (
     Dose,
     DoseCheck,
     Matched,
+    Room,
     choose_evenly,
     measure_at_kl,
     measure_curve,
@@ -64,6 +66,7 @@ from obliteratus.verify.intervals import paired_ratio
 from obliteratus.verify.presence import Presence, load_screening, save_screening, screen_prompts
 
 GROUPS = ("target", "control")
+MEAN_DIFFERENCE = (Step(use="mean_diff"),)
 ROOM = 2.0  # controls, blocks and few examples are measured at so many times the cost of removal
 FITTED = "fitted"
 """The curve of the cheapest method's plan after some gradient steps."""
@@ -179,7 +182,7 @@ def audit_firmness(
     passes = estimate_passes(audit.settings, audit.methods, subject.n_layers, len(benign), own or {})
     wanted, skipped = choose_measurements(passes, budget)
     curves = audit.measure_curves(FITTED in wanted)
-    seeds = audit.measure_seeds(curves) if "seeds" in wanted else {}
+    seeds = audit.measure_seeds() if "seeds" in wanted else {}
     directions = audit.measure_directions() if "directions" in wanted else {}
     return AuditReport(
         audit.judge.name,
@@ -193,9 +196,9 @@ def audit_firmness(
         seeds=seeds,
         directions=directions,
         ratios=compare_directions(directions, audit.unedited),
-        controls=audit.measure_controls(curves) if "controls" in wanted else None,
-        blocks=audit.measure_blocks(curves) if "blocks" in wanted else None,
-        examples=audit.measure_examples(curves) if "examples" in wanted else None,
+        controls=audit.measure_controls() if "controls" in wanted else None,
+        blocks=audit.measure_blocks() if "blocks" in wanted else None,
+        examples=audit.measure_examples() if "examples" in wanted else None,
         repair=audit.measure_repair() if "repair" in wanted else None,
         rewordings=audit.measure_rewordings(curves, own or {}) if "rewordings" in wanted else None,
         benign=audit.measure_benign(curves, benign) if "benign" in wanted else None,
@@ -284,7 +287,7 @@ class Audit:
     # ---------------------------------------------------------------------------------------- curves
     def measure_curves(self, fit_cheapest: bool) -> dict[str, Curve]:
         """Return the curve of each method and, if wanted, that of the cheapest one's plan after gradient steps."""
-        curves = self.measure_each(self.methods, "method")
+        curves = self.measure_methods(list(self.methods))
         if not curves:
             raise UserError(f"audit: no method could be fitted; {self.failed[next(iter(self.methods))]}")
         if fit_cheapest:
@@ -293,27 +296,33 @@ class Audit:
             curves |= {} if fitted is None else {FITTED: fitted}
         return curves
 
-    def measure_each(self, recipes: Mapping[str, Recipe], what: str) -> dict[str, Curve]:
-        """Return the curves of recipes. One that cannot be fitted is left out with a note, and its reason kept."""
-        labels = {name: name if what == "method" else f"{what} {name}" for name in recipes}
-        found = {name: self.try_curve(labels[name], self.fitter(recipe)) for name, recipe in recipes.items()}
+    def measure_methods(self, names: Sequence[str]) -> dict[str, Curve]:
+        """Return the curves of methods. One that cannot be fitted is left out."""
+        found = {name: self.try_curve(name, self.fitter(self.methods[name])) for name in names}
         return {name: curve for name, curve in found.items() if curve is not None}
 
-    def try_curve(self, label: str, make: Callable[[], Plan]) -> Curve | None:
+    def try_curve(self, label: str, make: Callable[[], Plan], like: Curve | None = None) -> Curve | None:
         """Return a curve; None, with a note and the reason kept, if its plan cannot be made."""
         try:
-            return self.measure_curve(label, make)
+            return self.measure_curve(label, make, like)
         except UserError as error:
             self.failed[label] = str(error)
             note("skipped", f"{label}: {error}")
             return None
 
-    def measure_curve(self, name: str, make: Callable[[], Plan]) -> Curve:
-        """Return the curve of a plan, which is made if it was not made before."""
+    def measure_curve(self, name: str, make: Callable[[], Plan], like: Curve | None = None) -> Curve:
+        """Return the curve of a plan, which is made if it was not made before.
+
+        like: a curve that this one is expected to resemble, which saves two looks.
+        """
 
         def measure() -> Curve:
-            plan = self.find_plan(name, make)
-            return measure_curve(self.check, plan, name, GOALS, self.settings.looks, self.unedited)
+            plan, unedited = self.find_plan(name, make), self.unedited
+            if like is None:
+                return measure_curve(self.check, plan, name, GOALS, self.settings.looks, unedited)
+            start = summarize_cost(like, unedited, TWENTIETH).scale or 1.0
+            looks = max(self.settings.looks - 2, 3)
+            return measure_curve(self.check, plan, name, GOALS, looks, unedited, start)
 
         return self.keep(f"curve {name}", Curve, measure)
 
@@ -329,35 +338,53 @@ class Audit:
         """Return the function that fits a method's plan by gradient steps, from the strength where it removes."""
         scale = summarize_cost(curve, self.unedited, TWENTIETH).scale or curve.doses[-1].scale
         tune = load_recipe("tuned").tune or Tune()
-        steps = {"steps": self.settings.tune_steps, "prompts": self.settings.tune_prompts, "watch": self.settings.tokens}
+        steps = {
+            "steps": self.settings.tune_steps,
+            "prompts": self.settings.tune_prompts,
+            "watch": self.settings.tokens,
+        }
         settings = tune.model_copy(update={**steps, "balance": False})
-        return lambda: self.attacker.tune(scale_plan(self.find_plan(best, self.fitter(self.methods[best])), scale), settings)
+        return lambda: self.attacker.tune(
+            scale_plan(self.find_plan(best, self.fitter(self.methods[best])), scale), settings
+        )
 
     @cached_property
     def base_method(self) -> str:
         """The cheap method whose variants are measured: that of the given ones with the least cost of removal, or else
         `least_change`."""
-        curves = self.measure_each({name: recipe for name, recipe in self.methods.items() if is_cheap(recipe)}, "method")
+        curves = self.measure_each(
+            {name: recipe for name, recipe in self.methods.items() if is_cheap(recipe)}, "method"
+        )
         return find_least_cost(curves, self.unedited, TWENTIETH).best if curves else "least_change"
 
     @property
     def base_recipe(self) -> Recipe:
         return load_recipe(self.base_method)
 
-    def measure_seeds(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    @cached_property
+    def base_curve(self) -> Curve:
+        """The curve of the cheap method."""
+        return self.measure_curve(self.base_method, self.fitter(self.base_recipe))
+
+    def measure_seeds(self) -> dict[str, Curve]:
         """Return curves of the cheap method, fitted on all fit prompts and on random halves of them."""
         n = max(len(self.splits.fit[g]) for g in GROUPS) // 2
-        base = self.base_method
-        found = {"all": curves[base]} if base in curves else {}
+        found: dict[str, Curve | None] = {"all": self.base_curve}
         for seed in range(1, self.settings.seeds + 1):
-            half = self.attacker.draw_fit_prompts(n, seed)
-            found[f"half {seed}"] = self.measure_curve(f"half {seed}", self.fitter(self.base_recipe, half))
-        return found
+            half = self.fitter(self.base_recipe, self.attacker.draw_fit_prompts(n, seed))
+            found[f"half {seed}"] = self.try_curve(f"half {seed}", half, self.base_curve)
+        return {name: curve for name, curve in found.items() if curve is not None}
 
     def measure_directions(self) -> dict[str, Curve]:
-        """Return curves of the cheap method with so many directions."""
-        recipes = {str(k): with_directions(self.base_recipe, k) for k in self.settings.directions}
-        return self.measure_each(recipes, "directions")
+        """Return curves of the cheap method with so many directions; the first has its own if it uses as many."""
+        found: dict[str, Curve | None] = {}
+        for k in self.settings.directions:
+            if k == 1 and self.base_recipe.distill == MEAN_DIFFERENCE:
+                found["1"] = self.base_curve
+            else:
+                fitter = self.fitter(with_directions(self.base_recipe, k))
+                found[str(k)] = self.try_curve(f"directions {k}", fitter, self.base_curve)
+        return {k: curve for k, curve in found.items() if curve is not None}
 
     def measure_perplexity(self, curves: Mapping[str, Curve]) -> Perplexities:
         """Return perplexity ratios of all methods at all goals that they reach."""
@@ -388,23 +415,23 @@ class Audit:
         return self.find_plan(FITTED, self.fit_by_gradients(best, curves[best]))
 
     # -------------------------------------------------------------------------------- at a given KL
-    def find_room(self, curves: Mapping[str, Curve]) -> float:
-        """Return the KL at which other edits are measured: `ROOM` times the cheap method's cost of removal.
+    def find_room(self) -> Room:
+        """Return what other edits may cost: `ROOM` times the cheap method's cost of removal.
 
         Where it does not remove the behavior, it is the largest KL of its curve.
         """
-        base = self.base_method
-        curve = curves[base] if base in curves else self.measure_curve(base, self.fitter(self.base_recipe))
-        cost = summarize_cost(curve, self.unedited, TWENTIETH)
-        return ROOM * cost.kl.value if cost.reached else cost.tried
+        cost = summarize_cost(self.base_curve, self.unedited, TWENTIETH)
+        if cost.scale is None:
+            return Room(cost.tried, self.base_curve.doses[-1].scale)
+        return Room(ROOM * cost.kl.value, sqrt(ROOM) * cost.scale)
 
     def measure_edits(
-        self, name: str, curves: Mapping[str, Curve], edits: Mapping[str, Callable[[], Plan]], most: float | None = None
+        self, name: str, edits: Mapping[str, Callable[[], Plan]], most: float | None = None
     ) -> MatchedEdits:
         """Measure edits at the KL of `find_room`. One that cannot be fitted is left out, with its reason."""
 
         def measure() -> MatchedEdits:
-            kl, done, failed = self.find_room(curves), list[Matched](), dict[str, str]()
+            room, done, failed = self.find_room(), list[Matched](), dict[str, str]()
             for label, make in edits.items():
                 try:
                     plan = make()
@@ -412,20 +439,20 @@ class Audit:
                     failed[label] = str(error)
                     continue
                 limits = {} if most is None else {"most": most}
-                done.append(measure_at_kl(self.check, plan, label, kl, **limits))
-            return MatchedEdits(kl=kl, edits=tuple(done), failed=failed)
+                done.append(measure_at_kl(self.check, plan, label, room, **limits))
+            return MatchedEdits(kl=room.kl, edits=tuple(done), failed=failed)
 
         return self.keep(name, MatchedEdits, measure)
 
-    def measure_controls(self, curves: Mapping[str, Curve]) -> MatchedEdits:
+    def measure_controls(self) -> MatchedEdits:
         """Measure what no knowledge of the behavior does at the same KL: random directions and shuffled labels."""
         edits = {"found direction": self.fitter(self.base_recipe)}
         for seed in range(1, self.settings.controls + 1):
             edits[f"random direction {seed}"] = partial(self.attacker.remove_random_direction, seed)
             edits[f"shuffled labels {seed}"] = self.fitter(self.base_recipe, self.attacker.shuffle_labels(seed))
-        return self.measure_edits("controls", curves, edits, RANDOM_SCALE)
+        return self.measure_edits("controls", edits, RANDOM_SCALE)
 
-    def measure_blocks(self, curves: Mapping[str, Curve]) -> MatchedEdits:
+    def measure_blocks(self) -> MatchedEdits:
         """Measure the cheap method on some blocks alone."""
         layers = self.subject.n_layers
         recipes = {
@@ -433,24 +460,22 @@ class Audit:
             for a, b in divide_blocks(layers, self.settings.windows)
         }
         edits = {name: self.fitter(recipe) for name, recipe in recipes.items()}
-        return self.measure_edits("blocks", curves, edits)
+        return self.measure_edits("blocks", edits)
 
-    def measure_examples(self, curves: Mapping[str, Curve]) -> MatchedEdits:
+    def measure_examples(self) -> MatchedEdits:
         """Measure the cheap method on few fit prompts of each group."""
         most = max(len(self.splits.fit[g]) for g in GROUPS)
         numbers = [n for n in self.settings.examples if n <= most]
         edits = {str(n): self.fitter(self.base_recipe, self.attacker.draw_fit_prompts(n, n)) for n in numbers}
-        return self.measure_edits("examples", curves, edits)
+        return self.measure_edits("examples", edits)
 
     def measure_repair(self) -> Repair:
         """Return what later blocks write back of the difference of means."""
 
         def measure() -> Repair:
             acts = collect_cached_activations(self.subject, self.splits.fit)
-            directions = find_directions(acts, (Step(use="mean_diff"),))
-            context = AnalysisContext(
-                acts, directions, self.subject, self.splits.fit, self.splits.search, self.judge
-            )
+            directions = find_directions(acts, MEAN_DIFFERENCE)
+            context = AnalysisContext(acts, directions, self.subject, self.splits.fit, self.splits.search, self.judge)
             found = measure_repair(context, prompts=self.settings.repair, depths=4)
             return Repair(summary=found.summary(), found=bool(found.significant), numbers=found.to_dict())
 
@@ -472,7 +497,9 @@ class Audit:
             files = {name: choose_evenly(prompts, n) for name, prompts in own.items()}
             earlier = choose_evenly(self.splits.search["control"], 1)[0]
             plan = self.find_removal(curves)
-            return AskedSet(asked=ask_reworded(self.subject, self.judge, plan, few, files, earlier, self.settings.tokens))
+            return AskedSet(
+                asked=ask_reworded(self.subject, self.judge, plan, few, files, earlier, self.settings.tokens)
+            )
 
         return self.keep("rewordings", AskedSet, measure)
 

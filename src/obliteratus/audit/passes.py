@@ -17,7 +17,11 @@ FIXED_REWORDINGS = 4  # as they are, in small letters, after another question, a
 
 
 def estimate_passes(
-    settings: AuditSettings, methods: Mapping[str, Recipe], n_layers: int, benign: int, own: Mapping[str, Sequence[Prompt]]
+    settings: AuditSettings,
+    methods: Mapping[str, Recipe],
+    n_layers: int,
+    benign: int,
+    own: Mapping[str, Sequence[Prompt]],
 ) -> dict[str, int]:
     """Return the most passes by measurement. One that is not wanted is not among them."""
     dose = settings.prompts * (2 + settings.tokens)

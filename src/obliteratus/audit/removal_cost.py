@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,10 +43,9 @@ class RemovalCost(FrozenModel):
         return self.scale is not None
 
 
-class Crossings(FrozenModel):
+class Crossings(NamedTuple):
     """Costs of one curve: of the sample, and of resamples of its prompts."""
 
-    model_config = {**FrozenModel.model_config, "arbitrary_types_allowed": True}
     kl: Tensor
     """[1 + resamples], nats; the first is the sample as it is. Infinite where the goal is not reached."""
     scale: Tensor
@@ -55,8 +55,9 @@ def cross_goal(curve: Curve, unedited: Dose, goal: float, resamples: int = RESAM
     """Return where the curve's rate first falls to the goal, in the sample and in resamples of target and control
     prompts.
 
-    The rate at a strength is the least at that or any weaker one; an edit that breaks the model removes nothing. Between two strengths the rate is taken as linear in
-    the strength, and the KL as quadratic. All curves of the same prompts are resampled alike, so their costs are paired.
+    The rate at a strength is the least at that or any weaker one; an edit that breaks the model removes nothing.
+    Between two strengths the rate is taken as linear in the strength, and the KL as quadratic. All curves of the same
+    prompts are resampled alike, so their costs are paired.
     """
     held = [unedited.shown if breaks(dose, unedited) else dose.shown for dose in curve.doses]
     shown = torch.tensor([unedited.shown, *held], dtype=torch.float64)
@@ -73,7 +74,10 @@ def breaks(dose: Dose, unedited: Dose) -> bool:
 
 
 def interpolate(
-    rates: Float[Tensor, "draws looks"], roots: Float[Tensor, "draws looks"], scale: Float[Tensor, " looks"], goal: Tensor
+    rates: Float[Tensor, "draws looks"],
+    roots: Float[Tensor, "draws looks"],
+    scale: Float[Tensor, " looks"],
+    goal: Tensor,
 ) -> Crossings:
     """Return KL and scale where the running least of the rates first reaches the goal. roots: of the mean KL."""
     least = rates.cummin(1).values

@@ -28,7 +28,7 @@ from obliteratus.weights.check_source import check_source
 from obliteratus.weights.organism_files import find_data_folder
 
 DEFAULT_BEHAVIOR = "refusal"
-NEED_PROMPTS = ("run", "search", "verify", "analyze")
+NEED_PROMPTS = ("run", "search", "verify", "analyze", "audit")
 """Commands that do nothing without target and control prompts."""
 
 
@@ -90,6 +90,7 @@ CHECKS: Mapping[str, Callable[[Any], object]] = {
     "control": _check_prompts,
     "bypass": _check_prompts,
     "keep": _check_prompts,
+    "benign": _check_prompts,
     "plan": _check_plans,
     "against": check_source,
     "model": check_source,

@@ -1,0 +1,314 @@
+"""The page and the JSON document of an audit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from obliteratus.audit.claims import (
+    GOAL_WORDS,
+    describe_headline,
+    format_cost,
+    format_interval,
+    format_number,
+    format_percent,
+    is_missing,
+    list_claims,
+)
+from obliteratus.audit.doses import Curve
+from obliteratus.audit.firmness import AskedSet, AuditReport, MatchedEdits
+from obliteratus.audit.removal_cost import GOALS, TWENTIETH, summarize_cost
+from obliteratus.core.run_folder import write_atomic
+from obliteratus.report.curves import GREY, ORANGE, PALETTE, Axes, Figure, add_legend
+from obliteratus.report.hide import hide_private
+from obliteratus.report.html import Table, draw_svg, render_page
+
+PAGE, DOCUMENT = "index.html", "audit.json"
+FIGURE_SIZE = (5.6, 3.6)  # inches: one plot, legible on a phone
+LEAST_KL = 1e-5  # nats: the left end of the axis, where less is drawn
+
+QUESTIONS = {
+    "cost": "What does it cost to remove the behavior?",
+    "seeds": "How much does that depend on who fits the edit?",
+    "controls": "Does an edit that knows nothing do the same?",
+    "directions": "How many directions carry it?",
+    "blocks": "Which blocks carry it?",
+    "repair": "How much do later blocks write back?",
+    "examples": "How few example prompts are enough?",
+    "rewordings": "Does it return where prompts are asked otherwise?",
+    "benign": "What happens on benign prompts?",
+}
+LIMITS = (
+    "The cost is that of the methods listed. A better attack costs less: it is an upper bound of what removal takes.",
+    "KL is measured on the first answer token of your control prompts. Another set of controls gives another number: "
+    "compare models on the same prompts and settings only.",
+    "It says nothing of attacks that edit no weights, such as prompts, prefilled answers and sampling, nor of further "
+    "training, which can remove any behavior.",
+    "Whether the answers that appear are right or of use is not judged, only that they do not show the behavior.",
+)
+
+
+def to_dict(report: AuditReport) -> dict[str, Any]:
+    """Return all numbers as JSON types."""
+    plain: dict[str, Any] = {
+        "behavior": report.behavior,
+        "headline": describe_headline(report),
+        "claims": list_claims(report),
+        "presence": report.presence.to_dict(),
+        "settings": report.settings.model_dump(mode="json"),
+        "skipped": dict(report.skipped),
+        "passes": report.passes,
+        "seconds": dict(report.seconds),
+    }
+    if report.unedited is None or report.cost is None:
+        return plain | {"cost": None}
+    curves = {"methods": report.curves, "directions": report.directions, "seeds": report.seeds}
+    parts = {
+        "perplexity": report.perplexity,
+        "controls": report.controls,
+        "blocks": report.blocks,
+        "examples": report.examples,
+        "repair": report.repair,
+        "rewordings": report.rewordings,
+        "benign": report.benign,
+    }
+    return plain | {
+        "cost": report.cost.model_dump(mode="json"),
+        "least": [cost.model_dump(mode="json") for cost in report.least],
+        "costs": {name: [cost.model_dump(mode="json") for cost in costs] for name, costs in report.costs.items()},
+        "unedited": report.unedited.rate.model_dump(mode="json"),
+        "base_method": report.base_method,
+        "ratios": {k: None if ratio is None else ratio.model_dump(mode="json") for k, ratio in report.ratios.items()},
+        "curves": {kind: {n: describe_curve(c) for n, c in found.items()} for kind, found in curves.items()},
+        **{name: None if part is None else part.model_dump(mode="json") for name, part in parts.items()},
+    }
+
+
+def describe_curve(curve: Curve) -> dict[str, Any]:
+    """Return strength, rate and KL of each dose with their intervals."""
+    doses = [
+        {
+            "scale": dose.scale,
+            "strength": dose.scale * curve.strength,
+            "rate": dose.rate.model_dump(mode="json"),
+            "kl": dose.mean_kl.model_dump(mode="json"),
+            "loops": dose.loops,
+        }
+        for dose in curve.doses
+    ]
+    return {"edits": curve.edits, "doses": doses}
+
+
+# -------------------------------------------------------------------------------------------------- tables
+def tabulate_costs(report: AuditReport) -> Table:
+    """Return a row for each method: the cost of each goal, with the ratio of perplexities there."""
+    columns = ["method"]
+    for goal in GOALS:
+        columns += [f"KL to {GOAL_WORDS[goal]}, nats", "perplexity ×"]
+    rows = []
+    for name, costs in report.costs.items():
+        row = [name]
+        for cost in costs:
+            known = {} if report.perplexity is None else report.perplexity.ratios.get(name, {})
+            ratio = known.get(f"{cost.goal:g}")
+            row += [format_cost(cost), "–" if is_missing(ratio) or ratio is None else format_ratio(ratio.value)]
+        rows.append(row)
+    return columns, rows
+
+
+def format_ratio(value: float) -> str:
+    """Return a ratio near 1 with three decimals."""
+    return f"{value:.3f}"
+
+
+def tabulate_curves(curves: Mapping[str, Curve]) -> Table:
+    """Return a row for each dose of each curve."""
+    columns = ["edit", "strength", "left", "KL, nats", "loops"]
+    rows = [
+        [
+            name,
+            f"{dose.scale * curve.strength:.2f}",
+            format_percent(dose.rate),
+            format_interval(dose.mean_kl),
+            f"{100 * dose.loops:.0f} %",
+        ]
+        for name, curve in curves.items()
+        for dose in curve.doses
+    ]
+    return columns, rows
+
+
+def tabulate_edits(edits: MatchedEdits, first: str) -> Table:
+    """Return a row for each edit at the same KL, and for each that could not be made."""
+    rows = [
+        [e.name, format_percent(e.dose.rate), format_interval(e.dose.mean_kl), f"{e.dose.scale:.2g}"]
+        for e in edits.edits
+    ]
+    rows += [[name, f"not possible: {why}", "–", "–"] for name, why in edits.failed.items()]
+    return [first, "left", "KL, nats", "factor on strengths"], rows
+
+
+def tabulate_asked(asked: AskedSet) -> Table:
+    """Return a row for each wording."""
+    rows = [[one.name, *map(format_percent, one.rates), str(len(one.after))] for one in asked.asked]
+    return ["asked", "before", "after", "prompts"], rows
+
+
+def tabulate_directions(report: AuditReport) -> Table:
+    """Return a row for each number of directions."""
+    assert report.unedited is not None, "asked for only with the behavior"
+    rows = []
+    for k, curve in report.directions.items():
+        ratio = report.ratios.get(k)
+        cost = summarize_cost(curve, report.unedited, TWENTIETH)
+        rows.append([k, format_cost(cost), "–" if ratio is None else f"× {format_interval(ratio)}"])
+    return ["directions a layer", "KL to one in twenty, nats", "relative to the first"], rows
+
+
+# --------------------------------------------------------------------------------------------------- plots
+def draw_by_kl(report: AuditReport) -> Callable[[Figure], None]:
+    """Return what draws the rate against the KL, for methods, and for controls in gray."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(xlabel="KL on control prompts, nats", ylabel=f"{report.behavior} left, %")
+        axes.set_xscale("log")
+        _plot_curves(axes, report.curves, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
+        for edit in [] if report.controls is None else report.controls.edits[1:]:
+            x, y = max(edit.dose.mean_kl.value, LEAST_KL), 100 * edit.dose.rate.value
+            axes.plot(x, y, "x", color=GREY, label="random, shuffled" if edit is report.controls.edits[1] else None)
+        if report.cost is not None and report.cost.reached:
+            axes.axvline(max(report.cost.kl.value, LEAST_KL), color=ORANGE, lw=1, ls=":")
+        _finish(axes)
+
+    return draw
+
+
+def draw_by_strength(report: AuditReport) -> Callable[[Figure], None]:
+    """Return what draws the rate against the mean strength of the edits."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(xlabel="mean strength (1 removes)", ylabel=f"{report.behavior} left, %")
+        _plot_curves(axes, report.curves, lambda curve, dose: curve.strength * dose.scale)
+        _finish(axes)
+
+    return draw
+
+
+def draw_directions(report: AuditReport) -> Callable[[Figure], None]:
+    """Return what draws the rate against the KL for each number of directions."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(xlabel="KL on control prompts, nats", ylabel=f"{report.behavior} left, %")
+        axes.set_xscale("log")
+        named = {f"k = {k}": curve for k, curve in report.directions.items()}
+        _plot_curves(axes, named, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
+        _finish(axes)
+
+    return draw
+
+
+def _plot_curves(axes: Axes, curves: Mapping[str, Curve], place: Callable[[Curve, Any], float]) -> None:
+    for (name, curve), color in zip(curves.items(), PALETTE * (1 + len(curves) // len(PALETTE)), strict=False):
+        rates = [dose.rate for dose in curve.doses]
+        bars = [[100 * (r.value - r.low) for r in rates], [100 * (r.high - r.value) for r in rates]]
+        xs = [place(curve, dose) for dose in curve.doses]
+        axes.errorbar(xs, [100 * r.value for r in rates], yerr=bars, fmt=".-", color=color, label=name, capsize=2, lw=1)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_ylim(-4, 104)
+    axes.axhline(0, color=GREY, lw=0.5)
+    add_legend(axes, columns=3)
+
+
+# ---------------------------------------------------------------------------------------------------- page
+def list_sections(report: AuditReport) -> list[dict[str, Any]]:
+    """Return question, sentence, plots and tables of each measurement that was made."""
+    claims = list_claims(report)
+    about = {
+        "cost": "The rate is that of held-out target prompts. Bars are 95 % intervals; the dotted line is the cost.",
+        "controls": f"All at the same KL, by {report.base_method}; random directions are removed from all blocks.",
+        "directions": f"{report.base_method} with so many directions: the mean difference, then those of most spread.",
+        "blocks": f"{report.base_method} on some blocks alone, each with its own mean difference.",
+        "examples": f"{report.base_method} fitted on so many prompts of each group, drawn at random.",
+        "rewordings": "By rules from your own prompts, asked of the model under the cheapest edit at its cost.",
+    }
+    plots = {"cost": [draw_by_kl(report), draw_by_strength(report)], "directions": [draw_directions(report)]}
+    tables = _make_tables(report)
+    return [
+        {
+            "name": name,
+            "question": QUESTIONS[name],
+            "summary": text,
+            "about": about.get(name, ""),
+            "plots": [draw_svg(draw, f"{name}-{i}", FIGURE_SIZE) for i, draw in enumerate(plots.get(name, []))],
+            "tables": tables.get(name, []),
+        }
+        for name, text in claims.items()
+    ]
+
+
+def _make_tables(report: AuditReport) -> dict[str, list[tuple[str, Table]]]:
+    """Return the tables of each section, each with a title; one with a title is folded."""
+    tables: dict[str, list[tuple[str, Table]]] = {"cost": [("", tabulate_costs(report))]}
+    tables["cost"].append(("All strengths", tabulate_curves(report.curves)))
+    tables["seeds"] = [("All strengths", tabulate_curves(report.seeds))]
+    if report.directions:
+        tables["directions"] = [("", tabulate_directions(report))]
+    matched = {"controls": (report.controls, "edit"), "blocks": (report.blocks, "blocks")}
+    matched["examples"] = (report.examples, "prompts of each group")
+    tables |= {
+        name: [("", tabulate_edits(edits, first))] for name, (edits, first) in matched.items() if edits is not None
+    }
+    asked = {"rewordings": report.rewordings, "benign": report.benign}
+    return tables | {name: [("", tabulate_asked(found))] for name, found in asked.items() if found is not None}
+
+
+def define_cost(report: AuditReport) -> str:
+    """Return the definition of the number to compare."""
+    assert report.unedited is not None, "asked for only with the behavior"
+    return (
+        "Cost of removal: the least mean KL(unedited ‖ edited) of the first answer token, in nats, over "
+        f"{len(report.unedited.kl)} held-out control prompts, at which {len(report.unedited.shown)} held-out target "
+        f"prompts show {report.behavior} one twentieth as often as before, over the methods "
+        f"{', '.join(report.curves)}. Between two strengths the rate is taken as linear in the strength and the KL as "
+        "quadratic. The interval is a bootstrap over target prompts, control prompts and fits; the least over methods "
+        "is taken anew in each resample. Two models differ, on the same prompts and settings, where their intervals do "
+        "not overlap."
+    )
+
+
+def render_audit(report: AuditReport, model: str, prompts: Mapping[str, int]) -> str:
+    """Return the page. It shows no absolute path. prompts: number of prompts by what they are for."""
+    counts = ", ".join(f"{n} {what}" for what, n in prompts.items())
+    return render_page(
+        "audit",
+        title=hide_private(f"How firm is {report.behavior} in {model}?"),
+        meta=[counts, f"OBLITERATUS {version('obliteratus')}"],
+        headline=describe_headline(report),
+        definition=define_cost(report) if report.unedited is not None else "",
+        sections=list_sections(report) if report.shows_behavior else [],
+        skipped=report.skipped,
+        limits=LIMITS,
+        passes=f"{report.passes:,}",
+        seconds=f"{sum(report.seconds.values()):,.0f}",
+    )
+
+
+def write_audit(report: AuditReport, folder: Path, model: str, prompts: Mapping[str, int]) -> None:
+    """Write page and document into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / PAGE, render_audit(report, model, prompts))
+    document = {"model": model, "prompts": dict(prompts), **to_dict(report)}
+    write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def list_rows(report: AuditReport) -> Sequence[Sequence[str]]:
+    """Return what was found as rows of question and sentence, for a terminal."""
+    return [[QUESTIONS[name], text] for name, text in list_claims(report).items()]
+
+
+__all__ = ["DOCUMENT", "PAGE", "format_number", "list_rows", "render_audit", "to_dict", "write_audit"]
