@@ -29,6 +29,7 @@ CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Between two strengths that are tried, the KL grows about twofold: it is quadratic in small strengths.
 STEP = sqrt(2)
 MOST_SCALE = 4.0  # of a plan's own strengths: beyond, an edit along a found direction is a large reflection
+ROUNDING = 1e-6  # relative: of powers of a step
 MOST_KL = 3.0  # nats: an edit that costs more has broken the model, and no stronger one is tried
 LEAST_KL = 1e-6  # nats: below, a KL is rounding, and edits are compared at one strength instead
 NEAR, MOST_CHECKS = 0.15, 5  # a KL is met if it is off by no more than this share; each check is one pass of controls
@@ -154,7 +155,7 @@ def choose_next_scale(doses: Sequence[Dose], limits: Sequence[float], start: flo
     if not doses:
         return start
     last, first = doses[-1], doses[0]
-    broken = last.scale * STEP > MOST_SCALE * max(1.0, start) or last.mean_kl.value > MOST_KL
+    broken = last.scale * STEP > (1 + ROUNDING) * MOST_SCALE * max(1.0, start) or last.mean_kl.value > MOST_KL
     if min(dose.rate.value for dose in doses) > limits[-1] and not broken:
         return last.scale * STEP
     if first.rate.value <= limits[0]:

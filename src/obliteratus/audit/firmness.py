@@ -13,7 +13,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from obliteratus.analyze import AnalysisContext
 from obliteratus.analyze.pass_budget import split_by_budget
@@ -101,6 +101,8 @@ class MatchedEdits(FrozenModel):
 
 class Perplexities(FrozenModel):
     """By method and goal, the ratio of perplexities on plain prose, edited ÷ unedited, at the cost of removal."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity
 
     ratios: dict[str, dict[str, Score]]
 
@@ -352,14 +354,12 @@ class Audit:
     def base_method(self) -> str:
         """The cheap method whose variants are measured: that of the given ones with the least cost of removal, or else
         `least_change`."""
-        curves = self.measure_each(
-            {name: recipe for name, recipe in self.methods.items() if is_cheap(recipe)}, "method"
-        )
+        curves = self.measure_methods([name for name, recipe in self.methods.items() if is_cheap(recipe)])
         return find_least_cost(curves, self.unedited, TWENTIETH).best if curves else "least_change"
 
     @property
     def base_recipe(self) -> Recipe:
-        return load_recipe(self.base_method)
+        return self.methods.get(self.base_method) or load_recipe(self.base_method)
 
     @cached_property
     def base_curve(self) -> Curve:
@@ -477,7 +477,8 @@ class Audit:
             directions = find_directions(acts, MEAN_DIFFERENCE)
             context = AnalysisContext(acts, directions, self.subject, self.splits.fit, self.splits.search, self.judge)
             found = measure_repair(context, prompts=self.settings.repair, depths=4)
-            return Repair(summary=found.summary(), found=bool(found.significant), numbers=found.to_dict())
+            numbers = found.to_dict()
+            return Repair(summary=found.summary(), found=bool(numbers["found"]), numbers=numbers)
 
         return self.keep("repair", Repair, measure)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from obliteratus.audit.claims import (
+    FOUND,
     GOAL_WORDS,
     describe_headline,
     format_cost,
@@ -176,9 +177,9 @@ def draw_by_kl(report: AuditReport) -> Callable[[Figure], None]:
         axes = figure.add_subplot(xlabel="KL on control prompts, nats", ylabel=f"{report.behavior} left, %")
         axes.set_xscale("log")
         _plot_curves(axes, report.curves, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
-        for edit in [] if report.controls is None else report.controls.edits[1:]:
-            x, y = max(edit.dose.mean_kl.value, LEAST_KL), 100 * edit.dose.rate.value
-            axes.plot(x, y, "x", color=GREY, label="random, shuffled" if edit is report.controls.edits[1] else None)
+        controls = [] if report.controls is None else [e.dose for e in report.controls.edits if e.name != FOUND]
+        xs, ys = [max(dose.mean_kl.value, LEAST_KL) for dose in controls], [100 * dose.rate.value for dose in controls]
+        axes.plot(xs, ys, "x", color=GREY, label="random, shuffled" if controls else None)
         if report.cost is not None and report.cost.reached:
             axes.axvline(max(report.cost.kl.value, LEAST_KL), color=ORANGE, lw=1, ls=":")
         _finish(axes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from obliteratus.audit.doses import Curve, Dose
@@ -24,6 +25,8 @@ GOALS = (HALF, TWENTIETH)
 
 class RemovalCost(FrozenModel):
     """What it costs to bring the behavior down to a share of what it was."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity
 
     goal: float
     """Share of the unedited model's rate."""
