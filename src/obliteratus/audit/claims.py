@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isinf, isnan
 
+import torch
+
 from obliteratus.audit.asked import LEVEL, find_returns
 from obliteratus.audit.doses import Matched
 from obliteratus.audit.firmness import ROOM, AuditReport, MatchedEdits
-from obliteratus.audit.removal_cost import HALF, TWENTIETH, RemovalCost
+from obliteratus.audit.removal_cost import HALF, TWENTIETH, RemovalCost, summarize_cost
 from obliteratus.core.results import Score
 from obliteratus.judge.own_words import fisher_chance
 from obliteratus.verify.intervals import paired_share_change
@@ -81,14 +83,12 @@ def describe_seeds(report: AuditReport) -> str:
     """Return how far the cost depends on the prompts that an edit is fitted on; '' if that was not measured."""
     if len(report.seeds) < 2:
         return ""
-    from obliteratus.audit.removal_cost import summarize_cost
-
     assert report.unedited is not None, "asked for only with the behavior"
     costs = [summarize_cost(curve, report.unedited, TWENTIETH) for curve in report.seeds.values()]
     listed = ", ".join(format_number(cost.kl.value) for cost in costs)
     return (
-        f"{report.base_method} fitted on all fit prompts and on random halves of them costs {listed} nats; the interval "
-        "above covers this."
+        f"{report.base_method} fitted on all fit prompts and on random halves of them costs {listed} nats; the "
+        "interval above covers this."
     )
 
 
@@ -140,8 +140,6 @@ def describe_directions(report: AuditReport) -> str:
     """Return whether more directions make removal cheaper."""
     if len(report.directions) < 2:
         return ""
-    from obliteratus.audit.removal_cost import summarize_cost
-
     assert report.unedited is not None, "asked for only with the behavior"
     costs = {k: summarize_cost(curve, report.unedited, TWENTIETH) for k, curve in report.directions.items()}
     one = next(iter(costs))
@@ -239,8 +237,6 @@ def describe_benign(report: AuditReport) -> str:
     """Return how many benign prompts show the behavior before and after."""
     if report.benign is None:
         return ""
-    import torch
-
     (one,) = report.benign.asked
     before, after = one.rates
     change = paired_share_change(torch.tensor(one.after, dtype=torch.float64), torch.tensor(one.before).double())
