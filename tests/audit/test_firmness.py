@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.audit.asked import Asked, find_returns
 from obliteratus.audit.attacks import Attacker, divide_blocks, load_methods, with_directions, within_blocks
-from obliteratus.audit.claims import classify, describe_headline, is_specific, list_claims, test_controls
+from obliteratus.audit.claims import classify, compare_controls, describe_headline, is_specific, list_claims
 from obliteratus.audit.doses import NEAR, DoseCheck, Matched, Room, find_scale
 from obliteratus.audit.firmness import AuditReport, audit_firmness, choose_measurements
 from obliteratus.audit.firmness_page import render_audit, to_dict, write_audit
@@ -91,12 +91,14 @@ def test_what_is_said_agrees_with_the_model() -> None:
     assert "blocks 2–3 end most of it; blocks 4–5, 6–7 do not" in list_claims(found)["blocks"]
 
 
-def test_the_controls_do_not_remove_it() -> None:
+def test_random_directions_do_not_remove_it() -> None:
+    """Shuffled labels do: in this model nothing but the refusal varies much. So nothing is claimed of the direction."""
     found = audited()
     assert found.controls is not None
     rates = {edit.name: edit.dose.rate.value for edit in found.controls.edits}
     assert rates["found direction"] == 0
     assert min(rate for name, rate in rates.items() if name.startswith("random")) == 1
+    assert is_specific(found) is (min(rate for name, rate in rates.items() if name.startswith("shuffled")) > 0.5)
 
 
 def test_it_returns_nowhere_and_benign_prompts_stay_as_they_are() -> None:
@@ -137,7 +139,7 @@ def test_a_direction_that_does_as_much_as_controls_is_no_finding() -> None:
     first, *others = found.controls.edits
     same = [edit.model_copy(update={"dose": first.dose}) for edit in others]
     alike = found.controls.model_copy(update={"edits": (first, *same)})
-    assert test_controls(alike) == 1
+    assert compare_controls(alike) == 1
     assert is_specific(replace(found, controls=alike)) is False
     assert "nothing is claimed" in list_claims(replace(found, controls=alike))["controls"]
     weak = [edit.model_copy(update={"dose": found.unedited}) for edit in others]
@@ -182,7 +184,7 @@ def test_only_the_number_of_directions_varies() -> None:
     attacker, recipe = Attacker(subject, split(prompts()), Judge()), load_recipe("basic")
     one, two = (attacker.fit(with_directions(recipe, k)) for k in (1, 2))
     assert {len(change.basis) for change in one.edits} == {1}  # type: ignore[union-attr]
-    assert {len(change.basis) for change in two.edits} == {2}  # type: ignore[union-attr]
+    assert max(len(change.basis) for change in two.edits) == 2  # type: ignore[union-attr]
     assert [change.site for change in one.edits] == [change.site for change in two.edits]
 
 
@@ -198,6 +200,17 @@ def test_prompts_are_asked_otherwise_and_nothing_is_added_to_them() -> None:
     again = ask_to_go_on(first, "Mars.")
     assert again.text == GO_ON
     assert [turn.role for turn in again.history] == ["user", "assistant"] * 2
+
+
+def test_shuffled_labels_hold_as_many_prompts_of_either_group() -> None:
+    members = split(prompts())
+    attacker = Attacker(refuser(BLOCK, word=REFUSAL), members, Judge())
+    one, again, other = (attacker.shuffle_labels(seed) for seed in (1, 1, 2))
+    assert one == again != other
+    for side in one.groups.values():
+        assert 2 * sum("#" in prompt.text for prompt in side) == len(side)
+    dealt = {prompt.text for side in one.groups.values() for prompt in side}
+    assert dealt == {prompt.text for g in ("target", "control") for prompt in members.fit[g]}
 
 
 def test_methods_that_an_audit_cannot_try_are_refused() -> None:
@@ -278,7 +291,7 @@ def test_the_command_measures_resumes_and_refuses_in_one_line(tmp_path: Path) ->
     out = tmp_path / "out"
     for option, value, said in (
         ("--methods", "nosuch", "nosuch"),
-        ("--rewordings", "french.txt", "NAME"),
+        ("--rewordings", "french.txt", "give a name"),
         ("--benign", tmp_path / "missing.txt", "missing.txt"),
         ("--budget", -1, "below 0"),
         ("--budget", 1, "curves alone"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.progress import SILENT, report_to
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Probe, Recipe, Step, Tune
 from obliteratus.core.types import Plan, Prompt, PromptSet, Splits, Subject
@@ -40,9 +42,10 @@ class Attacker:
         splits = self.splits if fit is None else replace(self.splits, fit=fit)
         recipe = check_runs(recipe.model_copy(update={"seed": self.seed}), splits.fit.groups)
         stages = Stages(self.subject, splits, Store(), self.judge)
-        if recipe.analyze:
-            recipe = stages.advise(recipe).recipe
-        return find_plan(recipe, stages)[0]
+        with report_to(SILENT) if is_cheap(recipe) else nullcontext():  # an audit makes dozens of them
+            if recipe.analyze:
+                recipe = stages.advise(recipe).recipe
+            return find_plan(recipe, stages)[0]
 
     def tune(self, plan: Plan, settings: Tune) -> Plan:
         """Return the plan with strengths and directions fitted by gradient steps, from where it stands."""
@@ -53,11 +56,18 @@ class Attacker:
         return PromptSet({g: draw_prompts(self.splits.fit[g], n, seed) for g in GROUPS})
 
     def shuffle_labels(self, seed: int) -> PromptSet:
-        """Return the fit prompts with the labels of target and control dealt out anew."""
-        both = [prompt for g in GROUPS for prompt in self.splits.fit[g]]
-        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).tolist()
-        n = len(self.splits.fit["target"])
-        return PromptSet({"target": tuple(both[i] for i in order[:n]), "control": tuple(both[i] for i in order[n:])})
+        """Return the fit prompts with the labels dealt out anew, half of either group to each.
+
+        Freely dealt labels would give one side more target prompts by chance, and the difference of means would point
+        along the very direction that is to be left out.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        sides: tuple[list[Prompt], list[Prompt]] = [], []
+        for group in GROUPS:
+            order = torch.randperm(len(self.splits.fit[group]), generator=generator).tolist()
+            for place, i in enumerate(order[: len(order) // 2 * 2]):
+                sides[place % 2].append(self.splits.fit[group][i])
+        return PromptSet(dict(zip(GROUPS, map(tuple, sides), strict=True)))
 
     def remove_random_direction(self, seed: int) -> Plan:
         """Return the plan that removes one direction, drawn evenly from the sphere, from what all blocks write."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isinf, isnan
+from math import isinf
 
 import torch
 
@@ -69,9 +69,11 @@ def describe_headline(report: AuditReport) -> str:
 def describe_costs(report: AuditReport) -> str:
     """Return what the goals cost."""
     assert report.unedited is not None, "asked for only with the behavior"
-    parts = [f"to {GOAL_WORDS[cost.goal]} {format_cost(cost)} nats{by_method(cost)}" for cost in report.least]
+    parts = [f"{format_cost(cost)} nats to {GOAL_WORDS[cost.goal]}{by_method(cost)}" for cost in report.least]
     before, n = format_percent(report.unedited.rate), report.unedited.rate.n
-    return f"The unedited model shows {report.behavior} on {before} of {n} prompts. Down {'; '.join(parts)}."
+    return (
+        f"The unedited model shows {report.behavior} on {before} of {n} prompts. Down from there: {', '.join(parts)}."
+    )
 
 
 def by_method(cost: RemovalCost) -> str:
@@ -98,7 +100,7 @@ def pool(edits: Sequence[Matched], name: str) -> list[Matched]:
     return [edit for edit in edits if edit.name.startswith(name)]
 
 
-def test_controls(controls: MatchedEdits) -> float | None:
+def compare_controls(controls: MatchedEdits) -> float | None:
     """Return p that the control that removes most removes as much as the found direction.
 
     Fisher's exact test, one-sided, times the number of controls. None if they could not be measured.
@@ -113,7 +115,7 @@ def test_controls(controls: MatchedEdits) -> float | None:
 
 def is_specific(report: AuditReport) -> bool | None:
     """Return whether the found direction removes more than controls at the same KL; None if that was not measured."""
-    p = None if report.controls is None else test_controls(report.controls)
+    p = None if report.controls is None else compare_controls(report.controls)
     return None if p is None else p <= LEVEL
 
 
@@ -122,7 +124,7 @@ def describe_controls(report: AuditReport) -> str:
     controls = report.controls
     if controls is None:
         return ""
-    p = test_controls(controls)
+    p = compare_controls(controls)
     if p is None:
         return "The controls could not be measured."
     rates = []
@@ -260,8 +262,3 @@ def list_claims(report: AuditReport) -> dict[str, str]:
         "benign": describe_benign(report),
     }
     return {name: text for name, text in said.items() if text}
-
-
-def is_missing(score: Score | None) -> bool:
-    """Return whether there is no number."""
-    return score is None or isnan(score.value)

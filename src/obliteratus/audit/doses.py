@@ -31,7 +31,8 @@ STEP = sqrt(2)
 MOST_SCALE = 4.0  # of a plan's own strengths: beyond, an edit along a found direction is a large reflection
 ROUNDING = 1e-6  # relative: of powers of a step
 MOST_KL = 3.0  # nats: an edit that costs more has broken the model, and no stronger one is tried
-LEAST_KL = 1e-6  # nats: below, a KL is rounding, and edits are compared at one strength instead
+# Nats: below, nobody sees a difference, and in bfloat16 it is rounding. Edits are then compared at one strength.
+LEAST_KL = 1e-4
 NEAR, MOST_CHECKS = 0.15, 5  # a KL is met if it is off by no more than this share; each check is one pass of controls
 
 
@@ -206,5 +207,12 @@ class Matched(FrozenModel):
 
 
 def measure_at_kl(check: DoseCheck, plan: Plan, name: str, room: Room, most: float = MOST_SCALE) -> Matched:
-    """Measure the plan at the scale at which it costs so much, or at the largest that is allowed."""
-    return Matched(name=name, dose=check.measure(plan, find_scale(check, plan, room, most)))
+    """Measure the plan at the scale at which it costs so much, or at the largest that is allowed.
+
+    Beyond its own strengths an edit may do less, since it then writes the opposite of what it removes: so where
+    anything is left there, it is also measured at these, and the dose that leaves less is returned.
+    """
+    dose = check.measure(plan, find_scale(check, plan, room, most))
+    if dose.scale > 1 and any(dose.shown):
+        dose = min(dose, check.measure(plan, 1.0), key=lambda one: sum(one.shown))
+    return Matched(name=name, dose=dose)

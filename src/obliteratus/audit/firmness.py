@@ -48,7 +48,7 @@ from obliteratus.audit.removal_cost import (
 )
 from obliteratus.audit.settings import DEFAULT, AuditSettings
 from obliteratus.core.errors import UserError
-from obliteratus.core.progress import note
+from obliteratus.core.progress import note, progress
 from obliteratus.core.results import Score
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import FrozenModel, Recipe, Step, Tune
@@ -432,14 +432,14 @@ class Audit:
 
         def measure() -> MatchedEdits:
             room, done, failed = self.find_room(), list[Matched](), dict[str, str]()
-            for label, make in edits.items():
-                try:
-                    plan = make()
-                except UserError as error:
-                    failed[label] = str(error)
-                    continue
-                limits = {} if most is None else {"most": most}
-                done.append(measure_at_kl(self.check, plan, label, room, **limits))
+            limits = {} if most is None else {"most": most}
+            with progress(f"AUDIT {name}", len(edits)) as advance:
+                for label, make in edits.items():
+                    try:
+                        done.append(measure_at_kl(self.check, make(), label, room, **limits))
+                    except UserError as error:
+                        failed[label] = str(error)
+                    advance(1)
             return MatchedEdits(kl=room.kl, edits=tuple(done), failed=failed)
 
         return self.keep(name, MatchedEdits, measure)

@@ -14,9 +14,7 @@ from obliteratus.audit.claims import (
     describe_headline,
     format_cost,
     format_interval,
-    format_number,
     format_percent,
-    is_missing,
     list_claims,
 )
 from obliteratus.audit.doses import Curve
@@ -115,14 +113,9 @@ def tabulate_costs(report: AuditReport) -> Table:
         for cost in costs:
             known = {} if report.perplexity is None else report.perplexity.ratios.get(name, {})
             ratio = known.get(f"{cost.goal:g}")
-            row += [format_cost(cost), "–" if is_missing(ratio) or ratio is None else format_ratio(ratio.value)]
+            row += [format_cost(cost), "–" if ratio is None else f"{ratio.value:.3f}"]
         rows.append(row)
     return columns, rows
-
-
-def format_ratio(value: float) -> str:
-    """Return a ratio near 1 with three decimals."""
-    return f"{value:.3f}"
 
 
 def tabulate_curves(curves: Mapping[str, Curve]) -> Table:
@@ -175,8 +168,7 @@ def draw_by_kl(report: AuditReport) -> Callable[[Figure], None]:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot(xlabel="KL on control prompts, nats", ylabel=f"{report.behavior} left, %")
-        axes.set_xscale("log")
-        _plot_curves(axes, report.curves, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
+        _plot_by_kl(axes, report.curves)
         controls = [] if report.controls is None else [e.dose for e in report.controls.edits if e.name != FOUND]
         xs, ys = [max(dose.mean_kl.value, LEAST_KL) for dose in controls], [100 * dose.rate.value for dose in controls]
         axes.plot(xs, ys, "x", color=GREY, label="random, shuffled" if controls else None)
@@ -203,12 +195,17 @@ def draw_directions(report: AuditReport) -> Callable[[Figure], None]:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot(xlabel="KL on control prompts, nats", ylabel=f"{report.behavior} left, %")
-        axes.set_xscale("log")
-        named = {f"k = {k}": curve for k, curve in report.directions.items()}
-        _plot_curves(axes, named, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
+        _plot_by_kl(axes, {f"k = {k}": curve for k, curve in report.directions.items()})
         _finish(axes)
 
     return draw
+
+
+def _plot_by_kl(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    axes.set_xscale("log")
+    _plot_curves(axes, curves, lambda curve, dose: max(dose.mean_kl.value, LEAST_KL))
+    largest = max((dose.mean_kl.value for curve in curves.values() for dose in curve.doses), default=0.0)
+    axes.set_xlim(LEAST_KL / 2, max(2 * largest, 100 * LEAST_KL))
 
 
 def _plot_curves(axes: Axes, curves: Mapping[str, Curve], place: Callable[[Curve, Any], float]) -> None:
@@ -237,7 +234,10 @@ def list_sections(report: AuditReport) -> list[dict[str, Any]]:
         "examples": f"{report.base_method} fitted on so many prompts of each group, drawn at random.",
         "rewordings": "By rules from your own prompts, asked of the model under the cheapest edit at its cost.",
     }
-    plots = {"cost": [draw_by_kl(report), draw_by_strength(report)], "directions": [draw_directions(report)]}
+    plots = {
+        "cost": {"rate by KL": draw_by_kl(report), "rate by strength": draw_by_strength(report)},
+        "directions": {"rate by KL and number of directions": draw_directions(report)},
+    }
     tables = _make_tables(report)
     return [
         {
@@ -245,7 +245,7 @@ def list_sections(report: AuditReport) -> list[dict[str, Any]]:
             "question": QUESTIONS[name],
             "summary": text,
             "about": about.get(name, ""),
-            "plots": [draw_svg(draw, f"{name}-{i}", FIGURE_SIZE) for i, draw in enumerate(plots.get(name, []))],
+            "plots": [(alt, draw_svg(draw, f"{name}-{alt}", FIGURE_SIZE)) for alt, draw in plots.get(name, {}).items()],
             "tables": tables.get(name, []),
         }
         for name, text in claims.items()
@@ -258,7 +258,8 @@ def _make_tables(report: AuditReport) -> dict[str, list[tuple[str, Table]]]:
     tables["cost"].append(("All strengths", tabulate_curves(report.curves)))
     tables["seeds"] = [("All strengths", tabulate_curves(report.seeds))]
     if report.directions:
-        tables["directions"] = [("", tabulate_directions(report))]
+        named = {f"k = {k}": curve for k, curve in report.directions.items()}
+        tables["directions"] = [("", tabulate_directions(report)), ("All strengths", tabulate_curves(named))]
     matched = {"controls": (report.controls, "edit"), "blocks": (report.blocks, "blocks")}
     matched["examples"] = (report.examples, "prompts of each group")
     tables |= {
@@ -310,6 +311,3 @@ def write_audit(report: AuditReport, folder: Path, model: str, prompts: Mapping[
 def list_rows(report: AuditReport) -> Sequence[Sequence[str]]:
     """Return what was found as rows of question and sentence, for a terminal."""
     return [[QUESTIONS[name], text] for name, text in list_claims(report).items()]
-
-
-__all__ = ["DOCUMENT", "PAGE", "format_number", "list_rows", "render_audit", "to_dict", "write_audit"]

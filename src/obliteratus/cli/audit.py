@@ -207,8 +207,15 @@ def show_audit(report: AuditReport, out: Path, clock: Clock, json: bool) -> None
         return
     if rows := list_rows(report):
         show_table(f"How firm {report.behavior} is", ["question", "finding"], rows)
-    say(format_times(clock.account()), "Time")
+    say(format_times(add_up_parts(clock.account())), "Time")
     say(f"{out}/{PAGE}", "Page")
     say(describe_headline(report), "Done")
     if not report.shows_behavior:
         say("Give prompts on which the model shows it, or another --behavior.", "Next")
+
+
+def add_up_parts(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return times in which all parts of the audit are one."""
+    parts = {name: value for name, value in seconds.items() if name.startswith("AUDIT ")}
+    others = {name: value for name, value in seconds.items() if name not in parts}
+    return {**others, "AUDIT": sum(parts.values())}
