@@ -61,9 +61,8 @@ def describe_headline(report: AuditReport) -> str:
             f"Cost of removal above {format_number(cost.tried)} nats: no method tried brings {name} down to one in "
             "twenty of what it was."
         )
-    return (
-        f"Cost of removal {format_cost(cost)} nats, by {cost.best}: the least KL that leaves one in twenty of {name}."
-    )
+    value = format_cost(cost)
+    return f"Cost of removal {value} nats, by {cost.best}: the least KL at which a twentieth of {name} is left."
 
 
 def describe_costs(report: AuditReport) -> str:

@@ -177,12 +177,12 @@ def audit_firmness(
     run, and for a budget that the curves alone exceed.
     """
     audit = Audit(subject, splits, settings, store or Store(), judge or Judge())
+    passes = estimate_passes(settings, audit.methods, subject.n_layers, len(benign), own or {})
+    wanted, skipped = choose_measurements(passes, budget)
     audit = audit.screened()
     if audit.presence.against:
         note("AUDIT", f"nothing is claimed: {audit.presence.against}")
         return AuditReport(audit.judge.name, settings, audit.presence, seconds=audit.store.seconds)
-    passes = estimate_passes(audit.settings, audit.methods, subject.n_layers, len(benign), own or {})
-    wanted, skipped = choose_measurements(passes, budget)
     curves = audit.measure_curves(FITTED in wanted)
     seeds = audit.measure_seeds() if "seeds" in wanted else {}
     directions = audit.measure_directions() if "directions" in wanted else {}
