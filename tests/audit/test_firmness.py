@@ -17,8 +17,9 @@ from obliteratus.audit.asked import Asked, find_returns
 from obliteratus.audit.attacks import Attacker, divide_blocks, load_methods, with_directions, within_blocks
 from obliteratus.audit.claims import classify, compare_controls, describe_headline, is_specific, list_claims
 from obliteratus.audit.doses import NEAR, DoseCheck, Matched, Room, find_scale
-from obliteratus.audit.firmness import AuditReport, audit_firmness, choose_measurements
+from obliteratus.audit.firmness import audit_firmness, choose_measurements
 from obliteratus.audit.firmness_page import render_audit, to_dict, write_audit
+from obliteratus.audit.results import AuditReport
 from obliteratus.audit.rewordings import GO_ON, add_turns, ask_to_go_on, reword
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.errors import UserError

@@ -9,8 +9,8 @@ import torch
 
 from obliteratus.audit.asked import LEVEL, find_returns
 from obliteratus.audit.doses import Matched
-from obliteratus.audit.firmness import ROOM, AuditReport, MatchedEdits
 from obliteratus.audit.removal_cost import HALF, TWENTIETH, RemovalCost, summarize_cost
+from obliteratus.audit.results import ROOM, AuditReport, MatchedEdits
 from obliteratus.core.results import Score
 from obliteratus.judge.own_words import fisher_chance
 from obliteratus.verify.intervals import paired_share_change

@@ -18,8 +18,8 @@ from obliteratus.audit.claims import (
     list_claims,
 )
 from obliteratus.audit.doses import Curve
-from obliteratus.audit.firmness import AskedSet, AuditReport, MatchedEdits
 from obliteratus.audit.removal_cost import GOALS, TWENTIETH, summarize_cost
+from obliteratus.audit.results import AskedSet, AuditReport, MatchedEdits
 from obliteratus.core.run_folder import write_atomic
 from obliteratus.report.curves import GREY, ORANGE, PALETTE, Axes, Figure, add_legend
 from obliteratus.report.hide import hide_private

@@ -33,7 +33,7 @@ from obliteratus.cli.options import (
 from obliteratus.core.errors import UserError
 
 if TYPE_CHECKING:
-    from obliteratus.audit.firmness import AuditReport
+    from obliteratus.audit.results import AuditReport
     from obliteratus.audit.settings import AuditSettings
     from obliteratus.core.clock import Clock
     from obliteratus.core.types import Prompt, Splits
