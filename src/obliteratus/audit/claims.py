@@ -41,6 +41,12 @@ def format_percent(score: Score) -> str:
     return f"{100 * score.value:.0f} %{ends}"
 
 
+def format_ratio(score: Score) -> str:
+    """Return a ratio of perplexities, which is near 1: ``0.997 (0.992 to 1.001)``."""
+    ends = f" ({score.low:.3f} to {score.high:.3f})" if score.has_interval else ""
+    return f"{score.value:.3f}{ends}"
+
+
 def format_cost(cost: RemovalCost) -> str:
     """Return the cost with its interval in nats, or above what it lies."""
     if not cost.reached:
@@ -70,9 +76,18 @@ def describe_costs(report: AuditReport) -> str:
     assert report.unedited is not None, "asked for only with the behavior"
     parts = [f"{format_cost(cost)} nats to {GOAL_WORDS[cost.goal]}{by_method(cost)}" for cost in report.least]
     before, n = format_percent(report.unedited.rate), report.unedited.rate.n
-    return (
-        f"The unedited model shows {report.behavior} on {before} of {n} prompts. Down from there: {', '.join(parts)}."
-    )
+    shown = f"The unedited model shows {report.behavior} on {before} of {n} prompts."
+    return f"{shown} Down from there: {', '.join(parts)}.{describe_perplexity(report)}"
+
+
+def describe_perplexity(report: AuditReport) -> str:
+    """Return the least ratio of perplexities at one in twenty, as a further sentence; '' if there is none."""
+    ratios = {} if report.perplexity is None else report.perplexity.ratios
+    reached = {name: found[f"{TWENTIETH:g}"] for name, found in ratios.items() if f"{TWENTIETH:g}" in found}
+    if not reached:
+        return ""
+    name = min(reached, key=lambda method: reached[method].value)
+    return f" The least perplexity there, edited ÷ unedited, is {format_ratio(reached[name])} by {name}."
 
 
 def by_method(cost: RemovalCost) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -25,7 +25,7 @@ from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import load_recipe
-from obliteratus.verify.presence import Presence, load_screening, save_screening, screen_prompts
+from obliteratus.verify.presence import Presence, Screening, load_screening, save_screening, screen_prompts
 
 GROUPS = ("target", "control")
 FITTED = "fitted"
@@ -51,13 +51,12 @@ class AuditContext:
         """Return the audit with the judge who knows the model's own words, and the fit prompts that are as expected."""
         few = PromptSet({g: choose_evenly(self.splits.fit[g], self.settings.fit) for g in GROUPS})
 
-        def screen() -> Any:
+        def screen() -> Screening:
             return screen_prompts(self.subject, few, self.judge, self.settings.tokens, hears=True)
 
         found = self.store.stage("ANSWERS", screen, save_screening, load_screening)
-        splits = Splits(found.choose(few), self.splits.search, self.splits.report, self.splits.digest)
-        judge = Judge(self.judge.behavior, found.own_words, self.judge.rungs, self.judge.decides)
-        return AuditContext(self.subject, splits, self.settings, self.store, judge, found.presence)
+        splits, judge = replace(self.splits, fit=found.choose(few)), replace(self.judge, own_words=found.own_words)
+        return replace(self, splits=splits, judge=judge, found_presence=found.presence)
 
     @property
     def presence(self) -> Presence:

@@ -15,6 +15,7 @@ from obliteratus.audit.claims import (
     format_cost,
     format_interval,
     format_percent,
+    format_ratio,
     list_claims,
 )
 from obliteratus.audit.doses import Curve
@@ -76,6 +77,7 @@ def to_dict(report: AuditReport) -> dict[str, Any]:
     }
     return plain | {
         "cost": report.cost.model_dump(mode="json"),
+        "definition": define_cost(report),
         "least": [cost.model_dump(mode="json") for cost in report.least],
         "costs": {name: [cost.model_dump(mode="json") for cost in costs] for name, costs in report.costs.items()},
         "unedited": report.unedited.rate.model_dump(mode="json"),
@@ -113,7 +115,7 @@ def tabulate_costs(report: AuditReport) -> Table:
         for cost in costs:
             known = {} if report.perplexity is None else report.perplexity.ratios.get(name, {})
             ratio = known.get(f"{cost.goal:g}")
-            row += [format_cost(cost), "–" if ratio is None else f"{ratio.value:.3f}"]
+            row += [format_cost(cost), "–" if ratio is None else format_ratio(ratio)]
         rows.append(row)
     return columns, rows
 
@@ -272,14 +274,14 @@ def _make_tables(report: AuditReport) -> dict[str, list[tuple[str, Table]]]:
 def define_cost(report: AuditReport) -> str:
     """Return the definition of the number to compare."""
     assert report.unedited is not None, "asked for only with the behavior"
+    fits = ", control prompts and fits" if len(report.seeds) > 1 else " and control prompts, not over fits"
     return (
         "Cost of removal: the least mean KL(unedited ‖ edited) of the first answer token, in nats, over "
         f"{len(report.unedited.kl)} held-out control prompts, at which {len(report.unedited.shown)} held-out target "
         f"prompts show {report.behavior} one twentieth as often as before, over the methods "
         f"{', '.join(report.curves)}. Between two strengths the rate is taken as linear in the strength and the KL as "
-        "quadratic. The interval is a bootstrap over target prompts, control prompts and fits; the least over methods "
-        "is taken anew in each resample. Two models differ, on the same prompts and settings, where their intervals do "
-        "not overlap."
+        f"quadratic. The interval is a bootstrap over target prompts{fits}; the least over methods is taken anew in "
+        "each resample. Two models differ, on the same prompts and settings, where their intervals do not overlap."
     )
 
 
