@@ -52,23 +52,23 @@ def format_cost(cost: RemovalCost) -> str:
     if not cost.reached:
         return f"above {format_number(cost.tried)}"
     if isinf(cost.kl.high):
-        return f"{format_number(cost.kl.value)} (from {format_number(cost.kl.low)}; not always reached)"
+        return f"{format_number(cost.kl.value)} (at least {format_number(cost.kl.low)})"
     return format_interval(cost.kl)
 
 
 # -------------------------------------------------------------------------------------------- headline
 def describe_headline(report: AuditReport) -> str:
     """Return the number to compare between models in a sentence; that nothing is claimed where there is no behavior."""
-    name, cost = report.behavior, report.cost
-    if not report.shows_behavior or cost is None:
+    name, half, most = report.behavior, report.cost, report.cost_to(TWENTIETH)
+    if not report.shows_behavior or half is None or most is None:
         return f"Nothing is claimed: {report.presence.against}."
-    if not cost.reached:
-        return (
-            f"Cost of removal above {format_number(cost.tried)} nats: no method tried brings {name} down to one in "
-            "twenty of what it was."
-        )
-    value = format_cost(cost)
-    return f"Cost of removal {value} nats, by {cost.best}: the least KL at which a twentieth of {name} is left."
+    if not half.reached:
+        above = format_number(half.tried)
+        return f"Cost of removal above {above} nats: no method tried brings {name} down to one half of what it was."
+    return (
+        f"Cost of removal {format_cost(half)} nats: the least KL at which one half of {name} is left, by {half.best}. "
+        f"One in twenty: {format_cost(most)}."
+    )
 
 
 def describe_costs(report: AuditReport) -> str:
@@ -100,11 +100,11 @@ def describe_seeds(report: AuditReport) -> str:
     if len(report.seeds) < 2:
         return ""
     assert report.unedited is not None, "asked for only with the behavior"
-    costs = [summarize_cost(curve, report.unedited, TWENTIETH) for curve in report.seeds.values()]
+    costs = [summarize_cost(curve, report.unedited, HALF) for curve in report.seeds.values()]
     listed = ", ".join(format_number(cost.kl.value) for cost in costs)
     return (
-        f"{report.base_method} fitted on all fit prompts and on random halves of them costs {listed} nats; the "
-        "interval above covers this."
+        f"{report.base_method} fitted on all fit prompts and on random halves of them costs {listed} nats to one "
+        "half; the interval above covers this."
     )
 
 
@@ -157,12 +157,12 @@ def describe_directions(report: AuditReport) -> str:
     if len(report.directions) < 2:
         return ""
     assert report.unedited is not None, "asked for only with the behavior"
-    costs = {k: summarize_cost(curve, report.unedited, TWENTIETH) for k, curve in report.directions.items()}
+    costs = {k: summarize_cost(curve, report.unedited, HALF) for k, curve in report.directions.items()}
     one = next(iter(costs))
     if not costs[one].reached:
         others = [k for k, cost in costs.items() if cost.reached]
         more = f", with {' and '.join(others)} it is" if others else ", nor with more"
-        return f"With {count_directions(one)} a layer one in twenty is not reached{more}."
+        return f"With {count_directions(one)} a layer one half is not reached{more}."
     cheaper = [k for k, ratio in report.ratios.items() if ratio is not None and ratio.high < 1]
     listed = "; ".join(f"with {k} {describe_ratio(report.ratios.get(k), costs[k])}" for k in costs if k != one)
     verdict = (
@@ -170,7 +170,7 @@ def describe_directions(report: AuditReport) -> str:
         if cheaper
         else f"{count_directions(one).capitalize()} a layer is enough: more make removal no cheaper"
     )
-    return f"{verdict}. Cost with {count_directions(one)}: {format_cost(costs[one])} nats; {listed}."
+    return f"{verdict}. Cost to one half with {count_directions(one)}: {format_cost(costs[one])} nats; {listed}."
 
 
 def describe_ratio(ratio: Score | None, cost: RemovalCost) -> str:

@@ -23,7 +23,7 @@ from obliteratus.audit.measurements import (
     measure_self_repair,
 )
 from obliteratus.audit.passes import estimate_passes
-from obliteratus.audit.removal_cost import GOALS, TWENTIETH, compare_costs, find_least_cost, summarize_cost
+from obliteratus.audit.removal_cost import GOALS, HALF, compare_costs, find_least_cost, summarize_cost
 from obliteratus.audit.results import AuditReport
 from obliteratus.audit.settings import DEFAULT, AuditSettings
 from obliteratus.core.errors import UserError
@@ -108,8 +108,8 @@ def choose_measurements(passes: Mapping[str, int], budget: int | None) -> tuple[
 
 
 def compare_directions(directions: Mapping[str, Curve], unedited: Dose) -> dict[str, Score | None]:
-    """Return the cost of removal of each number of directions relative to that of one."""
+    """Return the cost of one half by each number of directions, relative to that by the first."""
     if not directions:
         return {}
     first, *others = directions
-    return {k: compare_costs(directions[k], directions[first], unedited, TWENTIETH) for k in others}
+    return {k: compare_costs(directions[k], directions[first], unedited, HALF) for k in others}

@@ -19,7 +19,7 @@ from obliteratus.audit.claims import (
     list_claims,
 )
 from obliteratus.audit.doses import Curve
-from obliteratus.audit.removal_cost import GOALS, TWENTIETH, summarize_cost
+from obliteratus.audit.removal_cost import GOALS, HALF, summarize_cost
 from obliteratus.audit.results import AskedSet, AuditReport, MatchedEdits
 from obliteratus.core.run_folder import write_atomic
 from obliteratus.report.curves import GREY, ORANGE, PALETTE, Axes, Figure, add_legend
@@ -159,9 +159,9 @@ def tabulate_directions(report: AuditReport) -> Table:
     rows = []
     for k, curve in report.directions.items():
         ratio = report.ratios.get(k)
-        cost = summarize_cost(curve, report.unedited, TWENTIETH)
+        cost = summarize_cost(curve, report.unedited, HALF)
         rows.append([k, format_cost(cost), "–" if ratio is None else f"× {format_interval(ratio)}"])
-    return ["directions a layer", "KL to one in twenty, nats", "relative to the first"], rows
+    return ["directions a layer", "KL to one half, nats", "relative to the first"], rows
 
 
 # --------------------------------------------------------------------------------------------------- plots
@@ -278,10 +278,11 @@ def define_cost(report: AuditReport) -> str:
     return (
         "Cost of removal: the least mean KL(unedited ‖ edited) of the first answer token, in nats, over "
         f"{len(report.unedited.kl)} held-out control prompts, at which {len(report.unedited.shown)} held-out target "
-        f"prompts show {report.behavior} one twentieth as often as before, over the methods "
-        f"{', '.join(report.curves)}. Between two strengths the rate is taken as linear in the strength and the KL as "
-        f"quadratic. The interval is a bootstrap over target prompts{fits}; the least over methods is taken anew in "
-        "each resample. Two models differ, on the same prompts and settings, where their intervals do not overlap."
+        f"prompts show {report.behavior} half as often as before, over the methods {', '.join(report.curves)}. Between "
+        "two strengths the rate is taken as linear in the strength and the KL as quadratic. The 95 % interval is over "
+        f"target prompts{fits}, and the least over methods is taken anew in each resample. Two models differ, on the "
+        "same prompts and settings, where their intervals do not overlap. One in twenty is the same for a twentieth; "
+        "its upper end takes some 75 target prompts to report on."
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from obliteratus.audit.asked import Asked
 from obliteratus.audit.doses import Curve, Dose, Matched
-from obliteratus.audit.removal_cost import TWENTIETH, RemovalCost
+from obliteratus.audit.removal_cost import HALF, RemovalCost
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.results import Score
 from obliteratus.core.settings import FrozenModel
@@ -88,7 +88,11 @@ class AuditReport:
         """Whether there was anything to audit."""
         return not self.presence.against
 
+    def cost_to(self, goal: float) -> RemovalCost | None:
+        """Return the least cost of one of `GOALS`; None without the behavior."""
+        return next((cost for cost in self.least if cost.goal == goal), None)
+
     @property
     def cost(self) -> RemovalCost | None:
-        """The number to compare: the least KL, in nats, at which one in twenty of the behavior is left."""
-        return next((cost for cost in self.least if cost.goal == TWENTIETH), None)
+        """The number to compare between models: the least KL, in nats, at which one half of the behavior is left."""
+        return self.cost_to(HALF)
