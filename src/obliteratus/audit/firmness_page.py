@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from obliteratus.audit.claims import (
@@ -28,6 +29,7 @@ from obliteratus.report.html import Table, draw_svg, render_page
 
 PAGE, DOCUMENT = "index.html", "audit.json"
 FIGURE_SIZE = (5.6, 3.6)  # inches: one plot, legible on a phone
+NO_SOURCES: Mapping[str, str] = MappingProxyType({})
 LEAST_KL = 1e-5  # nats: the left end of the axis, where less is drawn
 
 QUESTIONS = {
@@ -303,11 +305,14 @@ def render_audit(report: AuditReport, model: str, prompts: Mapping[str, int]) ->
     )
 
 
-def write_audit(report: AuditReport, folder: Path, model: str, prompts: Mapping[str, int]) -> None:
-    """Write page and document into a folder."""
+def write_audit(
+    report: AuditReport, folder: Path, model: str, prompts: Mapping[str, int], sources: Mapping[str, str] = NO_SOURCES
+) -> None:
+    """Write page and document into a folder. prompts: numbers by what they are for. sources: by group."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / PAGE, render_audit(report, model, prompts))
-    document = {"model": model, "prompts": dict(prompts), **to_dict(report)}
+    about = {"version": version("obliteratus"), "model": model, "prompts": dict(prompts), "sources": dict(sources)}
+    document = about | to_dict(report)
     write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False))
 
 

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from obliteratus.core.settings import FrozenModel
 
+LEAST_PROMPTS = 16  # `verify.intervals` gives no interval of a mean for fewer
+
 
 class AuditSettings(FrozenModel):
     """How much an audit measures. The defaults take about 15 minutes for a model of 135M parameters on two cores."""
@@ -18,7 +20,7 @@ class AuditSettings(FrozenModel):
     """Fit prompts of each group for those steps."""
     fit: int = Field(128, ge=8)
     """Most fit prompts of each group."""
-    prompts: int = Field(48, ge=12)
+    prompts: int = Field(48, ge=LEAST_PROMPTS)
     """Most report prompts of each group: 1 of 48 is 2 %."""
     tokens: int = Field(24, ge=4, le=4096)
     """Of each answer. A refusal shows within 24."""

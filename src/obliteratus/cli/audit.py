@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +64,7 @@ def audit(
     out: Annotated[Path, typer.Option(help="Folder for index.html and audit.json; must not exist.")],
     methods: Methods = "",
     quick: Quick = False,
+    report_prompts: Annotated[int | None, typer.Option("--prompts", help="Most report prompts of each group.")] = None,
     budget: Budget = None,
     resume: Resume = False,
     seed: Seed = None,
@@ -89,33 +90,31 @@ def audit(
             judging = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
             sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
             prompts = load_prompts(**add_examples(sources, check_judge(judging)))
-            settings = choose_settings(methods, quick, seed or 0)
+            settings = choose_settings(methods, quick, seed or 0, report_prompts)
             load_methods(settings.methods)
             splits = split_prompts(prompts, seed or 0, uses_search_split=True, split_by=check_split_by(split_by))
             others = {name: read_prompts(source) for name, source in parse_rewordings(rewordings).items()}
             kept = read_prompts(benign) if benign else ()
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        request = Request(model, opening, judging, splits, settings, kept, others, budget)
+        request = Request(model, opening, judging, splits, settings, kept, others, budget, prompts.sources)
         report = run_audit(request, out, resume, clock)
     show_audit(report, out, clock, json)
 
 
+@dataclass(frozen=True)
 class Request:
     """What is to be audited, checked as far as possible without the model."""
 
-    def __init__(
-        self,
-        model: str,
-        opening: Mapping[str, Any],
-        judging: Any,
-        splits: Splits,
-        settings: AuditSettings,
-        benign: Sequence[Prompt],
-        rewordings: Mapping[str, Sequence[Prompt]],
-        budget: int | None,
-    ) -> None:
-        self.model, self.opening, self.judging, self.splits = model, opening, judging, splits
-        self.settings, self.benign, self.rewordings, self.budget = settings, benign, rewordings, budget
+    model: str
+    opening: Mapping[str, Any]
+    judging: Any
+    splits: Splits
+    settings: AuditSettings
+    benign: Sequence[Prompt]
+    rewordings: Mapping[str, Sequence[Prompt]]
+    budget: int | None
+    sources: Mapping[str, str]
+    """Where the prompts come from, by group."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -143,13 +142,17 @@ class Request:
         return counts | ({"benign": len(self.benign)} if self.benign else {})
 
 
-def choose_settings(methods: str, quick: bool, seed: int) -> AuditSettings:
-    """Return how much is measured."""
-    from obliteratus.audit.settings import DEFAULT, QUICK
+def choose_settings(methods: str, quick: bool, seed: int, prompts: int | None = None) -> AuditSettings:
+    """Return how much is measured. Raises UserError for fewer report prompts than any interval can be made of."""
+    from obliteratus.audit.settings import DEFAULT, LEAST_PROMPTS, QUICK
+
+    if prompts is not None and prompts < LEAST_PROMPTS:
+        raise UserError(f"--prompts {prompts}: too few for an interval; give {LEAST_PROMPTS} or more")
 
     settings = QUICK if quick else DEFAULT
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     changes: dict[str, Any] = {"seed": seed} | ({"methods": names} if names else {})
+    changes |= {} if prompts is None else {"prompts": prompts}
     return settings.model_copy(update=changes)
 
 
@@ -190,7 +193,7 @@ def run_audit(request: Request, out: Path, resume: bool, clock: Clock) -> AuditR
             budget=request.budget,
         )
         with clock.time("REPORT"):
-            write_audit(report, partial / "output", request.model, request.count_prompts())
+            write_audit(report, partial / "output", request.model, request.count_prompts(), request.sources)
         publish(partial, out)
     return report
 
