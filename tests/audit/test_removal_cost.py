@@ -182,6 +182,16 @@ def test_what_does_nothing_is_given_up() -> None:
     assert all(d.rate.value == 1 for d in doses)
 
 
+def test_an_edit_that_leaves_more_when_it_is_stronger_is_tried_weaker() -> None:
+    """At strength 1 an eighth is left, beyond it all: then strengths fall until half is left."""
+    doses: list[Dose] = []
+    while len(doses) < 12 and (scale := choose_next_scale(doses, GOALS)) is not None:
+        shown = N if scale > 1 else round(N * (1 - 0.875 * scale))
+        doses = sorted([*doses, dose(scale, shown, 0.001 * scale**2)], key=lambda d: d.scale)
+    assert sum(d.scale > 1 for d in doses) == 1
+    assert summarize_cost(curve(doses), UNEDITED, HALF).scale == pytest.approx(0.5 / 0.875, rel=0.05)
+
+
 def test_a_curve_that_is_not_monotone_counts_as_reached_from_its_least() -> None:
     crossings = cross_goal(curve([dose(1.0, 10, 0.01), dose(2.0, 30, 0.04)]), UNEDITED, HALF, resamples=1)
     assert float(crossings.scale[0]) == pytest.approx(2 / 3)

@@ -28,6 +28,7 @@ from obliteratus.verify.intervals import mean_score, wilson_rate
 CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Between two strengths that are tried, the KL grows about twofold: it is quadratic in small strengths.
 STEP = sqrt(2)
+WORSE = 0.1  # share of prompts: an edit that leaves so much more than a weaker one removes too much
 MOST_SCALE = 4.0  # of a plan's own strengths: beyond, an edit along a found direction is a large reflection
 ROUNDING = 1e-6  # relative: of powers of a step
 MOST_KL = 3.0  # nats: an edit that costs more has broken the model, and no stronger one is tried
@@ -156,8 +157,9 @@ def choose_next_scale(doses: Sequence[Dose], limits: Sequence[float], start: flo
     if not doses:
         return start
     last, first = doses[-1], doses[0]
+    least = min(dose.rate.value for dose in doses)
     broken = last.scale * STEP > (1 + ROUNDING) * MOST_SCALE * max(1.0, start) or last.mean_kl.value > MOST_KL
-    if min(dose.rate.value for dose in doses) > limits[-1] and not broken:
+    if least > limits[-1] and not broken and last.rate.value <= least + WORSE:
         return last.scale * STEP
     if first.rate.value <= limits[0]:
         return first.scale / STEP
