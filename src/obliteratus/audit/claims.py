@@ -164,7 +164,8 @@ def describe_directions(report: AuditReport) -> str:
         more = f", with {' and '.join(others)} it is" if others else ", nor with more"
         return f"With {count_directions(one)} a layer one half is not reached{more}."
     cheaper = [k for k, ratio in report.ratios.items() if ratio is not None and ratio.high < 1]
-    listed = "; ".join(f"with {k} {describe_ratio(report.ratios.get(k), costs[k])}" for k in costs if k != one)
+    ratios = [(count_directions(k), describe_ratio(report.ratios.get(k), costs[k])) for k in costs if k != one]
+    listed = "; ".join(f"with {count} {ratio}" for count, ratio in ratios)
     verdict = (
         f"{count_directions(cheaper[0]).capitalize()} a layer carry more of it than {one}"
         if cheaper

@@ -162,7 +162,7 @@ def choose_next_scale(doses: Sequence[Dose], limits: Sequence[float], start: flo
     if least > limits[-1] and not broken and last.rate.value <= least + WORSE:
         return last.scale * STEP
     if first.rate.value <= limits[0]:
-        return first.scale / STEP
+        return first.scale / STEP**2  # downward nothing breaks, so in larger steps
     for limit in reversed(limits):
         above = next((i for i, dose in enumerate(doses) if dose.rate.value <= limit), None)
         if above and doses[above].scale / doses[above - 1].scale > STEP**0.75:
