@@ -287,7 +287,7 @@ def files(folder: Path) -> Sequence[object]:
     return sources
 
 
-def test_the_command_measures_resumes_and_refuses_in_one_line(tmp_path: Path) -> None:
+def test_the_command_measures_and_refuses_in_one_line(tmp_path: Path) -> None:
     given = files(tmp_path)
     out = tmp_path / "out"
     for option, value, said in (
@@ -295,13 +295,19 @@ def test_the_command_measures_resumes_and_refuses_in_one_line(tmp_path: Path) ->
         ("--rewordings", "french.txt", "give a name"),
         ("--benign", tmp_path / "missing.txt", "missing.txt"),
         ("--budget", -1, "below 0"),
+        ("--prompts", 4, "too few"),
         ("--budget", 1, "curves alone"),
     ):
         assert said in one_line(call("audit", *given, "--out", out, "--quiet", "--quick", option, value))
         assert not out.exists()
     assert "--control is missing" in one_line(call("audit", *given[:3], "--out", out, "--quiet"))
-    done = call("audit", *given, "--out", out, "--quick", "--methods", "basic", "--json", "--quiet", "--budget", 20000)
+    more = ["--benign", tmp_path / "control.jsonl", "--rewordings", f"again={tmp_path / 'target.jsonl'}"]
+    size = ["--quick", "--methods", "basic", "--budget", 40000, "--prompts", 16]
+    done = call("audit", *given, "--out", out, *size, *more, "--json", "--quiet")
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["cost"]["best"] == "basic"
+    assert document["settings"]["prompts"] == 16
+    assert {"own file again", "as they are"} <= {asked["name"] for asked in document["rewordings"]["asked"]}
+    assert "benign" in document["claims"]
     assert {path.name for path in out.iterdir()} == {"index.html", "audit.json"}
