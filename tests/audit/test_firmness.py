@@ -16,6 +16,7 @@ from tests.support.tiny import tiny_subject
 from obliteratus.audit.asked import Asked, find_returns
 from obliteratus.audit.attacks import Attacker, divide_blocks, load_methods, with_directions, within_blocks
 from obliteratus.audit.claims import classify, compare_controls, describe_headline, is_specific, list_claims
+from obliteratus.audit.context import AuditContext
 from obliteratus.audit.doses import NEAR, DoseCheck, Matched, Room, find_scale
 from obliteratus.audit.firmness import audit_firmness, choose_measurements
 from obliteratus.audit.firmness_page import render_audit, to_dict, write_audit
@@ -24,6 +25,7 @@ from obliteratus.audit.rewordings import GO_ON, add_turns, ask_to_go_on, reword
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
+from obliteratus.core.toml import dump_toml
 from obliteratus.core.types import Prompt, PromptSet, Splits, Subject
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import load_recipe
@@ -215,9 +217,23 @@ def test_shuffled_labels_hold_as_many_prompts_of_either_group() -> None:
 
 
 def test_methods_that_an_audit_cannot_try_are_refused() -> None:
-    for name in ("reinforce", "leace_search", "nosuch"):
-        with pytest.raises(UserError, match=name):
-            load_methods([name])
+    for names in (["reinforce"], ["leace_search"], ["nosuch"], ["basic", "basic"]):
+        with pytest.raises(UserError, match=names[0]):
+            load_methods(names)
+
+
+def test_methods_may_be_files(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(dump_toml(load_recipe("basic")))
+    assert list(load_methods(["leace", str(tmp_path / "own.toml")])) == ["leace", "own"]
+
+
+def test_what_cannot_be_fitted_is_left_out_with_its_reason() -> None:
+    """`least_change` edits the last quarter, where this model writes nothing."""
+    settings = SMALL.model_copy(update={"methods": ("least_change", "basic")})
+    audit = AuditContext(refuser(BLOCK, word=REFUSAL), split(prompts()), settings, Store(), Judge()).screened()
+    assert list(audit.measure_curves(fit_cheapest=False)) == ["basic"]
+    assert "nothing to edit" in audit.failed["least_change"]
+    assert audit.base_method == "basic"
 
 
 def test_few_wrong_answers_are_unclear() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -84,8 +85,15 @@ def draw_prompts(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[Prompt, 
 
 # -------------------------------------------------------------------------------------------- recipes
 def load_methods(names: Sequence[str]) -> dict[str, Recipe]:
-    """Return the recipes by name. Raises UserError for one that does not exist, or that is a search."""
-    found = {name: load_recipe(name) for name in names}
+    """Return the recipes by name, those of files by the file's stem.
+
+    Raises UserError for one that does not exist, that is a search, that strengthens, or that is given twice.
+    """
+    found: dict[str, Recipe] = {}
+    for name in names:
+        if (stem := Path(name).stem if name.endswith(".toml") else name) in found:
+            raise UserError(f"method '{name}' is given twice; name each once")
+        found[stem] = load_recipe(name)
     for name, recipe in found.items():
         if recipe.search is not None:
             raise UserError(f"method '{name}' is a search, which an audit does not run; name a method without one")

@@ -30,6 +30,7 @@ from obliteratus.verify.presence import Presence, Screening, load_screening, sav
 GROUPS = ("target", "control")
 FITTED = "fitted"
 """The curve of the cheapest method's plan after some gradient steps."""
+CHEAP = "least_change"  # of the methods without gradients the one that costs least on most organisms
 FILE = "measured.json"
 Made = TypeVar("Made", bound=BaseModel)
 
@@ -147,10 +148,14 @@ class AuditContext:
 
     @cached_property
     def base_method(self) -> str:
-        """The cheap method whose variants are measured: that of the given ones with the least cost of removal, or else
-        `least_change`."""
+        """The cheap method whose variants are measured: that of the given ones with the least cost of removal.
+
+        If none is cheap it is `CHEAP`, and if that cannot be fitted the best of the given ones.
+        """
         curves = self.measure_methods([name for name, recipe in self.methods.items() if is_cheap(recipe)])
-        return find_least_cost(curves, self.unedited, TWENTIETH).best if curves else "least_change"
+        if not curves and (curve := self.try_curve(CHEAP, self.fitter(load_recipe(CHEAP)))) is not None:
+            curves = {CHEAP: curve}
+        return find_least_cost(curves or self.measure_methods(list(self.methods)), self.unedited, TWENTIETH).best
 
     @property
     def base_recipe(self) -> Recipe:
