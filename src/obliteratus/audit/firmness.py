@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from obliteratus.analyze.pass_budget import split_by_budget
 from obliteratus.audit.context import FITTED, AuditContext
@@ -72,21 +73,35 @@ def audit_firmness(
         curves,
         costs={name: [summarize_cost(curve, audit.unedited, goal) for goal in GOALS] for name, curve in curves.items()},
         least=[find_least_cost(curves, audit.unedited, goal, list(seeds.values())) for goal in GOALS],
-        perplexity=measure_perplexity(audit, curves) if "perplexity" in wanted else None,
         seeds=seeds,
         directions=directions,
         ratios=compare_directions(directions, audit.unedited),
-        controls=measure_controls(audit) if "controls" in wanted else None,
-        blocks=measure_blocks(audit) if "blocks" in wanted else None,
-        examples=measure_examples(audit) if "examples" in wanted else None,
-        repair=measure_self_repair(audit) if "repair" in wanted else None,
-        rewordings=measure_rewordings(audit, curves, own or {}) if "rewordings" in wanted else None,
-        benign=measure_benign(audit, curves, benign) if "benign" in wanted else None,
+        **measure_others(audit, wanted, curves, benign, own or {}),
         base_method=audit.base_method,
         skipped={**skipped, **audit.failed},
         passes=sum(count for name, count in passes.items() if name not in skipped),
         seconds=dict(audit.store.seconds),
     )
+
+
+def measure_others(
+    audit: AuditContext,
+    wanted: Collection[str],
+    curves: Mapping[str, Curve],
+    benign: Sequence[Prompt],
+    own: Mapping[str, Sequence[Prompt]],
+) -> dict[str, Any]:
+    """Return the other measurements that are wanted, by the name of their field in the report."""
+    makers: dict[str, Callable[[], Any]] = {
+        "perplexity": lambda: measure_perplexity(audit, curves),
+        "controls": lambda: measure_controls(audit),
+        "blocks": lambda: measure_blocks(audit),
+        "examples": lambda: measure_examples(audit),
+        "repair": lambda: measure_self_repair(audit),
+        "rewordings": lambda: measure_rewordings(audit, curves, own),
+        "benign": lambda: measure_benign(audit, curves, benign),
+    }
+    return {name: make() for name, make in makers.items() if name in wanted}
 
 
 def choose_measurements(passes: Mapping[str, int], budget: int | None) -> tuple[list[str], dict[str, str]]:
