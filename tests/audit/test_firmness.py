@@ -216,6 +216,22 @@ def test_shuffled_labels_hold_as_many_prompts_of_either_group() -> None:
     assert dealt == {prompt.text for g in ("target", "control") for prompt in members.fit[g]}
 
 
+def test_one_direction_is_enough_only_if_it_comes_to_one_in_twenty() -> None:
+    found = audited()
+    assert found.unedited is not None
+    whole = found.curves["basic"]
+    part = whole.model_copy(update={"doses": (whole.doses[0].model_copy(update={"shown": (1,) * 5 + (0,) * 11}),)})
+    for one, two, said in (
+        (whole, whole, "One direction a layer is enough"),
+        (part, whole, "With one direction a layer one in twenty is not reached, with 2 it is"),
+        (part, part, "not reached, nor is it with more"),
+    ):
+        assert said in list_claims(replace(found, directions={"1": one, "2": two}, ratios={"2": None}))["directions"]
+    cheaper = wilson_rate(1, 40)  # any score below 1
+    claims = list_claims(replace(found, directions={"1": whole, "2": whole}, ratios={"2": cheaper}))
+    assert "2 directions a layer carry more of it than 1" in claims["directions"]
+
+
 def test_methods_that_an_audit_cannot_try_are_refused() -> None:
     for names in (["reinforce"], ["leace_search"], ["nosuch"], ["basic", "basic"]):
         with pytest.raises(UserError, match=names[0]):

@@ -153,25 +153,29 @@ def describe_controls(report: AuditReport) -> str:
 
 # --------------------------------------------------------------------------- directions, blocks, examples
 def describe_directions(report: AuditReport) -> str:
-    """Return whether more directions make removal cheaper."""
+    """Return how many directions a layer it takes to come down to one in twenty, and what more of them cost."""
     if len(report.directions) < 2:
         return ""
     assert report.unedited is not None, "asked for only with the behavior"
-    costs = {k: summarize_cost(curve, report.unedited, HALF) for k, curve in report.directions.items()}
-    one = next(iter(costs))
-    if not costs[one].reached:
-        others = [k for k, cost in costs.items() if cost.reached]
-        more = f", with {' and '.join(others)} it is" if others else ", nor with more"
-        return f"With {count_directions(one)} a layer one half is not reached{more}."
-    cheaper = [k for k, ratio in report.ratios.items() if ratio is not None and ratio.high < 1]
-    ratios = [(count_directions(k), describe_ratio(report.ratios.get(k), costs[k])) for k in costs if k != one]
-    listed = "; ".join(f"with {count} {ratio}" for count, ratio in ratios)
-    verdict = (
-        f"{count_directions(cheaper[0]).capitalize()} a layer carry more of it than {one}"
-        if cheaper
-        else f"{count_directions(one).capitalize()} a layer is enough: more make removal no cheaper"
+    half, most = (
+        {k: summarize_cost(curve, report.unedited, goal) for k, curve in report.directions.items()}
+        for goal in (HALF, TWENTIETH)
     )
-    return f"{verdict}. Cost to one half with {count_directions(one)}: {format_cost(costs[one])} nats; {listed}."
+    one = next(iter(half))
+    ratios = [f"with {count_directions(k)} {describe_ratio(report.ratios.get(k), half[k])}" for k in half if k != one]
+    costs = f"Cost to one half with {count_directions(one)}: {format_cost(half[one])} nats; {'; '.join(ratios)}."
+    return f"{compare_directions(report, one, [k for k, cost in most.items() if cost.reached])} {costs}"
+
+
+def compare_directions(report: AuditReport, one: str, reached: Sequence[str]) -> str:
+    """Return whether the first number of directions is enough. reached: the numbers that come to one in twenty."""
+    if one not in reached:
+        others = f"with {' and with '.join(reached)} it is" if reached else "nor is it with more"
+        return f"With {count_directions(one)} a layer one in twenty is not reached, {others}."
+    cheaper = [k for k, ratio in report.ratios.items() if ratio is not None and ratio.high < 1]
+    if cheaper:
+        return f"{count_directions(cheaper[0]).capitalize()} a layer carry more of it than {one}."
+    return f"{count_directions(one).capitalize()} a layer is enough: more make removal no cheaper."
 
 
 def describe_ratio(ratio: Score | None, cost: RemovalCost) -> str:

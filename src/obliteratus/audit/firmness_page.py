@@ -233,7 +233,7 @@ def list_sections(report: AuditReport) -> list[dict[str, Any]]:
     about = {
         "cost": "The rate is that of held-out target prompts. Bars are 95 % intervals; the dotted line is the cost.",
         "controls": f"All at the same KL, by {report.base_method}; random directions are removed from all blocks.",
-        "directions": f"{report.base_method} with so many directions: the mean difference, then those of most spread.",
+        "directions": "So many directions in each layer: the mean difference, then those of most spread.",
         "blocks": f"{report.base_method} on some blocks alone, each with its own mean difference.",
         "examples": f"{report.base_method} fitted on so many prompts of each group, drawn at random.",
         "rewordings": "By rules from your own prompts, asked of the model under the cheapest edit at its cost.",

@@ -13,7 +13,7 @@ from obliteratus.analyze import AnalysisContext
 from obliteratus.analyze.repair import measure_repair
 from obliteratus.audit.asked import ask_reworded, judge_asked
 from obliteratus.audit.attacks import divide_blocks, with_directions, within_blocks
-from obliteratus.audit.context import GROUPS, AuditContext
+from obliteratus.audit.context import CHEAP, GROUPS, AuditContext
 from obliteratus.audit.doses import Curve, Matched, choose_evenly, measure_at_kl
 from obliteratus.audit.removal_cost import GOALS, summarize_cost
 from obliteratus.audit.results import AskedSet, MatchedEdits, Perplexities, Repair
@@ -28,6 +28,7 @@ from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.token_losses import token_losses
+from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.probe.cache import collect_cached_activations
 from obliteratus.verify.drift import text_tokens
 from obliteratus.verify.intervals import paired_ratio
@@ -48,14 +49,18 @@ def measure_seeds(audit: AuditContext) -> dict[str, Curve]:
 
 
 def measure_directions(audit: AuditContext) -> dict[str, Curve]:
-    """Return curves of the cheap method with so many directions; the first has its own if it uses as many."""
-    found: dict[str, Curve | None] = {}
+    """Return curves with so many directions a layer: of the cheap method if each layer has its own, or else of `CHEAP`.
+
+    A method that removes one layer's direction everywhere would become another one with several.
+    """
+    own = audit.base_recipe.distill == MEAN_DIFFERENCE
+    recipe, found = audit.base_recipe if own else load_recipe(CHEAP), dict[str, Curve | None]()
     for k in audit.settings.directions:
-        if k == 1 and audit.base_recipe.distill == MEAN_DIFFERENCE:
+        if k == 1 and own:
             found["1"] = audit.base_curve
         else:
-            fitter = audit.fitter(with_directions(audit.base_recipe, k))
-            found[str(k)] = audit.try_curve(f"directions {k}", fitter, audit.base_curve)
+            fitter = audit.fitter(with_directions(recipe, k))
+            found[str(k)] = audit.try_curve(f"directions {k}", fitter, audit.base_curve if own else None)
     return {k: curve for k, curve in found.items() if curve is not None}
 
 
