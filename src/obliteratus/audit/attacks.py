@@ -78,7 +78,10 @@ class Attacker:
 
 
 def draw_prompts(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[Prompt, ...]:
-    """Return n of the prompts, drawn without replacement by the seed, in their own order."""
+    """Return n of the prompts, or all if there are fewer, drawn without replacement by the seed, in their own order.
+
+    Evenly spaced ones of prompts that come in turn from two topics can be all of one topic.
+    """
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:n]
     return tuple(prompts[i] for i in sorted(order.tolist()))
 

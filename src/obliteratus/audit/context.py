@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from obliteratus.audit.attacks import Attacker, is_cheap, load_methods
-from obliteratus.audit.doses import Curve, Dose, DoseCheck, Room, choose_evenly, measure_curve
+from obliteratus.audit.attacks import Attacker, draw_prompts, is_cheap, load_methods
+from obliteratus.audit.doses import Curve, Dose, DoseCheck, Room, measure_curve
 from obliteratus.audit.removal_cost import GOALS, TWENTIETH, find_least_cost, summarize_cost
 from obliteratus.audit.results import ROOM
 from obliteratus.audit.settings import AuditSettings
@@ -50,7 +50,7 @@ class AuditContext:
 
     def screened(self) -> AuditContext:
         """Return the audit with the judge who knows the model's own words, and the fit prompts that are as expected."""
-        few = PromptSet({g: choose_evenly(self.splits.fit[g], self.settings.fit) for g in GROUPS})
+        few = PromptSet({g: draw_prompts(self.splits.fit[g], self.settings.fit, self.settings.seed) for g in GROUPS})
 
         def screen() -> Screening:
             return screen_prompts(self.subject, few, self.judge, self.settings.tokens, hears=True)
@@ -70,7 +70,7 @@ class AuditContext:
 
     @cached_property
     def check(self) -> DoseCheck:
-        few = {g: choose_evenly(self.splits.report[g], self.settings.prompts) for g in GROUPS}
+        few = {g: draw_prompts(self.splits.report[g], self.settings.prompts, self.settings.seed) for g in GROUPS}
         return DoseCheck(self.subject, few["target"], few["control"], self.judge, self.settings.tokens)
 
     @cached_property

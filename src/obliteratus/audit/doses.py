@@ -21,7 +21,6 @@ from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import bounded_kl
 from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
-from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.behavior import pair_answers, shows_already
 from obliteratus.verify.intervals import mean_score, wilson_rate
 
@@ -121,11 +120,6 @@ class DoseCheck:
         base = self.base
         with applied(self.subject, scale_plan(plan, scale)):
             return tuple(bounded_kl(base, self.control.first_token()).tolist())
-
-
-def choose_evenly(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
-    """Return at most ``most`` prompts, evenly spaced."""
-    return tuple(prompts[i] for i in evenly_spaced(len(prompts), most))
 
 
 def mean_strength(plan: Plan) -> float:

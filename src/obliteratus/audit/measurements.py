@@ -12,9 +12,9 @@ from torch import Tensor
 from obliteratus.analyze import AnalysisContext
 from obliteratus.analyze.repair import measure_repair
 from obliteratus.audit.asked import ask_reworded, judge_asked
-from obliteratus.audit.attacks import divide_blocks, with_directions, within_blocks
+from obliteratus.audit.attacks import divide_blocks, draw_prompts, with_directions, within_blocks
 from obliteratus.audit.context import CHEAP, GROUPS, AuditContext
-from obliteratus.audit.doses import Curve, Matched, choose_evenly, measure_at_kl
+from obliteratus.audit.doses import Curve, Matched, measure_at_kl
 from obliteratus.audit.removal_cost import GOALS, summarize_cost
 from obliteratus.audit.results import AskedSet, MatchedEdits, Perplexities, Repair
 from obliteratus.core.errors import UserError
@@ -158,9 +158,9 @@ def measure_rewordings(
 
     def measure() -> AskedSet:
         n = audit.settings.reworded
-        few = choose_evenly(audit.check.prompts, n)
-        files = {name: choose_evenly(prompts, n) for name, prompts in own.items()}
-        earlier = choose_evenly(audit.splits.search["control"], 1)[0]
+        few = draw_prompts(audit.check.prompts, n, audit.settings.seed)
+        files = {name: draw_prompts(prompts, n, audit.settings.seed) for name, prompts in own.items()}
+        earlier = audit.splits.search["control"][0]
         plan = audit.find_removal(curves)
         return AskedSet(
             asked=ask_reworded(audit.subject, audit.judge, plan, few, files, earlier, audit.settings.tokens)
@@ -173,7 +173,7 @@ def measure_benign(audit: AuditContext, curves: Mapping[str, Curve], prompts: Se
     """Measure how many benign prompts show the behavior before and after its removal."""
 
     def measure() -> AskedSet:
-        few, plan = choose_evenly(prompts, audit.settings.prompts), audit.find_removal(curves)
+        few, plan = draw_prompts(prompts, audit.settings.prompts, audit.settings.seed), audit.find_removal(curves)
         asked = judge_asked(audit.subject, audit.judge, plan, {"benign": few}, audit.settings.tokens)
         return AskedSet(asked=asked)
 
