@@ -1,4 +1,6 @@
-"""What was done to a model: differences of weights, streamed, classed, and written as a plan.
+"""For those who defend: what was done to a model's weights, and how firm its refusal is against edits of them.
 
-May import all packages of stages, pipeline and rebirth.
+`trace` compares two checkpoints: differences of weights, streamed, classed, and written as a plan. `firmness` measures
+what the removal of a behavior costs, what carries it and where it returns. May import all packages of stages, analyze,
+pipeline and rebirth.
 """

@@ -17,6 +17,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
     "Edit": {"demo": "run", "run": "run", "search": "run", "apply": "apply"},
     "Measure": {
         "verify": "verify",
+        "audit": "audit",
         "trace": "trace",
         "judge": "judge",
         "bench": "bench",

@@ -23,6 +23,7 @@ STAGES = {
     "VERIFY search prompts": "measures search prompts, edited",
     "EXAMPLES": "asks a few prompts for whole answers",
     "REBIRTH": "saves it, loads it again and compares",
+    "AUDIT": "tries edits and asks what is left",
     "STUDY": "knocks out parts and measures",
     "REPORT": "draws the page",
     "PUSH": "uploads the result",
