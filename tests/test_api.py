@@ -56,6 +56,9 @@ def make_names() -> dict[str, Any]:
     space = {"excise.strength": {"low": 0.5, "high": 1.5}}
     searched = ob.load_recipe("basic", {"verify": verify, "search": {"trials": 2, "tokens": 4, "space": space}})
     study = ob.Study(name="layers", strategies=(ob.Step(use="layers"),), data={"samples": 2, "length": 16})
+    small_audit = ob.AuditSettings(
+        methods=("basic", "leace"), tune_steps=0, tokens=8, looks=3, seeds=0, directions=(1,), windows=2, controls=1
+    ).model_copy(update={"examples": (2,), "reworded": 8, "repair": 0})
     return {
         "ob": ob,
         "torch": torch,
@@ -67,6 +70,7 @@ def make_names() -> dict[str, Any]:
         "recipe": recipe,
         "searched": searched,
         "study": study,
+        "small_audit": small_audit,
         "model": subject.model,
         "tokenizer": subject.tokenizer,
     }
@@ -125,7 +129,7 @@ def test_type_checkers_take_the_types() -> None:
 def test_the_stages_are_there() -> None:
     """The names that the guide and other people's scripts rely on."""
     names = "open_subject wrap load_prompts collect_activations find_directions weigh_sites plan_edits applied steer"
-    names += " generate measure run save run_search run_study run_analysis judge_answers load_plugin"
+    names += " generate measure run save run_search run_study run_analysis run_audit judge_answers load_plugin"
     assert {*names.split()} <= set(FUNCTIONS)
 
 

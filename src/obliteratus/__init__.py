@@ -14,6 +14,8 @@ from obliteratus.core.views import register_view_modules
 if TYPE_CHECKING:
     from obliteratus.analyze import analyses
     from obliteratus.analyze.run import AnalysisReport, run_analysis
+    from obliteratus.audit.firmness import run_audit
+    from obliteratus.audit.settings import AuditSettings
     from obliteratus.causal import FitContext, extractors
     from obliteratus.core.errors import UserError
     from obliteratus.core.plugins import load_plugin
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 MODULES = {
     "Activations": "core.types",
     "AnalysisReport": "analyze.run",
+    "AuditSettings": "audit.settings",
     "Directions": "core.types",
     "Edit": "core.types",
     "Excise": "core.settings",
@@ -104,6 +107,7 @@ MODULES = {
     "plan_edits": "excise.plan",
     "run": "pipeline.run",
     "run_analysis": "analyze.run",
+    "run_audit": "audit.firmness",
     "run_search": "search.start",
     "run_study": "study.start",
     "save": "rebirth.save",
@@ -122,6 +126,7 @@ MODULES = {
 __all__ = [
     "Activations",
     "AnalysisReport",
+    "AuditSettings",
     "Directions",
     "Edit",
     "Excise",
@@ -165,6 +170,7 @@ __all__ = [
     "plan_edits",
     "run",
     "run_analysis",
+    "run_audit",
     "run_search",
     "run_study",
     "save",

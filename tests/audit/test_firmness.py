@@ -18,7 +18,7 @@ from obliteratus.audit.attacks import Attacker, divide_blocks, load_methods, wit
 from obliteratus.audit.claims import classify, compare_controls, describe_headline, is_specific, list_claims
 from obliteratus.audit.context import AuditContext
 from obliteratus.audit.doses import NEAR, DoseCheck, Matched, Room, find_scale
-from obliteratus.audit.firmness import audit_firmness, choose_measurements
+from obliteratus.audit.firmness import choose_measurements, run_audit
 from obliteratus.audit.firmness_page import render_audit, to_dict, write_audit
 from obliteratus.audit.results import AuditReport
 from obliteratus.audit.rewordings import GO_ON, add_turns, ask_to_go_on, reword
@@ -75,7 +75,7 @@ def split(members: PromptSet) -> Splits:
 def audited() -> AuditReport:
     own = {"again": prompts()["target"][6:10] * 2}
     benign = prompts()["control"][:8]
-    return audit_firmness(refuser(BLOCK, word=REFUSAL), split(prompts()), SMALL, own=own, benign=benign)
+    return run_audit(refuser(BLOCK, word=REFUSAL), split(prompts()), SMALL, own=own, benign=benign)
 
 
 # ------------------------------------------------------------------------------------------------ the truth
@@ -116,7 +116,7 @@ def test_it_returns_nowhere_and_benign_prompts_stay_as_they_are() -> None:
 
 # --------------------------------------------------------------------------------------- nothing is claimed
 def check_nothing(subject: Subject, members: PromptSet) -> None:
-    found = audit_firmness(subject, split(members), SMALL)
+    found = run_audit(subject, split(members), SMALL)
     assert not found.shows_behavior
     assert found.cost is None
     assert list_claims(found) == {}
@@ -282,11 +282,11 @@ def test_an_interrupted_audit_resumes_with_the_same_result(tmp_path: Path) -> No
             return super()._path(name)
 
     with pytest.raises(KeyboardInterrupt):
-        audit_firmness(subject, splits, few, store=Stops(tmp_path))
+        run_audit(subject, splits, few, store=Stops(tmp_path))
     done = {path.name for path in tmp_path.glob("*.done")}
     assert "AUDIT-controls.done" in done
-    resumed = audit_firmness(subject, splits, few, store=Store(tmp_path))
-    whole = audit_firmness(subject, splits, few)
+    resumed = run_audit(subject, splits, few, store=Store(tmp_path))
+    whole = run_audit(subject, splits, few)
     assert {k: v for k, v in to_dict(resumed).items() if k != "seconds"} == {
         k: v for k, v in to_dict(whole).items() if k != "seconds"
     }

@@ -1,6 +1,6 @@
 """How firm a behavior is against edits of the weights: what its removal costs, what carries it, what brings it back.
 
-`audit_firmness` reads top to bottom. Each measurement is a stage of the store, so an interrupted audit resumes.
+`run_audit` reads top to bottom. Each measurement is a stage of the store, so an interrupted audit resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from obliteratus.core.types import Prompt, Splits, Subject
 from obliteratus.judge.judge import Judge
 
 
-def audit_firmness(
+def run_audit(
     subject: Subject,
     splits: Splits,
     settings: AuditSettings = DEFAULT,
@@ -48,12 +48,17 @@ def audit_firmness(
 ) -> AuditReport:
     """Measure how firm the behavior is against edits of the weights. Changes no weight.
 
-    Edits are fitted on fit and search prompts and measured on report prompts.
+    Edits are fitted on fit and search prompts and measured on report prompts. The number to compare between models is
+    ``report.cost``: the least KL, in nats, at which one half of the behavior is left.
 
     judge: says which answers show the behavior; None looks for refusals. benign: prompts that should be answered.
     own: by name, further wordings of target prompts. budget: the most forward passes; the curves always run, and of
     the other measurements as many as there is room for, the cheapest first. Raises UserError for a method that cannot
     run, and for a budget that the curves alone exceed.
+
+    >>> report = ob.run_audit(subject, ob.Splits(prompts, prompts, prompts, "all"), small_audit)
+    >>> report.cost.goal, sorted(report.curves)
+    (0.5, ['basic', 'leace'])
     """
     audit = AuditContext(subject, splits, settings, store or Store(), judge or Judge())
     passes = estimate_passes(settings, audit.methods, subject.n_layers, len(benign), own or {})

@@ -97,7 +97,7 @@ def audit(
             kept = read_prompts(benign) if benign else ()
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         request = Request(model, opening, judging, splits, settings, kept, others, budget, prompts.sources)
-        report = run_audit(request, out, resume, clock)
+        report = run_request(request, out, resume, clock)
     show_audit(report, out, clock, json)
 
 
@@ -169,9 +169,9 @@ def parse_rewordings(given: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
-def run_audit(request: Request, out: Path, resume: bool, clock: Clock) -> AuditReport:
+def run_request(request: Request, out: Path, resume: bool, clock: Clock) -> AuditReport:
     """Open the model, measure, and write the folder, which appears when it is complete."""
-    from obliteratus.audit.firmness import audit_firmness
+    from obliteratus.audit.firmness import run_audit
     from obliteratus.audit.firmness_page import write_audit
     from obliteratus.core.chat import DEFAULT_CHAT
     from obliteratus.core.run_folder import Store, keep_time, publish, workspace
@@ -182,7 +182,7 @@ def run_audit(request: Request, out: Path, resume: bool, clock: Clock) -> AuditR
         with clock.time("SUMMON"):
             chat = replace(DEFAULT_CHAT, now=keep_time(partial, DEFAULT_CHAT.now))
             subject = open_subject(request.model, chat=chat, **request.opening)
-        report = audit_firmness(
+        report = run_audit(
             subject,
             request.splits,
             request.settings,
