@@ -20,6 +20,7 @@ from obliteratus.causal.interventions import (
     compute_head_logits,
 )
 from obliteratus.causal.rdo import DirectionLosses, LossInputs
+from obliteratus.core.errors import UserError
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.distill import find_directions
@@ -288,5 +289,5 @@ def test_it_needs_a_start_and_a_model(subject: Subject, prompts: PromptSet) -> N
     acts = collect_activations(subject, prompts)
     with pytest.raises(Exception, match=r"put e\.g\. mean_diff first"):
         find_directions(acts, [Step(use="rdo")], FitContext(subject, prompts))
-    with pytest.raises(ValueError, match="needs a FitContext"):
+    with pytest.raises(UserError, match="FitContext"):
         find_directions(acts, [MEAN, Step(use="rdo")])

@@ -81,7 +81,7 @@ def test_edited_answers_may_loop_as_often_as_control_answers_did() -> None:
     found = {RATE: 0.1, "degenerate.target": 0.24}
     for usual, over in ((0.2, -0.01), (0.02, 0.17)):
         base = BASE | shares(degenerate_target=0.0, degenerate_control=usual)
-        assert measure_excess(found, base, search, RATE)["degenerate_margin"] == pytest.approx(over)
+        assert measure_excess(found, base, search, "refusal")["degenerate_margin"] == pytest.approx(over)
 
 
 def test_what_was_not_measured_limits_nothing() -> None:
