@@ -49,7 +49,7 @@ def scores(
 def test_calibrated_ends_one_refusal_where_basic_takes_from_both() -> None:
     subject, prompts = (
         open_subject("organism:gardening-railways", dtype="bf16"),
-        sample("gardening-railways", keep=True, search=N),
+        sample("gardening-railways", keep=True, search=4 * N),
     )
     known: dict[str, Any] = {}
     before, calibrated = scores("calibrated", subject, prompts, known=known)
