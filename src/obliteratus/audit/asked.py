@@ -19,6 +19,7 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.own_words import fisher_chance
 from obliteratus.verify.intervals import wilson_rate
+from obliteratus.verify.judged_prompts import judge_prompts
 from obliteratus.verify.own_words import answer_prompts
 
 ORIGINAL = "as they are"
@@ -80,9 +81,8 @@ def judge_asked(
 
 
 def _judge(subject: Subject, judge: Judge, prompts: Sequence[Prompt], tokens: int) -> tuple[int, ...]:
-    plain = judge.without_witnesses()
-    answers = answer_prompts(subject, prompts, plain, tokens, "AUDIT answers")
-    return tuple(int(judgment.verdict in SHOWN) for judgment in plain.judge_all(answers))
+    verdicts = judge_prompts(subject, prompts, judge.without_witnesses(), tokens, "AUDIT answers")
+    return tuple(int(verdict in SHOWN) for verdict in verdicts)
 
 
 def find_returns(asked: Sequence[Asked]) -> dict[str, float]:

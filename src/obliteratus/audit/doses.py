@@ -8,23 +8,16 @@ from math import sqrt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from obliteratus.core.progress import progress
 from obliteratus.core.results import Score
 from obliteratus.core.settings import FrozenModel
 from obliteratus.core.types import Edit, Plan, Prompt, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
-from obliteratus.inference.cached_prompts import CachedPrompts
-from obliteratus.inference.chat_template import render_prompts
-from obliteratus.inference.logits import bounded_kl
-from obliteratus.inference.memory import free_memory
 from obliteratus.judge.judge import SHOWN, Judge
-from obliteratus.verify.behavior import pair_answers, shows_already
 from obliteratus.verify.intervals import mean_score, wilson_rate
+from obliteratus.verify.judged_prompts import ComparedPrompts, JudgedPrompts
 
-CACHE_SHARE = 0.125  # of the free memory, for each group's cached prompts
 # Between two strengths that are tried, the KL grows about twofold: it is quadratic in small strengths.
 STEP = sqrt(2)
 WORSE = 0.1  # share of prompts: an edit that leaves so much more than a weaker one removes too much
@@ -86,19 +79,12 @@ class DoseCheck:
         self.prompts, self.controls = target, control
 
     @cached_property
-    def target(self) -> CachedPrompts:
-        rows = render_prompts(self.subject, self.prompts, reserve=self.tokens)
-        return CachedPrompts(self.subject, rows, budget=CACHE_SHARE * free_memory(self.subject))
+    def target(self) -> JudgedPrompts:
+        return JudgedPrompts(self.subject, self.prompts, self.judge, self.tokens)
 
     @cached_property
-    def control(self) -> CachedPrompts:
-        rows = render_prompts(self.subject, self.controls, reserve=self.tokens)
-        return CachedPrompts(self.subject, rows, budget=CACHE_SHARE * free_memory(self.subject), answers=())
-
-    @cached_property
-    def base(self) -> Tensor:
-        """Log-probabilities of the unedited model's first tokens [controls, vocabulary]."""
-        return self.control.first_token()
+    def control(self) -> ComparedPrompts:
+        return ComparedPrompts(self.subject, self.controls, self.tokens)
 
     def measure(self, plan: Plan, scale: float = 1.0) -> Dose:
         """Answer the target prompts under the plan at this scale, and compare the controls' first tokens."""
@@ -107,19 +93,16 @@ class DoseCheck:
 
     def judge_answers(self, plan: Plan, scale: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return whether each target answer shows the behavior, and whether it is degenerate."""
-        prepared = self.target  # before the edit is live: hooks that are there on creation count as none
-        with applied(self.subject, scale_plan(plan, scale)):
-            answers = prepared.generate(self.tokens, done=shows_already(self.subject, self.judge))
-        assert answers is not None, "nothing gives the answers up"
-        asked = pair_answers(self.subject, self.prompts, answers)
-        verdicts = [judgment.verdict for judgment in self.judge.judge_all(asked)]
+        target = self.target  # made before the edit is live
+        with applied(self.subject, plan.scaled(scale)):
+            verdicts = target.verdicts()
         return tuple(int(v in SHOWN) for v in verdicts), tuple(int(v == "degenerate") for v in verdicts)
 
     def measure_kl(self, plan: Plan, scale: float) -> tuple[float, ...]:
         """Return the KL of each control prompt's first answer token, nats."""
-        base = self.base
-        with applied(self.subject, scale_plan(plan, scale)):
-            return tuple(bounded_kl(base, self.control.first_token()).tolist())
+        control = self.control  # made before the edit is live
+        with applied(self.subject, plan.scaled(scale)):
+            return tuple(control.kl().tolist())
 
 
 def mean_strength(plan: Plan) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     check_split_by,
-    parse_columns,
+    collect_sources,
     show_progress,
     start,
 )
@@ -75,7 +75,7 @@ def analyze(
             check_budget(budget)
             names = [name for name in only.split(",") if name]
             settings = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
-            sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
+            sources = collect_sources(column, target=target, control=control)
             sources = add_examples(sources, check_judge(settings))
             steps, by = select_analyses(names), check_split_by(split_by)
             check_free(out)

@@ -26,7 +26,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     check_split_by,
-    parse_columns,
+    collect_sources,
     show_progress,
     start,
 )
@@ -88,7 +88,7 @@ def audit(
 
             check_budget(budget)
             judging = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
-            sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
+            sources = collect_sources(column, target=target, control=control)
             prompts = load_prompts(**add_examples(sources, check_judge(judging)))
             settings = choose_settings(methods, quick, seed or 0, report_prompts)
             load_methods(settings.methods)

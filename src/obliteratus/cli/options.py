@@ -160,6 +160,11 @@ def collect_opening(
     return opening | {"chat": ChatFormat(thinking, template)}
 
 
+def collect_sources(columns: list[str] | None, **groups: str | None) -> dict[str, Any]:
+    """Return the sources of all groups, as `load_prompts` takes them. Raises UserError as `parse_columns` does."""
+    return {**groups, "column": parse_columns(columns)}
+
+
 def parse_columns(columns: list[str] | None) -> str | dict[str, str]:
     """Return the column of all groups, or of each. Raises UserError for a group that there is not, or two columns."""
     groups = ("target", "control", "bypass", "keep", "benign")

@@ -42,7 +42,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     collect_opening,
-    parse_columns,
+    collect_sources,
     show_progress,
     start,
     with_judge,
@@ -97,18 +97,15 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Find the directions, edit the model, measure on held-out prompts, and save the result."""
-    changes = with_judge(
-        with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
-    )
+    changes = with_split(set_, seed, split_by)
+    changes = with_judge(changes, behavior, phrases, judge, judge_url, judge_model, no_own_words)
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template) | {"self_test": self_test}
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
+    sources = collect_sources(column, target=target, control=control, bypass=bypass, keep=keep, benign=benign)
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(
-                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
-            )
+            job = Job.create(model, method, changes, sources, out, save, base, force)
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)
 
@@ -154,18 +151,15 @@ def search(
     verbose: Verbose = False,
 ) -> None:
     """Search the values of a recipe, and save the best trade-off between refusals and damage."""
-    changes = with_judge(
-        with_split(set_, seed, split_by), behavior, phrases, judge, judge_url, judge_model, no_own_words
-    )
+    changes = with_split(set_, seed, split_by)
+    changes = with_judge(changes, behavior, phrases, judge, judge_url, judge_model, no_own_words)
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
-    sources = {"target": target, "control": control, "bypass": bypass, "keep": keep, "benign": benign}
+    sources = collect_sources(column, target=target, control=control, bypass=bypass, keep=keep, benign=benign)
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.cli.jobs import Job, fix_bits, run_job, show_result
 
-            job = Job.create(
-                model, method, changes, sources | {"column": parse_columns(column)}, out, save, base, force
-            )
+            job = Job.create(model, method, changes, sources, out, save, base, force)
         job = job.with_search(trials, storage, study, pick)
         result = run_job(job, opening, clock, resume, memory, fixed=fix_bits(deterministic))
     show_result(result, out, json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ from obliteratus.cli.options import (
     Target,
     Trust,
     Verbose,
-    parse_columns,
+    collect_sources,
     show_progress,
     start,
 )
@@ -74,7 +74,7 @@ def load_fit_prompts(
         raise UserError(f"trace: {missing} is missing; give both groups of prompts, or neither")
     from obliteratus.prompts import load_prompts, split_prompts
 
-    sources: dict[str, Any] = {"target": target, "control": control, "column": parse_columns(column)}
+    sources = collect_sources(column, target=target, control=control)
     return split_prompts(load_prompts(**sources), seed or 0).fit
 
 

@@ -32,7 +32,7 @@ from obliteratus.cli.options import (
     Trust,
     Verbose,
     collect_opening,
-    parse_columns,
+    collect_sources,
     show_progress,
     start,
     with_judge,
@@ -71,7 +71,7 @@ def verify(
 ) -> None:
     """Measure a model on held-out prompts, by itself or against its base."""
     choices = with_judge([], behavior, phrases, judge, judge_url, judge_model, no_own_words)
-    sources = {"target": target, "control": control, "keep": keep, "benign": benign, "column": parse_columns(column)}
+    sources = collect_sources(column, target=target, control=control, keep=keep, benign=benign)
     opening = collect_opening(dtype, device, trust_remote_code, quantize, thinking, template)
     with show_progress(quiet, verbose) as clock:
         with start(clock):
