@@ -34,7 +34,7 @@ from obliteratus.core.settings import Probe, Step
 from obliteratus.core.types import Activations, Moments, Prompt, PromptSet, Subject
 from obliteratus.distill import find_directions
 from obliteratus.probe.probe import collect_activations
-from obliteratus.prompts import evenly_spaced, load_prompts
+from obliteratus.prompts import load_prompts, pick_evenly
 from obliteratus.summon.load import assemble_subject
 from obliteratus.verify.intervals import wilson_rate
 from obliteratus.weights.organism import prepare_base
@@ -131,7 +131,7 @@ def open_sources(name: str, sizes: Sizes) -> Sequence[Callable[[], Source]]:
     """Return what opens the models of one kind: an organism, or random models."""
     organism = f"organism:{name if name in ORGANISMS else ORGANISMS[0]}"
     control = load_prompts(organism, organism)["control"]
-    pool = tuple(control[i] for i in evenly_spaced(len(control), sizes.pool))
+    pool = tuple(pick_evenly(control, sizes.pool))
     if name in ORGANISMS:
         source = Source(open_organism(name), pool)
         return [lambda: source]

@@ -16,7 +16,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Activations, Directions, PromptSet, Subject
 from obliteratus.judge.judge import Judge
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes half a second to load, and few commands draw
@@ -115,4 +115,4 @@ def choose_direction(context: AnalysisContext, stream: int | None, name: str) ->
 
 def subsample(prompts: PromptSet, most: int) -> PromptSet:
     """Return at most ``most`` target and ``most`` control prompts, evenly spaced."""
-    return PromptSet({g: tuple(prompts[g][i] for i in evenly_spaced(len(prompts[g]), most)) for g in GROUPS})
+    return PromptSet({g: tuple(pick_evenly(prompts[g], most)) for g in GROUPS})

@@ -23,7 +23,7 @@ from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.report.curves import BLUE, GREY, ORANGE, Figure
 from obliteratus.verify.intervals import mean_score
 
@@ -108,7 +108,7 @@ def measure_entanglement(
     """
     sample = read_sample(context.activations, "entanglement", least=4)
     subject, control = context.subject, context.held_out["control"]
-    ids = render_prompts(subject, [control[i] for i in evenly_spaced(len(control), prompts)])
+    ids = render_prompts(subject, pick_evenly(control, prompts))
     cached = CachedPrompts(subject, ids, budget=CACHE_BYTES, answers=())
     base, rows = cached.first_token(), []
     with progress("ANALYZE entanglement", subject.n_layers) as advance, report_to(SILENT):

@@ -28,13 +28,13 @@ from obliteratus.core.progress import SILENT, progress, report_to
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Excise, expand_part
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Directions, Plan, Prompt, Subject
+from obliteratus.core.types import Directions, Plan, Subject
 from obliteratus.excise.live.hooks_per_row import applied_per_row
 from obliteratus.excise.plan import plan_edits
 from obliteratus.inference.cached_prompts import CachedPrompts
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.inference.logits import kl_divergence
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.report.curves import BLUE, GREEN, GREY, ORANGE, Figure
 from obliteratus.verify.intervals import mean_score
 from obliteratus.verify.openings import frequent_openings
@@ -193,7 +193,7 @@ def measure_reach(
     tokens: the most target search prompts that are answered, and the length of their answers.
     """
     subject, layers = context.subject, choose_first_blocks(context.subject.n_layers, low, depths)
-    chosen = {g: _take(context.held_out[g], prompts) for g in GROUPS}
+    chosen = {g: pick_evenly(context.held_out[g], prompts) for g in GROUPS}
     size, parts = len(chosen["target"]), list_parts(subject)
     ids = [row for g in GROUPS for row in render_prompts(subject, chosen[g])]
     cached = CachedPrompts(subject, ids, budget=CACHE_BYTES, answers=())
@@ -207,7 +207,7 @@ def measure_reach(
             advance(1)
     remaining, cost, openings = tabulate(base, edited, (*parts, RANDOM), size)
     plan_of = partial(_plan_part, context)
-    check = AnswerCheck(context, plan_of, _take(context.held_out["target"], answers), chosen, tokens)
+    check = AnswerCheck(context, plan_of, pick_evenly(context.held_out["target"], answers), chosen, tokens)
     ranked, others = rank_edits(layers, remaining, cost), rank_by_effect(layers, remaining)
     if not openings:  # first tokens say nothing, so answers must: the strongest edits first
         ranked, others = [], [(BOTH, layer) for layer in layers]
@@ -240,10 +240,6 @@ def find_working_parts(left: Left) -> frozenset[str]:
     names = [(part, i) for part, values in left.items() if part != RANDOM for i in range(values.shape[1])]
     contrast = contrast_within_pairs(torch.stack([1 - left[part][:, i] for part, i in names], 1))
     return frozenset(names[i][0] for i in contrast.significant if float(contrast.value[i]) > NEGLIGIBLE_SHARE)
-
-
-def _take(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
-    return [prompts[i] for i in evenly_spaced(len(prompts), most)]
 
 
 def rank_edits(layers: Sequence[int], remaining: Cells, cost: Cells) -> list[tuple[str, int]]:
@@ -279,7 +275,7 @@ def _dump(score: Score | None) -> dict[str, Any] | None:
 def choose_first_blocks(n: int, low: float, most: int) -> list[int]:
     """Return at most ``most`` of the n blocks from ``low`` of the depth on, evenly spaced; the last is always in."""
     blocks = list(range(n))[int(low * n) :][::-1]
-    return sorted(blocks[i] for i in evenly_spaced(len(blocks), most))
+    return sorted(pick_evenly(blocks, most))
 
 
 def list_parts(subject: Subject) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from obliteratus.distill.steps import extractors
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.verify.openings import opening_tokens, openings_to_text, typical_openings
 
 STEP = "least_refusing"
@@ -118,7 +118,7 @@ def _share_of_answers(subject: Subject, ids: Mapping[str, Ids], length: int) -> 
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]
     shares = []
     for group in ("target", "control"):
-        rows = [ids[group][i] for i in evenly_spaced(len(ids[group]), WORD_PROMPTS)]
+        rows = pick_evenly(ids[group], WORD_PROMPTS)
         used = torch.zeros(vocabulary)
         for answer in generate(subject, rows, length, title=f"DISTILL {STEP} words, {group}"):
             used[sorted(set(answer))] += 1 / len(rows)

@@ -28,7 +28,7 @@ from obliteratus.distill.steps import (
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.inference.hidden_states import read_hidden_states
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import evenly_spaced, pick_evenly
 
 STEP = "keep_reasoning"
 TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>")
@@ -75,7 +75,7 @@ def keep_reasoning(
 def collect_reasoning_rows(context: FitContext, prompts: int, tokens: int, places: int) -> Ids:
     """Return prompts with their answers cut off at a token of the reasoning: the stream is read at each row's end."""
     control = context.prompts["control"]
-    chosen = [control[i] for i in evenly_spaced(len(control), prompts)]
+    chosen = pick_evenly(control, prompts)
     thinking = replace(context.subject, chat=replace(context.subject.chat, thinking=True))
     ids = render_prompts(thinking, chosen, reserve=tokens)
     rows = []

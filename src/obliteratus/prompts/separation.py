@@ -11,7 +11,7 @@ from obliteratus.prompts.clusters import LEVELS, THRESHOLD, count_near_duplicate
 from obliteratus.prompts.division import Division, Members, count_pins
 from obliteratus.prompts.folding import fold_words
 from obliteratus.prompts.shingles import largest_similarities, number_shingles
-from obliteratus.prompts.spacing import evenly_spaced
+from obliteratus.prompts.spacing import pick_evenly
 
 # Report prompts whose nearest fit or search prompt is looked up, evenly spaced by the alphabet: a second's work.
 MOST = 2000
@@ -58,7 +58,7 @@ def _find_nearest(division: Division) -> list[float]:
     report = SPLITS.index("report")
     words = [fold_words(p.text) for p in division.members.prompts]
     asked = sorted({words[i] for i, part in enumerate(division.part.tolist()) if part == report})
-    asked = [asked[i] for i in evenly_spaced(len(asked), MOST)]
+    asked = pick_evenly(asked, MOST)
     others = sorted({words[i] for i, part in enumerate(division.part.tolist()) if part != report})
     rows = number_shingles([*asked, *others])
     return largest_similarities(rows[: len(asked)], rows[len(asked) :])

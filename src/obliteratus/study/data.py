@@ -10,7 +10,7 @@ from typing import TypeVar
 from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.chat_template import Ids, context_length, encode_texts
-from obliteratus.prompts import evenly_spaced, load_prompts, read_prompts, split_prompts
+from obliteratus.prompts import load_prompts, pick_evenly, read_prompts, split_prompts
 from obliteratus.study.base import strategies
 from obliteratus.study.settings import Study
 from obliteratus.verify import scorers
@@ -87,4 +87,4 @@ def _load_sources(study: Study) -> tuple[list[str], PromptSet | None, list[Quest
 
 
 def _sample(members: Sequence[T], study: Study) -> list[T]:
-    return [members[i] for i in evenly_spaced(len(members), study.data.samples)]
+    return pick_evenly(members, study.data.samples)

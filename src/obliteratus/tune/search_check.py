@@ -9,7 +9,7 @@ from functools import cached_property
 from obliteratus.core.types import Plan, Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.judge.judge import SHOWN, Judge
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.verify.judged_prompts import ComparedPrompts, JudgedPrompts, judge_prompts
 
 # Search prompts of each group. 1 of 96 is 1 %: with fewer a rate of some percent looks like none. A check answers the
@@ -41,7 +41,7 @@ class SearchCheck:
 
     def __init__(self, subject: Subject, prompts: PromptSet, judge: Judge, tokens: int) -> None:
         """tokens: the most of an answer."""
-        few = {g: _draw_evenly(prompts[g], most) for g, most in CHECKED_PROMPTS.items()}
+        few = {g: pick_evenly(prompts[g], most) for g, most in CHECKED_PROMPTS.items()}
         self.subject, self.tokens, self.judge = subject, tokens, judge.without_witnesses()
         self.target = JudgedPrompts(subject, few["target"], self.judge, tokens)
         self.keep = self._find_kept(prompts["keep"]) if "keep" in prompts.groups else None
@@ -78,17 +78,13 @@ class SearchCheck:
 
     def _find_kept(self, prompts: Sequence[Prompt]) -> JudgedPrompts | None:
         """Return the keep prompts on which the unedited model shows the behavior; None if there are none."""
-        few = _draw_evenly(prompts, KEEP_PROMPTS)
+        few = pick_evenly(prompts, KEEP_PROMPTS)
         verdicts = self._judge_once(few, "TUNE keep answers")
         shown = [prompt for prompt, verdict in zip(few, verdicts, strict=True) if verdict in SHOWN]
         return JudgedPrompts(self.subject, shown, self.judge, self.tokens) if shown else None
 
     def _judge_once(self, prompts: Sequence[Prompt], title: str) -> list[str]:
         return judge_prompts(self.subject, prompts, self.judge, self.tokens, title)
-
-
-def _draw_evenly(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
-    return [prompts[i] for i in evenly_spaced(len(prompts), most)]
 
 
 def _share(verdicts: Sequence[str], named: Collection[str]) -> float:

@@ -13,7 +13,7 @@ from obliteratus.core.errors import NothingToFitError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import Tune
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Site, Subject
+from obliteratus.core.types import Edit, Plan, PromptSet, Site, Subject
 from obliteratus.excise.linear import fold_gain_orthogonal
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
@@ -21,7 +21,7 @@ from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import Judge
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.summon.sites import read_gain
 from obliteratus.tune.relapses import mend_relapses
 
@@ -50,7 +50,7 @@ def collect_pairs(
     """
     tokens, watch = settings.tokens, max(settings.watch, settings.tokens)
     names = [g for g in ("target", "control", "keep") if g in prompts.groups]
-    ids = {g: render_prompts(subject, _subsample(prompts[g], max_prompts), reserve=watch) for g in names}
+    ids = {g: render_prompts(subject, pick_evenly(prompts[g], max_prompts), reserve=watch) for g in names}
     controls = ids["control"] + ids.get("keep", [])
     answers = generate(subject, controls, tokens, title="TUNE own answers")
     control = [pair for pair in zip(controls, answers, strict=True) if pair[1]]
@@ -58,10 +58,6 @@ def collect_pairs(
     target = mend_relapses(subject, target, plan, watch, judge)
     note("TUNE", f"{len(target)} of {len(ids['target'])} target prompts have an answer without {judge.name} to fit to")
     return TrainingPairs(control, target)
-
-
-def _subsample(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
-    return [prompts[i] for i in evenly_spaced(len(prompts), most)]
 
 
 def find_answering_pairs(subject: Subject, ids: Ids, plan: Plan, tokens: int, judge: Judge) -> list[Pair]:

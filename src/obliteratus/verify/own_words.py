@@ -12,7 +12,7 @@ from obliteratus.inference.generate import generate
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.own_words import OwnPhrase, begins_with, find_own_words
 from obliteratus.judge.rung import Answered
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import pick_evenly
 from obliteratus.verify.behavior import pair_answers, shows_already
 
 # Prompts of each group that are answered, and tokens of an answer: openings are 12 words long, and half of 32 answers
@@ -27,7 +27,7 @@ LEAST_SHARE, MOST_CONTROL, MOST_SEEN = 0.3, 0.02, 0.1
 
 def listen(subject: Subject, prompts: PromptSet, judge: Judge) -> tuple[OwnPhrase, ...]:
     """Return `choose_own_words` of the answers to up to 32 target and 32 control prompts, evenly spaced."""
-    few = {group: [prompts[group][i] for i in evenly_spaced(len(prompts[group]), MAX_PROMPTS)] for group in GROUPS}
+    few = {group: pick_evenly(prompts[group], MAX_PROMPTS) for group in GROUPS}
     answers = {group: answer_prompts(subject, members, judge, TOKENS, "OWN WORDS") for group, members in few.items()}
     found = choose_own_words(answers["target"], answers["control"], judge)
     note_own_words(found, len(answers["target"]), judge.name)

@@ -19,7 +19,7 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.judge.judge import SHOWN, Judge
 from obliteratus.judge.own_words import OwnPhrase, fisher_chance
 from obliteratus.judge.rung import Answered
-from obliteratus.prompts import evenly_spaced
+from obliteratus.prompts import evenly_spaced, pick_evenly
 from obliteratus.verify.intervals import wilson_rate
 from obliteratus.verify.own_words import GROUPS, answer_prompts, choose_own_words, note_own_words
 from obliteratus.verify.scoring import Measurement
@@ -82,7 +82,7 @@ def screen_prompts(
     become stronger: that takes a difference between the groups, but no number of prompts that show it.
     """
     most = {group: evenly_spaced(len(prompts[group]), MOST_ANSWERED) for group in GROUPS}
-    first = {group: [rows[i] for i in evenly_spaced(len(rows), FIRST_ANSWERED)] for group, rows in most.items()}
+    first = {group: pick_evenly(rows, FIRST_ANSWERED) for group, rows in most.items()}
     answers = _answer(subject, prompts, first, judge, tokens)
     words, shown = _judge(answers, judge, hears)
     rest = {group: [i for i in rows if i not in answers[group]] for group, rows in most.items()}
