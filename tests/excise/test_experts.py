@@ -35,7 +35,6 @@ from obliteratus.core.types import (
 from obliteratus.excise.bake.tensors import bake
 from obliteratus.excise.change import average_experts
 from obliteratus.excise.experts import select_preferred_experts, turn_towards_expert
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.plan import load_plan, plan_edits, save_plan
 from obliteratus.excise.router_limit import compute_changed_share, limit_router_edits, read_chosen_experts
@@ -324,7 +323,7 @@ def test_the_mean_holds_one_matrix_whatever_the_number_of_donors() -> None:
 
 def test_a_weaker_plan_blends_less() -> None:
     site = expand_experts(opened("mixtral").module("model.layers.0.mlp.experts"), stacks(opened("mixtral"))[0])[0]
-    change = scale_plan(Plan((Blend(site, torch.tensor([1]), 0.4),)), 0.5).edits[0]
+    change = Plan((Blend(site, torch.tensor([1]), 0.4),)).scaled(0.5).edits[0]
     assert isinstance(change, Blend)
     assert change.share == pytest.approx(0.2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from obliteratus.core.errors import UserError
 from obliteratus.core.run_folder import Store
 from obliteratus.core.types import Edit, Plan, Prompt, PromptSet, Shift, Subject
-from obliteratus.excise.kl_budget import find_largest_factor, limit_kl, scale_plan
+from obliteratus.excise.kl_budget import find_largest_factor, limit_kl
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.pipeline.recipe import load_recipe
@@ -44,7 +44,7 @@ def test_the_largest_strength_within_the_budget(share: float, make_plan: PlanMak
     assert 0 < factor < 1
     assert cost == pytest.approx(mean_kl(subject, found, PROMPTS), rel=1e-3)
     assert cost <= budget
-    assert mean_kl(subject, scale_plan(plan, factor + 1 / 32), PROMPTS) > budget
+    assert mean_kl(subject, plan.scaled(factor + 1 / 32), PROMPTS) > budget
     assert {e.strength for e in found.edits} == {factor}
 
 
@@ -95,7 +95,7 @@ def test_shifts_weaken_and_masks_stay() -> None:
     masks = silenced(subject)
     vector: Tensor = torch.ones(subject.width)
     plan = replace(masks, edits=(*masks.edits, Shift(masks.edits[0].site, vector)))
-    found = scale_plan(plan, 0.25)
+    found = plan.scaled(0.25)
     assert torch.equal(found.edits[-1].vector, 0.25 * vector)
     assert found.edits[:-1] == plan.edits[:-1]
 

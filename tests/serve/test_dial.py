@@ -14,7 +14,6 @@ from tests.support.tiny import tiny_subject
 from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Mask, Plan, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live import compile, hooks
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.answers import AnswerDecoder
@@ -49,7 +48,7 @@ def test_answers_are_those_of_the_scaled_plan(subject: Subject, norm: str, turns
     assert found[0.0] == expected(subject, Plan(), turns)
     assert found[1.0] == expected(subject, plan, turns)
     for strength in (-1.0, 0.5, 2.0):
-        assert found[strength] == expected(subject, scale_plan(plan, strength), turns)
+        assert found[strength] == expected(subject, plan.scaled(strength), turns)
     assert len(set(found.values())) > 2  # a dial without effect would pass all of the above
 
 

@@ -16,7 +16,6 @@ from tests.support.tiny import tiny_subject
 
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Plan, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.generate import generate
 from obliteratus.inference.stream import AnswerLimits
@@ -92,7 +91,7 @@ def order(ids: Sequence[int], setting: Setting = UNEDITED, tokens: int = TOKENS,
 
 
 def expected(subject: Subject, plans: dict[str, Plan], ids: list[int], setting: Setting) -> list[int]:
-    plan = scale_plan(plans[setting.plan], setting.strength) if setting.strength else Plan()
+    plan = plans[setting.plan].scaled(setting.strength) if setting.strength else Plan()
     with applied(subject, plan):
         return generate(subject, [ids], TOKENS)[0]
 

@@ -7,7 +7,6 @@ from tests.support.refuser import REFUSAL, asked
 from tests.tune.test_balance import refusing, weak
 
 from obliteratus.core.types import Plan, Prompt, PromptSet
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.judge.judge import Judge
 from obliteratus.tune.front import TunedPlan, find_front
 from obliteratus.tune.search_check import LEAST_KEPT, Checked, SearchCheck
@@ -15,7 +14,7 @@ from obliteratus.tune.search_check import LEAST_KEPT, Checked, SearchCheck
 
 def ends_refusals() -> Plan:
     """Twice a weak removal of what it refuses by."""
-    return scale_plan(weak(refusing(), REFUSAL), 2 / weak(refusing(), REFUSAL).edits[0].strength)  # type: ignore[union-attr]
+    return weak(refusing(), REFUSAL).scaled(2 / weak(refusing(), REFUSAL).edits[0].strength)  # type: ignore[union-attr]
 
 
 def check_with(keep: tuple[Prompt, ...]) -> SearchCheck:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from obliteratus.audit.attacks import Attacker, draw_prompts, is_cheap, load_methods
+from obliteratus.audit.attacks import GROUPS, Attacker, draw_prompts, is_cheap, load_methods
 from obliteratus.audit.doses import Curve, Dose, DoseCheck, Room, measure_curve
 from obliteratus.audit.removal_cost import GOALS, TWENTIETH, find_least_cost, summarize_cost
 from obliteratus.audit.results import ROOM
@@ -21,13 +21,11 @@ from obliteratus.core.progress import note
 from obliteratus.core.run_folder import Store
 from obliteratus.core.settings import Recipe, Tune
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.plan import load_plan, save_plan
 from obliteratus.judge.judge import Judge
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.verify.presence import Presence, Screening, load_screening, save_screening, screen_prompts
 
-GROUPS = ("target", "control")
 FITTED = "fitted"
 """The curve of the cheapest method's plan after some gradient steps."""
 CHEAP = "least_change"  # of the methods without gradients the one that costs least on most organisms
@@ -142,9 +140,8 @@ class AuditContext:
             "watch": self.settings.tokens,
         }
         settings = tune.model_copy(update={**steps, "balance": False})
-        return lambda: self.attacker.tune(
-            scale_plan(self.find_plan(best, self.fitter(self.methods[best])), scale), settings
-        )
+        start = self.fitter(self.methods[best])
+        return lambda: self.attacker.tune(self.find_plan(best, start).scaled(scale), settings)
 
     @cached_property
     def base_method(self) -> str:
@@ -187,14 +184,14 @@ class AuditContext:
         """Return the plan of least cost at the strength at which it removes the behavior, or the strongest tried."""
         best = find_least_cost(curves, self.unedited, TWENTIETH)
         scale = best.scale or curves[best.best].doses[-1].scale
-        return scale_plan(self.plan_of(best.best, curves), scale)
+        return self.plan_of(best.best, curves).scaled(scale)
 
     def keep(self, name: str, kind: type[Made], make: Callable[[], Made]) -> Made:
         """Return a measurement as a stage."""
         return self.store.stage(
             f"AUDIT {name}",
             make,
-            lambda made, folder: _write(made, folder),
+            _write,
             lambda folder: kind.model_validate_json((folder / FILE).read_text(encoding="utf-8")),
         )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from obliteratus.analyze import AnalysisContext
 from obliteratus.analyze.repair import measure_repair
 from obliteratus.audit.asked import ask_reworded, judge_asked
-from obliteratus.audit.attacks import divide_blocks, draw_prompts, with_directions, within_blocks
-from obliteratus.audit.context import CHEAP, GROUPS, AuditContext
+from obliteratus.audit.attacks import GROUPS, divide_blocks, draw_prompts, with_directions, within_blocks
+from obliteratus.audit.context import CHEAP, AuditContext
 from obliteratus.audit.doses import Curve, Matched, measure_at_kl
 from obliteratus.audit.removal_cost import GOALS, summarize_cost
 from obliteratus.audit.results import AskedSet, MatchedEdits, Perplexities, Repair
@@ -24,7 +24,6 @@ from obliteratus.core.settings import Step
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Plan, Prompt
 from obliteratus.distill import find_directions
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids
 from obliteratus.inference.token_losses import token_losses
@@ -74,7 +73,7 @@ def measure_perplexity(audit: AuditContext, curves: Mapping[str, Curve]) -> Perp
         for name, curve in curves.items():
             for cost in (summarize_cost(curve, audit.unedited, goal) for goal in GOALS):
                 if cost.scale is not None:
-                    with applied(audit.subject, scale_plan(audit.plan_of(name, curves), cost.scale)):
+                    with applied(audit.subject, audit.plan_of(name, curves).scaled(cost.scale)):
                         edited = _mean_losses(audit, ids)
                     ratios.setdefault(name, {})[f"{cost.goal:g}"] = paired_ratio(edited, base)
         return Perplexities(ratios=ratios)

@@ -10,9 +10,9 @@ from obliteratus.audit.rewordings import FRAMES
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.settings import Recipe, Tune
 from obliteratus.core.types import Prompt
+from obliteratus.tune.weakest import MOST_LOOKS
 
 TEXTS = 16  # paragraphs for perplexity
-LOOKS = 6  # strengths that `find_weakest` tries
 FIXED_REWORDINGS = 4  # as they are, in small letters, after another question, asked to go on
 
 
@@ -49,10 +49,10 @@ def _count_tuning(tune: Tune | None, dose: int) -> int:
     if tune is None:
         return 0
     answers, gradients = 4 * tune.prompts * (1 + tune.tokens), 4 * tune.prompts
-    return answers + gradients + LOOKS * dose + 4 * tune.steps * tune.batch
+    return answers + gradients + MOST_LOOKS * dose + 4 * tune.steps * tune.batch
 
 
 def _count_steps(settings: AuditSettings, dose: int) -> int:
     tune = Tune()
     answers = 4 * settings.tune_prompts * (1 + tune.tokens)
-    return answers + 4 * settings.tune_steps * tune.batch + LOOKS * dose
+    return answers + 4 * settings.tune_steps * tune.batch + MOST_LOOKS * dose

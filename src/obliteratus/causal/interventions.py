@@ -16,7 +16,7 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
 from obliteratus.inference.batching import pad_rows
-from obliteratus.inference.hooks import decoder_blocks
+from obliteratus.inference.hooks import add_to_output, decoder_blocks
 from obliteratus.inference.logits import narrow_head, next_logits
 from obliteratus.inference.shared_prefix import PreparedPrompts, prepare_prompts
 from obliteratus.judge.judge import Judge
@@ -45,9 +45,7 @@ def add_to_stream(subject: Subject, stream: int, vector: Float[Tensor, " width"]
     """Inside, the vector is added to the stream at index ``stream`` (≥ 1), at every token. Gradients reach it."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0] + vector.to(output[0].dtype), *output[1:])
-        return output + vector.to(output.dtype)
+        return add_to_output(output, vector)
 
     handle = decoder_blocks(subject)[stream - 1].register_forward_hook(hook)
     try:

@@ -143,13 +143,12 @@ def limit_memory(memory: str | None) -> AbstractContextManager[None]:
 def set_strength(plans: Mapping[str, Plan], strength: float) -> dict[str, Plan]:
     """Return the plans at a strength. Raises UserError if it is not 1 and there is no plan."""
     from obliteratus.core.types import Plan
-    from obliteratus.excise.kl_budget import scale_plan
 
     if strength != 1 and not plans:
         raise UserError(f"--strength {strength:g}: there is no plan whose strength could be set; give --plan FOLDER")
     if strength == 1:
         return dict(plans)
-    return {name: scale_plan(plan, strength) if strength else Plan() for name, plan in plans.items()}
+    return {name: plan.scaled(strength) if strength else Plan() for name, plan in plans.items()}
 
 
 def write(sides: Sequence[BenchmarkSide], plain: Mapping[str, Any], out: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,13 +101,13 @@ def study(
     with show_progress(quiet, verbose) as clock:
         with start(clock, plugins=plugin):
             from obliteratus.study.output import write_report
-            from obliteratus.study.run import measure_study
+            from obliteratus.study.run import measure_study, open_folder
 
             loaded = _load_study(source, with_judge(with_split(set_, seed, split_by), behavior, phrases), changes)
             saved_to = _choose_folder(loaded, out, resume)
         opening = {"dtype": loaded.dtype, "device": device, "trust_remote_code": trust_remote_code}
         title = f"Study {loaded.name} of {loaded.model}"
-        with _open_folder(saved_to) as folder:
+        with open_folder(saved_to) as folder:
             with clock.time("STUDY"):
                 results = measure_study(loaded, opening, folder, resume=resume, workers=workers, ray=ray)
             if saved_to is not None:
@@ -245,21 +243,6 @@ def _choose_folder(loaded: Study, out: Path | None, resume: bool) -> Path | None
     if folder is not None and not resume:
         check_free(folder)
     return folder
-
-
-@contextmanager
-def _open_folder(folder: Path | None) -> Iterator[Path]:
-    """Yield the study's folder, or a temporary one."""
-    if folder is None:
-        with TemporaryDirectory(prefix="obliteratus-study-") as temporary:
-            yield Path(temporary)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if not any(folder.iterdir()):  # the study was refused before anything was measured
-            folder.rmdir()
 
 
 def _name_folders(folders: Sequence[Path]) -> dict[str, Path]:

@@ -29,7 +29,7 @@ def limit_kl(
     base = first_token_log_probs(subject, ids, title="KL budget")
 
     def costs(factor: float) -> float:
-        with applied(subject, done + scale_plan(new, factor)):
+        with applied(subject, done + new.scaled(factor)):
             return float(kl_divergence(base, first_token_log_probs(subject, ids, title=f"KL at {factor:.0%}")).mean())
 
     factor, cost = find_largest_factor(costs, budget, BISECTION_STEPS)
@@ -40,7 +40,7 @@ def limit_kl(
             f"excise.kl_budget={budget}: even 1/{2**BISECTION_STEPS} of the strength costs more; raise the budget"
         )
     note("KL budget", f"{factor:.0%} of the strength, {cost:.3f} of {budget} nats")
-    return scale_plan(new, factor), factor, cost
+    return new.scaled(factor), factor, cost
 
 
 def find_largest_factor(costs: Callable[[float], float], budget: float, steps: int) -> tuple[float, float]:
@@ -55,8 +55,3 @@ def find_largest_factor(costs: Callable[[float], float], budget: float, steps: i
         else:
             high = middle
     return low, at_low
-
-
-def scale_plan(plan: Plan, factor: float) -> Plan:
-    """Multiply all strengths, blend shares and shifts by the factor. Masks have no strength and stay."""
-    return plan.scaled(factor)

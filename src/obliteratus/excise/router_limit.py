@@ -11,7 +11,7 @@ from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.progress import note
 from obliteratus.core.shapes import Float, Int
 from obliteratus.core.types import Change, Plan, Prompt, Subject
-from obliteratus.excise.kl_budget import CHECK_PROMPTS, find_largest_factor, scale_plan
+from obliteratus.excise.kl_budget import CHECK_PROMPTS, find_largest_factor
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import Ids, render_prompts
 from obliteratus.inference.hidden_states import read_hidden_states
@@ -77,7 +77,7 @@ def _edits_router(change: Change) -> bool:
 def _scale_router_edits(plan: Plan, factor: float) -> Plan:
     """Multiply the strength of the plan's router edits by the factor; at 0 leave them out."""
     parts = (
-        scale_plan(Plan((c,)), factor).edits if _edits_router(c) else (c,)
+        Plan((c,)).scaled(factor).edits if _edits_router(c) else (c,)
         for c in plan.edits
         if factor or not _edits_router(c)
     )

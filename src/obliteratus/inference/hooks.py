@@ -24,6 +24,13 @@ def decoder_blocks(subject: Subject) -> list[nn.Module]:
     return list(subject.module(subject.layers).children())
 
 
+def add_to_output(output: Any, vector: Tensor) -> Any:
+    """Return a block's output, a tensor or a tuple that begins with one, with the vector added at every token."""
+    if isinstance(output, tuple):
+        return (add_to_output(output[0], vector), *output[1:])
+    return output + vector.to(output.device, output.dtype)
+
+
 @dataclass(frozen=True)
 class ExpertRouting:
     """What a stack of experts did with each row: with all its tokens, and with the one at the wanted position."""

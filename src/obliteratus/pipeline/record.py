@@ -24,6 +24,12 @@ from obliteratus.verify.intervals import share_difference
 RANKED_EXPERTS = 10  # experts that a record lists, those most particular to target prompts first
 
 
+def list_versions() -> dict[str, str]:
+    """Return the versions of what a run depends on, and of plug-ins."""
+    libraries = {name: version(name) for name in ("obliteratus", "torch", "transformers")}
+    return libraries | {"python": platform.python_version()} | dict(describe_plugins())
+
+
 def describe_run(
     recipe: Recipe, stages: Stages, plan: Plan, measured: tuple[Measurement, Measurement], found: dict[str, Any]
 ) -> Run:
@@ -48,9 +54,7 @@ def describe_run(
         coverage=summarize_plan_coverage(stages.subject, plan),
         judge=describe_judge(stages.judge, before),
         seconds=dict(stages.store.seconds),
-        versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
-        | {"python": platform.python_version()}
-        | dict(describe_plugins()),
+        versions=list_versions(),
         **found,
     )
 

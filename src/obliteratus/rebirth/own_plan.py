@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
-
 from obliteratus.core.results import Run
 from obliteratus.core.settings import Recipe, Step
 from obliteratus.core.types import Plan, Subject
+from obliteratus.pipeline.record import list_versions
 from obliteratus.summon.coverage import summarize_plan_coverage
 
 NAME = "own plan"
@@ -21,8 +19,7 @@ def describe_own_plan(subject: Subject, plan: Plan) -> Run:
         source={key: str(value) for key, value in vars(subject.source).items()},
         prompts={"digest": "", "counts": {}},
         coverage=summarize_plan_coverage(subject, plan),
-        versions={name: version(name) for name in ("obliteratus", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        versions=list_versions(),
     )
 
 

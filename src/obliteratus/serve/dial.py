@@ -12,7 +12,6 @@ import torch
 from obliteratus.core.chat import Turn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import Plan, Prompt, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.compile import NormReadings
 from obliteratus.excise.live.hooks import CompiledPlan, attached, compile_plan
 from obliteratus.excise.plan import check_fits
@@ -112,7 +111,7 @@ class Dial:
         strength = strength if self.plan.edits else 0.0
         setting = self.settings.pop(strength, None)
         if setting is None:
-            plan = scale_plan(self.plan, strength) if strength else Plan()
+            plan = self.plan.scaled(strength) if strength else Plan()
             setting = Setting(compile_plan(self.subject, plan, self.readings), ConversationCache(self.subject))
         self.settings[strength] = setting
         while len(self.settings) > KEPT_SETTINGS:

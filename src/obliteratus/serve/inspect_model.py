@@ -24,7 +24,6 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from obliteratus.core.chat import ChatFormat, Turn
 from obliteratus.core.errors import UserError, unknown_name
 from obliteratus.core.types import Plan, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.inference.chat_template import context_length, tokenize_prompts
 from obliteratus.inference.stream import AnswerLimits
 from obliteratus.judge.reasoning import cut_reasoning
@@ -131,7 +130,7 @@ def open_with_plan(name: str, arguments: Mapping[str, Any]) -> tuple[Subject, Pl
     if strength != 1 and not plans:
         raise UserError(f"-M strength={strength:g}: there is no plan whose strength could be set; give -M plan=FOLDER")
     plan = next(iter(plans.values()), Plan())
-    return subject, scale_plan(plan, strength) if strength else Plan()
+    return subject, plan.scaled(strength) if strength else Plan()
 
 
 def check_request(tools: Sequence[ToolInfo], config: GenerateConfig) -> None:

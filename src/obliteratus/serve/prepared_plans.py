@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from obliteratus.core.types import Plan, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.excise.live.compile import NormReadings
 from obliteratus.excise.live.hooks import CompiledPlan, compile_plan
 from obliteratus.excise.live.hooks_per_row import compile_per_row
@@ -45,4 +44,4 @@ class PreparedPlans:
         return compile_per_row(self.subject, [self._scale(setting) for setting in settings], readings)
 
     def _scale(self, setting: Setting) -> Plan:
-        return scale_plan(self.plans[setting.plan], setting.strength) if setting.strength else Plan()
+        return self.plans[setting.plan].scaled(setting.strength) if setting.strength else Plan()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from pydantic import ValidationError
@@ -56,6 +57,21 @@ def measure_study(
                 return (*done, *_measure_rest(folder / RESULTS, executor, done))
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(f"; the finished parts are kept in {folder}, for --resume") from error
+
+
+@contextmanager
+def open_folder(folder: Path | None) -> Iterator[Path]:
+    """Yield the study's folder, or a temporary one. A folder in which nothing was written is removed."""
+    if folder is None:
+        with TemporaryDirectory(prefix="obliteratus-study-") as temporary:
+            yield Path(temporary)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):  # the study was refused before anything was measured
+            folder.rmdir()
 
 
 def study_identity(study: Study) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from obliteratus.core.errors import UserError
@@ -23,7 +21,7 @@ from obliteratus.study.files import fill_prompts, load_study
 from obliteratus.study.output import write_report
 from obliteratus.study.plots import study_pictures
 from obliteratus.study.ranking import knockout_results
-from obliteratus.study.run import measure_study
+from obliteratus.study.run import measure_study, open_folder
 from obliteratus.study.settings import Study
 from obliteratus.study.tables import changes_table, ordered_metrics, summarize, to_csv
 from obliteratus.verify.ladder import embed_files
@@ -81,7 +79,7 @@ def run_study(
     if folder is not None and not resume:
         check_free(folder)
     title = f"Study {made.name or 'without a name'} of {made.model}"
-    with _open_folder(folder) as place:
+    with open_folder(folder) as place:
         opening = {"dtype": made.dtype}
         results = measure_study(made, opening, place, resume=resume, workers=workers, subject=held)
         if folder is not None:
@@ -99,16 +97,6 @@ def _load(study: Study | str | Path, model: str, changes: Mapping[str, Any] | No
         made = load_study(study, changes)
     made = made.model_copy(update={"model": model}) if model else made
     return fill_prompts(made.model_copy(update={"judge": embed_files(made.judge)}))
-
-
-@contextmanager
-def _open_folder(folder: Path | None) -> Iterator[Path]:
-    """Yield the folder, or a temporary one."""
-    if folder is not None:
-        yield folder
-        return
-    with TemporaryDirectory(prefix="obliteratus-study-") as temporary:
-        yield Path(temporary)
 
 
 # ---------------------------------------------------------------------------------------------- views

@@ -12,7 +12,6 @@ from obliteratus.core.errors import NothingToFitError, UserError
 from obliteratus.core.progress import note, progress
 from obliteratus.core.settings import Tune
 from obliteratus.core.types import Edit, Plan, Splits, Subject
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.judge.judge import Judge
 from obliteratus.tune.balance import balance_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
@@ -173,7 +172,7 @@ class Fit:
 
     def look(self, steps: int, scale: float = 1.0) -> TunedPlan:
         """Return the plan as it stands, with what search prompts say of it."""
-        plan = scale_plan(self.parameters.to_plan(MIN_STRENGTH), scale)
+        plan = self.parameters.to_plan(MIN_STRENGTH).scaled(scale)
         return TunedPlan(plan, self.check.check(plan), self.data.evaluate(plan), steps, scale)
 
     def choose(self, points: Sequence[TunedPlan]) -> TunedPlan:

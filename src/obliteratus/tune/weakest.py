@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from obliteratus.core.progress import note, progress
 from obliteratus.core.types import Plan
-from obliteratus.excise.kl_budget import scale_plan
 from obliteratus.tune.front import Tuned, TunedPlan, find_front
 from obliteratus.tune.parameters import drop_weak_edits
 from obliteratus.tune.search_check import SearchCheck
@@ -61,7 +60,7 @@ class Looks:
         """Return the plan with all strengths times ``scale``, without its weak edits, with what is left under it."""
         key = round(scale, 3)
         if key not in self.points:
-            scaled = drop_weak_edits(scale_plan(self.plan, scale), MIN_STRENGTH)
+            scaled = drop_weak_edits(self.plan.scaled(scale), MIN_STRENGTH)
             self.points[key] = TunedPlan(scaled, self.check.check(scaled), scale=scale)
         return self.points[key]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obliteratus.core.errors import UserError
 from obliteratus.core.types import LENGTH, Directions, Subject
 from obliteratus.excise.live.hooks import are_edits_paused
-from obliteratus.inference.hooks import decoder_blocks
+from obliteratus.inference.hooks import add_to_output, decoder_blocks
 
 LENGTHS = ("‖Δμ‖", LENGTH)
 """Units of raw scores that are lengths of vectors in the stream."""
@@ -96,12 +96,7 @@ def _choose(subject: Subject, vectors: Mapping[int, Tensor], layers: int | Colle
 
 
 def _make_hook(added: Tensor) -> Callable[..., Any]:
-    def add(stream: Tensor) -> Tensor:
-        return stream + added.to(stream.device, stream.dtype)
-
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if are_edits_paused():
-            return output
-        return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
+        return output if are_edits_paused() else add_to_output(output, added)
 
     return hook
