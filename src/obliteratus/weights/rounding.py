@@ -17,9 +17,9 @@ from obliteratus.core.shapes import Float
 
 ROW_GROUPS = 256  # the errors that one group leaves along Q are then below a sixteenth of σ
 CORRECTED = (8, 64)
-"""Of fine formats: the strongest eighth of rows makes up for the errors of all, then the strongest sixty-fourth for what
-is left. With steps of σ / 64, one direction and 576 or 2 048 rows that leaves 0.2 and 0.4 % of what the edit takes from
-it, and the nearest numbers 2.0 and 3.8 %."""
+"""Of fine formats: the strongest eighth of rows makes up for the errors of all, then the strongest sixty-fourth for
+what is left. With steps of σ / 64, one direction and 576 or 2 048 rows that leaves 0.2 and 0.4 % of what the edit takes
+from it, and the nearest numbers 2.0 and 3.8 %."""
 RIDGE = 1e-6  # relative to a direction's length²; makes the last rows solvable when one direction lies in the others
 
 
@@ -76,9 +76,9 @@ def correct_errors(
 ) -> None:
     """Round the strongest rows again, so that what rounding added to a matrix has next to nothing along the directions.
 
-    It suits formats so fine that an edit changes most codes: a few rows can then make up for the others, in a seventh of
-    the numbers instead of all. lost: rounded − wanted, changed in place. along: orthonormal rows. round_rows: (additions
-    to the wanted numbers of some rows [n, in], their indices) → their new rounded − wanted numbers.
+    It suits formats so fine that an edit changes most codes: then a seventh of the numbers can make up for all of them.
+    lost: rounded − wanted, changed in place. along: orthonormal rows. round_rows: (additions to the wanted numbers of
+    some rows [n, in], their indices) → their new rounded − wanted numbers.
     """
     order = along.square().sum(0).argsort(descending=True)
     for share in CORRECTED:
