@@ -23,6 +23,25 @@ include_patterns = [
 # Folders that hold no page are not walked through.
 exclude_patterns = ["build", ".*", "src", "tests", "bench", "tools", "dist", "docs/plugin-template/src"]
 
+# Page → pages below it in the sidebar. They are named here, since a forge would show a toctree as code.
+CHILDREN = {
+    "docs/experiments/README": "/docs/experiments/*",
+    "docs/guide/plugins": "/docs/plugin-template/README",
+    "organisms/README": "/organisms/*/README",
+}
+
+
+def add_children(app, docname, source):
+    """Append a hidden toctree to the pages of CHILDREN."""
+    if docname in CHILDREN:
+        source[0] += f"\n\n```{{toctree}}\n:hidden:\n:glob:\n\n{CHILDREN[docname]}\n```\n"
+
+
+def setup(app):
+    """Let Sphinx call us."""
+    app.connect("source-read", add_children)
+
+
 myst_heading_anchors = 4  # links to sections, as on a forge
 myst_enable_extensions = ["colon_fence"]
 suppress_warnings = ["misc.highlighting_failure"]  # output of the terminal is no language
