@@ -71,7 +71,10 @@ REGISTRIES: Mapping[str, tuple[Registry[Any], str]] = {
 # --------------------------------------------------------------------------------------------- commands
 def make_commands_page() -> str:
     """Return docs/reference/commands.md: every command with its arguments and options."""
-    parts = [f"{GENERATED}\n# Every command", "`obliteratus COMMAND --help` shows the same in the terminal."]
+    parts = [
+        f"{GENERATED}\n# Every command",
+        "With `--help`, a command shows the same in the terminal. [What each is for](../guide/commands.md) is a table.",
+    ]
     for panel, commands in PANELS.items():
         parts.append(f"## {panel}")
         parts += [_describe_command(name) for name in commands]

@@ -65,7 +65,8 @@ class Drawing:
 
     def __str__(self) -> str:
         markers = "".join(
-            f'<marker id="{name}" markerUnits="userSpaceOnUse" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
+            f'<marker id="{name}" markerUnits="userSpaceOnUse" markerWidth="8" markerHeight="8" refX="7" refY="4" '
+            f'orient="auto">'
             f'<path d="{HEAD}" fill="{ink}"/></marker>'
             for name, ink in (("gray", GRAY), ("blue", BLUE), ("red", RED))
         )
