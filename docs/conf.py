@@ -47,6 +47,7 @@ myst_enable_extensions = ["colon_fence"]
 suppress_warnings = ["misc.highlighting_failure"]  # output of the terminal is no language
 highlight_language = "none"
 
+smartquotes = False  # they would make a dash of --option
 default_role = "literal"  # `name` in a docstring
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
