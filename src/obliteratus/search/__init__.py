@@ -5,6 +5,7 @@ It may import the stages, judge and pipeline, and is run by cli.
 """
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.views import register_view_modules
 
 try:
     import optuna  # noqa: F401  # every module of this package is built on it
@@ -13,6 +14,8 @@ except ModuleNotFoundError as error:
 
 from obliteratus.search.run import FrontMember, SearchResult, StudyLocation, check_pick, search, set_trial_count
 from obliteratus.search.space import add_default_search
+
+register_view_modules("obliteratus.search.search_view")  # here, since it needs what the extra brings
 
 __all__ = [
     "FrontMember",
