@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
+from os.path import normpath
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -48,7 +49,7 @@ def find_faults(site: Path) -> Iterator[str]:
     for path in sorted(site.rglob("*.html")):
         page, where = read_page(path), path.relative_to(site)
         yield from (f"{where}: {link} is loaded from elsewhere" for link in page.loaded if urlsplit(link).netloc)
-        for link in (*page.links, *page.loaded):
+        for link in sorted({*page.links, *page.loaded}):
             if fault := explain(link, path):
                 yield f"{where}: {link} {fault}"
 
@@ -58,7 +59,7 @@ def explain(link: str, path: Path) -> str:
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         return ""
-    file = path.parent / unquote(parts.path) if parts.path else path
+    file = Path(normpath(path.parent / unquote(parts.path))) if parts.path else path  # one name for each page
     file = file / "index.html" if file.is_dir() else file
     if not file.is_file():
         return "leads to no file"
