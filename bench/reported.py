@@ -35,7 +35,7 @@ from obliteratus.weights.organism import prepare_organism
 
 Row = dict[str, Any]
 EXPORTED = 2  # members of Heretic's front, fewest refusals first; each costs a start of some 40 s
-STEPS: list[Row] = [{"use": name} for name in ("behavior", "first_token_kl", "perplexity", "fluency")]
+STEPS: list[Row] = [{"use": name} for name in ("behavior", "first_token_kl", "perplexity", "fluency", "relevance")]
 # A template that skips an empty system turn, for models whose own template writes none (see `copy_for_heretic`).
 ROLE_LOOP, PLAIN_LOOP = "for m in messages %}", "for m in messages if m['content'] %}"
 
@@ -65,7 +65,7 @@ def make_row(program: str, seed: int, after: Measurement, behavior: str, seconds
     """Return what the document holds of a result."""
     names = [*(f"{behavior}.{group}" for group in ("target", "keep", "control")), "degenerate.target"]
     names += [f"kl.first_token.{kind}" for kind in ("mean", "answered.mean")]
-    names += ["perplexity.ratio", "fluency.ratio", "ended.target", "kept.keep"]
+    names += ["perplexity.ratio", "fluency.ratio", "relevance.target", "off_topic.target", "ended.target", "kept.keep"]
     found = {name: after.scores[name] for name in names if name in after.scores}
     scores = {name.replace(behavior, "behavior"): score.model_dump() for name, score in found.items()}
     return {"program": program, "seed": seed, "scores": scores, "seconds": seconds}

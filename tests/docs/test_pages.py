@@ -97,7 +97,7 @@ def test_seconds_are_the_sum_of_the_formula() -> None:
     probe = 100 * 20 * 1e-3
     screened = 100 * 20 * 1e-3 + 48 * (0.04 + 100 * 1.5e-3)
     once = 300 * 20 * 1e-3 + 48 * (2 * 0.04 + 300 * 1.5e-3)  # 300 rows are two batches
-    read = 16 + 24 + 24 + 32  # paragraphs, answers of either group under the base, and its own under the edited model
+    read = 16 + 3 * (24 + 24) + 32  # paragraphs, answers for fluency and twice for relevance, and the base's own
     verify = 2 * (once + read * 50 * (1e-3 + 2e-4))
     found = forecast_seconds(total_cost(load_recipe("basic")), extrapolate(RATES, MEASURED), values, own=20, text=50)
     assert found == pytest.approx(probe + screened + verify)

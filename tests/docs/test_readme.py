@@ -111,6 +111,14 @@ def test_the_readme_and_the_guide_have_the_same_figures() -> None:
     assert len(whole) >= 19
 
 
+def test_the_page_on_speed_has_the_forecasts() -> None:
+    table, page = ((ROOT / name).read_text() for name in ("docs/runtimes.md", "docs/questions/speed.md"))
+    units = {" min": " minutes", " s": " seconds"}
+    for method in ("balanced", "basic"):
+        number, unit = re.findall(rf"^\| {method} \| ([\d.]+)( min| s) ", table, re.MULTILINE)[0]
+        assert f"{number}{units[unit]}" in " ".join(page.split()), f"{method} is forecast at {number}{unit}"
+
+
 def test_the_figures_of_the_demo_are_those_of_its_picture() -> None:
     rates = json.loads((ROOT / "docs/figures/demo.json").read_text())["refusal"]
     page = (ROOT / "docs/guide/first-steps.md").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from tests.support.activations import assert_same
 from tests.support.tiny import tiny_subject
@@ -13,7 +12,7 @@ from obliteratus.core.probing import ProbeRequest
 from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.inference.chat_template import render_prompts
 from obliteratus.probe import contrasts
-from obliteratus.probe.contrasts import sample_outputs, solve_second_moment
+from obliteratus.probe.contrasts import count_common_end, sample_outputs, solve_second_moment
 from obliteratus.probe.probe import collect_activations, load_activations, save_activations
 
 PATH = "model.layers.1.mlp.down_proj"
@@ -44,13 +43,10 @@ def test_differences_are_those_of_the_categories_means(prompts: PromptSet) -> No
     torch.testing.assert_close(found.share, sizes / sizes.sum())
 
 
-def test_samples_are_the_ends_of_control_prompts_without_first_tokens(
-    prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_are_at_the_positions_without_first_tokens(prompts: PromptSet) -> None:
     """With more positions than the prompts have tokens, each token is there once."""
-    monkeypatch.setattr(contrasts, "POSITIONS", 60)
     subject, few = tiny_subject("llama"), prompts["control"][:3]
-    others = sample_outputs(subject, few, [PATH], -1)[PATH]
+    others = sample_outputs(subject, render_prompts(subject, few), [PATH], list(range(-60, -1)))[PATH]
     whole = [outputs_of(subject, p) for p in few]
     assert max(map(len, whole)) < 60
     expected = torch.cat([x[1:-1] for x in whole])
@@ -58,34 +54,59 @@ def test_samples_are_the_ends_of_control_prompts_without_first_tokens(
     assert float(torch.cdist(expected.double(), others.double()).min(1).values.max()) < 1e-4  # in any order
 
 
+def test_the_words_of_prompts_end_where_the_template_goes_on(prompts: PromptSet) -> None:
+    subject = tiny_subject("llama")
+    asked = [Prompt("red"), Prompt("two birds"), Prompt("seven")]
+    ids, plain = render_prompts(subject, asked), subject.tokenizer
+    end = count_common_end(ids)
+    for row, prompt in zip(ids, asked, strict=True):
+        assert plain.decode(row[:-end]).endswith(prompt.text)
+    assert count_common_end([[1, 2, 3]] * 2) == 2  # of rows that are alike, a token stays
+    assert count_common_end([[1, 2], [1, 3]]) == 1
+
+
 def test_the_solution_is_that_of_the_dense_matrix() -> None:
     g = torch.Generator().manual_seed(0)
-    last, rows = torch.randn(20, 48, generator=g), torch.randn(3, 48, generator=g)
-    others = torch.randn(70, 48, generator=g) * torch.linspace(0.1, 3, 48)
-    moment = sum(
-        share * x.double().T @ x.double() / len(x)
-        for share, x in ((contrasts.LAST_SHARE, last), (1 - contrasts.LAST_SHARE, others))
-    )
-    assert isinstance(moment, torch.Tensor)
-    floor = contrasts.FLOOR * moment.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    dense = (1 - contrasts.FLOOR) * moment + floor
+    last, topic, rows = (torch.randn(n, 48, generator=g) for n in (20, 30, 3))
+    control = torch.randn(70, 48, generator=g) * torch.linspace(0.1, 3, 48)
+    w, t, f = contrasts.LAST_SHARE, contrasts.TOPIC_SHARE, contrasts.FLOOR
+    shares = ((last, w), (control, (1 - w) * (1 - t)), (topic, (1 - w) * t))
+    moment = torch.stack([share * x.double().T @ x.double() / len(x) for x, share in shares]).sum(0)
+    dense = (1 - f) * moment + f * moment.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     expected = torch.linalg.solve(dense, rows.double().T).T
-    torch.testing.assert_close(solve_second_moment(last, others, rows), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solve_second_moment(last, control, topic, rows), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_one_more_row_is_a_partial_orthogonalization() -> None:
     """A keep prompt's output k beside others: M⁻¹d loses λ of its component along k, λ = w·kM⁻¹k / (1 + w·kM⁻¹k)."""
     generator = torch.Generator().manual_seed(0)
     others, k, d = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 1, 1))
-    floor = contrasts.FLOOR * (contrasts.LAST_SHARE * k.square().sum() / 8 + 0.7 * others.square().sum() / 40 / 8)
-    rest = (1 - contrasts.FLOOR) * 0.7 * others.T @ others / 40 + floor * torch.eye(8, dtype=torch.float64)
+    share = 0.7 * (1 - contrasts.TOPIC_SHARE)
+    floor = contrasts.FLOOR * (contrasts.LAST_SHARE * k.square().sum() / 8 + share * others.square().sum() / 40 / 8)
+    rest = (1 - contrasts.FLOOR) * share * others.T @ others / 40 + floor * torch.eye(8, dtype=torch.float64)
     w = (1 - contrasts.FLOOR) * contrasts.LAST_SHARE
     plain, along = torch.linalg.solve(rest, d[0]), torch.linalg.solve(rest, k[0])
     size = w * float(k[0] @ along)
     share = size / (1 + size)
     expected = plain - share * (k[0] @ plain) / (k[0] @ along) * along
     assert 0.1 < share < 1
-    torch.testing.assert_close(solve_second_moment(k, others, d)[0], expected)
+    torch.testing.assert_close(solve_second_moment(k, others, others[:0], d)[0], expected)
+
+
+def test_covectors_read_less_of_the_topic_than_without_its_words() -> None:
+    """Writer outputs whose topic is in all words of target prompts, and whose behavior is at their last token alone."""
+    g = torch.Generator().manual_seed(0)
+    topic, behavior = torch.eye(24)[0], torch.eye(24)[1]
+    last, control = torch.randn(200, 24, generator=g), torch.randn(400, 24, generator=g)
+    words = torch.randn(400, 24, generator=g) + 8 * topic
+    difference = (8 * topic + 8 * behavior)[None]
+    reads = []
+    for seen in (words, words[:0]):
+        covector = solve_second_moment(last, control, seen, difference)[0]
+        covector /= covector @ difference[0].double()
+        reads.append(float((covector @ (8 * topic).double()).abs()))
+    assert reads[1] > 0.45  # the negative control: half of what it reads is the topic
+    assert reads[0] < 0.8 * reads[1]
 
 
 def test_covectors_read_less_of_keep_prompts_where_there_are_some(prompts: PromptSet) -> None:

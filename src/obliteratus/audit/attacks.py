@@ -48,9 +48,12 @@ class Attacker:
                 recipe = stages.advise(recipe).recipe
             return find_plan(recipe, stages)[0]
 
-    def tune(self, plan: Plan, settings: Tune) -> Plan:
-        """Return the plan with strengths and directions fitted by gradient steps, from where it stands."""
-        return tune_plan(self.subject, plan, self.splits, settings, self.seed, self.judge, goal=0.02).plan
+    def tune(self, plan: Plan, settings: Tune, goal: float) -> Plan:
+        """Return the plan with strengths and directions fitted by gradient steps, from where it stands.
+
+        goal: share of search prompts on which the behavior may be left.
+        """
+        return tune_plan(self.subject, plan, self.splits, settings, self.seed, self.judge, goal=goal).plan
 
     def draw_fit_prompts(self, n: int, seed: int) -> PromptSet:
         """Return n fit prompts of each group, drawn by the seed, or all of a group that has fewer."""

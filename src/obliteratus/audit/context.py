@@ -133,15 +133,15 @@ class AuditContext:
     def fit_by_gradients(self, best: str, curve: Curve) -> Callable[[], Plan]:
         """Return the function that fits a method's plan by gradient steps, from the strength where it removes."""
         scale = summarize_cost(curve, self.unedited, TWENTIETH).scale or curve.doses[-1].scale
-        tune = load_recipe("tuned").tune or Tune()
+        tuned = load_recipe("tuned")
         steps = {
             "steps": self.settings.tune_steps,
             "prompts": self.settings.tune_prompts,
             "watch": self.settings.tokens,
         }
-        settings = tune.model_copy(update={**steps, "balance": False})
+        settings = (tuned.tune or Tune()).model_copy(update={**steps, "balance": False})
         start = self.fitter(self.methods[best])
-        return lambda: self.attacker.tune(self.find_plan(best, start).scaled(scale), settings)
+        return lambda: self.attacker.tune(self.find_plan(best, start).scaled(scale), settings, tuned.stop_below)
 
     @cached_property
     def base_method(self) -> str:

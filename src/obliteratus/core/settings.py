@@ -367,7 +367,8 @@ class Recipe(FrozenModel):
     excise: Excise = Excise()
     tune: Tune | None = None
     verify: tuple[Step, ...] = tuple(
-        Step(use=name) for name in ("behavior", "first_token_kl", "continuation_kl", "perplexity", "fluency", "style")
+        Step(use=name)
+        for name in ("behavior", "first_token_kl", "continuation_kl", "perplexity", "fluency", "relevance", "style")
     )
     analyze: tuple[Step, ...] = ()
     """Analyses whose results change this recipe before it runs."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
-from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, constant, prompt_count
+from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, prompt_count
 from obliteratus.core.pareto import MAX_CHECKED
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Recipe, Search, Step, Tune, active_steps
@@ -155,9 +155,10 @@ def count_tokens(cost: Cost) -> float:
 
 
 def _probe_cost(recipe: Recipe) -> Cost:
-    """Return the cost of PROBE: all fit prompts, and some control prompts again for contrasts."""
-    again = prompt_count("fit", "control", PROMPTS) if recipe.excise.least_change else constant(0)
-    return Cost(prompt_count("fit") + again)
+    """Return the cost of PROBE: all fit prompts, and some of either group again for contrasts."""
+    every = Cost(prompt_count("fit"))
+    again = [Cost(prompt_count("fit", group, PROMPTS)) for group in ("target", "control")]
+    return sum(again, every) if recipe.excise.least_change else every
 
 
 def relative_effort(recipe: Recipe) -> float:

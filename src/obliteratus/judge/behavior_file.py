@@ -16,7 +16,7 @@ FOLDER = Path(str(files("obliteratus"))) / "behaviors"
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 TAKEN = frozenset(
     {"behavior", "degenerate", "partial", "unknown", "unfinished", "kl", "perplexity", "accuracy", "fluency"}
-    | {"length", "hedging", "same_language", "ended", "kept"}
+    | {"length", "hedging", "same_language", "ended", "kept", "relevance", "off_topic"}
 )
 PROMPT_KEYS = frozenset({"target", "control", "keep"})
 """Keys of a behavior that name prompts."""

@@ -92,7 +92,7 @@ def _contrast(
     share = torch.tensor([*target.counts.values()], dtype=torch.float32) / len(target.prompts)
     spared = [sums[group].first_outputs() for group in SPARED if group in sums]
     last = {path: torch.cat([outputs[path] for outputs in spared]) for path in paths}
-    return contrast_outputs(subject, prompts[CONTROL], last, differences, share, position)
+    return contrast_outputs(subject, prompts, last, differences, share, position)
 
 
 def _places_by_group(rows: Sequence[int], group_of_row: Sequence[str]) -> dict[str, list[int]]:

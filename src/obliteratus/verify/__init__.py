@@ -4,7 +4,17 @@ Each scorer is one registered function; importing this package registers them al
 inference, judge, prompts, excise and benchmark.
 """
 
-from obliteratus.verify import accuracy, behavior, benchmark, continuations, drift, first_token, fluency, style
+from obliteratus.verify import (
+    accuracy,
+    behavior,
+    benchmark,
+    continuations,
+    drift,
+    first_token,
+    fluency,
+    relevance,
+    style,
+)
 from obliteratus.verify.before_and_after import measure_before_and_after
 from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, measure, scorers
 
@@ -21,6 +31,7 @@ __all__ = [
     "fluency",
     "measure",
     "measure_before_and_after",
+    "relevance",
     "scorers",
     "style",
 ]

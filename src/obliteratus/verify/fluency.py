@@ -57,7 +57,7 @@ def fluency(
         raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        answers = _answers_of(context, group)
+        answers = list_answers(context, group)
         rows = evenly_spaced(len(answers), prompts)
         asked = [context.prompts[group][row] for row in rows]
         with without_edits():
@@ -70,17 +70,17 @@ def fluency(
     return Measurement(scores, items=items)
 
 
-def _answers_of(context: ScorerContext, group: str) -> list[str]:
-    """Return the answers to a group. Raises UserError if there are none."""
+def list_answers(context: ScorerContext, group: str) -> list[str]:
+    """Return the answers to a group, as the scorer `behavior` got them. Raises UserError if there are none."""
     opened = AnswerDecoder.create(context.subject).opened  # by the template, so that it is no part of the answer
     records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
     if len(records) != len(context.prompts[group]):
-        raise UserError("fluency: there are no answers to score; put the step behavior before it")
+        raise UserError("there are no answers to score; put the step behavior before it")
     return [record["answer"].removeprefix(opened) for record in records]
 
 
 def answer_losses(
-    subject: Subject, prompts: Sequence[Prompt], answers: Sequence[str], opening: int = 0
+    subject: Subject, prompts: Sequence[Prompt], answers: Sequence[str], opening: int = 0, title: str = "VERIFY fluency"
 ) -> Float[Tensor, " n"]:
     """Return the mean loss in nats per token of each answer behind its prompt and opening, in the model as it is now.
 
@@ -98,4 +98,4 @@ def answer_losses(
         counted = slice(opening if len(answer) > opening else 0, None)
         return cross_entropy(logits[counted].float(), torch.tensor(answer[counted], device=logits.device)).cpu()
 
-    return torch.stack(read_answers(subject, ids, answer_ids, mean_loss, title="VERIFY fluency"))
+    return torch.stack(read_answers(subject, ids, answer_ids, mean_loss, title=title))

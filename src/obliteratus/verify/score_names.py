@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from obliteratus.core.results import Score
 from obliteratus.verify.behavior import is_rare
 
-ANSWERS = ("degenerate", "fluency", "length", "hedging", "same_language")
+ANSWERS = ("degenerate", "off_topic", "relevance", "fluency", "length", "hedging", "same_language")
 """Scores of answers, up to their first dot, beside those of the behavior."""
 DRIFT = ("kl", "perplexity", "benchmark")
 DETAILS = (".p99", ".answered.p95", "continuation.answered.mean", ".change")
@@ -69,6 +69,8 @@ OF_GROUPS = {
     "fluency": "perplexity of answers, {group}",
     "hedging": "answers that hedge, {group}",
     "length": "tokens per answer, {group}",
+    "off_topic": "answers off topic, {group}",
+    "relevance": "answers explained by prompt, {group}",
     "same_language": "in prompt's language, {group}",
     "unfinished": "cut off in reasoning, {group}",
     "unknown": "unknown language, {group}",

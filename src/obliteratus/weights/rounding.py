@@ -16,6 +16,10 @@ from torch.nn.functional import pad
 from obliteratus.core.shapes import Float
 
 ROW_GROUPS = 256  # the errors that one group leaves along Q are then below a sixteenth of σ
+CORRECTED = (8, 64)
+"""Of fine formats: the strongest eighth of rows makes up for the errors of all, then the strongest sixty-fourth for
+what is left. With steps of σ / 64, one direction and 576 or 2 048 rows that leaves 0.2 and 0.4 % of what the edit takes
+from it, and the nearest numbers 2.0 and 3.8 %."""
 RIDGE = 1e-6  # relative to a direction's length²; makes the last rows solvable when one direction lies in the others
 
 
@@ -63,3 +67,23 @@ def carry_errors(
     for rows, part, share, rest in zip(order.split(size), *tables, strict=True):
         values = weight.index_select(0, rows).addmm_(share[: len(rows)], error, alpha=-1)
         error = torch.addmm(rest @ error, part[:, : len(rows)], round_rows(values, rows) - values)
+
+
+def correct_errors(
+    lost: Float[Tensor, "out inp"],
+    along: Float[Tensor, "k out"],
+    round_rows: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Round the strongest rows again, so that what rounding added to a matrix has next to nothing along the directions.
+
+    It suits formats so fine that an edit changes most codes: then a seventh of the numbers can make up for all of them.
+    lost: rounded − wanted, changed in place. along: orthonormal rows. round_rows: (additions to the wanted numbers of
+    some rows [n, in], their indices) → their new rounded − wanted numbers.
+    """
+    order = along.square().sum(0).argsort(descending=True)
+    for share in CORRECTED:
+        rows = order[: max(1, len(order) // share)]
+        part = along[:, rows]
+        error = along @ lost - part @ lost[rows]
+        gram = (part @ part.T).double() + RIDGE * torch.eye(len(along), dtype=torch.float64)
+        lost[rows] = round_rows(part.T @ -torch.linalg.solve(gram, error.double()).float(), rows)

@@ -25,10 +25,10 @@ from obliteratus.weights.gguf_blocks import (
     write_codes,
 )
 from obliteratus.weights.gguf_io import StoredBytes
-from obliteratus.weights.rounding import ROW_GROUPS, carry_errors
+from obliteratus.weights.rounding import carry_errors, correct_errors
 
 CACHED = 1 << 18  # numbers at once where several passes are made over them: 1 MB in fp32 stays in a core's cache
-FINE = 256  # levels of Q8_0: with steps sixteen times as fine as four bits', so many times fewer groups do
+FINE = 256  # levels of Q8_0, whose steps are so fine that an edit changes most codes
 # Share of a matrix's squared length that its old steps may fail to reach before blocks get new ones. What a few numbers
 # at the ends of blocks miss is made up for by others.
 CLIPPED = 1e-3
@@ -58,17 +58,23 @@ class Rewriter:
         for change in self.changes:
             weight = apply_change(change, weight)
         edited = (weight.T if self._transposed else weight).contiguous()
-        written = self._round(stored, edited)
-        self._add_loss(before, edited, written)
+        written, lost = self._round(stored, edited)
+        self._add_loss(before, edited, written, lost)
         return written
 
-    def _round(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> StoredBytes:
+    def _round(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> tuple[StoredBytes, Tensor | None]:
+        """Return the rows as bytes, and rounded − edited numbers if they are at hand."""
         if self.written not in CODES:
-            return encode(edited, self.written)
+            return encode(edited, self.written), None
         stored = self._widen(stored, edited) if self.written == self.kind else encode(edited, self.written)
         grid = read_grid(stored, self.written)
-        codes = grid.codes(edited) if self._along is None else self._compensate(grid, edited, self._along)
-        return write_codes(stored, codes, self.written)
+        if self._along is not None and grid.levels < FINE:
+            return write_codes(stored, self._compensate(grid, edited, self._along), self.written), None
+        codes = grid.codes(edited)
+        lost = grid.values(codes).sub_(edited)
+        if self._along is not None:
+            self._correct(grid, edited, self._along, codes, lost)
+        return write_codes(stored, codes, self.written), lost
 
     def _widen(self, stored: StoredBytes, edited: Float[Tensor, "rows n"]) -> StoredBytes:
         """Return the blocks with new steps where the old ones do not reach the edited numbers and new ones come nearer.
@@ -90,9 +96,8 @@ class Rewriter:
     def _compensate(self, grid: Grid, edited: Float[Tensor, "rows n"], along: Float[Tensor, "k m"]) -> Tensor:
         """Return the codes [rows, n], uint8, with rounding errors carried along the directions: from row to row, or
         within rows if the directions lie there."""
-        across = self._transposed or self.changes[0].site.role == "reads"
-        lines = edited.T.contiguous() if across else edited
-        grid = grid.transpose(edited.shape[1]) if across else grid
+        lines = edited.T.contiguous() if self._across else edited
+        grid = grid.transpose(edited.shape[1]) if self._across else grid
         codes = np.empty(lines.shape, np.uint8)
 
         def round_rows(values: Tensor, rows: Tensor) -> Tensor:
@@ -101,20 +106,38 @@ class Rewriter:
             codes[rows.numpy()] = found.numpy()
             return part.values(found)
 
-        carry_errors(lines, along, round_rows, ROW_GROUPS if grid.levels < FINE else ROW_GROUPS // 16)
+        carry_errors(lines, along, round_rows)
         made = torch.from_numpy(codes)
-        return made.T.contiguous() if across else made
+        return made.T.contiguous() if self._across else made
 
-    def _add_loss(self, before: Tensor, edited: Tensor, written: StoredBytes) -> None:
+    def _correct(self, grid: Grid, edited: Tensor, along: Float[Tensor, "k m"], codes: Tensor, lost: Tensor) -> None:
+        """Change codes and losses [rows, n] so that the losses have next to nothing along the directions."""
+        across = self._across
+        grid = grid.transpose(edited.shape[1]) if across else grid
+        lines, coded, missed = (x.T if across else x for x in (edited, codes, lost))
+
+        def round_rows(added: Tensor, rows: Tensor) -> Tensor:
+            wanted, part = lines[rows], grid.select(rows)
+            coded[rows] = found = part.codes(wanted + added)
+            return part.values(found).sub_(wanted)
+
+        correct_errors(missed, along, round_rows)
+
+    @property
+    def _across(self) -> bool:
+        """Whether directions lie in the rows of the stored matrix, not in its columns."""
+        return self._transposed or self.changes[0].site.role == "reads"
+
+    def _add_loss(self, before: Tensor, edited: Tensor, written: StoredBytes, lost: Tensor | None) -> None:
         if self.written == GGMLQuantizationType.F32:
             return
         sums = torch.zeros(4, dtype=torch.float64)
         step = max(1, CACHED // edited.shape[1])
         for start in range(0, len(edited), step):
             rows = slice(start, start + step)
-            lost = decode(written[rows], self.written).sub_(edited[rows])
+            missed = decode(written[rows], self.written).sub_(edited[rows]) if lost is None else lost[rows]
             edit = edited[rows] - before[rows]
-            pairs = ((lost, lost), (edited[rows], edited[rows]), (edit, edit), (lost, edit))
+            pairs = ((missed, missed), (edited[rows], edited[rows]), (edit, edit), (missed, edit))
             sums += torch.tensor([_dot(a, b) for a, b in pairs], dtype=torch.float64)
         self.losses.add(self.name, RequantizationLoss(*sums.tolist()))
 
