@@ -54,7 +54,8 @@ def explain_error(command: str) -> str:
     """Return why a command of a page does not work, or '' if its names and options exist."""
     program, *words = shlex.split(command.replace("[NAME]", "NAME").replace("…", ""))
     if program == "make":
-        return "" if set(words) <= TARGETS else f"no target of the Makefile: {command}"
+        goals = {word for word in words if "=" not in word}  # the rest are values of variables
+        return "" if goals and goals <= TARGETS else f"no target of the Makefile: {command}"
     if program == "python":
         return "" if find_spec(words[1]) else f"no such module: {command}"
     shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
