@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bench.common import SMOKE_PROMPTS, SPLITS, format_rows, make_parser, run_with_peak, say
-from bench.organisms import ASTRONOMY, TWO_TOPICS, find_role, load_organism
+from bench.organisms import ASTRONOMY, TWO_TOPICS, choose_prompts, find_role, load_organism
 from bench.parts import list_parts
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
@@ -189,7 +189,9 @@ def run_case(name: str, case: Case, quick: bool, smoke: bool) -> Row:
     say(f"{name} …")
     organism = load_organism(case.organism, quick, smoke)
     recipe = load_case(case, organism.behavior, quick, smoke)
-    row = measure_method(recipe, organism.subject, organism.prompts, organism.known)
+    prompts = organism.prompts if name in CONTROLS else choose_prompts(organism.prompts, recipe)
+    known = organism.known.setdefault(" ".join(prompts.groups), {})
+    row = measure_method(recipe, organism.subject, prompts, known)
     row |= describe_organism(case.organism, organism.behavior)
     say(format_line(row))
     return row
@@ -200,7 +202,7 @@ def run_random(name: str, quick: bool, smoke: bool) -> Row:
     say(f"random on {name} …")
     organism = load_organism(name, quick, smoke)
     recipe = load_case(Case("two_directions", {}, name), organism.behavior, quick, smoke)
-    row = measure_random_direction(recipe, organism.subject, organism.prompts, organism.known)
+    row = measure_random_direction(recipe, organism.subject, organism.prompts, {})
     return row | describe_organism(name, organism.behavior)
 
 

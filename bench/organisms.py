@@ -11,6 +11,7 @@ from functools import cache
 from typing import Literal
 
 from bench.common import SMOKE_PROMPTS, open_organism, take_prompts
+from obliteratus.core.settings import Recipe
 from obliteratus.core.types import PromptSet, Subject
 from obliteratus.judge.behavior import load_behavior
 from obliteratus.prompts import load_prompts
@@ -24,12 +25,12 @@ Role = Literal["choosing", "reported"]
 
 @dataclass
 class Organism:
-    """A model organism with its prompts, and the baseline that all its rows share."""
+    """A model organism with its prompts, and the baselines that its rows share, by groups of prompts."""
 
     subject: Subject
     prompts: PromptSet
     behavior: str = "refusal"
-    known: dict[str, Measurement] = field(default_factory=dict)
+    known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
 
 def find_role(name: str) -> Role:
@@ -48,6 +49,15 @@ def load_organism(name: str, quick: bool, smoke: bool) -> Organism:
         source = f"organism:{model.partition('@')[0]}"
         prompts = load_prompts(source, source, keep=source if name in KEEPING else None)
     return Organism(open_organism(model), shorten(prompts, quick, smoke), behavior or "refusal")
+
+
+def choose_prompts(prompts: PromptSet, recipe: Recipe) -> PromptSet:
+    """Return the prompts without those to keep, unless the method is made for them.
+
+    To end one refusal and keep another is a harder task than to end one, which other programs are not given.
+    """
+    keeps = "keep" in recipe.needs
+    return PromptSet({name: members for name, members in prompts.groups.items() if keeps or name != "keep"})
 
 
 def halve_report_prompts(prompts: PromptSet) -> PromptSet:

@@ -21,7 +21,7 @@ from bench.common import describe_machine, format_rows, make_parser, say, take_p
 from bench.heretic import export_trial, first_prompts, run_heretic
 from bench.heretic_setup import SYSTEM, StudySettings, plain_prompts
 from bench.methods import SHARED, SMOKE_STEPS, SharedBaseline
-from bench.organisms import Organism, find_role, load_organism
+from bench.organisms import Organism, choose_prompts, find_role, load_organism
 from obliteratus.core.results import Score
 from obliteratus.core.settings import Step
 from obliteratus.core.types import PromptSet
@@ -47,12 +47,14 @@ def run_methods(organism: Organism, methods: Sequence[str], seeds: Sequence[int]
     shared: dict[str, float] = {}
     for seed in seeds:
         report = split_prompts(organism.prompts, seed, True, force=True).report
-        known = baselines.setdefault(tuple(p.text for p in report["target"]), {})
         for name in methods:
             say(f"{name}, seed {seed} …")
-            store = SharedBaseline(known)
             changes = {"seed": seed, "verify": list(steps), "judge.behavior": organism.behavior}
-            result = run(load_recipe(name, changes), organism.subject, organism.prompts, store, force=True)
+            recipe = load_recipe(name, changes)
+            prompts = choose_prompts(organism.prompts, recipe)
+            shown = (*prompts.groups, *(p.text for p in report["target"]))
+            store = SharedBaseline(baselines.setdefault(shown, {}))
+            result = run(recipe, organism.subject, prompts, store, force=True)
             shared |= {k: v for k, v in store.seconds.items() if k in SHARED}
             seconds = sum(v for k, v in (shared | store.seconds).items() if not k.startswith("VERIFY"))
             rows.append(make_row(name, seed, result.after, organism.behavior, seconds))

@@ -14,6 +14,7 @@ from obliteratus.core.settings import Step
 from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.excise.live.hooks import applied
 from obliteratus.inference.chat_template import render_prompts
+from obliteratus.pipeline.record import pair_changes
 from obliteratus.verify import Measurement, ScorerContext, measure
 from obliteratus.verify.fluency import OPENING
 from obliteratus.verify.relevance import ON_TOPIC, measure_relevance, relevance
@@ -34,15 +35,21 @@ def plain_loss(subject: Subject, prompt: Prompt, answer: str, opening: int) -> f
     return float(-p.gather(1, torch.tensor(told)[:, None])[opening:].mean())
 
 
+def plain_relevance(subject: Subject, prompts: PromptSet, group: str, opening: int) -> torch.Tensor:
+    """Return the relevance of "answer 0", "answer 1", … from plain passes; the other prompt is half the list away."""
+    control = prompts["control"]
+    pairs = [(prompt, control[(row + 2) % 4]) for row, prompt in enumerate(prompts[group])]
+    losses = [[plain_loss(subject, p, f"answer {row}", opening) for p in pair] for row, pair in enumerate(pairs)]
+    return torch.tensor([other - own for own, other in losses])
+
+
 def test_it_is_the_difference_of_log_probabilities_per_token(subject: Subject, prompts: PromptSet) -> None:
     found = relevance(ScorerContext(subject, prompts, None, SAID), opening=2)
-    control = prompts["control"]
     for group in ("target", "control"):
-        values = found.items[f"relevance.{group}"].values
-        for row, (prompt, value) in enumerate(zip(prompts[group], values.tolist(), strict=True)):
-            losses = [plain_loss(subject, p, f"answer {row}", 2) for p in (prompt, control[(row + 2) % 4])]
-            assert value == pytest.approx(losses[1] - losses[0], abs=1e-4)
+        values = plain_relevance(subject, prompts, group, 2)
+        assert found.scores[f"relevance.{group}"].value == pytest.approx(float(values.mean()), abs=1e-4)
         assert found.scores[f"off_topic.{group}"].value == float((values < ON_TOPIC).float().mean())
+    assert float(values.std()) > 1e-3  # control: answers differ
 
 
 def test_answers_of_exchanged_prompts_have_the_opposite_relevance(subject: Subject, prompts: PromptSet) -> None:
@@ -56,11 +63,10 @@ def test_answers_of_exchanged_prompts_have_the_opposite_relevance(subject: Subje
 def test_refusals_and_loops_do_not_count(subject: Subject, prompts: PromptSet) -> None:
     verdicts = ("absent", "shown", "degenerate", "unknown")
     mixed = refusal_records([("target", f"answer {i}", v) for i, v in enumerate(verdicts)])
-    found = relevance(ScorerContext(subject, prompts, None, mixed))
-    every = relevance(ScorerContext(subject, prompts, None, SAID))
-    torch.testing.assert_close(
-        found.items["relevance.target"].values, every.items["relevance.target"].values[[0, 3]], atol=1e-5, rtol=0
-    )
+    found = relevance(ScorerContext(subject, prompts, None, mixed)).scores["relevance.target"]
+    values = plain_relevance(subject, prompts, "target", OPENING)
+    assert found.value == pytest.approx(float(values[[0, 3]].mean()), abs=1e-4)
+    assert found.n == 2
     none = relevance(ScorerContext(subject, prompts, None, refusal_records([("target", "no", "shown")] * 4)))
     assert not none.scores
 
@@ -73,9 +79,17 @@ def test_edited_answers_are_scored_by_the_unedited_model(
         found = relevance(ScorerContext(subject, prompts, Measurement(), SAID, base=subject))
         asked, said = prompts["target"], [f"answer {i}" for i in range(4)]
         edited = measure_relevance(subject, asked, said, [*prompts["control"][2:], *prompts["control"][:2]], OPENING)
-    values = plain.items["relevance.target"].values
-    assert torch.equal(found.items["relevance.target"].values, values)
-    assert not torch.allclose(edited, values, atol=1e-4)  # control: the edit does change them
+    assert str(found.scores) == str(plain.scores)
+    # control: the edit does change them
+    assert float(edited.mean()) != pytest.approx(plain.scores["relevance.target"].value, abs=1e-3)
+
+
+def test_other_answers_may_count_after_an_edit_than_before(subject: Subject, prompts: PromptSet) -> None:
+    """As where refusals end: nothing pairs the few answers before with the many after."""
+    few = refusal_records([(g, f"answer {i}", "absent" if i else "shown") for g in prompts.groups for i in range(4)])
+    before, after = (relevance(ScorerContext(subject, prompts, None, known)) for known in (few, SAID))
+    assert (before.scores["relevance.target"].n, after.scores["relevance.target"].n) == (3, 4)
+    assert not pair_changes(before, after)
 
 
 def test_it_runs_behind_the_behavior_scorer(subject: Subject, prompts: PromptSet, make_plan: PlanMaker) -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.errors import UserError
+from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.excise.live.hooks import without_edits
 from obliteratus.prompts import pick_evenly
 from obliteratus.verify.fluency import GROUPS, OPENING, answer_losses, list_answers
+from obliteratus.verify.intervals import mean_score, wilson_rate
 from obliteratus.verify.kept import COUNTED, ENDED
-from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
+from obliteratus.verify.scoring import Measurement, ScorerContext, scorers
 
 # Nats per token by which an answer's own prompt must explain it better than another one does.
 ON_TOPIC = 0.1
@@ -56,7 +58,7 @@ def relevance(
     others = context.prompts.groups.get("control", ())
     if len(others) < 2:
         raise UserError("relevance: answers are compared with other control prompts; give two or more")
-    items: dict[str, ItemValues] = {}
+    scores = dict[str, Score]()
     for group in (g for g in GROUPS if g in context.prompts.groups):
         rows = pick_evenly(list_counted(context, group), prompts)
         if not rows:
@@ -66,9 +68,10 @@ def relevance(
         unrelated = [others[(row + len(others) // 2) % len(others)] for row in rows]  # half the list from its own place
         with without_edits():
             found = measure_relevance(base, asked, said, unrelated, opening)
-        items[f"relevance.{group}"] = ItemValues(found, "nats")
-        items[f"off_topic.{group}"] = ItemValues((found < ON_TOPIC).float(), "share")
-    return Measurement({name: item.score() for name, item in items.items()}, items=items)
+        scores[f"relevance.{group}"] = mean_score(found, "nats")
+        scores[f"off_topic.{group}"] = wilson_rate(int((found < ON_TOPIC).sum()), len(found))
+    # No items are handed on: other prompts may count before an edit than after, so no one could pair them.
+    return Measurement(scores)
 
 
 def list_counted(context: ScorerContext, group: str) -> list[int]:
