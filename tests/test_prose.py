@@ -18,7 +18,7 @@ COMMAND_LINES = 52  # a command has a line for each of its options
 LONGER = {
     "summon/architectures.py": 600,
     "core/types.py": 570,
-    "core/settings.py": 420,
+    "core/settings.py": 425,
 }  # a table; nouns, half of it docstrings
 REPOSITORY = ROOT.parents[1]
 # What is written for readers: code and documents. Prompts and words of the organisms are data.

@@ -194,7 +194,6 @@ register_view_modules(
     "obliteratus.report.notebook",
     "obliteratus.verify.measurement_view",
     "obliteratus.rebirth.run_view",
-    "obliteratus.search.search_view",
 )
 
 

@@ -75,6 +75,18 @@ def test_one_line_says_what_and_what_to_do(arguments: str, said: str) -> None:
     assert "╭" not in result.output
 
 
+def test_a_search_without_optuna_says_what_to_install() -> None:
+    """A search is an extra. All else that such an installation has goes on without it."""
+    code = "import sys; sys.modules['optuna'] = None; from obliteratus.__main__ import main; main()"
+    sources = ["--target", "organism:astronomy", "--control", "organism:astronomy"]
+    found = [
+        subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        for words in (["search", "organism:astronomy", *sources], ["methods", "leace_search"])
+    ]
+    assert [one.returncode for one in found] == [2, 0], found
+    assert found[0].stderr.splitlines()[-1] == "error: a search needs Optuna; pip install 'obliteratus[search]'"
+
+
 def test_prompts_that_no_step_uses(model: Path, prompts: Any, tmp_path: Path) -> None:
     """Bypass prompts would have no effect at all; the rate of keep prompts is measured."""
     more = tmp_path / "more.txt"

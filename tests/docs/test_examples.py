@@ -109,3 +109,20 @@ def test_the_extractor_is_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.exit_code == 0, done.output
     assert '"trimmed_diff"' in done.stdout
     assert '"plug-in own_extractor.py"' in done.stdout
+
+
+def test_a_forecast_takes_a_plug_in_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('about = "mine"\n[[distill]]\nuse = "trimmed_diff"\n')
+    words = ["inspect", "model", "--memory", "8GB", "--method", "mine.toml", "--json"]
+    sources = ["--target", "target.txt", "--control", "control.txt"]
+    refused = CliRunner().invoke(app, [*words, *sources])
+    assert refused.exit_code == 2
+    assert "'trimmed_diff' does not exist" in refused.stderr
+    plugin = ["--plugin", str(ROOT / "examples/own_extractor.py")]
+    done = CliRunner().invoke(app, [*words, *sources, *plugin])
+    assert done.exit_code == 0, done.output
+    assert '"plan"' in done.stdout
+    without = CliRunner().invoke(app, ["inspect", "model", *plugin])
+    assert "--plugin: only a forecast uses them; add --memory SIZE" in without.stderr

@@ -1,7 +1,8 @@
-"""The README and the guides stay true: examples run, commands and options exist, links and the tree name real files."""
+"""The README and the pages stay true: examples run, commands and options exist, links and the tree name real files."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -26,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/obliteratus"
 README = ROOT / "README.md"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-GUIDES = [README, *sorted((ROOT / "docs/guide").glob("*.md"))]
+GUIDES = [README, *sorted((ROOT / "docs/guide").glob("*.md")), *sorted((ROOT / "docs/questions").glob("*.md"))]
+COMPARED = ROOT / "docs/guide/comparison.md"
+MOST_LINES = 140  # of the README: what one reads before one decides
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -51,7 +54,8 @@ def explain_error(command: str) -> str:
     """Return why a command of a page does not work, or '' if its names and options exist."""
     program, *words = shlex.split(command.replace("[NAME]", "NAME").replace("…", ""))
     if program == "make":
-        return "" if set(words) <= TARGETS else f"no target of the Makefile: {command}"
+        goals = {word for word in words if "=" not in word}  # the rest are values of variables
+        return "" if goals and goals <= TARGETS else f"no target of the Makefile: {command}"
     if program == "python":
         return "" if find_spec(words[1]) else f"no such module: {command}"
     shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
@@ -83,9 +87,47 @@ def test_commands_and_options_exist(page: Path) -> None:
     assert not errors
 
 
-def test_the_readme_shows_all_commands() -> None:
-    shown = {command.split()[1] for command in find_commands(README) if command.startswith("obliteratus ")}
+def test_a_page_shows_what_every_command_is_for() -> None:
+    page = ROOT / "docs/guide/commands.md"
+    shown = {command.split()[1] for command in find_commands(page) if command.startswith("obliteratus ")}
     assert shown == set(COMMANDS)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= MOST_LINES
+    assert len(find_blocks(README, "python")[0].splitlines()) <= 10
+
+
+def read_figures(page: Path) -> dict[str, list[str]]:
+    """Return the three figures of each method in the table of methods: topic refused, others refused, KL."""
+    table = page.read_text().partition("| method | what it edits |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {re.findall("`([a-z_]+)`", row[0])[0]: row[2:5] for row in rows}
+
+
+def test_the_readme_and_the_guide_have_the_same_figures() -> None:
+    short, whole = read_figures(README), read_figures(COMPARED)
+    assert {name: figures for name, figures in short.items() if name != "calibrated"}.items() <= whole.items()
+    assert {*whole} - {*short} == {"failspy"}  # stands beside rdo
+    assert len(whole) >= 19
+
+
+def test_the_page_on_speed_has_the_forecasts() -> None:
+    table, page = ((ROOT / name).read_text() for name in ("docs/runtimes.md", "docs/questions/speed.md"))
+    units = {" min": " minutes", " s": " seconds"}
+    for method in ("balanced", "basic"):
+        number, unit = re.findall(rf"^\| {method} \| ([\d.]+)( min| s) ", table, re.MULTILINE)[0]
+        assert f"{number}{units[unit]}" in " ".join(page.split()), f"{method} is forecast at {number}{unit}"
+
+
+def test_the_figures_of_the_demo_are_those_of_its_picture() -> None:
+    rates = json.loads((ROOT / "docs/figures/demo.json").read_text())["refusal"]
+    page = (ROOT / "docs/guide/first-steps.md").read_text()
+    for group, name in (("target", "refuses the topic"), ("control", "refuses other prompts")):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        for when in ("before", "after"):
+            value, low, high = (f"{100 * rates[group][when][key]:.1f}" for key in ("value", "low", "high"))
+            assert re.search(rf"{value} %\*?\*? \({low}–{high}\)", row), (row, value, low, high)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +174,8 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_the_tree_names_every_package() -> None:
-    tree = re.search(r"## The tree\n```\n(.*?)```", README.read_text(), re.DOTALL)
+    page = (ROOT / "docs/guide/architecture.md").read_text()
+    tree = re.search(r"## The tree\n```\n(.*?)```", page, re.DOTALL)
     assert tree is not None
     inner = re.findall(r"^[├└]── ([a-z_]+)(/|\.py)", tree[1], re.MULTILINE)
     there = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}

@@ -66,7 +66,9 @@ def test_a_scaled_plan_does_that_share_of_it(subject: Subject, make_plan: PlanMa
     assert [e.strength for e in edits] == [0.5 * e.strength for e in plan.edits if isinstance(e, Edit)]
     assert torch.equal(half.edits[-3].vector, torch.full((subject.width,), 0.5))  # type: ignore[union-attr]
     assert half.edits[-2:] == plan.edits[-2:]  # without a strength
-    assert plan.scaled(1.0).edits[0] == plan.edits[0]
+    same, edit = plan.scaled(1.0).edits[0], plan.edits[0]
+    assert (same.site, same.strength) == (edit.site, edit.strength)  # type: ignore[union-attr]
+    assert same.basis is edit.basis  # type: ignore[union-attr]
     for factor in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="give a finite number"):
             plan.scaled(factor)

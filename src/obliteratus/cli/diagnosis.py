@@ -20,6 +20,7 @@ from obliteratus.weights.organism_files import BASE_FOLDERS, BASE_PACKAGE, get_c
 EXTRAS: Mapping[str, str] = {
     "parquet": "Parquet prompt files",
     "quantized": "--quantize, and models stored in 4 or 8 bits",
+    "search": "search, for methods that try many values",
     "gp": "search with Gaussian processes as its sampler",
     "ray": "study on a cluster",
     "postgres": "search with its study in PostgreSQL",
@@ -29,6 +30,7 @@ EXTRAS: Mapping[str, str] = {
     "bench": "bench, and the step benchmark of recipes",
     "inspect": "the model provider of Inspect",
     "notebooks": "to_pandas() and notebooks",
+    "docs": "make docs, the site of these pages",
 }
 """Extra → what needs it."""
 

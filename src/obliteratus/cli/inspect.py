@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from obliteratus.cli.options import Dtype, Json, Memory, Model, Quantize, Trust, show_progress
+from obliteratus.cli.options import Dtype, Json, Memory, Model, Plugin, Quantize, Trust, show_progress, start
 from obliteratus.core.errors import UserError
 
 # A forecast without prompts is made for those of the organism, about 250 of each group.
@@ -22,6 +22,7 @@ def inspect(
     target: Annotated[str | None, typer.Option(help="Target prompts for the forecast of --memory.")] = None,
     control: Annotated[str | None, typer.Option(help="Control prompts for the forecast of --memory.")] = None,
     method: Annotated[str | None, typer.Option(help="Method for the forecast of --memory (advanced).")] = None,
+    plugin: Plugin = None,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     json: Json = False,
 ) -> None:
@@ -34,11 +35,11 @@ def inspect(
     from obliteratus.prompts import load_prompts
     from obliteratus.summon.summary import summarize_model
 
-    if not memory and (target or control or method):
-        raise UserError("--target, --control and --method: only a forecast uses them; add --memory SIZE")
+    if not memory and (target or control or method or plugin):
+        raise UserError("--target, --control, --method and --plugin: only a forecast uses them; add --memory SIZE")
     limit = parse_size(memory) if memory else None
     opening: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    with show_progress(quiet=True):
+    with show_progress(quiet=True) as clock, start(clock, plugins=plugin):
         summary = summarize_model(model, **opening)
         data = forecast_model(summary)
         plan = None

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 Point = Sequence[float]
 
+# Members of a search's front that get the longer check, which costs about ten trials' time each. A front seldom has
+# more; of a larger one, the ends and even steps between them say as much.
+MAX_CHECKED = 10
+
 
 def dominates(a: Point, b: Point) -> bool:
     """Whether ``a`` is nowhere worse than ``b`` and somewhere better."""

@@ -348,13 +348,16 @@ class Recipe(FrozenModel):
 
     name: str = ""
     about: str
+    """One sentence: what the method does."""
     cite: tuple[str, ...] = ()
     seed: int = 0
+    """Of the split of prompts, and of everything random."""
     split_by: SplitBy = "wording"
     """What prompts of two different parts may not have in common: much ``wording``, or their ``category``."""
     needs: tuple[Literal["bypass", "keep", "benign"], ...] = ()
     """Groups of prompts, beside target and control, without which the method is another one."""
     passes: int = Field(1, ge=1, le=8)  # later passes find nothing; see docs/experiments/recipes.md
+    """How often directions are found and edited at most, each time in the model that is edited so far."""
     stop_below: float = Field(0.05, ge=0, le=1)
     """No further pass is made once the model shows the behavior on at most this share of search target prompts."""
     judge: JudgeSettings = JudgeSettings()

@@ -11,12 +11,12 @@ from typing import Any
 from obliteratus.analyze import analyses
 from obliteratus.causal import extractors
 from obliteratus.core.cost import FREE, Answers, Cost, Training, Values, prompt_count
+from obliteratus.core.pareto import MAX_CHECKED
 from obliteratus.core.registry import Registry
 from obliteratus.core.settings import Recipe, Search, Step, Tune, active_steps
 from obliteratus.excise import kl_budget, router_limit
 from obliteratus.pipeline.stages import CHECK_PROMPTS, CHECK_TOKENS
 from obliteratus.probe.contrasts import PROMPTS
-from obliteratus.search.run import MAX_CHECKED
 from obliteratus.tune.fit import CHECK_EVERY, HELD_OUT_PROMPTS, SCALES
 from obliteratus.tune.search_check import CHECKED_PROMPTS
 from obliteratus.tune.targets import OPENING_LENGTHS

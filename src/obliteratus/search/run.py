@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obliteratus.core.errors import UserError
-from obliteratus.core.pareto import find_nearest_to_ideal, pareto_front
+from obliteratus.core.pareto import MAX_CHECKED, find_nearest_to_ideal, pareto_front
 from obliteratus.core.progress import note
 from obliteratus.core.results import Run
 from obliteratus.core.run_folder import Store
@@ -31,9 +31,6 @@ from obliteratus.verify import Measurement, measure
 from obliteratus.verify.behavior import GROUPS
 from obliteratus.verify.scoring import NOTHING
 
-# Members of the front that get the longer check, which costs about ten trials' time each. A front seldom has more; of a
-# larger one, the ends and even steps between them say as much.
-MAX_CHECKED = 10
 PICKS = ("balanced", "first", "last")
 
 

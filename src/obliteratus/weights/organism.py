@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obliteratus.core.errors import UserError
+from obliteratus.core.noise import hushed_stderr
 from obliteratus.weights.config_entries import complete_config
 from obliteratus.weights.gguf_header import parse_header_once
 from obliteratus.weights.matrices import drop_quantization_config
@@ -242,7 +243,8 @@ def _find_packaged_gguf() -> Path | None:
 def _load(source: str, **options: Any) -> tuple[Any, Any]:
     """Return (model in fp32, tokenizer). Raises OSError or ValueError if `source` does not exist."""
     log.info("loading %s", source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    with hushed_stderr() if "gguf_file" in options else nullcontext():  # a download's bar is worth seeing
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     return model, AutoTokenizer.from_pretrained(source, **options)
 
 
