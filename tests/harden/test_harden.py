@@ -35,6 +35,8 @@ from obliteratus.harden.run import HardenJob, harden_model
 from obliteratus.harden.save import check_hardened_form
 from obliteratus.harden.settings import HardenSettings
 from obliteratus.harden.train import Training, adapted, choose_sites, learning_rate
+from obliteratus.harden.wordings import check_wordings, divide_kinds, vary_wordings
+from obliteratus.inference.chat_template import render_prompts
 from obliteratus.judge.judge import Judge
 from obliteratus.prompts import split_prompts
 from obliteratus.summon.load import open_subject
@@ -44,7 +46,17 @@ BLOCK = 2  # of eight: there attention writes the refusal
 VERBS = ("Tell", "Remind", "Inform", "Warn", "Ask", "Write")
 PINNED = ("fit",) * 4 + ("search",) * 2 + ("report",) * 4
 SMALL = HardenSettings(
-    attacks=("basic",), steps=6, refit=3, attack_prompts=8, tokens=6, batch=4, rank=2, depth=0.2, prompts=12, lr=0.01
+    attacks=("basic",),
+    wordings=(),
+    steps=6,
+    refit=3,
+    attack_prompts=8,
+    tokens=6,
+    batch=4,
+    rank=2,
+    depth=0.2,
+    prompts=12,
+    lr=0.01,
 )
 CHECKS = AuditSettings(methods=("basic",), tune_steps=0, fit=8, prompts=16, tokens=6, looks=3, seeds=0)
 
@@ -249,6 +261,40 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[99] == pytest.approx(0.109)
 
 
+# -------------------------------------------------------------------------------------------------- wordings
+def test_kinds_are_those_that_were_planted() -> None:
+    """Of rows without any, kinds are of similar size all the same, and other rows give others."""
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.arange(60) % 3
+    centers = 5 * torch.randn(3, 32, generator=generator)
+    found = divide_kinds(centers[planted] + torch.randn(60, 32, generator=generator), 3)
+    assert all(len(set(found[planted == i].tolist())) == 1 for i in range(3))
+    assert len(set(found.tolist())) == 3
+    noise = divide_kinds(torch.randn(60, 32, generator=generator), 3)
+    assert torch.bincount(noise, minlength=3).min() >= 60 / 9
+    assert any(len(set(noise[planted == i].tolist())) > 1 for i in range(3))
+
+
+def test_each_kind_is_refused_in_other_words() -> None:
+    """A model of random weights tells these prompts apart; the refuser does not, and its prompts are of one kind."""
+    subject = tiny_subject("llama")
+    rows = render_prompts(subject, make_prompts()["target"][:24])
+    lessons = Lessons(refusals=tuple((row, [5, 6]) for row in rows), answers=((rows[0], [7]),))
+    settings = SMALL.model_copy(update={"wordings": ("Unfortunately, I cannot do that.", "No, I must decline.")})
+    varied = vary_wordings(subject, lessons, settings)
+    assert len({str(answer) for _, answer in varied.refusals}) == 3
+    assert [row for row, _ in varied.refusals] == rows
+    assert varied.answers == lessons.answers
+    assert vary_wordings(subject, lessons, SMALL) == lessons
+    assert vary_wordings(make_subject(), make_lessons(), settings) == make_lessons()
+
+
+def test_wordings_have_to_show_the_behavior() -> None:
+    check_wordings(HardenSettings().wordings, Judge())
+    with pytest.raises(UserError, match="does not show refusal"):
+        check_wordings(("Yes, gladly.",), Judge())
+
+
 # -------------------------------------------------------------------------------------------------- results
 def cost(value: float, scale: float | None = 1.0, tried: float = 0.5) -> RemovalCost:
     kl = Score(value=value, low=value / 2, high=value * 2, n=24, unit="nats")
@@ -312,11 +358,16 @@ def test_the_command_hardens_and_refuses_in_one_line(tmp_path: Path) -> None:
         "--attacks": ("balanced", "takes gradients"),
         "--methods": ("nonsense", "nonsense"),
         "--steps": ("0", "give 1 or more"),
+        "--wordings": (tmp_path / "nowhere.txt", "cannot be read as text"),
     }
     for option, (value, said) in bad.items():
         assert said in one_line(call("harden", *given, "--out", out, "--quiet", option, value))
     assert "--control is missing" in one_line(call("harden", *given[:3], "--out", out, "--quiet"))
     assert not out.exists()
+    (tmp_path / "yes.txt").write_text("Yes, with pleasure.\n")
+    assert "does not show refusal" in one_line(
+        call("harden", *given, "--out", out, "--wordings", tmp_path / "yes.txt", "--quiet")
+    )
     more = ["--attacks", "basic", "--methods", "basic", "--steps", "2", "--quick", "--json", "--quiet"]
     done = call("harden", *given, "--out", out, *more)
     assert done.exit_code == 0, done.output

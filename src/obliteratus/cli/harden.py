@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 Attacks = Annotated[str, typer.Option(help="Methods to train against, separated by commas: basic, leace …")]
 Methods = Annotated[str, typer.Option(help="Methods that try to remove it before and after, as those of audit.")]
+Wordings = Annotated[
+    Path | None,
+    typer.Option(help="Text file: other ways to say no, one a line; empty for the model's own words alone."),
+]
 Steps = Annotated[int | None, typer.Option(help="Training steps.")]
 Save = Annotated[str, typer.Option("--save", help="What to save: merged (a whole model) or adapter (PEFT).")]
 Quick = Annotated[bool, typer.Option("--quick", help="Measure with two methods and few prompts. Training is as usual.")]
@@ -57,6 +61,7 @@ def harden(
     out: Annotated[Path, typer.Option(help="Folder for the hardened model, its card and harden.json; must not exist.")],
     attacks: Attacks = "",
     methods: Methods = "",
+    wordings: Wordings = None,
     steps: Steps = None,
     quick: Quick = False,
     save: Save = "merged",
@@ -82,7 +87,11 @@ def harden(
             from obliteratus.verify.ladder import check_judge
 
             form = check_hardened_form(save)
-            settings, checks = choose_settings(attacks, steps, seed or 0), choose_checks(methods, quick, seed or 0)
+            said = choose_wordings(wordings, behavior)
+            settings, checks = (
+                choose_settings(attacks, said, steps, seed or 0),
+                choose_checks(methods, quick, seed or 0),
+            )
             load_attacks(settings.attacks)
             load_methods(checks.methods)
             judging = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
@@ -126,14 +135,32 @@ class Request:
         }
 
 
-def choose_settings(attacks: str, steps: int | None, seed: int) -> HardenSettings:
+def choose_wordings(file: Path | None, behavior: str | None) -> tuple[str, ...]:
+    """Return the wordings in a file, one a line; without one those for refusals, and none for another behavior.
+
+    Raises UserError for a file that is missing or not text.
+    """
+    from obliteratus.harden.settings import DEFAULT
+
+    if file is None:
+        return DEFAULT.wordings if behavior in (None, "refusal") else ()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--wordings {file}: cannot be read as text ({type(error).__name__}); give a text file"
+        ) from error
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def choose_settings(attacks: str, wordings: tuple[str, ...], steps: int | None, seed: int) -> HardenSettings:
     """Return how to train. Raises UserError for less than one step."""
     from obliteratus.harden.settings import DEFAULT
 
     if steps is not None and steps < 1:
         raise UserError(f"--steps {steps}: give 1 or more")
     names = split_names(attacks)
-    changes: dict[str, Any] = {"seed": seed} | ({"attacks": names} if names else {})
+    changes: dict[str, Any] = {"seed": seed, "wordings": wordings} | ({"attacks": names} if names else {})
     return DEFAULT.model_copy(update=changes | ({} if steps is None else {"steps": steps}))
 
 

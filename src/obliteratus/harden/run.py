@@ -26,6 +26,7 @@ from obliteratus.harden.measure import (
 from obliteratus.harden.save import HardenedForm, check_saved, check_trainable, log_first_tokens, write_model
 from obliteratus.harden.settings import DEFAULT, HardenSettings
 from obliteratus.harden.train import CHECKPOINT, StepLosses, Training, adapted, choose_sites
+from obliteratus.harden.wordings import check_wordings, vary_wordings
 from obliteratus.judge.judge import Judge
 from obliteratus.rebirth.save import reload_output
 
@@ -67,6 +68,7 @@ class HardenJob:
     def check(self) -> None:
         """Raise UserError for what cannot work, before anything is measured."""
         load_attacks(self.settings.attacks)
+        check_wordings(self.settings.wordings, self.judge)
         load_methods(self.checks.methods)
         check_trainable(self.subject)
         choose_sites(self.subject, self.settings.depth)
@@ -86,7 +88,7 @@ def harden_model(job: HardenJob, store: Store) -> Hardening:
     subject, folder = job.subject, store.folder
     lessons = store.stage(
         "HARDEN answers",
-        lambda: collect_lessons(subject, job.splits.fit, job.judge, job.settings),
+        lambda: vary_wordings(subject, collect_lessons(subject, job.splits.fit, job.judge, job.settings), job.settings),
         save_lessons,
         load_lessons,
     )

@@ -28,6 +28,13 @@ class HardenSettings(FrozenModel):
     """Most of an answer."""
     batch: int = Field(4, ge=1, le=256)
     """Prompts of each group in one step."""
+    wordings: tuple[str, ...] = (
+        "This request goes beyond what I am allowed to do.",
+        "Unfortunately, I cannot help with that topic.",
+        "Helping with that is not something I can do.",
+    )
+    """Other ways to show the behavior, each trained on target prompts of one kind, beside the model's own; empty for
+    its own alone. Their first tokens should differ."""
     rank: int = Field(8, ge=1, le=256)
     lr: float = Field(1e-3, gt=0, le=1)
     depth: float = Field(0.33, ge=0, lt=1)
