@@ -312,13 +312,13 @@ def test_a_factor_is_the_ratio_of_costs_and_a_bound_where_nothing_removes() -> N
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_what_is_saved_is_what_was_trained(tmp_path: Path, form: Any) -> None:
-    job = HardenJob(make_subject(), make_splits(), SMALL, CHECKS, form=form)
+    job = HardenJob(make_subject(), make_splits(), SMALL.model_copy(update={"alone": 0.5}), CHECKS, form=form)
     done = harden_model(job, Store(tmp_path))
     assert done.max_kl < 1e-6
     assert done.effect.target_after.value == 1
     assert done.effect.control_after.value == 0
     assert done.effect.kl.value > 0
-    assert len(done.losses) == SMALL.steps
+    assert [one.refusal_attacked is None for one in done.losses] == [True] * 3 + [False] * 3
     assert [change.goal for change in done.costs] == [0.5, 0.05]
     if form == "merged":
         assert open_subject(tmp_path / "output").n_layers == 8

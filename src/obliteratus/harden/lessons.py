@@ -17,7 +17,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.progress import note
 from obliteratus.core.settings import FrozenModel
 from obliteratus.core.shapes import Float
-from obliteratus.core.types import PromptSet, Subject
+from obliteratus.core.types import Prompt, PromptSet, Subject
 from obliteratus.harden.settings import HardenSettings
 from obliteratus.inference.answers import AnswerDecoder
 from obliteratus.inference.chat_template import find_answer_end, render_prompts
@@ -50,7 +50,11 @@ def collect_lessons(subject: Subject, prompts: PromptSet, judge: Judge, settings
 
     Raises UserError if fewer than `LEAST` answers of a group are.
     """
-    answered = {group: _answer(subject, prompts, group, settings) for group in ("target", "control")}
+    sizes = {
+        "target": (settings.prompts, settings.tokens),
+        "control": (settings.control_prompts, settings.control_tokens),
+    }
+    answered = {g: _answer(subject, prompts[g], *size, f"HARDEN {g} answers") for g, size in sizes.items()}
     decoder = AnswerDecoder.create(subject)
 
     def shows(pair: Pair) -> bool:
@@ -68,12 +72,12 @@ def collect_lessons(subject: Subject, prompts: PromptSet, judge: Judge, settings
     return Lessons(refusals=refusals, answers=answers)
 
 
-def _answer(subject: Subject, prompts: PromptSet, group: str, settings: HardenSettings) -> list[Pair]:
+def _answer(subject: Subject, prompts: Sequence[Prompt], most: int, tokens: int, title: str) -> list[Pair]:
     """Return prompts with the model's greedy answers, ended by the end token where they ended."""
-    ids = render_prompts(subject, pick_evenly(prompts[group], settings.prompts), reserve=settings.tokens)
-    answers = generate(subject, ids, settings.tokens, title=f"HARDEN {group} answers")
+    ids = render_prompts(subject, pick_evenly(prompts, most), reserve=tokens)
+    answers = generate(subject, ids, tokens, title=title)
     end = find_end_token(subject)
-    ended = [answer + end if len(answer) < settings.tokens else answer for answer in answers]
+    ended = [answer + end if len(answer) < tokens else answer for answer in answers]
     return [pair for pair in zip(ids, ended, strict=True) if pair[1]]
 
 

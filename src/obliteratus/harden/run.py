@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from obliteratus.audit.attacks import Attacker, load_methods
 from obliteratus.audit.results import AuditReport
@@ -148,9 +147,10 @@ def open_part(store: Store, name: str) -> Store:
 
 def describe_losses(losses: list[StepLosses]) -> str:
     """Return the means of the last steps."""
-    last: list[dict[str, Any]] = [one.model_dump() for one in losses[-5:]]
-    means = {name: sum(one[name] for one in last) / len(last) for name in last[0]}
+    last = [one.model_dump(exclude_none=True) for one in losses[-5:]]
+    means = {name: sum(one[name] for one in last if name in one) / len(last) for name in last[-1]}
+    attacked = [f"{means[name]:.2f}" for name in ("refusal_attacked", "control_attacked") if name in means]
     return (
-        f"after {len(losses)} steps: refusals {means['refusal']:.2f} nats a token, {means['refusal_attacked']:.2f} "
-        f"under the edit; KL on controls {means['control']:.3f}, {means['control_attacked']:.2f} under the edit"
+        f"after {len(losses)} steps: refusals {means['refusal']:.2f} nats a token, KL on controls "
+        f"{means['control']:.3f}{f'; under the edit {attacked[0]} and {attacked[1]}' if attacked else ''}"
     )

@@ -13,6 +13,8 @@ class HardenSettings(FrozenModel):
     attacks: tuple[str, ...] = Field(("basic", "least_change", "leace"), min_length=1)
     """Methods whose edits are live during training, in turn. Only those that take no gradients themselves."""
     steps: int = Field(40, ge=1, le=10000)
+    alone: float = Field(0.5, ge=0, le=1)
+    """Share of the steps that come before the first edit: the wordings are learned without one, in half the time."""
     refit: int = Field(8, ge=1)
     """Steps until the next method is fitted on the model as it then is. Training can resume there."""
     attack_prompts: int = Field(16, ge=8)
@@ -23,9 +25,13 @@ class HardenSettings(FrozenModel):
     scales: tuple[float, float] = (0.6, 2.0)
     """Least and most factor on the edit's strengths, one of which is drawn for each step."""
     prompts: int = Field(64, ge=8)
-    """Most fit prompts of each group that are trained on."""
+    """Most target fit prompts that are trained on."""
     tokens: int = Field(20, ge=4, le=256)
-    """Most of an answer."""
+    """Most of an answer to one of them."""
+    control_prompts: int = Field(128, ge=8)
+    """The same of control prompts. With 61 of them, held-out ones moved twice as far as those trained on."""
+    control_tokens: int = Field(12, ge=4, le=256)
+    """The same of control prompts; the KL that is held down is mostly that of the first tokens."""
     batch: int = Field(4, ge=1, le=256)
     """Prompts of each group in one step."""
     wordings: tuple[str, ...] = (

@@ -37,8 +37,9 @@ class StepLosses(FrozenModel):
 
     refusal: float
     control: float
-    refusal_attacked: float
-    control_attacked: float
+    refusal_attacked: float | None = None
+    """Under the edit; None where none was live."""
+    control_attacked: float | None = None
 
 
 # -------------------------------------------------------------------------------------------------- the adapter
@@ -113,26 +114,27 @@ class Training:
         if file is not None and file.is_file():
             self.restore(file)
         attack: Attack | None = None
+        first = round(self.settings.alone * self.settings.steps)
         with progress("HARDEN", self.settings.steps) as advance:
             advance(len(self.losses))
             for step in range(len(self.losses), self.settings.steps):
-                if step % self.settings.refit == 0:
+                if (step - first) % self.settings.refit == 0:
                     if file is not None:
                         self.save(file)
-                    attack = fit_attack(self.attacker, self.recipes, self.settings, step)
-                assert attack is not None, "training begins where an edit is fitted"
+                    attack = None if step < first else fit_attack(self.attacker, self.recipes, self.settings, step)
                 self.losses.append(self.take_step(step, attack))
                 advance(1)
         if file is not None:
             self.save(file)
         return self.losses
 
-    def take_step(self, step: int, attack: Attack) -> StepLosses:
-        """Take a step of the adapter, and one of the edit against it."""
+    def take_step(self, step: int, attack: Attack | None) -> StepLosses:
+        """Take a step of the adapter and, if an edit is live, one of the edit against it."""
         refusals, answers = self.lessons.draw(self.settings.batch, step, self.settings.seed)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.settings)
         values = self.add_gradients(refusals, answers)
-        values |= self.add_attacked_gradients(refusals, answers, attack, step)
+        if attack is not None:
+            values |= self.add_attacked_gradients(refusals, answers, attack, step)
         losses = StepLosses(**values)
         if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
             raise UserError(f"harden: a loss became NaN or Inf at step {step}; lower lr")
