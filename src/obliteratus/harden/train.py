@@ -161,7 +161,7 @@ class Training:
         n = len(self.weights)
         rises = control < self.settings.entangled
         for p, keep, away in zip(self.weights, up[:n], down[:n], strict=True):
-            add_gradient(p, keep, 1.0)
+            add_gradient(p, keep, self.settings.attacked)
             add_gradient(p, away, -self.settings.entangle if rises else 0.0)
         attack.move(up[n:], down[n:], refusal > REMOVED)
         return {"refusal_attacked": refusal, "control_attacked": control}
