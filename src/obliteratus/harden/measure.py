@@ -10,10 +10,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from obliteratus.audit.attacks import draw_prompts, load_methods
-from obliteratus.audit.firmness import run_audit
-from obliteratus.audit.passes import estimate_passes
-from obliteratus.audit.removal_cost import TWENTIETH, RemovalCost
+from obliteratus.audit.attacks import draw_prompts
+from obliteratus.audit.context import AuditContext
+from obliteratus.audit.removal_cost import GOALS, TWENTIETH, RemovalCost, find_least_cost, summarize_cost
 from obliteratus.audit.results import AuditReport
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.results import Score
@@ -32,10 +31,23 @@ CHECKS = AuditSettings(tune_steps=0)
 
 
 def measure_costs(subject: Subject, splits: Splits, checks: AuditSettings, judge: Judge, store: Store) -> AuditReport:
-    """Return an audit of the costs of removal alone."""
-    curves = estimate_passes(checks, load_methods(checks.methods), subject.n_layers, 0, {})
-    budget = curves["curves"] + curves.get("fitted", 0)
-    return run_audit(subject, splits, checks, store=store, judge=judge, budget=budget)
+    """Return an audit of the costs of removal alone; without them where the model does not show the behavior."""
+    audit = AuditContext(subject, splits, checks, store, judge).screened()
+    if audit.presence.against:
+        return AuditReport(audit.judge.name, checks, audit.presence, seconds=store.seconds)
+    curves = audit.measure_curves(fit_cheapest=checks.tune_steps > 0)
+    unedited = audit.unedited
+    return AuditReport(
+        audit.judge.name,
+        checks,
+        audit.presence,
+        unedited,
+        curves,
+        costs={name: [summarize_cost(curve, unedited, goal) for goal in GOALS] for name, curve in curves.items()},
+        least=[find_least_cost(curves, unedited, goal) for goal in GOALS],
+        skipped=dict(audit.failed),
+        seconds=dict(store.seconds),
+    )
 
 
 @dataclass(frozen=True)
