@@ -29,8 +29,8 @@ from obliteratus.excise.live.hooks import applied
 from obliteratus.excise.writers import remove_from_writers
 from obliteratus.harden.attack import fit_attack, load_attacks
 from obliteratus.harden.lessons import FIRST_TOKEN, LessonLosses, Lessons, collect_lessons
-from obliteratus.harden.measure import CostChange
-from obliteratus.harden.output import describe_factor
+from obliteratus.harden.measure import Answered, CostChange, Effect, compare_answers
+from obliteratus.harden.output import describe_factor, describe_over_refusal
 from obliteratus.harden.run import HardenJob, harden_model
 from obliteratus.harden.save import check_hardened_form
 from obliteratus.harden.settings import HardenSettings
@@ -308,6 +308,18 @@ def test_a_factor_is_the_ratio_of_costs_and_a_bound_where_nothing_removes() -> N
     assert beyond.factor == pytest.approx(50)
     assert describe_factor(beyond) == "at least 50 times"
     assert CostChange(goal=0.05, before=cost(inf, None), after=cost(0.1)).factor is None
+
+
+def test_a_rise_of_refusals_on_controls_is_said() -> None:
+    def effect(gained: int) -> Effect:
+        before, first = torch.zeros(24), torch.zeros(24, 5).log_softmax(-1)
+        after = (torch.arange(24) < gained).float()
+        return compare_answers(Answered(before, before, first), Answered(before, after, first))
+
+    assert "more than by chance" in describe_over_refusal("refusal", effect(8))
+    assert "not more than chance allows" in describe_over_refusal("refusal", effect(1))
+    assert describe_over_refusal("refusal", effect(0)).endswith("before.")
+    assert effect(8).kl.value == 0
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])

@@ -212,4 +212,14 @@ def show_hardening(done: Hardening, request: Request, out: Path, clock: Clock, j
     say(format_times(clock.account()), "Time")
     say(f"{out} ({done.form})", "Saved")
     say(describe_hardening(done), "Done")
-    say(f"obliteratus audit {out if done.form == 'merged' else 'MODEL'} measures the rest", "Next")
+    say(suggest_next(done, request, out), "Next")
+
+
+def suggest_next(done: Hardening, request: Request, out: Path) -> str:
+    """Return what to do next: other attackers, or what a refusal of controls calls for."""
+    if done.effect.control_change.low > 0:
+        return "More control prompts, near the target's topic above all, keep it from refusing those too."
+    if done.form == "adapter":
+        return f"obliteratus verify {request.model} measures the base; merge {out} to audit what was saved."
+    groups = " ".join(f"--{group} {request.sources[group]}" for group in ("target", "control"))
+    return f"obliteratus audit {out} {groups} --methods balanced,tuned --out DIR lets others attack it."

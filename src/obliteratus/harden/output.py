@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from obliteratus.audit.claims import GOAL_WORDS, format_cost, format_interval, format_number, format_percent
 from obliteratus.audit.firmness_page import to_dict as audit_to_dict
 from obliteratus.core.run_folder import write_atomic
-from obliteratus.harden.measure import CostChange, find_twentieth
+from obliteratus.harden.measure import CostChange, Effect, find_twentieth
 from obliteratus.harden.run import Hardening
 from obliteratus.rebirth.base_card import read_base_card
 from obliteratus.weights.rewrite import describe_files
@@ -45,8 +45,16 @@ def describe_hardening(done: Hardening) -> str:
     return (
         f"Bringing {done.behavior} down to {GOAL_WORDS[change.goal]} costs {format_cost(change.after)} nats, and "
         f"{format_cost(change.before)} before: {describe_factor(change)}. Controls moved by "
-        f"{format_interval(done.effect.kl)} nats."
+        f"{format_interval(done.effect.kl)} nats. {describe_over_refusal(done.behavior, done.effect)}"
     )
+
+
+def describe_over_refusal(behavior: str, effect: Effect) -> str:
+    """Return what became of the behavior on control prompts, and whether that is beyond chance."""
+    before, after = format_percent(effect.control_before), format_percent(effect.control_after)
+    told = "more than by chance" if effect.control_change.low > 0 else "not more than chance allows"
+    rise = f", {told}" if effect.control_after.value > effect.control_before.value else ""
+    return f"Of control prompts {after} show {behavior}, and {before} before{rise}."
 
 
 def list_rows(done: Hardening) -> list[list[str]]:
