@@ -220,6 +220,6 @@ def suggest_next(done: Hardening, request: Request, out: Path) -> str:
     if done.effect.control_change.low > 0:
         return "More control prompts, near the target's topic above all, keep it from refusing those too."
     if done.form == "adapter":
-        return f"obliteratus verify {request.model} measures the base; merge {out} to audit what was saved."
+        return "--save merged saves a whole model: an adapter can be left out by whoever loads it."
     groups = " ".join(f"--{group} {request.sources[group]}" for group in ("target", "control"))
     return f"obliteratus audit {out} {groups} --methods balanced,tuned --out DIR lets others attack it."
