@@ -25,6 +25,7 @@ ORDER = (
     ("pipeline",),
     ("rebirth", "search", "study"),
     ("forecast", "compare", "share", "audit"),
+    ("harden",),
     ("serve",),
     ("cli",),
 )

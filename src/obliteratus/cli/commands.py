@@ -14,7 +14,7 @@ from obliteratus.core.errors import UserError
 from obliteratus.core.interrupt import INTERRUPTED, raise_on_interrupt
 
 PANELS: Mapping[str, Mapping[str, str]] = {
-    "Edit": {"demo": "run", "run": "run", "search": "run", "apply": "apply"},
+    "Edit": {"demo": "run", "run": "run", "search": "run", "apply": "apply", "harden": "harden"},
     "Measure": {
         "verify": "verify",
         "audit": "audit",

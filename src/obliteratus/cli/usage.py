@@ -30,7 +30,7 @@ from obliteratus.weights.check_source import check_source
 from obliteratus.weights.organism_files import find_data_folder
 
 DEFAULT_BEHAVIOR = "refusal"
-NEED_PROMPTS = ("run", "search", "verify", "analyze", "audit")
+NEED_PROMPTS = ("run", "search", "verify", "analyze", "audit", "harden")
 """Commands that do nothing without target and control prompts."""
 
 

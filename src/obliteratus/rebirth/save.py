@@ -121,6 +121,19 @@ def write_output(
     return run
 
 
+def write_merged_model(subject: Subject, folder: Path) -> dict[str, Any]:
+    """Write a model whose own adapters are merged into a copy of it, with the files beside its source's weights.
+
+    Returns why files differ from those of the source. The subject is not changed.
+    """
+    merged = _merge_adapters(subject, "merged")
+    folder.mkdir(exist_ok=True)
+    with explain_full_disk(folder):
+        notes = _write_merged(merged, Plan((), merged.source.digest), folder)
+        source = find_side_folder(subject.source.id, subject.source.revision)
+        return _write_side_files(merged, source, folder, "merged", notes["rewritten"])
+
+
 def _merge_adapters(subject: Subject, form: Form) -> Subject:
     """Return the subject with its adapters in its weights. Raises UserError for a form in which they would be lost."""
     if form == "plan" or not find_adapted(subject.model):
