@@ -49,6 +49,7 @@ SMALL = HardenSettings(
     attacks=("basic",),
     wordings=(),
     steps=6,
+    alone=0.0,
     refit=3,
     attack_prompts=8,
     tokens=6,
