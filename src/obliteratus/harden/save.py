@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def check_hardened_form(form: str) -> HardenedForm:
     """Return the form. Raises UserError for one that holds no trained adapter."""
     for known in get_args(HardenedForm):
         if form == known:
-            return known
+            return cast(HardenedForm, known)
     raise UserError(f"--save {form}: a hardened model is saved as merged or adapter; give one of them")
 
 
