@@ -136,7 +136,10 @@ def test_the_end_says_what_to_do_next(name: str, printed: dict[str, Printed]) ->
 def test_run_and_verify_print_one_kind_of_table(printed: dict[str, Printed]) -> None:
     def names(text: str) -> set[str]:
         rows = text.split("─\n", 1)[1].split("\nperplexity", 1)[0].splitlines()
-        return {re.split(r"  +", row)[0] for row in rows if row}
+        found = {re.split(r"  +", row)[0] for row in rows if row}
+        return {
+            name for name in found if "off topic" not in name
+        }  # a group of refusals and loops alone has no such score
 
     assert names(printed["verify"].out) <= names(printed["run"].out)
     assert "refuses target prompts" in names(printed["verify"].out)

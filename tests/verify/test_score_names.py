@@ -27,13 +27,15 @@ VALUES = {
     "same_language.target": [1.0, 1.0],
     "same_language.control": [1.0, 0.9],
     "fluency.ratio": [1.0, 1.5],
+    "off_topic.target": [0.0, 0.5],
+    "relevance.target": [1.0, 0.2],
 }
 
 
 def test_groups_are_in_their_order() -> None:
     behavior, answers, drift = names_to_show(VALUES, brief=False)
     assert behavior == ["refusal.target", "unknown.control"]
-    assert answers[:3] == ["degenerate.target", "fluency.ratio", "length.control"]
+    assert answers[:3] == ["degenerate.target", "off_topic.target", "relevance.target"]
     assert drift[-1] == "perplexity"
     shown = {*behavior, *answers, *drift}
     assert set(VALUES) - shown == {"refusal.target/stars", "unknown.target"}
@@ -42,7 +44,7 @@ def test_groups_are_in_their_order() -> None:
 def test_brief_tables_leave_details_out() -> None:
     shown = {name for group in names_to_show(VALUES, brief=True) for name in group}
     left_out = {"kl.first_token.p99", "kl.continuation.answered.mean", "kl.continuation.answered.p95"}
-    left_out |= {"length.control.change", "same_language.target"}
+    left_out |= {"length.control.change", "same_language.target", "relevance.target"}
     assert set(VALUES) - shown == left_out | {"refusal.target/stars", "unknown.target"}
     assert names_to_show({"perplexity": [1.0]}, brief=True) == [["perplexity"]]
 

@@ -39,7 +39,11 @@ def is_empty(name: str, values: Iterable[float]) -> bool:
 
 def is_detail(name: str, values: Iterable[float]) -> bool:
     """Return whether the terminal leaves a score out: a detail, or that all answers are in their prompt's language."""
-    return name.endswith(DETAILS) or (name.startswith("same_language.") and all(value == 1 for value in values))
+    return (
+        name.endswith(DETAILS)
+        or name.startswith("relevance.")
+        or (name.startswith("same_language.") and all(value == 1 for value in values))
+    )
 
 
 def names_to_show(values: Mapping[str, list[float]], brief: bool) -> list[list[str]]:
