@@ -6,8 +6,10 @@ cd "$(dirname "$0")/.."
 torch=$1 status=0
 for release in 3.12 3.13; do
   python=python$release  # or one of pyenv's that is not on the path
-  "$python" -c '' 2>/dev/null || python=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$release".*/bin/python 2>/dev/null | tail -1)
-  [ -n "$python" ] || { echo "Python $release: not installed, not run"; continue; }
+  for other in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$release".*/bin/python; do
+    "$python" -c '' 2>/dev/null || python=$other
+  done
+  "$python" -c '' 2>/dev/null || { echo "Python $release: not installed, not run"; continue; }
   PYTHONPYCACHEPREFIX=.venv/$release/pyc "$python" -m compileall -q src bench tools tests || status=1
   env=.venv/$release
   [ -x "$env/bin/python" ] || "$python" -m venv "$env"
