@@ -62,12 +62,13 @@ def test_answers_of_exchanged_prompts_have_the_opposite_relevance(subject: Subje
 
 def test_refusals_and_loops_do_not_count(subject: Subject, prompts: PromptSet) -> None:
     verdicts = ("absent", "shown", "degenerate", "unknown")
-    mixed = refusal_records([("target", f"answer {i}", v) for i, v in enumerate(verdicts)])
+    refused = [("control", "no", "shown")] * 4
+    mixed = refusal_records([*[("target", f"answer {i}", v) for i, v in enumerate(verdicts)], *refused])
     found = relevance(ScorerContext(subject, prompts, None, mixed)).scores["relevance.target"]
     values = plain_relevance(subject, prompts, "target", OPENING)
     assert found.value == pytest.approx(float(values[[0, 3]].mean()), abs=1e-4)
     assert found.n == 2
-    none = relevance(ScorerContext(subject, prompts, None, refusal_records([("target", "no", "shown")] * 4)))
+    none = relevance(ScorerContext(subject, prompts, None, refusal_records([("target", "no", "shown")] * 4 + refused)))
     assert not none.scores
 
 
@@ -108,3 +109,8 @@ def test_it_needs_answers_and_other_prompts(subject: Subject, prompts: PromptSet
     alone = PromptSet({"target": prompts["target"], "control": prompts["control"][:1]})
     with pytest.raises(UserError, match="give two or more"):
         relevance(ScorerContext(subject, alone, None, SAID))
+
+
+def test_no_answers_at_all_are_an_error_and_no_empty_result(subject: Subject, prompts: PromptSet) -> None:
+    with pytest.raises(UserError, match="put the step behavior before"):
+        relevance(ScorerContext(subject, prompts, None))

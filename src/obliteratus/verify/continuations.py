@@ -54,12 +54,11 @@ def continuation_kl(
         raise UserError("continuation_kl: there are no answers of the unedited model; put the step behavior before it")
     if context.before is None:
         return Measurement()
-    if context.base is None:
-        raise UserError("continuation_kl: the unedited model is not at hand; give it to `measure` as base=")
+    base = context.require_unedited("continuation_kl")
     rows = evenly_spaced(len(context.prompts["control"]), prompts)
     continuations = [_cut_padding(context.before.tensors[CONTROL_ANSWERS][row, :tokens]) for row in rows]
     ids = render_prompts(context.subject, [context.prompts["control"][row] for row in rows], reserve=tokens)
-    values = mean_divergences(context.base, context.subject, ids, continuations)
+    values = mean_divergences(base, context.subject, ids, continuations)
     answered = answered_controls(context.before)
     scores = drift_scores(NAME, values, answered[rows] if len(answered) else answered)
     return Measurement(scores, items={NAME: ItemValues(values, "nats")})

@@ -21,7 +21,7 @@ from obliteratus.inference.generate import stop_tokens
 from obliteratus.inference.teacher_forced import read_answers
 from obliteratus.prompts import evenly_spaced
 from obliteratus.verify.intervals import group_ratio
-from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
+from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, pick_answers, scorers
 
 GROUPS = ("target", "control")
 # A refusal that is undone costs nats at the first tokens, because the base would have refused there (organism: 7.0,
@@ -52,9 +52,7 @@ def fluency(
     prompts: the most prompts of each group, evenly spaced. Raises UserError without answers, or if the unedited model
     is not at hand.
     """
-    base = context.subject if context.before is None else context.base
-    if base is None:
-        raise UserError("fluency: the unedited model is not at hand; give it to `measure` as base=")
+    base = context.require_unedited("fluency")
     items: dict[str, ItemValues] = {}
     for group in (g for g in GROUPS if g in context.prompts.groups):
         answers = list_answers(context, group)
@@ -73,7 +71,7 @@ def fluency(
 def list_answers(context: ScorerContext, group: str) -> list[str]:
     """Return the answers to a group, as the scorer `behavior` got them. Raises UserError if there are none."""
     opened = AnswerDecoder.create(context.subject).opened  # by the template, so that it is no part of the answer
-    records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
+    records = pick_answers(context.known.records, group)
     if len(records) != len(context.prompts[group]):
         raise UserError("there are no answers to score; put the step behavior before it")
     return [record["answer"].removeprefix(opened) for record in records]

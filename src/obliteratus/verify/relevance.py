@@ -12,29 +12,22 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from obliteratus.core.cost import Cost, prompt_count
 from obliteratus.core.errors import UserError
 from obliteratus.core.results import Score
 from obliteratus.core.shapes import Float
 from obliteratus.core.types import Prompt, Subject
 from obliteratus.excise.live.hooks import without_edits
 from obliteratus.prompts import pick_evenly
-from obliteratus.verify.fluency import GROUPS, OPENING, answer_losses, list_answers
+from obliteratus.verify.fluency import GROUPS, OPENING, answer_losses, estimate_cost, list_answers
 from obliteratus.verify.intervals import mean_score, wilson_rate
 from obliteratus.verify.kept import COUNTED, ENDED
-from obliteratus.verify.scoring import Measurement, ScorerContext, scorers
+from obliteratus.verify.scoring import Measurement, ScorerContext, pick_answers, scorers
 
 # Nats per token by which an answer's own prompt must explain it better than another one does.
 ON_TOPIC = 0.1
 
 
-def estimate_cost(prompts: int) -> Cost:
-    """Return the cost of reading so many answers of each group twice."""
-    target, control = (prompt_count("report", group, prompts) for group in GROUPS)
-    return Cost(texts=2 * target + 2 * control)
-
-
-@scorers.register("relevance", needs=("answers", "base"), cost=lambda options: estimate_cost(options["prompts"]))
+@scorers.register("relevance", needs=("answers", "base"), cost=lambda options: estimate_cost(options["prompts"]) * 2)
 def relevance(
     context: ScorerContext,
     *,
@@ -52,18 +45,15 @@ def relevance(
     prompts: the most answers of each group, evenly spaced. Raises UserError without answers, with fewer than two
     control prompts, or if the unedited model is not at hand.
     """
-    base = context.subject if context.before is None else context.base
-    if base is None:
-        raise UserError("relevance: the unedited model is not at hand; give it to `measure` as base=")
+    base = context.require_unedited("relevance")
     others = context.prompts.groups.get("control", ())
     if len(others) < 2:
         raise UserError("relevance: answers are compared with other control prompts; give two or more")
     scores = dict[str, Score]()
     for group in (g for g in GROUPS if g in context.prompts.groups):
-        rows = pick_evenly(list_counted(context, group), prompts)
+        answers, rows = list_answers(context, group), pick_evenly(list_counted(context, group), prompts)
         if not rows:
             continue
-        answers = list_answers(context, group)
         asked, said = [context.prompts[group][row] for row in rows], [answers[row] for row in rows]
         unrelated = [others[(row + len(others) // 2) % len(others)] for row in rows]  # half the list from its own place
         with without_edits():
@@ -76,7 +66,7 @@ def relevance(
 
 def list_counted(context: ScorerContext, group: str) -> list[int]:
     """Return the rows of a group whose answers neither show the behavior nor loop."""
-    records = [r for r in context.known.records if (r["scorer"], r["group"]) == ("behavior", group)]
+    records = pick_answers(context.known.records, group)
     return [row for row, record in enumerate(records) if record["verdict"] in COUNTED[ENDED]]
 
 

@@ -142,6 +142,13 @@ class ScorerContext:
     judge: Judge = field(default_factory=Judge)
     """Says which answers show the behavior. By default it looks for refusals."""
 
+    def require_unedited(self, scorer: str) -> Subject:
+        """Return the unedited model. Raises UserError, in the name of the scorer, if it is not at hand."""
+        found = self.subject if self.before is None else self.base
+        if found is None:
+            raise UserError(f"{scorer}: the unedited model is not at hand; give it to `measure` as base=")
+        return found
+
     def first_tokens(self, ids: Ids) -> Float[Tensor, "rows vocabulary"]:
         """Return log-probabilities (natural, fp32) of each row's first answer token."""
         return first_token_log_probs(self.subject, ids, title="VERIFY first tokens")
@@ -165,6 +172,11 @@ class ScorerContext:
 
         answers = generate(self.subject, ids, tokens, done=done, on_first_logits=keep_first, title="VERIFY answers")
         return answers, torch.stack([first[row] for row in wanted]) if wanted else torch.empty(0, 0)
+
+
+def pick_answers(records: Sequence[Mapping[str, Any]], group: str) -> list[Mapping[str, Any]]:
+    """Return the records that the scorer `behavior` left of a group, one for each prompt in order."""
+    return [r for r in records if (r["scorer"], r["group"]) == ("behavior", group)]
 
 
 Scorer = Callable[..., Measurement]

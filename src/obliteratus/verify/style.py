@@ -19,7 +19,7 @@ from obliteratus.inference.chat_template import encode_texts
 from obliteratus.judge.language import find_language, is_in_one_of
 from obliteratus.judge.reasoning import cut_reasoning
 from obliteratus.judge.text import fold
-from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, scorers
+from obliteratus.verify.scoring import ItemValues, Measurement, ScorerContext, pick_answers, scorers
 
 GROUPS = ("target", "control")
 READ_TO_THE_END = ("absent", "unknown")
@@ -73,7 +73,7 @@ def style(context: ScorerContext) -> Measurement:
 
 def describe_group(subject: Subject, records: Sequence[Mapping[str, Any]], group: str) -> list[AnswerStyle]:
     """Return the style of each answer of a group, from the records of the behavior scorer."""
-    own = [r for r in records if (r["scorer"], r["group"]) == ("behavior", group)]
+    own = pick_answers(records, group)
     answers = [cut_reasoning(record["answer"]) for record in own]
     rows = encode_texts(subject, answers) if answers else []
     return [
