@@ -190,8 +190,7 @@ def run_case(name: str, case: Case, quick: bool, smoke: bool) -> Row:
     organism = load_organism(case.organism, quick, smoke)
     recipe = load_case(case, organism.behavior, quick, smoke)
     prompts = organism.prompts if name in CONTROLS else choose_prompts(organism.prompts, recipe)
-    known = organism.known.setdefault(" ".join(prompts.groups), {})
-    row = measure_method(recipe, organism.subject, prompts, known)
+    row = measure_method(recipe, organism.subject, prompts, organism.share_baseline(prompts))
     row |= describe_organism(case.organism, organism.behavior)
     say(format_line(row))
     return row
@@ -202,7 +201,8 @@ def run_random(name: str, quick: bool, smoke: bool) -> Row:
     say(f"random on {name} …")
     organism = load_organism(name, quick, smoke)
     recipe = load_case(Case("two_directions", {}, name), organism.behavior, quick, smoke)
-    row = measure_random_direction(recipe, organism.subject, organism.prompts, {})
+    prompts = choose_prompts(organism.prompts, recipe)
+    row = measure_random_direction(recipe, organism.subject, prompts, organism.share_baseline(prompts))
     return row | describe_organism(name, organism.behavior)
 
 

@@ -32,6 +32,10 @@ class Organism:
     behavior: str = "refusal"
     known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
+    def share_baseline(self, prompts: PromptSet) -> dict[str, Measurement]:
+        """Return the baseline of all rows with these groups of prompts, which the first one of them fills."""
+        return self.known.setdefault(" ".join(prompts.groups), {})
+
 
 def find_role(name: str) -> Role:
     """Return whether settings were chosen on the organism, of which a share of the adapter is a variant."""
