@@ -22,6 +22,7 @@ from obliteratus.audit.claims import (
 from obliteratus.audit.doses import Curve
 from obliteratus.audit.removal_cost import GOALS, HALF, summarize_cost
 from obliteratus.audit.results import AskedSet, AuditReport, MatchedEdits
+from obliteratus.core.results import replace_infinities
 from obliteratus.core.run_folder import write_atomic
 from obliteratus.report.curves import GREY, ORANGE, PALETTE, Axes, Figure, add_legend
 from obliteratus.report.hide import hide_private
@@ -77,7 +78,7 @@ def to_dict(report: AuditReport) -> dict[str, Any]:
         "rewordings": report.rewordings,
         "benign": report.benign,
     }
-    return plain | {
+    numbers = {
         "cost": report.cost.model_dump(mode="json"),
         "definition": define_cost(report),
         "least": [cost.model_dump(mode="json") for cost in report.least],
@@ -88,6 +89,7 @@ def to_dict(report: AuditReport) -> dict[str, Any]:
         "curves": {kind: {n: describe_curve(c) for n, c in found.items()} for kind, found in curves.items()},
         **{name: None if part is None else part.model_dump(mode="json") for name, part in parts.items()},
     }
+    return plain | {name: replace_infinities(value) for name, value in numbers.items()}
 
 
 def describe_curve(curve: Curve) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import isnan, nan
+from collections.abc import Mapping
+from math import isinf, isnan, nan
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
@@ -14,6 +15,20 @@ from obliteratus.core.views import Plottable
 def _read_end(end: float | int | str | None) -> float:
     """Return NaN, and always the same object, for a missing end, so that scores without an interval are equal."""
     return nan if end is None or isnan(float(end)) else float(end)
+
+
+def replace_infinities(value: Any) -> Any:
+    """Return JSON types in which infinite numbers, of which JSON has none, are the text that pydantic writes for them.
+
+    pydantic does so itself in `model_dump_json`, and not in ``model_dump(mode="json")``.
+    """
+    if isinstance(value, Mapping):
+        return {key: replace_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_infinities(inner) for inner in value]
+    if isinstance(value, float) and isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 End = Annotated[float, BeforeValidator(_read_end), PlainSerializer(lambda end: None if isnan(end) else end)]

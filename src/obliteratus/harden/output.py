@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from obliteratus.audit.claims import GOAL_WORDS, format_cost, format_interval, format_number, format_percent
 from obliteratus.audit.firmness_page import to_dict as audit_to_dict
+from obliteratus.core.results import replace_infinities
 from obliteratus.core.run_folder import write_atomic
 from obliteratus.harden.measure import CostChange, Effect, find_twentieth
 from obliteratus.harden.run import Hardening
@@ -79,7 +79,7 @@ def _name_cost(change: CostChange, when: str) -> str:
 
 def to_dict(done: Hardening, sources: Mapping[str, str], files: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all numbers as JSON types. sources: where the prompts come from."""
-    return {
+    numbers = {
         "version": version("obliteratus"),
         "headline": describe_hardening(done),
         "model": done.model,
@@ -97,24 +97,14 @@ def to_dict(done: Hardening, sources: Mapping[str, str], files: Mapping[str, Any
         "seconds": done.seconds,
         "files": dict(files or {}),
     }
+    return {name: replace_infinities(value) for name, value in numbers.items()}
 
 
 def write_hardening(done: Hardening, folder: Path, sources: Mapping[str, str]) -> None:
     """Write card and record beside the model."""
     (folder / CARD).write_text(render_card(done), encoding="utf-8")
     record = to_dict(done, sources, describe_files(folder))
-    write_atomic(folder / RECORD, json.dumps(replace_infinities(record), indent=1))
-
-
-def replace_infinities(value: Any) -> Any:
-    """Return JSON types in which infinite numbers, of which JSON has none, are the text that pydantic writes."""
-    if isinstance(value, Mapping):
-        return {key: replace_infinities(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_infinities(inner) for inner in value]
-    if isinstance(value, float) and abs(value) == inf:
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
+    write_atomic(folder / RECORD, json.dumps(record, indent=1))
 
 
 def render_card(done: Hardening) -> str:
