@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from obliteratus.analyze.pass_budget import split_by_budget
@@ -70,14 +71,8 @@ def run_audit(
     curves = audit.measure_curves(FITTED in wanted)
     seeds = measure_seeds(audit) if "seeds" in wanted else {}
     directions = measure_directions(audit) if "directions" in wanted else {}
-    return AuditReport(
-        audit.judge.name,
-        settings,
-        audit.presence,
-        audit.unedited,
-        curves,
-        costs={name: [summarize_cost(curve, audit.unedited, goal) for goal in GOALS] for name, curve in curves.items()},
-        least=[find_least_cost(curves, audit.unedited, goal, list(seeds.values())) for goal in GOALS],
+    return replace(
+        report_costs(audit, curves, list(seeds.values())),
         seeds=seeds,
         directions=directions,
         ratios=compare_directions(directions, audit.unedited),
@@ -85,6 +80,21 @@ def run_audit(
         base_method=audit.base_method,
         skipped={**skipped, **audit.failed},
         passes=sum(count for name, count in passes.items() if name not in skipped),
+        seconds=dict(audit.store.seconds),
+    )
+
+
+def report_costs(audit: AuditContext, curves: Mapping[str, Curve], fits: Sequence[Curve] = ()) -> AuditReport:
+    """Return a report of the costs of removal alone. fits: curves of one method's fits, for the interval over them."""
+    return AuditReport(
+        audit.judge.name,
+        audit.settings,
+        audit.presence,
+        audit.unedited,
+        curves,
+        costs={name: [summarize_cost(curve, audit.unedited, goal) for goal in GOALS] for name, curve in curves.items()},
+        least=[find_least_cost(curves, audit.unedited, goal, fits) for goal in GOALS],
+        skipped=dict(audit.failed),
         seconds=dict(audit.store.seconds),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ from obliteratus.cli.options import (
     check_split_by,
     collect_sources,
     show_progress,
+    split_names,
     start,
 )
 from obliteratus.core.errors import UserError
@@ -81,15 +82,14 @@ def audit(
         with start(clock):
             from obliteratus.analyze.pass_budget import check_budget
             from obliteratus.audit.attacks import load_methods
-            from obliteratus.cli.jobs import add_examples
+            from obliteratus.cli.jobs import load_with_examples
             from obliteratus.core.settings import JudgeSettings
-            from obliteratus.prompts import load_prompts, read_prompts, split_prompts
-            from obliteratus.verify.ladder import check_judge
+            from obliteratus.prompts import read_prompts, split_prompts
 
             check_budget(budget)
             judging = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
             sources = collect_sources(column, target=target, control=control)
-            prompts = load_prompts(**add_examples(sources, check_judge(judging)))
+            prompts = load_with_examples(sources, judging)
             settings = choose_settings(methods, quick, seed or 0, report_prompts)
             load_methods(settings.methods)
             splits = split_prompts(prompts, seed or 0, uses_search_split=True, split_by=check_split_by(split_by))
@@ -150,7 +150,7 @@ def choose_settings(methods: str, quick: bool, seed: int, prompts: int | None = 
         raise UserError(f"--prompts {prompts}: too few for an interval; give {LEAST_PROMPTS} or more")
 
     settings = QUICK if quick else DEFAULT
-    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    names = split_names(methods)
     changes: dict[str, Any] = {"seed": seed} | ({"methods": names} if names else {})
     changes |= {} if prompts is None else {"prompts": prompts}
     return settings.model_copy(update=changes)
@@ -173,15 +173,13 @@ def run_request(request: Request, out: Path, resume: bool, clock: Clock) -> Audi
     """Open the model, measure, and write the folder, which appears when it is complete."""
     from obliteratus.audit.firmness import run_audit
     from obliteratus.audit.firmness_page import write_audit
-    from obliteratus.core.chat import DEFAULT_CHAT
-    from obliteratus.core.run_folder import Store, keep_time, publish, workspace
-    from obliteratus.summon.load import open_subject
+    from obliteratus.cli.jobs import open_at_kept_time
+    from obliteratus.core.run_folder import Store, publish, workspace
     from obliteratus.verify.ladder import build_judge
 
     with workspace(out, request.identity, resume) as partial:
         with clock.time("SUMMON"):
-            chat = replace(DEFAULT_CHAT, now=keep_time(partial, DEFAULT_CHAT.now))
-            subject = open_subject(request.model, chat=chat, **request.opening)
+            subject = open_at_kept_time(request.model, request.opening, partial)
         report = run_audit(
             subject,
             request.splits,

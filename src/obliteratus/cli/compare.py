@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obliteratus.cli.jobs import add_examples
+from obliteratus.cli.jobs import load_with_examples
 from obliteratus.cli.options import check_split_by
 from obliteratus.core.clock import Clock
 from obliteratus.core.errors import UserError
@@ -21,12 +21,12 @@ from obliteratus.core.types import PromptSet, Subject
 from obliteratus.inference.memory import free_memory
 from obliteratus.pipeline.recipe import load_recipe
 from obliteratus.pipeline.record import describe_judge
-from obliteratus.prompts import load_prompts, split_prompts
+from obliteratus.prompts import split_prompts
 from obliteratus.rebirth.model_card import format_score
 from obliteratus.summon.load import open_subject
 from obliteratus.verify import Measurement, measure, scorers
 from obliteratus.verify.answers import write_answers
-from obliteratus.verify.ladder import check_judge, embed_files, hear_judge
+from obliteratus.verify.ladder import embed_files, hear_judge
 
 STEPS: tuple[Step, ...] = Recipe.model_fields["verify"].default
 # Free memory that a second model needs, in units of the first one's weights: as many again, and batches beside them.
@@ -71,7 +71,7 @@ class Comparison:
     ) -> Comparison:
         """Check a request. choices: changes of a recipe's ``judge``. everything: whether to report on all prompts."""
         settings = embed_files(load_recipe("basic", parse_overrides(choices)).judge)
-        prompts = load_prompts(**add_examples(sources, check_judge(settings)))
+        prompts = load_with_examples(sources, settings)
         if out is not None:
             check_free(out)
         if everything and (seed is not None or split_by is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ from obliteratus.cli.options import (
     check_split_by,
     collect_sources,
     show_progress,
+    split_names,
     start,
 )
 from obliteratus.core.errors import UserError
@@ -79,24 +80,21 @@ def harden(
     with show_progress(quiet, verbose) as clock:
         with start(clock):
             from obliteratus.audit.attacks import load_methods
-            from obliteratus.cli.jobs import add_examples
+            from obliteratus.cli.jobs import load_with_examples
             from obliteratus.core.settings import JudgeSettings
             from obliteratus.harden.attack import load_attacks
             from obliteratus.harden.save import check_hardened_form
-            from obliteratus.prompts import load_prompts, split_prompts
-            from obliteratus.verify.ladder import check_judge
+            from obliteratus.prompts import split_prompts
 
             form = check_hardened_form(save)
             said = choose_wordings(wordings, behavior)
-            settings, checks = (
-                choose_settings(attacks, said, steps, seed or 0),
-                choose_checks(methods, quick, seed or 0),
-            )
+            settings = choose_settings(attacks, said, steps, seed or 0)
+            checks = choose_checks(methods, quick, seed or 0)
             load_attacks(settings.attacks)
             load_methods(checks.methods)
             judging = JudgeSettings(behavior=behavior or "refusal", phrases=phrases or "")
             sources = collect_sources(column, target=target, control=control)
-            prompts = load_prompts(**add_examples(sources, check_judge(judging)))
+            prompts = load_with_examples(sources, judging)
             splits = split_prompts(prompts, seed or 0, uses_search_split=True, split_by=check_split_by(split_by))
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         request = Request(model, opening, judging, splits, settings, checks, form, prompts.sources)
@@ -173,24 +171,17 @@ def choose_checks(methods: str, quick: bool, seed: int) -> AuditSettings:
     return (QUICK if quick else CHECKS).model_copy(update={"seed": seed} | ({"methods": names} if names else {}))
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Return the names between commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def run_request(request: Request, out: Path, resume: bool, clock: Clock) -> Hardening:
     """Open the model, train, measure, and write the folder, which appears when it is complete."""
-    from obliteratus.core.chat import DEFAULT_CHAT
-    from obliteratus.core.run_folder import Store, keep_time, publish, workspace
+    from obliteratus.cli.jobs import open_at_kept_time
+    from obliteratus.core.run_folder import Store, publish, workspace
     from obliteratus.harden.output import write_hardening
     from obliteratus.harden.run import OUTPUT, HardenJob, harden_model
-    from obliteratus.summon.load import open_subject
     from obliteratus.verify.ladder import build_judge
 
     with workspace(out, request.identity, resume) as partial:
         with clock.time("SUMMON"):
-            chat = replace(DEFAULT_CHAT, now=keep_time(partial, DEFAULT_CHAT.now))
-            subject = open_subject(request.model, chat=chat, **request.opening)
+            subject = open_at_kept_time(request.model, request.opening, partial)
         judge = build_judge(request.judging, subject)
         job = HardenJob(subject, request.splits, request.settings, request.checks, judge, request.form)
         done = harden_model(job, Store(partial, clock))
@@ -203,10 +194,10 @@ def show_hardening(done: Hardening, request: Request, out: Path, clock: Clock, j
     """Print the document, or what was measured."""
     from obliteratus.cli.stage_names import format_times
     from obliteratus.cli.terminal import say, show_json, show_table
-    from obliteratus.harden.output import COLUMNS, describe_hardening, list_rows, replace_infinities, to_dict
+    from obliteratus.harden.output import COLUMNS, describe_hardening, list_rows, to_dict
 
     if json:
-        show_json(replace_infinities(to_dict(done, request.sources)))
+        show_json(to_dict(done, request.sources))
         return
     show_table(f"How firm {done.behavior} is", COLUMNS, list_rows(done))
     say(format_times(clock.account()), "Time")

@@ -29,7 +29,7 @@ from obliteratus.core.run_folder import (
     publish,
     workspace,
 )
-from obliteratus.core.settings import Recipe
+from obliteratus.core.settings import JudgeSettings, Recipe
 from obliteratus.core.toml import parse_overrides
 from obliteratus.core.types import Plan, PromptSet, Splits, Subject
 from obliteratus.distill import check_sizes
@@ -199,6 +199,11 @@ def add_examples(sources: Mapping[str, Any], behavior: Behavior) -> dict[str, An
     return fill_example_prompts(sources, behavior.name, examples)
 
 
+def load_with_examples(sources: Mapping[str, Any], judging: JudgeSettings) -> PromptSet:
+    """Load prompts, those that the behavior brings for groups without a source. Raises UserError as `add_examples`."""
+    return load_prompts(**add_examples(sources, check_judge(judging)))
+
+
 def run_job(
     job: Job,
     opening: dict[str, Any],
@@ -304,10 +309,15 @@ def _open(model: str, opening: Mapping[str, Any], partial: Path | None) -> Subje
     """Open the model, and check that an interrupted run had loaded it in the same way."""
     if partial is None:
         return open_within_memory(model, dict(opening))
-    chat = opening.get("chat", DEFAULT_CHAT)
-    subject = open_within_memory(model, {**opening, "chat": replace(chat, now=keep_time(partial, chat.now))})
+    subject = open_at_kept_time(model, opening, partial)
     check_identity(partial / "loading.json", describe_loading(subject))
     return subject
+
+
+def open_at_kept_time(model: str, opening: Mapping[str, Any], partial: Path) -> Subject:
+    """Open the model with the time that an interrupted run in this folder told its chat template, or else with now."""
+    chat = opening.get("chat", DEFAULT_CHAT)
+    return open_within_memory(model, {**opening, "chat": replace(chat, now=keep_time(partial, chat.now))})
 
 
 def name_free_folder(place: Path, name: str, resume: bool) -> Path:

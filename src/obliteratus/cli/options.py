@@ -179,6 +179,11 @@ def parse_columns(columns: list[str] | None) -> str | dict[str, str]:
     return {group: name for group, _, name in pairs}
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def with_split(changes: list[str] | None, seed: int | None, split_by: str | None) -> list[str]:
     """Return the changes of ``--set`` with ``--seed`` and ``--split-by``, which are values of the recipe too."""
     values = {"seed": seed, "split_by": split_by}

@@ -122,11 +122,10 @@ def collect_sides(
 
 def load_asked(groups: dict[str, Any], settings: Any, seed: int | None) -> PromptSet:
     """Return the report prompts of the given files, or of the behavior's own."""
-    from obliteratus.cli.jobs import add_examples
-    from obliteratus.prompts import load_prompts, split_prompts
-    from obliteratus.verify.ladder import check_judge
+    from obliteratus.cli.jobs import load_with_examples
+    from obliteratus.prompts import split_prompts
 
-    return split_prompts(load_prompts(**add_examples(groups, check_judge(settings))), seed or 0).report
+    return split_prompts(load_with_examples(groups, settings), seed or 0).report
 
 
 def open_side(source: str, name: str, prompts: Any, settings: Any, opening: dict[str, Any]) -> SideAnswers:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from obliteratus.audit.attacks import draw_prompts
 from obliteratus.audit.context import AuditContext
-from obliteratus.audit.removal_cost import GOALS, TWENTIETH, RemovalCost, find_least_cost, summarize_cost
+from obliteratus.audit.firmness import report_costs
+from obliteratus.audit.removal_cost import TWENTIETH, RemovalCost
 from obliteratus.audit.results import AuditReport
 from obliteratus.audit.settings import AuditSettings
 from obliteratus.core.results import Score
@@ -35,19 +36,7 @@ def measure_costs(subject: Subject, splits: Splits, checks: AuditSettings, judge
     audit = AuditContext(subject, splits, checks, store, judge).screened()
     if audit.presence.against:
         return AuditReport(audit.judge.name, checks, audit.presence, seconds=store.seconds)
-    curves = audit.measure_curves(fit_cheapest=checks.tune_steps > 0)
-    unedited = audit.unedited
-    return AuditReport(
-        audit.judge.name,
-        checks,
-        audit.presence,
-        unedited,
-        curves,
-        costs={name: [summarize_cost(curve, unedited, goal) for goal in GOALS] for name, curve in curves.items()},
-        least=[find_least_cost(curves, unedited, goal) for goal in GOALS],
-        skipped=dict(audit.failed),
-        seconds=dict(store.seconds),
-    )
+    return report_costs(audit, audit.measure_curves(fit_cheapest=checks.tune_steps > 0))
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ HardenedForm = Literal["merged", "adapter"]
 
 def check_hardened_form(form: str) -> HardenedForm:
     """Return the form. Raises UserError for one that holds no trained adapter."""
-    for known in get_args(HardenedForm):
-        if form == known:
-            return cast(HardenedForm, known)
+    if form in get_args(HardenedForm):
+        return cast(HardenedForm, form)
     raise UserError(f"--save {form}: a hardened model is saved as merged or adapter; give one of them")
 
 
